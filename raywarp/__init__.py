@@ -1,0 +1,32 @@
+"""raywarp: align language models with WARP (Weight Averaged Rewarded Policies) on a Ray cluster, exactly, with LoRA.
+
+raywarp.train(config) -> Run            Algorithm 1 (raywarp.load_config reads a YAML file)
+raywarp.reward(config) -> RewardSummary the reward model from preferences
+raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, liti, load_peft, save_peft
+"""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "train": "warp",
+    "reward": "reward_stage",
+    "Run": "run",
+    "Config": "config",
+    "ConfigError": "config",
+    "load_config": "config",
+    "AdapterDelta": "adapters",
+    "load_peft": "adapters",
+    "save_peft": "adapters",
+    "slerp": "averaging",
+    "lerp": "averaging",
+    "liti": "averaging",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first used, so that `raywarp --help` and a bad config answer at once."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'raywarp' has no attribute '{name}'")
+    return getattr(import_module(f"raywarp.{_WHERE[name]}"), name)

@@ -1,0 +1,223 @@
+"""Bradley–Terry training of a reward model: loss, optimiser step, validation, checkpoint. No Ray; one instance is one worker's share.
+
+A step is a pure function of (weights, optimiser, seed, step): a resumed training gives the bits of an uninterrupted one.
+"""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from raywarp.config import ConfigError, RewardTrainingConfig
+from raywarp.data import Preference
+from raywarp.hardware import supports_bf16
+from raywarp.rewards import classify, first_line, load_tokenizer
+from raywarp.seeding import derive_seed
+from raywarp.store import write_json
+
+CPU_GROUP = 8  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
+GPU_GROUP = 256
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """−mean log σ(r_chosen − r_rejected), in nats; both (N,)."""
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
+    """Linear warm-up (t+1)/W, then linear decay that would reach 0 one step after the last; step counts from 0."""
+    warm_up = (step + 1) / max(settings.warmup_steps, 1)
+    decay = (settings.steps - step) / max(settings.steps - settings.warmup_steps, 1)
+    return settings.lr * min(1.0, warm_up, decay)
+
+
+def accuracy_interval(pairs: Sequence[Preference], correct: Sequence[bool]) -> tuple[float, float]:
+    """95 % Wilson interval of the pairwise accuracy, at the effective number of pairs.
+
+    Pairs that share a text are not independent. The variance of the mean is therefore the dyadic-robust one, the sum of e_p·e_q over all
+    pairs p, q with a text in common (Fafchamps and Gubert 2007); the effective number is what gives a binomial that variance.
+    """
+    count, mean = len(pairs), sum(correct) / len(pairs)
+    per_text: dict[tuple[str, str], float] = {}
+    squares = 0.0
+    for pair, hit in zip(pairs, correct, strict=True):
+        residual = hit - mean
+        squares += residual**2
+        for text in (pair.chosen, pair.rejected):
+            per_text[pair.prompt, text] = per_text.get((pair.prompt, text), 0.0) + residual
+    covered = sum(total**2 for total in per_text.values()) - squares  # a pair's own square is in the sums of both its texts
+    effective = count * squares / covered if covered > squares > 0 else float(count)
+    z = 1.96
+    centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class PairTrainer:
+    """A sequence classifier with one label, its AdamW, and where it stands.
+
+    Dropout is off: the model stays in eval mode.
+
+    Args:
+        backbone: folder or hub id, already resolved.
+        train: all training pairs; worker `rank` of `world` takes every world-th pair of each batch.
+        wrap: makes the module data-parallel.
+
+    Raises:
+        ConfigError: the backbone cannot be loaded as a sequence classifier.
+    """
+
+    def __init__(
+        self,
+        settings: RewardTrainingConfig,
+        backbone: str,
+        train: Sequence[Preference],
+        seed: int,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        wrap: Callable[[Any], Any] = lambda model: model,
+    ):
+        self.settings, self.train, self.seed, self.device, self.rank, self.world = settings, train, seed, device, rank, world
+        self.tokenizer = load_tokenizer(backbone, trust_remote_code)
+        self.model = _load_model(settings, backbone, seed, trust_remote_code)
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.to(device).eval()
+        self.parallel = wrap(self.model)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+        self.group = CPU_GROUP if device.type == "cpu" else GPU_GROUP
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def best_step(self) -> int:
+        return int(max(self.history, key=lambda row: row["validation_accuracy"])["step"])
+
+    def update(self) -> dict[str, float]:
+        """One optimiser step; returns its metrics. Accuracy and loss are of this worker's pairs."""
+        start, lr = time.perf_counter(), learning_rate(self.settings, self.step)
+        pairs = [self.train[n] for n in self._batch()]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+        chosen, rejected = self._score(self.parallel, texts).chunk(2)
+        loss = pair_loss(chosen, rejected)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        accuracy = (chosen > rejected).float().mean().item()
+        return {"step": self.step, "loss": loss.item(), "accuracy": accuracy, "lr": lr, "step_seconds": time.perf_counter() - start}
+
+    def validate(self, pairs: Sequence[Preference]) -> dict[str, float]:
+        """Accuracy and loss on held-out pairs; the weights are kept if they are the best so far."""
+        chosen, rejected = self.scores(pairs)
+        row = {
+            "step": self.step,
+            "validation_accuracy": (chosen > rejected).float().mean().item(),
+            "validation_loss": pair_loss(chosen, rejected).item(),
+        }
+        self.history.append(row)
+        if self.best_step == self.step:
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        return row
+
+    def scores(self, pairs: Sequence[Preference]) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and of the rejected texts, each (N,); a text that several pairs share is scored once."""
+        texts = list(dict.fromkeys((p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)))
+        place = {text: n for n, text in enumerate(texts)}
+        with torch.inference_mode():
+            scores = self._score(self.model, texts).cpu()
+        return scores[[place[p.prompt, p.chosen] for p in pairs]], scores[[place[p.prompt, p.rejected] for p in pairs]]
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint: trained weights, the best ones where they are others, optimiser, step and history."""
+        weights = {name: p.detach().contiguous() for name, p in self.parameters.items()}
+        save_file(weights, folder / "weights.safetensors")
+        if self.best_step != self.step:
+            save_file(self.best, folder / "best.safetensors")
+        moments = {f"{n}/{key}": value for n, state in self.optimizer.state_dict()["state"].items() for key, value in state.items()}
+        save_file(moments, folder / "optimizer.safetensors")
+        write_json(folder / "state.json", {"step": self.step, "history": self.history})
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        state = json.loads((folder / "state.json").read_text())
+        self.step, self.history = state["step"], state["history"]
+        weights = load_file(folder / "weights.safetensors")
+        self._assign(weights)
+        self.best = weights if self.best_step == self.step else load_file(folder / "best.safetensors")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(folder / "optimizer.safetensors").items():
+            index, key = name.split("/")
+            moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def take_best(self) -> None:
+        """Put back the weights of the best validation."""
+        self._assign(self.best)
+
+    def export(self, folder: Path) -> None:
+        """Write model (LoRA merged) and tokenizer so that AutoModelForSequenceClassification loads them; training ends with it."""
+        model = self.model.merge_and_unload() if self.settings.lora else self.model
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _score(self, model: Any, texts: Sequence[tuple[str, str]]) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=supports_bf16(self.device)):
+            prompts, completions = [prompt for prompt, _ in texts], [completion for _, completion in texts]
+            return classify(model, self.tokenizer, prompts, completions, self.settings.max_length, self.group)
+
+    def _batch(self) -> list[int]:
+        size = self.settings.batch_size
+        positions = range(self.step * size + self.rank, (self.step + 1) * size, self.world)
+        count = len(self.train)
+        return [_epoch_order(count, position // count, self.seed)[position % count] for position in positions]
+
+    @torch.no_grad()
+    def _assign(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "pairs", epoch))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _load_model(settings: RewardTrainingConfig, backbone: str, seed: int, trust_remote_code: bool) -> Any:
+    transformers_logging.set_verbosity_error()  # else it reports, as news, that the head is new
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(derive_seed(seed, "head"))
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            backbone, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        message = f"reward_training.backbone={backbone} cannot be loaded as a sequence classifier: {first_line(error)}"
+        raise ConfigError(message) from None
+    if not (lora := settings.lora):
+        return model
+    import peft  # seconds to import, and full fine-tuning does without
+
+    alpha: Any = lora.alpha  # declared as int in PEFT 0.21, but only ever divided by the rank
+    adapter = peft.LoraConfig(task_type="SEQ_CLS", r=lora.rank, lora_alpha=alpha, target_modules=lora.target_modules, lora_dropout=0.0)
+    try:
+        return peft.get_peft_model(model, adapter)
+    except ValueError as error:
+        raise ConfigError(f"reward_training.lora does not fit {backbone}: {error}") from None

@@ -1,0 +1,81 @@
+"""The commands. No logic: each reads a config and calls the function of the same name."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raywarp.config import Config, ConfigError, config_help, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for wrong input, 1 for a run that failed, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except ConfigError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command continues where it was", 130)
+    except Exception as error:
+        if options.verbose or not _is_expected(error):
+            raise
+        return _fail(error, 1)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"raywarp: {error}", file=sys.stderr)
+    return code
+
+
+def _is_expected(error: Exception) -> bool:
+    """Errors whose message says all that a user can act on; others are bugs and keep their traceback."""
+    from raywarp.adapters import AdapterError
+    from raywarp.rewards import RewardError
+    from raywarp.rollout import RolloutError
+
+    return isinstance(error, AdapterError | RewardError | RolloutError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raywarp", description="Align language models with WARP on a Ray cluster.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _command(commands, "quickstart", "the whole pipeline on the embedded model and human ratings, to runs/quickstart", _quickstart, False)
+    _command(commands, "reward", "train a reward model from preferences", _reward)
+    _command(commands, "train", "run WARP; the same command again continues where it stopped", _train)
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], config: bool = True) -> None:
+    parser = commands.add_parser(
+        name, help=text, description=text, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if config:
+        parser.add_argument("config", type=Path, help="YAML file; keys that it leaves out have the defaults below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, for example warp.steps=20")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(command=run)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from raywarp.quickstart import quickstart
+
+    quickstart(options.overrides)
+
+
+def _reward(options: argparse.Namespace) -> None:
+    from raywarp.reward_stage import reward
+
+    reward(_config(options))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from raywarp.warp import train
+
+    train(_config(options))

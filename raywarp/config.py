@@ -1,0 +1,317 @@
+"""The one typed configuration: a YAML file, `key=value` overrides, and errors that name the key.
+
+Every key has a description; `Config` is what every command gets, and its resolved form is saved with the run.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+SMOLLM2 = "embedded:smollm2-135m-instruct"
+MINILM = "embedded:all-minilm-l6-v2"
+SNIPPETS = "embedded:movie-snippets"
+
+
+class ConfigError(ValueError):
+    """The user's input is wrong; the message says what, where, and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PromptsConfig(Section):
+    dataset: str = Field(SNIPPETS, description="hub id, local folder or parquet/JSONL/CSV file, or embedded:movie-snippets")
+    name: str | None = Field(None, description="configuration (subset) of the dataset")
+    split: str = Field("train", description="split that training prompts come from")
+    held_out_split: str | None = Field(None, description="split for evaluation; without it held_out_fraction of split is kept back")
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of split kept for evaluation")
+    column: str = Field("text", description="column that holds the prompt's text")
+    max_words: Count | None = Field(None, description="keep only the first words of each text")
+    max_tokens: Count | None = Field(None, description="keep only the first tokens of each text")
+    template: Literal["none", "chat"] = Field("none", description="chat: render as one user turn of the model's chat template")
+
+
+class PreferencesConfig(Section):
+    dataset: str = Field(SNIPPETS, description="hub id, local folder or file, or embedded:movie-snippets")
+    name: str | None = Field(None, description="configuration (subset) of the dataset")
+    split: str = Field("train", description="split that preferences come from")
+    prompt: str | None = Field(None, description="column with the prompt, put before chosen and rejected")
+    chosen: str = Field("chosen", description="column with the preferred text")
+    rejected: str = Field("rejected", description="column with the other text")
+    text: str = Field("text", description="column with the text, for rated data")
+    rating: str = Field("rating", description="column with the rating, for rated data (used where chosen/rejected are absent)")
+    margin: Positive = Field(0.5, description="smallest difference of two ratings that makes a preference")
+    held_out_fraction: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.1, description="share of the texts kept for validation, and the same again for the test"
+    )
+
+
+class RewardLoraConfig(Section):
+    rank: Count = Field(16, description="rank of the reward model's LoRA")
+    alpha: Positive = Field(32.0, description="alpha of the reward model's LoRA")
+    target_modules: str | list[str] = Field("all-linear", description="modules that get an adapter")
+
+
+class RewardTrainingConfig(Section):
+    backbone: str = Field(MINILM, description="hub id or folder of the sequence classifier's backbone")
+    lora: RewardLoraConfig | None = Field(None, description="LoRA fine-tuning; without it all weights are trained")
+    lr: Positive = Field(5e-5, description="AdamW's learning rate")
+    batch_size: Count = Field(32, description="pairs per optimiser step, over all workers")
+    steps: Count = Field(150, description="optimiser steps")
+    warmup_steps: Whole = Field(10, description="steps of linear warm-up")
+    eval_every: Count = Field(50, description="steps between validations and checkpoints; the best one is kept")
+    eval_pairs: Count = Field(500, description="pairs per validation")
+    test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
+    max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")
+    num_workers: Count = Field(1, description="data-parallel workers of Ray Train")
+    use_gpu: bool | None = Field(None, description="one GPU per worker; by default if the cluster has GPUs")
+    sft_completions: Count = Field(128, description="SFT completions that standardise the score")
+
+
+class RewardConfig(Section):
+    model: str | None = Field(None, description="hub id or folder of a one-label sequence classifier")
+    function: str | None = Field(None, description="module:function with score(prompts, completions, **columns) -> list[float]")
+    version: str = Field("", description="declared version of the function; a new one makes new runs")
+    standardise: bool | None = Field(None, description="shift and scale by SFT completions; default: yes for a model, no for a function")
+    max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")
+    batch_size: Count = Field(64, description="texts per forward pass")
+
+    @model_validator(mode="after")
+    def one_source(self) -> "RewardConfig":
+        if self.model and self.function:
+            raise ValueError("has both a model and a function; give one of them")
+        return self
+
+
+class LoraConfig(Section):
+    rank: Count = Field(16, description="rank r of every policy's adapter")
+    alpha: Positive = Field(16.0, description="scaling is alpha / rank")
+    target_modules: str | list[str] = Field("all-linear", description="all-linear, or names of the modules to adapt")
+    init: Literal["independent", "shared", "frozen"] = Field(
+        "independent", description="the initial A: one per policy, one for all, or one for all that is never trained"
+    )
+
+
+class WarpConfig(Section):
+    iterations: Count = Field(2, description="I, iterations of the whole loop")
+    policies: Count = Field(2, description="M, policies trained in parallel and merged")
+    steps: Count = Field(40, description="T, optimiser steps per policy and iteration")
+    ema_rate: Rate = Field(0.05, description="mu, rate at which the anchor follows the policy; 0 keeps it at the iteration's init")
+    liti_rate: Rate = Field(0.3, description="eta, how far the init moves towards the merged policy after each iteration")
+    kl_coef: Annotated[float, Field(ge=0)] = Field(0.1, description="beta, weight of the KL to the EMA anchor")
+    advantage: Literal["rloo", "mean", "none"] = Field("rloo", description="baseline: the prompt's other completions, the batch's, or none")
+
+
+class OptimConfig(Section):
+    lr: Positive = Field(5e-4, description="AdamW's learning rate")
+    batch_size: Count = Field(64, description="completions per optimiser step")
+    microbatch_size: Count | None = Field(None, description="completions per forward pass; by default the whole batch")
+    warmup_steps: Whole = Field(10, description="steps of linear warm-up")
+    grad_clip: Positive = Field(1.0, description="largest norm of the gradient")
+
+
+class RolloutConfig(Section):
+    workers: Count = Field(1, description="R, vLLM workers that all policies share")
+    completions_per_prompt: Count = Field(4, description="completions sampled for each prompt")
+    max_new_tokens: Count = Field(24, description="longest completion, in tokens")
+    temperature: Positive = Field(0.9, description="sampling temperature; log-probs are taken at the same one")
+    adapter: Literal["auto", "lora", "merged"] = Field(
+        "auto", description="how an adapter reaches vLLM: hot-swapped LoRA, or merged weights; auto is merged on CPU, LoRA on GPU"
+    )
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = Field(0.0, description="taken from the reward of a truncated completion")
+    kv_cache_gib: Positive = Field(0.25, description="KV cache of a CPU worker, in GiB")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="share of the GPU that a worker takes")
+    tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
+
+
+class ClusterConfig(Section):
+    gpus_per_policy: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs of a policy actor; default 1 where the cluster has GPUs"
+    )
+    gpus_per_rollout_worker: Annotated[float, Field(ge=0)] | None = Field(None, description="GPUs of a rollout worker; likewise")
+    gpus_per_reward_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of the reward worker")
+    cpus_per_policy: Annotated[float, Field(ge=0)] = Field(1, description="CPUs of a policy actor")
+    cpus_per_rollout_worker: Annotated[float, Field(ge=0)] = Field(1, description="CPUs of a rollout worker")
+    cpus_per_reward_worker: Annotated[float, Field(ge=0)] = Field(0, description="CPUs of the reward worker")
+    policy_actors: Count | None = Field(None, description="actors that share the M policies; default: as many as fit")
+    threads: Count | None = Field(None, description="threads of each CPU process; default: a node's cores over its policy actors")
+    timeout_seconds: Positive = Field(120, description="longest wait for the placement groups")
+
+
+class ChooseConfig(Section):
+    eta: Rate | None = Field(None, description="take this eta")
+    max_kl: Positive | None = Field(None, description="take the largest eta whose KL stays below, in nats per completion")
+
+    @model_validator(mode="after")
+    def one_rule(self) -> "ChooseConfig":
+        if (self.eta is None) == (self.max_kl is None):
+            raise ValueError("needs exactly one of eta and max_kl")
+        return self
+
+
+class FrontConfig(Section):
+    etas: list[Rate] = Field([0.0, 0.25, 0.5, 0.75, 1.0], description="points of the LITI front; 0 is SFT, 1 is SLERP")
+    prompts: Count = Field(200, description="held-out prompts")
+    completions_per_prompt: Count = Field(1, description="completions per held-out prompt")
+    choose: ChooseConfig = Field(ChooseConfig(max_kl=5.0), description="which eta the folder adapter/ holds: {eta: x} or {max_kl: x}")
+    samples: Count = Field(8, description="prompts whose texts are kept for every point")
+
+
+class Config(Section):
+    model: str = Field(SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen base; auto: bfloat16 where the hardware has it"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with a model")
+    seed: Whole = Field(0, description="everything random derives from it")
+    out: str = Field("runs/default", description="folder that the command writes")
+    prompts: PromptsConfig = PromptsConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    reward_training: RewardTrainingConfig = RewardTrainingConfig()
+    reward: RewardConfig = RewardConfig()
+    control: RewardConfig | None = Field(None, description="a second score that training never sees")
+    lora: LoraConfig = LoraConfig()
+    warp: WarpConfig = WarpConfig()
+    optim: OptimConfig = OptimConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    front: FrontConfig = FrontConfig()
+    checkpoint_every: Count = Field(10, description="steps between a policy's checkpoints")
+    kl_to_sft_every: Count = Field(5, description="steps between measurements of the KL to SFT during training")
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="where metrics go besides metrics.jsonl")
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Config":
+        batch, group = self.optim.batch_size, self.rollout.completions_per_prompt
+        if batch % group:
+            raise ValueError(f"optim.batch_size={batch} is not a multiple of rollout.completions_per_prompt={group}")
+        if self.warp.advantage == "rloo" and group < 2:
+            raise ValueError("rollout.completions_per_prompt must be at least 2 with warp.advantage=rloo (or use advantage=mean)")
+        if self.warp.advantage == "mean" and batch < 2:
+            raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
+        return self
+
+
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or a nested mapping, or nothing but the defaults), apply `a.b=value` overrides, and validate.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest one is named), or a value out of range.
+    """
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(source) if source is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(loaded).__name__}")
+    return loaded or {}
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a nested dict; see load_config for the errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of the configuration, sections included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in _section_types(field.annotation):
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def config_help() -> str:
+    """Every key with its default and description, for --help."""
+    lines = ["keys and their defaults:"]
+    for key, field in _fields(Config):
+        default = "" if field.default is None else f" [{_compact(field.default)}]"
+        lines.append(f"  {key}{default}: {field.description}")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _compact(value: Any) -> str:
+    plain = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).replace("\n...", "").strip()
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key → field, for the keys that have a description: sections that stand for themselves are looked into."""
+    for name, field in section.model_fields.items():
+        if field.description:
+            yield prefix + name, field
+        inner = [kind for kind in _section_types(field.annotation) if not field.description or kind in (RewardConfig, RewardLoraConfig)]
+        for kind in inner:
+            yield from _fields(kind, f"{prefix}{name}.")
+
+
+def _section_types(annotation: Any) -> list[type[BaseModel]]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}' is not of the form key=value, for example warp.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of '{override}' is not valid YAML: {error}") from None
+    if key not in set(known_keys()):
+        raise ConfigError(_unknown(key))
+    node = tree
+    *path, leaf = key.split(".")
+    for part in path:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    node[leaf] = value
+
+
+def _unknown(key: str) -> str:
+    keys = list(known_keys())
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+    near = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.5)]
+    hint = f"; did you mean '{near[0]}'?" if near else "; `raywarp train --help` lists the keys"
+    return f"unknown key '{key}'{hint}"
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return _unknown(key)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    return f"{key}: {message}{given}" if key else message

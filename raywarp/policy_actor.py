@@ -1,0 +1,225 @@
+"""The Ray actor that fine-tunes policies: one base model, and every policy it was given in turn, whichever has its rollouts.
+
+While one policy updates, the shared rollout workers generate for another; within a policy every batch is on-policy.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from raywarp import losses, store
+from raywarp.adapted_model import INIT, AdaptedModel
+from raywarp.adapters import AdapterDelta, add, save_peft
+from raywarp.batch import Completion, collate
+from raywarp.config import Config
+from raywarp.data import Prompt
+from raywarp.policy import Policy
+from raywarp.rollout import AdapterPart, join, submit
+from raywarp.seeding import batch_indices, derive_seed
+
+KEPT_CHECKPOINTS = 2
+KL_CHUNK = 32  # completions per full-vocabulary pass: two of (32, T, V) float32 at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """One policy to fine-tune: i and m counted from 1, the key of its result, and the folder that gets it."""
+
+    iteration: int
+    index: int
+    key: str
+    folder: str
+
+    @property
+    def label(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "policy": self.index, "key": self.key}
+
+
+@dataclass
+class Progress:
+    """A job under way: its policy, the metrics of its steps so far, and the rollouts it waits for."""
+
+    job: Job
+    policy: Policy
+    metrics: list[dict[str, Any]]
+    prompts: list[Prompt] = field(default_factory=list)
+    adapter: list[AdapterPart] = field(default_factory=list)
+    rollouts: list[Any] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class PolicyActor:
+    """Holds the base across iterations. Its methods are called one at a time.
+
+    Args:
+        model: folder or hub id of the SFT model.
+        dtype: float32 or bfloat16.
+        threads: of torch on a CPU; None leaves torch's own choice.
+    """
+
+    def __init__(self, config: Config, model: str, dtype: str, threads: int | None):
+        self.config, self.source, self.dtype, self.threads = config, model, dtype, threads
+
+    def start(self) -> AdapterDelta:
+        """Load the base; returns the change of the SFT model, rank 0 in every adapted module.
+
+        Raises:
+            ConfigError: lora.target_modules does not fit the model.
+        """
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+        self.model = AdaptedModel(self.source, self.config.lora, getattr(torch, self.dtype), device, self.config.trust_remote_code)
+        return self.model.zero_delta()
+
+    def base_digests(self) -> dict[str, str]:
+        """Parameter name → hash of its bytes, to see that the base was never written."""
+        import hashlib
+
+        return {
+            name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+            for name, tensor in self.model.base_parameters()
+        }
+
+    def fine_tune(
+        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], workers: Sequence[Any], reward: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Train the jobs' policies to the end, yielding what happens: resumed (with the metrics so far), step, done.
+
+        Raises:
+            RewardError: from the reward, after a checkpoint of every policy here.
+        """
+        initial = ray.get(init.ref)
+        self.model.set_init(initial)
+        under_way = [self._start(job) for job in jobs]
+        try:
+            for progress in under_way:
+                yield {"event": "resumed", **progress.job.label, "step": progress.policy.step, "metrics": progress.metrics}
+            waiting = {self._request(p, init, prompts, workers, reward): p for p in under_way if self._unfinished(p)}
+            while waiting:
+                idle = time.perf_counter()
+                (scores,), _ = ray.wait(list(waiting), num_returns=1)
+                progress = waiting.pop(scores)
+                yield {"event": "step", **self._step(progress, ray.get(scores), time.perf_counter() - idle)}
+                if self._unfinished(progress):
+                    waiting[self._request(progress, init, prompts, workers, reward)] = progress
+            for progress in under_way:
+                self._finish(progress, initial)
+                yield {"event": "done", **progress.job.label}
+        except Exception:
+            for progress in under_way:
+                self._checkpoint(progress)
+            raise
+        finally:
+            for progress in under_way:
+                progress.policy.close()
+
+    def kl_to_sft(self, adapter: Sequence[AdapterPart], prompts: Sequence[Sequence[int]], *rollouts: Any) -> list[float]:
+        """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the adapter's parts.
+
+        Args:
+            prompts: token ids of N prompts.
+            rollouts: the workers' Rollouts for them, in order.
+        """
+        completions = join(rollouts, adapter)
+        if not adapter:
+            return [0.0] * len(completions)
+        self.model.set_init(add(*(ray.get(part.ref) for part in adapter)))
+        kl = []
+        for start in range(0, len(prompts), KL_CHUNK):
+            batch = collate(prompts[start : start + KL_CHUNK], completions[start : start + KL_CHUNK]).to(self.model.device)
+            policy, sft = self.model.logits(batch, [INIT]), self.model.logits(batch, [])
+            kl += losses.completion_kl(policy, sft, batch.mask, self.config.rollout.temperature).tolist()
+        return kl
+
+    def _start(self, job: Job) -> Progress:
+        policy = Policy(self.model, self.config, job.iteration, job.index)
+        progress = Progress(job, policy, [])
+        for folder in reversed(_checkpoints(job)):
+            if not store.is_sealed(folder):
+                continue
+            try:
+                policy.load_state(load_file(folder / "state.safetensors"))
+            except (SafetensorError, KeyError):
+                progress.policy = policy = Policy(self.model, self.config, job.iteration, job.index)
+                continue
+            progress.metrics = store.read_jsonl(folder / "metrics.jsonl")
+            progress.samples = store.read_jsonl(folder / "samples.jsonl")
+            break
+        return progress
+
+    def _unfinished(self, progress: Progress) -> bool:
+        return progress.policy.step < self.config.warp.steps
+
+    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], workers: Sequence[Any], reward: Any) -> Any:
+        """Ask for the next step's completions and their scores; the ref of the scores."""
+        job, step, group = progress.job, progress.policy.step, self.config.rollout.completions_per_prompt
+        order = derive_seed(self.config.seed, "prompts", job.iteration, job.index)
+        chosen = batch_indices(len(prompts), self.config.optim.batch_size // group, step, order)
+        progress.prompts = [prompts[i] for i in chosen for _ in range(group)]
+        seeds = [derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n) for n in range(self.config.optim.batch_size)]
+        progress.adapter = [init, AdapterPart.put(progress.policy.task_vector())]
+        progress.rollouts = submit(workers, [p.token_ids for p in progress.prompts], seeds, progress.adapter)
+        return reward.score_rollouts.remote([p.text for p in progress.prompts], [p.columns for p in progress.prompts], *progress.rollouts)
+
+    def _step(self, progress: Progress, scores: list[float], idle_seconds: float) -> dict[str, Any]:
+        rollouts = ray.get(progress.rollouts)
+        completions = join(rollouts, progress.adapter)
+        start, step = time.perf_counter(), progress.policy.step
+        batch = collate([p.token_ids for p in progress.prompts], completions)
+        measured = progress.policy.update(batch, torch.tensor(scores), completions, step % self.config.kl_to_sft_every == 0)
+        row = {
+            **progress.job.label,
+            "step": step,
+            **measured,
+            "tokens": sum(len(c.token_ids) for c in completions),
+            "rollout_seconds": max(r.seconds for r in rollouts),
+            "swap_seconds": max(r.swap_seconds for r in rollouts),
+            "wait_seconds": idle_seconds,
+            "update_seconds": time.perf_counter() - start,
+        }
+        progress.metrics.append(row)
+        progress.samples.append(_sample(step, progress.prompts, completions, scores))
+        if progress.policy.step % self.config.checkpoint_every == 0:
+            self._checkpoint(progress)
+        return row
+
+    def _checkpoint(self, progress: Progress) -> None:
+        """Everything up to the last finished step, beside the one before; older ones go."""
+        policy = progress.policy
+        folder = Path(progress.job.folder) / f"checkpoint-{policy.step:06d}"
+        if not policy.step or store.is_sealed(folder):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(policy.state(), folder / "state.safetensors")
+        store.write_jsonl(folder / "metrics.jsonl", progress.metrics)
+        store.write_jsonl(folder / "samples.jsonl", progress.samples)
+        store.seal(folder)
+        for old in _checkpoints(progress.job)[:-KEPT_CHECKPOINTS]:
+            store.remove(old)
+
+    def _finish(self, progress: Progress, init: AdapterDelta) -> None:
+        """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
+        folder = Path(progress.job.folder)
+        save_peft(add(init, progress.policy.task_vector()), folder)
+        store.write_jsonl(folder / "metrics.jsonl", progress.metrics)
+        store.write_jsonl(folder / "samples.jsonl", progress.samples)
+        store.seal(folder)
+        for old in _checkpoints(progress.job):
+            store.remove(old)
+
+
+def _checkpoints(job: Job) -> list[Path]:
+    return sorted(Path(job.folder).glob("checkpoint-*"))
+
+
+def _sample(step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]) -> dict[str, Any]:
+    """The step's first prompt with its completion and reward, for whoever wants to see the policy change."""
+    return {"step": step, "prompt": prompts[0].text, "completion": completions[0].text, "reward": scores[0]}

@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on: a live line per policy in a terminal, plain lines elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from raywarp.adapters import AdapterDelta
+from raywarp.averaging import geometry
+from raywarp.evaluation import Point
+from raywarp.policy_actor import Job
+from raywarp.report import front_table, print_samples
+from raywarp.run import Run
+
+PLAIN_EVERY = 5  # steps between the lines of a policy where there is no terminal
+
+
+class Bars:
+    """The policies of one iteration, as they advance."""
+
+    def __init__(self, console: Console, steps: int):
+        self.console, self.steps = console, steps
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+
+    def add(self, job: Job, finished: bool) -> None:
+        name, note = f"  iteration {job.iteration} policy {job.index}", "already done" if finished else "waiting for rollouts"
+        self.tasks[job.key] = self.live.add_task(name, total=self.steps, completed=self.steps if finished else 0, note=note)
+        if finished and not self.console.is_terminal:
+            self.console.print(f"{name}: already done ({job.key})")
+
+    def update(self, event: dict[str, Any]) -> None:
+        if event["event"] == "resumed":
+            self.live.update(self.tasks[event["key"]], completed=event["step"])
+            if event["step"]:
+                self.console.print(f"  iteration {event['iteration']} policy {event['policy']} continues at step {event['step']}")
+        if event["event"] != "step":
+            return
+        note = f"reward {event['reward']:+.2f}  KL to anchor {event['kl_anchor']:.2f}  {event['update_seconds']:.1f} s update"
+        self.live.update(self.tasks[event["key"]], completed=event["step"] + 1, note=note)
+        step = event["step"] + 1
+        if not self.console.is_terminal and (step % PLAIN_EVERY == 0 or step in (1, self.steps)):
+            self.console.print(f"  iteration {event['iteration']} policy {event['policy']} step {step}/{self.steps}  {note}")
+
+
+class Display:
+    """Everything that `train` says, on one console."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or _console()
+        self.start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.console.print(f"[{time.monotonic() - self.start:5.0f} s] {text}", highlight=False, markup=False)
+
+    @contextlib.contextmanager
+    def iteration(self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: int) -> Iterator[Bars]:
+        self.say(f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {steps} steps each")
+        bars = Bars(self.console, steps)
+        with bars.live:
+            for job in jobs:
+                bars.add(job, job not in missing)
+            yield bars
+
+    def merged(self, number: int, task_vectors: Sequence[AdapterDelta]) -> None:
+        blocks = geometry(task_vectors).values()
+        angles = sorted(angle for block in blocks for angle in block["angles"])
+        if angles:
+            spread = f"{angles[0]:.0f} to {angles[-1]:.0f} degrees, median {angles[len(angles) // 2]:.0f}"
+            self.say(f"iteration {number} merged; angles between task vectors: {spread}")
+        else:
+            self.say(f"iteration {number}: one policy, nothing to merge")
+
+    @contextlib.contextmanager
+    def evaluation(self, count: int) -> Iterator[Callable[[Point], None]]:
+        self.say(f"evaluating {count} points on held-out prompts")
+        bar = Progress(*Progress.get_default_columns(), console=self.console, disable=not self.console.is_terminal)
+        with bar:
+            task = bar.add_task("  evaluation", total=count)
+
+            def done(point: Point) -> None:
+                bar.advance(task)
+                if not self.console.is_terminal:
+                    self.say(f"  {point.name}: reward {point.reward:+.2f} at KL {point.kl:.2f}")
+
+            yield done
+
+    def front(self, run: Run) -> None:
+        front = run.front()
+        points = [Point(**point) for point in front["points"]]
+        chosen = next(point for point in points if point.name == front["chosen"])
+        self.console.print(front_table(points, chosen))
+        print_samples(self.console, run.samples(), list(dict.fromkeys(["sft", chosen.name, "slerp"])))
+        self.say(f"front: {run.folder / 'front.png'}")
+        self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
+
+
+def _console() -> Console:
+    """rich assumes 80 columns where there is no terminal (a job's log), too few for the front's table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

@@ -1,0 +1,43 @@
+"""`raywarp quickstart`: the embedded model, human ratings, reward stage, WARP and front, in minutes on two cores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raywarp.config import MINILM, SMOLLM2, SNIPPETS, Config, load_config
+from raywarp.progress import Display
+from raywarp.run import Run
+
+QUICKSTART: dict[str, Any] = {
+    "model": SMOLLM2,
+    "out": "runs/quickstart",
+    "prompts": {"dataset": SNIPPETS, "max_words": 4},
+    "preferences": {"dataset": SNIPPETS},
+    "reward_training": {"backbone": MINILM},
+    "control": {"function": "raywarp.embedded:vader"},
+    "lora": {"rank": 16, "alpha": 16.0},
+    "warp": {"iterations": 2, "policies": 2, "steps": 16, "ema_rate": 0.05, "liti_rate": 0.5, "kl_coef": 0.05},
+    "optim": {"lr": 1.0e-3, "batch_size": 16, "warmup_steps": 2},
+    "rollout": {"completions_per_prompt": 4, "max_new_tokens": 16},
+    "front": {"prompts": 128, "choose": {"max_kl": 8.0}},
+}
+
+
+def quickstart(overrides: Sequence[str] = ()) -> Run:
+    """Both stages one after the other; run again, it continues or shows what is there."""
+    from raywarp.reward_stage import reward
+    from raywarp.warp import train
+
+    config = load_config(QUICKSTART, overrides)
+    folder = str(Path(config.out) / "reward")
+    config = _with_reward(config, folder)
+    run, display = Run.open(config), Display()
+    run.save_config(config)
+    reward(config.model_copy(update={"out": folder}), display)
+    return train(config, display)
+
+
+def _with_reward(config: Config, folder: str) -> Config:
+    if config.reward.model or config.reward.function:
+        return config
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"model": folder})})

@@ -1,0 +1,46 @@
+"""The Ray actor that scores completions; wrapped by ray.remote where it is placed."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raywarp.config import RewardConfig
+from raywarp.rewards import load_reward
+
+if TYPE_CHECKING:
+    from raywarp.rollout import Rollout
+
+
+class RewardActor:
+    """Holds one reward for as long as a run lasts.
+
+    Args:
+        threads: of the CPU; None leaves Ray's choice.
+    """
+
+    def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None):
+        self.config, self.trust_remote_code = config, trust_remote_code
+        if threads:
+            torch.set_num_threads(threads)
+
+    def start(self) -> None:
+        """Load the reward. Raises what load_reward raises, which a constructor could not hand on."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.reward = load_reward(self.config, self.trust_remote_code, device)
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
+        """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
+        return self.reward.score(prompts, completions, columns)
+
+    def score_rollouts(self, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: "Rollout") -> list[float]:
+        """Scores of the rollout workers' completions, in order.
+
+        Args:
+            prompts: N texts.
+            columns: N rows with the other columns of each prompt.
+            rollouts: as the workers returned them; Ray fetches them here, so that the caller need not wait.
+        """
+        completions = [completion.text for rollout in rollouts for completion in rollout.completions]
+        names = columns[0] if columns else {}
+        return self.score(prompts, completions, {name: [row[name] for row in columns] for name in names})

@@ -1,0 +1,281 @@
+"""Reward models from preferences: Bradley–Terry training on Ray Train's TorchTrainer, resumable by the same command."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from transformers import AutoConfig
+
+from raywarp.bradley_terry import PairTrainer, accuracy_interval
+from raywarp.config import Config, ConfigError
+from raywarp.data import Preference, load_preferences, resolve_model
+from raywarp.hardware import CPU_ENV
+from raywarp.rewards import REWARD_FILE, RewardError, first_line, statistics
+from raywarp.store import append_jsonl, read_jsonl, write_json, write_jsonl
+
+WORK = ".ray_train"  # inside the model's folder, removed at success
+FREE_KEYS = {"reward_training.num_workers", "reward_training.use_gpu", "reward_training.sft_completions"}  # another value is no other model
+
+
+@dataclass(frozen=True)
+class RewardSummary:
+    """folder: loads by AutoModelForSequenceClassification. accuracy: pairwise, on `pairs` held-out test pairs; accuracy_ci: its 95 %
+    interval. best_step: the step whose weights were kept, of `steps`. already_complete: nothing was done.
+    """
+
+    folder: Path
+    accuracy: float
+    accuracy_ci: tuple[float, float]
+    pairs: int
+    steps: int
+    best_step: int
+    already_complete: bool
+
+
+def train_reward(config: Config) -> RewardSummary:
+    """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray must be initialised.
+
+    Raises:
+        ConfigError: wrong input, a folder that holds another model, or a cluster without the resources.
+        ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
+    """
+    out, settings = Path(config.out).absolute(), _settings(config)
+    if (out / REWARD_FILE).is_file():
+        stored = json.loads((out / REWARD_FILE).read_text())
+        _refuse_other(out, stored.get("settings", {}), settings)
+        print(f"reward model {out} is already complete", flush=True)
+        return _summary(out, already_complete=True)
+    if (out / WORK / "settings.json").is_file():
+        _refuse_other(out, json.loads((out / WORK / "settings.json").read_text()), settings)
+    elif (out / "config.json").exists():
+        raise ConfigError(f"out={config.out} holds a model that raywarp did not train; choose another folder")
+    use_gpu, backbone = _check_workers(config), _check_backbone(config)
+    splits = load_preferences(config.preferences, config.seed)
+    training = config.reward_training
+    test = splits.test[: training.test_pairs]
+    write_json(out / WORK / "settings.json", settings)
+    job = {
+        "config": config.model_dump(mode="json"),
+        "backbone": backbone,
+        "out": str(out),
+        "pairs": ray.put((splits.train, splits.validation[: training.eval_pairs], test)),
+    }
+    with _validations_printed(out / "metrics.jsonl", training.steps):
+        _fit(job, training.num_workers, use_gpu, out / WORK)
+    _publish(out)
+    return _summary(out)
+
+
+def save_standardisation(folder: str | Path, scores: Sequence[float]) -> tuple[float, float]:
+    """Write mean and standard deviation of raw scores (of SFT completions) into a reward model's reward.json; returns both.
+
+    Raises:
+        RewardError: fewer than two scores, one that is not finite, or all (nearly) the same.
+    """
+    path = Path(folder) / REWARD_FILE
+    values = torch.tensor(list(scores), dtype=torch.float64)
+    mean, std = (values.mean().item(), values.std().item()) if len(values) > 1 else (0.0, 0.0)
+    if not 1e-8 < std < float("inf"):
+        raise RewardError(f"cannot standardise {folder}: {len(values)} scores of SFT completions deviate by {std:.2g}, it must be above 0")
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)})
+    return mean, std
+
+
+def is_standardised(folder: str | Path) -> bool:
+    return statistics(str(folder)) is not None
+
+
+def _fit(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -> None:
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(  # type: ignore[call-arg]  # Ray 2.60 shows type checkers the class of its old API
+            name="run",
+            storage_path=str(work),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+            worker_runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", **({} if use_gpu else CPU_ENV)}},
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if wrong := _config_error(failure):
+                raise wrong from None
+        raise
+
+
+def _train_worker(job: dict[str, Any]) -> None:
+    """What every Ray Train worker runs: train, validate and checkpoint; the first one tests and writes the model."""
+    config, context, out = Config.model_validate(job["config"]), ray.train.get_context(), Path(job["out"])
+    settings, first, world = config.reward_training, context.get_world_rank() == 0, context.get_world_size()
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.cluster.threads or max(1, cores // context.get_local_world_size()))
+    train, validation, test = ray.get(job["pairs"])
+    trainer = PairTrainer(
+        settings, job["backbone"], train, config.seed, get_device(), config.trust_remote_code, context.get_world_rank(), world, _parallel
+    )
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            trainer.load(Path(folder))
+    metrics = out / "metrics.jsonl"
+    if first:
+        write_jsonl(metrics, [row for row in read_jsonl(metrics) if row["step"] <= trainer.step])
+    while trainer.step < settings.steps:
+        row = trainer.update()
+        if first:
+            append_jsonl(metrics, row)
+        if trainer.step % settings.eval_every == 0 or trainer.step == settings.steps:
+            _validate(trainer, validation, out, first)
+    if first:
+        _test_and_export(trainer, test, job["backbone"], config, out / WORK / "model")
+    ray.train.report({"step": trainer.step})  # also a barrier: nobody leaves before the model is written
+
+
+def _parallel(model: Any) -> Any:
+    if ray.train.get_context().get_world_size() == 1:
+        return model
+    return prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # several forward passes precede one backward
+
+
+def _validate(trainer: PairTrainer, pairs: Sequence[Preference], out: Path, first: bool) -> None:
+    if not first:
+        ray.train.report({"step": trainer.step})
+        return
+    row = trainer.validate(pairs)
+    with tempfile.TemporaryDirectory(dir=out / WORK) as folder:
+        trainer.save(Path(folder))
+        ray.train.report(row, checkpoint=Checkpoint.from_directory(folder))
+    append_jsonl(out / "metrics.jsonl", row)
+
+
+def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone: str, config: Config, folder: Path) -> None:
+    trainer.take_best()
+    chosen, rejected = trainer.scores(test)
+    correct = (chosen > rejected).tolist()
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer.export(folder)
+    report = {
+        "accuracy": sum(correct) / len(correct),
+        "accuracy_ci": accuracy_interval(test, correct),
+        "pairs": len(correct),
+        "backbone": config.reward_training.backbone,
+        "steps": config.reward_training.steps,
+        "best_step": trainer.best_step,
+        "validation": trainer.history,
+        "settings": _settings(config),
+    }
+    write_json(folder / REWARD_FILE, report)
+
+
+def _publish(out: Path) -> None:
+    """Move the finished model's files into their place, reward.json last: with it the folder counts as complete."""
+    files = sorted((out / WORK / "model").iterdir(), key=lambda path: path.name == REWARD_FILE)
+    for path in files:
+        path.replace(out / path.name)
+    shutil.rmtree(out / WORK)
+
+
+def _summary(out: Path, already_complete: bool = False) -> RewardSummary:
+    stored = json.loads((out / REWARD_FILE).read_text())
+    low, high = stored["accuracy_ci"]
+    return RewardSummary(out, stored["accuracy"], (low, high), stored["pairs"], stored["steps"], stored["best_step"], already_complete)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What decides the trained weights, by dotted key, as JSON gives it back."""
+    sections = {"preferences": config.preferences, "reward_training": config.reward_training}
+    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump(mode="json").items()}
+    return {"seed": config.seed} | {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{out} holds a reward model trained with {key}={old.get(key)}, and now {key}={new.get(key)}; "
+                "set out to another folder, or delete this one"
+            )
+
+
+def _check_workers(config: Config) -> bool:
+    """Whether the workers get GPUs; raises ConfigError where the cluster cannot hold them or the batch cannot be split."""
+    training, cluster = config.reward_training, ray.cluster_resources()
+    workers = training.num_workers
+    if training.batch_size % workers:
+        raise ConfigError(f"reward_training.batch_size={training.batch_size} is not a multiple of reward_training.num_workers={workers}")
+    use_gpu = training.use_gpu if training.use_gpu is not None else cluster.get("GPU", 0) >= 1
+    resource = "GPU" if use_gpu else "CPU"
+    if cluster.get(resource, 0) < workers:
+        raise ConfigError(
+            f"reward_training.num_workers={workers} needs {workers} {resource}s, the cluster has {cluster.get(resource, 0):g}; "
+            "lower num_workers or set reward_training.use_gpu"
+        )
+    return use_gpu
+
+
+def _check_backbone(config: Config) -> str:
+    """The backbone as a hub id or an absolute folder: Ray Train's workers run in a folder of their own."""
+    name = resolve_model(config.reward_training.backbone, what="reward_training.backbone")
+    name = str(Path(name).absolute()) if Path(name).is_dir() else name
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"reward_training.backbone={config.reward_training.backbone} cannot be loaded: {first_line(error)}") from None
+    return name
+
+
+@contextlib.contextmanager
+def _validations_printed(metrics: Path, steps: int) -> Iterator[None]:
+    """Follow the workers' metrics and print a line per validation; their own output does not reach this terminal."""
+    start, done, over = time.monotonic(), {int(row["step"]) for row in _validations(metrics)}, threading.Event()
+
+    def show() -> None:
+        for row in _validations(metrics):
+            if row["step"] not in done:
+                done.add(row["step"])
+                scores = f"validation accuracy {row['validation_accuracy']:.3f}  loss {row['validation_loss']:.3f}"
+                print(f"reward step {row['step']}/{steps}  {scores}  {time.monotonic() - start:.0f} s", flush=True)
+
+    def follow() -> None:
+        while not over.wait(0.5):
+            show()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        show()
+
+
+def _validations(metrics: Path) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(metrics) if "validation_accuracy" in row]
+
+
+def _config_error(failure: BaseException | None) -> ConfigError | None:
+    """The ConfigError that a worker raised, inside whatever Ray put around it."""
+    while failure is not None and not isinstance(failure, ConfigError):
+        failure = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure.__cause__
+    return failure
+
+
+__all__ = ["RewardSummary", "TrainingFailedError", "is_standardised", "save_standardisation", "train_reward"]

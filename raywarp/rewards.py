@@ -1,0 +1,285 @@
+"""What scores completions: a one-label sequence classifier, or a Python function of the user's.
+
+Both are called as `score(prompts, completions, **columns) -> list[float]`: lists of N texts, and for every other column of the
+prompts' dataset a list of N values.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from raywarp.config import ConfigError, RewardConfig
+from raywarp.data import resolve_model
+from raywarp.hardware import supports_bf16
+from raywarp.store import content_key, folder_fingerprint
+
+Score = Callable[..., Any]
+REWARD_FILE = "reward.json"
+MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
+SHOWN = 200  # characters of a prompt or completion in an error
+
+
+class RewardError(RuntimeError):
+    """A reward failed or returned something other than one finite number per completion; the message shows the text."""
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int) -> Any:
+    """Token ids and attention mask of prompt + completion, (N, longest), right-padded.
+
+    A text above max_length tokens (or above what the tokenizer says its model takes) loses its beginning: the completion is kept.
+    """
+    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    length = min(max_length, tokenizer.model_max_length)
+    return tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+
+
+def classify(model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, batch_size: int) -> Tensor:
+    """The classifier's scores, (N,) float32 on its device, with a gradient if autograd is on: training and scoring both call this.
+
+    Texts of similar length share a forward pass of at most batch_size, which saves most of the padding.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(completions)), key=lambda n: len(prompts[n]) + len(completions[n]))
+    parts = []
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = encode(tokenizer, [prompts[n] for n in chosen], [completions[n] for n in chosen], max_length)
+        parts.append(model(**batch.to(device)).logits[:, 0].float())
+    place = torch.empty(len(order), dtype=torch.long, device=device)
+    place[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
+    return torch.cat(parts)[place]
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """A model's tokenizer; where it has no padding token (GPT-2's has none) its EOS pads, behind the attention mask.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has neither token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"the tokenizer of {name} has neither a padding nor an EOS token, so texts cannot be batched")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_classifier(name: str, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError where the model (folder or hub id) cannot be read or has not exactly one label; loads no weights."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
+    if config.num_labels != 1:
+        raise ConfigError(
+            f"the reward model {name} has num_labels={config.num_labels}, a reward needs 1: "
+            "a sequence classifier with one score, such as the folder that `raywarp reward` writes"
+        )
+
+
+class ClassifierReward:
+    """A one-label AutoModelForSequenceClassification that scores prompt + completion.
+
+    Args:
+        name: folder or hub id, already resolved.
+        max_length: tokens per text; see encode.
+        batch_size: texts per forward pass.
+
+    Raises:
+        ConfigError: not loadable, or not one label.
+    """
+
+    def __init__(
+        self, name: str, max_length: int = 256, batch_size: int = 64, trust_remote_code: bool = False, device: str | torch.device = "cpu"
+    ):
+        check_classifier(name, trust_remote_code)
+        self.max_length, self.batch_size = max_length, batch_size
+        self.tokenizer = load_tokenizer(name, trust_remote_code)
+        dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
+        if model.config.pad_token_id is None:  # a decoder's classifier reads the last token that is not this one
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = model.to(device).eval()
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Raw scores, in the order of the completions."""
+        if not completions:
+            return []
+        with torch.inference_mode():
+            scores = classify(self.model, self.tokenizer, prompts, completions, self.max_length, self.batch_size)
+        return [float(score) for score in scores.tolist()]
+
+
+class Reward:
+    """A source of scores with its standardisation, whose results are checked.
+
+    Args:
+        name: how errors call it.
+        function: score(prompts, completions, **columns).
+        mean, std: the score returned is (raw - mean) / std.
+        source: file of a user's function; errors then point to its line.
+    """
+
+    def __init__(self, name: str, function: Score, mean: float = 0.0, std: float = 1.0, source: str | None = None):
+        self.name, self.function, self.mean, self.std, self.source = name, function, mean, std, source
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
+        """One standardised score per completion.
+
+        Args:
+            columns: per column of the dataset a list as long as the prompts; `prompts` and `completions` are not passed on.
+
+        Raises:
+            RewardError: the function raised, or did not return one finite number per completion.
+        """
+        if not completions:
+            return []
+        extra = {key: list(values) for key, values in (columns or {}).items() if key not in ("prompts", "completions")}
+        try:
+            result = self.function(list(prompts), list(completions), **extra)
+        except Exception as error:
+            place = _place(error, self.source)
+            raise self._error(f"raised {type(error).__name__}: {error}{place}; the batch begins with", prompts[0], completions[0]) from None
+        return [(raw - self.mean) / self.std for raw in self._checked(result, prompts, completions)]
+
+    def _checked(self, result: Any, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        values = result.tolist() if hasattr(result, "tolist") else result
+        if not isinstance(values, list | tuple):
+            raise self._error(f"returned {type(result).__name__}, not a list of floats, for", prompts[0], completions[0])
+        if len(values) != len(completions):
+            problem = f"returned {len(values)} scores for {len(completions)} completions, the first of them"
+            raise self._error(problem, prompts[0], completions[0])
+        scores = []
+        for value, prompt, completion in zip(values, prompts, completions, strict=True):
+            number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+            if not isinstance(number, Real) or not math.isfinite(number):
+                raise self._error(f"returned {_short(repr(value), 60)}, not a finite number, for", prompt, completion)
+            scores.append(float(number))
+        return scores
+
+    def _error(self, problem: str, prompt: str, completion: str) -> RewardError:
+        return RewardError(f"reward {self.name} {problem}\n  prompt: {_short(prompt)!r}\n  completion: {_short(completion)!r}")
+
+
+def load_function(path: str) -> Score:
+    """The callable that `module:function` names; modules are looked for in the current directory too.
+
+    Raises:
+        ConfigError: not of that form, not importable, no such attribute, or not callable.
+    """
+    module_name, separator, name = path.partition(":")
+    if not (separator and module_name and name):
+        raise ConfigError(f"the reward function '{path}' is not of the form module:function, for example my_rewards:score")
+    found: Any = _import(module_name)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"the module {module_name} has no '{name}', which the reward function '{path}' asks for")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"the reward function '{path}' is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: str | torch.device = "cpu") -> Reward:
+    """The reward that a configuration names, standardised where it says so.
+
+    Raises:
+        ConfigError: neither model nor function, one that cannot be loaded, or standardise=true where no statistics are stored.
+    """
+    if config.function:
+        if config.standardise:
+            raise ConfigError(f"reward.standardise=true: the function {config.function} has no stored mean and deviation to scale by")
+        function = load_function(config.function)
+        return Reward(config.function, function, source=_source_file(function))
+    if not config.model:
+        raise ConfigError("there is no reward: set reward.model or reward.function")
+    name = resolve_model(config.model, what="reward model")
+    stored = statistics(name)
+    if config.standardise and stored is None:
+        raise ConfigError(f"reward.standardise=true: {config.model} has no {REWARD_FILE} with score_mean and score_std")
+    mean, std = stored if stored and config.standardise is not False else (0.0, 1.0)
+    classifier = ClassifierReward(name, config.max_length, config.batch_size, trust_remote_code, device)
+    return Reward(config.model, classifier.score, mean, std)
+
+
+def fingerprint(config: RewardConfig) -> str:
+    """A hash of everything that decides a score: a folder's files, a hub id's commit, a function's module source and version."""
+    settings: dict[str, Any] = {"version": config.version}
+    if config.function:
+        module = _import(config.function.partition(":")[0])
+        source = inspect.getsourcefile(module) if getattr(module, "__file__", None) else None
+        settings |= {"function": config.function, "source": Path(source).read_text() if source else None}
+    elif config.model:
+        name = resolve_model(config.model, what="reward model")
+        settings |= {"max_length": config.max_length, "standardise": config.standardise, "model": _model_fingerprint(name)}
+    return content_key(settings)
+
+
+def _model_fingerprint(name: str) -> str:
+    if Path(name).is_dir():
+        return folder_fingerprint(Path(name), MODEL_FILES)
+    cached = try_to_load_from_cache(name, "config.json")
+    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else name
+
+
+def statistics(name: str) -> tuple[float, float] | None:
+    """Mean and standard deviation of the score over SFT completions, where a model's folder has them."""
+    path = Path(name) / REWARD_FILE
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    return (stored["score_mean"], stored["score_std"]) if "score_mean" in stored else None
+
+
+def _import(module_name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the reward module '{module_name}' cannot be imported ({what}); looked in {os.getcwd()} and sys.path") from None
+
+
+def _source_file(function: Score) -> str | None:
+    try:
+        return inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        return None
+
+
+def _place(error: BaseException, source: str | None) -> str:
+    """The file:line, in brackets, of the deepest frame in the user's own file, else of the deepest frame."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
+    own = [frame for frame in frames if frame.filename == source] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+def _short(text: str, length: int = SHOWN) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's long message comes to."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,132 @@
+"""The driver: Algorithm 1 of WARP (Ramé et al. 2024).
+
+    init ← SFT
+    for each of I iterations:
+        M policies are fine-tuned from init, each against its own EMA     (stage 1, policy_actor.py)
+        merged ← init + slerp of their task vectors, per block            (stage 2, averaging.py)
+        init ← (1 − η)·init + η·merged                                    (stage 3)
+    the front: (1 − η)·SFT + η·merged for 0 ≤ η ≤ 1
+
+Every change is kept as LoRA factors relative to the SFT model; its base weights are never written.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from raywarp import evaluation, store
+from raywarp.adapters import AdapterDelta, add, load_peft, scale, trailing
+from raywarp.averaging import liti, slerp
+from raywarp.config import Config
+from raywarp.data import PromptSplits
+from raywarp.inputs import prepare
+from raywarp.policy_actor import Job
+from raywarp.progress import Display
+from raywarp.report import plot_front
+from raywarp.reward_stage import standardise_in_run
+from raywarp.run import Run
+from raywarp.session import Session, start_ray
+
+ALGORITHM_VERSION = 1  # part of every key: raise it when the same settings no longer give the same policy
+
+
+def train(config: Config, display: Display | None = None) -> Run:
+    """Run WARP, or continue it: what the folder `out` already holds is not computed again.
+
+    Raises:
+        ConfigError: the input is wrong; nothing was started.
+        RewardError: the reward failed or was not a finite number; what was done is kept.
+    """
+    display = display or Display()
+    inputs = prepare(config)
+    run = Run.open(config)
+    start_ray()
+    with Session(config, inputs.model, inputs.longest_prompt) as session:
+        run.save_config(config)
+        statistics = standardise_in_run(session, run, config, inputs.prompts.train)
+        init, init_key = session.zero, "sft"
+        for iteration in range(1, config.warp.iterations + 1):
+            keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
+            policies = fine_tune(session, run, config, inputs.prompts, display, iteration, keys, init)
+            merged = add(init, slerp(policies))
+            run.save_iteration(iteration, init, merged, keys, policies)
+            display.merged(iteration, policies)
+            if iteration < config.warp.iterations:
+                init = liti(init, merged, config.warp.liti_rate)
+                init_key = store.content_key({"parents": [init_key, *keys], "merge": "slerp", "liti_rate": config.warp.liti_rate})
+        front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
+        save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
+    return run
+
+
+def fine_tune(
+    session: Session,
+    run: Run,
+    config: Config,
+    prompts: PromptSplits,
+    display: Display,
+    iteration: int,
+    keys: Sequence[str],
+    init: AdapterDelta,
+) -> list[AdapterDelta]:
+    """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained."""
+    jobs = [Job(iteration, m, key, str(run.policy_folder(key))) for m, key in enumerate(keys, start=1)]
+    missing = [job for job in jobs if not run.policy_done(job.key)]
+    for job in jobs:
+        if job not in missing:
+            run.set_policy_metrics(job.key, store.read_jsonl(run.policy_folder(job.key) / "metrics.jsonl"))
+    with display.iteration(iteration, jobs, missing, config.warp.steps) as bars:
+        for event in session.fine_tune(missing, init, prompts.train):
+            if event["event"] == "resumed":
+                run.set_policy_metrics(event["key"], event["metrics"])
+            elif event["event"] == "step":
+                run.add_metrics({name: value for name, value in event.items() if name != "event"})
+            bars.update(event)
+    return [trailing(load_peft(run.policy_folder(key)), config.lora.rank) for key in keys]
+
+
+def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:
+    """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the cluster, not worker counts).
+
+    Args:
+        inputs: fingerprints of base, prompts and reward, and the numerical settings.
+        init_key: "sft", or the hash of what the iteration's init was made from.
+    """
+    warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
+    rollout = config.rollout.model_dump(include={"completions_per_prompt", "max_new_tokens", "temperature", "missing_eos_penalty"})
+    shared = {
+        "algorithm": ALGORITHM_VERSION,
+        "init": init_key,
+        "inputs": dict(inputs),
+        "lora": config.lora.model_dump(),
+        "optim": config.optim.model_dump(),
+        "warp": warp,
+        "rollout": rollout,
+        "seed": config.seed,
+        "iteration": iteration,
+    }
+    return [store.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
+
+
+def save_front(
+    session: Session,
+    run: Run,
+    config: Config,
+    prompts: PromptSplits,
+    display: Display,
+    init: AdapterDelta,
+    policies: Sequence[AdapterDelta],
+    key: str,
+) -> None:
+    """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/."""
+    if run.has_front(key):
+        return display.front(run)
+    points = evaluation.candidates(init, policies, evaluation.wanted_etas(config))
+    with display.evaluation(len(points)) as done:
+        results = evaluation.evaluate(session, config, points, prompts.held_out, done)
+    measured = [point for point, _ in results]
+    chosen = evaluation.choose(measured, config.front.choose)
+    merged = points[-1].delta or init
+    run.save_adapter(scale(merged, chosen.eta or 0.0))
+    store.write_json(run.folder / "samples.json", evaluation.sample_rows(results, prompts.held_out, config.front))
+    plot_front(measured, chosen, run.folder / "front.png", f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}")
+    run.save_front({"key": key, **evaluation.front_json(measured, chosen, config)})
+    display.front(run)

@@ -1,0 +1,109 @@
+"""Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for all tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_TRAIN_V2_ENABLED="1", RAY_AUTH_MODE="token"
+)
+
+from raywarp.adapters import AdapterDelta, Factors
+
+WORDS = (
+    *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
+    *("very", "not", "movie", "this", "it", "I", "liked", "hated", "fine", "dull"),
+)
+
+
+def random_delta(
+    seed: int, ranks: tuple[int, ...] = (3, 2, 4, 1), sizes: tuple[tuple[int, int], ...] = ((6, 5), (4, 6), (5, 5), (7, 4))
+) -> AdapterDelta:
+    """Two blocks of two modules each, unequal ranks and sizes, float64 unless cast."""
+    names = ("model.layers.0.attn.q", "model.layers.0.mlp.up", "model.layers.1.attn.q", "model.layers.1.mlp.up")
+    g = torch.Generator().manual_seed(seed)
+    factors = {
+        name: Factors(torch.randn(out, r, generator=g, dtype=torch.float64), torch.randn(r, inp, generator=g, dtype=torch.float64))
+        for name, r, (out, inp) in zip(names, ranks, sizes, strict=True)
+    }
+    return AdapterDelta(factors)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer with a chat template, one BOS in front, EOS never appended."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """2 layers, 64 wide, grouped-query attention: small enough to train in a test, real enough for vLLM."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=3 + len(WORDS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
+    """Conv1D weights and the dropout of 0.1 that GPT-2 ships."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=3 + len(WORDS), n_embd=64, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2, initializer_range=0.2
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray of this test session's own, with its own home and temporary folder."""
+    import tempfile
+
+    import ray
+
+    home = tmp_path_factory.mktemp("home")
+    os.environ["HOME"] = str(home)
+    with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:  # short: it becomes a socket's path
+        os.environ["RAY_TMPDIR"] = folder
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield ray
+        ray.shutdown()

@@ -1,0 +1,216 @@
+import json
+import math
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+from raywarp.config import ConfigError, RewardConfig
+from raywarp.reward_actor import RewardActor
+from raywarp.reward_training import is_standardised, save_standardisation
+from raywarp.rewards import ClassifierReward, Reward, RewardError, classify, encode, fingerprint, load_function, load_reward
+from raywarp.rollout import Completion, Rollout
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
+
+
+def build_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
+    vocabulary = {word: n for n, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    named = {"pad_token": "[PAD]"} if pad else {}
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="[SEP]", model_max_length=64, **named)
+
+
+def build_bert(folder: Path, labels: int = 1) -> Path:
+    """A random two-layer BERT classifier, as a folder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), num_labels=labels, **sizes))
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return build_bert(tmp_path_factory.mktemp("bert"))
+
+
+def scored_by(function) -> Reward:
+    return Reward("mine:score", function, source=__file__)
+
+
+def test_truncation_keeps_the_completion_and_drops_the_beginning_of_the_prompt():
+    ids = encode(build_tokenizer(), ["the film was a plot "], ["good bad"], max_length=5)["input_ids"]
+    assert [WORDS[i] for i in ids[0]] == ["[CLS]", "plot", "good", "bad", "[SEP]"]
+
+
+def test_texts_are_padded_on_the_right():
+    batch = encode(build_tokenizer(), ["", ""], ["good", "good film"], max_length=8)
+    assert batch["input_ids"].tolist() == [[2, 4, 3, 0], [2, 4, 6, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_scores_come_back_in_order_and_do_not_depend_on_the_batch(bert):
+    texts = ["good", "the film was a good good film", "bad plot", "", "a bad bad bad plot was the film"]
+    together, alone = ClassifierReward(str(bert), batch_size=2), ClassifierReward(str(bert), batch_size=1)
+    expected = [alone.score([""], [text])[0] for text in texts]
+    assert together.score([""] * 5, texts) == pytest.approx(expected, abs=1e-5)
+    assert len(set(expected)) == 5
+    assert together.score([], []) == []
+
+
+def test_scoring_is_the_function_that_training_differentiates(bert):
+    reward = ClassifierReward(str(bert), batch_size=3)
+    scores = classify(reward.model, reward.tokenizer, ["the "] * 3, ["good", "bad", "a film"], 256, 8)
+    assert scores.requires_grad
+    assert reward.score(["the "] * 3, ["good", "bad", "a film"]) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_a_decoder_without_padding_token_scores_the_last_real_token(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=64, n_embd=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=None)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    build_tokenizer(pad=False).save_pretrained(tmp_path)
+    reward = ClassifierReward(str(tmp_path))
+    short = reward.score([""], ["good"])[0]
+    assert reward.score(["", ""], ["good", "the film was a good film"])[0] == pytest.approx(short, abs=1e-5)
+
+
+def test_a_classifier_with_two_labels_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="num_labels=2, a reward needs 1"):
+        ClassifierReward(str(build_bert(tmp_path, labels=2)))
+
+
+def test_a_model_is_standardised_by_what_its_folder_says(tmp_path):
+    folder = str(build_bert(tmp_path))
+    raw = load_reward(RewardConfig(model=folder)).score(["", ""], ["good", "bad"])
+    with pytest.raises(ConfigError, match=r"has no reward\.json with score_mean"):
+        load_reward(RewardConfig(model=folder, standardise=True))
+    assert not is_standardised(folder)
+    assert save_standardisation(folder, [1.0, 3.0, 5.0]) == (3.0, 2.0)
+    assert is_standardised(folder)
+    assert load_reward(RewardConfig(model=folder)).score(["", ""], ["good", "bad"]) == pytest.approx([(r - 3) / 2 for r in raw])
+    assert load_reward(RewardConfig(model=folder, standardise=False)).score(["", ""], ["good", "bad"]) == raw
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan], [1.0, math.inf]])
+def test_scores_that_cannot_standardise_are_refused(tmp_path, scores):
+    (tmp_path / "reward.json").write_text(json.dumps({"accuracy": 0.8}))
+    with pytest.raises(RewardError, match="cannot standardise"):
+        save_standardisation(tmp_path, scores)
+    assert json.loads((tmp_path / "reward.json").read_text()) == {"accuracy": 0.8}
+
+
+def test_a_function_gets_the_columns_and_may_return_numpy_or_tensors():
+    def score(prompts, completions, stars):
+        return torch.tensor([len(c) * s for c, s in zip(completions, stars, strict=True)], dtype=torch.float64).numpy()
+
+    assert scored_by(score).score(["x", "y"], ["ab", "c"], {"stars": [2, 5], "prompts": [0, 0]}) == [4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "problem", "shown"),
+    [
+        ([1.0], "returned 1 scores for 2 completions", "first"),
+        ([1.0, math.nan], "returned nan, not a finite number", "second"),
+        ([math.inf, 1.0], "returned inf, not a finite number", "first"),
+        ([1.0, "3"], "returned '3', not a finite number", "second"),
+        ([1.0, None], "returned None, not a finite number", "second"),
+        (None, "returned NoneType, not a list", "first"),
+    ],
+)
+def test_a_wrong_result_names_the_problem_and_shows_the_text(result, problem, shown):
+    reward = scored_by(lambda prompts, completions: result)
+    with pytest.raises(RewardError) as caught:
+        reward.score(["p" * 500, "p" * 500], ["the first", "the second"])
+    message = str(pickle.loads(pickle.dumps(caught.value)))
+    assert "mine:score" in message
+    assert problem in message
+    assert f"the {shown}" in message
+    assert "p" * 199 + "…" in message
+    assert "p" * 201 not in message
+
+
+def test_an_exception_of_the_function_comes_with_its_line():
+    def score(prompts, completions):
+        return [json.loads(c) for c in completions]
+
+    with pytest.raises(RewardError) as caught:
+        scored_by(score).score(["the prompt"], ["{no json"])
+    message = str(pickle.loads(pickle.dumps(caught.value)))
+    line = score.__code__.co_firstlineno + 1
+    assert "raised JSONDecodeError" in message
+    assert f"({__file__}:{line})" in message
+    assert "the prompt" in message
+    assert "{no json" in message
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """A module of the user's in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "users_rewards.py"
+    path.write_text("number = 3\ndef score(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    yield path
+    sys.modules.pop("users_rewards", None)
+
+
+def test_a_function_in_the_current_directory_is_found(user_module):
+    assert load_reward(RewardConfig(function="users_rewards:score")).score([""], ["four"]) == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("users_rewards", "not of the form module:function"),
+        ("no_such_module:score", "cannot be imported"),
+        ("users_rewards:scores", "has no 'scores'"),
+        ("users_rewards:number", "is a int, not a function"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_the_users_error(user_module, path, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_function(path)
+
+
+def test_a_function_is_not_standardised():
+    with pytest.raises(ConfigError, match="no stored mean"):
+        load_reward(RewardConfig(function="math:sqrt", standardise=True))
+
+
+def test_the_fingerprint_of_a_function_follows_its_source_and_version(user_module):
+    first = fingerprint(RewardConfig(function="users_rewards:score"))
+    assert fingerprint(RewardConfig(function="users_rewards:score")) == first
+    assert fingerprint(RewardConfig(function="users_rewards:score", version="2")) != first
+    user_module.write_text(user_module.read_text() + "# changed\n")
+    assert fingerprint(RewardConfig(function="users_rewards:score")) != first
+
+
+def test_the_fingerprint_of_a_model_follows_its_weights_and_statistics(tmp_path):
+    config = RewardConfig(model=str(build_bert(tmp_path)))
+    prints = [fingerprint(config)]
+    (tmp_path / "README.md").write_text("no part of the model")
+    assert fingerprint(config) == prints[0]
+    save_standardisation(tmp_path, [0.0, 1.0])
+    prints.append(fingerprint(config))
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    prints.append(fingerprint(config))
+    assert len(set(prints)) == 3
+
+
+def test_the_actor_scores_the_workers_rollouts_with_their_columns(user_module):
+    user_module.write_text("def score(prompts, completions, bonus):\n    return [len(c) + b for c, b in zip(completions, bonus)]\n")
+    actor = RewardActor(RewardConfig(function="users_rewards:score"))
+    actor.start()
+    rollouts = [Rollout([Completion((1,), (0.0,), text, True)], ()) for text in ("a", "bcd")]
+    assert actor.score_rollouts(["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]

@@ -1,0 +1,186 @@
+"""The whole of WARP, for real: a tiny Llama, Ray actors, the vLLM engine; I = 2, M = 3."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import WORDS
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raywarp import store
+from raywarp.adapters import dense, digest, load_peft, subtract
+from raywarp.config import Config, parse_config
+from raywarp.rewards import RewardError
+from raywarp.run import Run
+from raywarp.warp import train
+
+REWARD = '''
+"""Counts good words; returns NaN from its Nth call on while the file `broken` says N."""
+import pathlib
+
+HERE = pathlib.Path(__file__).parent
+CALLS = [0]
+
+def score(prompts, completions, **columns):
+    CALLS[0] += 1
+    broken = HERE / "broken"
+    if broken.exists() and CALLS[0] >= int(broken.read_text()):
+        return [float("nan")] * len(completions)
+    return [float(text.split().count("good")) for text in completions]
+'''
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[Path]:
+    """A user's folder with a reward module and prompts; it is the working directory, as it is for a user."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "count_good.py").write_text(REWARD)
+    rows = [{"text": f"{a} {b} {c}", "id": n} for n, (a, b, c) in enumerate(zip(WORDS, WORDS[3:], WORDS[7:], strict=False))]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def settings(project: Path, tiny_llama: Path, out: str, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "model": str(tiny_llama),
+        "dtype": "float32",
+        "out": str(project / out),
+        "prompts": {"dataset": str(project / "prompts.jsonl")},
+        "reward": {"function": "count_good:score"},
+        "control": {"function": "raywarp.embedded:vader"},
+        "lora": {"rank": 2, "alpha": 4},
+        "warp": {"iterations": 2, "policies": 3, "steps": 6, "ema_rate": 0.2, "liti_rate": 0.5, "kl_coef": 0.02},
+        "optim": {"lr": 0.03, "batch_size": 16, "warmup_steps": 1},
+        "rollout": {"completions_per_prompt": 4, "max_new_tokens": 6, "temperature": 1.0},
+        "cluster": {"policy_actors": 2, "threads": 1},
+        "front": {"prompts": 4, "completions_per_prompt": 8, "etas": [0, 0.5, 1], "choose": {"eta": 0.5}, "samples": 2},
+        "checkpoint_every": 2,
+        "kl_to_sft_every": 3,
+    }
+    for section, values in changes.items():
+        tree[section] = {**tree[section], **values}
+    return parse_config(tree)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: Any, project: Path, tiny_llama: Path) -> Run:
+    return train(settings(project, tiny_llama, "run"))
+
+
+def policies_of(run: Run, iteration: int) -> list[str]:
+    names: list[str] = json.loads((run.folder / "iterations" / str(iteration) / "policies.json").read_text())
+    return names
+
+
+def test_the_folder_holds_what_the_readme_says(finished: Run) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "policies", "iterations", "front.json", "front.png", "adapter"} <= names
+    assert yaml.safe_load((finished.folder / "config.yaml").read_text())["warp"]["policies"] == 3
+    for iteration in (1, 2):
+        assert len(policies_of(finished, iteration)) == 3
+        assert all((finished.folder / name / "adapter_model.safetensors").is_file() for name in policies_of(finished, iteration))
+
+
+def test_metrics_have_each_step_once(finished: Run) -> None:
+    rows = finished.metrics()
+    steps = sorted((row["iteration"], row["policy"], row["step"]) for row in rows)
+    assert steps == [(i, m, t) for i in (1, 2) for m in (1, 2, 3) for t in range(6)]
+    needed = {"reward", "kl_anchor", "entropy", "length", "eos_rate", "grad_norm", "sampler_gap", "rollout_seconds", "update_seconds"}
+    assert all(needed <= row.keys() for row in rows)
+    assert all(("kl_sft" in row) == (row["step"] % 3 == 0) for row in rows)
+    assert max(row["sampler_gap"] for row in rows) < 1e-3  # trainer and sampler agree, through every swap of adapters
+    assert all(row["kl_anchor"] == pytest.approx(0, abs=1e-4) for row in rows if row["step"] == 0)
+
+
+def test_training_and_merging_raise_the_reward(finished: Run) -> None:
+    points = {point["name"]: point for point in finished.front()["points"]}
+    assert list(points) == ["sft", "policy 1", "policy 2", "policy 3", "lerp", "liti 0.5", "slerp"]
+    assert points["slerp"]["reward"] > points["sft"]["reward"] + points["slerp"]["reward_ci"] + points["sft"]["reward_ci"]
+    assert 0 == points["sft"]["kl"] < points["liti 0.5"]["kl"] < points["slerp"]["kl"]
+    assert [points[name]["eta"] for name in ("sft", "liti 0.5", "slerp", "lerp", "policy 1")] == [0, 0.5, 1, None, None]
+    assert all(isinstance(point["control"], float) for point in points.values())
+
+
+def test_merges_and_inits_are_the_algorithms(finished: Run) -> None:
+    """merged = init + slerp(θ_m − init) per block and init' = (1−η)·init + η·merged, recomputed densely from the folders."""
+    eta, previous = 0.5, None
+    for iteration in (1, 2):
+        folder = finished.folder / "iterations" / str(iteration)
+        init, merged = load_peft(folder / "init"), load_peft(folder / "merged")
+        vectors = [subtract(load_peft(finished.folder / name), init) for name in policies_of(finished, iteration)]
+        for modules in init.blocks().values():
+            deltas = [torch.cat([dense(v.factors[m]).flatten() for m in modules]) for v in vectors]
+            mean = dense_mean(deltas)
+            found = torch.cat([(dense(merged.factors[m]) - dense(init.factors[m])).flatten() for m in modules])
+            torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-6)
+        if previous is None:
+            assert all(dense(f).abs().max() == 0 for f in init.factors.values())
+        else:
+            for module, f in init.factors.items():
+                expected = (1 - eta) * dense(previous[0].factors[module]) + eta * dense(previous[1].factors[module])
+                torch.testing.assert_close(dense(f), expected, rtol=1e-5, atol=1e-6)
+        previous = (init, merged)
+
+
+def dense_mean(deltas: list[torch.Tensor]) -> torch.Tensor:
+    """slerp_m = slerp(slerp_{m−1}, δ_m, 1/m), on plain vectors."""
+    mean = deltas[0]
+    for m, delta in enumerate(deltas[1:], start=2):
+        angle = torch.acos(mean @ delta / (mean.norm() * delta.norm()))
+        mean = (torch.sin((1 - 1 / m) * angle) * mean + torch.sin(angle / m) * delta) / torch.sin(angle)
+    return mean
+
+
+def test_the_chosen_adapter_loads_with_peft_and_is_the_dense_model(finished: Run, tiny_llama: Path) -> None:
+    ids = torch.arange(3, 20)[None]
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(finished.folder / "adapter")).eval()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    merged = load_peft(finished.folder / "iterations" / "2" / "merged")
+    for module, f in merged.factors.items():
+        plain.get_submodule(module).weight.data += 0.5 * dense(f).float()
+    torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_failing_reward_keeps_what_was_done_and_the_same_command_continues(finished: Run, project: Path, tiny_llama: Path) -> None:
+    """NaN in the middle of iteration 1, then the rest: adapters bit-equal to the run that nothing disturbed, each step once."""
+    config = settings(project, tiny_llama, "broken_run", warp={"iterations": 1})
+    (project / "broken").write_text("11")
+    with pytest.raises(RewardError, match=r"(?s)count_good:score returned nan.*prompt: '.*completion: '"):
+        train(config)
+    (project / "broken").unlink()
+    run = Run(Path(config.out))
+    kept = run.metrics()
+    assert 0 < len(kept) < 18
+    assert list(run.folder.glob("policies/*/checkpoint-*/manifest.json"))
+    train(config)
+    assert sorted((row["policy"], row["step"]) for row in run.metrics()) == [(m, t) for m in (1, 2, 3) for t in range(6)]
+    assert [row for row in run.metrics() if row in kept] == sorted(kept, key=run.metrics().index)
+    for ours, theirs in zip(policies_of(run, 1), policies_of(finished, 1), strict=True):
+        assert ours == theirs  # the same key
+        assert digest(load_peft(run.folder / ours)) == digest(load_peft(finished.folder / theirs))
+
+
+def test_what_is_stored_is_not_trained_again(finished: Run, project: Path, tiny_llama: Path) -> None:
+    """One policy lost, one damaged: only these two are trained again, to the same bits, and the merge stays what it was."""
+    config = settings(project, tiny_llama, "run")
+    lost, damaged = policies_of(finished, 2)[1:]
+    before = {name: digest(load_peft(finished.folder / name)) for name in (lost, damaged)}
+    metrics = finished.metrics()
+    store.remove(finished.folder / lost)
+    weights = finished.folder / damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    kept = finished.folder / policies_of(finished, 1)[0] / "manifest.json"
+    time_of_kept = kept.stat().st_mtime_ns
+    train(config)
+    assert {name: digest(load_peft(finished.folder / name)) for name in (lost, damaged)} == before
+    assert kept.stat().st_mtime_ns == time_of_kept
+    assert len(finished.metrics()) == len(metrics)
