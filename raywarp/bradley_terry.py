@@ -20,18 +20,19 @@ from transformers.utils import logging as transformers_logging
 
 from raywarp.config import ConfigError, RewardTrainingConfig
 from raywarp.data import Preference
+from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
 from raywarp.rewards import classify, first_line, load_tokenizer
 from raywarp.seeding import derive_seed
 from raywarp.store import write_json
 
-CPU_GROUP = 8  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
+CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
 GPU_GROUP = 256
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """−mean log σ(r_chosen − r_rejected), in nats; both (N,)."""
-    return -logsigmoid(chosen - rejected).mean()
+    """−mean log σ(r_chosen − r_rejected), in nats; both (N,). Without pairs (like ratings) there is nothing to learn: 0."""
+    return -logsigmoid(chosen - rejected).sum() / max(len(chosen), 1)
 
 
 def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
@@ -70,7 +71,9 @@ class PairTrainer:
 
     Args:
         backbone: folder or hub id, already resolved.
-        train: all training pairs; worker `rank` of `world` takes every world-th pair of each batch.
+        train: all training data: preferences, of which a batch holds batch_size; or rated texts, of which a batch holds as many (twice
+            batch_size) and every pair among them whose ratings differ by `margin` counts. Worker `rank` of `world` takes every
+            world-th of each batch.
         wrap: makes the module data-parallel.
 
     Raises:
@@ -81,13 +84,14 @@ class PairTrainer:
         self,
         settings: RewardTrainingConfig,
         backbone: str,
-        train: Sequence[Preference],
+        train: Sequence[Preference] | Sequence[Snippet],
         seed: int,
         device: torch.device,
         trust_remote_code: bool = False,
         rank: int = 0,
         world: int = 1,
         wrap: Callable[[Any], Any] = lambda model: model,
+        margin: float = 0.0,
     ):
         self.settings, self.train, self.seed, self.device, self.rank, self.world = settings, train, seed, device, rank, world
         self.tokenizer = load_tokenizer(backbone, trust_remote_code)
@@ -98,7 +102,7 @@ class PairTrainer:
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=0.0, fused=True)
         self.group = CPU_GROUP if device.type == "cpu" else GPU_GROUP
-        self.step = 0
+        self.margin, self.step = margin, 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
 
@@ -109,11 +113,11 @@ class PairTrainer:
     def update(self) -> dict[str, float]:
         """One optimiser step; returns its metrics. Accuracy and loss are of this worker's pairs."""
         start, lr = time.perf_counter(), learning_rate(self.settings, self.step)
-        pairs = [self.train[n] for n in self._batch()]
+        texts, better, worse = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-        chosen, rejected = self._score(self.parallel, texts).chunk(2)
+        scores = self._score(self.parallel, texts)
+        chosen, rejected = scores[better], scores[worse]
         loss = pair_loss(chosen, rejected)
         self.optimizer.zero_grad()
         loss.backward()
@@ -182,10 +186,20 @@ class PairTrainer:
             prompts, completions = [prompt for prompt, _ in texts], [completion for _, completion in texts]
             return classify(model, self.tokenizer, prompts, completions, self.settings.max_length, self.group)
 
-    def _batch(self) -> list[int]:
-        size = self.settings.batch_size
+    def _batch(self) -> tuple[list[tuple[str, str]], list[int], list[int]]:
+        """The step's (prompt, completion) texts, and for each of its pairs the places of the better and the worse one."""
+        rows = [self.train[n] for n in self._positions()]
+        rated = [row for row in rows if isinstance(row, Snippet)]
+        pairs = [row for row in rows if isinstance(row, Preference)]
+        if pairs:
+            texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+            return texts, list(range(len(pairs))), list(range(len(pairs), 2 * len(pairs)))
+        places = [(i, j) for i, one in enumerate(rated) for j, other in enumerate(rated) if one.rating - other.rating >= self.margin]
+        return [("", row.text) for row in rated], [i for i, _ in places], [j for _, j in places]
+
+    def _positions(self) -> list[int]:
+        count, size = len(self.train), self.settings.batch_size * (2 if isinstance(self.train[0], Snippet) else 1)
         positions = range(self.step * size + self.rank, (self.step + 1) * size, self.world)
-        count = len(self.train)
         return [_epoch_order(count, position // count, self.seed)[position % count] for position in positions]
 
     @torch.no_grad()

@@ -66,12 +66,14 @@ class RewardLoraConfig(Section):
 class RewardTrainingConfig(Section):
     backbone: str = Field(MINILM, description="hub id or folder of the sequence classifier's backbone")
     lora: RewardLoraConfig | None = Field(None, description="LoRA fine-tuning; without it all weights are trained")
-    lr: Positive = Field(5e-5, description="AdamW's learning rate")
-    batch_size: Count = Field(32, description="pairs per optimiser step, over all workers")
-    steps: Count = Field(150, description="optimiser steps")
+    lr: Positive = Field(1e-4, description="AdamW's learning rate")
+    batch_size: Count = Field(
+        16, description="pairs per optimiser step, over all workers; of rated texts twice as many, with every pair among them"
+    )
+    steps: Count = Field(110, description="optimiser steps")
     warmup_steps: Whole = Field(10, description="steps of linear warm-up")
-    eval_every: Count = Field(50, description="steps between validations and checkpoints; the best one is kept")
-    eval_pairs: Count = Field(500, description="pairs per validation")
+    eval_every: Count = Field(55, description="steps between validations and checkpoints; the best one is kept")
+    eval_pairs: Count = Field(300, description="pairs per validation")
     test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
     max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")
     num_workers: Count = Field(1, description="data-parallel workers of Ray Train")

@@ -10,16 +10,17 @@ import os
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from raywarp import embedded
 from raywarp.config import SNIPPETS, ConfigError, PreferencesConfig, PromptsConfig
 from raywarp.embedded import Snippet
 from raywarp.seeding import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -53,9 +54,14 @@ class Preference:
 
 @dataclass(frozen=True)
 class PreferenceSplits:
+    """Disjoint by text. rated: the texts that `train` was paired from, empty where the dataset holds pairs: whoever has scored a
+    batch of rated texts can use every pair among them.
+    """
+
     train: list[Preference]
     validation: list[Preference]
     test: list[Preference]
+    rated: list[Snippet] = field(default_factory=list)
 
 
 def resolve_model(name: str, what: str = "model") -> str:
@@ -83,12 +89,14 @@ def _is_path(name: str) -> bool:
     return not HUB_ID.fullmatch(name) or first in (".", "..", "~", "runs") or ("/" in name and Path(first).is_dir())
 
 
-def load_rows(dataset: str, name: str | None = None, split: str = "train") -> datasets.Dataset:
+def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "datasets.Dataset":
     """One split of a hub dataset, a local folder, or a local parquet, JSONL, JSON or CSV file (whose only split is train).
 
     Raises:
         ConfigError: it does not exist, cannot be reached or read, has no such subset or split, or is empty.
     """
+    import datasets  # here, so that a Ray actor that only needs Prompt starts faster
+
     if dataset.startswith(embedded.PREFIX):
         raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
     path = Path(dataset).expanduser()
@@ -302,12 +310,9 @@ def _split_rated(rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed
 
 def _pair_splits(parts: Sequence[Sequence[Snippet]], margin: float, seed: int) -> PreferenceSplits:
     limits = (TRAIN_PAIRS, TEST_PAIRS, TEST_PAIRS)
-    return PreferenceSplits(
-        *(
-            _pair_rated(part, margin, limit, derive_seed(seed, "pairs", n))
-            for n, (part, limit) in enumerate(zip(parts, limits, strict=True))
-        )
-    )
+    jobs = enumerate(zip(parts, limits, strict=True))
+    train, validation, test = (_pair_rated(part, margin, limit, derive_seed(seed, "pairs", n)) for n, (part, limit) in jobs)
+    return PreferenceSplits(train, validation, test, rated=list(parts[0]))
 
 
 def _pair_rated(rated: Sequence[Snippet], margin: float, limit: int, seed: int) -> list[Preference]:

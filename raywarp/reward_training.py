@@ -71,7 +71,7 @@ def train_reward(config: Config) -> RewardSummary:
         "config": config.model_dump(mode="json"),
         "backbone": backbone,
         "out": str(out),
-        "pairs": ray.put((splits.train, splits.validation[: training.eval_pairs], test)),
+        "pairs": ray.put((splits.rated or splits.train, splits.validation[: training.eval_pairs], test)),
     }
     with _validations_printed(out / "metrics.jsonl", training.steps):
         _fit(job, training.num_workers, use_gpu, out / WORK)
@@ -129,7 +129,16 @@ def _train_worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(config.cluster.threads or max(1, cores // context.get_local_world_size()))
     train, validation, test = ray.get(job["pairs"])
     trainer = PairTrainer(
-        settings, job["backbone"], train, config.seed, get_device(), config.trust_remote_code, context.get_world_rank(), world, _parallel
+        settings,
+        job["backbone"],
+        train,
+        config.seed,
+        get_device(),
+        config.trust_remote_code,
+        context.get_world_rank(),
+        world,
+        _parallel,
+        config.preferences.margin,
     )
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 import torch
 
+os.environ.setdefault("RAYWARP_CACHE", platformdirs.user_cache_dir("raywarp"))  # tests move HOME, the fetched models stay
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_TRAIN_V2_ENABLED="1", RAY_AUTH_MODE="token"
 )

@@ -148,11 +148,8 @@ def test_cuts_by_words_and_tokens_give_distinct_prompts(write: Write, tokenizer:
     path = write([{"text": text} for text in ("the  film is good", "the film is bad", "a film is good", "the film", " \n ")], "p.jsonl")
     assert [p.text for p in prompts_of(path, tokenizer, max_words=3)] == ["a film is", "the film", "the film is"]
     by_tokens = prompts_of(path, tokenizer, max_tokens=3)
-    assert [(p.text, p.token_ids) for p in by_tokens] == [
-        ("a film is", (1, 4, 5, 6)),
-        ("the film", (1, 3, 5)),
-        ("the film is", (1, 3, 5, 6)),
-    ]
+    assert [p.text for p in by_tokens] == ["a film is", "the film", "the film is"]
+    assert [p.token_ids for p in by_tokens] == [(1, 4, 5, 6), (1, 3, 5), (1, 3, 5, 6)]
     chat = prompts_of(path, smollm2, max_tokens=2, template="chat")
     assert {p.text for p in chat} == {"a film", "the film", "the "}  # the tokens of "the  film" are the, Ġ, Ġfilm
 
@@ -203,9 +200,9 @@ def test_bad_prompts_have_readable_errors(write: Write, tokenizer: Any, tiny_lla
     with pytest.raises(ConfigError, match=re.escape(message)):
         prompts_of(path, tokenizer, 40)
     assert len(prompts_of(path, tokenizer, 40, max_tokens=39)) == 2
-    with pytest.raises(ConfigError, match="prompts.column=prompt: the dataset's columns are text, year"):
+    with pytest.raises(ConfigError, match=r"prompts\.column=prompt: the dataset's columns are text, year"):
         prompts_of(path, tokenizer, column="prompt")
-    with pytest.raises(ConfigError, match="prompts.column=year holds a int; it must hold texts"):
+    with pytest.raises(ConfigError, match=r"prompts\.column=year holds a int; it must hold texts"):
         prompts_of(path, tokenizer, column="year")
     with pytest.raises(ConfigError, match="too few prompts, once empty and repeated ones are dropped: 0 for training, 1 held out"):
         prompts_of(write([{"text": "a"}, {"text": "a"}, {"text": "  "}], "same.jsonl"), tokenizer)
@@ -213,7 +210,7 @@ def test_bad_prompts_have_readable_errors(write: Write, tokenizer: Any, tiny_lla
         prompts_of(write([{"text": " "}, {"text": None}], "blank.jsonl"), tokenizer)
     plain = AutoTokenizer.from_pretrained(tiny_llama)
     plain.chat_template = None
-    with pytest.raises(ConfigError, match="tokenizer has no chat template; use prompts.template=none"):
+    with pytest.raises(ConfigError, match=r"tokenizer has no chat template; use prompts\.template=none"):
         prompts_of(path, plain, template="chat")
 
 
@@ -234,6 +231,10 @@ def texts(pairs: list[Preference]) -> set[str]:
     return {text for pair in pairs for text in (pair.chosen, pair.rejected)}
 
 
+def sizes(splits: data.PreferenceSplits) -> list[int]:
+    return [len(splits.train), len(splits.validation), len(splits.test)]
+
+
 def all_pairs(splits: data.PreferenceSplits) -> list[Preference]:
     return splits.train + splits.validation + splits.test
 
@@ -243,26 +244,27 @@ def assert_disjoint(*parts: set[Any]) -> None:
 
 
 def test_embedded_preferences_follow_the_ratings_and_share_no_text() -> None:
-    splits = load_preferences(PreferencesConfig(margin=1.0), 5)
-    assert [len(part) for part in vars(splits).values()] == [20_000, 4_000, 4_000]
+    splits = load_preferences(PreferencesConfig(), 5)
+    assert sizes(splits) == [20_000, 4_000, 4_000]
     assert_disjoint(texts(splits.train), texts(splits.validation), texts(splits.test))
     assert len(set(all_pairs(splits))) == 28_000
     parts = embedded.split_snippets(5)
+    assert splits.rated == parts.reward_train
     rating = {s.text: s.rating for s in parts.reward_train + parts.reward_validation + parts.reward_test}
-    assert all(rating[pair.chosen] - rating[pair.rejected] >= 1.0 for pair in all_pairs(splits))
+    assert all(rating[pair.chosen] - rating[pair.rejected] >= 0.5 for pair in all_pairs(splits))
     assert len(texts(splits.train)) > 4_600  # of 4,771: nearly every text is used,
     assert max(Counter(text for pair in splits.train for text in (pair.chosen, pair.rejected)).values()) <= 16  # and none too often
-    assert load_preferences(PreferencesConfig(margin=1.0), 5) == splits
-    assert load_preferences(PreferencesConfig(margin=1.0), 6).train != splits.train
+    assert load_preferences(PreferencesConfig(), 5) == splits
+    assert load_preferences(PreferencesConfig(), 6).train != splits.train
 
 
 def test_rated_rows_are_split_by_text_before_they_are_paired(write: Write) -> None:
     rows = [{"text": f"film {n}", "rating": n % 5} for n in range(100)] + [{"text": " FILM 7.", "rating": 4}]
-    config = PreferencesConfig(dataset=write(rows, "r.csv"), margin=2.0, held_out_fraction=0.2)
+    config = PreferencesConfig(dataset=write(rows, "r.csv"), margin=1.0, held_out_fraction=0.2)
     splits = load_preferences(config, 0)
     assert_disjoint(texts(splits.train), texts(splits.validation), texts(splits.test))
-    assert [len(texts(part)) for part in vars(splits).values()] == [60, 20, 20]
-    assert all(int(p.chosen[5:]) % 5 - int(p.rejected[5:]) % 5 >= 2 for p in all_pairs(splits))
+    assert [len(texts(part)) for part in (splits.train, splits.validation, splits.test)] == [60, 20, 20]
+    assert all(int(p.chosen[5:]) % 5 - int(p.rejected[5:]) % 5 >= 1 for p in all_pairs(splits))
     assert load_preferences(config, 0) == splits
     assert load_preferences(config, 1) != splits
 
@@ -271,7 +273,7 @@ def test_given_pairs_keep_a_text_in_one_split(write: Write) -> None:
     rows = [{"chosen": f"g{n // 4}", "rejected": f"b{n}"} for n in range(200)]  # 50 groups of 4 with a common chosen text
     config = PreferencesConfig(dataset=write(rows, "c.jsonl"))
     splits = load_preferences(config, 0)
-    assert [len(part) for part in vars(splits).values()] == [160, 20, 20]
+    assert sizes(splits) == [160, 20, 20]
     assert_disjoint(texts(splits.train), texts(splits.validation), texts(splits.test))
     assert {(p.chosen, p.rejected) for p in all_pairs(splits)} == {(row["chosen"], row["rejected"]) for row in rows}
     assert load_preferences(config, 0) == splits
@@ -281,8 +283,8 @@ def test_given_pairs_keep_a_text_in_one_split(write: Write) -> None:
 def test_pairs_with_a_prompt_are_split_by_prompt(write: Write) -> None:
     rows = [{"question": f"q{n // 2}", "chosen": f"yes{n}", "rejected": "I do not know"} for n in range(40)]
     splits = load_preferences(PreferencesConfig(dataset=write(rows, "q.parquet"), prompt="question"), 0)
-    assert [len(part) for part in vars(splits).values()] == [32, 4, 4]
-    assert_disjoint(*({pair.prompt for pair in part} for part in vars(splits).values()))
+    assert sizes(splits) == [32, 4, 4]
+    assert_disjoint(*({pair.prompt for pair in part} for part in (splits.train, splits.validation, splits.test)))
 
 
 def test_conversations_give_the_users_turns_and_the_last_answer(write: Write) -> None:
