@@ -111,6 +111,12 @@ check_imports() {
     fail_with_log "the packages are installed but cannot be imported"
 }
 
+# They are cached in the user's cache folder; tests and quickstart need no network after this.
+fetch_embedded_default() {
+  say "fetching the embedded models and ratings, unless they are cached (half a minute) ..."
+  logged .venv/bin/python -m raywarp.embedded || fail_with_log "the embedded models and ratings could not be fetched"
+}
+
 # .venv/raywarp-install says what is installed, or "unfinished".
 install() {
   local python extra version hash made_for wanted stamp=.venv/raywarp-install
@@ -140,6 +146,7 @@ print(platform.python_version(), hashlib.sha256(open("pyproject.toml", "rb").rea
   remove_unfit_torch_companions
   say "checking that the packages load (half a minute) ..."
   check_imports
+  fetch_embedded_default
   echo "$wanted" >$stamp
   say "installed in $SECONDS s"
 }

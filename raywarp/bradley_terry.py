@@ -3,7 +3,6 @@
 A step is a pure function of (weights, optimiser, seed, step): a resumed training gives the bits of an uninterrupted one.
 """
 
-import functools
 import json
 import math
 import time
@@ -23,7 +22,7 @@ from raywarp.data import Preference
 from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
 from raywarp.rewards import classify, first_line, load_tokenizer
-from raywarp.seeding import derive_seed
+from raywarp.seeding import batch_indices, derive_seed
 from raywarp.store import write_json
 
 CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
@@ -198,20 +197,13 @@ class PairTrainer:
         return [("", row.text) for row in rated], [i for i, _ in places], [j for _, j in places]
 
     def _positions(self) -> list[int]:
-        count, size = len(self.train), self.settings.batch_size * (2 if isinstance(self.train[0], Snippet) else 1)
-        positions = range(self.step * size + self.rank, (self.step + 1) * size, self.world)
-        return [_epoch_order(count, position // count, self.seed)[position % count] for position in positions]
+        size = self.settings.batch_size * (2 if isinstance(self.train[0], Snippet) else 1)
+        return batch_indices(len(self.train), size, self.step, derive_seed(self.seed, "pairs"))[self.rank :: self.world]
 
     @torch.no_grad()
     def _assign(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(derive_seed(seed, "pairs", epoch))
-    return torch.randperm(count, generator=generator).tolist()
 
 
 def _load_model(settings: RewardTrainingConfig, backbone: str, seed: int, trust_remote_code: bool) -> Any:

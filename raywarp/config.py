@@ -70,9 +70,9 @@ class RewardTrainingConfig(Section):
     batch_size: Count = Field(
         16, description="pairs per optimiser step, over all workers; of rated texts twice as many, with every pair among them"
     )
-    steps: Count = Field(110, description="optimiser steps")
+    steps: Count = Field(120, description="optimiser steps")
     warmup_steps: Whole = Field(10, description="steps of linear warm-up")
-    eval_every: Count = Field(55, description="steps between validations and checkpoints; the best one is kept")
+    eval_every: Count = Field(60, description="steps between validations and checkpoints; the best one is kept")
     eval_pairs: Count = Field(300, description="pairs per validation")
     test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
     max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")

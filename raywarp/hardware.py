@@ -7,6 +7,8 @@ CPU_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
+# Where trainer and engine share the cores, threads that spin while they wait take them from whoever has work: both ran 2.5 times slower.
+SHARED_CPU_ENV = {**CPU_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def supports_bf16(device: torch.device) -> bool:

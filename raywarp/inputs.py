@@ -8,6 +8,7 @@ from typing import Any
 from raywarp import rewards, store
 from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
+from raywarp.loggers import check_loggers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def prepare(config: Config) -> Inputs:
     Raises:
         ConfigError: a missing or unusable model, dataset, column or reward; prompts that leave no room for a completion.
     """
+    check_loggers(config)
     model, prompts = prepare_prompts(config)
     check_reward(config)
     return Inputs(

@@ -16,10 +16,11 @@ QUICKSTART: dict[str, Any] = {
     "reward_training": {"backbone": MINILM},
     "control": {"function": "raywarp.embedded:vader"},
     "lora": {"rank": 16, "alpha": 16.0},
-    "warp": {"iterations": 2, "policies": 2, "steps": 16, "ema_rate": 0.05, "liti_rate": 0.5, "kl_coef": 0.05},
-    "optim": {"lr": 1.0e-3, "batch_size": 16, "warmup_steps": 2},
-    "rollout": {"completions_per_prompt": 4, "max_new_tokens": 16},
-    "front": {"prompts": 128, "choose": {"max_kl": 8.0}},
+    "warp": {"iterations": 2, "policies": 2, "steps": 16, "ema_rate": 0.1, "liti_rate": 0.5, "kl_coef": 0.05},
+    "optim": {"lr": 2.0e-3, "batch_size": 12, "warmup_steps": 2},
+    "rollout": {"completions_per_prompt": 4, "max_new_tokens": 12},
+    "front": {"prompts": 120, "etas": [0.0, 0.3, 0.6, 1.0], "choose": {"max_kl": 8.0}},
+    "kl_to_sft_every": 8,
 }
 
 
@@ -33,7 +34,7 @@ def quickstart(overrides: Sequence[str] = ()) -> Run:
     config = _with_reward(config, folder)
     run, display = Run.open(config), Display()
     run.save_config(config)
-    reward(config.model_copy(update={"out": folder}), display)
+    reward(config.model_copy(update={"out": folder}), display, standardise=False)  # train's own session does that, and saves a start
     return train(config, display)
 
 

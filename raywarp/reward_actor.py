@@ -29,6 +29,10 @@ class RewardActor:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.reward = load_reward(self.config, self.trust_remote_code, device)
 
+    def set_statistics(self, mean: float, deviation: float) -> None:
+        """From now on a score is (raw − mean) / deviation."""
+        self.reward.mean, self.reward.std = mean, deviation
+
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
         """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
         return self.reward.score(prompts, completions, columns)

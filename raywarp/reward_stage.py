@@ -1,19 +1,23 @@
 """`raywarp reward`: Bradley–Terry training, then the score's mean and deviation over SFT completions, by which rewards are standardised."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from raywarp.config import Config
 from raywarp.data import Prompt, resolve_model
 from raywarp.inputs import first_prompts, prepare_prompts
 from raywarp.progress import Display
 from raywarp.reward_training import RewardSummary, is_standardised, save_standardisation, train_reward
-from raywarp.rewards import statistics
+from raywarp.rewards import REWARD_FILE, statistics
 from raywarp.run import Run
 from raywarp.session import Session, check_vllm, start_ray
 
 
-def reward(config: Config, display: Display | None = None) -> RewardSummary:
+def reward(config: Config, display: Display | None = None, standardise: bool = True) -> RewardSummary:
     """Train the reward model into the folder `out`, or continue; a finished one is left as it is.
+
+    Args:
+        standardise: measure its score over SFT completions now; otherwise the first run that uses it does.
 
     Raises:
         ConfigError: the input is wrong; nothing was started.
@@ -24,7 +28,7 @@ def reward(config: Config, display: Display | None = None) -> RewardSummary:
     start_ray()
     display.say(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")
     summary = train_reward(config)
-    if not is_standardised(summary.folder):
+    if standardise and not is_standardised(summary.folder):
         display.say(f"reward: scoring {config.reward_training.sft_completions} SFT completions to standardise it")
         scorer = config.reward.model_copy(update={"model": str(summary.folder), "function": None, "standardise": False})
         scores = sft_scores(config.model_copy(update={"reward": scorer, "control": None}), model, prompts.train)
@@ -42,16 +46,17 @@ def sft_scores(config: Config, model: str, prompts: Sequence[Prompt]) -> list[fl
         return session.sft_scores(chosen)
 
 
-def standardise_in_run(session: Session, run: Run, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """A classifier without statistics of its own (from a hub, say) is standardised by this run's SFT completions; the run keeps them.
+def reward_statistics(session: Session, run: Run, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Mean and deviation that standardise the run's reward, for the keys of its policies; empty where it is not standardised.
 
-    Returns:
-        what was applied, for the keys of the policies; empty where the reward needs nothing.
+    A classifier that has none gets them from this run's SFT completions; a model that raywarp trained keeps them, else the run does.
     """
-    if not config.reward.model or config.reward.standardise is False or is_standardised(resolve_model(config.reward.model)):
+    if not config.reward.model or config.reward.standardise is False:
         return {}
-    if not is_standardised(run.folder):
-        save_standardisation(run.folder, session.sft_scores(first_prompts(prompts, config.reward_training.sft_completions)))
-    mean, deviation = statistics(str(run.folder)) or (0.0, 1.0)
+    model = Path(resolve_model(config.reward.model))
+    home = model if (model / REWARD_FILE).is_file() else run.folder
+    if not is_standardised(home):
+        save_standardisation(home, session.sft_scores(first_prompts(prompts, config.reward_training.sft_completions)))
+    mean, deviation = statistics(str(home)) or (0.0, 1.0)
     session.set_reward_statistics(mean, deviation)
     return {"score_mean": mean, "score_std": deviation}

@@ -224,7 +224,10 @@ def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: s
 
 
 def fingerprint(config: RewardConfig) -> str:
-    """A hash of everything that decides a score: a folder's files, a hub id's commit, a function's module source and version."""
+    """A hash of what decides a raw score: a folder's files, a hub id's commit, a function's module source and version.
+
+    What standardises it (see statistics) is not in it: that may come later, from SFT completions.
+    """
     settings: dict[str, Any] = {"version": config.version}
     if config.function:
         module = _import(config.function.partition(":")[0])
@@ -238,7 +241,7 @@ def fingerprint(config: RewardConfig) -> str:
 
 def _model_fingerprint(name: str) -> str:
     if Path(name).is_dir():
-        return folder_fingerprint(Path(name), MODEL_FILES)
+        return folder_fingerprint(Path(name), MODEL_FILES, without=REWARD_FILE)
     cached = try_to_load_from_cache(name, "config.json")
     return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else name
 

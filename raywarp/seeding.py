@@ -1,5 +1,6 @@
 """Everything random derives from the run's seed and a name, so that any piece of a run can be made again alone."""
 
+import functools
 import hashlib
 import random
 
@@ -22,7 +23,8 @@ def batch_indices(population: int, size: int, step: int, seed: int) -> list[int]
     return [_epoch_order(population, position // population, seed)[position % population] for position in range(first, first + size)]
 
 
-def _epoch_order(population: int, epoch: int, seed: int) -> list[int]:
+@functools.lru_cache(maxsize=16)
+def _epoch_order(population: int, epoch: int, seed: int) -> tuple[int, ...]:
     order = list(range(population))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-    return order
+    return tuple(order)

@@ -17,7 +17,7 @@ from raywarp import placement
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt
-from raywarp.hardware import CPU_ENV, supports_bf16
+from raywarp.hardware import SHARED_CPU_ENV, supports_bf16
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.reward_actor import RewardActor
 from raywarp.rollout import AdapterPart, EngineSettings, RolloutWorker, join, submit
@@ -159,7 +159,7 @@ class Session:
         self.dtype = config.dtype
         if self.dtype == "auto":
             self.dtype = "bfloat16" if plan.uses_gpus or supports_bf16(device) else "float32"
-        cpu_env = {} if plan.uses_gpus else CPU_ENV | ({"OMP_NUM_THREADS": str(plan.threads)} if plan.threads else {})
+        cpu_env = {} if plan.uses_gpus else SHARED_CPU_ENV | ({"OMP_NUM_THREADS": str(plan.threads)} if plan.threads else {})
         environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
         settings = EngineSettings(
             model=self.model,

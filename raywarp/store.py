@@ -26,9 +26,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_fingerprint(folder: Path, patterns: Iterable[str]) -> str:
-    """One hash of the names and contents of the files that match, whatever the folder is called."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "") -> str:
+    """One hash of the names and contents of the files that match, but for `without`; whatever the folder is called."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != without})
     return content_key([[path.name, file_sha256(path)] for path in files])
 
 

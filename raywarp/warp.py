@@ -18,10 +18,11 @@ from raywarp.averaging import liti, slerp
 from raywarp.config import Config
 from raywarp.data import PromptSplits
 from raywarp.inputs import prepare
+from raywarp.loggers import Loggers
 from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.report import plot_front
-from raywarp.reward_stage import standardise_in_run
+from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
 from raywarp.session import Session, start_ray
 
@@ -39,13 +40,13 @@ def train(config: Config, display: Display | None = None) -> Run:
     inputs = prepare(config)
     run = Run.open(config)
     start_ray()
-    with Session(config, inputs.model, inputs.longest_prompt) as session:
+    with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
-        statistics = standardise_in_run(session, run, config, inputs.prompts.train)
+        statistics = reward_statistics(session, run, config, inputs.prompts.train)
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
             keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
-            policies = fine_tune(session, run, config, inputs.prompts, display, iteration, keys, init)
+            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, iteration, keys, init)
             merged = add(init, slerp(policies))
             run.save_iteration(iteration, init, merged, keys, policies)
             display.merged(iteration, policies)
@@ -63,6 +64,7 @@ def fine_tune(
     config: Config,
     prompts: PromptSplits,
     display: Display,
+    loggers: Loggers,
     iteration: int,
     keys: Sequence[str],
     init: AdapterDelta,
@@ -78,7 +80,9 @@ def fine_tune(
             if event["event"] == "resumed":
                 run.set_policy_metrics(event["key"], event["metrics"])
             elif event["event"] == "step":
-                run.add_metrics({name: value for name, value in event.items() if name != "event"})
+                row = {name: value for name, value in event.items() if name != "event"}
+                run.add_metrics(row)
+                loggers.log(row)
             bars.update(event)
     return [trailing(load_peft(run.policy_folder(key)), config.lora.rank) for key in keys]
 

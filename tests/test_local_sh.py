@@ -49,6 +49,8 @@ MODULES = {
     "ray/tune.py": "",
     "transformers.py": "LlamaForCausalLM = None",
     "vllm.py": "LLM = None",
+    "raywarp/__init__.py": "",
+    "raywarp/embedded.py": "",
 }
 
 

@@ -1,7 +1,7 @@
 import contextlib
 import io
 import json
-import os
+import math
 import threading
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
 from raywarp.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
 from raywarp.data import Preference
+from raywarp.embedded import Snippet
 from raywarp.reward_training import WORK, RewardSummary, train_reward
 from raywarp.rewards import load_reward
 
@@ -24,15 +25,8 @@ FILLER = ["the film", "a plot", "the plot was a film", "film", "was a"]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-        yield
-        ray.shutdown()
+def cluster(ray_cluster):
+    return ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +156,32 @@ def test_a_killed_training_continues_to_the_same_weights(cluster, backbone, pref
 
 
 def test_impossible_requests_are_the_users_errors(cluster, backbone, preferences, tmp_path):
-    with pytest.raises(ConfigError, match="num_workers=3 needs 3 CPUs, the cluster has 2"):
-        train_reward(make_config(tmp_path, backbone, preferences, num_workers=3, batch_size=9, use_gpu=False))
+    with pytest.raises(ConfigError, match="num_workers=9 needs 9 CPUs, the cluster has 4"):
+        train_reward(make_config(tmp_path, backbone, preferences, num_workers=9, batch_size=9, use_gpu=False))
     with pytest.raises(ConfigError, match="batch_size=8 is not a multiple"):
         train_reward(make_config(tmp_path, backbone, preferences, num_workers=3))
+
+
+def test_rated_texts_give_every_pair_above_the_margin(backbone):
+    """Ratings 3, 1, 0.8, −1 at margin 0.5: of the six pairs only (1, 0.8) is too close to call."""
+    rated = [Snippet(f"the film {n}", rating) for n, rating in enumerate((3.0, 1.0, 0.8, -1.0))]
+    settings = RewardTrainingConfig(batch_size=2, steps=2, warmup_steps=0, max_length=32)
+    trainer = PairTrainer(settings, str(backbone), rated, seed=3, device=torch.device("cpu"), margin=0.5)
+    texts, better, worse = trainer._batch()
+    rating_of = {snippet.text: snippet.rating for snippet in rated}
+    pairs = {(rating_of[texts[b][1]], rating_of[texts[w][1]]) for b, w in zip(better, worse, strict=True)}
+    assert pairs == {(3.0, 1.0), (3.0, 0.8), (3.0, -1.0), (1.0, -1.0), (0.8, -1.0)}
+    scores = dict(zip((text for _, text in texts), trainer._score(trainer.model, texts).tolist(), strict=True))
+    by_hand = [math.log1p(math.exp(scores[b] - scores[a])) for a in scores for b in scores if rating_of[a] - rating_of[b] >= 0.5]
+    assert trainer.update()["loss"] == pytest.approx(sum(by_hand) / 5, rel=1e-4)
+
+
+def test_a_batch_without_a_pair_changes_nothing_but_the_step(backbone):
+    rated = [Snippet(f"the film {n}", 1.0) for n in range(4)]
+    trainer = PairTrainer(RewardTrainingConfig(batch_size=2, steps=2), str(backbone), rated, seed=3, device=torch.device("cpu"), margin=0.5)
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    assert trainer.update()["loss"] == 0
+    assert all(torch.equal(before[name], p) for name, p in trainer.parameters.items())
 
 
 def _losses(folder: Path) -> dict[int, float]:

@@ -194,18 +194,19 @@ def test_the_fingerprint_of_a_function_follows_its_source_and_version(user_modul
     assert fingerprint(RewardConfig(function="users_rewards:score")) != first
 
 
-def test_the_fingerprint_of_a_model_follows_its_weights_and_statistics(tmp_path):
+def test_the_fingerprint_of_a_model_follows_its_weights_and_not_its_statistics(tmp_path):
+    """Statistics may come after the first look at the model; they are part of a policy's key by themselves."""
     config = RewardConfig(model=str(build_bert(tmp_path)))
     prints = [fingerprint(config)]
     (tmp_path / "README.md").write_text("no part of the model")
     assert fingerprint(config) == prints[0]
     save_standardisation(tmp_path, [0.0, 1.0])
-    prints.append(fingerprint(config))
+    assert fingerprint(config) == prints[0]
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(weights)
     prints.append(fingerprint(config))
-    assert len(set(prints)) == 3
+    assert len(set(prints)) == 2
 
 
 def test_the_actor_scores_the_workers_rollouts_with_their_columns(user_module):

@@ -1,0 +1,146 @@
+"""Wrong input: exit code 2 and one readable message, before any work starts; never a traceback."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raywarp.cli import main
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_llama: Path) -> Iterator[Path]:
+    """A folder with a config whose only fault will be the one that a test adds."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": f"the film {n}", "id": n}) + "\n" for n in range(30)))
+    (tmp_path / "fine_reward.py").write_text(
+        "def score(prompts, completions, **columns):\n    return [0.0] * len(completions)\nNUMBER = 3\n"
+    )
+    (tmp_path / "raising_reward.py").write_text("import nothing_of_that_name\n")
+    tree = {
+        "model": str(tiny_llama),
+        "out": str(tmp_path / "run"),
+        "prompts": {"dataset": str(tmp_path / "prompts.jsonl"), "max_words": 3},
+        "reward": {"function": "fine_reward:score"},
+        "optim": {"batch_size": 8},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield tmp_path
+    os.chdir(before)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *overrides: str, command: str = "train", config: str = "config.yaml") -> str:
+    """The message of a run that must end with exit code 2."""
+    assert main([command, config, *overrides]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.err.startswith("raywarp: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["warp.ema_rat=0.1"], ["unknown key 'warp.ema_rat'", "did you mean 'warp.ema_rate'"]),
+        (["ema_rate=0.1"], ["unknown key 'ema_rate'", "'warp.ema_rate'"]),
+        (["warp.ema_rate=1.5"], ["warp.ema_rate", "less than or equal to 1", "1.5"]),
+        (["warp.liti_rate=-0.1"], ["warp.liti_rate", "greater than or equal to 0"]),
+        (["warp.policies=0"], ["warp.policies", "greater than or equal to 1"]),
+        (["warp.policies=two"], ["warp.policies", "integer", "'two'"]),
+        (["warp.advantage=gae"], ["warp.advantage", "'rloo'", "'gae'"]),
+        (["rollout.completions_per_prompt=1"], ["rollout.completions_per_prompt must be at least 2", "rloo"]),
+        (["optim.batch_size=10"], ["optim.batch_size=10 is not a multiple of rollout.completions_per_prompt=4"]),
+        (["optim.lr=0"], ["optim.lr", "greater than 0"]),
+        (["rollout.temperature=.nan"], ["rollout.temperature"]),
+        (["front.choose={eta: 0.5, max_kl: 2}"], ["front.choose", "exactly one of eta and max_kl"]),
+        (["nonsense"], ["'nonsense' is not of the form key=value"]),
+        (["model=no/such/folder/at/all"], ["model", "no/such/folder"]),
+        (["model=./missing"], ["missing", "does not exist"]),
+        (["model=embedded:gpt5"], ["embedded:gpt5", "embedded:smollm2-135m-instruct"]),
+        (["prompts.dataset=./missing.jsonl"], ["missing.jsonl"]),
+        (["prompts.column=question"], ["question", "text", "id"]),
+        (["prompts.split=test"], ["test"]),
+        (["rollout.max_new_tokens=600"], ["rollout.max_new_tokens=600", "512"]),
+        (["rollout.max_new_tokens=510"], ["prompts.max_tokens"]),
+        (["reward={}"], ["there is no reward", "reward.model", "reward.function"]),
+        (["reward.function=fine_reward"], ["module:function"]),
+        (["reward.function=missing_module:score"], ["missing_module"]),
+        (["reward.function=raising_reward:score"], ["raising_reward", "nothing_of_that_name"]),
+        (["reward.function=fine_reward:missing"], ["fine_reward", "missing"]),
+        (["reward.function=fine_reward:NUMBER"], ["not a function"]),
+        (["reward={model: ./missing}"], ["missing", "does not exist"]),
+        (["reward={model: ./here, function: 'a:b'}"], ["reward", "both"]),
+    ],
+)
+def test_wrong_input(project: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: list[str]) -> None:
+    message = refused(capsys, *overrides)
+    assert all(word in message for word in words), message
+    assert not (project / "run").exists()
+
+
+def test_wrong_files(project: Path, capsys: pytest.CaptureFixture[str], tiny_llama: Path) -> None:
+    assert "nowhere.yaml" in refused(capsys, config="nowhere.yaml")
+    (project / "broken.yaml").write_text("model: [unclosed")
+    assert "not valid YAML" in refused(capsys, config="broken.yaml")
+    (project / "list.yaml").write_text("- 1\n- 2\n")
+    assert "keys and values" in refused(capsys, config="list.yaml")
+    (project / "typo.yaml").write_text("warp: {polices: 3}\n")
+    assert "did you mean 'warp.policies'" in refused(capsys, config="typo.yaml")
+    # a language model is no reward model: two labels by default, not one
+    assert "num_labels=2" in refused(capsys, f"reward={{model: {tiny_llama}}}")
+
+
+def test_a_folder_that_holds_something_else(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "run").mkdir()
+    (project / "run" / "thesis.txt").write_text("mine")
+    assert "holds no run of raywarp" in refused(capsys)
+    (project / "run" / "config.yaml").write_text((project / "config.yaml").read_text())
+    assert "holds a different run" in refused(capsys, "warp.steps=3")
+    assert (project / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_reward_stage_refuses_too(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "preferences.dataset" in refused(capsys, "preferences.dataset=./missing.csv", command="reward")
+    message = refused(capsys, f"preferences.dataset={project / 'prompts.jsonl'}", command="reward")
+    assert "chosen and rejected, or text and rating" in message
+    assert "backbone" in refused(capsys, "reward_training.backbone=./missing", command="reward")
+
+
+def test_more_than_the_cluster_has(project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any) -> None:
+    message = refused(capsys, "cluster.gpus_per_policy=1", "cluster.gpus_per_rollout_worker=2")
+    assert "asks for 3 GPUs (1 policy x 1 + 1 rollout worker x 2), the cluster has 0 of 0 available" in message
+    assert "cluster.gpus_per_policy" in message
+    message = refused(capsys, "cluster.cpus_per_policy=64")
+    assert "CPUs" in message
+    assert "cluster.cpus_per_policy" in message
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("quickstart", "reward", "train"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert "warp.ema_rate [0.05]: mu, rate at which the anchor follows the policy" in text
+        assert "control.function" in text
+
+
+def test_no_command_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "usage: raywarp" in capsys.readouterr().err
+
+
+def test_a_config_round_trips(tmp_path: Path) -> None:
+    from raywarp.config import load_config, to_yaml
+
+    config = load_config(None, ["warp.policies=5", "optim.lr=1e-4", "front.etas=[0, 0.1]", "front.choose={eta: 0.1}"])
+    assert (config.warp.policies, config.optim.lr, config.front.etas) == (5, 1e-4, [0, 0.1])
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "saved.yaml") == config

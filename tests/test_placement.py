@@ -1,0 +1,62 @@
+"""Fitting a run into a cluster: a simulated one with logical GPUs, so that no hardware is needed."""
+
+from typing import Any
+
+import pytest
+
+from raywarp import placement
+from raywarp.config import Config, ConfigError, parse_config
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> placement.Plan:
+    total = {name: amount * nodes for name, amount in resources.items()}
+    monkeypatch.setattr(placement.ray, "available_resources", lambda: total)
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(placement.ray, "nodes", lambda: [{"Alive": True, "Resources": resources} for _ in range(nodes)])
+    return placement.make_plan(config)
+
+
+def test_two_cores_hold_one_trainer_and_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan(monkeypatch, parse_config({"warp": {"policies": 4}}), CPU=2)
+    assert (found.policy.count, found.rollout.count, found.threads, found.uses_gpus) == (1, 1, 2, False)
+
+
+def test_every_policy_gets_its_gpu_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"warp": {"policies": 4}, "rollout": {"workers": 2}})
+    found = plan(monkeypatch, config, CPU=32, GPU=8)
+    assert (found.policy.count, found.policy.gpus, found.rollout.gpus, found.threads) == (4, 1, 1, None)
+    assert plan(monkeypatch, config, CPU=32, GPU=4).policy.count == 2  # two actors with two policies each
+    assert plan(monkeypatch, config, nodes=2, CPU=8, GPU=2).policy.count == 2
+
+
+def test_too_few_gpus_are_named_with_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"rollout": {"workers": 2, "tensor_parallel_size": 2}, "cluster": {"policy_actors": 2}})
+    with pytest.raises(ConfigError) as refusal:
+        plan(monkeypatch, config, CPU=16, GPU=4)
+    message = str(refusal.value)
+    assert "asks for 6 GPUs (2 policy x 1 + 2 rollout worker x 2), the cluster has 4 of 4 available" in message
+    assert "cluster.gpus_per_policy or cluster.gpus_per_rollout_worker" in message
+
+
+def test_shared_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"cluster": {"gpus_per_policy": 0.25, "gpus_per_rollout_worker": 0.5}})
+    found = plan(monkeypatch, config, CPU=8, GPU=1)
+    assert (found.policy.count, found.policy.total("GPU"), found.rollout.total("GPU")) == (2, 0.5, 0.5)
+
+
+def test_threads_are_shared_by_the_actors_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan(monkeypatch, parse_config({"warp": {"policies": 2}}), CPU=8).threads == 4
+    assert plan(monkeypatch, parse_config({"cluster": {"threads": 3}}), CPU=8).threads == 3
+
+
+def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:
+    free = ray_cluster.available_resources()["CPU"]
+    need = placement.Need("policy", gpus=0, cpus=1, count=2)
+    groups = placement.reserve(need, "test", timeout=30)
+    assert len(groups) == 2
+    options = placement.options(need, groups[0])
+    assert options["scheduling_strategy"].placement_group == groups[0]
+    placement.release(groups)
+    with pytest.raises(ConfigError, match=r"waited 1 s for 1 placement groups .*lower cluster\.\*_per_policy"):
+        placement.reserve(placement.Need("policy", gpus=0, cpus=free + 1, count=1), "test", timeout=1)
+    assert placement.reserve(placement.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
