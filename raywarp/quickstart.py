@@ -16,11 +16,11 @@ QUICKSTART: dict[str, Any] = {
     "reward_training": {"backbone": MINILM},
     "control": {"function": "raywarp.embedded:vader"},
     "lora": {"rank": 16, "alpha": 16.0},
-    "warp": {"iterations": 2, "policies": 2, "steps": 16, "ema_rate": 0.1, "liti_rate": 0.5, "kl_coef": 0.05},
-    "optim": {"lr": 2.0e-3, "batch_size": 12, "warmup_steps": 2},
+    "warp": {"iterations": 2, "policies": 2, "steps": 14, "ema_rate": 0.1, "liti_rate": 0.5, "kl_coef": 0.05},
+    "optim": {"lr": 1.2e-3, "batch_size": 12, "warmup_steps": 2},
     "rollout": {"completions_per_prompt": 4, "max_new_tokens": 12},
-    "front": {"prompts": 120, "etas": [0.0, 0.3, 0.6, 1.0], "choose": {"max_kl": 8.0}},
-    "kl_to_sft_every": 8,
+    "front": {"prompts": 80, "etas": [0.0, 0.3, 0.6, 1.0], "choose": {"max_kl": 8.0}},
+    "kl_to_sft_every": 7,
 }
 
 
