@@ -94,7 +94,7 @@ def test_two_workers_take_disjoint_halves_of_the_batch(backbone):
     one, two = make_trainer(backbone), make_trainer(backbone)
     one.world = two.world = 2
     two.rank = 1
-    assert sorted(one._batch() + two._batch()) == sorted(make_trainer(backbone)._batch())
+    assert sorted(one._positions() + two._positions()) == sorted(make_trainer(backbone)._positions())
 
 
 @pytest.fixture(scope="module")
