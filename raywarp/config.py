@@ -132,7 +132,7 @@ class RolloutConfig(Section):
         "auto", description="how an adapter reaches vLLM: hot-swapped LoRA, or merged weights; auto is merged on CPU, LoRA on GPU"
     )
     missing_eos_penalty: Annotated[float, Field(ge=0)] = Field(0.0, description="taken from the reward of a truncated completion")
-    kv_cache_gib: Positive = Field(0.25, description="KV cache of a CPU worker, in GiB")
+    kv_cache_gib: Positive = Field(1.0, description="KV cache of a CPU worker, in GiB; each running completion takes 128 tokens or more")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="share of the GPU that a worker takes")
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
 

@@ -148,7 +148,7 @@ class RolloutWorker:
         if settings.gpu:
             arguments |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         else:
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30), "max_num_seqs": 64}
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30), "max_num_seqs": 128}
         if self.mode == "lora":
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(settings.max_rank)}
         return arguments

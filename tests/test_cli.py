@@ -107,7 +107,7 @@ def test_a_folder_that_holds_something_else(project: Path, capsys: pytest.Captur
     assert (project / "run" / "thesis.txt").read_text() == "mine"
 
 
-def test_reward_stage_refuses_too(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_stage_refuses_too(project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any) -> None:
     assert "./missing.csv does not exist" in refused(capsys, "preferences.dataset=./missing.csv", command="reward")
     message = refused(capsys, f"preferences.dataset={project / 'prompts.jsonl'}", command="reward")
     assert "chosen and rejected, or text and rating" in message
