@@ -38,7 +38,6 @@ class AdaptedModel:
         base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
-        self.context_length: int = getattr(base.config, "max_position_embeddings", 1 << 30)
         self._passes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._peft = self._wrap(base).to(device).eval()
         self._layers: dict[str, Any] = {
@@ -114,6 +113,10 @@ class AdaptedModel:
             named[f"{module}.B"] = layer.lora_B[name].weight
         return named
 
+    def trainable(self, name: str) -> list[Tensor]:
+        """Those of an adapter's parameters that training changes: A and B, or B alone with lora.init=frozen."""
+        return [tensor for key, tensor in self.tensors(name).items() if self.lora.init != "frozen" or key.endswith(".B")]
+
     def delta(self, name: str) -> AdapterDelta:
         """A copy of the adapter's change, on the CPU, with its scaling folded into B."""
         factors = {}
@@ -162,5 +165,5 @@ class AdaptedModel:
         for layer in self._layers.values():
             layer.set_adapter(list(adapters), inference_mode=True)
         if train is not None:
-            for name, tensor in self.tensors(train).items():
-                tensor.requires_grad_(self.lora.init != "frozen" or name.endswith(".B"))
+            for tensor in self.trainable(train):
+                tensor.requires_grad_()

@@ -29,7 +29,7 @@ class Policy:
         self.name, self.ema_name = f"policy_{index}", f"ema_{index}"
         model.add_policy(self.name, _init_seed(config, iteration, index))
         model.add_copy(self.ema_name, of=self.name)
-        self.trained = [t for name, t in model.tensors(self.name).items() if config.lora.init != "frozen" or name.endswith(".B")]
+        self.trained = model.trainable(self.name)
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.optim.lr, weight_decay=0.0, fused=True)
         self.step = 0
 

@@ -79,15 +79,6 @@ class PolicyActor:
         self.model = AdaptedModel(self.source, self.config.lora, getattr(torch, self.dtype), device, self.config.trust_remote_code)
         return self.model.zero_delta()
 
-    def base_digests(self) -> dict[str, str]:
-        """Parameter name → hash of its bytes, to see that the base was never written."""
-        import hashlib
-
-        return {
-            name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-            for name, tensor in self.model.base_parameters()
-        }
-
     def fine_tune(
         self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], workers: Sequence[Any], reward: Any
     ) -> Iterator[dict[str, Any]]:

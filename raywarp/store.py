@@ -79,7 +79,7 @@ def is_sealed(folder: Path) -> bool:
     """Whether the folder is finished and every file is still what the manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return all(
+        return bool(manifest) and all(
             (folder / name).stat().st_size == entry["size"] and file_sha256(folder / name) == entry["sha256"]
             for name, entry in manifest.items()
         )

@@ -25,7 +25,7 @@ def test_a_folder_counts_only_with_its_manifest_and_every_byte(tmp_path: Path) -
         assert not store.is_sealed(folder)
     (folder / "weights").write_bytes(b"12345")
     assert store.is_sealed(folder)
-    for manifest in ("{", "[]", '{"weights": 3}', '{"missing": {"size": 1, "sha256": ""}}'):
+    for manifest in ("{", "[]", "{}", '{"weights": 3}', '{"missing": {"size": 1, "sha256": ""}}'):
         (folder / store.MANIFEST).write_text(manifest)
         assert not store.is_sealed(folder)
     store.remove(folder)
