@@ -1,6 +1,7 @@
 """Where the actors go: one placement group each, checked against the cluster before anything starts."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,16 @@ def release(groups: list[PlacementGroup | None] | list[PlacementGroup]) -> None:
     for group in groups:
         if group is not None:
             remove_placement_group(group)
+
+
+def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
+    """Ray gives a removed group's resources back a little later; a session that starts at once must not see them as taken."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = ray.available_resources()
+        if all(now.get(resource, 0.0) >= before.get(resource, 0.0) for resource in ("CPU", "GPU")):
+            return
+        time.sleep(0.1)
 
 
 def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:

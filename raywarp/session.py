@@ -81,6 +81,7 @@ class Session:
     def __init__(self, config: Config, model: str, prompt_tokens: int, policies: bool = True):
         self.config, self.model, self.prompt_tokens, self._trains = config, model, prompt_tokens, policies
         self._groups: list[Any] = []
+        self._free_before: dict[str, float] = {}
         self.policies: list[Any] = []
         self.workers: list[Any] = []
         self.reward: Any = None
@@ -155,6 +156,7 @@ class Session:
     def _start(self) -> None:
         config = self.config
         self.plan = plan = placement.make_plan(config)
+        self._free_before = ray.available_resources()
         device = torch.device("cuda" if plan.uses_gpus else "cpu")
         self.dtype = config.dtype
         if self.dtype == "auto":
@@ -207,6 +209,7 @@ class Session:
             if actor is not None:
                 ray.kill(actor)
         placement.release(self._groups)
+        placement.wait_until_free(self._free_before)
 
 
 @dataclass(frozen=True)
