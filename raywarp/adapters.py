@@ -1,34 +1,23 @@
-"""A LoRA update as factors: inner products, concatenation, compression, and PEFT's files.
+"""A LoRA update as factors: inner products, concatenation, compression and truncation, all exact in ΔW.
 
 ΔW = B·A with the scaling folded into B. No function here forms ΔW (except `dense`, for tests and small uses), and none
-averages A and B apart. G blocks, M adapters, r rank, d_out and d_in a weight's sizes.
+averages A and B apart. G blocks, M adapters, r rank, R = Σ r_m, d_out and d_in a weight's sizes. Their files: peft_files.py.
 """
 
 import hashlib
-import json
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
-_UNSUPPORTED = {
-    "use_dora": "DoRA is not linear in its factors",
-    "lora_bias": "a trained bias is not part of B·A",
-    "modules_to_save": "fully trained modules are not part of B·A",
-    "trainable_token_indices": "trained tokens are not part of B·A",
-    "layer_replication": "replicated layers share one base weight",
-}
+Granularity = Literal["block", "tensor", "global"]
+GRANULARITIES: tuple[Granularity, ...] = ("block", "tensor", "global")
+_NEGLIGIBLE = 1e-9  # a singular value below this share of the largest is none
+_ROUNDING = 1e-13  # and neither is one that rounding made of summands that cancel, relative to the factors' norms
+_CHUNK = 256  # rows whose products are summed in float32 before float64 takes over: 4e-8 of a norm off, at 2.5 times float64's speed
 
 
 class AdapterError(ValueError):
@@ -55,22 +44,21 @@ class AdapterDelta:
     """The change ΔW that an adapter makes, as factors per module of the base model.
 
     factors: module path in the base model (`model.layers.0.self_attn.q_proj`) → Factors.
-    target_modules: the names by which PEFT finds these modules; by default the last part of each path.
+    target_modules: the names by which PEFT finds these modules, or one pattern; by default the last part of each path.
     base_model: name of the base model, for the adapter's config file.
     fan_in_fan_out: the base stores its weights as (d_in, d_out), as GPT-2's Conv1D does. B and A are the same in both layouts.
+    peft: what else of PEFT's configuration belongs to this adapter: task_type, layers_to_transform, ...
     """
 
     factors: Mapping[str, Factors]
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str = ()
     base_model: str = ""
     fan_in_fan_out: bool = False
+    peft: Mapping[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> dict[str, list[str]]:
         """Transformer block → its modules, in the order of the factors."""
-        grouped: dict[str, list[str]] = {}
-        for module in self.factors:
-            grouped.setdefault(block_of(module), []).append(module)
-        return grouped
+        return grouped(self.factors)
 
     @property
     def rank(self) -> int:
@@ -87,11 +75,91 @@ def block_of(module: str) -> str:
     return match.group(1) if match else module
 
 
+def group_of(module: str, granularity: Granularity) -> str:
+    """The modules that share an angle: a block's, a weight alone, or all of them (`global`)."""
+    return {"block": block_of(module), "tensor": module, "global": "global"}[granularity]
+
+
+def grouped(modules: Iterable[str], granularity: Granularity = "block") -> dict[str, list[str]]:
+    """Group → its modules, both in the order in which they come."""
+    groups: dict[str, list[str]] = {}
+    for module in modules:
+        groups.setdefault(group_of(module, granularity), []).append(module)
+    return groups
+
+
 def inner(x: Factors, y: Factors) -> float:
     """⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)); see `dense` for the long way."""
     left = x.B.double().T @ y.B.double()
     right = x.A.double() @ y.A.double().T
     return float((left * right).sum())
+
+
+class Stack(NamedTuple):
+    """One weight's factors of M adapters side by side: Σ_m ΔW_m = [B₁ … B_M]·[A₁; …; A_M].
+
+    B: (d_out, R). A: (R, d_in). ranks: r_1 … r_M.
+    """
+
+    B: Tensor
+    A: Tensor
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Factors], memory: Tensor | None = None) -> "Stack":
+        """
+        Args:
+            memory: flat, for the stack to lie in; new memory by default.
+        """
+        ranks = tuple(f.rank for f in parts)
+        B = A = None
+        if memory is not None:
+            d_out, d_in, rank = len(parts[0].B), parts[0].A.shape[1], sum(ranks)
+            B, A = memory[: d_out * rank].view(d_out, rank), memory[d_out * rank : (d_out + d_in) * rank].view(rank, d_in)
+        return cls(torch.cat([f.B for f in parts], dim=1, out=B), torch.cat([f.A for f in parts], out=A), ranks)
+
+    def parts(self) -> list[Factors]:
+        """The M summands, as views."""
+        return [Factors(B, A) for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)]
+
+    def gram(self, exact: bool = True) -> Tensor:
+        """(M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
+
+        Args:
+            exact: multiply in float64; else float32 factors are multiplied in float32, in chunks that are summed in float64.
+        """
+        multiply = _products if exact else _quick_products
+        products = multiply(self.B) * multiply(self.A.T)
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        member = (owner == torch.arange(len(self.ranks))[:, None]).double()
+        return member @ products @ member.T
+
+    def weigh(self, coefficients: Sequence[float], in_place: bool = False) -> Factors:
+        """Σ_m c_m ΔW_m, exactly; summands of weight 0 are left out.
+
+        Args:
+            in_place: the stack's own memory may be used for the result.
+        """
+        weights = [weight for weight, rank in zip(coefficients, self.ranks, strict=True) for _ in range(rank)]
+        B, A, kept = self.B, self.A, [column for column, weight in enumerate(weights) if weight != 0]
+        if len(kept) < len(weights):
+            B, A, weights = B[:, kept], A[kept], [weights[column] for column in kept]
+        scales = torch.tensor(weights, dtype=B.dtype, device=B.device)
+        return Factors(B.mul_(scales) if in_place else B * scales, A)
+
+
+def _products(columns: Tensor) -> Tensor:
+    """XᵀX of X (d, R), in float64."""
+    wide = columns.double()
+    return wide.T @ wide
+
+
+def _quick_products(columns: Tensor) -> Tensor:
+    if columns.dtype == torch.float64:
+        return _products(columns)
+    whole = len(columns) // _CHUNK * _CHUNK
+    chunks = columns[:whole].view(-1, _CHUNK, columns.shape[1])
+    return torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64) + _products(columns[whole:])
 
 
 def dense(factors: Factors) -> Tensor:
@@ -114,22 +182,24 @@ def concatenate(deltas: Sequence[AdapterDelta], coefficients: Mapping[str, Seque
 
     Args:
         deltas: M adapters of the same modules.
-        coefficients: M numbers for all modules, or block → M numbers.
+        coefficients: M numbers for all modules, or M numbers per module, per block, or (under "global") for the rest.
 
     Raises:
         AdapterError: the adapters change different modules, or weights of different sizes.
     """
     check_same_modules(deltas)
 
-    def stack(module: str, _: Factors) -> Factors:
-        c = coefficients[block_of(module)] if isinstance(coefficients, Mapping) else coefficients
-        parts = [(delta.factors[module], float(weight)) for delta, weight in zip(deltas, c, strict=True) if weight != 0]
-        if not parts:
-            first = deltas[0].factors[module]
-            return Factors(first.B[:, :0], first.A[:0])
-        return Factors(torch.cat([f.B * weight for f, weight in parts], dim=1), torch.cat([f.A for f, _ in parts]))
+    def combine(module: str, _: Factors) -> Factors:
+        return Stack.of([delta.factors[module] for delta in deltas]).weigh(_coefficients_of(module, coefficients))
 
-    return deltas[0].map(stack)
+    return deltas[0].map(combine)
+
+
+def _coefficients_of(module: str, coefficients: Mapping[str, Sequence[float]] | Sequence[float]) -> Sequence[float]:
+    if not isinstance(coefficients, Mapping):
+        return coefficients
+    groups = (group_of(module, granularity) for granularity in ("tensor", "block", "global"))
+    return next(coefficients[group] for group in groups if group in coefficients)
 
 
 def add(*deltas: AdapterDelta) -> AdapterDelta:
@@ -147,38 +217,62 @@ def trailing(delta: AdapterDelta, rank: int) -> AdapterDelta:
 
 def check_same_modules(deltas: Sequence[AdapterDelta]) -> None:
     """Raises AdapterError unless all adapters change the same weights."""
-    first = deltas[0].factors
-    for index, delta in enumerate(deltas[1:], start=2):
-        if odd := sorted(first.keys() ^ delta.factors.keys()):
-            raise AdapterError(f"adapters 1 and {index} adapt different modules: only one of them has {odd[0]} ({len(odd)} in all)")
-        for module, f in delta.factors.items():
-            ours, theirs = _sizes(first[module]), _sizes(f)
-            if ours != theirs:
-                raise AdapterError(f"{module} is {ours} in adapter 1 and {theirs} in adapter {index}: not of one base model")
+    sizes = [{module: (f.B.shape[0], f.A.shape[1]) for module, f in delta.factors.items()} for delta in deltas]
+    check_same_sizes(sizes, [f"adapter {index}" for index in range(1, len(deltas) + 1)])
 
 
-def compress(delta: AdapterDelta, tolerance: float = 1e-9) -> AdapterDelta:
-    """The same ΔW at its true rank: QR of both stacks, SVD of the small core, all in float64.
+def check_same_sizes(sizes: Sequence[Mapping[str, tuple[int, int]]], names: Sequence[str]) -> None:
+    """Raises AdapterError unless all map the same modules to the same (d_out, d_in).
 
     Args:
-        tolerance: singular values below tolerance·(the module's largest), and those that are rounding noise of summands
-            that cancel, are dropped.
+        names: of the adapters, for the message.
     """
+    for ours, name in zip(sizes[1:], names[1:], strict=True):
+        if odd := sorted(sizes[0].keys() ^ ours.keys()):
+            raise AdapterError(f"{names[0]} and {name} adapt different modules: only one of them has {odd[0]} ({len(odd)} in all)")
+        for module, size in ours.items():
+            if size != sizes[0][module]:
+                raise AdapterError(f"{module} is {sizes[0][module]} in {names[0]} and {size} in {name}: not of one base model")
 
-    def smallest(_: str, f: Factors) -> Factors:
-        if f.rank == 0:
-            return f
-        q_out, r_out = torch.linalg.qr(f.B.double())
-        q_in, r_in = torch.linalg.qr(f.A.double().T)
-        u, s, vh = torch.linalg.svd(r_out @ r_in.T)
-        noise = 1e-13 * float(r_out.norm() * r_in.norm())
-        keep = int((s > max(tolerance * float(s[0]), noise)).sum())
-        root = s[:keep].sqrt()
-        B = (q_out @ u[:, :keep]) * root
-        A = root[:, None] * (vh[:keep] @ q_in.T)
-        return Factors(B.to(f.B.dtype), A.to(f.A.dtype))
 
-    return delta.map(smallest)
+def compress(delta: AdapterDelta) -> AdapterDelta:
+    """The same ΔW at its true rank: QR of both stacks, SVD of the small core. Nothing but rounding is lost."""
+    return delta.map(lambda _, f: truncate(f).factors)
+
+
+def difference(x: Factors, y: Factors) -> Factors:
+    """ΔW_x − ΔW_y at its true rank: what both have in common is gone, and equal ones leave rank 0."""
+    return truncate(Stack.of([x, Factors(-y.B, y.A)]).weigh([1.0, 1.0])).factors
+
+
+class Truncated(NamedTuple):
+    """factors: the approximation, with the singular values' roots in both. kept, total: its squared norm, and ΔW's."""
+
+    factors: Factors
+    kept: float
+    total: float
+
+
+def truncate(f: Factors, rank: int | None = None, energy: float | None = None) -> Truncated:
+    """The best approximation of ΔW of a smaller rank (Eckart–Young), by QR of both factors and SVD of the small core in float64.
+
+    Args:
+        rank: the largest rank to keep; by default the true one, which loses nothing.
+        energy: or the share of ‖ΔW‖² to keep, in (0, 1], by the smallest rank that does; 1 loses nothing.
+    """
+    q_out, r_out = torch.linalg.qr(f.B.double())
+    q_in, r_in = torch.linalg.qr(f.A.double().T)
+    u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    squares = s.square()
+    noise = max(_NEGLIGIBLE * float(s[:1].sum()), _ROUNDING * float(r_out.norm() * r_in.norm()))
+    keep = int((s > noise).sum())
+    if rank is not None:
+        keep = min(rank, keep)
+    if energy is not None and energy < 1:
+        keep = min(keep, int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1)
+    root = s[:keep].sqrt()  # in both factors, so that neither overflows a narrow dtype
+    B, A = (q_out @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_in.T)
+    return Truncated(Factors(B.to(f.B.dtype), A.to(f.A.dtype)), float(squares[:keep].sum()), float(squares.sum()))
 
 
 def digest(delta: AdapterDelta) -> str:
@@ -191,121 +285,5 @@ def digest(delta: AdapterDelta) -> str:
     return total.hexdigest()
 
 
-def save_peft(delta: AdapterDelta, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which PEFT and vLLM read.
-
-    The scaling stays folded into B: every module's alpha equals its rank. A module of rank 0 gets one zero column.
-    """
-    from peft import LoraConfig, TaskType
-
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for module, f in delta.factors.items():
-        B, A = (f.B, f.A) if f.rank else (f.B.new_zeros(f.B.shape[0], 1), f.A.new_zeros(1, f.A.shape[1]))
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = A.cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = B.cpu().contiguous()
-        ranks[module] = A.shape[0]
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
-    config = LoraConfig(
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=dict(unusual),
-        alpha_pattern=dict(unusual),
-        target_modules=sorted(delta.target_modules or {module.rsplit(".", 1)[-1] for module in ranks}),
-        fan_in_fan_out=delta.fan_in_fan_out,
-        base_model_name_or_path=delta.base_model or None,
-        task_type=TaskType.CAUSAL_LM,
-        inference_mode=True,
-        lora_dropout=0.0,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file(tensors, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
-
-
-def load_peft(folder: str | Path) -> AdapterDelta:
-    """Read a PEFT LoRA adapter, with its scaling (alpha/r or, for rsLoRA, alpha/√r, and their patterns) folded into B.
-
-    Raises:
-        AdapterError: missing or corrupt files, a pickle instead of safetensors, or a variant of LoRA that is not plain B·A.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    _refuse_unsupported(folder, config)
-    try:
-        tensors = load_file(str(folder / ADAPTER_FILE))
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot read {folder / ADAPTER_FILE}: {error}") from None
-    return AdapterDelta(
-        factors=_pair_factors(folder, tensors, config),
-        target_modules=_named_targets(config),
-        base_model=config.get("base_model_name_or_path") or "",
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-    )
-
-
 def _sizes(f: Factors) -> tuple[int, int]:
     return f.B.shape[0], f.A.shape[1]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG_FILE).is_file():
-        raise AdapterError(f"{folder} is not a PEFT adapter: it has no {CONFIG_FILE}")
-    if not (folder / ADAPTER_FILE).is_file():
-        pickle = (folder / "adapter_model.bin").is_file()
-        why = "adapter_model.bin is a pickle; save it with safetensors" if pickle else f"it has no {ADAPTER_FILE}"
-        raise AdapterError(f"cannot read the adapter in {folder}: {why}")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except ValueError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE} must hold an object")
-    return config
-
-
-def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type", "LORA") != "LORA":
-        raise AdapterError(f"{folder} is a {config['peft_type']} adapter; only LoRA can be averaged here")
-    for key, reason in _UNSUPPORTED.items():
-        if config.get(key):
-            raise AdapterError(f"{folder} uses {key}: {reason}, so it cannot be averaged exactly")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{folder} trains biases (bias={config['bias']}), which are not part of B·A")
-
-
-def _named_targets(config: dict[str, Any]) -> tuple[str, ...]:
-    targets = config.get("target_modules")
-    return tuple(targets) if isinstance(targets, list) else ()
-
-
-def _pair_factors(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Factors]:
-    factors: dict[str, Factors] = {}
-    for name in _module_names(folder, tensors):
-        A = tensors.get(f"{_PREFIX}{name}.lora_A.weight")
-        B = tensors.get(f"{_PREFIX}{name}.lora_B.weight")
-        if A is None or B is None or B.shape[1] != A.shape[0]:
-            raise AdapterError(f"{folder}: {name} has no matching pair of lora_A and lora_B")
-        factors[name] = Factors(B.float() * _scaling(name, A.shape[0], config), A.float())
-    if not factors:
-        raise AdapterError(f"{folder / ADAPTER_FILE} holds no LoRA factors")
-    return factors
-
-
-def _module_names(folder: Path, tensors: Iterable[str]) -> list[str]:
-    names: dict[str, None] = {}
-    for key in tensors:
-        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", key)
-        if match is None:
-            raise AdapterError(f"{folder}: tensor {key} is not a factor of a linear layer, so the adapter is not plain B·A")
-        names[match.group(1)] = None
-    return list(names)
-
-
-def _scaling(module: str, rank: int, config: dict[str, Any]) -> float:
-    from peft.utils.other import get_pattern_key
-
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

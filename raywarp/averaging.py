@@ -1,37 +1,64 @@
 """Stages 2 and 3 of WARP: spherical merging of task vectors and interpolation towards the initialisation; and its EMA.
 
 Everything here is linear algebra on LoRA factors (adapters.py): no model, no Ray, no files. Equations are those of Ramé et
-al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded Policies". M policies, δ_m a policy's task vector, one block at a time.
+al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded Policies". M policies, δ_m a policy's task vector. Every average is
+Σ c_m δ_m; what differs is c, which follows from the M×M Gram matrix of each group of modules that share an angle: a transformer
+block's by default.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, AdapterError, check_same_modules, compress, concatenate, inner
+from raywarp.adapters import (
+    AdapterDelta,
+    AdapterError,
+    Granularity,
+    Stack,
+    check_same_modules,
+    compress,
+    concatenate,
+    difference,
+    grouped,
+)
 
 # cos Ω this close to ±1 leaves no angle to divide by; in float64 the Gram matrix is good to about 1e-15.
 _COLLINEAR = 1e-12
+# Beyond this cosine an angle magnifies the error of products taken in float32 (4e-8): they are taken in float64 then.
+_STEEP = 0.95
 
 
 class AntipodalError(AdapterError):
     """Two vectors point in opposite directions, so no shortest arc joins them."""
 
 
-def gram_matrices(deltas: Sequence[AdapterDelta]) -> dict[str, Tensor]:
-    """Block → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the block."""
+def gram_matrices(deltas: Sequence[AdapterDelta], granularity: Granularity = "block") -> dict[str, Tensor]:
+    """Group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
     check_same_modules(deltas)
-    count = len(deltas)
-    grams = {}
-    for block, modules in deltas[0].blocks().items():
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        for i in range(count):
-            for j in range(i + 1):
-                gram[i, j] = gram[j, i] = math.fsum(inner(deltas[i].factors[m], deltas[j].factors[m]) for m in modules)
-        grams[block] = gram
-    return grams
+
+    def total(modules: Sequence[str], exact: bool) -> Tensor:
+        stacks = (Stack.of([delta.factors[module] for delta in deltas]) for module in modules)
+        return torch.stack([stack.gram(exact) for stack in stacks]).sum(0)
+
+    return {
+        group: refined(total(modules, False), partial(total, modules, True))
+        for group, modules in grouped(deltas[0].factors, granularity).items()
+    }
+
+
+def refined(quick: Tensor, exact: Callable[[], Tensor]) -> Tensor:
+    """A Gram matrix from float32 products, or the exact one where two vectors are so nearly parallel that it matters."""
+    cosines = cosine_matrix(quick).fill_diagonal_(0)
+    return exact() if bool((cosines.abs() > _STEEP).any()) else quick
+
+
+def cosine_matrix(gram: Tensor) -> Tensor:
+    """(M, M) cosines of the angles between M vectors; NaN beside a zero vector."""
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    return (gram / torch.outer(norms, norms)).clamp(-1, 1)
 
 
 def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> Tensor:
@@ -48,7 +75,7 @@ def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> 
         AntipodalError: two vectors point in opposite directions.
     """
     count = gram.shape[0]
-    shares = _check_weights(weights, count)
+    shares = check_weights(weights, count)
     norms = gram.diagonal().clamp(min=0).sqrt()
     merged = torch.zeros(count, dtype=torch.float64)
     total = 0.0
@@ -74,33 +101,143 @@ def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
     return (math.sin((1 - step) * angle) * merged + math.sin(step * angle) * target) / math.sin(angle)
 
 
-def slerp(deltas: Sequence[AdapterDelta], weights: Sequence[float] | None = None) -> AdapterDelta:
-    """Stage 2: the spherical mean of M task vectors, one angle per transformer block, exact in ΔW.
+def lerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """(M,) float64 w_m / Σ w: the plain mean, whatever the (M, M) Gram matrix says."""
+    shares = torch.tensor(check_weights(weights, gram.shape[0]), dtype=torch.float64)
+    return shares / shares.sum()
 
-    Args:
-        deltas: the task vectors θ_m − θ_init.
-        weights: see slerp_coefficients. For M = 2, weights (1 − λ, λ) give slerp at λ.
 
-    Returns:
-        their merge as a concatenation, of rank Σ r_m.
+def karcher_coefficients(gram: Tensor, weights: Sequence[float] | None = None, iterations: int = 1000) -> Tensor:
+    """Weights c of the Karcher mean: the direction with the least mean squared angle to the δ_m, at the mean of their norms.
+
+    Unlike the recursion of SLERP it does not depend on the order of the δ_m. For two vectors of one norm both are the same.
+    (Grove and Karcher 1973; found by Riemannian gradient descent, whose steps need the Gram matrix alone.)
+
+    Args, returns: as slerp_coefficients.
 
     Raises:
-        AntipodalError: in the block that the message names.
+        AntipodalError: the vectors cancel, or are spread so far that the mean direction is not unique.
+    """
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    shares = torch.tensor(check_weights(weights, gram.shape[0]), dtype=torch.float64) * (norms > 0)
+    if not shares.any():
+        return torch.zeros_like(norms)
+    shares, safe = shares / shares.sum(), torch.where(norms > 0, norms, 1.0)
+    cosines = (gram / torch.outer(safe, safe)).clamp(-1, 1)  # of the unit vectors u_m = δ_m / ‖δ_m‖
+    mean = _normalised(shares, cosines)  # the mean direction is Σ mean_m u_m
+    for _ in range(iterations):
+        to_mean = (cosines @ mean).clamp(-1, 1)
+        if bool((to_mean[shares > 0] < -1 + _COLLINEAR).any()):
+            break
+        angles = torch.acos(to_mean)
+        pull = shares * torch.where(
+            angles > 1e-7, angles / torch.sin(angles), 1.0
+        )  # Σ_m w_m·log_mean(u_m), but for its part along the mean
+        tangent = pull - (pull @ to_mean) * mean
+        length = float((tangent @ cosines @ tangent).clamp(min=0).sqrt())
+        moved = _normalised(math.cos(length) * mean + (math.sin(length) / length if length else 1.0) * tangent, cosines)
+        settled, mean = float((moved - mean).abs().max()) < 1e-14, moved
+        if settled:
+            return float(shares @ norms) * mean / safe * (norms > 0)
+    raise AntipodalError("the task vectors point so far apart that their Karcher mean is not unique")
+
+
+def _normalised(coefficients: Tensor, cosines: Tensor) -> Tensor:
+    square = float(coefficients @ cosines @ coefficients)
+    if square < _COLLINEAR:
+        raise AntipodalError("the task vectors cancel: their spherical mean is undefined")
+    return coefficients / math.sqrt(square)
+
+
+def ema_coefficients(count: int, rate: float) -> Tensor:
+    """(K,) float64 weights of an EMA over K checkpoints: (1−μ)^(K−1) for the first, μ(1−μ)^(K−k) for the k-th."""
+    check_rate(rate, "ema_rate")
+    weights = [rate * (1 - rate) ** (count - k) for k in range(1, count + 1)]
+    return torch.tensor([(1 - rate) ** (count - 1), *weights[1:]], dtype=torch.float64)
+
+
+def slerp(
+    deltas: Sequence[AdapterDelta],
+    weights: Sequence[float] | None = None,
+    init: AdapterDelta | None = None,
+    granularity: Granularity = "block",
+) -> AdapterDelta:
+    """Stage 2: the spherical mean of M task vectors, exact in ΔW.
+
+    Args:
+        deltas: the task vectors θ_m − θ_init; with `init`, the policies θ_m themselves.
+        weights: see slerp_coefficients. For M = 2, weights (1 − λ, λ) give slerp at λ.
+        init: θ_init; the result is then θ_init + slerp(θ_m − θ_init).
+        granularity: what shares an angle: a transformer block, a single weight, or the whole model.
+
+    Returns:
+        their merge as a concatenation, of rank Σ r_m (and init's).
+
+    Raises:
+        AntipodalError: in the group that the message names.
         AdapterError: the adapters do not change the same weights.
     """
-    coefficients = {}
-    for block, gram in gram_matrices(deltas).items():
-        try:
-            coefficients[block] = slerp_coefficients(gram, weights).tolist()
-        except AntipodalError as error:
-            raise AntipodalError(f"{block}: {error}") from None
-    return concatenate(deltas, coefficients)
+    return _spherical(slerp_coefficients, deltas, weights, init, granularity)
+
+
+def karcher(
+    deltas: Sequence[AdapterDelta],
+    weights: Sequence[float] | None = None,
+    init: AdapterDelta | None = None,
+    granularity: Granularity = "block",
+) -> AdapterDelta:
+    """The spherical mean that does not depend on the order of the policies; see karcher_coefficients, and slerp for the rest."""
+    return _spherical(karcher_coefficients, deltas, weights, init, granularity)
+
+
+def _spherical(
+    coefficients: Callable[[Tensor, Sequence[float] | None], Tensor],
+    deltas: Sequence[AdapterDelta],
+    weights: Sequence[float] | None,
+    init: AdapterDelta | None,
+    granularity: Granularity,
+) -> AdapterDelta:
+    vectors = deltas if init is None else task_vectors(deltas, init)
+    weighted = {group: in_group(group, coefficients, own, weights).tolist() for group, own in gram_matrices(vectors, granularity).items()}
+    if init is None:
+        return concatenate(deltas, weighted)
+    return concatenate([*deltas, init], {group: towards(c) for group, c in weighted.items()})
+
+
+def in_group(
+    group: str, coefficients: Callable[[Tensor, Sequence[float] | None], Tensor], own: Tensor, weights: Sequence[float] | None
+) -> Tensor:
+    """coefficients(own, weights), with an AntipodalError that names the group."""
+    try:
+        return coefficients(own, weights)
+    except AntipodalError as error:
+        raise AntipodalError(f"{group}: {error}") from None
+
+
+def task_vectors(policies: Sequence[AdapterDelta], init: AdapterDelta) -> list[AdapterDelta]:
+    """θ_m − θ_init: what they have in common is cancelled before anything is squared."""
+    check_same_modules([*policies, init])
+    return [policy.map(lambda module, f: difference(f, init.factors[module])) for policy in policies]
+
+
+def towards(coefficients: Sequence[float], rate: float = 1.0) -> list[float]:
+    """Weights of θ_1, …, θ_M, θ_init in θ_init + η·Σ c_m (θ_m − θ_init)."""
+    moved = [rate * c for c in coefficients]
+    return [*moved, 1 - math.fsum(moved)]
 
 
 def lerp(deltas: Sequence[AdapterDelta], weights: Sequence[float] | None = None) -> AdapterDelta:
-    """The plain mean of M task vectors, exact in ΔW: a concatenation of rank Σ r_m."""
-    shares = _check_weights(weights, len(deltas))
+    """The plain mean of M adapters, exact in ΔW: a concatenation of rank Σ r_m. The same from every init."""
+    shares = check_weights(weights, len(deltas))
     return concatenate(deltas, [share / sum(shares) for share in shares])
+
+
+def ema(checkpoints: Sequence[AdapterDelta], rate: float) -> AdapterDelta:
+    """The exponential moving average of ΔW over a sequence of checkpoints, the oldest first: ema ← (1 − μ)·ema + μ·θ.
+
+    Exact, unlike `ema_update`'s average of the factors: a concatenation of rank Σ r_k.
+    """
+    return concatenate(checkpoints, ema_coefficients(len(checkpoints), rate).tolist())
 
 
 def liti(init: AdapterDelta, merged: AdapterDelta, rate: float) -> AdapterDelta:
@@ -110,8 +247,7 @@ def liti(init: AdapterDelta, merged: AdapterDelta, rate: float) -> AdapterDelta:
         init, merged: both as changes from the same base, for example θ_init − θ_sft and θ_slerp − θ_sft.
         rate: η in [0, 1].
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"liti_rate must lie in [0, 1], not {rate}")
+    check_rate(rate, "liti_rate")
     return compress(concatenate([init, merged], [1 - rate, rate]))
 
 
@@ -125,19 +261,19 @@ def ema_update(ema: Sequence[Tensor], policy: Sequence[Tensor], rate: float) -> 
     torch._foreach_lerp_(list(ema), list(policy), rate)
 
 
-def geometry(deltas: Sequence[AdapterDelta]) -> dict[str, dict[str, list[float]]]:
-    """Block → {"norms": ‖δ_m‖ for each m, "angles": Ω in degrees for each pair (1,2), (1,3), …, (M−1,M)}.
+def geometry(deltas: Sequence[AdapterDelta], granularity: Granularity = "block") -> dict[str, dict[str, list[float]]]:
+    """Group → {"norms": ‖δ_m‖ for each m, "angles": Ω in degrees for each pair (1,2), (1,3), …, (M−1,M)}.
 
     A pair with a zero task vector has the angle NaN.
     """
-    result = {}
-    for block, gram in gram_matrices(deltas).items():
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        cosines = (gram / torch.outer(norms, norms)).clamp(-1, 1)
-        pairs = torch.triu_indices(len(deltas), len(deltas), offset=1)
-        angles = torch.rad2deg(torch.acos(cosines[pairs[0], pairs[1]]))
-        result[block] = {"norms": norms.tolist(), "angles": angles.tolist()}
-    return result
+    return {group: norms_and_angles(own) for group, own in gram_matrices(deltas, granularity).items()}
+
+
+def norms_and_angles(gram: Tensor) -> dict[str, list[float]]:
+    """What `geometry` says of one group."""
+    pairs = torch.triu_indices(len(gram), len(gram), offset=1)
+    angles = torch.rad2deg(torch.acos(cosine_matrix(gram)[pairs[0], pairs[1]]))
+    return {"norms": gram.diagonal().clamp(min=0).sqrt().tolist(), "angles": angles.tolist()}
 
 
 def _unit(count: int, m: int) -> Tensor:
@@ -146,7 +282,13 @@ def _unit(count: int, m: int) -> Tensor:
     return unit
 
 
-def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def check_rate(rate: float, name: str) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], not {rate}")
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The weights, all 1 by default. Raises ValueError unless there are `count`, none below 0, and not all 0."""
     if weights is None:
         return [1.0] * count
     if len(weights) != count or min(weights) < 0 or not math.isfinite(sum(weights)) or sum(weights) == 0:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from raywarp import losses, store
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import AdapterDelta, add, save_peft
+from raywarp.adapters import AdapterDelta, add
 from raywarp.batch import Completion, collate
 from raywarp.config import Config
 from raywarp.data import Prompt
+from raywarp.peft_files import save_peft
 from raywarp.policy import Policy
 from raywarp.rollout import AdapterPart, join, submit
 from raywarp.seeding import batch_indices, derive_seed

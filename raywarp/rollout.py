@@ -16,9 +16,10 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, Factors, add, digest, save_peft
+from raywarp.adapters import AdapterDelta, Factors, add, digest
 from raywarp.batch import Completion
 from raywarp.config import ConfigError, RolloutConfig
+from raywarp.peft_files import save_peft
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)
 

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from raywarp import store
-from raywarp.adapters import AdapterDelta, save_peft
+from raywarp.adapters import AdapterDelta
 from raywarp.averaging import geometry
 from raywarp.config import Config, ConfigError, to_yaml
+from raywarp.peft_files import save_peft
 
 CONFIG_FILE = "config.yaml"
 # Keys that change how a run is carried out or looked at, but not what it trains.

@@ -13,12 +13,13 @@ Every change is kept as LoRA factors relative to the SFT model; its base weights
 from collections.abc import Mapping, Sequence
 
 from raywarp import evaluation, store
-from raywarp.adapters import AdapterDelta, add, load_peft, scale, trailing
+from raywarp.adapters import AdapterDelta, add, scale, trailing
 from raywarp.averaging import liti, slerp
 from raywarp.config import Config
 from raywarp.data import PromptSplits
 from raywarp.inputs import prepare
 from raywarp.loggers import Loggers
+from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.report import plot_front

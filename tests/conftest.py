@@ -14,7 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_TRAIN_V2_ENABLED="1", RAY_AUTH_MODE="token"
 )
 
-from raywarp.adapters import AdapterDelta, Factors
+from raywarp.adapters import AdapterDelta, Factors, dense
 
 WORDS = (
     *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
@@ -33,6 +33,12 @@ def random_delta(
         for name, r, (out, inp) in zip(names, ranks, sizes, strict=True)
     }
     return AdapterDelta(factors)
+
+
+def assert_same_change(x: AdapterDelta, y: AdapterDelta, tolerance: float = 1e-10) -> None:
+    assert x.factors.keys() == y.factors.keys()
+    for module, f in x.factors.items():
+        torch.testing.assert_close(dense(f), dense(y.factors[module]), rtol=tolerance, atol=tolerance)
 
 
 def save_tokenizer(folder: Path) -> None:

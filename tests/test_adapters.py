@@ -1,39 +1,27 @@
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import random_delta
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from conftest import assert_same_change, random_delta
 
 from raywarp.adapters import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
     AdapterDelta,
     AdapterError,
     Factors,
+    Stack,
     add,
     block_of,
     compress,
     concatenate,
     dense,
+    difference,
     digest,
+    group_of,
     inner,
-    load_peft,
-    save_peft,
     scale,
     subtract,
     trailing,
+    truncate,
     zeros_like,
 )
-
-
-def assert_same_change(x: AdapterDelta, y: AdapterDelta, tolerance: float = 1e-10) -> None:
-    assert x.factors.keys() == y.factors.keys()
-    for module, f in x.factors.items():
-        torch.testing.assert_close(dense(f), dense(y.factors[module]), rtol=tolerance, atol=tolerance)
 
 
 def test_blocks() -> None:
@@ -41,6 +29,9 @@ def test_blocks() -> None:
     assert block_of("transformer.h.3.attn.c_attn") == "transformer.h.3"
     assert block_of("model.layers.2.mlp.experts.7.w1") == "model.layers.2"
     assert block_of("lm_head") == "lm_head"
+    assert [group_of("model.layers.3.mlp.up_proj", g) for g in ("block", "tensor", "global")] == [
+        *("model.layers.3", "model.layers.3.mlp.up_proj", "global"),
+    ]
 
 
 def test_algebra_is_exact_in_the_change() -> None:
@@ -63,6 +54,69 @@ def test_coefficients_per_block() -> None:
     for module, f in mixed.factors.items():
         expected = dense(x.factors[module]) if module.startswith("model.layers.0") else 2 * dense(y.factors[module])
         torch.testing.assert_close(dense(f), expected)
+
+
+def test_coefficients_per_module_block_and_rest() -> None:
+    """The nearest coefficients count: the module's own, else its block's, else those of "global"."""
+    x, y = random_delta(1), random_delta(2)
+    mixed = concatenate([x, y], {"model.layers.0.attn.q": [1, 1], "model.layers.0": [3, 0], "global": [0, -1]})
+    for module, f in mixed.factors.items():
+        a, b = dense(x.factors[module]), dense(y.factors[module])
+        expected = {"model.layers.0.attn.q": a + b, "model.layers.0.mlp.up": 3 * a}.get(module, -b)
+        torch.testing.assert_close(dense(f), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-7)])
+def test_gram_of_a_stack(dtype: torch.dtype, tolerance: float) -> None:
+    """Longer than one chunk of quick products and not a multiple of it, unequal ranks, one of them zero."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        Factors(torch.randn(700, r, generator=generator, dtype=dtype), torch.randn(r, 530, generator=generator, dtype=dtype))
+        for r in (3, 0, 5, 1)
+    ]
+    flat = torch.stack([dense(f).flatten() for f in parts])
+    stack = Stack.of(parts)
+    largest = (flat @ flat.T).abs().max()
+    for exact in (True, False):
+        bound = 1e-13 if exact else tolerance
+        assert ((stack.gram(exact) - flat @ flat.T).abs().max() / largest).item() < bound
+    for f, part in zip(parts, stack.parts(), strict=True):
+        assert torch.equal(f.A, part.A)
+        assert torch.equal(f.B, part.B)
+
+
+def test_a_stack_in_given_memory() -> None:
+    parts = [random_delta(seed).factors["model.layers.0.attn.q"] for seed in (1, 2)]
+    memory = torch.full((100,), torch.nan, dtype=torch.float64)
+    placed, free = Stack.of(parts, memory), Stack.of(parts)
+    assert torch.equal(placed.B, free.B)
+    assert torch.equal(placed.A, free.A)
+    merged = placed.weigh([0.5, 2.0], in_place=True)
+    assert torch.equal(merged.B, free.weigh([0.5, 2.0]).B)
+    assert merged.B.data_ptr() == memory.data_ptr()
+
+
+def test_truncation_loses_the_tail_of_the_singular_values() -> None:
+    for f in random_delta(1, ranks=(4, 4, 4, 4)).factors.values():
+        s = torch.linalg.svdvals(dense(f))
+        for rank in (1, 2, 3):
+            small = truncate(f, rank=rank)
+            assert small.factors.rank == rank
+            assert (dense(small.factors) - dense(f)).norm().item() == pytest.approx(float(s[rank:].norm()), rel=1e-9)
+            assert (small.kept, small.total) == pytest.approx((float(s[:rank].square().sum()), float(s.square().sum())))
+        share = float(s[:2].square().sum() / s.square().sum())
+        assert truncate(f, energy=share - 1e-9).factors.rank == 2
+        assert truncate(f, energy=share + 1e-9).factors.rank == 3
+        assert truncate(f, energy=1.0).factors.rank == truncate(f).factors.rank == 4
+
+
+def test_difference_cancels_before_anything_is_squared() -> None:
+    """θ − θ₀ of adapters that differ by a millionth: right to 1e-8 of itself, where their Gram matrix has 1e-4."""
+    init, step = random_delta(1).factors["model.layers.1.attn.q"], random_delta(2).factors["model.layers.1.attn.q"]
+    moved = Stack.of([init, step]).weigh([1.0, 1e-6])
+    found = difference(moved, init)
+    torch.testing.assert_close(dense(found), 1e-6 * dense(step), rtol=0, atol=1e-14)
+    assert difference(init, init).rank == 0
 
 
 def test_compression_is_lossless_and_finds_the_true_rank() -> None:
@@ -103,91 +157,3 @@ def test_digest_is_of_the_content() -> None:
     assert digest(x) == digest(random_delta(1))
     assert digest(x) != digest(random_delta(2))
     assert digest(x) != digest(scale(x, 1 + 1e-15))
-
-
-def peft_reference(folder: Path, model: Path, **config: object) -> dict[str, torch.Tensor]:
-    """A PEFT adapter with random factors, saved by PEFT; returns PEFT's own ΔW per module."""
-    torch.manual_seed(1)
-    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, **config)  # type: ignore[arg-type]
-    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
-    peft.save_pretrained(str(folder))
-    modules = dict(peft.base_model.model.named_modules())
-    return {n: m.get_delta_weight("default") for n, m in modules.items() if hasattr(m, "get_delta_weight")}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"r": 4, "lora_alpha": 16},
-        {"r": 4, "lora_alpha": 6, "use_rslora": True},
-        {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3, "up_proj": 5}},
-    ],
-)
-def test_reading_peft_gives_pefts_own_change(tmp_path: Path, tiny_llama: Path, config: dict[str, object]) -> None:
-    expected = peft_reference(tmp_path, tiny_llama, **config)
-    delta = load_peft(tmp_path)
-    assert delta.factors.keys() == expected.keys()
-    for module, f in delta.factors.items():
-        torch.testing.assert_close(dense(f).float(), expected[module].detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_reading_conv1d(tmp_path: Path, tiny_gpt2: Path) -> None:
-    """GPT-2 stores weights transposed; PEFT transposes ΔW to match, the factors themselves stay (d_out, r) and (r, d_in)."""
-    expected = peft_reference(tmp_path, tiny_gpt2, r=4, lora_alpha=8, fan_in_fan_out=True)
-    delta = load_peft(tmp_path)
-    assert delta.fan_in_fan_out
-    for module, f in delta.factors.items():
-        torch.testing.assert_close(dense(f).T.float(), expected[module].detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_written_adapters_give_the_dense_models_logits(tmp_path: Path, tiny_llama: Path) -> None:
-    """A merge with unequal ranks, written, loaded by PEFT, against W + ΔW in the weights themselves."""
-    peft_reference(tmp_path / "a", tiny_llama, r=4, lora_alpha=8)
-    delta = load_peft(tmp_path / "a")
-    kept = {"q_proj": 2, "o_proj": 0}
-    ranks = {module: next((r for name, r in kept.items() if name in module), 4) for module in delta.factors}
-    uneven = delta.map(lambda m, f: Factors(f.B[:, : ranks[m]], f.A[: ranks[m]]))
-    save_peft(concatenate([uneven, delta], [0.5, 0.25]), tmp_path / "merged")
-    ids = torch.arange(3, 13)[None]
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "merged")).eval()
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    base = model(ids).logits
-    for module, f in concatenate([uneven, delta], [0.5, 0.25]).factors.items():
-        model.get_submodule(module).weight.data += dense(f).float()
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(base, model(ids).logits, atol=1e-2)
-
-
-def test_round_trip_and_the_zero_adapter(tmp_path: Path) -> None:
-    x = random_delta(1).map(lambda _, f: Factors(f.B.float(), f.A.float()))
-    save_peft(x, tmp_path / "x")
-    assert digest(load_peft(tmp_path / "x")) == digest(x)
-    save_peft(zeros_like(x), tmp_path / "zero")
-    assert_same_change(load_peft(tmp_path / "zero"), zeros_like(x))
-
-
-def test_refusals_name_file_and_reason(tmp_path: Path) -> None:
-    save_peft(random_delta(1), tmp_path)
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    for key, value in (("use_dora", True), ("lora_bias", True), ("modules_to_save", ["lm_head"]), ("bias", "all"), ("peft_type", "LOHA")):
-        (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {key: value}))
-        with pytest.raises(AdapterError, match=key if key not in ("bias", "peft_type") else "biases|LOHA"):
-            load_peft(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    tensors = load_file(tmp_path / ADAPTER_FILE)
-    save_file(tensors | {"base_model.model.embed.lora_embedding_A": torch.zeros(1)}, tmp_path / ADAPTER_FILE)
-    with pytest.raises(AdapterError, match="lora_embedding_A"):
-        load_peft(tmp_path)
-    half = {k: v for k, v in tensors.items() if k != "base_model.model.model.layers.0.attn.q.lora_B.weight"}
-    save_file(half, tmp_path / ADAPTER_FILE)
-    with pytest.raises(AdapterError, match=r"model\.layers\.0\.attn\.q has no matching pair"):
-        load_peft(tmp_path)
-    (tmp_path / ADAPTER_FILE).write_bytes((tmp_path / ADAPTER_FILE).read_bytes()[:-10])
-    with pytest.raises(AdapterError, match="cannot read"):
-        load_peft(tmp_path)
-    (tmp_path / ADAPTER_FILE).unlink()
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(AdapterError, match="pickle"):
-        load_peft(tmp_path)
-    with pytest.raises(AdapterError, match="not a PEFT adapter"):
-        load_peft(tmp_path / "nowhere")

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,8 +7,23 @@ from conftest import random_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raywarp.adapters import AdapterDelta, Factors, add, dense, scale, zeros_like
-from raywarp.averaging import AntipodalError, ema_update, geometry, gram_matrices, lerp, liti, slerp, slerp_coefficients
+from raywarp.adapters import AdapterDelta, AdapterError, Factors, Granularity, add, dense, scale, zeros_like
+from raywarp.averaging import (
+    AntipodalError,
+    ema,
+    ema_coefficients,
+    ema_update,
+    geometry,
+    gram_matrices,
+    karcher,
+    karcher_coefficients,
+    lerp,
+    liti,
+    slerp,
+    slerp_coefficients,
+    task_vectors,
+    towards,
+)
 
 
 def flat(delta: AdapterDelta, block: str | None = None) -> torch.Tensor:
@@ -191,6 +207,113 @@ def test_liti_from_a_common_init_adds_no_rank() -> None:
     moved = liti(init, add(init, vector), 0.3)
     assert moved.rank == 5
     torch.testing.assert_close(flat(moved), flat(init) + 0.3 * flat(vector))
+
+
+@pytest.mark.parametrize("granularity", ["block", "tensor", "global"])
+def test_granularity_is_what_shares_an_angle(granularity: Granularity) -> None:
+    x, y = random_delta(1), random_delta(2)
+    merged = slerp([x, y], [0.7, 0.3], granularity=granularity)
+    groups = gram_matrices([x, y], granularity)
+    assert len(groups) == {"block": 2, "tensor": 4, "global": 1}[granularity]
+    for module, f in merged.factors.items():
+        group = {"block": module.rsplit(".", 2)[0], "tensor": module, "global": None}[granularity]
+        a, b = (torch.cat([dense(d.factors[m]).flatten() for m in d.factors if group is None or m.startswith(group)]) for d in (x, y))
+        cosine = a @ b / (a.norm() * b.norm())
+        torch.testing.assert_close(cosine, groups[group or "global"][0, 1] / (a.norm() * b.norm()))
+        angle = torch.acos(cosine)
+        expected = (torch.sin(0.7 * angle) * dense(x.factors[module]) + torch.sin(0.3 * angle) * dense(y.factors[module])) / torch.sin(
+            angle
+        )
+        torch.testing.assert_close(dense(f), expected)
+
+
+@pytest.mark.parametrize("average", [slerp, karcher])
+def test_from_a_non_zero_init(average: Callable[..., AdapterDelta]) -> None:
+    """init + slerp of θ_m − init: the same whether the task vectors or the policies are given; η < 1 stops on the way."""
+    init, vectors = random_delta(9), [random_delta(s) for s in (1, 2, 3)]
+    policies = [add(init, vector) for vector in vectors]
+    merged = average(policies, init=init)
+    torch.testing.assert_close(flat(merged), flat(init) + flat(average(vectors)), rtol=1e-9, atol=1e-9)
+    for found, vector in zip(task_vectors(policies, init), vectors, strict=True):
+        torch.testing.assert_close(flat(found), flat(vector), rtol=1e-9, atol=1e-9)
+        assert found.rank <= vector.rank + 1  # what is shared with the init is gone: 4, and rounding at most
+    torch.testing.assert_close(flat(average([policies[0]], init=init)), flat(policies[0]))
+    torch.testing.assert_close(flat(average([policies[0], init, policies[1]], init=init)), flat(average(policies[:2], init=init)))
+    fewer = AdapterDelta({m: f for m, f in init.factors.items() if "mlp" not in m})
+    with pytest.raises(AdapterError, match="different modules"):
+        average(policies, init=fewer)
+
+
+def test_weights_towards_an_init() -> None:
+    assert towards([0.5, 0.7]) == pytest.approx([0.5, 0.7, -0.2])
+    assert towards([0.5, 0.7], 0.3) == pytest.approx([0.15, 0.21, 0.64])
+
+
+def test_karcher_mean_of_orthonormal_vectors_is_their_diagonal() -> None:
+    """slerp's recursion gives (.612, .612, .5) there; the Karcher mean has no favourites: 1/√M each."""
+    for count in (1, 2, 3, 4):
+        expected = [count**-0.5] * count
+        assert karcher_coefficients(torch.eye(count, dtype=torch.float64)).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(2, 5))
+@settings(max_examples=40, deadline=None)
+def test_karcher_mean_does_not_depend_on_the_order_and_balances_the_arcs(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(count, 12, generator=generator, dtype=torch.float64) + 1
+    weights = (torch.rand(count, generator=generator, dtype=torch.float64) + 0.1).tolist()
+    mean = karcher_coefficients(vectors @ vectors.T, weights) @ vectors
+    order = torch.randperm(count, generator=generator)
+    shuffled = vectors[order]
+    again = karcher_coefficients(shuffled @ shuffled.T, [weights[i] for i in order]) @ shuffled
+    torch.testing.assert_close(mean, again, rtol=1e-10, atol=1e-10)
+    # its definition: the arcs from the mean to the vectors, weighted, cancel; and its length is the mean of theirs
+    direction, units = mean / mean.norm(), vectors / vectors.norm(dim=1, keepdim=True)
+    cosines = units @ direction
+    arcs = (units - cosines[:, None] * direction) * (torch.acos(cosines) / torch.sin(torch.acos(cosines)))[:, None]
+    assert (torch.tensor(weights, dtype=torch.float64) @ arcs).norm() < 1e-9
+    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    assert mean.norm().item() == pytest.approx(float(share @ vectors.norm(dim=1)))
+
+
+def test_karcher_mean_of_two_equal_norms_is_slerp() -> None:
+    x, y = unit_norm(random_delta(1)), unit_norm(random_delta(2))
+    torch.testing.assert_close(flat(karcher([x, y], [0.3, 0.7])), flat(slerp([x, y], [0.3, 0.7])))
+
+
+def test_karcher_mean_where_there_is_little_to_average() -> None:
+    x, zero = random_delta(1), zeros_like(random_delta(1))
+    torch.testing.assert_close(flat(karcher([x])), flat(x))
+    torch.testing.assert_close(flat(karcher([zero, x, zero])), flat(x))
+    torch.testing.assert_close(flat(karcher([x, x, scale(x, 3)])), flat(x) * 5 / 3)
+    assert flat(karcher([zero, zero])).abs().max() == 0
+    with pytest.raises(AntipodalError, match=r"model\.layers\.0: .*cancel"):
+        karcher([single([1, 2]), single([-2, -4])])
+    with pytest.raises(AntipodalError):
+        karcher([single([1, 0, 0]), single([-0.5, 3**0.5 / 2, 0]), single([-0.5, -(3**0.5) / 2, 0])])
+
+
+def test_near_antipodes_are_multiplied_in_float64() -> None:
+    """At 179.4° an error of 1e-8 in the cosine would be one of 1e-4 in the coefficients; float32 files lose nothing there."""
+    x = random_delta(1, (8, 8, 8, 8), ((900, 700),) * 4).map(lambda _, f: Factors(f.B.float(), f.A.float()))
+    y = add(scale(x, -1), scale(random_delta(2, (8, 8, 8, 8), ((900, 700),) * 4), 0.01)).map(lambda _, f: Factors(f.B.float(), f.A.float()))
+    for block in x.blocks():
+        found, expected = flat(slerp([x, y]), block), dense_slerp(flat(x, block), flat(y, block), 0.5)
+        assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_ema_over_checkpoints_is_the_ema_of_the_change() -> None:
+    checkpoints = [random_delta(s) for s in (1, 2, 3)]
+    expected = flat(checkpoints[0])
+    for checkpoint in checkpoints[1:]:
+        expected = 0.8 * expected + 0.2 * flat(checkpoint)
+    torch.testing.assert_close(flat(ema(checkpoints, 0.2)), expected)
+    assert ema_coefficients(3, 0.2).tolist() == pytest.approx([0.64, 0.16, 0.2])
+    assert ema_coefficients(1, 0.2).tolist() == [1]
+    assert ema_coefficients(3, 0).tolist() == [1, 0, 0]
+    assert ema_coefficients(3, 1).tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="ema_rate"):
+        ema(checkpoints, 1.1)
 
 
 def test_ema() -> None:

@@ -14,8 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raywarp import store
-from raywarp.adapters import dense, digest, load_peft, subtract
+from raywarp.adapters import dense, digest, subtract
 from raywarp.config import Config, parse_config
+from raywarp.peft_files import load_peft
 from raywarp.rewards import RewardError
 from raywarp.run import Run
 from raywarp.warp import train
