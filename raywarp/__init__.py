@@ -2,7 +2,8 @@
 
 raywarp.train(config) -> Run            Algorithm 1 (raywarp.load_config reads a YAML file)
 raywarp.reward(config) -> RewardSummary the reward model from preferences
-raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, liti, load_peft, save_peft
+raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, karcher, ema, liti, load_peft, save_peft
+raywarp.merge(Recipe(...), out)         the same from folder to folder, block by block; raywarp.inspect looks at adapters
 """
 
 from importlib import import_module
@@ -16,11 +17,16 @@ _WHERE = {
     "ConfigError": "config",
     "load_config": "config",
     "AdapterDelta": "adapters",
-    "load_peft": "adapters",
-    "save_peft": "adapters",
+    "load_peft": "peft_files",
+    "save_peft": "peft_files",
     "slerp": "averaging",
     "lerp": "averaging",
+    "karcher": "averaging",
+    "ema": "averaging",
     "liti": "averaging",
+    "merge": "merging",
+    "inspect": "merging",
+    "Recipe": "merge_recipe",
 }
 __all__ = sorted(_WHERE)
 

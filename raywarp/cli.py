@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.config import Config, ConfigError, config_help, load_config
+from raywarp.merge_command import add_merge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for wrong input, 1 for a run that failed, 130 for Ctrl-C."""
+    """Returns the exit code: 0, 2 for wrong input (a config, a dataset, an adapter), 1 for a run that failed, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except ConfigError as error:
-        return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("stopped; the same command continues where it was", 130)
     except Exception as error:
-        if options.verbose or not _is_expected(error):
+        code = _exit_code(error)
+        if code is None or options.verbose:
             raise
-        return _fail(error, 1)
+        return _fail(error, code)
     return 0
 
 
@@ -30,13 +30,18 @@ def _fail(error: object, code: int) -> int:
     return code
 
 
-def _is_expected(error: Exception) -> bool:
-    """Errors whose message says all that a user can act on; others are bugs and keep their traceback."""
+def _exit_code(error: Exception) -> int | None:
+    """For errors whose message says all that a user can act on; others are bugs and keep their traceback."""
+    if isinstance(error, ConfigError):
+        return 2
     from raywarp.adapters import AdapterError
+
+    if isinstance(error, AdapterError):
+        return 2
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
 
-    return isinstance(error, AdapterError | RewardError | RolloutError)
+    return 1 if isinstance(error, RewardError | RolloutError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "quickstart", "the whole pipeline on the embedded model and human ratings, to runs/quickstart", _quickstart, False)
     _command(commands, "reward", "train a reward model from preferences", _reward)
     _command(commands, "train", "run WARP; the same command again continues where it stopped", _train)
+    add_merge(commands)
     return parser
 
 

@@ -1,0 +1,199 @@
+"""What a merge says of itself: a table for the terminal, everything as JSON, and the model card that lies beside the adapter."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+from rich.console import Group as Lines
+from rich.table import Table
+
+from raywarp.adapters import grouped
+from raywarp.merge_recipe import Recipe
+from raywarp.merging import Group, Merge
+from raywarp.peft_files import AdapterFile
+
+_PAIRS_SHOWN = 10  # of M = 5 adapters; the angles of more are put together
+_METHODS = {
+    "slerp": "spherical interpolation (SLERP) of the task vectors, by the recursion of WARP (Ramé et al. 2024, eq. 26)",
+    "lerp": "the plain mean (LERP)",
+    "karcher": "the Karcher mean of the task vectors' directions, at the mean of their norms",
+    "ema": "an exponential moving average over the adapters as checkpoints, the oldest first",
+    "liti": "linear interpolation towards the initialisation (LITI)",
+}
+_ANGLES = {"block": "one angle per transformer block", "tensor": "one angle per weight", "global": "one angle for the whole model"}
+
+
+def merge_table(merge: Merge) -> Lines:
+    """What was merged, and the least, median and largest norm, angle, rank and retained norm."""
+    recipe, (first, *_) = merge.recipe, merge.files
+    rows = _geometry_rows(merge.groups, len(recipe.adapters))
+    blocks = merge.blocks.values()
+    rows["norm of the merge"] = [block.norm for block in blocks]
+    rows["rank of the merge"] = [block.rank for block in blocks]
+    if recipe.rank or recipe.energy:
+        rows["retained norm"] = [block.retained for block in blocks]
+    base = first.like().base_model or "an unnamed base"
+    title = f"{recipe.method} of {len(recipe.adapters)} adapters, {len(first.shapes)} modules in {len(blocks)} blocks of {base}"
+    return Lines(title, _spread_table(rows))
+
+
+def inspect_table(files: Sequence[AdapterFile], groups: Mapping[str, Group], policies: int) -> Lines:
+    """One row per adapter, then norms and angles of the first `policies` of them (the rest is the init)."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("adapter", "rank", "alpha", "modules", "blocks", "targets", "base"):
+        table.add_column(name, overflow="fold")
+    for number, file in enumerate(files, start=1):
+        facts = adapter_facts(file)
+        label = f"{number}" if number <= policies else "init"
+        table.add_row(
+            f"{label}: {file.name}", *(str(facts[key]) for key in ("rank", "alpha", "modules", "blocks", "targets", "base_model"))
+        )
+    return Lines(table, "", _spread_table(_geometry_rows(groups, policies)))
+
+
+def adapter_facts(file: AdapterFile) -> dict[str, Any]:
+    """What an adapter's header says. rank: one number or "least to largest"; alpha likewise, rsLoRA noted."""
+    ranks = [rank for _, rank, _ in file.shapes.values()]
+    root = bool(file.config.get("use_rslora"))
+    alphas = [file.scalings[module] * (math.sqrt(rank) if root else rank) for module, (_, rank, _) in file.shapes.items()]
+    return {
+        "name": file.name,
+        "rank": _span(ranks),
+        "alpha": _span([round(alpha, 6) for alpha in alphas]) + (" (rsLoRA)" if root else ""),
+        "modules": len(file.shapes),
+        "blocks": len(grouped(file.shapes)),
+        "targets": " ".join(sorted({module.rsplit(".", 1)[-1] for module in file.shapes})),
+        "base_model": file.like().base_model,
+    }
+
+
+def merge_json(merge: Merge) -> dict[str, Any]:
+    """Everything, for programs. Angles of zero vectors are null."""
+    recipe = merge.recipe
+    return {
+        "method": recipe.method,
+        "adapters": [adapter_facts(file) for file in merge.files[: len(recipe.adapters)]],
+        "init": adapter_facts(merge.files[-1]) if recipe.init else None,
+        "liti_rate": recipe.liti_rate,
+        "granularity": recipe.granularity,
+        "groups": groups_json(merge.groups, len(recipe.adapters)),
+        "blocks": {name: {"norm": block.norm, "rank": block.rank, "retained": block.retained} for name, block in merge.blocks.items()},
+    }
+
+
+def groups_json(groups: Mapping[str, Group], count: int) -> dict[str, Any]:
+    """Group → norms of the task vectors, angles in degrees by pair ("1-2"), and coefficients where something was merged."""
+    pairs = [f"{i}-{j}" for i, j in combinations(range(1, count + 1), 2)]
+    rows: dict[str, Any] = {}
+    for name, group in groups.items():
+        angles = {pair: None if math.isnan(angle) else angle for pair, angle in zip(pairs, group.angles, strict=True)}
+        rows[name] = {"norms": group.norms, "angles": angles, **({"coefficients": group.coefficients} if group.coefficients else {})}
+    return rows
+
+
+def card(merge: Merge) -> str:
+    """README.md of the merged adapter: what was merged, how, and how to load it."""
+    recipe, base = merge.recipe, merge.files[0].like().base_model
+    head = [
+        "---",
+        *([f"base_model: {base}"] if base else []),
+        "library_name: peft",
+        "tags:",
+        "- lora",
+        "- peft",
+        "- merge",
+        "- raywarp",
+        "---",
+    ]
+    lines = [
+        *head,
+        "",
+        "# Merged LoRA adapter",
+        "",
+        f"Made by raywarp: {_METHODS[recipe.method]}.",
+        "",
+        *_inputs(merge),
+        "",
+        *_how(recipe, merge),
+        "",
+    ]
+    lines += [
+        "Averages are taken of ΔW = s·B·A, never of A and B apart: the factors are concatenated, [c₁B₁ … c_MB_M]·[A₁; …; A_M],",
+        "with the scaling and the coefficients c folded into B (`lora_alpha` equals `r`).",
+        "",
+        "|  | least | median | largest |",
+        "|---|---|---|---|",
+    ]
+    rows = _geometry_rows(merge.groups, len(recipe.adapters))
+    rows["rank"] = [block.rank for block in merge.blocks.values()]
+    rows["retained norm"] = [block.retained for block in merge.blocks.values()]
+    lines += [f"| {name} | {' | '.join(_spread(values))} |" for name, values in rows.items()]
+    model = base or "the base model"
+    lines += ["", "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    lines += [
+        f'model = AutoModelForCausalLM.from_pretrained("{model}")',
+        'model = PeftModel.from_pretrained(model, "this folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _inputs(merge: Merge) -> list[str]:
+    recipe = merge.recipe
+    weights = recipe.weights or (None,) * len(recipe.adapters)
+    names = [*(f"θ_{number}" for number in range(1, len(recipe.adapters) + 1)), *(["θ_init"] if recipe.init else [])]
+    lines = ["|  | adapter | rank | weight |", "|---|---|---|---|"]
+    for name, file, weight in zip(names, merge.files, [*weights, *([None] if recipe.init else [])], strict=True):
+        shown = "" if name == "θ_init" else "equal" if weight is None else f"{weight:g}"
+        lines.append(f"| {name} | {file.name} | {adapter_facts(file)['rank']} | {shown} |")
+    return lines
+
+
+def _how(recipe: Recipe, merge: Merge) -> list[str]:
+    lines = [f"- from: {'θ_init above' if recipe.init else 'the base model (zero)'}"]
+    if recipe.method in ("slerp", "karcher"):
+        lines.append(f"- angles: {_ANGLES[recipe.granularity]}")
+    if recipe.ema_rate is not None:
+        lines.append(f"- EMA rate μ: {recipe.ema_rate:g}")
+    if recipe.liti_rate != 1:
+        lines.append(f"- LITI rate η: {recipe.liti_rate:g} of the way from the initialisation to the merge")
+    if recipe.rank or recipe.energy:
+        limit = f"rank {recipe.rank}" if recipe.rank else f"{recipe.energy:g} of each module's squared norm"
+        least = min(block.retained for block in merge.blocks.values())
+        lines.append(f"- truncated by SVD to {limit}: at least {least:.4f} of each block's norm is retained")
+    else:
+        lines.append("- not truncated: the rank is the sum of the ranks")
+    return [*lines, f"- dtype: {recipe.dtype}"]
+
+
+def _geometry_rows(groups: Mapping[str, Group], count: int) -> dict[str, list[float]]:
+    rows = {f"norm {m + 1}": [group.norms[m] for group in groups.values()] for m in range(count)}
+    pairs = list(combinations(range(1, count + 1), 2))
+    angles = {f"angle {i}-{j}, degrees": [group.angles[n] for group in groups.values()] for n, (i, j) in enumerate(pairs)}
+    if len(pairs) > _PAIRS_SHOWN:
+        angles = {"angles of all pairs, degrees": [angle for group in groups.values() for angle in group.angles]}
+    return rows | angles
+
+
+def _spread_table(rows: Mapping[str, Sequence[float]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("min", "median", "max"):
+        table.add_column(name, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *_spread(values))
+    return table
+
+
+def _spread(values: Sequence[float]) -> list[str]:
+    """Least, median and largest; angles with zero vectors are left out."""
+    known = [value for value in values if not math.isnan(value)]
+    return [f"{value:.4g}" for value in (min(known), median(known), max(known))] if known else ["-"] * 3
+
+
+def _span(values: Sequence[float]) -> str:
+    least, largest = min(values), max(values)
+    return f"{least:g}" if least == largest else f"{least:g} to {largest:g}"

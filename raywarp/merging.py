@@ -1,0 +1,261 @@
+"""Adapters merged from folder to folder, block by block: the averages of averaging.py on files too large to hold.
+
+Every method is θ_init + η·Σ c_m (θ_m − θ_init), with weights c of each group of modules that share an angle. A block is read
+(mmap), its Gram matrix taken, its factors weighted and written; so memory grows with the largest block, not with the model.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raywarp import averaging, store
+from raywarp.adapters import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, truncate
+from raywarp.merge_recipe import Recipe
+from raywarp.peft_config import CONFIG_FILE
+from raywarp.peft_files import AdapterFile, AdapterWriter
+
+_READERS = 2  # threads that read the next block while one is written
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share an angle. norms of the M task vectors; angles of their pairs (1,2), (1,3), … in degrees; coefficients c_m."""
+
+    norms: list[float]
+    angles: list[float]
+    coefficients: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of what was written. norm: of ΔW before truncation. retained: ‖kept‖ / ‖ΔW‖ (1 where nothing was cut off)."""
+
+    norm: float
+    retained: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What `merge` did: the files it read (θ_init last, if there is one), and the figures of every group and block."""
+
+    recipe: Recipe
+    files: Sequence[AdapterFile]
+    groups: Mapping[str, Group]
+    blocks: Mapping[str, Block]
+
+
+def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_different_bases: bool = False) -> Merge:
+    """Write the merged adapter to the folder `out`, with a model card that says how it was made.
+
+    Args:
+        overwrite: replace `out` if it holds an adapter.
+        allow_different_bases: do not compare the names of the adapters' base models.
+
+    Raises:
+        AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each other, vectors without a mean,
+            or an `out` that is in use. Nothing is left half-written.
+    """
+    from raywarp.merge_report import card
+
+    files = open_adapters([*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases)
+    with _replaced_folder(Path(out), overwrite) as folder:
+        done = _write(recipe, files, folder)
+        (folder / "README.md").write_text(card(done))
+    return done
+
+
+def inspect(
+    adapters: Sequence[str], init: str | None = None, granularity: Granularity = "block", allow_different_bases: bool = False
+) -> tuple[list[AdapterFile], dict[str, Group]]:
+    """The adapters' headers, and norms and angles of their task vectors per group. Writes nothing.
+
+    Raises:
+        AdapterError: as merge.
+    """
+    files = open_adapters([*adapters, *([init] if init else [])], allow_different_bases)
+    measured = _gram_matrices(files, bool(init), granularity)
+    return files, {group: Group(**averaging.norms_and_angles(own)) for group, own in measured.items()}
+
+
+def open_adapters(sources: Sequence[str], allow_different_bases: bool = False) -> list[AdapterFile]:
+    """Raises AdapterError unless all can be read and change the same weights of one base model."""
+    files = [AdapterFile(source) for source in sources]
+    check_same_sizes([file.sizes for file in files], [file.name for file in files])
+    named = [(file.like().base_model.rstrip("/"), file.name) for file in files if file.like().base_model]
+    other = next((pair for pair in named if pair[0] != named[0][0]), None)
+    if other and not allow_different_bases:
+        raise AdapterError(
+            f"{named[0][1]} is of base model {named[0][0]} and {other[1]} of {other[0]}: only adapters of one base can be averaged "
+            "(--allow-different-bases if both names mean the same weights)"
+        )
+    return files
+
+
+def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
+    groups: dict[str, Group] = {}
+    blocks: dict[str, Block] = {}
+    whole = _gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
+    with AdapterWriter(folder, files[0].like(), _largest_shapes(recipe, files), getattr(torch, recipe.dtype)) as writer:
+        for block, stacks, grams in _read_blocks(files):
+            for group, own in (whole or _group_grams(files, stacks, grams, bool(recipe.init), recipe.granularity)).items():
+                if group not in groups:
+                    groups[group] = Group(**averaging.norms_and_angles(own), coefficients=recipe.coefficients(group, own))
+            weights = {module: _weights(recipe, groups[group_of(module, recipe.granularity)].coefficients) for module in stacks}
+            blocks[block] = _write_block(recipe, writer, stacks, grams, weights)
+    return Merge(recipe, files, groups, blocks)
+
+
+def _write_block(
+    recipe: Recipe, writer: AdapterWriter, stacks: Mapping[str, Stack], grams: Mapping[str, Tensor], weights: Mapping[str, Sequence[float]]
+) -> Block:
+    square = kept = 0.0
+    rank = 0
+    for module, stack in stacks.items():
+        merged = stack.weigh(weights[module], in_place=True)
+        c = torch.tensor(weights[module], dtype=torch.float64)
+        kept_here = square_here = float(c @ grams[module] @ c)
+        if recipe.rank or recipe.energy:
+            merged, kept_here, square_here = truncate(merged, recipe.rank, recipe.energy)
+        kept, square, rank = kept + kept_here, square + square_here, max(rank, merged.rank)
+        writer.write(module, merged)
+    return Block(norm=math.sqrt(max(square, 0)), retained=math.sqrt(kept / square) if square > 0 else 1.0, rank=rank)
+
+
+def _weights(recipe: Recipe, coefficients: Sequence[float]) -> list[float]:
+    """Of the files in their order: θ_1 … θ_M and, if there is one, θ_init."""
+    moved = averaging.towards(coefficients, recipe.liti_rate)
+    return moved if recipe.init else moved[:-1]
+
+
+class _Read(NamedTuple):
+    """One block in memory: module → all files' factors side by side, and module → their Gram matrix."""
+
+    name: str
+    stacks: dict[str, Stack]
+    grams: dict[str, Tensor]
+
+
+def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[_Read]:
+    """Block by block, the next one read by other threads while one is worked on. A block's stacks are valid until the next is asked for.
+
+    Each operation stays in one thread: operations this small would wait for each other more than they compute.
+    """
+    counts = {module: sum(f.shapes[module][1] for f in files) * (d_out + d_in) for module, (d_out, d_in) in files[0].sizes.items()}
+    blocks = grouped(counts)
+    largest = max(sum(counts[module] for module in modules) for modules in blocks.values())
+    memories = torch.empty(2, largest)  # used in turn: new memory for every block would have to be paged in first
+
+    def read(module: str, memory: Tensor) -> tuple[Stack, Tensor]:
+        parts = [file.read(module) for file in files]
+        fits = all(tensor.dtype == memory.dtype for f in parts for tensor in f)
+        stack = Stack.of(parts, memory if fits else None)
+        for file in files:
+            file.release(module)
+        return stack, stack.gram(exact)
+
+    def start(block: str, memory: Tensor) -> dict[str, Future[tuple[Stack, Tensor]]]:
+        places = memory[: sum(counts[module] for module in blocks[block])].split([counts[module] for module in blocks[block]])
+        return {module: pool.submit(read, module, place) for module, place in zip(blocks[block], places, strict=True)}
+
+    with _single_threaded_operations(), ThreadPoolExecutor(_READERS) as pool:
+        under_way = start(next(iter(blocks)), memories[0])
+        for number, (block, following) in enumerate(zip(blocks, [*list(blocks)[1:], None], strict=True), start=1):
+            results = {module: future.result() for module, future in under_way.items()}
+            if following is not None:
+                under_way = start(following, memories[number % 2])
+            yield _Read(block, {m: stack for m, (stack, _) in results.items()}, {m: gram for m, (_, gram) in results.items()})
+
+
+@contextmanager
+def _single_threaded_operations() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _gram_matrices(files: Sequence[AdapterFile], has_init: bool, granularity: Granularity) -> dict[str, Tensor]:
+    """Group → Gram matrix of the task vectors, block by block over whole files."""
+    totals: dict[str, Tensor] = {}
+    # A sum over blocks cannot be refined afterwards: `global` multiplies in float64 at once.
+    for _, stacks, grams in _read_blocks(files, exact=granularity == "global"):
+        for group, own in _group_grams(files, stacks, grams, has_init, granularity).items():
+            totals[group] = totals[group] + own if group in totals else own
+    return totals
+
+
+def _group_grams(
+    files: Sequence[AdapterFile], stacks: Mapping[str, Stack], grams: Mapping[str, Tensor], has_init: bool, granularity: Granularity
+) -> dict[str, Tensor]:
+    """Group → (M, M) Gram matrix of the task vectors in one block's modules.
+
+    Args:
+        grams: module → Gram matrix of its stack, which is that of the task vectors where there is no init.
+    """
+    if has_init:
+        stacks = {module: _task_vectors(stack) for module, stack in stacks.items()}
+        grams = {module: stack.gram(exact=True) for module, stack in stacks.items()}
+    result = {}
+    for group, modules in grouped(stacks, granularity).items():
+        quick = torch.stack([grams[module] for module in modules]).sum(0)
+        result[group] = averaging.refined(quick, partial(_exact_gram, [stacks[module] for module in modules]))
+        if not bool(result[group].isfinite().all()):
+            for file in files:
+                file.require_finite(modules)
+            raise AdapterError(f"{group}: the numbers are too large to multiply")
+    return result
+
+
+def _exact_gram(stacks: Sequence[Stack]) -> Tensor:
+    return torch.stack([stack.gram() for stack in stacks]).sum(0)
+
+
+def _task_vectors(stack: Stack) -> Stack:
+    *policies, init = stack.parts()
+    return Stack.of([difference(policy, init) for policy in policies])
+
+
+def _largest_shapes(recipe: Recipe, files: Sequence[AdapterFile]) -> dict[str, tuple[int, int, int]]:
+    shapes = {}
+    for module, (d_out, d_in) in files[0].sizes.items():
+        rank = sum(file.shapes[module][1] for file in files)
+        if recipe.rank or recipe.energy:
+            rank = min(rank, recipe.rank or rank, d_out, d_in)
+        shapes[module] = (d_out, rank, d_in)
+    return shapes
+
+
+@contextmanager
+def _replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """store.replaced_folder for an adapter: what else lies in `out` is never replaced."""
+    out = out.expanduser().resolve()
+    _check_replaceable(out, overwrite)
+    try:
+        with store.replaced_folder(out) as folder:
+            yield folder
+    except OSError as error:
+        raise AdapterError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise AdapterError(f"{out} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+    if folders or not (out / CONFIG_FILE).is_file():
+        why = f"it has folders in it ({folders[0]})" if folders else f"it holds no adapter ({CONFIG_FILE})"
+        raise AdapterError(f"{out} is not overwritten: {why}; choose another folder")
