@@ -40,7 +40,7 @@ def _add_method(methods: Any, method: str, text: str) -> None:
     else:
         parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="local folder or hub id (user/name or user/name@revision)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder that gets the merged adapter")
-    parser.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter in DIR; other files there stay")
     _add_common(parser)
     parser.add_argument(
         "--liti", type=float, required=method == "liti", default=1.0, metavar="ETA", help="how far to go from the init to the merge, 0 to 1"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raywarp import averaging, store
-from raywarp.adapters import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, truncate
+from raywarp.adapters import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
 from raywarp.merge_recipe import Recipe
 from raywarp.peft_config import CONFIG_FILE
 from raywarp.peft_files import AdapterFile, AdapterWriter
@@ -57,7 +57,7 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
     """Write the merged adapter to the folder `out`, with a model card that says how it was made.
 
     Args:
-        overwrite: replace `out` if it holds an adapter.
+        overwrite: replace the adapter in `out`; other files there stay.
         allow_different_bases: do not compare the names of the adapters' base models.
 
     Raises:
@@ -67,7 +67,7 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
     from raywarp.merge_report import card
 
     files = open_adapters([*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases)
-    with _replaced_folder(Path(out), overwrite) as folder:
+    with _new_adapter(Path(out), overwrite) as folder:
         done = _write(recipe, files, folder)
         (folder / "README.md").write_text(card(done))
     return done
@@ -124,7 +124,7 @@ def _write_block(
         c = torch.tensor(weights[module], dtype=torch.float64)
         kept_here = square_here = float(c @ grams[module] @ c)
         if recipe.rank or recipe.energy:
-            merged, kept_here, square_here = truncate(merged, recipe.rank, recipe.energy)
+            merged, kept_here, square_here = shrink(merged, recipe.rank, recipe.energy)
         kept, square, rank = kept + kept_here, square + square_here, max(rank, merged.rank)
         writer.write(module, merged)
     return Block(norm=math.sqrt(max(square, 0)), retained=math.sqrt(kept / square) if square > 0 else 1.0, rank=rank)
@@ -237,25 +237,15 @@ def _largest_shapes(recipe: Recipe, files: Sequence[AdapterFile]) -> dict[str, t
 
 
 @contextmanager
-def _replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """store.replaced_folder for an adapter: what else lies in `out` is never replaced."""
+def _new_adapter(out: Path, overwrite: bool) -> Iterator[Path]:
+    """store.new_files, for an adapter. Raises AdapterError if `out` is in use or cannot be written."""
     out = out.expanduser().resolve()
-    _check_replaceable(out, overwrite)
+    if out.exists() and not out.is_dir():
+        raise AdapterError(f"{out} is a file; name a folder")
+    if not overwrite and out.exists() and any(out.iterdir()):
+        raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
     try:
-        with store.replaced_folder(out) as folder:
+        with store.new_files(out, last=CONFIG_FILE) as folder:
             yield folder
     except OSError as error:
         raise AdapterError(f"cannot write {out}: {error.strerror or error}") from None
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise AdapterError(f"{out} is a file; name a folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
-    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
-    if folders or not (out / CONFIG_FILE).is_file():
-        why = f"it has folders in it ({folders[0]})" if folders else f"it holds no adapter ({CONFIG_FILE})"
-        raise AdapterError(f"{out} is not overwritten: {why}; choose another folder")

@@ -89,27 +89,34 @@ def is_sealed(folder: Path) -> bool:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `folder` if the body succeeds and disappears if it fails, and `folder` is as it was.
+def new_files(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder, whose files take their places in `folder` if the body succeeds; if it fails, `folder` is as it was.
+
+    Args:
+        last: the file without which the others do not count. Where there is one already it goes first and comes back last, so that an
+            interruption leaves nothing that looks whole. Other files in `folder` stay.
 
     Raises:
         OSError: it cannot be written.
     """
-    new, old = (folder.with_name(f".{folder.name}.{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         new.mkdir(parents=True)
         yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        if not folder.exists():
+            new.rename(folder)
+            return
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+        new.rmdir()
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_WINDOW = max(1 << 16, mmap.ALLOCATIONGRANULARITY)  # Linux maps this much around a page that is read, what lies before it too
+_WINDOW = 2 << 20  # Linux maps up to a huge page around a page that is read, what lies before it too
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 
 

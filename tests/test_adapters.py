@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import assert_same_change, random_delta
@@ -16,7 +18,9 @@ from raywarp.adapters import (
     digest,
     group_of,
     inner,
+    norm,
     scale,
+    shrink,
     subtract,
     trailing,
     truncate,
@@ -97,17 +101,30 @@ def test_a_stack_in_given_memory() -> None:
 
 
 def test_truncation_loses_the_tail_of_the_singular_values() -> None:
-    for f in random_delta(1, ranks=(4, 4, 4, 4)).factors.values():
+    x = random_delta(1, ranks=(4, 4, 4, 4))
+    for f in x.factors.values():
         s = torch.linalg.svdvals(dense(f))
+        assert norm(f) == pytest.approx(float(s.norm()))
         for rank in (1, 2, 3):
-            small = truncate(f, rank=rank)
+            small = shrink(f, rank=rank)
             assert small.factors.rank == rank
             assert (dense(small.factors) - dense(f)).norm().item() == pytest.approx(float(s[rank:].norm()), rel=1e-9)
             assert (small.kept, small.total) == pytest.approx((float(s[:rank].square().sum()), float(s.square().sum())))
         share = float(s[:2].square().sum() / s.square().sum())
-        assert truncate(f, energy=share - 1e-9).factors.rank == 2
-        assert truncate(f, energy=share + 1e-9).factors.rank == 3
-        assert truncate(f, energy=1.0).factors.rank == truncate(f).factors.rank == 4
+        assert shrink(f, energy=share - 1e-9).factors.rank == 2
+        assert shrink(f, energy=share + 1e-9).factors.rank == 3
+        assert shrink(f, energy=1.0).factors.rank == shrink(f).factors.rank == 4
+
+
+def test_truncation_reports_each_blocks_retained_norm() -> None:
+    x = random_delta(1, ranks=(4, 4, 4, 4))
+    small, retained = truncate(x, rank=2)
+    for block, modules in x.blocks().items():
+        kept, whole = (math.sqrt(sum(norm(d.factors[m]) ** 2 for m in modules)) for d in (small, x))
+        assert retained[block] == pytest.approx(kept / whole)
+        assert retained[block] < 0.999
+    assert truncate(x)[1] == pytest.approx(dict.fromkeys(x.blocks(), 1.0))
+    assert truncate(zeros_like(x), rank=2)[1] == dict.fromkeys(x.blocks(), 1.0)
 
 
 def test_difference_cancels_before_anything_is_squared() -> None:

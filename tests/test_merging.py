@@ -422,11 +422,12 @@ def test_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "empty" / ADAPTER_FILE).read_bytes() == made  # a failed merge leaves the old adapter
     run(capsys, "slerp", a, a, "--out", a, "--overwrite")  # onto one of its inputs
     assert load_peft(a).rank == 8
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    assert "it holds no adapter" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine", "--overwrite")
-    (Path(b) / "checkpoint-5").mkdir()
-    assert "it has folders in it (checkpoint-5)" in refused(capsys, "lerp", a, b, "--out", b, "--overwrite")
+    assert "is not empty" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine")
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["checkpoint-5", "thesis.txt"]
+    run(capsys, "lerp", a, b, "--out", tmp_path / "mine", "--overwrite")  # whatever else lies there stays
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["README.md", CONFIG_FILE, ADAPTER_FILE, "checkpoint-5", "thesis.txt"]
     assert "is a file; name a folder" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine" / "thesis.txt")
     assert "cannot write" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine" / "thesis.txt" / "out")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
