@@ -67,7 +67,9 @@ def write_model(folder: Path, shape: dict[str, int], adapter: Path | None = None
     import torch
     from peft import PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     heads = shape["hidden"] // 64
     config = LlamaConfig(
