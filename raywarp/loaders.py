@@ -1,6 +1,7 @@
 """Two ways to bring an adapter into an engine: as new weights, or as the engine's own LoRA on top of them.
 
-Both return digests of the tensors that were really taken, for the comparison in rollout.join.
+Both hash the tensors that were really taken, for the comparison in rollout.join. Hashing is a step of its own, which can be done
+while the engine already samples.
 """
 
 import shutil
@@ -32,21 +33,27 @@ class MergedLoader:
 
     def __init__(self, checkpoint: Checkpoint, install: Install):
         self.checkpoint, self.install = checkpoint, install
-        self.loaded: tuple[str, ...] | None = ()
-        self._folded: tuple[str | None, str | None] = (None, None)  # the digest that was asked for, and that of what was added
+        self.loaded: tuple[str, ...] | None = ()  # what was asked for
+        self._taken: list[AdapterDelta | str] = []  # what there was to take, or its digest
+        self._folded: tuple[str | None, list[AdapterDelta | str]] = (None, [])  # likewise, of the init
         self._changed: AdapterDelta | None = None  # the modules whose weights may differ from the pristine ones
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         """Adapters with different answers cannot be in the engine at the same time."""
         return adapter.digests
 
-    def load(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
-        """Load adapters that agree on `in_weights`; the digests of what was loaded for each."""
+    def load(self, adapters: Sequence[Adapter]) -> None:
+        """Load adapters that agree on `in_weights`."""
         adapter = adapters[0]
         if self.loaded != adapter.digests:
             self.loaded = None  # until all is in place, nobody may take it for loaded
-            self.loaded = self._load(adapter)
-        return [self.loaded] * len(adapters)
+            self._taken = self._load(adapter)
+            self.loaded = adapter.digests
+
+    def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
+        """Of what the weights have taken, part by part, for each of the adapters that were just loaded."""
+        self._taken = [part if isinstance(part, str) else digest(part) for part in self._taken]
+        return [tuple(map(str, self._taken))] * len(adapters)
 
     def request(self, adapter: Adapter) -> None:
         """What the engine has to be told with every request: nothing."""
@@ -54,13 +61,13 @@ class MergedLoader:
     def close(self) -> None:
         """There is nothing to take away."""
 
-    def _load(self, adapter: Adapter) -> tuple[str, ...]:
+    def _load(self, adapter: Adapter) -> list[AdapterDelta | str]:
         fold, change = (adapter.init, adapter.policy) if adapter.policy else (None, adapter.init)
         if self._folded[0] != (fold.digest if fold else None):
             delta = fold.fetch() if fold else None
             added = self.checkpoint.fold(delta)
-            self._folded = (fold.digest, digest(replace(delta, factors=added))) if fold and delta else (None, None)
-        below = (self._folded[1],) if self._folded[1] else ()
+            self._folded = (fold.digest, [digest(replace(delta, factors=added))]) if fold and delta else (None, [])
+        below = self._folded[1]
         if change is None:
             if self._changed is not None:
                 self._install(zeros_like(self._changed))
@@ -69,8 +76,8 @@ class MergedLoader:
         if self._changed is not None and self._changed.blocks().keys() - delta.blocks().keys():
             self._install(zeros_like(self._changed))  # an adapter of other modules: the former ones go back
         if not delta.rank and not below and self._changed is None:
-            return (digest(delta),)  # no change to pristine weights
-        return (*below, digest(replace(delta, factors=self._install(delta))))
+            return [delta]  # no change to pristine weights
+        return [*below, replace(delta, factors=self._install(delta))]
 
     def _install(self, delta: AdapterDelta) -> dict[str, Factors]:
         taken: dict[str, Factors] = {}
@@ -100,17 +107,21 @@ class LoraLoader:
     def in_weights(self, adapter: Adapter) -> Hashable:
         return self._below(adapter).digests
 
-    def load(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
+    def load(self, adapters: Sequence[Adapter]) -> None:
         below = self._below(adapters[0])
         if self.weights.loaded != below.digests:
             self._keep_only(set())  # new weights void the LoRAs on them
-        (digests,) = self.weights.load([below])
+        self.weights.load([below])
         on_top = {part.digest: part for part in map(self._on_top, adapters) if part is not None}
         self._keep_only(set(on_top))
         for part in on_top.values():
             if part.digest not in self._held:
                 self._held[part.digest] = self._add(part)
-        return [(*digests, self._held[policy.digest][1]) if (policy := self._on_top(adapter)) else digests for adapter in adapters]
+
+    def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
+        """Of what the weights have taken, and of the files that vLLM read."""
+        (below,) = self.weights.digests(adapters[:1])
+        return [(*below, self._held[policy.digest][1]) if (policy := self._on_top(adapter)) else below for adapter in adapters]
 
     def request(self, adapter: Adapter) -> Any:
         """The LoRARequest that goes with every prompt of this adapter; None for the weights alone."""

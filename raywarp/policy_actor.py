@@ -133,8 +133,11 @@ class PolicyActor:
             kl += losses.completion_kl(policy, sft, batch.mask, self.config.rollout.temperature).tolist()
         return kl
 
+    def _new_policy(self, job: Job) -> Policy:
+        return Policy(self.model, self.config, job.iteration, job.index)
+
     def _start(self, job: Job) -> Progress:
-        policy = Policy(self.model, self.config, job.iteration, job.index)
+        policy = self._new_policy(job)
         progress = Progress(job, policy, [])
         for folder in reversed(_checkpoints(job)):
             if not store.is_sealed(folder):
@@ -142,7 +145,7 @@ class PolicyActor:
             try:
                 policy.load_state(load_file(folder / "state.safetensors"))
             except (SafetensorError, KeyError):
-                progress.policy = policy = Policy(self.model, self.config, job.iteration, job.index)
+                progress.policy = policy = self._new_policy(job)
                 continue
             progress.metrics = store.read_jsonl(folder / "metrics.jsonl")
             progress.samples = store.read_jsonl(folder / "samples.jsonl")

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class RolloutWorker:
     def __init__(self, settings: EngineSettings, number: int = 1):
         self.settings, self.number = settings, number
         self.engine: Engine | None = None
+        self.hasher = ThreadPoolExecutor(1)
 
     def start(self) -> dict[str, Any]:
         """Load the engine; returns what a run's results depend on (`numerics`), and how many completions run at once (`capacity`).
@@ -41,11 +43,13 @@ class RolloutWorker:
         engine, rollouts = self._engine(), []
         for _, group in itertools.groupby(requests, key=lambda request: engine.loader.in_weights(request.adapter)):
             together, start = list(group), time.perf_counter()
-            digests = engine.loader.load([request.adapter for request in together])
+            adapters = [request.adapter for request in together]
+            engine.loader.load(adapters)
             swapped = time.perf_counter()
+            digests = self.hasher.submit(engine.loader.digests, adapters)  # while the engine samples
             completions = engine.sample(together)
             seconds, swap = (time.perf_counter() - start) / len(together), (swapped - start) / len(together)
-            rollouts += [Rollout(c, d, self.number, seconds, swap) for c, d in zip(completions, digests, strict=True)]
+            rollouts += [Rollout(c, d, self.number, seconds, swap) for c, d in zip(completions, digests.result(), strict=True)]
         return os.getpid(), rollouts
 
     def shutdown(self) -> None:
