@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from raywarp.adapters import AdapterDelta, digest
+from raywarp.adapters import AdapterDelta
 from raywarp.batch import Completion
 from raywarp.packed_adapter import PackedAdapter
 
@@ -39,8 +39,9 @@ class AdapterPart:
 
     @classmethod
     def put(cls, delta: AdapterDelta) -> "AdapterPart":
-        hashed = _HASHER.submit(digest, delta)  # 10 ms for 20 MB, meanwhile
-        ref = ray.put(PackedAdapter.pack(delta))
+        packed = PackedAdapter.pack(delta)
+        hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, and as much for the object store's copy
+        ref = ray.put(packed)
         return cls(hashed.result(), delta.rank, ref)
 
     def fetch(self) -> AdapterDelta:

@@ -13,12 +13,14 @@ from raywarp import losses
 from raywarp.adapted_model import AdaptedModel
 from raywarp.adapters import add
 from raywarp.batch import Completion, collate
-from raywarp.config import Config, LoraConfig, parse_config
+from raywarp.config import Config, ConfigError, LoraConfig, parse_config
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, RolloutPool, join, submit
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.session import Kinds, Session
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
+
+TOKEN_BYTES = 2 * 2 * 32 * 4  # of the tiny Llama's KV cache: layers, key and value, one head's width, float32
 
 
 def trained_model(folder: Path, names: tuple[str, ...]) -> AdaptedModel:
@@ -141,20 +143,33 @@ class Skipping(RolloutWorker):
         loader.install = skip_once
 
 
-def test_a_skipped_swap_stops_with_worker_and_version(ray_cluster: Any, tiny_llama: Path) -> None:
+def test_a_skipped_swap_stops_with_worker_and_version(ray_cluster: Any, tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Along the way: a KV cache of 10 blocks holds 4 completions (152 tokens take 2 blocks, one stays empty), and a batch has 8."""
     model = trained_model(tiny_llama, ("one", "two"))
     one, two = (Adapter(policy=AdapterPart.put(model.delta(name))) for name in ("one", "two"))
     kinds = Kinds(worker=Skipping)
-    with Session(config_for(tiny_llama, workers=1), str(tiny_llama), PROMPT_TOKENS, policies=False, kinds=kinds) as session:
+    config = config_for(tiny_llama, workers=1, kv_cache_gib=10 * 128 * TOKEN_BYTES / 2**30)
+    with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False, kinds=kinds) as session:
 
         def sample(adapter: Adapter) -> list[Completion]:
             ((ref,),) = submit(session.pool, [Request(prompts_of(2), [0, 1], adapter)])
             return join([ray_cluster.get(ref)], adapter)
 
+        assert "holds 4 completions of 140 + 12 tokens at once, a batch has 8: raise rollout.kv_cache_gib=" in caplog.text
+        assert "lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens" in caplog.text
         assert len(sample(one)) == 2
         ray_cluster.get(session.workers[0].skip.remote())
         with pytest.raises(RolloutError, match=f"rollout worker 1 sampled from adapter version .* instead of {two.digests[0][:8]}"):
             sample(two)
+
+
+def test_no_room_for_one_completion_names_the_keys(ray_cluster: Any, tiny_llama: Path) -> None:
+    config = config_for(tiny_llama, workers=1, kv_cache_gib=128 * TOKEN_BYTES / 2**30)
+    message = (
+        r"no room for one completion of 152 tokens .*raise rollout.kv_cache_gib.*lower rollout.max_new_tokens=12 or prompts.max_tokens"
+    )
+    with pytest.raises(ConfigError, match=message), Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False):
+        pass
 
 
 def test_join_names_worker_and_version() -> None:

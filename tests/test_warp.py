@@ -201,6 +201,19 @@ def test_a_killed_engine_is_started_again_and_the_adapters_are_the_same(finished
     assert not left_behind(before)
 
 
+def test_lora_mode_through_two_iterations_and_the_front(ray_cluster: Any, project: Path, tiny_llama: Path) -> None:
+    """Init folded into the engine's weights, policies as LoRA on top, the front's points side by side: the sampler follows the trainer."""
+    warp, front = {"policies": 2, "steps": 2}, {"prompts": 4, "completions_per_prompt": 4}
+    config = settings(project, tiny_llama, "lora_run", warp=warp, rollout={"adapter": "lora"}, front=front, cluster={"policy_actors": 1})
+    run = train(config)
+    rows = run.metrics()
+    assert [(row["iteration"], row["policy"]) for row in rows if row["step"] == 1] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert max(row["sampler_gap"] for row in rows) < 1e-3
+    assert load_peft(run.folder / "iterations" / "2" / "init").rank == 4
+    assert [point["name"] for point in run.front()["points"]] == ["sft", "policy 1", "policy 2", "lerp", "liti 0.5", "slerp"]
+    assert all((point["kl"] > 0) == (point["name"] != "sft") for point in run.front()["points"])
+
+
 def test_what_is_stored_is_not_trained_again(finished: Run, project: Path, tiny_llama: Path) -> None:
     """One policy lost, one damaged: only these two are trained again, to the same bits, and the merge stays what it was."""
     config = settings(project, tiny_llama, "run")

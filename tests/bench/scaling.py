@@ -8,7 +8,8 @@ of the given lengths: the engine's generation and the policy's update. A batch g
 so R workers serve R policies at a time: that keeps the pool full as soon as M ≥ 2R, costs one swap per batch, and keeps the results the
 same for every R.
 
-Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its two waits. Shares are those of timing.json.
+Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its two waits, from one step's end to the next (median). Shares
+are those of timing.json, first and last step included.
 
 **Gather.** The driver's part of an iteration with adapters in the shapes of an 8 B Llama (rank 16, all linear layers), for M = 2, 4, 8:
 read the policies, SLERP, LITI, write; seconds, and the peak of the process's memory beyond what it had.
@@ -22,10 +23,11 @@ import logging
 import multiprocessing
 import os
 import resource
-import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +156,11 @@ def run(policies: int, workers: int, trainers: int, steps: int, waits: Kinds, fo
     place = f"{policies}-{workers}-{trainers}"
     jobs = [Job(1, m, f"{place}-{m}", str(folder / f"{place}-{m}")) for m in range(1, policies + 1)]
     with Session(config_for(policies, workers, trainers, steps), "none", 3, kinds=waits) as session:
-        events = list(session.fine_tune(jobs, session.zero, prompts))
+        ends = [time.perf_counter() for event in session.fine_tune(jobs, session.zero, prompts) if event["event"] == "step"]
     assert session.timing is not None
-    assert sum(event["event"] == "step" for event in events) == policies * steps == session.timing.steps
-    shutil.rmtree(folder, ignore_errors=True)
-    return {"policies": policies, "workers": workers, "trainers": trainers, **session.timing.row()}
+    assert len(ends) == policies * steps == session.timing.steps
+    interval = statistics.median(after - before for before, after in pairwise(ends))
+    return {"policies": policies, "workers": workers, "trainers": trainers, "step_interval_seconds": interval, **session.timing.row()}
 
 
 def gather(policies: int, folder: Path) -> dict[str, float]:
@@ -198,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generate", type=float, default=0.5, help="seconds of a batch's generation")
     parser.add_argument("--update", type=float, default=0.5, help="seconds of an update")
-    parser.add_argument("--steps", type=int, default=20, help="steps per policy (a third of that where the pool is overloaded)")
+    parser.add_argument("--steps", type=int, default=40, help="steps per policy (fewer where the pool is not made for the policies)")
     parser.add_argument("--policies", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
@@ -207,7 +209,8 @@ def main() -> None:
     waits, rows = waiting_kinds(options.generate, options.update), []
     print("policies workers trainers  steps/s  trainers  pool   step s = waits + swap + request + rest")
     for m, r, trainers in settings:
-        steps = options.steps if m <= 2 * r else max(options.steps // 3, 3)
+        claimed = (m, r) == (1, 1) or m == 2 * r
+        steps = options.steps if claimed else max(options.steps // 5, 3)
         with tempfile.TemporaryDirectory() as folder:
             row = run(m, r, trainers, steps, waits, Path(folder))
         rows.append(row)
@@ -236,7 +239,7 @@ def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict
             if (m, m // 2, m) in by:
                 found[f"linear_to_{m}"] = by[m, m // 2, m]["steps_per_second"] / (by[2, 1, 2]["steps_per_second"] * m / 2)
     if (1, 1, 1) in by:
-        step = 1 / by[1, 1, 1]["steps_per_second"]
+        step = by[1, 1, 1]["step_interval_seconds"]
         found |= {"overhead_seconds": step - options.generate - options.update}
         found["overhead_share"] = found["overhead_seconds"] / step
     return found
