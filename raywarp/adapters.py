@@ -292,12 +292,18 @@ def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> 
 
 def digest(delta: AdapterDelta) -> str:
     """SHA-256 of every module's name and factors: two adapters with one digest are the same adapter."""
-    total = hashlib.sha256()
-    for module, f in sorted(delta.factors.items()):
-        total.update(f"{module} {f.rank} {f.B.dtype}".encode())
+    factors = sorted(delta.factors.items())
+    total = begin_digest((module, f.rank, str(f.B.dtype).removeprefix("torch.")) for module, f in factors)
+    for _, f in factors:
         for tensor in f:
             total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
+    """Of names, ranks and dtypes; the numbers follow, in the same order."""
+    return hashlib.sha256("\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode())
+
 
 
 def _sizes(f: Factors) -> tuple[int, int]:

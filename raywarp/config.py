@@ -124,7 +124,11 @@ class OptimConfig(Section):
 
 
 class RolloutConfig(Section):
-    workers: Count = Field(1, description="R, vLLM workers that all policies share")
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="what samples; transformers where there is no vLLM, slower")
+    workers: Count = Field(1, description="R, workers (engines) that all policies share")
+    chunk_size: Count | None = Field(
+        None, description="completions per engine call, for fewer policies than workers; default: a whole batch"
+    )
     completions_per_prompt: Count = Field(4, description="completions sampled for each prompt")
     max_new_tokens: Count = Field(24, description="longest completion, in tokens")
     temperature: Positive = Field(0.9, description="sampling temperature; log-probs are taken at the same one")

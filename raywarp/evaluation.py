@@ -73,9 +73,9 @@ def evaluate(
     chosen = held_out[: config.front.prompts]
     prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
     seeds = [derive_seed(config.seed, "evaluation", n) for n in range(len(prompts))]
-    pending = [(point, session.submit_point(point.delta, prompts, seeds)) for point in points]
+    pending = session.submit_points([point.delta for point in points], prompts, seeds)
     results = []
-    for point, waiting in pending:
+    for point, waiting in zip(points, pending, strict=True):
         scored = waiting.wait()
         results.append((summarise(point, scored, config.front.completions_per_prompt), scored))
         done(results[-1][0])

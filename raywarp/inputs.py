@@ -8,6 +8,7 @@ from typing import Any
 from raywarp import rewards, store
 from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
+from raywarp.engines import check_engine
 from raywarp.loggers import check_loggers
 
 
@@ -34,9 +35,10 @@ def prepare(config: Config) -> Inputs:
     """Resolve and check everything that a run reads.
 
     Raises:
-        ConfigError: a missing or unusable model, dataset, column or reward; prompts that leave no room for a completion.
+        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion.
     """
     check_loggers(config)
+    check_engine(config)
     model, prompts = prepare_prompts(config)
     check_reward(config)
     return Inputs(

@@ -2,6 +2,7 @@
 
 import math
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,8 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
     """
     if not need.bundle():
         return [None] * need.count
-    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=f"{name}-{i + 1}") for i in range(need.count)]
+    own = uuid.uuid4().hex[:8]  # Ray refuses a second group of the same name, and sessions of one program may overlap
+    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=f"{name}-{i + 1}-{own}") for i in range(need.count)]
     refs = [group.ready() for group in groups]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
     if len(ready) == len(refs):

@@ -22,7 +22,7 @@ from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.peft_files import save_peft
 from raywarp.policy import Policy
-from raywarp.rollout import AdapterPart, join, submit
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
 
 KEPT_CHECKPOINTS = 2
@@ -51,8 +51,9 @@ class Progress:
     policy: Policy
     metrics: list[dict[str, Any]]
     prompts: list[Prompt] = field(default_factory=list)
-    adapter: list[AdapterPart] = field(default_factory=list)
+    adapter: Adapter = SFT
     rollouts: list[Any] = field(default_factory=list)
+    request_seconds: float = 0.0
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -81,27 +82,28 @@ class PolicyActor:
         return self.model.zero_delta()
 
     def fine_tune(
-        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], workers: Sequence[Any], reward: Any
+        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Any
     ) -> Iterator[dict[str, Any]]:
         """Train the jobs' policies to the end, yielding what happens: resumed (with the metrics so far), step, done.
 
         Raises:
             RewardError: from the reward, after a checkpoint of every policy here.
         """
-        initial = ray.get(init.ref)
+        initial = init.fetch()
         self.model.set_init(initial)
         under_way = [self._start(job) for job in jobs]
         try:
             for progress in under_way:
                 yield {"event": "resumed", **progress.job.label, "step": progress.policy.step, "metrics": progress.metrics}
-            waiting = {self._request(p, init, prompts, workers, reward): p for p in under_way if self._unfinished(p)}
+            self.started, self.busy_seconds = time.perf_counter(), 0.0
+            waiting = {self._request(p, init, prompts, pool, reward): p for p in under_way if self._unfinished(p)}
             while waiting:
                 idle = time.perf_counter()
                 (scores,), _ = ray.wait(list(waiting), num_returns=1)
                 progress = waiting.pop(scores)
                 yield {"event": "step", **self._step(progress, ray.get(scores), time.perf_counter() - idle)}
                 if self._unfinished(progress):
-                    waiting[self._request(progress, init, prompts, workers, reward)] = progress
+                    waiting[self._request(progress, init, prompts, pool, reward)] = progress
             for progress in under_way:
                 self._finish(progress, initial)
                 yield {"event": "done", **progress.job.label}
@@ -113,7 +115,7 @@ class PolicyActor:
             for progress in under_way:
                 progress.policy.close()
 
-    def kl_to_sft(self, adapter: Sequence[AdapterPart], prompts: Sequence[Sequence[int]], *rollouts: Any) -> list[float]:
+    def kl_to_sft(self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any) -> list[float]:
         """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the adapter's parts.
 
         Args:
@@ -121,9 +123,9 @@ class PolicyActor:
             rollouts: the workers' Rollouts for them, in order.
         """
         completions = join(rollouts, adapter)
-        if not adapter:
+        if not adapter.parts:
             return [0.0] * len(completions)
-        self.model.set_init(add(*(ray.get(part.ref) for part in adapter)))
+        self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
         kl = []
         for start in range(0, len(prompts), KL_CHUNK):
             batch = collate(prompts[start : start + KL_CHUNK], completions[start : start + KL_CHUNK]).to(self.model.device)
@@ -131,8 +133,11 @@ class PolicyActor:
             kl += losses.completion_kl(policy, sft, batch.mask, self.config.rollout.temperature).tolist()
         return kl
 
+    def _new_policy(self, job: Job) -> Policy:
+        return Policy(self.model, self.config, job.iteration, job.index)
+
     def _start(self, job: Job) -> Progress:
-        policy = Policy(self.model, self.config, job.iteration, job.index)
+        policy = self._new_policy(job)
         progress = Progress(job, policy, [])
         for folder in reversed(_checkpoints(job)):
             if not store.is_sealed(folder):
@@ -140,7 +145,7 @@ class PolicyActor:
             try:
                 policy.load_state(load_file(folder / "state.safetensors"))
             except (SafetensorError, KeyError):
-                progress.policy = policy = Policy(self.model, self.config, job.iteration, job.index)
+                progress.policy = policy = self._new_policy(job)
                 continue
             progress.metrics = store.read_jsonl(folder / "metrics.jsonl")
             progress.samples = store.read_jsonl(folder / "samples.jsonl")
@@ -150,21 +155,26 @@ class PolicyActor:
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
 
-    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], workers: Sequence[Any], reward: Any) -> Any:
+    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Any) -> Any:
         """Ask for the next step's completions and their scores; the ref of the scores."""
+        start = time.perf_counter()
         job, step, group = progress.job, progress.policy.step, self.config.rollout.completions_per_prompt
         order = derive_seed(self.config.seed, "prompts", job.iteration, job.index)
         chosen = batch_indices(len(prompts), self.config.optim.batch_size // group, step, order)
         progress.prompts = [prompts[i] for i in chosen for _ in range(group)]
         seeds = [derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n) for n in range(self.config.optim.batch_size)]
-        progress.adapter = [init, AdapterPart.put(progress.policy.task_vector())]
-        progress.rollouts = submit(workers, [p.token_ids for p in progress.prompts], seeds, progress.adapter)
-        return reward.score_rollouts.remote([p.text for p in progress.prompts], [p.columns for p in progress.prompts], *progress.rollouts)
+        progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
+        request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
+        (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
+        texts, columns = [p.text for p in progress.prompts], [p.columns for p in progress.prompts]
+        scores = reward.score_rollouts.remote(texts, columns, *progress.rollouts)
+        progress.request_seconds = time.perf_counter() - start
+        return scores
 
     def _step(self, progress: Progress, scores: list[float], idle_seconds: float) -> dict[str, Any]:
+        start, step = time.perf_counter(), progress.policy.step
         rollouts = ray.get(progress.rollouts)
         completions = join(rollouts, progress.adapter)
-        start, step = time.perf_counter(), progress.policy.step
         batch = collate([p.token_ids for p in progress.prompts], completions)
         measured = progress.policy.update(batch, torch.tensor(scores), completions, step % self.config.kl_to_sft_every == 0)
         row = {
@@ -175,8 +185,12 @@ class PolicyActor:
             "rollout_seconds": max(r.seconds for r in rollouts),
             "swap_seconds": max(r.swap_seconds for r in rollouts),
             "wait_seconds": idle_seconds,
+            "request_seconds": progress.request_seconds,
             "update_seconds": time.perf_counter() - start,
+            "pool_busy": max(r.pool_busy for r in rollouts),
         }
+        self.busy_seconds += row["request_seconds"] + row["update_seconds"]
+        row["trainer_busy"] = self.busy_seconds / (time.perf_counter() - self.started)
         progress.metrics.append(row)
         progress.samples.append(_sample(step, progress.prompts, completions, scores))
         if progress.policy.step % self.config.checkpoint_every == 0:

@@ -98,6 +98,17 @@ class Display:
         self.say(f"front: {run.folder / 'front.png'}")
         self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
 
+    def timing(self, run: Run) -> None:
+        """Where the time went, for each iteration that was trained, and what is the bottleneck."""
+        for row in run.timing():
+            phases = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.2f} s" for name, seconds in row["phases"].items())
+            shares = f"trainers {row['trainer_busy']:.0%}, rollout workers {row['pool_busy']:.0%}, reward {row['reward_busy']:.0%} busy"
+            speed = f"{row['steps']} steps in {row['seconds']:.0f} s ({row['steps_per_second']:.2f} steps/s)"
+            self.say(f"iteration {row['iteration']}: {speed}; {shares}; a step: {phases}")
+            if row["restarts"]:
+                self.say(f"  {row['restarts']} rollout worker(s) died and were started again")
+            self.say(f"  {row['bound']}")
+
 
 def _console() -> Console:
     """rich assumes 80 columns where there is no terminal (a job's log), too few for the front's table."""

@@ -1,5 +1,6 @@
 """The Ray actor that scores completions; wrapped by ray.remote where it is placed."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class RewardActor:
 
     def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None):
         self.config, self.trust_remote_code = config, trust_remote_code
+        self.seconds = 0.0
         if threads:
             torch.set_num_threads(threads)
 
@@ -35,7 +37,14 @@ class RewardActor:
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
         """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
-        return self.reward.score(prompts, completions, columns)
+        start = time.perf_counter()
+        scores = self.reward.score(prompts, completions, columns)
+        self.seconds += time.perf_counter() - start
+        return scores
+
+    def seconds_of_work(self) -> float:
+        """Seconds spent on scores so far."""
+        return self.seconds
 
     def score_rollouts(self, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: "Rollout") -> list[float]:
         """Scores of the rollout workers' completions, in order.

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from raywarp.config import Config
 from raywarp.data import Prompt, resolve_model
+from raywarp.engines import check_engine
 from raywarp.inputs import first_prompts, prepare_prompts
 from raywarp.progress import Display
 from raywarp.reward_training import RewardSummary, is_standardised, save_standardisation, train_reward
 from raywarp.rewards import REWARD_FILE, statistics
 from raywarp.run import Run
-from raywarp.session import Session, check_vllm, start_ray
+from raywarp.session import Session, start_ray
 
 
 def reward(config: Config, display: Display | None = None, standardise: bool = True) -> RewardSummary:
@@ -23,7 +24,7 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
         ConfigError: the input is wrong; nothing was started.
     """
     display = display or Display()
-    check_vllm()
+    check_engine(config)
     model, prompts = prepare_prompts(config)
     start_ray()
     display.say(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")

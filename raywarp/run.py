@@ -15,6 +15,7 @@ from raywarp.config import Config, ConfigError, to_yaml
 from raywarp.peft_files import save_peft
 
 CONFIG_FILE = "config.yaml"
+TIMING_FILE = "timing.json"
 # Keys that change how a run is carried out or looked at, but not what it trains.
 _FREE_KEYS = {"out", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers"}
 
@@ -67,6 +68,16 @@ class Run:
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         store.append_jsonl(self.metrics_file, row)
+
+    def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
+        """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""
+        rows = [old for old in self.timing() if old["iteration"] != iteration]
+        store.write_json(self.folder / TIMING_FILE, [*rows, {"iteration": iteration, **row}])
+
+    def timing(self) -> list[dict[str, Any]]:
+        path = self.folder / TIMING_FILE
+        rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        return rows
 
     def save_iteration(
         self, iteration: int, init: AdapterDelta, merged: AdapterDelta, keys: Sequence[str], task_vectors: Sequence[AdapterDelta]

@@ -27,7 +27,7 @@ from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
 from raywarp.session import Session, start_ray
 
-ALGORITHM_VERSION = 1  # part of every key: raise it when the same settings no longer give the same policy
+ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
 
 def train(config: Config, display: Display | None = None) -> Run:
@@ -56,6 +56,7 @@ def train(config: Config, display: Display | None = None) -> Run:
                 init_key = store.content_key({"parents": [init_key, *keys], "merge": "slerp", "liti_rate": config.warp.liti_rate})
         front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
         save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
+        display.timing(run)
     return run
 
 
@@ -85,6 +86,8 @@ def fine_tune(
                 run.add_metrics(row)
                 loggers.log(row)
             bars.update(event)
+    if session.timing and session.timing.steps:
+        run.save_timing(iteration, session.timing.row())
     return [trailing(load_peft(run.policy_folder(key)), config.lora.rank) for key in keys]
 
 
@@ -96,7 +99,8 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
     warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
-    rollout = config.rollout.model_dump(include={"completions_per_prompt", "max_new_tokens", "temperature", "missing_eos_penalty"})
+    sampling = {"completions_per_prompt", "max_new_tokens", "temperature", "missing_eos_penalty", "chunk_size"}
+    rollout = config.rollout.model_dump(include=sampling)
     shared = {
         "algorithm": ALGORITHM_VERSION,
         "init": init_key,

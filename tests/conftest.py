@@ -1,11 +1,14 @@
 """Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for all tests."""
 
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+import psutil
 import pytest
 import torch
 
@@ -91,6 +94,22 @@ def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def traces() -> set[str]:
+    """What a session leaves on a machine while it lives: its actors' processes, shared memory (but for Ray's own), adapter files."""
+    names = [process.name() for process in psutil.Process().children(recursive=True)]
+    found = {name for name in names if name.startswith(("ray::Rollout", "ray::Policy", "ray::Reward", "VLLM"))}
+    found |= {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
+    return found | {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-adapters-*")}
+
+
+def left_behind(before: set[str], seconds: float = 15) -> set[str]:
+    """New traces since `before` that do not go away."""
+    deadline = time.monotonic() + seconds
+    while (left := traces() - before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("llama"))
@@ -104,8 +123,6 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A Ray of this test session's own, with its own home and temporary folder."""
-    import tempfile
-
     import ray
 
     home = tmp_path_factory.mktemp("home")

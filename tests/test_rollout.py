@@ -1,22 +1,26 @@
-"""The vLLM worker for real, in both adapter modes, against transformers' own logits; and the checks around a swap."""
+"""The rollout pool for real: vLLM in both adapter modes and transformers, against the trainer's logits; and the checks around a swap."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from safetensors.torch import load_file
+from conftest import WORDS, left_behind, traces
 
 from raywarp import losses
 from raywarp.adapted_model import AdaptedModel
-from raywarp.adapters import AdapterDelta, Factors, dense
+from raywarp.adapters import add
 from raywarp.batch import Completion, collate
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config
-from raywarp.rollout import AdapterPart, Rollout, RolloutError, checkpoint_files, join, lora_rank, merged_weights, submit
-from raywarp.session import Session
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, RolloutPool, join, submit
+from raywarp.rollout_worker import RolloutWorker
+from raywarp.session import Kinds, Session
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
+
+TOKEN_BYTES = 2 * 2 * 32 * 4  # of the tiny Llama's KV cache: layers, key and value, one head's width, float32
 
 
 def trained_model(folder: Path, names: tuple[str, ...]) -> AdaptedModel:
@@ -30,7 +34,7 @@ def trained_model(folder: Path, names: tuple[str, ...]) -> AdaptedModel:
     return model
 
 
-def config_for(folder: Path, mode: str) -> Config:
+def config_for(folder: Path, engine: str = "vllm", adapter: str = "auto", **rollout: Any) -> Config:
     return parse_config(
         {
             "model": str(folder),
@@ -39,75 +43,141 @@ def config_for(folder: Path, mode: str) -> Config:
             "lora": {"rank": 2, "alpha": 4},
             "warp": {"iterations": 1, "policies": 2},
             "optim": {"batch_size": 8},
-            "rollout": {"adapter": mode, "max_new_tokens": 12, "temperature": 0.8, "workers": 2},
+            "rollout": {"engine": engine, "adapter": adapter, "max_new_tokens": 12, "temperature": 0.8, "workers": 2, **rollout},
             "cluster": {"threads": 1},
         }
     )
 
 
-@pytest.mark.parametrize("mode", ["merged", "lora"])
-def test_every_swap_samples_from_the_adapter_that_was_asked_for(ray_cluster: Any, tiny_llama: Path, mode: str) -> None:
-    """SFT, one adapter, another under way, the first again, the sum of both: trainer and sampler agree each time, and nothing is stale."""
-    model = trained_model(tiny_llama, ("one", "two"))
-    parts = {name: AdapterPart.put(model.delta(name)) for name in ("one", "two")}
+def prompts_of(count: int) -> list[list[int]]:
+    """The first one short, the others longer than a block."""
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, len(WORDS), (PROMPT_TOKENS if n else 3,), generator=generator).tolist() for n in range(8)]
-    seeds = list(range(8))
-    with Session(config_for(tiny_llama, mode), str(tiny_llama), PROMPT_TOKENS, policies=False) as session:
-        texts = {}
-        for names in ((), ("one",), ("two",), ("one",), ("one", "two"), ()):
-            adapter = [parts[name] for name in names]
-            refs = submit(session.workers, prompts, seeds, adapter)
-            assert len(refs) == 2  # both workers take part
-            completions = join(ray_cluster.get(refs), adapter)
+    return [torch.randint(3, len(WORDS), (PROMPT_TOKENS if n else 3,), generator=generator).tolist() for n in range(count)]
+
+
+@pytest.fixture(scope="module", params=[("vllm", "merged"), ("vllm", "lora"), ("transformers", "auto")], ids="-".join)
+def session(request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path) -> Iterator[Session]:
+    before = traces()
+    with Session(config_for(tiny_llama, *request.param), str(tiny_llama), PROMPT_TOKENS, policies=False) as session:
+        assert session.numerics()["engine"] == request.param[0]
+        assert session.numerics()["adapter"] == ("lora" if request.param[1] == "lora" else "merged")
+        yield session
+    assert not left_behind(before)
+
+
+def test_every_swap_samples_from_the_adapter_that_was_asked_for(ray_cluster: Any, tiny_llama: Path, session: Session) -> None:
+    """Adapters one after another, folded, swapped, both, several in one call: trainer and sampler agree each time, nothing is stale."""
+    model = trained_model(tiny_llama, ("one", "two"))
+    one, two = (AdapterPart.put(model.delta(name)) for name in ("one", "two"))
+    both = AdapterPart.put(add(model.delta("one"), model.delta("two")))
+    cases = {
+        (): SFT,
+        ("one",): Adapter(policy=one),
+        ("two",): Adapter(policy=two),
+        ("one", "two"): Adapter(init=one, policy=two),
+        ("two", "one"): Adapter(init=two, policy=one),
+        ("one", "sum"): Adapter(init=one),
+        ("both",): Adapter(policy=both),  # rank 4
+    }
+    names = {(): [], ("one", "sum"): ["one"], ("both",): ["one", "two"]}
+    prompts, tokens = prompts_of(8), {}
+    calls = [[()], [("one",)], [("two",)], [("one",)], [("one", "two")], [("two", "one")], [()], [("one", "sum")], [("both",)]]
+    calls += [[("one",), (), ("two",), ("one", "two"), ("both",)]]  # one call of several adapters
+    for call in calls:
+        requests = [Request(prompts, list(range(8)), cases[case]) for case in call]
+        for case, refs in zip(call, submit(session.pool, requests, chunk=4, together=True), strict=True):
+            assert len(refs) == 2  # two chunks, each to the next idle worker
+            completions = join(ray_cluster.get(refs), cases[case])
             batch = collate(prompts, completions)
-            own = losses.token_logprobs(model.logits(batch, list(names)), batch.responses, 0.8)
-            assert losses.sampler_gap(own, batch.sampler_logprobs, batch.mask) < 1e-3, names
-            other = losses.token_logprobs(model.logits(batch, ["two"] if names != ("two",) else []), batch.responses, 0.8)
-            assert losses.sampler_gap(other, batch.sampler_logprobs, batch.mask) > 0.05, names
-            tokens = [c.token_ids for c in completions]
-            assert texts.setdefault(names, tokens) == tokens, names  # same seeds, same adapter, same tokens
-            assert all(c.token_ids[-1] == 2 if c.finished else len(c.token_ids) == 12 for c in completions)  # an emitted EOS belongs to it
-        assert len({str(t) for t in texts.values()}) == 4
+            active = names.get(case, list(case))
+            own = losses.token_logprobs(model.logits(batch, active), batch.responses, 0.8)
+            assert losses.sampler_gap(own, batch.sampler_logprobs, batch.mask) < 1e-3, case
+            other = losses.token_logprobs(model.logits(batch, ["two"] if active != ["two"] else []), batch.responses, 0.8)
+            assert losses.sampler_gap(other, batch.sampler_logprobs, batch.mask) > 0.05, case
+            found = [c.token_ids for c in completions]
+            # Same seeds, same adapter: the same tokens. Sums are only equal up to rounding, as are calls of another composition.
+            if len(call) == 1:
+                assert tokens.setdefault(case, found) == found, case
+            assert all(c.token_ids[-1] == 2 if c.finished else len(c.token_ids) == 12 for c in completions)  # EOS belongs to it
+    assert len({str(tokens[case]) for case in [(), ("one",), ("two",), ("one", "two")]}) == 4
 
 
-def test_merged_weights_are_pristine_plus_change_in_float32(tiny_llama: Path, tiny_gpt2: Path) -> None:
-    for folder, transposed in ((tiny_llama, False), (tiny_gpt2, True)):
-        model = trained_model(folder, ("one",))
-        delta = model.delta("one")
-        assert delta.fan_in_fan_out == transposed
-        pristine = load_file(folder / "model.safetensors")
-        merged = dict(merged_weights(checkpoint_files(str(folder)), delta))
-        assert merged.keys() == pristine.keys()
-        for name, weight in pristine.items():
-            module = next((m for m in delta.factors if name == f"{m}.weight"), None)
-            change = dense(delta.factors[module]) if module else torch.zeros(())
-            torch.testing.assert_close(merged[name], (weight.double() + (change.T if transposed else change)).float(), rtol=1e-5, atol=1e-6)
+def test_completions_do_not_depend_on_the_number_of_workers(ray_cluster: Any, tiny_llama: Path, session: Session) -> None:
+    """Bit for bit: whole batches and chunks of a fixed size, with one worker and with two."""
+    part = AdapterPart.put(trained_model(tiny_llama, ("one",)).delta("one"))
+    request = Request(prompts_of(8), list(range(8)), Adapter(policy=part))
+    second = ray_cluster.remote(RolloutPool).options(num_cpus=0).remote(session.workers[1:])
+    for chunk, calls in ((None, 1), (3, 3)):
+        answers = []
+        for pool in (session.pool, second):
+            (refs,) = submit(pool, [request], chunk)
+            assert len(refs) == calls
+            answers.append(join(ray_cluster.get(refs), request.adapter))
+        assert answers[0] == answers[1]  # tokens, log-probs, texts
+    ray_cluster.kill(second)
 
 
-def test_a_module_without_a_weight_is_not_dropped_in_silence(tiny_llama: Path) -> None:
-    delta = AdapterDelta({"model.layers.9.mlp.up_proj": Factors(torch.ones(4, 1), torch.ones(1, 4))})
-    with pytest.raises(RolloutError, match=r"no weight for the adapted module model\.layers\.9"):
-        list(merged_weights(checkpoint_files(str(tiny_llama)), delta))
+def test_a_mixed_up_adapter_is_found_out(ray_cluster: Any, tiny_llama: Path, session: Session) -> None:
+    """The content of one version under the name of another, as the policy and as the init."""
+    model = trained_model(tiny_llama, ("one", "two"))
+    one, two = (AdapterPart.put(model.delta(name)) for name in ("one", "two"))
+    wrong = AdapterPart(two.digest, two.rank, one.ref)
+    for adapter in (Adapter(policy=wrong), Adapter(init=wrong, policy=one)):
+        ((ref,),) = submit(session.pool, [Request(prompts_of(2), [0, 1], adapter)])
+        held = "+".join(one.digest[:8] for _ in adapter.parts)
+        message = rf"rollout worker \d sampled from adapter version {re.escape(held)} instead of {two.digest[:8]}"
+        with pytest.raises(RolloutError, match=message):
+            join([ray_cluster.get(ref)], adapter)
 
 
-def test_no_safetensors_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
-        checkpoint_files(str(tmp_path))
+class Skipping(RolloutWorker):
+    """A worker that, once told so, leaves out the next swap."""
+
+    def skip(self) -> None:
+        loader: Any = self._engine().loader
+        install = loader.install
+
+        def skip_once(weights: Any) -> None:
+            loader.install = install
+
+        loader.install = skip_once
 
 
-def test_a_mixed_up_swap_stops_with_worker_and_version() -> None:
+def test_a_skipped_swap_stops_with_worker_and_version(ray_cluster: Any, tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Along the way: a KV cache of 10 blocks holds 4 completions (152 tokens take 2 blocks, one stays empty), and a batch has 8."""
+    model = trained_model(tiny_llama, ("one", "two"))
+    one, two = (Adapter(policy=AdapterPart.put(model.delta(name))) for name in ("one", "two"))
+    kinds = Kinds(worker=Skipping)
+    config = config_for(tiny_llama, workers=1, kv_cache_gib=10 * 128 * TOKEN_BYTES / 2**30)
+    with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False, kinds=kinds) as session:
+
+        def sample(adapter: Adapter) -> list[Completion]:
+            ((ref,),) = submit(session.pool, [Request(prompts_of(2), [0, 1], adapter)])
+            return join([ray_cluster.get(ref)], adapter)
+
+        assert "holds 4 completions of 140 + 12 tokens at once, a batch has 8: raise rollout.kv_cache_gib=" in caplog.text
+        assert "lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens" in caplog.text
+        assert len(sample(one)) == 2
+        ray_cluster.get(session.workers[0].skip.remote())
+        with pytest.raises(RolloutError, match=f"rollout worker 1 sampled from adapter version .* instead of {two.digests[0][:8]}"):
+            sample(two)
+
+
+def test_no_room_for_one_completion_names_the_keys(ray_cluster: Any, tiny_llama: Path) -> None:
+    config = config_for(tiny_llama, workers=1, kv_cache_gib=128 * TOKEN_BYTES / 2**30)
+    message = (
+        r"no room for one completion of 152 tokens .*raise rollout.kv_cache_gib.*lower rollout.max_new_tokens=12 or prompts.max_tokens"
+    )
+    with pytest.raises(ConfigError, match=message), Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False):
+        pass
+
+
+def test_join_names_worker_and_version() -> None:
     completion = Completion((3,), (-1.0,), "the", False)
-    adapter = [AdapterPart("a" * 64, None)]
-    good, stale = Rollout([completion], ("a" * 64,)), Rollout([completion], ("b" * 64,))
+    adapter = Adapter(policy=AdapterPart("a" * 64, 1, None))
+    good, stale = Rollout([completion], ("a" * 64,)), Rollout([completion], ("b" * 64,), worker=2)
     assert join([good, good], adapter) == [completion, completion]
-    with pytest.raises(RolloutError, match="rollout worker 2 sampled from adapter bbbbbbbb instead of aaaaaaaa"):
+    with pytest.raises(RolloutError, match="rollout worker 2 sampled from adapter version bbbbbbbb instead of aaaaaaaa"):
         join([good, stale], adapter)
-    with pytest.raises(RolloutError, match="adapter none instead of aaaaaaaa"):
+    with pytest.raises(RolloutError, match="adapter version none instead of aaaaaaaa"):
         join([Rollout([completion], ())], adapter)
-
-
-def test_ranks_that_vllm_has_slots_for() -> None:
-    assert [lora_rank(rank) for rank in (1, 8, 9, 65, 512)] == [8, 8, 16, 128, 512]
-    with pytest.raises(ConfigError, match="rollout.adapter=merged"):
-        lora_rank(513)

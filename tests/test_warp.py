@@ -2,14 +2,17 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
-from conftest import WORDS
+from conftest import WORDS, left_behind, traces
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -95,6 +98,10 @@ def test_metrics_have_each_step_once(finished: Run) -> None:
     rows = finished.metrics()
     steps = sorted((row["iteration"], row["policy"], row["step"]) for row in rows)
     assert steps == [(i, m, t) for i in (1, 2) for m in (1, 2, 3) for t in range(6)]
+    shares = [row[name] for row in rows for name in ("trainer_busy", "pool_busy")]
+    assert all(0 < share <= 1 for share in shares)
+    assert [timing["steps"] for timing in finished.timing()] == [18, 18]
+    assert all("bound: " in timing["bound"] for timing in finished.timing())
     needed = {"reward", "kl_anchor", "entropy", "length", "eos_rate", "grad_norm", "sampler_gap", "rollout_seconds", "update_seconds"}
     assert all(needed <= row.keys() for row in rows)
     assert all(("kl_sft" in row) == (row["step"] % 3 == 0) for row in rows)
@@ -168,6 +175,43 @@ def test_a_failing_reward_keeps_what_was_done_and_the_same_command_continues(fin
     for ours, theirs in zip(policies_of(run, 1), policies_of(finished, 1), strict=True):
         assert ours == theirs  # the same key
         assert digest(load_peft(run.folder / ours)) == digest(load_peft(finished.folder / theirs))
+
+
+def test_a_killed_engine_is_started_again_and_the_adapters_are_the_same(finished: Run, project: Path, tiny_llama: Path) -> None:
+    """SIGKILL for the rollout worker's process after a few steps: its batch is generated again, and nothing is left behind at the end."""
+    config = settings(project, tiny_llama, "killed_run", warp={"iterations": 1})
+    run, killed, before = Run(Path(config.out)), [], traces()
+
+    def kill_after_three_steps() -> None:
+        while len(run.metrics()) < 3:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::RolloutW"):
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_after_three_steps, daemon=True)
+    killer.start()
+    train(config)
+    assert len(killed) == 1
+    assert [row["restarts"] for row in run.timing()] == [1]
+    for ours, theirs in zip(policies_of(run, 1), policies_of(finished, 1), strict=True):
+        assert ours == theirs
+        assert digest(load_peft(run.folder / ours)) == digest(load_peft(finished.folder / theirs))
+    assert not left_behind(before)
+
+
+def test_lora_mode_through_two_iterations_and_the_front(ray_cluster: Any, project: Path, tiny_llama: Path) -> None:
+    """Init folded into the engine's weights, policies as LoRA on top, the front's points side by side: the sampler follows the trainer."""
+    warp, front = {"policies": 2, "steps": 2}, {"prompts": 4, "completions_per_prompt": 4}
+    config = settings(project, tiny_llama, "lora_run", warp=warp, rollout={"adapter": "lora"}, front=front, cluster={"policy_actors": 1})
+    run = train(config)
+    rows = run.metrics()
+    assert [(row["iteration"], row["policy"]) for row in rows if row["step"] == 1] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert max(row["sampler_gap"] for row in rows) < 1e-3
+    assert load_peft(run.folder / "iterations" / "2" / "init").rank == 4
+    assert [point["name"] for point in run.front()["points"]] == ["sft", "policy 1", "policy 2", "lerp", "liti 0.5", "slerp"]
+    assert all((point["kl"] > 0) == (point["name"] != "sft") for point in run.front()["points"])
 
 
 def test_what_is_stored_is_not_trained_again(finished: Run, project: Path, tiny_llama: Path) -> None:

@@ -1,0 +1,68 @@
+"""The Ray actor around an engine; wrapped by ray.remote where it is placed."""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raywarp.engines import Engine, EngineSettings, start_engine
+from raywarp.rollout import Request, Rollout
+
+
+class RolloutWorker:
+    """One engine. Ray runs its methods one at a time, so a swap and the generation after it are one step.
+
+    A call depends on nothing but itself: Ray may start a worker that died again, and repeat the call that it died of.
+
+    Args:
+        number: counted from 1, for messages.
+    """
+
+    def __init__(self, settings: EngineSettings, number: int = 1):
+        self.settings, self.number = settings, number
+        self.engine: Engine | None = None
+        self.hasher = ThreadPoolExecutor(1)
+
+    def start(self) -> dict[str, Any]:
+        """Load the engine; returns what a run's results depend on (`numerics`), and how many completions run at once (`capacity`).
+
+        Raises:
+            ConfigError: what the engine cannot do.
+        """
+        engine = self._engine()
+        return {"numerics": {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}, "capacity": engine.capacity()}
+
+    def generate(self, requests: Sequence[Request]) -> tuple[int, list[Rollout]]:
+        """This process's id, and the requests' Rollouts; those that the engine can hold at the same time run together."""
+        engine, rollouts = self._engine(), []
+        for _, group in itertools.groupby(requests, key=lambda request: engine.loader.in_weights(request.adapter)):
+            together, start = list(group), time.perf_counter()
+            adapters = [request.adapter for request in together]
+            engine.loader.load(adapters)
+            swapped = time.perf_counter()
+            digests = self.hasher.submit(engine.loader.digests, adapters)  # while the engine samples
+            completions = engine.sample(together)
+            seconds, swap = (time.perf_counter() - start) / len(together), (swapped - start) / len(together)
+            rollouts += [Rollout(c, d, self.number, seconds, swap) for c, d in zip(completions, digests.result(), strict=True)]
+        return os.getpid(), rollouts
+
+    def shutdown(self) -> None:
+        """Stop the engine and take its temporary files away."""
+        if self.engine is not None:
+            self.engine.close()
+
+    def _engine(self) -> Engine:
+        """The engine, started where it is not: also after a death of this process."""
+        if self.engine is None:
+            self.engine = self._start_engine()
+        return self.engine
+
+    def _start_engine(self) -> Engine:
+        actor = ray.get_runtime_context().get_actor_id()  # the same after a restart, which then empties what the last one left
+        return start_engine(self.settings, Path(tempfile.gettempdir()) / f"raywarp-adapters-{actor}")

@@ -1,0 +1,77 @@
+"""Where a run's time went: seconds of each phase, how busy trainers and rollout workers were, and what to add."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raywarp.rollout import PoolReport
+
+PHASES = ("rollout_seconds", "swap_seconds", "wait_seconds", "request_seconds", "update_seconds")
+SATURATED = 0.85  # busier than this, more of the same kind is what helps
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One iteration's fine-tuning.
+
+    seconds: from first request to last step. steps: of all policies.
+    trainer_busy, pool_busy, reward_busy: share of the time that trainers, rollout workers and reward worker had work.
+    phases: mean seconds of a policy's step; swap is part of rollout.
+    restarts: rollout workers that died and were started again.
+    """
+
+    seconds: float
+    steps: int
+    trainers: int
+    workers: int
+    trainer_busy: float
+    pool_busy: float
+    reward_busy: float
+    phases: dict[str, float]
+    restarts: int
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.steps / self.seconds if self.seconds else 0.0
+
+    def bound(self) -> str:
+        """The critical path, and what would shorten it."""
+        shares = {"rollouts": self.pool_busy, "updates": self.trainer_busy, "rewards": self.reward_busy}
+        most = max(shares, key=lambda name: shares[name])
+        if shares[most] < SATURATED:
+            return (
+                f"neither rollouts nor updates bound: a policy waits for its own rollouts; let trainers share policies "
+                f"(cluster.policy_actors below {self.trainers})"
+                if self.trainers > 1
+                else "neither rollouts nor updates bound: a policy waits for its own rollouts; more policies would use the gaps"
+            )
+        remedy = {
+            "rollouts": "add rollout workers (rollout.workers)",
+            "updates": "add policy actors (cluster.policy_actors, or GPUs)",
+            "rewards": "a faster reward",
+        }
+        return f"{most} bound: {remedy[most]}"
+
+    def row(self) -> dict[str, Any]:
+        return {**asdict(self), "steps_per_second": self.steps_per_second, "bound": self.bound()}
+
+
+def measure(rows: Sequence[Mapping[str, Any]], seconds: float, trainers: int, pool: PoolReport, reward_seconds: float) -> Timing:
+    """From the steps' metrics, the pool's report and the wall clock.
+
+    Args:
+        rows: one per step.
+        seconds: of the wall clock. trainers: that had a policy. reward_seconds: of the reward worker's work.
+    """
+    busy = sum(row["update_seconds"] + row["request_seconds"] for row in rows)
+    return Timing(
+        seconds=seconds,
+        steps=len(rows),
+        trainers=trainers,
+        workers=pool.workers,
+        trainer_busy=busy / (seconds * trainers) if trainers else 0.0,
+        pool_busy=pool.busy,
+        reward_busy=reward_seconds / seconds,
+        phases={name: sum(row[name] for row in rows) / len(rows) if rows else 0.0 for name in PHASES},
+        restarts=pool.restarts,
+    )

@@ -1,0 +1,119 @@
+"""transformers as the engine of a rollout worker, where vLLM does not exist: slower, and the same completions within sampling.
+
+Each completion draws its random numbers from its own seed, so they do not depend on what else is in the batch.
+N completions, P longest prompt, T longest completion, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raywarp.batch import Completion
+from raywarp.checkpoint import Checkpoint
+from raywarp.engines import EngineSettings
+from raywarp.loaders import MergedLoader
+from raywarp.rollout import Request
+
+ROWS = 64  # completions that run at once
+
+
+class TransformersEngine:
+    """A causal language model whose weights take the adapters' changes."""
+
+    adapter_mode = "merged"
+
+    def __init__(self, settings: EngineSettings):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.settings = settings
+        self.device = torch.device("cuda" if settings.gpu else "cpu")
+        remote = settings.trust_remote_code
+        model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, trust_remote_code=remote)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.loader = MergedLoader(Checkpoint(self.parameters.items, getattr(torch, settings.dtype)), self._install)
+        self.end = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        self._passes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Completions of requests whose adapter is loaded."""
+        return [
+            [completion for part in request.cut(ROWS) for completion in self._complete(part.prompts, part.seeds)] for request in requests
+        ]
+
+    def capacity(self) -> int:
+        return ROWS
+
+    def close(self) -> None:
+        """There is nothing to stop."""
+
+    def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            self.parameters[name].copy_(weight)
+
+    @torch.inference_mode()
+    def _complete(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
+        rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), device=self.device)
+        uniform = uniform_numbers(seeds, rollout.max_new_tokens).to(self.device)
+        ids, attention = _left_padded(prompts, self.device)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        tokens, logprobs, cache = [], [], None
+        for step in range(rollout.max_new_tokens):
+            positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            arguments: dict[str, Any] = {"position_ids": positions} if self._passes_positions else {}
+            output = self.model(input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, **arguments)
+            cache = output.past_key_values
+            chosen, logprob = draw(output.logits[:, -1], rollout.temperature, uniform[:, step])
+            tokens.append(chosen)
+            logprobs.append(logprob)
+            finished |= torch.isin(chosen, end)
+            if bool(finished.all()):
+                break
+            ids = chosen[:, None]
+            attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
+        rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+        return [self._completion(*row) for row in rows]
+
+    def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
+        """What comes after the first EOS is not part of the completion; the EOS is."""
+        length = next((n for n, token in enumerate(tokens, start=1) if token in self.end), len(tokens))
+        text: Any = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), text, tokens[length - 1] in self.end)
+
+
+def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
+    """(N, count) numbers in [0, 1), float64: each row from its own seed alone."""
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by inversion of the distribution function, and its log-prob.
+
+    Args:
+        logits: (N, V).
+        uniform: (N,) in [0, 1).
+
+    Returns:
+        (N,) tokens and (N,) float32 log-probs at the temperature.
+    """
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N, P) token ids and attention mask."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    attention = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
+
+
+def _end_tokens(*declared: int | Sequence[int] | None) -> set[int]:
+    """Those of the tokenizer and of the model's generation config, as vLLM has it."""
+    return {token for value in declared if value is not None for token in ([value] if isinstance(value, int) else value)}

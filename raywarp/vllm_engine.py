@@ -1,0 +1,141 @@
+"""vLLM as the engine of a rollout worker."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raywarp.batch import Completion
+from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
+from raywarp.config import ConfigError
+from raywarp.engines import NO_VLLM, EngineSettings, lora_slots
+from raywarp.loaders import LoraLoader, MergedLoader
+from raywarp.rollout import Request
+
+MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
+CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
+
+
+class VllmEngine:
+    """One vLLM LLM; in this process, or with tensor_parallel_size > 1 in one process per GPU.
+
+    Raises:
+        ConfigError: no vLLM here, no weights that can be read, or too little KV cache for even one completion.
+    """
+
+    def __init__(self, settings: EngineSettings, folder: Path):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
+        self.settings = settings
+        self.adapter_mode = self._resolve_mode()
+        try:
+            self.llm: Any = LLM(**self._arguments())
+        except ValueError as error:
+            raise _readable(error, settings) from None
+        files = checkpoint_files(settings.model)
+        weights = MergedLoader(Checkpoint(partial(read_files, files), getattr(torch, settings.dtype)), self._install)
+        lora = self.adapter_mode == "lora"
+        self.loader = LoraLoader(self.llm, weights, lora_slots(settings.lora_rank), folder) if lora else weights
+
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Completions of requests whose adapters are loaded, all in one call to vLLM."""
+        from vllm import TokensPrompt
+
+        asked = [(prompt, seed, request) for request in requests for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
+            [self._sampling(seed) for _, seed, _ in asked],
+            lora_request=[self.loader.request(request.adapter) for _, _, request in asked] if self.adapter_mode == "lora" else None,
+            use_tqdm=False,
+        )
+        completions = iter([_completion(output.outputs[0]) for output in outputs])
+        return [[next(completions) for _ in request.prompts] for request in requests]
+
+    def capacity(self) -> int:
+        """Completions of full length that run at the same time; more than these wait for each other."""
+        config: Any = self.llm.llm_engine.vllm_config
+        block, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
+        at_once: int = min(config.scheduler_config.max_num_seqs, blocks // -(-self.settings.max_model_len // block))
+        return at_once
+
+    def close(self) -> None:
+        """Stop the engine's processes, which leave shared memory behind if they are killed, and take its files away."""
+        self.loader.close()
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _sampling(self, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        rollout = self.settings.rollout
+        return SamplingParams(temperature=rollout.temperature, top_p=1.0, top_k=0, max_tokens=rollout.max_new_tokens, logprobs=0, seed=seed)
+
+    def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are passed (and says so at level WARNING)."""
+        if self.settings.rollout.tensor_parallel_size > 1:
+            weights = list(weights)  # an iterator cannot go to other processes
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()
+
+    def _resolve_mode(self) -> str:
+        settings = self.settings
+        if settings.rollout.adapter != "auto":
+            return settings.rollout.adapter
+        fits = settings.gpu and lora_slots(settings.lora_rank, refuse=False) and _supports_lora(settings)
+        return "lora" if fits else "merged"
+
+    def _arguments(self) -> dict[str, Any]:
+        settings, rollout = self.settings, self.settings.rollout
+        arguments: dict[str, Any] = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "seed": settings.seed,
+            "max_model_len": settings.max_model_len,
+            "trust_remote_code": settings.trust_remote_code,
+            "tensor_parallel_size": rollout.tensor_parallel_size,
+            "logprobs_mode": "processed_logprobs",
+            "enable_prefix_caching": False,  # new weights under an old prefix would reuse its stale KV blocks (vLLM 0.32)
+            "disable_log_stats": True,
+            "generation_config": "vllm",  # a model's own top_p or repetition penalty would change what log-probs mean
+        }
+        if rollout.tensor_parallel_size > 1:
+            arguments |= {"distributed_executor_backend": "mp"}  # inside a placement group vLLM would ask Ray for bundles of its own
+        if settings.gpu:
+            arguments |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        else:
+            cache = int(rollout.kv_cache_gib * 2**30)
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache, "max_num_seqs": CPU_SEQUENCES}
+        if self.adapter_mode == "lora":
+            rank = lora_slots(settings.lora_rank)
+            arguments |= {"enable_lora": True, "max_loras": MOST_LORAS, "max_cpu_loras": 4 * MOST_LORAS, "max_lora_rank": rank}
+        return arguments
+
+
+def _completion(output: Any) -> Completion:
+    logprobs = tuple(float(entry[token].logprob) for token, entry in zip(output.token_ids, output.logprobs, strict=True))
+    return Completion(tuple(output.token_ids), logprobs, output.text, output.finish_reason == "stop")
+
+
+def _readable(error: ValueError, settings: EngineSettings) -> Exception:
+    """vLLM's word on a KV cache that is too small, with the names of our keys."""
+    if "KV cache" not in str(error) and "cache blocks" not in str(error):
+        return error
+    more = "rollout.gpu_memory_utilization" if settings.gpu else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
+    return ConfigError(
+        f"the KV cache has no room for one completion of {settings.max_model_len} tokens with its prompt: raise {more}, or lower "
+        f"rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens (vLLM: {str(error).splitlines()[0]})"
+    )
+
+
+def _supports_lora(settings: EngineSettings) -> bool:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    config = EngineArgs(model=settings.model, trust_remote_code=settings.trust_remote_code).create_model_config()
+    model_class, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
+    return bool(supports_lora(model_class))
