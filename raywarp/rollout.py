@@ -124,7 +124,15 @@ class RolloutWorker:
         from vllm import SamplingParams
 
         rollout = self.settings.rollout
-        return SamplingParams(temperature=rollout.temperature, top_p=1.0, top_k=0, max_tokens=rollout.max_new_tokens, logprobs=0, seed=seed)
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=rollout.max_new_tokens,
+            logprobs=0,
+            seed=seed,
+            ignore_eos=rollout.ignore_eos,
+        )
 
     def _resolve_mode(self) -> str:
         if self.settings.rollout.adapter != "auto":

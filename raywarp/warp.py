@@ -26,7 +26,7 @@ from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
 from raywarp.session import Session, start_ray
 
-ALGORITHM_VERSION = 1  # part of every key: raise it when the same settings no longer give the same policy
+ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
 
 def train(config: Config, display: Display | None = None) -> Run:
@@ -95,7 +95,9 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
     warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
-    rollout = config.rollout.model_dump(include={"completions_per_prompt", "max_new_tokens", "temperature", "missing_eos_penalty"})
+    rollout = config.rollout.model_dump(
+        include={"completions_per_prompt", "max_new_tokens", "temperature", "ignore_eos", "missing_eos_penalty"}
+    )
     shared = {
         "algorithm": ALGORITHM_VERSION,
         "init": init_key,

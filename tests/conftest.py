@@ -15,6 +15,7 @@ os.environ.update(
 )
 
 from raywarp.adapters import AdapterDelta, Factors
+from raywarp.batch import Batch
 
 WORDS = (
     *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
@@ -83,6 +84,17 @@ def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """(N, T, V) logits of the response tokens, one completion at a time, all positions, no padding; zero after a completion's end."""
+    rows = []
+    for n, prompt in enumerate(batch.prompts):
+        length = int(batch.mask[n].sum())
+        ids = torch.tensor([[*prompt, *batch.responses[n, :length].tolist()]])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        rows.append(torch.nn.functional.pad(logits, (0, 0, 0, batch.mask.shape[1] - length)))
+    return torch.stack(rows)
 
 
 @pytest.fixture(scope="session")
