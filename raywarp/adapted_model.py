@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raywarp.adapted_linear import AdaptedLinear
 from raywarp.adapters import AdapterDelta, Factors
+from raywarp.attention import use_short_rows
 from raywarp.backbone import checkpoint_blocks, find_head, last_states, pairs_per_token
 from raywarp.batch import Batch
 from raywarp.config import ConfigError, LoraConfig
@@ -52,6 +53,7 @@ class AdaptedModel:
         self._base = base.to(device).eval()
         self._layers = self._replace_targets()
         self.set_init(self.zero_delta())
+        use_short_rows(self._base)
         self._head = find_head(self._base)
         self.pairs_per_token = pairs_per_token(self._base, self._head)
         if gradient_checkpointing:

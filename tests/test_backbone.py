@@ -8,6 +8,7 @@ import torch
 import transformers
 from conftest import WORDS, plain_logits
 
+from raywarp import attention
 from raywarp.adapted_model import AdaptedModel
 from raywarp.batch import Batch, Completion, collate
 from raywarp.config import LoraConfig
@@ -73,3 +74,30 @@ def test_a_head_of_another_kind_takes_the_plain_way(tmp_path: Path, tiny_llama: 
     (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)
     model.logprobs(part, model.states(part, ["policy_1"], "policy_1"), 1.0).sum().backward()
     assert all(t.grad is not None and (t.grad.abs().max() > 0) == n.endswith(".B") for n, t in model.tensors("policy_1").items())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_short_rows_attend_as_torch_does(causal: bool, dtype: torch.dtype) -> None:
+    """Outputs and gradients of grouped queries, with a mask of our own and without."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 11, 8, generator=g).to(dtype).requires_grad_() for heads in (6, 2, 2))
+    visible = torch.rand(3, 1, 11, 11, generator=g).gt(0.5) | torch.eye(11, dtype=torch.bool)
+    mask = None if causal else torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=0.3, enable_gqa=True).transpose(1, 2)
+    found, _ = attention.attend(torch.nn.Identity(), q, k, v, mask, scaling=0.3, dropout=0.0)
+    near = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found, expected, **near)
+    weight = torch.randn(expected.shape, generator=g).to(dtype)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, **near)
+
+
+def test_long_rows_are_torchs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AdaptedModel(str(tiny_llama), LoraConfig(rank=2), torch.float32, torch.device("cpu"))
+    assert model._base.config._attn_implementation == attention.NAME
+    batch = batch_of(5, 2, 7)
+    short = model.logits(batch, [])
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(attention, "_Attention", None)
+    torch.testing.assert_close(model.logits(batch, []), short)
