@@ -11,7 +11,8 @@ from torch import Tensor
 
 from raywarp.adapted_linear import product
 
-CHUNK_BYTES = 32 << 20  # of float32 logits at a time: about what the last-level cache holds
+CHUNK_BYTES = 32 << 20  # of float32 logits in one product: about what the last-level cache holds
+SLICE_BYTES = 4 << 20  # of them that are normalised at a time, so that each pass over them finds them in the cache
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,9 @@ class LogitHead:
             logits = logits * self.scale
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
-    def pull_back(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """(n, D) gradient of the states from the (n, V) gradient of the logits."""
-        if self.weight is None:
-            return gradient
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits.to(gradient.dtype) / self.softcap) ** 2)
-        return product(gradient.to(self.weight.dtype), self.weight.T).to(gradient.dtype) * self.scale
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """(n, D) gradient of the states from the (n, V) gradient of the product h·Wᵀ."""
+        return gradient if self.weight is None else product(gradient, self.weight.T)
 
 
 def token_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
@@ -58,7 +55,7 @@ def token_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature:
     if states.requires_grad and torch.is_grad_enabled():
         logprobs: Tensor = _TokenLogprobs.apply(states, head, tokens, temperature)  # type: ignore[no-untyped-call]
         return logprobs
-    return torch.cat([_chunk_logprobs(h, head, t, temperature)[0].float() for h, t in _chunks(head, states, tokens)])
+    return torch.cat([_chunk_logprobs(h, head, t, temperature)[0] for h, t in _chunks(head, states, tokens)])
 
 
 @torch.no_grad()
@@ -76,29 +73,32 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
-        logprobs, slopes = [], []
-        for h, t in _chunks(head, states, tokens):
-            values, logits, probabilities = _chunk_logprobs(h, head, t, temperature)
-            slope = probabilities.neg_()
-            slope.scatter_add_(-1, t.unsqueeze(-1), torch.ones_like(values).unsqueeze(-1))
-            logprobs.append(values.float())
-            slopes.append(head.pull_back(slope, logits) / temperature)
-        ctx.save_for_backward(torch.cat(slopes))
-        ctx.dtype = states.dtype
-        return torch.cat(logprobs)
+        chunks = [_chunk_logprobs(h, head, t, temperature, slopes=True) for h, t in _chunks(head, states, tokens)]
+        ctx.save_for_backward(torch.cat([slope for _, slope in chunks]))
+        return torch.cat([logprobs for logprobs, _ in chunks])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * gradients[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
+        return slopes * gradients[0].unsqueeze(-1).to(slopes.dtype), None, None, None
 
 
-def _chunk_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(n,) log-probs, (n, V) logits and (n, V) probabilities."""
+def _chunk_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float, slopes: bool = False) -> tuple[Tensor, Tensor]:
+    """(n,) float32 log-probs and, if asked for, their (n, D) derivatives by the states (else nothing in particular)."""
     logits = head.logits(states)
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    everything = scaled.log_softmax(-1)
-    return everything.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), logits, everything.exp_()
+    if slopes and head.weight is None:
+        logits = logits.clone()  # is written below
+    logprobs = []
+    rows = max(1, SLICE_BYTES // (4 * logits.shape[-1]))
+    for part, chosen in zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True):
+        normalised = (part.to(torch.promote_types(part.dtype, torch.float32)) / temperature).log_softmax(-1)
+        logprobs.append(normalised.gather(-1, chosen).squeeze(-1).float())
+        if slopes:
+            slope = normalised.exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(normalised[:, :1]))
+            if head.softcap is not None:
+                slope *= 1 - (part.to(slope.dtype) / head.softcap) ** 2
+            part.copy_(slope.mul_(head.scale / temperature))  # in place of the logits, which nobody needs any more
+    return torch.cat(logprobs), head.pull_back(logits) if slopes else logits
 
 
 def _chunks(head: LogitHead, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
