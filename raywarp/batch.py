@@ -1,7 +1,6 @@
-"""Prompts and their completions as padded tensors.
+"""Prompts and their completions, as tensors padded on the right.
 
-N completions, P longest prompt, T longest completion. Prompts are padded on the left and completions on the right, so that
-every response starts in column P and a model is asked for the logits of the last T + 1 columns only.
+N completions, T the longest of them. How they are laid out for a model is packing.py's matter.
 """
 
 from collections.abc import Sequence
@@ -29,49 +28,28 @@ class Completion:
 
 @dataclass(frozen=True)
 class Batch:
-    """Shapes: input_ids, attention_mask, position_ids (N, P + T); responses, mask, sampler_logprobs (N, T)."""
+    """prompts: N sequences of token ids. responses, mask, sampler_logprobs: (N, T); a mask is 1 on response tokens."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
+    prompts: tuple[tuple[int, ...], ...]
     responses: Tensor
     mask: Tensor
     sampler_logprobs: Tensor
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    def split(self, size: int) -> list["Batch"]:
-        """Micro-batches of at most `size` completions, in order."""
-        parts = [tensor.split(size) for tensor in self._tensors()]
-        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+        return len(self.prompts)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in self._tensors()))
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.input_ids, self.attention_mask, self.position_ids, self.responses, self.mask, self.sampler_logprobs)
+        return Batch(self.prompts, *(tensor.to(device) for tensor in (self.responses, self.mask, self.sampler_logprobs)))
 
 
 def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Batch:
-    """Pad prompts (token ids) and their completions; masks follow from lengths, so the padding token does not matter (0 is used)."""
-    left = max(len(prompt) for prompt in prompts)
-    right = max(len(completion.token_ids) for completion in completions)
-    rows, attention, responses, mask, logprobs = [], [], [], [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        before, length = left - len(prompt), len(completion.token_ids)
-        after = [0] * (right - length)
-        rows.append([0] * before + list(prompt) + list(completion.token_ids) + after)
-        attention.append([0] * before + [1] * (len(prompt) + length) + after)
+    """Pad completions; the mask follows from lengths, so the padding token does not matter (0 is used)."""
+    longest = max(len(completion.token_ids) for completion in completions)
+    responses, mask, logprobs = [], [], []
+    for completion in completions:
+        length = len(completion.token_ids)
+        after = [0] * (longest - length)
         responses.append(list(completion.token_ids) + after)
         mask.append([1.0] * length + [0.0] * len(after))
         logprobs.append(list(completion.logprobs) + [0.0] * len(after))
-    attention_mask = torch.tensor(attention)
-    return Batch(
-        input_ids=torch.tensor(rows),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        responses=torch.tensor(responses),
-        mask=torch.tensor(mask),
-        sampler_logprobs=torch.tensor(logprobs),
-    )
+    return Batch(tuple(tuple(p) for p in prompts), torch.tensor(responses), torch.tensor(mask), torch.tensor(logprobs))

@@ -118,7 +118,8 @@ class WarpConfig(Section):
 class OptimConfig(Section):
     lr: Positive = Field(5e-4, description="AdamW's learning rate")
     batch_size: Count = Field(64, description="completions per optimiser step")
-    microbatch_size: Count | None = Field(None, description="completions per forward pass; by default the whole batch")
+    max_tokens_per_microbatch: Count = Field(4096, description="tokens per forward pass, padding included; gradients do not depend on it")
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time: blocks are computed again for gradients")
     warmup_steps: Whole = Field(10, description="steps of linear warm-up")
     grad_clip: Positive = Field(1.0, description="largest norm of the gradient")
 
@@ -135,6 +136,7 @@ class RolloutConfig(Section):
     adapter: Literal["auto", "lora", "merged"] = Field(
         "auto", description="how an adapter reaches vLLM: hot-swapped LoRA, or merged weights; auto is merged on CPU, LoRA on GPU"
     )
+    ignore_eos: bool = Field(False, description="sample past the end of text up to max_new_tokens; for benchmarks")
     missing_eos_penalty: Annotated[float, Field(ge=0)] = Field(0.0, description="taken from the reward of a truncated completion")
     kv_cache_gib: Positive = Field(1.0, description="KV cache of a CPU worker, in GiB; each running completion takes 128 tokens or more")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="share of the GPU that a worker takes")

@@ -13,6 +13,7 @@ from raywarp.advantages import advantages
 from raywarp.averaging import ema_update
 from raywarp.batch import Batch, Completion
 from raywarp.config import Config
+from raywarp.packing import MicroBatch, micro_batches
 from raywarp.seeding import derive_seed
 
 
@@ -48,35 +49,47 @@ class Policy:
         Returns:
             metrics of the policy before the step: KL in nats per completion, entropy and gap in nats per token.
         """
-        settings, size = self.config, self.config.optim.microbatch_size or len(batch)
+        settings, batch = self.config, batch.to(self.model.device)
         finished = torch.tensor([c.finished for c in completions], dtype=torch.float32)
-        parts = batch.to(self.model.device).split(size)
-        # Advantages need every completion's log-ratio first: one micro-batch takes it from its own forward pass, several from an extra one.
-        only = self.name if len(parts) == 1 else None
-        measured = [self._measure(part, only, with_sft_kl) for part in parts]
-        logprobs, anchor, kl_sft = zip(*measured, strict=True)
-        sampled, mask = torch.cat(logprobs).detach(), torch.cat([part.mask for part in parts])
-        gap = losses.sampler_gap(sampled, torch.cat([part.sampler_logprobs for part in parts]), mask)
+        penalised = (rewards - settings.rollout.missing_eos_penalty * (1 - finished)).to(self.model.device)
+        parts = micro_batches(batch, settings.optim.max_tokens_per_microbatch, self.model.pairs_per_token)
+        sampled, anchor, kl_sft = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask), torch.zeros_like(penalised)
 
-        log_ratio = losses.sequence_log_ratio(sampled, torch.cat(anchor), mask)
-        penalty = settings.rollout.missing_eos_penalty * (1 - finished)
-        regularised = (rewards - penalty).to(self.model.device) - settings.warp.kl_coef * log_ratio
-        gains = advantages(regularised, settings.warp.advantage, settings.rollout.completions_per_prompt)
-        for part, gain, own in zip(parts, gains.split(size), logprobs, strict=True):
-            differentiable = own if only else self._logprobs(part, self.name, train=self.name)
-            losses.policy_gradient_loss(differentiable, part.sampler_logprobs, gain, part.mask, len(batch)).backward()
+        def log_ratios(chosen: Tensor) -> Tensor:
+            return losses.sequence_log_ratio(sampled[chosen], anchor[chosen], batch.mask[chosen])
+
+        def gains(chosen: Tensor) -> Tensor:
+            regularised = penalised[chosen] - settings.warp.kl_coef * log_ratios(chosen)
+            return advantages(regularised, settings.warp.advantage, settings.rollout.completions_per_prompt)
+
+        def backward(part: MicroBatch, logprobs: Tensor, advantage: Tensor) -> None:
+            chosen = part.completions
+            loss = losses.policy_gradient_loss(logprobs, batch.sampler_logprobs[chosen], advantage, batch.mask[chosen], len(batch))
+            loss.backward()
+
+        # An advantage needs the others of its baseline: with all of them in one micro-batch, one pass gives log-probs and gradient.
+        at_once = all(_is_whole(part.completions, self._baseline_size(len(batch))) for part in parts)
+        for part in parts:
+            logprobs, anchor[part.completions], kl_sft[part.completions] = self._measure(part, at_once, with_sft_kl)
+            sampled[part.completions] = logprobs.detach()
+            if at_once:
+                backward(part, logprobs, gains(part.completions))
+        if not at_once:
+            advantage = gains(torch.arange(len(batch), device=self.model.device))
+            for part in parts:
+                backward(part, self._logprobs(part, self.name, train=True), advantage[part.completions])
         gradient_norm = self._optimise()
 
         metrics = {
             "reward": rewards.mean(),
             "reward_std": rewards.std(unbiased=False),
-            "kl_anchor": log_ratio.mean(),
-            "entropy": -losses.masked_mean(sampled, mask),
-            "length": mask.sum(-1).mean(),
+            "kl_anchor": losses.sequence_log_ratio(sampled, anchor, batch.mask).mean(),
+            "entropy": -losses.masked_mean(sampled, batch.mask),
+            "length": batch.mask.sum(-1).mean(),
             "eos_rate": finished.mean(),
             "grad_norm": gradient_norm,
-            "sampler_gap": gap,
-            **({"kl_sft": torch.cat(kl_sft).mean()} if with_sft_kl else {}),
+            "sampler_gap": losses.sampler_gap(sampled, batch.sampler_logprobs, batch.mask),
+            **({"kl_sft": kl_sft.mean()} if with_sft_kl else {}),
         }
         return {name: float(value) for name, value in metrics.items()}
 
@@ -119,25 +132,38 @@ class Policy:
         self.step += 1
         return norm
 
-    def _measure(self, part: Batch, train: str | None, with_sft_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, T) log-probs of policy and anchor, and (n,) KL to SFT (NaN unless asked). Reference passes come first: they end gradients."""
-        anchor = self._logprobs(part, self.ema_name)
-        sft_logits = self.model.logits(part, []) if with_sft_kl else None
-        logits = self.model.logits(part, [INIT, self.name], train)
-        kl_sft = torch.full((len(part),), torch.nan)
-        if sft_logits is not None:
-            kl_sft = losses.completion_kl(logits.detach(), sft_logits, part.mask, self._temperature)
-        return self._token_logprobs(logits, part), anchor, kl_sft
+    def _measure(self, part: MicroBatch, train: bool, with_sft_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(C, T) log-probs of policy and anchor, and (C,) KL to SFT (zero unless asked). The trained pass is last, and alone in memory."""
+        started = self.step > 0  # before the first step the anchor is the policy
+        anchor = self._logprobs(part, self.ema_name) if started else None
+        sft = self.model.states(part, []) if with_sft_kl else None
+        states = self.model.states(part, [INIT, self.name], self.name if train else None)
+        logprobs = self.model.logprobs(part, states, self._temperature)
+        kl = torch.zeros(part.shape[0], device=logprobs.device)
+        if sft is not None:
+            kl = self.model.completion_kl(part, states.detach(), sft, self._temperature)
+        return logprobs, logprobs.detach() if anchor is None else anchor, kl
 
-    def _logprobs(self, batch: Batch, adapter: str, train: str | None = None) -> Tensor:
-        return self._token_logprobs(self.model.logits(batch, [INIT, adapter], train), batch)
+    def _logprobs(self, part: MicroBatch, adapter: str, train: bool = False) -> Tensor:
+        states = self.model.states(part, [INIT, adapter], adapter if train else None)
+        return self.model.logprobs(part, states, self._temperature)
 
-    def _token_logprobs(self, logits: Tensor, batch: Batch) -> Tensor:
-        return losses.token_logprobs(logits, batch.responses, self._temperature)
+    def _baseline_size(self, completions: int) -> int:
+        """How many successive completions an advantage depends on."""
+        return {"rloo": self.config.rollout.completions_per_prompt, "none": 1}.get(self.config.warp.advantage, completions)
 
     @property
     def _temperature(self) -> float:
         return self.config.rollout.temperature
+
+
+def _is_whole(completions: Tensor, size: int) -> bool:
+    """Whether these indices are groups of `size`, each complete and in order."""
+    if len(completions) % size:
+        return False
+    groups = completions.view(-1, size)
+    wanted = groups[:, :1] + torch.arange(size, device=groups.device)
+    return bool((groups == wanted).all() and (groups[:, 0] % size == 0).all())
 
 
 def _init_seed(config: Config, iteration: int, index: int) -> int:

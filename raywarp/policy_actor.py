@@ -14,19 +14,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from raywarp import losses, store
+from raywarp import store
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import AdapterDelta, add
 from raywarp.batch import Completion, collate
 from raywarp.config import Config
 from raywarp.data import Prompt
+from raywarp.packing import micro_batches
 from raywarp.peft_files import save_peft
 from raywarp.policy import Policy
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
 
 KEPT_CHECKPOINTS = 2
-KL_CHUNK = 32  # completions per full-vocabulary pass: two of (32, T, V) float32 at a time
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,14 @@ class PolicyActor:
         if self.threads:
             torch.set_num_threads(self.threads)
         device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-        self.model = AdaptedModel(self.source, self.config.lora, getattr(torch, self.dtype), device, self.config.trust_remote_code)
+        self.model = AdaptedModel(
+            self.source,
+            self.config.lora,
+            getattr(torch, self.dtype),
+            device,
+            self.config.trust_remote_code,
+            self.config.optim.gradient_checkpointing,
+        )
         return self.model.zero_delta()
 
     def fine_tune(
@@ -126,12 +133,12 @@ class PolicyActor:
         if not adapter.parts:
             return [0.0] * len(completions)
         self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
-        kl = []
-        for start in range(0, len(prompts), KL_CHUNK):
-            batch = collate(prompts[start : start + KL_CHUNK], completions[start : start + KL_CHUNK]).to(self.model.device)
-            policy, sft = self.model.logits(batch, [INIT]), self.model.logits(batch, [])
-            kl += losses.completion_kl(policy, sft, batch.mask, self.config.rollout.temperature).tolist()
-        return kl
+        batch = collate(prompts, completions).to(self.model.device)
+        kl = torch.zeros(len(batch), device=self.model.device)
+        for part in micro_batches(batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token):
+            policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
+            kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
+        return [float(value) for value in kl]
 
     def _new_policy(self, job: Job) -> Policy:
         return Policy(self.model, self.config, job.iteration, job.index)

@@ -36,7 +36,8 @@ class TransformersEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.loader = MergedLoader(Checkpoint(self.parameters.items, getattr(torch, settings.dtype)), self._install)
-        self.end = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        declared = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        self.end = set() if settings.rollout.ignore_eos else declared
         self._passes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -57,7 +58,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _complete(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), device=self.device)
+        rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), dtype=torch.long, device=self.device)
         uniform = uniform_numbers(seeds, rollout.max_new_tokens).to(self.device)
         ids, attention = _left_padded(prompts, self.device)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)

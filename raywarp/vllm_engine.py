@@ -72,7 +72,15 @@ class VllmEngine:
         from vllm import SamplingParams
 
         rollout = self.settings.rollout
-        return SamplingParams(temperature=rollout.temperature, top_p=1.0, top_k=0, max_tokens=rollout.max_new_tokens, logprobs=0, seed=seed)
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=rollout.max_new_tokens,
+            logprobs=0,
+            seed=seed,
+            ignore_eos=rollout.ignore_eos,
+        )
 
     def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are passed (and says so at level WARNING)."""

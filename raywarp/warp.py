@@ -99,7 +99,7 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
     warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
-    sampling = {"completions_per_prompt", "max_new_tokens", "temperature", "missing_eos_penalty", "chunk_size"}
+    sampling = {"completions_per_prompt", "max_new_tokens", "temperature", "ignore_eos", "missing_eos_penalty", "chunk_size"}
     rollout = config.rollout.model_dump(include=sampling)
     shared = {
         "algorithm": ALGORITHM_VERSION,

@@ -18,6 +18,7 @@ os.environ.update(
 )
 
 from raywarp.adapters import AdapterDelta, Factors, dense
+from raywarp.batch import Batch
 
 WORDS = (
     *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
@@ -108,6 +109,17 @@ def left_behind(before: set[str], seconds: float = 15) -> set[str]:
     while (left := traces() - before) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
+
+
+def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """(N, T, V) logits of the response tokens, one completion at a time, all positions, no padding; zero after a completion's end."""
+    rows = []
+    for n, prompt in enumerate(batch.prompts):
+        length = int(batch.mask[n].sum())
+        ids = torch.tensor([[*prompt, *batch.responses[n, :length].tolist()]])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        rows.append(torch.nn.functional.pad(logits, (0, 0, 0, batch.mask.shape[1] - length)))
+    return torch.stack(rows)
 
 
 @pytest.fixture(scope="session")

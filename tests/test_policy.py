@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, plain_logits
 
 from raywarp import losses
 from raywarp.adapted_model import INIT, AdaptedModel
@@ -13,6 +13,7 @@ from raywarp.adapters import dense, zeros_like
 from raywarp.averaging import liti
 from raywarp.batch import Batch, Completion, collate
 from raywarp.config import Config, LoraConfig, parse_config
+from raywarp.packing import micro_batches
 from raywarp.policy import Policy
 
 CPU = torch.device("cpu")
@@ -116,8 +117,10 @@ def test_the_anchor_is_the_ema_and_not_the_sft_model(model: AdaptedModel) -> Non
     anchor, sft, own = (model.logits(batch, names) for names in ([INIT, "ema_1"], [], [INIT, "policy_1"]))
     assert not torch.allclose(anchor, sft, atol=1e-4)
     assert not torch.allclose(anchor, own, atol=1e-4)
-    measured = policy._measure(batch, None, False)[1]
-    torch.testing.assert_close(measured, losses.token_logprobs(anchor, batch.responses, 0.8))
+    (whole,) = micro_batches(batch)
+    measured = policy._measure(whole, train=False, with_sft_kl=False)[1]
+    expected = losses.token_logprobs(anchor, batch.responses, 0.8) * batch.mask
+    torch.testing.assert_close(measured, expected[whole.completions])
     model.tensors("ema_1")["model.layers.0.mlp.up_proj.B"].data += 0.5
     assert not torch.allclose(model.logits(batch, [INIT, "ema_1"]), anchor, atol=1e-4)
     assert torch.equal(model.logits(batch, [INIT, "policy_1"]), own)
@@ -129,8 +132,7 @@ def test_no_adapters_is_the_plain_model(model: AdaptedModel, tiny_llama: Path) -
     Policy(model, config(), 1, 1)
     batch, _ = on_policy(model, [], 1)
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    expected = plain(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
-    torch.testing.assert_close(model.logits(batch, []), expected[:, -(batch.responses.shape[1] + 1) : -1])
+    torch.testing.assert_close(model.logits(batch, []), plain_logits(plain, batch))
 
 
 def test_log_ratio_of_first_step_is_zero_and_ema_follows(model: AdaptedModel) -> None:
@@ -169,9 +171,9 @@ def test_a_new_policy_starts_afresh(model: AdaptedModel) -> None:
 def test_micro_batches_give_the_same_step(tiny_llama: Path) -> None:
     """Same gradients, one EMA step per optimiser step, whatever the micro-batches."""
     results = []
-    for size in (None, 1, 3):
+    for tokens in (4096, 1, 20):  # everything at once, a completion at a time, a prompt's completions at a time
         settings = config()
-        settings = settings.model_copy(update={"optim": settings.optim.model_copy(update={"microbatch_size": size})})
+        settings = settings.model_copy(update={"optim": settings.optim.model_copy(update={"max_tokens_per_microbatch": tokens})})
         model = load(tiny_llama)
         policy = Policy(model, settings, 1, 1)
         metrics = [step(policy, seed) for seed in range(2)]
@@ -238,7 +240,6 @@ def test_init_adapter_of_any_rank_is_what_its_change_says(model: AdaptedModel, t
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     for module, f in vector.factors.items():
         plain.get_submodule(module).weight.data += 0.4 * dense(f).float()
-    expected = plain(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
-    torch.testing.assert_close(model.logits(batch, [INIT]), expected[:, -(batch.responses.shape[1] + 1) : -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.logits(batch, [INIT]), plain_logits(plain, batch), rtol=1e-4, atol=1e-4)
     model.set_init(zeros_like(init))
     torch.testing.assert_close(model.logits(batch, [INIT]), model.logits(batch, []))

@@ -1,0 +1,107 @@
+"""Log-probs and KL from hidden states, a few rows of logits at a time: no (n, V) tensor exists, nor is one saved for the backward.
+
+n response tokens, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raywarp.adapted_linear import product
+
+CHUNK_BYTES = 32 << 20  # of float32 logits in one product: about what the last-level cache holds
+SLICE_BYTES = 4 << 20  # of them that are normalised at a time, so that each pass over them finds them in the cache
+
+
+@dataclass(frozen=True)
+class LogitHead:
+    """How a model turns hidden states into logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
+
+    weight: (V, D), frozen; None says that the states are logits already.
+    bias: (V,) or None. softcap: None for no tanh.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, V) from (n, D), in the states' dtype."""
+        if self.weight is None:
+            return states
+        logits = product(states, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """(n, D) gradient of the states from the (n, V) gradient of the product h·Wᵀ."""
+        return gradient if self.weight is None else product(gradient, self.weight.T)
+
+
+def token_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
+    """log π(token) at the sampling temperature, differentiable in the states.
+
+    Args:
+        states: (n, D).
+        tokens: (n,).
+
+    Returns:
+        (n,) float32.
+    """
+    if states.requires_grad and torch.is_grad_enabled():
+        logprobs: Tensor = _TokenLogprobs.apply(states, head, tokens, temperature)  # type: ignore[no-untyped-call]
+        return logprobs
+    return torch.cat([_chunk_logprobs(h, head, t, temperature)[0] for h, t in _chunks(head, states, tokens)])
+
+
+@torch.no_grad()
+def full_vocabulary_kl(states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float) -> Tensor:
+    """(n,) KL(π ‖ π_ref) in nats at each token; see losses.full_vocabulary_kl."""
+    from raywarp import losses
+
+    pairs = _chunks(head, states, reference_states)
+    return torch.cat([losses.full_vocabulary_kl(head.logits(h), head.logits(ref), temperature).float() for h, ref in pairs])
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """d log π(token) / d state is a vector of D numbers, known while the chunk's logits are at hand: it is kept instead of them,
+    and the backward is one multiplication, with neither the logits saved nor the vocabulary's product done again."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
+        chunks = [_chunk_logprobs(h, head, t, temperature, slopes=True) for h, t in _chunks(head, states, tokens)]
+        ctx.save_for_backward(torch.cat([slope for _, slope in chunks]))
+        return torch.cat([logprobs for logprobs, _ in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradients[0].unsqueeze(-1).to(slopes.dtype), None, None, None
+
+
+def _chunk_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float, slopes: bool = False) -> tuple[Tensor, Tensor]:
+    """(n,) float32 log-probs and, if asked for, their (n, D) derivatives by the states (else nothing in particular)."""
+    logits = head.logits(states)
+    if slopes and head.weight is None:
+        logits = logits.clone()  # is written below
+    logprobs = []
+    rows = max(1, SLICE_BYTES // (4 * logits.shape[-1]))
+    for part, chosen in zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True):
+        normalised = (part.to(torch.promote_types(part.dtype, torch.float32)) / temperature).log_softmax(-1)
+        logprobs.append(normalised.gather(-1, chosen).squeeze(-1).float())
+        if slopes:
+            slope = normalised.exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(normalised[:, :1]))
+            if head.softcap is not None:
+                slope *= 1 - (part.to(slope.dtype) / head.softcap) ** 2
+            part.copy_(slope.mul_(head.scale / temperature))  # in place of the logits, which nobody needs any more
+    return torch.cat(logprobs), head.pull_back(logits) if slopes else logits
+
+
+def _chunks(head: LogitHead, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    vocabulary = tensors[0].shape[-1] if head.weight is None else head.weight.shape[0]
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))

@@ -1,0 +1,125 @@
+"""Micro-batches: completions laid out in rows for one forward pass each.
+
+A row is a prompt with one completion behind it, or with several: then the prompt is computed once, and a completion's tokens see the prompt
+and themselves only. Rows are padded on the right; a response's last token is left out, since nothing is predicted from it.
+R rows, L tokens in a row, C completions, n response tokens, T the longest completion of the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from raywarp.batch import Batch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass's share of a batch.
+
+    shape: (C, T).
+    visible: (R, L, L), which tokens each token attends to; None where each row is one sequence and attention is plainly causal.
+    completions: (C,) indices into the batch.
+    input_ids, positions: (R, L).
+    sources: (n,) index into the R·L tokens of the one whose state predicts each response token.
+    tokens: (n,) the response tokens.
+    places: (n,) index into (C, T) of each.
+    """
+
+    shape: tuple[int, int]
+    visible: Tensor | None
+    completions: Tensor
+    input_ids: Tensor
+    positions: Tensor
+    sources: Tensor
+    tokens: Tensor
+    places: Tensor
+
+    def padded(self, values: Tensor) -> Tensor:
+        """(C, T) from (n,), zero on padding; differentiable."""
+        return values.new_zeros(self.shape[0] * self.shape[1]).index_put((self.places,), values).view(self.shape)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt and the completions behind it, as indices into the batch."""
+
+    completions: tuple[int, ...]
+    length: int
+
+
+def micro_batches(batch: Batch, max_tokens: int | None = None, pairs_per_token: float | None = None) -> list[MicroBatch]:
+    """Lay a batch out, rows of similar length together.
+
+    Args:
+        max_tokens: the most tokens of a micro-batch, padding included (a longer single row has one of its own); None for no limit.
+        pairs_per_token: how many query–key pairs of attention cost as much as a token elsewhere in the model. Completions share a row with
+            their prompt where that is cheaper; None forbids it, for a model that does not support it.
+    """
+    lengths = [int(length) for length in batch.mask.sum(-1).tolist()]
+    units = list(_units(batch, lengths, max_tokens, pairs_per_token))
+    return [_lay_out(batch, lengths, rows) for rows in _fill(units, max_tokens)]
+
+
+def _units(batch: Batch, lengths: Sequence[int], max_tokens: int | None, pairs_per_token: float | None) -> Iterator[list[_Row]]:
+    """The rows of each prompt's completions, which stay together where the budget lets them."""
+    for _, run in groupby(range(len(batch)), key=batch.prompts.__getitem__):
+        indices = tuple(run)
+        prompt = len(batch.prompts[indices[0]])
+        separate = [_Row((n,), prompt + lengths[n] - 1) for n in indices]
+        shared = _Row(indices, prompt + sum(lengths[n] - 1 for n in indices))
+        fits = max_tokens is None or shared.length <= max_tokens
+        if pairs_per_token is not None and fits and _cost([shared], pairs_per_token) < _cost(separate, pairs_per_token):
+            yield [shared]
+        elif max_tokens is None or len(separate) * max(row.length for row in separate) <= max_tokens:
+            yield separate
+        else:
+            yield from ([row] for row in separate)
+
+
+def _cost(rows: Sequence[_Row], pairs_per_token: float) -> float:
+    return sum(row.length * pairs_per_token + row.length**2 for row in rows)
+
+
+def _fill(units: list[list[_Row]], max_tokens: int | None) -> Iterator[list[_Row]]:
+    """Longest first, as many as the budget holds."""
+    rows: list[_Row] = []
+    for unit in sorted(units, key=lambda unit: -max(row.length for row in unit)):
+        longest = max(row.length for row in rows + unit)
+        if rows and max_tokens is not None and (len(rows) + len(unit)) * longest > max_tokens:
+            yield rows
+            rows = []
+        rows = rows + unit
+    yield rows
+
+
+def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> MicroBatch:
+    width, longest = max(row.length for row in rows), batch.responses.shape[1]
+    responses = batch.responses.cpu()
+    completions = [n for row in rows for n in row.completions]
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.arange(width).repeat(len(rows), 1)
+    segments = torch.full((len(rows), width), -1)  # 0 in the prompt, k in its k-th completion, −1 on padding
+    sources: list[int] = []
+    for r, row in enumerate(rows):
+        prompt = batch.prompts[row.completions[0]]
+        start = first = len(prompt)
+        input_ids[r, :first], segments[r, :first] = torch.tensor(prompt), 0
+        for k, n in enumerate(row.completions, start=1):
+            end = start + lengths[n] - 1
+            input_ids[r, start:end] = responses[n, : end - start]
+            positions[r, start:end] = torch.arange(first, first + end - start)
+            segments[r, start:end] = k
+            sources += [r * width + p for p in (first - 1, *range(start, end))]
+            start = end
+    visible = None
+    if len(rows) < len(completions):
+        same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        visible = (same & torch.ones(width, width, dtype=torch.bool).tril()).to(batch.mask.device)
+    chosen = torch.tensor(completions)
+    places = batch.mask.cpu()[chosen].flatten().nonzero().squeeze(-1)
+    tensors = (chosen, input_ids, positions, torch.tensor(sources), responses[chosen].flatten()[places], places)
+    on_device = [tensor.to(batch.mask.device) for tensor in tensors]
+    return MicroBatch((len(completions), longest), visible, *on_device)
