@@ -295,17 +295,17 @@ def test_logits_of_the_merge_are_the_dense_models(tmp_path: Path, kind: str, req
 
 VLLM_SCRIPT = """
 import json, sys
-from pathlib import Path
+import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
+from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
 from raywarp.peft_files import load_peft
-from raywarp.rollout import checkpoint_files, merged_weights
 
 model, adapter, mode, ids = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 lora = {"enable_lora": True, "max_lora_rank": 8} if mode == "lora" else {}
 engine = LLM(model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=64, enable_prefix_caching=False, **lora)
 if mode == "merged":
-    weights = merged_weights(checkpoint_files(model), load_peft(adapter))
+    weights = Checkpoint(lambda: read_files(checkpoint_files(model)), torch.float32).weights(load_peft(adapter), {})
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 request = LoRARequest("merged", 1, adapter) if mode == "lora" else None
 sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
