@@ -290,6 +290,5 @@ def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
     return hashlib.sha256("\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode())
 
 
-
 def _sizes(f: Factors) -> tuple[int, int]:
     return f.B.shape[0], f.A.shape[1]
