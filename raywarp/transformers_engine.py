@@ -60,7 +60,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _complete(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), device=self.device)
+        rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), dtype=torch.long, device=self.device)
         uniform = uniform_numbers(seeds, rollout.max_new_tokens).to(self.device)
         ids, attention = _left_padded(prompts, self.device)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
