@@ -61,6 +61,9 @@ class Engine(Protocol):
     def capacity(self) -> int:
         """Completions of full length that run at the same time."""
 
+    def lost(self) -> bool:
+        """Whether it needs to be started again."""
+
     def close(self) -> None: ...
 
 

@@ -1,5 +1,6 @@
 """The Ray actor around an engine; wrapped by ray.remote where it is placed."""
 
+import contextlib
 import itertools
 import os
 import tempfile
@@ -40,7 +41,23 @@ class RolloutWorker:
 
     def generate(self, requests: Sequence[Request]) -> tuple[int, list[Rollout]]:
         """This process's id, and the requests' Rollouts; those that the engine can hold at the same time run together."""
-        engine, rollouts = self._engine(), []
+        engine = self._engine()
+        try:
+            return os.getpid(), self._generate(engine, requests)
+        except Exception:
+            if engine.lost():
+                with contextlib.suppress(Exception):
+                    engine.close()
+                os._exit(1)  # Ray starts this worker again, and repeats the call
+            raise
+
+    def shutdown(self) -> None:
+        """Stop the engine and take its temporary files away."""
+        if self.engine is not None:
+            self.engine.close()
+
+    def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
+        rollouts = []
         for _, group in itertools.groupby(requests, key=lambda request: engine.loader.in_weights(request.adapter)):
             together, start = list(group), time.perf_counter()
             adapters = [request.adapter for request in together]
@@ -50,12 +67,7 @@ class RolloutWorker:
             completions = engine.sample(together)
             seconds, swap = (time.perf_counter() - start) / len(together), (swapped - start) / len(together)
             rollouts += [Rollout(c, d, self.number, seconds, swap) for c, d in zip(completions, digests.result(), strict=True)]
-        return os.getpid(), rollouts
-
-    def shutdown(self) -> None:
-        """Stop the engine and take its temporary files away."""
-        if self.engine is not None:
-            self.engine.close()
+        return rollouts
 
     def _engine(self) -> Engine:
         """The engine, started where it is not: also after a death of this process."""

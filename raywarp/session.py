@@ -212,7 +212,7 @@ class Session:
         self.workers = self._actors(
             self._kinds.worker, plan.rollout, "rollout", vllm_env, lambda n: (settings, n + 1), restarts=WORKER_RESTARTS
         )
-        self.pool = ray.remote(RolloutPool).options(num_cpus=0).remote(self.workers)
+        self.pool = ray.remote(RolloutPool).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(self.workers)
         if self._trains:
             actor_arguments = (config, self.model, self.dtype, plan.threads)
             self.policies = self._actors(self._kinds.policy, plan.policy, "policy", environment, lambda _: actor_arguments)

@@ -49,6 +49,9 @@ class TransformersEngine:
     def capacity(self) -> int:
         return ROWS
 
+    def lost(self) -> bool:
+        return False
+
     def close(self) -> None:
         """There is nothing to stop."""
 

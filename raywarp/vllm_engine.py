@@ -1,5 +1,6 @@
 """vLLM as the engine of a rollout worker."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,14 +60,21 @@ class VllmEngine:
     def capacity(self) -> int:
         """Completions of full length that run at the same time; more than these wait for each other."""
         config: Any = self.llm.llm_engine.vllm_config
-        block, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
+        block, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks - 1  # vLLM keeps one empty
         at_once: int = min(config.scheduler_config.max_num_seqs, blocks // -(-self.settings.max_model_len // block))
         return at_once
+
+    def lost(self) -> bool:
+        """Whether one of the processes of a model that is split has died; this engine cannot go on then."""
+        return bool(getattr(self.llm.llm_engine.model_executor, "is_failed", False))
 
     def close(self) -> None:
         """Stop the engine's processes, which leave shared memory behind if they are killed, and take its files away."""
         self.loader.close()
+        segments = _shared_memory_of([worker.proc.pid for worker in getattr(self.llm.llm_engine.model_executor, "workers", [])])
         self.llm.llm_engine.engine_core.shutdown()
+        for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
+            segment.unlink(missing_ok=True)
 
     def _sampling(self, seed: int) -> Any:
         from vllm import SamplingParams
@@ -121,6 +129,16 @@ class VllmEngine:
             rank = lora_slots(settings.lora_rank)
             arguments |= {"enable_lora": True, "max_loras": MOST_LORAS, "max_cpu_loras": 4 * MOST_LORAS, "max_lora_rank": rank}
         return arguments
+
+
+def _shared_memory_of(processes: Sequence[int]) -> set[Path]:
+    """vLLM's segments that these processes have mapped."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            found |= {Path(line.split()[5]) for line in lines if "/dev/shm/vllm" in line}
+    return found
 
 
 def _completion(output: Any) -> Completion:

@@ -55,10 +55,14 @@ def prompts_of(count: int) -> list[list[int]]:
     return [torch.randint(3, len(WORDS), (PROMPT_TOKENS if n else 3,), generator=generator).tolist() for n in range(count)]
 
 
-@pytest.fixture(scope="module", params=[("vllm", "merged"), ("vllm", "lora"), ("transformers", "auto")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("vllm", "merged", 1), ("vllm", "lora", 2), ("transformers", "auto", 1)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def session(request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path) -> Iterator[Session]:
+    """Two workers; in lora mode each model is split over two processes."""
     before = traces()
-    with Session(config_for(tiny_llama, *request.param), str(tiny_llama), PROMPT_TOKENS, policies=False) as session:
+    config = config_for(tiny_llama, *request.param[:2], tensor_parallel_size=request.param[2])
+    with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False) as session:
         assert session.numerics()["engine"] == request.param[0]
         assert session.numerics()["adapter"] == ("lora" if request.param[1] == "lora" else "merged")
         yield session

@@ -37,11 +37,12 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 
 import ray
 
-from raywarp.adapters import AdapterDelta, Factors, add, digest, load_peft, save_peft, trailing, zeros_like
+from raywarp.adapters import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.averaging import liti, slerp
 from raywarp.batch import Batch, Completion
 from raywarp.config import Config, parse_config
 from raywarp.data import Prompt
+from raywarp.peft_files import load_peft, save_peft
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout import Adapter, Request
 from raywarp.rollout_worker import RolloutWorker
@@ -91,6 +92,9 @@ class WaitingEngine:
 
     def capacity(self) -> int:
         return BATCH
+
+    def lost(self) -> bool:
+        return False
 
     def close(self) -> None:
         pass
@@ -200,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generate", type=float, default=0.5, help="seconds of a batch's generation")
     parser.add_argument("--update", type=float, default=0.5, help="seconds of an update")
-    parser.add_argument("--steps", type=int, default=40, help="steps per policy (fewer where the pool is not made for the policies)")
+    parser.add_argument("--steps", type=int, default=36, help="steps per policy (fewer where the pool is not made for the policies)")
     parser.add_argument("--policies", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
@@ -210,7 +214,7 @@ def main() -> None:
     print("policies workers trainers  steps/s  trainers  pool   step s = waits + swap + request + rest")
     for m, r, trainers in settings:
         claimed = (m, r) == (1, 1) or m == 2 * r
-        steps = options.steps if claimed else max(options.steps // 5, 3)
+        steps = options.steps if claimed else max(options.steps // 10, 3)
         with tempfile.TemporaryDirectory() as folder:
             row = run(m, r, trainers, steps, waits, Path(folder))
         rows.append(row)
