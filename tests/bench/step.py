@@ -1,0 +1,307 @@
+"""A policy's optimiser step against TRL 1.16's RLOOTrainer: same model, LoRA, prompts, lengths, dtype, threads and batch, in turns.
+
+    python tests/bench/step.py                                  # everything, some 40 minutes on two cores
+    python tests/bench/step.py --cases bfloat16/forced          # one of bfloat16/forced, bfloat16/natural, float32/forced, m2
+    python tests/bench/step.py --timed 5 --block 5 --cases m2   # fewer steps, for trying it out
+
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 8 prompts × 4 completions × 24 new tokens (forced: EOS does not end a
+completion; natural: it does), reward = VADER of prompt + completion. raywarp runs as in a real run: driver, vLLM rollout worker with
+merged weights, reward worker and policy actor in processes of their own; a step is what passes between two "step" events of
+Session.fine_tune: swap, generation, scoring, update, and the KL to SFT in every fifth. TRL's step is what passes between its trainer's
+step callbacks. Both sides take turns, `--block` steps each after one that is discarded. The seconds of a step are the median, since
+other programs' bursts hit either side.
+
+TRL tuned: no gradient checkpointing, no logging, bfloat16 weights without autocast, glibc told to keep its memory, and eager attention
+(torch 2.13's fused attention is slow backward on CPUs: 5.5 s a step against 9.5). As shipped: its defaults. Its vLLM integration does
+not work on CPUs: with `use_vllm=True` the engine starts in the trainer's process, but the first weight sync ends in vLLM's
+AttributeError, 'Parameter' object has no attribute 'weight_loader' (vLLM 0.32 packs CPU weights after loading); server mode wants CUDA.
+So TRL generates with transformers.
+
+Part m2: two policies of `--m2-steps` steps, from the start of the process to the merged adapter on disk, Ray's own start (listed) taken
+off; TRL's two runs from process start to saved adapters, one after the other with two threads, and both at once with one thread each.
+
+The last line is JSON; ratios above 1 are in raywarp's favour, but for rss_ratio: peak memory of our trainer process over TRL's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from environment import python_with
+
+from raywarp import store
+from raywarp.adapters import add, load_peft, save_peft, trailing
+from raywarp.averaging import slerp
+from raywarp.config import Config, load_config
+from raywarp.hardware import CPU_ENV
+from raywarp.inputs import prepare_prompts
+from raywarp.policy_actor import Job
+from raywarp.quickstart import QUICKSTART
+from raywarp.session import Session, start_ray
+
+HERE = Path(__file__).parent
+PROMPTS, COMPLETIONS, NEW_TOKENS, TEMPERATURE = 8, 4, 24, 0.9
+TUNED = {"gradient_checkpointing": False, "logging_strategy": "no", "bf16": False}
+CASES = ["bfloat16/forced", "bfloat16/natural", "float32/forced", "m2"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--timed", type=int, default=20, help="timed steps of each side")
+    parser.add_argument("--block", type=int, default=5, help="timed steps before the other side has its turn")
+    parser.add_argument("--m2-steps", type=int, default=10)
+    parser.add_argument("--no-shipped", action="store_true", help="leave TRL as shipped out")
+    parser.add_argument("--ours", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ours:
+        return ours(json.loads(options.ours))
+    print(machine())
+    result: dict[str, float | None] = dict.fromkeys(
+        ["ratio_tuned_bf16", "ratio_tuned_fp32", "ratio_shipped_bf16", "rss_ratio", "m2_speedup_sequential", "m2_speedup_concurrent"]
+    )
+    for case in options.cases:
+        result |= two_policies(options.m2_steps) if case == "m2" else steps(case, options)
+    print(json.dumps({name: value if value is None else round(value, 3) for name, value in result.items()}))
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    features = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if torch.cpu._is_avx512_bf16_supported() else "")
+    memory = psutil.virtual_memory().total >> 30
+    return f"{os.cpu_count()} cores of {model} ({features}), {memory} GiB, torch {torch.__version__}, {platform.platform()}"
+
+
+def steps(case: str, options: argparse.Namespace) -> dict[str, float]:
+    """Both sides in turns; prints a row for each, returns the ratios of this case."""
+    dtype, length = case.split("/")
+    shared = {"dtype": dtype, "forced": length == "forced", "block": options.block + 1}
+    print(f"\n{case}: seconds are medians of {options.timed} steps, memory is MiB\n{'':14}{'tokens/s':>9}{'step':>7}  by phase")
+    with contextlib.ExitStack() as stack:
+        sides = {"raywarp": stack.enter_context(Side("raywarp", shared)), "TRL tuned": stack.enter_context(Side("tuned", shared))}
+        if case == "bfloat16/forced" and not options.no_shipped:
+            sides["TRL shipped"] = stack.enter_context(Side("shipped", shared))
+        for _ in range(-(-options.timed // options.block)):
+            for side in sides.values():
+                side.run_block()
+        memory = {name: (side.trainer_rss(), side.pss()) for name, side in sides.items()}
+    speed = {}
+    for name, side in sides.items():
+        seconds = statistics.median(row["seconds"] for row in side.rows)
+        speed[name] = statistics.mean(row["tokens"] for row in side.rows) / seconds
+        phases = sorted({phase for row in side.rows for phase in row} - {"event", "seconds", "tokens"})
+        listed = ", ".join(f"{phase} {statistics.median(row.get(phase, 0) for row in side.rows):.2f}" for phase in phases)
+        peak, everything = memory[name]
+        print(f"{name:14}{speed[name]:9.0f}{seconds:7.2f}  {listed}; trainer's peak RSS {peak:.0f}, all PSS {everything:.0f}")
+    ratios = {name: speed["raywarp"] / value for name, value in speed.items() if name != "raywarp"}
+    print("raywarp is " + ", ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in ratios.items()))
+    if length == "natural":
+        return {}
+    short = "bf16" if dtype == "bfloat16" else "fp32"
+    result = {f"ratio_tuned_{short}": ratios["TRL tuned"]}
+    if "TRL shipped" in ratios:
+        result["ratio_shipped_bf16"] = ratios["TRL shipped"]
+    if short == "bf16":
+        result["rss_ratio"] = memory["raywarp"][0] / memory["TRL tuned"][0]
+    return result
+
+
+class Side:
+    """One contestant in a process of its own, which takes its steps when it is told to."""
+
+    def __init__(self, name: str, shared: dict[str, Any], threads: int = 2, steps: int | None = None, save: str | None = None):
+        self.name, self.block, self.rows = name, shared["block"], []
+        self.folder = tempfile.TemporaryDirectory(prefix="raywarp-bench-", ignore_cleanup_errors=True)
+        settings = {
+            **shared,
+            "threads": threads,
+            "folder": self.folder.name,
+            "steps": steps or 100_000,
+            "save": save,
+            "free_running": bool(steps),
+        }
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+        if name == "raywarp":
+            command = [sys.executable, str(HERE / "step.py"), "--ours", json.dumps(settings)]
+            environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
+        else:
+            model, prompts = prepare_prompts(config(shared))
+            trl = {
+                "model": model,
+                "prompts": [p.text for p in prompts.train],
+                "prompts_per_step": PROMPTS,
+                "options": trl_options(name, shared["dtype"]),
+            }
+            trl |= {"completions_per_prompt": COMPLETIONS, "new_tokens": NEW_TOKENS, "temperature": TEMPERATURE}
+            command = [str(python_with("trl", ["trl==1.16.0"])), str(HERE / "trl_rloo.py"), json.dumps(settings | trl)]
+            environment |= CPU_ENV if name == "tuned" else {}
+        self.started = time.perf_counter()
+        self.log = open(Path(self.folder.name) / "stderr", "w+")  # noqa: SIM115 (closed with the side)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
+
+    def __enter__(self) -> "Side":
+        self.read("ready")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            self.process.wait()
+        self.log.close()
+        self.folder.cleanup()
+
+    def run_block(self) -> None:
+        """`block` steps, of which the first is not counted."""
+        rows = []
+        for n in range(self.block):
+            if n == 0 or self.name != "raywarp":
+                self.tell()
+            rows.append(self.read("step"))
+        self.rows += rows[1:]
+
+    def tell(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def read(self, event: str) -> dict[str, Any]:
+        """The next event of this kind.
+
+        Raises:
+            RuntimeError: the process ended before; the message is the end of what it said.
+        """
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith('{"event"') and (row := json.loads(line))["event"] == event:
+                return dict(row)
+        self.log.seek(0)
+        raise RuntimeError(f"{self.name} ended:\n{self.log.read()[-3000:]}")
+
+    def trainer_rss(self) -> float:
+        """Peak RSS in MiB of the process that trains."""
+        for process in self.processes():
+            if self.name != "raywarp" or "ray::PolicyActor" in " ".join(process.cmdline()):
+                return int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        raise RuntimeError("no policy actor among the processes")
+
+    def pss(self) -> float:
+        """MiB of all processes of this side, shared pages counted once."""
+        total = 0
+        for process in self.processes():
+            with contextlib.suppress(OSError):
+                total += int(Path(f"/proc/{process.pid}/smaps_rollup").read_text().split("\nPss:")[1].split()[0])
+        return total / 1024
+
+    def processes(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+
+def trl_options(name: str, dtype: str) -> dict[str, Any]:
+    return TUNED | {"model_init_kwargs": {"dtype": dtype, "attn_implementation": "eager"}} if name == "tuned" else {}
+
+
+def config(settings: dict[str, Any], **changes: Any) -> Config:
+    values = {
+        "dtype": settings["dtype"],
+        "optim.batch_size": PROMPTS * COMPLETIONS,
+        "rollout.max_new_tokens": NEW_TOKENS,
+        "rollout.ignore_eos": str(settings["forced"]).lower(),
+        "rollout.adapter": "merged",
+        "reward.function": "raywarp.embedded:vader",
+        "control": "null",
+        "checkpoint_every": 1000,
+        "kl_to_sft_every": 5,
+        "warp.iterations": 1,
+        **changes,
+    }
+    return load_config(QUICKSTART, [f"{key}={value}" for key, value in values.items()])
+
+
+def ours(settings: dict[str, Any]) -> None:
+    """Our side: waits for a line, then fine-tunes a new policy for a block of steps, again and again; or trains and merges two policies."""
+    together = settings["free_running"]
+    count = settings["steps"] if together else settings["block"]
+    chosen = config(settings, **{"warp.steps": count, "warp.policies": 2 if together else 1})
+    model, prompts = prepare_prompts(chosen)
+    start = time.perf_counter()
+    start_ray()
+    say({"event": "ray", "seconds": time.perf_counter() - start})
+    longest = max(len(p.token_ids) for p in prompts.train)
+    with Session(chosen, model, longest) as session:
+        say({"event": "ready"})
+        if together:
+            jobs = [Job(1, m, f"policy-{m}", f"{settings['folder']}/policy-{m}") for m in (1, 2)]
+            for _ in session.fine_tune(jobs, session.zero, prompts.train):
+                pass
+            policies = [trailing(load_peft(job.folder), chosen.lora.rank) for job in jobs]
+            save_peft(add(session.zero, slerp(policies)), Path(settings["save"]))
+            return say({"event": "end"})
+        for index, _ in enumerate(sys.stdin, start=1):
+            for row in block_of_steps(session, Job(1, index, str(index), f"{settings['folder']}/{index}"), prompts.train):
+                say(row)
+
+
+def block_of_steps(session: Session, job: Job, prompts: Any) -> Iterator[dict[str, Any]]:
+    last = time.perf_counter()
+    for event in session.fine_tune([job], session.zero, prompts):
+        now = time.perf_counter()
+        if event["event"] == "step":
+            generation = event["rollout_seconds"] - event["swap_seconds"]
+            phases = {"weights": event["swap_seconds"], "generation": generation, "update": event["update_seconds"]}
+            yield {"event": "step", "seconds": now - last, "tokens": event["tokens"], **phases}
+        last = now
+    store.remove(Path(job.folder))
+
+
+def two_policies(count: int) -> dict[str, float]:
+    """Seconds from process start to the merged adapter, or to two trained ones."""
+    shared = {"dtype": "bfloat16", "forced": True, "block": 0}
+    with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as folder:
+        side = Side("raywarp", shared, steps=count, save=f"{folder}/merged")
+        ray = side.read("ray")["seconds"]
+        side.read("ready")
+        ready = time.perf_counter() - side.started
+        total = finish(side)
+        mine = total - ray
+        first, second = (finish(Side("tuned", shared, steps=count, save=f"{folder}/{m}")) for m in (1, 2))
+        both = [Side("tuned", shared, threads=1, steps=count, save=f"{folder}/{m}") for m in (1, 2)]
+        concurrent = max(finish(side) for side in both)
+    print(f"\ntwo policies of {count} steps, bfloat16, forced length")
+    print(
+        f"raywarp, M = 2, to the merged adapter: {mine:.1f} s (actors ready after {ready - ray:.1f}), and {ray:.1f} s for Ray's own start"
+    )
+    print(f"TRL tuned, one after the other: {first:.1f} + {second:.1f} s; both at once: {concurrent:.1f} s")
+    return {"m2_speedup_sequential": (first + second) / mine, "m2_speedup_concurrent": concurrent / mine}
+
+
+def finish(side: Side) -> float:
+    side.read("end")
+    seconds = time.perf_counter() - side.started
+    side.__exit__()
+    return seconds
+
+
+def say(row: dict[str, Any]) -> None:
+    print("\n" + json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
