@@ -38,10 +38,11 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, AdapterError):
         return 2
+    from raywarp.checkpoint import CheckpointError
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
 
-    return 1 if isinstance(error, RewardError | RolloutError) else None
+    return 1 if isinstance(error, CheckpointError | RewardError | RolloutError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

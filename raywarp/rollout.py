@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from raywarp.adapters import AdapterDelta
 from raywarp.batch import Completion
@@ -137,10 +138,19 @@ class RolloutPool:
         self.processes: list[set[int]] = [set() for _ in workers]
 
     async def generate(self, requests: Sequence[Request]) -> Any:
-        """The Rollouts of one call, a list (or, where num_returns is 1, the Rollout itself)."""
+        """The Rollouts of one call, a list (or, where num_returns is 1, the Rollout itself).
+
+        Raises:
+            RolloutError: a worker died more often than Ray starts it again.
+        """
         index = await self.idle.get()
         try:
             process, rollouts = await self.workers[index].generate.remote(requests)
+        except RayActorError as error:
+            raise RolloutError(
+                f"rollout worker {index + 1} died again and again; is there too little memory for it (rollout.kv_cache_gib, "
+                f"rollout.gpu_memory_utilization)? {error}"
+            ) from None
         finally:
             self.idle.put_nowait(index)
         self.processes[index].add(process)

@@ -1,5 +1,6 @@
 """The rollout pool for real: vLLM in both adapter modes and transformers, against the trainer's logits; and the checks around a swap."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, left_behind, traces
+from ray.exceptions import RayTaskError
 
 from raywarp import losses
 from raywarp.adapted_model import AdaptedModel
@@ -16,7 +18,7 @@ from raywarp.batch import Completion, collate
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, RolloutPool, join, submit
 from raywarp.rollout_worker import RolloutWorker
-from raywarp.session import Kinds, Session
+from raywarp.session import Kinds, Session, cause_of
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 
@@ -174,6 +176,24 @@ def test_no_room_for_one_completion_names_the_keys(ray_cluster: Any, tiny_llama:
     )
     with pytest.raises(ConfigError, match=message), Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False):
         pass
+
+
+class Dying:
+    """Every call is its last."""
+
+    def generate(self, requests: Any) -> Any:
+        os._exit(1)
+
+
+def test_a_worker_that_dies_again_and_again_is_named(ray_cluster: Any) -> None:
+    worker = ray_cluster.remote(Dying).options(num_cpus=0, max_restarts=1, max_task_retries=1).remote()
+    pool = ray_cluster.remote(RolloutPool).options(num_cpus=0).remote([worker])
+    ((ref,),) = submit(pool, [Request([[1]], [0])])
+    with pytest.raises(RayTaskError) as failure:
+        ray_cluster.get(ref)
+    assert isinstance(cause := cause_of(failure.value), RolloutError)
+    assert "rollout worker 1 died again and again" in str(cause)
+    ray_cluster.kill(pool)
 
 
 def test_join_names_worker_and_version() -> None:
