@@ -41,8 +41,9 @@ import psutil
 import torch
 from environment import python_with
 
+import raywarp
 from raywarp import store
-from raywarp.adapters import add, load_peft, save_peft, trailing
+from raywarp.adapters import add, trailing
 from raywarp.averaging import slerp
 from raywarp.config import Config, load_config
 from raywarp.hardware import CPU_ENV
@@ -251,8 +252,8 @@ def ours(settings: dict[str, Any]) -> None:
             jobs = [Job(1, m, f"policy-{m}", f"{settings['folder']}/policy-{m}") for m in (1, 2)]
             for _ in session.fine_tune(jobs, session.zero, prompts.train):
                 pass
-            policies = [trailing(load_peft(job.folder), chosen.lora.rank) for job in jobs]
-            save_peft(add(session.zero, slerp(policies)), Path(settings["save"]))
+            policies = [trailing(raywarp.load_peft(job.folder), chosen.lora.rank) for job in jobs]
+            raywarp.save_peft(add(session.zero, slerp(policies)), Path(settings["save"]))
             return say({"event": "end"})
         for index, _ in enumerate(sys.stdin, start=1):
             for row in block_of_steps(session, Job(1, index, str(index), f"{settings['folder']}/{index}"), prompts.train):
