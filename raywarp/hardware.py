@@ -7,8 +7,8 @@ CPU_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
-# Where trainer and engine share the cores, threads that spin while they wait take them from whoever has work: two interleaved policies then
-# took 8.8 s a step. A policy that has the cores to itself gains by some spinning (GOMP_SPINCOUNT=20000: updates of 1.4 s instead of 1.75).
+# Where trainer and engine share the cores, threads that spin while they wait take them from whoever has work: two interleaved policies took
+# 8.8 s a step instead of 2.9. A policy that has the cores to itself gains by spinning (GOMP_SPINCOUNT=20000: updates of 1.4 s, not 1.7).
 SHARED_CPU_ENV = {**CPU_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
