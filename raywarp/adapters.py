@@ -303,7 +303,3 @@ def digest(delta: AdapterDelta) -> str:
 def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
     """Of names, ranks and dtypes; the numbers follow, in the same order."""
     return hashlib.sha256("\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode())
-
-
-def _sizes(f: Factors) -> tuple[int, int]:
-    return f.B.shape[0], f.A.shape[1]

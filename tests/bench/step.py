@@ -1,7 +1,7 @@
 """A policy's optimiser step against TRL 1.16's RLOOTrainer: same model, LoRA, prompts, lengths, dtype, threads and batch, in turns.
 
     python tests/bench/step.py                                  # everything, some 40 minutes on two cores
-    python tests/bench/step.py --cases bfloat16/forced          # one of bfloat16/forced, bfloat16/natural, float32/forced, m2
+    python tests/bench/step.py --cases bfloat16/forced          # some of the cases (--help lists them)
     python tests/bench/step.py --timed 5 --block 5 --cases m2   # fewer steps, for trying it out
 
 SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 8 prompts × 4 completions × 24 new tokens (forced: EOS does not end a
@@ -11,11 +11,11 @@ Session.fine_tune: swap, generation, scoring, update, and the KL to SFT in every
 step callbacks. Both sides take turns, `--block` steps each after one that is discarded. The seconds of a step are the median, since
 other programs' bursts hit either side.
 
-TRL tuned: no gradient checkpointing, no logging, bfloat16 weights without autocast, glibc told to keep its memory, and eager attention
-(torch 2.13's fused attention is slow backward on CPUs: 5.5 s a step against 9.5). As shipped: its defaults. Its vLLM integration does
-not work on CPUs: with `use_vllm=True` the engine starts in the trainer's process, but the first weight sync ends in vLLM's
-AttributeError, 'Parameter' object has no attribute 'weight_loader' (vLLM 0.32 packs CPU weights after loading); server mode wants CUDA.
-So TRL generates with transformers.
+TRL tuned: no gradient checkpointing, no logging, bfloat16 weights without autocast, glibc told to keep its memory. TRL eager: the same with
+eager attention, which nothing tells a user to choose (torch 2.13's fused attention is slow backward on CPUs). As shipped: its defaults,
+in a case of its own, since memory does not hold more than three sides. Its vLLM integration does not work on CPUs: with `use_vllm=True`
+the engine starts in the trainer's process, but the first weight sync ends in vLLM's AttributeError, 'Parameter' object has no attribute
+'weight_loader' (vLLM 0.32 packs CPU weights after loading); server mode wants CUDA. So TRL generates with transformers.
 
 Part m2: two policies of `--m2-steps` steps, from the start of the process to the merged adapter on disk, Ray's own start (listed) taken
 off; TRL's two runs from process start to saved adapters, one after the other with two threads, and both at once with one thread each.
@@ -55,7 +55,7 @@ from raywarp.session import Session, start_ray
 HERE = Path(__file__).parent
 PROMPTS, COMPLETIONS, NEW_TOKENS, TEMPERATURE = 8, 4, 24, 0.9
 TUNED = {"gradient_checkpointing": False, "logging_strategy": "no", "bf16": False}
-CASES = ["bfloat16/forced", "bfloat16/natural", "float32/forced", "m2"]
+CASES = ["bfloat16/forced", "bfloat16/forced/shipped", "bfloat16/natural", "float32/forced", "float32/natural", "m2"]
 
 
 def main() -> None:
@@ -64,14 +64,22 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--block", type=int, default=5, help="timed steps before the other side has its turn")
     parser.add_argument("--m2-steps", type=int, default=10)
-    parser.add_argument("--no-shipped", action="store_true", help="leave TRL as shipped out")
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours:
         return ours(json.loads(options.ours))
     print(machine())
     result: dict[str, float | None] = dict.fromkeys(
-        ["ratio_tuned_bf16", "ratio_tuned_fp32", "ratio_shipped_bf16", "rss_ratio", "m2_speedup_sequential", "m2_speedup_concurrent"]
+        [
+            "ratio_tuned_bf16",
+            "ratio_tuned_fp32",
+            "ratio_eager_bf16",
+            "ratio_eager_fp32",
+            "ratio_shipped_bf16",
+            "rss_ratio",
+            "m2_speedup_sequential",
+            "m2_speedup_concurrent",
+        ]
     )
     for case in options.cases:
         result |= two_policies(options.m2_steps) if case == "m2" else steps(case, options)
@@ -88,13 +96,12 @@ def machine() -> str:
 
 def steps(case: str, options: argparse.Namespace) -> dict[str, float]:
     """Both sides in turns; prints a row for each, returns the ratios of this case."""
-    dtype, length = case.split("/")
+    dtype, length, *rivals = case.split("/")
+    rivals = rivals or ["tuned", "eager"]
     shared = {"dtype": dtype, "forced": length == "forced", "block": options.block + 1}
     print(f"\n{case}: seconds are medians of {options.timed} steps, memory is MiB\n{'':14}{'tokens/s':>9}{'step':>7}  by phase")
     with contextlib.ExitStack() as stack:
-        sides = {"raywarp": stack.enter_context(Side("raywarp", shared)), "TRL tuned": stack.enter_context(Side("tuned", shared))}
-        if case == "bfloat16/forced" and not options.no_shipped:
-            sides["TRL shipped"] = stack.enter_context(Side("shipped", shared))
+        sides = {name if name == "raywarp" else f"TRL {name}": stack.enter_context(Side(name, shared)) for name in ("raywarp", *rivals)}
         for _ in range(-(-options.timed // options.block)):
             for side in sides.values():
                 side.run_block()
@@ -112,10 +119,8 @@ def steps(case: str, options: argparse.Namespace) -> dict[str, float]:
     if length == "natural":
         return {}
     short = "bf16" if dtype == "bfloat16" else "fp32"
-    result = {f"ratio_tuned_{short}": ratios["TRL tuned"]}
-    if "TRL shipped" in ratios:
-        result["ratio_shipped_bf16"] = ratios["TRL shipped"]
-    if short == "bf16":
+    result = {f"ratio_{name}_{short}": ratios[f"TRL {name}"] for name in rivals}
+    if short == "bf16" and "TRL tuned" in memory:
         result["rss_ratio"] = memory["raywarp"][0] / memory["TRL tuned"][0]
     return result
 
@@ -148,7 +153,7 @@ class Side:
             }
             trl |= {"completions_per_prompt": COMPLETIONS, "new_tokens": NEW_TOKENS, "temperature": TEMPERATURE}
             command = [str(python_with("trl", ["trl==1.16.0"])), str(HERE / "trl_rloo.py"), json.dumps(settings | trl)]
-            environment |= CPU_ENV if name == "tuned" else {}
+            environment |= CPU_ENV if name != "shipped" else {}
         self.started = time.perf_counter()
         self.log = open(Path(self.folder.name) / "stderr", "w+")  # noqa: SIM115 (closed with the side)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
@@ -216,7 +221,9 @@ class Side:
 
 
 def trl_options(name: str, dtype: str) -> dict[str, Any]:
-    return TUNED | {"model_init_kwargs": {"dtype": dtype, "attn_implementation": "eager"}} if name == "tuned" else {}
+    if name == "shipped":
+        return {}
+    return TUNED | {"model_init_kwargs": {"dtype": dtype, **({"attn_implementation": "eager"} if name == "eager" else {})}}
 
 
 def config(settings: dict[str, Any], **changes: Any) -> Config:

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def arguments(settings: dict[str, Any]) -> RLOOConfig:
-    """The same work on both variants; `tuned` adds what made a step fastest on two cores (each was tried, see step.py)."""
+    """The same work on all variants; what a tuned one adds comes with the settings (see step.py)."""
     common: dict[str, Any] = {
         "output_dir": settings["folder"],
         "use_cpu": True,
