@@ -72,18 +72,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from raywarp.merge_report import merge_json, merge_table
     from raywarp.merging import merge
+    from raywarp.terminal import console
 
     done = merge(_recipe(options), options.out, options.overwrite, options.allow_different_bases)
     if options.json:
         print(json.dumps(merge_json(done)))
     else:
-        console = Console()
-        console.print(merge_table(done), highlight=False)
-        console.print(f"written to {options.out}", highlight=False, markup=False)
+        console().print(merge_table(done), highlight=False)
+        console().print(f"written to {options.out}", highlight=False, markup=False)
 
 
 def _recipe(options: argparse.Namespace) -> Any:
@@ -121,10 +119,9 @@ def _numbers(words: list[str] | None) -> tuple[float, ...] | None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from raywarp.merge_report import adapter_facts, groups_json, inspect_table
     from raywarp.merging import inspect
+    from raywarp.terminal import console
 
     count = len(options.adapters)
     files, groups = inspect(options.adapters, options.init, options.granularity, options.allow_different_bases)
@@ -132,4 +129,4 @@ def _inspect(options: argparse.Namespace) -> None:
         facts = [adapter_facts(file) for file in files]
         print(json.dumps({"adapters": facts[:count], "init": facts[count] if options.init else None, "groups": groups_json(groups, count)}))
     else:
-        Console().print(inspect_table(files, groups, count), highlight=False)
+        console().print(inspect_table(files, groups, count), highlight=False)

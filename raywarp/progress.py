@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from raywarp import terminal
 from raywarp.adapters import AdapterDelta
 from raywarp.averaging import geometry
 from raywarp.evaluation import Point
@@ -51,7 +52,7 @@ class Display:
     """Everything that `train` says, on one console."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or _console()
+        self.console = terminal.console() if console is None else console
         self.start = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -108,9 +109,3 @@ class Display:
             if row["restarts"]:
                 self.say(f"  {row['restarts']} rollout worker(s) died and were started again")
             self.say(f"  {row['bound']}")
-
-
-def _console() -> Console:
-    """rich assumes 80 columns where there is no terminal (a job's log), too few for the front's table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
