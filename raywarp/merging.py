@@ -104,7 +104,8 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
     groups: dict[str, Group] = {}
     blocks: dict[str, Block] = {}
     whole = _gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
-    with AdapterWriter(folder, files[0].like(), _largest_shapes(recipe, files), getattr(torch, recipe.dtype)) as writer:
+    like = next((file for file in files if file.like().base_model), files[0]).like()
+    with AdapterWriter(folder, like, _largest_shapes(recipe, files), getattr(torch, recipe.dtype)) as writer:
         for block, stacks, grams in _read_blocks(files):
             for group, own in (whole or _group_grams(files, stacks, grams, bool(recipe.init), recipe.granularity)).items():
                 if group not in groups:
