@@ -39,14 +39,16 @@ def gram_matrices(deltas: Sequence[AdapterDelta], granularity: Granularity = "bl
     """Group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
     check_same_modules(deltas)
 
-    def total(modules: Sequence[str], exact: bool) -> Tensor:
-        stacks = (Stack.of([delta.factors[module] for delta in deltas]) for module in modules)
-        return torch.stack([stack.gram(exact) for stack in stacks]).sum(0)
+    grams = {}
+    for group, modules in grouped(deltas[0].factors, granularity).items():
+        stacks = [Stack.of([delta.factors[module] for delta in deltas]) for module in modules]
+        grams[group] = refined(summed_gram(stacks, exact=False), partial(summed_gram, stacks))
+    return grams
 
-    return {
-        group: refined(total(modules, False), partial(total, modules, True))
-        for group, modules in grouped(deltas[0].factors, granularity).items()
-    }
+
+def summed_gram(stacks: Sequence[Stack], exact: bool = True) -> Tensor:
+    """(M, M) float64 inner products of the same M summands over several weights; see Stack.gram."""
+    return torch.stack([stack.gram(exact) for stack in stacks]).sum(0)
 
 
 def refined(quick: Tensor, exact: Callable[[], Tensor]) -> Tensor:

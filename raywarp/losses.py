@@ -3,7 +3,6 @@
 N completions, T response positions, V vocabulary. A mask is 1 on response tokens (an emitted EOS included) and 0 on padding.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -78,9 +77,3 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def sampler_gap(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Mean |Δ log-prob| per response token between trainer and sampler: 0 were both the same program."""
     return masked_mean((logprobs - sampler_logprobs).abs(), mask)
-
-
-@torch.no_grad()
-def completion_kl(logits: Tensor, reference_logits: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """(N,) full-vocabulary KL in nats per completion: `full_vocabulary_kl` summed over response tokens."""
-    return (full_vocabulary_kl(logits, reference_logits, temperature) * mask).sum(-1)

@@ -210,16 +210,12 @@ def _group_grams(
     result = {}
     for group, modules in grouped(stacks, granularity).items():
         quick = torch.stack([grams[module] for module in modules]).sum(0)
-        result[group] = averaging.refined(quick, partial(_exact_gram, [stacks[module] for module in modules]))
+        result[group] = averaging.refined(quick, partial(averaging.summed_gram, [stacks[module] for module in modules]))
         if not bool(result[group].isfinite().all()):
             for file in files:
                 file.require_finite(modules)
             raise AdapterError(f"{group}: the numbers are too large to multiply")
     return result
-
-
-def _exact_gram(stacks: Sequence[Stack]) -> Tensor:
-    return torch.stack([stack.gram() for stack in stacks]).sum(0)
 
 
 def _task_vectors(stack: Stack) -> Stack:

@@ -84,7 +84,7 @@ def test_kl_estimators_agree_with_enumeration() -> None:
     probabilities = logprobs.sum(-1).exp()
     exact = (probabilities * (logprobs - reference_logprobs).sum(-1)).sum().item()
     log_ratio = losses.sequence_log_ratio(logprobs, reference_logprobs, EVERYWHERE)
-    full = losses.completion_kl(logits_of(policy), logits_of(reference), EVERYWHERE, TEMPERATURE).double()
+    full = (losses.full_vocabulary_kl(logits_of(policy), logits_of(reference), TEMPERATURE) * EVERYWHERE).sum(-1).double()
     assert (probabilities * log_ratio).sum().item() == pytest.approx(exact, abs=1e-6)
     assert (probabilities * full).sum().item() == pytest.approx(exact, abs=1e-5)
     variance = [(probabilities * (x - exact) ** 2).sum().item() for x in (full, log_ratio)]
