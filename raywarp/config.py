@@ -149,11 +149,15 @@ class ClusterConfig(Section):
     )
     gpus_per_rollout_worker: Annotated[float, Field(ge=0)] | None = Field(None, description="GPUs of a rollout worker; likewise")
     gpus_per_reward_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of the reward worker")
-    cpus_per_policy: Annotated[float, Field(ge=0)] = Field(1, description="CPUs of a policy actor")
+    cpus_per_policy: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="CPUs of a policy actor; default 1 beside a GPU, else 0.5: it has nothing to do while its policy's rollouts run"
+    )
     cpus_per_rollout_worker: Annotated[float, Field(ge=0)] = Field(1, description="CPUs of a rollout worker")
     cpus_per_reward_worker: Annotated[float, Field(ge=0)] = Field(0, description="CPUs of the reward worker")
     policy_actors: Count | None = Field(None, description="actors that share the M policies; default: as many as fit")
-    threads: Count | None = Field(None, description="threads of each CPU process; default: a node's cores over its policy actors")
+    threads: Count | None = Field(
+        None, description="threads of each CPU process; default: a node's cores over the processes that work at the same time"
+    )
     timeout_seconds: Positive = Field(120, description="longest wait for the placement groups")
 
 

@@ -31,12 +31,16 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actors of a run, what each asks for, and the threads of each CPU process (None where GPUs do the work)."""
+    """The actors of a run, what each asks for, and the threads of each CPU process (None where GPUs do the work).
+
+    crowded: on some node, more threads have work at the same time than there are cores.
+    """
 
     policy: Need
     rollout: Need
     reward: Need
     threads: int | None
+    crowded: bool = False
 
     @property
     def uses_gpus(self) -> bool:
@@ -61,14 +65,15 @@ def make_plan(config: Config) -> Plan:
     per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else gpu_default
     per_rollout = cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else gpu_default
     per_rollout *= config.rollout.tensor_parallel_size
+    cpus_per_policy = cluster.cpus_per_policy if cluster.cpus_per_policy is not None else 1.0 if per_policy else 0.5
     rollout = Need("rollout_worker", per_rollout, cluster.cpus_per_rollout_worker, config.rollout.workers)
     reward = Need("reward_worker", cluster.gpus_per_reward_worker, cluster.cpus_per_reward_worker, 2 if config.control else 1)
     most = min(cluster.policy_actors or config.warp.policies, config.warp.policies)
     fewest = most if cluster.policy_actors else 1
     for actors in range(most, fewest - 1, -1):
-        policy = Need("policy", per_policy, cluster.cpus_per_policy, actors)
+        policy = Need("policy", per_policy, cpus_per_policy, actors)
         if not (shortages := _shortages([policy, rollout, reward], available)):
-            return Plan(policy, rollout, reward, _threads(config, policy, rollout))
+            return Plan(policy, rollout, reward, *_threads(config, policy, rollout))
     raise ConfigError("\n".join(shortages))
 
 
@@ -131,15 +136,18 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
     return messages
 
 
-def _threads(config: Config, policy: Need, rollout: Need) -> int | None:
-    """Cores of the smallest node over the actors of one kind that share it; trainer and engine take turns, so they may overlap."""
-    if config.cluster.threads:
-        return config.cluster.threads
+def _threads(config: Config, policy: Need, rollout: Need) -> tuple[int | None, bool]:
+    """Cores of the smallest node over those of its processes that have work at the same time, and whether that is too many threads.
+
+    A policy's rollouts and updates take turns, so no more processes than policies have work at any time.
+    """
     if policy.gpus or rollout.gpus:
-        return None
+        return config.cluster.threads, False
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus] or [1]
-    return max(1, int(min(nodes) // math.ceil(max(policy.count, rollout.count) / len(nodes))))
+    at_work = math.ceil(min(policy.count + rollout.count, config.warp.policies) / len(nodes))
+    threads = config.cluster.threads or max(1, int(min(nodes) // at_work))
+    return threads, threads * at_work > min(nodes)
 
 
 def _free(available: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -15,16 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raywarp import store
-from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import AdapterDelta, add
 from raywarp.batch import Completion, collate
 from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.packing import micro_batches
 from raywarp.peft_files import save_peft
-from raywarp.policy import Policy
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
+
+if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
+    from raywarp.policy import Policy
 
 KEPT_CHECKPOINTS = 2
 
@@ -48,7 +49,7 @@ class Progress:
     """A job under way: its policy, the metrics of its steps so far, and the rollouts it waits for."""
 
     job: Job
-    policy: Policy
+    policy: "Policy"
     metrics: list[dict[str, Any]]
     prompts: list[Prompt] = field(default_factory=list)
     adapter: Adapter = SFT
@@ -75,6 +76,8 @@ class PolicyActor:
         Raises:
             ConfigError: lora.target_modules does not fit the model.
         """
+        from raywarp.adapted_model import AdaptedModel
+
         if self.threads:
             torch.set_num_threads(self.threads)
         device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
@@ -129,6 +132,8 @@ class PolicyActor:
             prompts: token ids of N prompts.
             rollouts: the workers' Rollouts for them, in order.
         """
+        from raywarp.adapted_model import INIT
+
         completions = join(rollouts, adapter)
         if not adapter.parts:
             return [0.0] * len(completions)
@@ -140,7 +145,9 @@ class PolicyActor:
             kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
         return [float(value) for value in kl]
 
-    def _new_policy(self, job: Job) -> Policy:
+    def _new_policy(self, job: Job) -> "Policy":
+        from raywarp.policy import Policy
+
         return Policy(self.model, self.config, job.iteration, job.index)
 
     def _start(self, job: Job) -> Progress:

@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers  # not `from`: its parts take seconds to import, which a reward by function need not wait for
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from raywarp.config import ConfigError, RewardConfig
 from raywarp.data import resolve_model
@@ -72,7 +72,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         ConfigError: it cannot be loaded, or has neither token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from None
     if tokenizer.pad_token is None:
@@ -85,7 +85,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
     """Raises ConfigError where the model (folder or hub id) cannot be read or has not exactly one label; loads no weights."""
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
     if config.num_labels != 1:
@@ -115,7 +115,7 @@ class ClassifierReward:
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
         if model.config.pad_token_id is None:  # a decoder's classifier reads the last token that is not this one

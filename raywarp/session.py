@@ -18,7 +18,7 @@ from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.engines import EngineSettings, front_rank
-from raywarp.hardware import SHARED_CPU_ENV, supports_bf16
+from raywarp.hardware import cpu_environment, supports_bf16
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.reward_actor import RewardActor
 from raywarp.rollout import SFT, Adapter, AdapterPart, PoolReport, Request, RolloutPool, join, submit
@@ -38,12 +38,15 @@ VLLM_CPU_ENV = {
 
 
 def start_ray() -> None:
-    """Join the Ray cluster that is there (a job's, `ray start`'s), or start one on this machine for as long as this process lives."""
+    """Join the cluster of RAY_ADDRESS (a job's) or the last `ray start`, or start one here for as long as this process lives.
+
+    Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or another user's.
+    """
     if ray.is_initialized():
         return
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except ConnectionError:  # the last `ray start` is gone
         ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
 
 
@@ -196,7 +199,7 @@ class Session:
         self.dtype = config.dtype
         if self.dtype == "auto":
             self.dtype = "bfloat16" if plan.uses_gpus or supports_bf16(device) else "float32"
-        cpu_env = {} if plan.uses_gpus else SHARED_CPU_ENV | ({"OMP_NUM_THREADS": str(plan.threads)} if plan.threads else {})
+        cpu_env = cpu_environment(plan.threads, plan.crowded) if plan.threads and not plan.uses_gpus else {}
         environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
         settings = EngineSettings(
             model=self.model,

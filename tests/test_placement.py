@@ -16,9 +16,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **reso
     return placement.make_plan(config)
 
 
-def test_two_cores_hold_one_trainer_and_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_cores_hold_two_trainers_and_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(monkeypatch, parse_config({"warp": {"policies": 4}}), CPU=2)
-    assert (found.policy.count, found.rollout.count, found.threads, found.uses_gpus) == (1, 1, 2, False)
+    assert (found.policy.count, found.rollout.count, found.threads, found.uses_gpus) == (2, 1, 1, False)
 
 
 def test_every_policy_gets_its_gpu_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +44,25 @@ def test_shared_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.policy.count, found.policy.total("GPU"), found.rollout.total("GPU")) == (2, 0.5, 0.5)
 
 
-def test_threads_are_shared_by_the_actors_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan(monkeypatch, parse_config({"warp": {"policies": 2}}), CPU=8).threads == 4
-    assert plan(monkeypatch, parse_config({"cluster": {"threads": 3}}), CPU=8).threads == 3
+def test_threads_are_shared_by_the_processes_that_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy's rollouts and updates take turns: M policies keep M processes at work, however many there are."""
+
+    def threads(resources: float, **tree: dict[str, int]) -> tuple[int | None, bool]:
+        found = plan(monkeypatch, parse_config(tree), CPU=resources)
+        return found.threads, found.crowded
+
+    assert threads(2, warp={"policies": 1}) == (2, False)  # trainer and engine have both cores in turn
+    assert threads(2, warp={"policies": 2}) == (1, False)
+    assert threads(8, warp={"policies": 2}) == (4, False)
+    assert threads(8, warp={"policies": 4}, cluster={"policy_actors": 1}) == (4, False)  # one trainer and one engine
+    assert threads(2, warp={"policies": 4}) == (1, True)
+    assert threads(8, warp={"policies": 2}, cluster={"threads": 3}) == (3, False)
+    assert threads(4, warp={"policies": 2}, cluster={"threads": 3}) == (3, True)
+
+
+def test_threads_of_a_node_are_those_of_its_own_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan(monkeypatch, parse_config({"warp": {"policies": 2}}), nodes=2, CPU=4)
+    assert (found.threads, found.crowded) == (4, False)
 
 
 def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:

@@ -1,6 +1,6 @@
 """A policy's optimiser step against TRL 1.16's RLOOTrainer: same model, LoRA, prompts, lengths, dtype, threads and batch, in turns.
 
-    python tests/bench/step.py                                  # everything, some 40 minutes on two cores
+    python tests/bench/step.py                                  # everything, some 50 minutes on two cores
     python tests/bench/step.py --cases bfloat16/forced          # some of the cases (--help lists them)
     python tests/bench/step.py --timed 5 --block 5 --cases m2   # fewer steps, for trying it out
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--timed", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--block", type=int, default=5, help="timed steps before the other side has its turn")
-    parser.add_argument("--m2-steps", type=int, default=10)
+    parser.add_argument("--m2-steps", type=int, default=20)
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours:
