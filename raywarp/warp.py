@@ -39,10 +39,11 @@ def train(config: Config, display: Display | None = None) -> Run:
     """
     display = display or Display()
     inputs = prepare(config)
-    run = Run.open(config)
+    run = Run.open(config, display.say)
     start_ray()
     with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
+        run.clean()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
@@ -57,6 +58,7 @@ def train(config: Config, display: Display | None = None) -> Run:
         front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
         save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
         display.timing(run)
+    run.push()
     return run
 
 
@@ -74,9 +76,7 @@ def fine_tune(
     """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained."""
     jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
     missing = [job for job in jobs if not found(run, job, display)]
-    for job in jobs:
-        if job not in missing:
-            run.set_policy_metrics(job.key, store.read_jsonl(run.policy_folder(job.key) / "metrics.jsonl"))
+    run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in missing])
     with display.iteration(iteration, jobs, missing, config.warp.steps) as bars:
         for event in session.fine_tune(missing, init, prompts.train):
             if event["event"] == "resumed":
