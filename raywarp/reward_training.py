@@ -84,6 +84,9 @@ def train_reward(config: Config) -> RewardSummary:
         "out": str(out),
         "pairs": ray.put((splits.rated or splits.train, splits.validation[: training.eval_pairs], test)),
     }
+    if problem := _snapshot_problem(out / WORK / "run"):
+        print(f"reward model: {problem}; its training starts over", flush=True)
+        shutil.rmtree(out / WORK / "run")
     with _validations_printed(out / "metrics.jsonl", training.steps):
         _fit(job, training.num_workers, use_gpu, out / WORK)
     _publish(out)
@@ -126,6 +129,21 @@ def _begun(out: Path) -> dict[str, Any] | None:
         print(f"reward model: {error}; its training starts over", flush=True)
         shutil.rmtree(out / WORK)
         return None
+
+
+def _snapshot_problem(run: Path) -> str | None:
+    """What keeps Ray Train (2.60) from continuing by its list of checkpoints, which it replaces in place: a kill may leave half of it."""
+    path, there = run / "checkpoint_manager_snapshot.json", [folder.name for folder in run.glob("checkpoint_*") if folder.is_dir()]
+    try:
+        snapshot = json.loads(path.read_bytes())
+        named = [
+            result["checkpoint_dir_name"] for result in (*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"]) if result
+        ]
+    except FileNotFoundError:
+        return f"{path} is missing" if there else None
+    except (ValueError, KeyError, TypeError):
+        return f"{path} cannot be read"
+    return next((f"{run / name} is missing" for name in named if name not in there), None)
 
 
 def is_standardised(folder: str | Path) -> bool:
