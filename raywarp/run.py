@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,20 @@ class Run:
         store.write_text(self.folder / CONFIG_FILE, f"{_CHECKSUM}{_sha256(text)}\n{text}")
         self.push()
 
+    @contextmanager
+    def mirrored(self) -> Iterator[None]:
+        """At the end of the body an object store is up to date, if `out` is one and can be reached."""
+        try:
+            yield
+        except BaseException:
+            with suppress(store.StoreError):  # the body's error says more
+                self.push()
+            raise
+        self.push()
+
     def clean(self) -> None:
         """Remove what interrupted writers left: at once where only this run writes, else after a day."""
-        self.store.clean("policies", store.DAY if self.place else 0)
+        self.store.clean("policies", store.DAY if self.place or self.mirror else 0)
         if not self.mirror:
             Storage(self.folder).clean("iterations", 0)
 

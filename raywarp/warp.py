@@ -41,7 +41,7 @@ def train(config: Config, display: Display | None = None) -> Run:
     inputs = prepare(config)
     run = Run.open(config, display.say)
     start_ray()
-    with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
+    with run.mirrored(), Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         run.clean()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
@@ -58,7 +58,6 @@ def train(config: Config, display: Display | None = None) -> Run:
         front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
         save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
         display.timing(run)
-    run.push()
     return run
 
 
@@ -96,7 +95,7 @@ def found(run: Run, job: Job, display: Display) -> bool:
     try:
         return run.find_policy(job.key) is not None
     except store.DamagedError as error:
-        display.say(f"iteration {job.iteration} policy {job.index} is trained again: {error}")
+        display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
         return False
 
 

@@ -186,17 +186,8 @@ def show(outcomes: list[tuple[str, str, str, str, str]]) -> None:
         table.add_row(stage, file, *(", ".join(f"{n} {outcome}" for outcome, n in counts.items()) for counts in row.values()))
     Console(width=160).print(table)
     totals = Counter(outcome for *_, outcome, _ in outcomes)
-    print(
-        json.dumps(
-            {
-                "cases": len(outcomes),
-                "recovered": totals["recovered"],
-                "refused": totals["refused"],
-                "wrong": wrong,
-                "tracebacks": tracebacks,
-            }
-        )
-    )
+    counts = {"recovered": totals["recovered"], "refused": totals["refused"], "wrong": totals["wrong"], "tracebacks": totals["traceback"]}
+    print(json.dumps({"cases": len(outcomes), **counts}))
 
 
 if __name__ == "__main__":
