@@ -75,15 +75,18 @@ class Run:
         A configuration that is lost or damaged is written anew: policies are found by their keys, whatever it said.
         """
         folder = self.folder
-        saved = folder / CONFIG_FILE
+        saved, ours = folder / CONFIG_FILE, (folder / METRICS_FILE).is_file()
         if saved.is_file():
-            if (theirs := _read_config(saved)) is None:
+            theirs = _read_config(saved)
+            if theirs is None and not ours:
+                raise ConfigError(f"{saved} cannot be read; choose another out, or delete the folder")
+            if theirs is None:
                 self.say(f"{saved} is not what was written; written anew")
             elif differing := _differing_keys(theirs, config):
                 raise ConfigError(
                     f"out={config.out} holds a different run ({', '.join(differing)}); choose another out, or delete the folder"
                 )
-        elif (folder / METRICS_FILE).is_file():
+        elif ours:
             self.say(f"{saved} is missing; written anew")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
@@ -250,11 +253,14 @@ class Run:
 def _read_config(path: Path) -> dict[str, Any] | None:
     """A saved configuration; None if it is damaged."""
     try:
-        first, _, rest = path.read_bytes().decode().partition("\n")
-        theirs = yaml.safe_load(rest)
+        text = path.read_bytes().decode()
+        first, _, rest = text.partition("\n")
+        if first.startswith(_CHECKSUM) and first != _CHECKSUM + _sha256(rest):
+            return None
+        theirs = yaml.safe_load(text)
     except (UnicodeDecodeError, yaml.YAMLError):
         return None
-    return theirs if first == _CHECKSUM + _sha256(rest) and isinstance(theirs, dict) else None
+    return theirs if isinstance(theirs, dict) else None
 
 
 def _sha256(text: str) -> str:
