@@ -25,7 +25,7 @@ from raywarp.config import Config, ConfigError
 from raywarp.data import Preference, load_preferences, resolve_model
 from raywarp.hardware import CPU_ENV
 from raywarp.rewards import REWARD_FILE, RewardError, check_trained, first_line, statistics
-from raywarp.storage import is_uri
+from raywarp.storage import Storage
 from raywarp.store import (
     MANIFEST,
     DamagedError,
@@ -65,9 +65,9 @@ def train_reward(config: Config) -> RewardSummary:
         ConfigError: wrong input, a folder that holds another model, or a cluster without the resources.
         ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
     """
-    if is_uri(config.out):
+    out, settings = Storage(config.out).folder, _settings(config)
+    if out is None:
         raise ConfigError(f"out={config.out}: a reward model is trained into a folder, which every node must reach; set out to one")
-    out, settings = Path(config.out).absolute(), _settings(config)
     if (stored := _finished(out)) is not None:
         _refuse_other(out, stored["settings"], settings)
         print(f"reward model {out} is already complete", flush=True)

@@ -88,7 +88,7 @@ class Run:
                 )
         elif ours:
             self.say(f"{saved} is missing; written anew")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(path.name != "policies" for path in folder.iterdir())):
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
 
     def save_config(self, config: Config) -> None:
@@ -268,11 +268,12 @@ def _sha256(text: str) -> str:
 
 
 def _differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
-    before, now = dict(_flat(theirs)), dict(_flat(config.model_dump(mode="json")))
+    default, now = (dict(_flat(one.model_dump(mode="json"))) for one in (Config(), config))
+    before = default | dict(_flat(theirs))
     return [
-        f"{key} is {before[key]!r} there and {value!r} here"
+        f"{key} is {before.get(key)!r} there and {value!r} here"
         for key, value in now.items()
-        if key.partition(".")[0] not in _FREE_KEYS and key in before and before[key] != value
+        if key.partition(".")[0] not in _FREE_KEYS and before.get(key) != value
     ]
 
 

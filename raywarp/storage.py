@@ -6,6 +6,7 @@ own (`policies/<key>/.<unique>/<file>`), the manifest says which one, and what i
 The first one to finish a name wins; whoever comes later throws the own files away.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -107,6 +108,7 @@ class Storage:
         with self._explained("write"):
             if self.folder:
                 return store.remove(self.folder / name)
+            store.remove(self.cache / name)
             with suppress(FileNotFoundError):
                 self._fs.delete_file(self._path(f"{name}/{MANIFEST}"))
             with suppress(FileNotFoundError):
@@ -165,9 +167,12 @@ class Storage:
         try:
             yield new
             store.seal(new)
-            with suppress(OSError):
+            try:
                 new.rename(target)
                 return
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
             with _locked(target):  # it is there: with checkpoints, or finished by somebody else
                 if not store.is_sealed(target):
                     (target / MANIFEST).unlink(missing_ok=True)
