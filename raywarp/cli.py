@@ -41,8 +41,9 @@ def _exit_code(error: Exception) -> int | None:
     from raywarp.checkpoint import CheckpointError
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
+    from raywarp.store import DamagedError, StoreError
 
-    return 1 if isinstance(error, CheckpointError | RewardError | RolloutError) else None
+    return 1 if isinstance(error, CheckpointError | DamagedError | RewardError | RolloutError | StoreError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,6 +35,8 @@ class Bars:
             self.console.print(f"{name}: already done ({job.key})")
 
     def update(self, event: dict[str, Any]) -> None:
+        if event["event"] == "fault":
+            self.console.print(f"  iteration {event['iteration']} policy {event['policy']}: {event['cause']}", markup=False)
         if event["event"] == "resumed":
             self.live.update(self.tasks[event["key"]], completed=event["step"])
             if event["step"]:

@@ -1,7 +1,6 @@
 """`raywarp quickstart`: the embedded model, human ratings, reward stage, WARP and front, in minutes on two cores."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from raywarp.config import MINILM, SMOLLM2, SNIPPETS, Config, load_config
@@ -30,7 +29,7 @@ def quickstart(overrides: Sequence[str] = ()) -> Run:
     from raywarp.warp import train
 
     config = load_config(QUICKSTART, overrides)
-    folder = str(Path(config.out) / "reward")
+    folder = f"{config.out.rstrip('/')}/reward"
     config = _with_reward(config, folder)
     run, display = Run.open(config), Display()
     run.save_config(config)
