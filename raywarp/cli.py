@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.config import Config, ConfigError, config_help, load_config
+from raywarp.credentials import redact
 from raywarp.merge_command import add_merge
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"raywarp: {error}", file=sys.stderr)
+    print(f"raywarp: {redact(str(error))}", file=sys.stderr)
     return code
 
 
