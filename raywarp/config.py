@@ -148,9 +148,7 @@ class RolloutConfig(Section):
 
 
 class ClusterConfig(Section):
-    gpus_per_policy: Gpus | None = Field(
-        None, description="GPUs of a policy actor; default 1 where the cluster has GPUs"
-    )
+    gpus_per_policy: Gpus | None = Field(None, description="GPUs of a policy actor; default 1 where the cluster has GPUs")
     gpus_per_rollout_worker: Gpus | None = Field(None, description="GPUs of a rollout worker; likewise")
     gpus_per_reward_worker: Gpus = Field(0, description="GPUs of the reward worker")
     cpus_per_policy: NotNegative = Field(1, description="CPUs of a policy actor")

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from raywarp.config import ConfigError, RewardConfig
 from raywarp.data import resolve_model
 from raywarp.hardware import supports_bf16
+from raywarp.model_files import check_one_label, first_line, read_model_config, read_tokenizer
 from raywarp.store import content_key, folder_fingerprint
 
 Score = Callable[..., Any]
@@ -71,10 +72,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or has neither token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from None
+    tokenizer = read_tokenizer(name, trust_remote_code, f"the model {name}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of {name} has neither a padding nor an EOS token, so texts cannot be batched")
@@ -83,16 +81,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the model (folder or hub id) cannot be read or has not exactly one label; loads no weights."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
-    if config.num_labels != 1:
-        raise ConfigError(
-            f"the reward model {name} has num_labels={config.num_labels}, a reward needs 1: "
-            "a sequence classifier with one score, such as the folder that `raywarp reward` writes"
-        )
+    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not exactly one label; loads no weights."""
+    what = f"the reward model {name}"
+    check_one_label(name, read_model_config(name, trust_remote_code, what), trust_remote_code, what)
 
 
 class ClassifierReward:
@@ -115,7 +106,9 @@ class ClassifierReward:
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
         if model.config.pad_token_id is None:  # a decoder's classifier reads the last token that is not this one
@@ -201,6 +194,20 @@ def load_function(path: str) -> Score:
     return found  # type: ignore[no-any-return]
 
 
+def check_call(path: str, function: Score, columns: Iterable[str] = ()) -> None:
+    """Raises ConfigError where a reward function cannot take two lists and the columns by name, or would have to be awaited."""
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"the reward function '{path}' is asynchronous; it must return a list of floats")
+    extra: dict[str, list[Any]] = {name: [] for name in columns if name not in ("prompts", "completions")}
+    try:
+        inspect.signature(function).bind([], [], **extra)
+    except TypeError as error:
+        called = ", ".join(["prompts", "completions", *(f"{name}=" for name in extra)])
+        raise ConfigError(f"the reward function '{path}' cannot be called as score({called}): {error}; add **columns to take any") from None
+    except ValueError:  # a builtin that does not say what it takes
+        return
+
+
 def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: str | torch.device = "cpu") -> Reward:
     """The reward that a configuration names, standardised where it says so.
 
@@ -260,7 +267,7 @@ def _import(module_name: str) -> ModuleType:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"the reward module '{module_name}' cannot be imported ({what}); looked in {os.getcwd()} and sys.path") from None
 
@@ -281,8 +288,3 @@ def _place(error: BaseException, source: str | None) -> str:
 
 def _short(text: str, length: int = SHOWN) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's long message comes to."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
