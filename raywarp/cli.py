@@ -98,3 +98,7 @@ def _plan(options: argparse.Namespace) -> int:
     found = plan(_config(options), options.offline)
     render(found, console())
     return 0 if found.fits else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -296,11 +296,11 @@ def _section_types(annotation: Any) -> list[type[BaseModel]]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override '{redact(override)}' is not of the form key=value, for example warp.steps=20")
+        raise ConfigError(f"override {_short(redact(override))} is not of the form key=value, for example warp.steps=20")
     try:
         value = load_yaml(text)
     except StrictYamlError as error:
-        raise ConfigError(f"the value of '{redact(override)}' is wrong: {error}") from None
+        raise ConfigError(f"the value of {_short(redact(override))} is wrong: {error}") from None
     if key not in set(known_keys()):
         raise ConfigError(_unknown(key))
     node = tree

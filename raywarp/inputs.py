@@ -10,14 +10,16 @@ from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
 from raywarp.loggers import check_loggers
+from raywarp.memory import Shapes
 from raywarp.model_files import check_causal, read_model_config, read_tokenizer
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """model: folder or hub id. longest_prompt: in tokens. The other fields are fingerprints of contents."""
+    """model: folder or hub id. shapes: its own and its adapters'. longest_prompt: in tokens. The others are fingerprints of contents."""
 
     model: str
+    shapes: Shapes
     prompts: PromptSplits
     base: str
     prompt_set: str
@@ -36,14 +38,21 @@ def prepare(config: Config) -> Inputs:
     """Resolve and check everything that a run reads.
 
     Raises:
-        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion.
+        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion; target
+            modules that the model has not.
     """
+    from raywarp.model_shapes import model_shapes
+
     check_loggers(config)
     check_engine(config)
     model, prompts = prepare_prompts(config)
     check_reward(config, prompts.train[0].columns)
+    shapes = model_shapes(
+        read_model_config(model, config.trust_remote_code, "model"), config.lora, trust_remote_code=config.trust_remote_code
+    )
     return Inputs(
         model=model,
+        shapes=shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=fingerprint(prompts.train),

@@ -14,7 +14,13 @@ from raywarp.memory import Shapes
 
 
 def model_shapes(
-    model_config: Any, lora: LoraConfig, dtype: str, rows: int = 0, length: int = 0, gpu: bool = False, trust_remote_code: bool = False
+    model_config: Any,
+    lora: LoraConfig,
+    dtype: str = "float32",
+    rows: int = 0,
+    length: int = 0,
+    gpu: bool = False,
+    trust_remote_code: bool = False,
 ) -> Shapes:
     """Shapes of a causal language model.
 

@@ -3,7 +3,7 @@
 import math
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -61,7 +61,7 @@ def make_plan(config: Config) -> Plan:
     for actors in range(most, fewest - 1, -1):
         plan = wish(config, gpus, actors)
         if not (shortages := _shortages(plan.needs, available)):
-            return Plan(*plan.needs, _threads(config, plan.policy, plan.rollout))
+            return replace(plan, threads=_threads(config, plan.policy, plan.rollout))
     raise ConfigError("\n".join(shortages))
 
 

@@ -113,44 +113,51 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, result.notes, reports)
 
 
-def check_cluster(config: Config, model: str, prompt_tokens: int | None = None) -> None:
-    """What `plan` checks, at the start of a run and without the activations, which take a second to count.
+def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prompt_tokens: int = 0) -> None:
+    """What `plan` checks, at the start of a run; activations are left out, since it takes a second to count them.
 
     Args:
-        prompt_tokens: of the longest prompt; None for a stage without policies.
+        shapes: of the model and its adapters; None for a stage without policies.
+        prompt_tokens: of the longest prompt.
 
     Raises:
         ConfigError: see placement.make_plan and preflight.preflight.
     """
     found = None
-    if prompt_tokens is not None:
-        found = forecast(config, model, prompt_tokens, placement.make_plan(config), activations=False)
+    if shapes is not None:
+        found = _forecast(config, model, shapes, placement.make_plan(config), prompt_tokens)
     preflight.preflight(config, found, local_paths(config, model))
 
 
-def forecast(config: Config, model: str, prompt_tokens: int, placed: placement.Plan, activations: bool = True) -> Forecast:
-    """The needs of a run on its placement.
+def forecast(config: Config, model: str, prompt_tokens: int, placed: placement.Plan) -> Forecast:
+    """The needs of a run on its placement, activations included.
 
     Args:
         model: folder or hub id, resolved.
         prompt_tokens: of the longest prompt.
-        activations: count them too, which takes about a second.
     """
     from raywarp.model_shapes import model_shapes
 
-    dtype, gpu = run_dtype(config.dtype, placed.uses_gpus), placed.policy.gpus > 0
+    dtype, length = run_dtype(config.dtype, placed.uses_gpus), prompt_tokens + config.rollout.max_new_tokens
     model_config = read_model_config(model, config.trust_remote_code, f"model={config.model}")
-    length = prompt_tokens + config.rollout.max_new_tokens
-    rows = max(1, min(config.optim.batch_size, config.optim.max_tokens_per_microbatch // length))
-    counted = rows if activations else 0
-    shapes = model_shapes(model_config, config.lora, dtype, counted, length, gpu, config.trust_remote_code)
+    rows = _rows(config, length)
+    shapes = model_shapes(model_config, config.lora, dtype, rows, length, placed.policy.gpus > 0, config.trust_remote_code)
+    return _forecast(config, model, shapes, placed, prompt_tokens)
+
+
+def _forecast(config: Config, model: str, shapes: Shapes, placed: placement.Plan, prompt_tokens: int) -> Forecast:
+    dtype, length = run_dtype(config.dtype, placed.uses_gpus), prompt_tokens + config.rollout.max_new_tokens
     held = -(-config.warp.policies // placed.policy.count)
-    policy = memory.policy_process(shapes, config, dtype, held, rows * config.rollout.max_new_tokens)
-    on_gpu = placed.rollout.gpus > 0
-    rollout = memory.rollout_process(shapes, config, dtype, stored_bytes(model), on_gpu, length)
+    policy = memory.policy_process(shapes, config, dtype, held, _rows(config, length) * config.rollout.max_new_tokens)
+    rollout = memory.rollout_process(shapes, config, dtype, stored_bytes(model), placed.rollout.gpus > 0, length)
     reward = {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
-    processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout), Process(placed.reward, reward)]
+    processes = [Process(placed.policy, policy, placed.policy.gpus > 0), Process(placed.rollout, rollout), Process(placed.reward, reward)]
     return Forecast(config, placed, shapes, processes, dtype)
+
+
+def _rows(config: Config, length: int) -> int:
+    """Completions of a micro-batch."""
+    return max(1, min(config.optim.batch_size, config.optim.max_tokens_per_microbatch // length))
 
 
 def local_paths(config: Config, model: str) -> list[str]:
@@ -211,8 +218,8 @@ def render(found: Forecast, console: Any) -> None:
     if shapes is not None:
         parts = Table("memory of one", "component", "bytes", title="what it holds")
         for process in found.processes:
-            for name, size in process.components.items():
-                parts.add_row(process.need.key.replace("_", " "), name, _size(size))
+            for component, held in process.components.items():
+                parts.add_row(process.need.key.replace("_", " "), component, _size(held))
         console.print(parts)
     for line in (*_summary(found, shapes), *found.notes, *(f"warning: {text}" for text in found.warnings), *found.problems):
         console.print(line, highlight=False, markup=False)

@@ -42,7 +42,7 @@ def train(config: Config, display: Display | None = None) -> Run:
     inputs = prepare(config)
     run = Run.open(config)
     start_ray()
-    check_cluster(config, inputs.model, inputs.longest_prompt)
+    check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt)
     with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
