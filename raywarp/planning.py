@@ -121,11 +121,15 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
         prompt_tokens: of the longest prompt.
 
     Raises:
-        ConfigError: see placement.make_plan and preflight.preflight.
+        ConfigError: see preflight.preflight.
     """
     found = None
     if shapes is not None:
-        found = _forecast(config, model, shapes, placement.make_plan(config), prompt_tokens)
+        try:
+            placed = placement.make_plan(config)
+        except ConfigError:  # the session says so, after it has waited for what may become free
+            placed = placement.wish(config, placement.cluster_gpus())
+        found = _forecast(config, model, shapes, placed, prompt_tokens)
     preflight.preflight(config, found, local_paths(config, model))
 
 

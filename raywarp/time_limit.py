@@ -52,6 +52,8 @@ class TimeLimit:
             faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, exit=True, file=file)
             try:
                 return self._interruptible(function)
+            except _Interrupt:
+                raise TimeLimitError(f"took longer than {self.seconds:g} s") from None
             finally:
                 faulthandler.cancel_dump_traceback_later()
                 self._stack.unlink(missing_ok=True)
@@ -76,9 +78,8 @@ class TimeLimit:
             if late:
                 raise _Interrupt
             return result
-        except _Interrupt:
-            raise TimeLimitError(f"took longer than {self.seconds:g} s") from None
         finally:
             timer.cancel()
-            over.set()
+            with lock:
+                over.set()
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)  # one that came when the call was over
