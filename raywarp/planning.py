@@ -14,6 +14,7 @@ from raywarp.hardware import run_dtype
 from raywarp.memory import Components, Shapes
 from raywarp.model_files import read_model_config, stored_bytes
 from raywarp.node_check import NodeReport
+from raywarp.rewards import own_file
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 
@@ -130,7 +131,7 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
         except ConfigError:  # the session says so, after it has waited for what may become free
             placed = placement.wish(config, placement.cluster_gpus())
         found = _forecast(config, model, shapes, placed, prompt_tokens)
-    preflight.preflight(config, found, local_paths(config, model))
+    preflight.preflight(config, found, local_paths(config, model) if found else [])
 
 
 def forecast(config: Config, model: str, prompt_tokens: int, placed: placement.Plan) -> Forecast:
@@ -165,9 +166,12 @@ def _rows(config: Config, length: int) -> int:
 
 
 def local_paths(config: Config, model: str) -> list[str]:
-    """Folders on this machine that processes elsewhere read, too."""
-    names = [model, *(embedded.resolve(scorer.model) for scorer in (config.reward, config.control) if scorer and scorer.model)]
-    return [str(Path(name).expanduser().absolute()) for name in names if Path(name).expanduser().is_dir()]
+    """Folders and files on this machine that processes on other nodes read, too."""
+    scorers = [scorer for scorer in (config.reward, config.control) if scorer is not None]
+    names = [model, *(embedded.resolve(scorer.model) for scorer in scorers if scorer.model)]
+    modules = [own_file(scorer.function) for scorer in scorers if scorer.function]
+    folders = [Path(name).expanduser().absolute() for name in names]
+    return [*(str(folder) for folder in folders if folder.is_dir()), *filter(None, modules)]
 
 
 def _offline(config: Config) -> Forecast:

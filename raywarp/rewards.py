@@ -262,6 +262,13 @@ def statistics(name: str) -> tuple[float, float] | None:
     return (stored["score_mean"], stored["score_std"]) if "score_mean" in stored else None
 
 
+def own_file(path: str) -> str | None:
+    """The file of a reward function that lies in the working directory, which other nodes need as well; None for an installed one."""
+    file = getattr(_import(path.partition(":")[0]), "__file__", None)
+    in_job = "working_dir_files" in os.getcwd()  # Ray brings a submitted job's folder to every node itself
+    return file if file and not in_job and Path(file).is_relative_to(os.getcwd()) else None
+
+
 def _import(module_name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -7,11 +7,11 @@ The last line is JSON: for each kind of process the estimate and the measured pe
 reserved, and takes memory only as it fills, so the estimate is also compared without it.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
 import threading
-import time
 
 import psutil
 
@@ -47,15 +47,12 @@ def main() -> None:
 
 
 def _watch(peaks: dict[str, int], over: threading.Event) -> None:
-    while not over.is_set():
-        for process in psutil.Process().children(recursive=True):
-            try:
+    while not over.wait(0.3):
+        with contextlib.suppress(psutil.Error, OSError, StopIteration):  # one has ended meanwhile
+            for process in psutil.Process().children(recursive=True):
                 kind = next((kind for kind, name in NAMES.items() if process.name().startswith(name[:15])), None)
                 if kind:
                     peaks[kind] = max(peaks[kind], _peak(process.pid))
-            except (psutil.Error, OSError, StopIteration):
-                continue
-        time.sleep(0.3)
 
 
 def _peak(process: int) -> int:
