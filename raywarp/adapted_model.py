@@ -22,6 +22,7 @@ from raywarp.backbone import checkpoint_blocks, find_head, last_states, pairs_pe
 from raywarp.batch import Batch
 from raywarp.config import ConfigError, LoraConfig
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
+from raywarp.model_files import first_line
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.seeding import derive_seed
 
@@ -47,38 +48,20 @@ class AdaptedModel:
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
     ):
-        base: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            base: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model={source} cannot be loaded: {first_line(error)}") from None
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self._base = base.to(device).eval()
-        self._layers = self._replace_targets()
+        self.target_modules, self._layers = replace_targets(self._base, lora)
         self.set_init(self.zero_delta())
         use_short_rows(self._base)
         self._head = find_head(self._base)
         self.pairs_per_token = pairs_per_token(self._base, self._head)
         if gradient_checkpointing:
             checkpoint_blocks(self._base)
-
-    def _replace_targets(self) -> dict[str, AdaptedLinear]:
-        """PEFT says which modules `lora.target_modules` means, all-linear included; then each gets our layer in place of PEFT's."""
-        wanted = self.lora.target_modules
-        targets = wanted if isinstance(wanted, str) else list(wanted)
-        try:
-            model = get_peft_model(self._base, PeftLoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"), adapter_name=INIT)
-        except ValueError as error:
-            raise ConfigError(f"lora.target_modules={wanted!r} does not fit the model: {error}") from None
-        resolved = model.peft_config[INIT].target_modules  # type: ignore[attr-defined]
-        self.target_modules = tuple(sorted(resolved)) if isinstance(resolved, set | list) else (str(resolved),)
-        layers = {}
-        for name, layer in [(n, m) for n, m in self._base.named_modules() if isinstance(m, LoraLayer)]:
-            inner: Any = layer.get_base_layer()
-            if not isinstance(inner, torch.nn.Linear | Conv1D):
-                raise ConfigError(f"lora.target_modules={wanted!r} names {name}, a {type(inner).__name__}; only linear layers are adapted")
-            inner.requires_grad_(False)
-            layers[name] = AdaptedLinear(inner)
-            self._base.set_submodule(name, layers[name])
-        del self._base.peft_config
-        return layers
 
     def zero_delta(self) -> AdapterDelta:
         """The change that changes nothing: every adapted weight at rank 0."""
@@ -177,3 +160,32 @@ class AdaptedModel:
                 tensor.requires_grad_()
         with torch.set_grad_enabled(train is not None):
             return last_states(self._base, part, self._head)
+
+
+def replace_targets(base: Any, lora: LoraConfig) -> tuple[tuple[str, ...], dict[str, AdaptedLinear]]:
+    """Put our layer in the place of each module that `lora.target_modules` means: PEFT says which these are, all-linear included.
+
+    Returns:
+        the targets as PEFT names them, and module → the layer that now stands there.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
+    wanted = lora.target_modules
+    targets = wanted if isinstance(wanted, str) else list(wanted)
+    try:
+        model = get_peft_model(base, PeftLoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"), adapter_name=INIT)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={wanted!r} does not fit the model: {error}") from None
+    resolved = model.peft_config[INIT].target_modules  # type: ignore[attr-defined]
+    target_modules = tuple(sorted(resolved)) if isinstance(resolved, set | list) else (str(resolved),)
+    layers = {}
+    for name, layer in [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]:
+        inner: Any = layer.get_base_layer()
+        if not isinstance(inner, torch.nn.Linear | Conv1D):
+            raise ConfigError(f"lora.target_modules={wanted!r} names {name}, a {type(inner).__name__}; only linear layers are adapted")
+        inner.requires_grad_(False)
+        layers[name] = AdaptedLinear(inner)
+        base.set_submodule(name, layers[name])
+    del base.peft_config
+    return target_modules, layers

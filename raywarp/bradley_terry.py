@@ -21,7 +21,8 @@ from raywarp.config import ConfigError, RewardTrainingConfig
 from raywarp.data import Preference
 from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
-from raywarp.rewards import classify, first_line, load_tokenizer
+from raywarp.model_files import first_line
+from raywarp.rewards import classify, load_tokenizer
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.store import write_json
 
@@ -212,7 +213,12 @@ def _load_model(settings: RewardTrainingConfig, backbone: str, seed: int, trust_
     torch.manual_seed(derive_seed(seed, "head"))
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            backbone, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
+            backbone,
+            num_labels=1,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         message = f"reward_training.backbone={backbone} cannot be loaded as a sequence classifier: {first_line(error)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.config import Config, ConfigError, config_help, load_config
+from raywarp.credentials import redact
 from raywarp.merge_command import add_merge
 
 
@@ -14,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for wrong input (a config, a dataset, an adapter), 1 for a run that failed, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt:
         return _fail("stopped; the same command continues where it was", 130)
     except Exception as error:
@@ -22,11 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None or options.verbose:
             raise
         return _fail(error, code)
-    return 0
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"raywarp: {error}", file=sys.stderr)
+    print(f"raywarp: {redact(str(error))}", file=sys.stderr)
     return code
 
 
@@ -52,11 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "quickstart", "the whole pipeline on the embedded model and human ratings, to runs/quickstart", _quickstart, False)
     _command(commands, "reward", "train a reward model from preferences", _reward)
     _command(commands, "train", "run WARP; the same command again continues where it stopped", _train)
+    plan = _command(commands, "plan", "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)", _plan)
+    plan.add_argument("--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data")
     add_merge(commands)
     return parser
 
 
-def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], config: bool = True) -> None:
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None], config: bool = True) -> Any:
     parser = commands.add_parser(
         name, help=text, description=text, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,6 +67,7 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, for example warp.steps=20")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=run)
+    return parser
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -87,3 +90,16 @@ def _train(options: argparse.Namespace) -> None:
     from raywarp.warp import train
 
     train(_config(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from raywarp.planning import plan, render
+    from raywarp.terminal import console
+
+    found = plan(_config(options), options.offline)
+    render(found, console())
+    return 0 if found.fits else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,6 @@ Every key has a description; `Config` is what every command gets, and its resolv
 
 import copy
 import difflib
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +12,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Rate = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+from raywarp.credentials import keys_with_secrets, redact
+from raywarp.strict_yaml import StrictYamlError, load_yaml
+from raywarp.values import Count, Gpus, Modules, NotNegative, Number, Positive, Rate, Seed, Text, Whole
+
+SHOWN = 80  # characters of a wrong value in a message
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 MINILM = "embedded:all-minilm-l6-v2"
@@ -28,32 +28,32 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PromptsConfig(Section):
-    dataset: str = Field(SNIPPETS, description="hub id, local folder or parquet/JSONL/CSV file, or embedded:movie-snippets")
-    name: str | None = Field(None, description="configuration (subset) of the dataset")
-    split: str = Field("train", description="split that training prompts come from")
-    held_out_split: str | None = Field(None, description="split for evaluation; without it held_out_fraction of split is kept back")
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of split kept for evaluation")
-    column: str = Field("text", description="column that holds the prompt's text")
+    dataset: Text = Field(SNIPPETS, description="hub id, local folder or parquet/JSONL/CSV file, or embedded:movie-snippets")
+    name: Text | None = Field(None, description="configuration (subset) of the dataset")
+    split: Text = Field("train", description="split that training prompts come from")
+    held_out_split: Text | None = Field(None, description="split for evaluation; without it held_out_fraction of split is kept back")
+    held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(0.2, description="share of split kept for evaluation")
+    column: Text = Field("text", description="column that holds the prompt's text")
     max_words: Count | None = Field(None, description="keep only the first words of each text")
     max_tokens: Count | None = Field(None, description="keep only the first tokens of each text")
     template: Literal["none", "chat"] = Field("none", description="chat: render as one user turn of the model's chat template")
 
 
 class PreferencesConfig(Section):
-    dataset: str = Field(SNIPPETS, description="hub id, local folder or file, or embedded:movie-snippets")
-    name: str | None = Field(None, description="configuration (subset) of the dataset")
-    split: str = Field("train", description="split that preferences come from")
-    prompt: str | None = Field(None, description="column with the prompt, put before chosen and rejected")
-    chosen: str = Field("chosen", description="column with the preferred text")
-    rejected: str = Field("rejected", description="column with the other text")
-    text: str = Field("text", description="column with the text, for rated data")
-    rating: str = Field("rating", description="column with the rating, for rated data (used where chosen/rejected are absent)")
+    dataset: Text = Field(SNIPPETS, description="hub id, local folder or file, or embedded:movie-snippets")
+    name: Text | None = Field(None, description="configuration (subset) of the dataset")
+    split: Text = Field("train", description="split that preferences come from")
+    prompt: Text | None = Field(None, description="column with the prompt, put before chosen and rejected")
+    chosen: Text = Field("chosen", description="column with the preferred text")
+    rejected: Text = Field("rejected", description="column with the other text")
+    text: Text = Field("text", description="column with the text, for rated data")
+    rating: Text = Field("rating", description="column with the rating, for rated data (used where chosen/rejected are absent)")
     margin: Positive = Field(0.5, description="smallest difference of two ratings that makes a preference")
-    held_out_fraction: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+    held_out_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = Field(
         0.1, description="share of the texts kept for validation, and the same again for the test"
     )
 
@@ -61,11 +61,11 @@ class PreferencesConfig(Section):
 class RewardLoraConfig(Section):
     rank: Count = Field(16, description="rank of the reward model's LoRA")
     alpha: Positive = Field(32.0, description="alpha of the reward model's LoRA")
-    target_modules: str | list[str] = Field("all-linear", description="modules that get an adapter")
+    target_modules: Modules = Field("all-linear", description="modules that get an adapter")
 
 
 class RewardTrainingConfig(Section):
-    backbone: str = Field(MINILM, description="hub id or folder of the sequence classifier's backbone")
+    backbone: Text = Field(MINILM, description="hub id or folder of the sequence classifier's backbone")
     lora: RewardLoraConfig | None = Field(None, description="LoRA fine-tuning; without it all weights are trained")
     lr: Positive = Field(1e-4, description="AdamW's learning rate")
     batch_size: Count = Field(
@@ -83,12 +83,15 @@ class RewardTrainingConfig(Section):
 
 
 class RewardConfig(Section):
-    model: str | None = Field(None, description="hub id or folder of a one-label sequence classifier")
-    function: str | None = Field(None, description="module:function with score(prompts, completions, **columns) -> list[float]")
+    model: Text | None = Field(None, description="hub id or folder of a one-label sequence classifier")
+    function: Text | None = Field(None, description="module:function with score(prompts, completions, **columns) -> list[float]")
     version: str = Field("", description="declared version of the function; a new one makes new runs")
     standardise: bool | None = Field(None, description="shift and scale by SFT completions; default: yes for a model, no for a function")
     max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")
     batch_size: Count = Field(64, description="texts per forward pass")
+    timeout_seconds: Positive | None = Field(
+        600, description="longest time for the scores of one batch, after which the run stops; null: no limit"
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> "RewardConfig":
@@ -100,7 +103,7 @@ class RewardConfig(Section):
 class LoraConfig(Section):
     rank: Count = Field(16, description="rank r of every policy's adapter")
     alpha: Positive = Field(16.0, description="scaling is alpha / rank")
-    target_modules: str | list[str] = Field("all-linear", description="all-linear, or names of the modules to adapt")
+    target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
     init: Literal["independent", "shared", "frozen"] = Field(
         "independent", description="the initial A: one per policy, one for all, or one for all that is never trained"
     )
@@ -112,7 +115,7 @@ class WarpConfig(Section):
     steps: Count = Field(40, description="T, optimiser steps per policy and iteration")
     ema_rate: Rate = Field(0.05, description="mu, rate at which the anchor follows the policy; 0 keeps it at the iteration's init")
     liti_rate: Rate = Field(0.3, description="eta, how far the init moves towards the merged policy after each iteration")
-    kl_coef: Annotated[float, Field(ge=0)] = Field(0.1, description="beta, weight of the KL to the EMA anchor")
+    kl_coef: NotNegative = Field(0.1, description="beta, weight of the KL to the EMA anchor")
     advantage: Literal["rloo", "mean", "none"] = Field("rloo", description="baseline: the prompt's other completions, the batch's, or none")
 
 
@@ -138,23 +141,21 @@ class RolloutConfig(Section):
         "auto", description="how an adapter reaches vLLM: hot-swapped LoRA, or merged weights; auto is merged on CPU, LoRA on GPU"
     )
     ignore_eos: bool = Field(False, description="sample past the end of text up to max_new_tokens; for benchmarks")
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = Field(0.0, description="taken from the reward of a truncated completion")
+    missing_eos_penalty: NotNegative = Field(0.0, description="taken from the reward of a truncated completion")
     kv_cache_gib: Positive = Field(1.0, description="KV cache of a CPU worker, in GiB; each running completion takes 128 tokens or more")
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="share of the GPU that a worker takes")
+    gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = Field(0.85, description="share of the GPU that a worker takes")
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
 
 
 class ClusterConfig(Section):
-    gpus_per_policy: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="GPUs of a policy actor; default 1 where the cluster has GPUs"
-    )
-    gpus_per_rollout_worker: Annotated[float, Field(ge=0)] | None = Field(None, description="GPUs of a rollout worker; likewise")
-    gpus_per_reward_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of the reward worker")
-    cpus_per_policy: Annotated[float, Field(ge=0)] | None = Field(
+    gpus_per_policy: Gpus | None = Field(None, description="GPUs of a policy actor; default 1 where the cluster has GPUs")
+    gpus_per_rollout_worker: Gpus | None = Field(None, description="GPUs of a rollout worker; likewise")
+    gpus_per_reward_worker: Gpus = Field(0, description="GPUs of the reward worker")
+    cpus_per_policy: NotNegative | None = Field(
         None, description="CPUs of a policy actor; default 1 beside a GPU, else 0.5: it has nothing to do while its policy's rollouts run"
     )
-    cpus_per_rollout_worker: Annotated[float, Field(ge=0)] = Field(1, description="CPUs of a rollout worker")
-    cpus_per_reward_worker: Annotated[float, Field(ge=0)] = Field(0, description="CPUs of the reward worker")
+    cpus_per_rollout_worker: NotNegative = Field(1, description="CPUs of a rollout worker")
+    cpus_per_reward_worker: NotNegative = Field(0, description="CPUs of the reward worker")
     policy_actors: Count | None = Field(None, description="actors that share the M policies; default: as many as fit")
     threads: Count | None = Field(
         None, description="threads of each CPU process; default: a node's cores over the processes that work at the same time"
@@ -182,14 +183,14 @@ class FrontConfig(Section):
 
 
 class Config(Section):
-    model: str = Field(SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct")
+    model: Text = Field(SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; auto: bfloat16 where the hardware has it"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with a model")
-    seed: Whole = Field(0, description="everything random derives from it")
-    out: str = Field("runs/default", description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix")
-    store: str | None = Field(
+    seed: Seed = Field(0, description="everything random derives from it")
+    out: Text = Field("runs/default", description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix")
+    store: Text | None = Field(
         None, description="folder or URI of trained policies under their keys, which several runs may share; default: out"
     )
     prompts: PromptsConfig = PromptsConfig()
@@ -209,8 +210,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> "Config":
-        for place in (self.out, self.store or ""):
-            _refuse_credentials(place)
         batch, group = self.optim.batch_size, self.rollout.completions_per_prompt
         if batch % group:
             raise ValueError(f"optim.batch_size={batch} is not a multiple of rollout.completions_per_prompt={group}")
@@ -219,16 +218,6 @@ class Config(Section):
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
         return self
-
-
-def _refuse_credentials(place: str) -> None:
-    """A configuration is saved with the run and shown: it must hold no password."""
-    parts = urllib.parse.urlsplit(place) if "://" in place else None
-    if parts and (parts.password is not None or (parts.username and parts.scheme == "s3")):
-        raise ValueError(
-            f"{parts.scheme}://…@{parts.hostname or ''}{parts.path} holds credentials, which the saved configuration would keep; leave "
-            "them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (GOOGLE_APPLICATION_CREDENTIALS for gs://) instead"
-        )
 
 
 def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -245,22 +234,29 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(loaded).__name__}")
-    return loaded or {}
+    except StrictYamlError as error:
+        raise ConfigError(f"the config {path}: {error}") from None
+    if loaded in (None, {}):
+        raise ConfigError(f"the config {path} is empty; `raywarp train --help` lists the keys")
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"the config {path} must hold keys and values, not a {type(loaded).__name__}")
+    return loaded
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Validate a nested dict; see load_config for the errors."""
+    if secret := next(keys_with_secrets(tree), None):
+        raise ConfigError(
+            f"{secret} holds credentials, and a configuration is saved with its run: take them out, and set the environment variables that "
+            "the service reads (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
+        )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -307,11 +303,11 @@ def _section_types(annotation: Any) -> list[type[BaseModel]]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override '{override}' is not of the form key=value, for example warp.steps=20")
+        raise ConfigError(f"override {_short(redact(override))} is not of the form key=value, for example warp.steps=20")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of '{override}' is not valid YAML: {error}") from None
+        value = load_yaml(text)
+    except StrictYamlError as error:
+        raise ConfigError(f"the value of {_short(redact(override))} is wrong: {error}") from None
     if key not in set(known_keys()):
         raise ConfigError(_unknown(key))
     node = tree
@@ -336,10 +332,18 @@ def _unknown(key: str) -> str:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"] if not set(str(part)) & set("[(-") and part != "str")  # but for a union's parts
     if error["type"] == "extra_forbidden":
         return _unknown(key)
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {_short(error['input'])})"
     return f"{key}: {message}{given}" if key else message
+
+
+def _short(value: Any) -> str:
+    """A value in a message; integers of thousands of digits, which Python refuses to write out, included."""
+    if isinstance(value, int) and abs(value) > 10**SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

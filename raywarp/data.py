@@ -98,6 +98,7 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
     import datasets  # here, so that a Ray actor that only needs Prompt starts faster
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, with a traceback, what it raises
     if dataset.startswith(embedded.PREFIX):
         raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
     path = Path(dataset).expanduser()

@@ -88,6 +88,14 @@ def resolve(name: str) -> str:
     return str(_cached(name))
 
 
+def cached(name: str) -> str | None:
+    """The folder of an embedded model if it is there; any other name comes back unchanged. Nothing is fetched."""
+    if not name.startswith(PREFIX):
+        return name
+    folder = _cache() / name.removeprefix(PREFIX)
+    return str(folder) if name in _MODELS and folder.is_dir() else None
+
+
 def snippets() -> list[Snippet]:
     """All 10,605 rated snippets of movie reviews (Hutto & Gilbert, ICWSM 2014), fetched if need be; two texts occur twice."""
     lines = (_cached(SNIPPETS) / GROUND_TRUTH).read_text(encoding="utf-8").splitlines()
@@ -140,9 +148,13 @@ def fetch_all() -> None:
         print(f"{name} is in {_cached(name)}", file=sys.stderr)
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
+
+
 def _cached(name: str) -> Path:
     """The folder of an item, built beside it and renamed: a killed fetch leaves none, and of two at once the first one wins."""
-    cache = Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
+    cache = _cache()
     folder = cache / name.removeprefix(PREFIX)
     if folder.is_dir():
         return folder

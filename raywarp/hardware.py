@@ -32,3 +32,10 @@ def supports_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def run_dtype(dtype: str, gpus: bool) -> str:
+    """What dtype: auto becomes: bfloat16 on GPUs and where the CPU has it."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if gpus or supports_bf16(torch.device("cpu")) else "float32"

@@ -1,6 +1,6 @@
 """What a run is made from, checked before anything starts: model, prompts, reward; each with a fingerprint for the keys."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,16 @@ from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
 from raywarp.loggers import check_loggers
+from raywarp.memory import Shapes
+from raywarp.model_files import check_causal, read_model_config, read_tokenizer
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """model: folder or hub id. longest_prompt: in tokens. The other fields are fingerprints of contents."""
+    """model: folder or hub id. shapes: its own and its adapters'. longest_prompt: in tokens. The others are fingerprints of contents."""
 
     model: str
+    shapes: Shapes
     prompts: PromptSplits
     base: str
     prompt_set: str
@@ -35,14 +38,21 @@ def prepare(config: Config) -> Inputs:
     """Resolve and check everything that a run reads.
 
     Raises:
-        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion.
+        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion; target
+            modules that the model has not.
     """
+    from raywarp.model_shapes import model_shapes
+
     check_loggers(config)
     check_engine(config)
     model, prompts = prepare_prompts(config)
-    check_reward(config)
+    check_reward(config, prompts.train[0].columns)
+    shapes = model_shapes(
+        read_model_config(model, config.trust_remote_code, "model"), config.lora, trust_remote_code=config.trust_remote_code
+    )
     return Inputs(
         model=model,
+        shapes=shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=fingerprint(prompts.train),
@@ -53,32 +63,37 @@ def prepare(config: Config) -> Inputs:
 
 def prepare_prompts(config: Config) -> tuple[str, PromptSplits]:
     """The model's folder or hub id, and the prompts in its tokens."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    model = resolve_model(config.model)
-    try:
-        settings = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model={config.model} cannot be loaded: {_first_line(error)}") from None
-    context = getattr(settings, "max_position_embeddings", None) or 1 << 30
+    model, what = resolve_model(config.model), f"model={config.model}"
+    settings = read_model_config(model, config.trust_remote_code, what)
+    check_causal(model, settings, config.trust_remote_code, what)
+    tokenizer = read_tokenizer(model, config.trust_remote_code, what)
+    context = getattr(settings.get_text_config(), "max_position_embeddings", None) or 1 << 30
     room = context - config.rollout.max_new_tokens
     if room < 1:
         raise ConfigError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room in the model's context of {context} tokens"
         )
-    return model, load_prompts(config.prompts, tokenizer, config.seed, room)
+    prompts = load_prompts(config.prompts, tokenizer, config.seed, room)
+    largest, vocabulary = (
+        max(max(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out]),
+        settings.get_text_config().vocab_size,
+    )
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary}; they belong to different models"
+        )
+    return model, prompts
 
 
-def check_reward(config: Config) -> None:
-    """Raises ConfigError where there is no reward, or it (or the control) cannot be found or imported."""
+def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
+    """Raises ConfigError where there is no reward, or it (or the control) cannot be found, imported or called with the prompts' columns."""
     if not (config.reward.model or config.reward.function):
         raise ConfigError("there is no reward: set reward.model (for example the folder that `raywarp reward` wrote) or reward.function")
     for key, scorer in (("reward", config.reward), ("control", config.control)):
         if scorer is None:
             continue
         if scorer.function:
-            rewards.load_function(scorer.function)
+            rewards.check_call(scorer.function, rewards.load_function(scorer.function), columns)
         elif scorer.model:
             model = resolve_model(scorer.model, what=f"{key} model")
             try:
@@ -88,6 +103,7 @@ def check_reward(config: Config) -> None:
                     f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with out={model} trains it anew"
                 ) from None
             rewards.check_classifier(model, config.trust_remote_code)
+            rewards.load_tokenizer(model, config.trust_remote_code)
         else:
             raise ConfigError(f"{key} has neither a model nor a function")
 
@@ -97,16 +113,10 @@ def model_fingerprint(model: str, trust_remote_code: bool = False) -> str:
     folder = Path(model)
     if folder.is_dir():
         return store.folder_fingerprint(folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"])
-    from transformers import AutoConfig
-
-    commit: Any = getattr(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), "_commit_hash", None)
+    commit: Any = getattr(read_model_config(model, trust_remote_code, f"model={model}"), "_commit_hash", None)
     return f"{model}@{commit or 'unknown'}"
 
 
 def first_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """`count` prompts in order, from the beginning again where there are fewer."""
     return [prompts[n % len(prompts)] for n in range(count)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.adapters import AdapterDelta, AdapterError
+from raywarp.config import ConfigError
+from raywarp.model_files import inside
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -42,6 +44,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         pickle = (folder / "adapter_model.bin").is_file()
         why = "adapter_model.bin is a pickle, which may run code; save it as safetensors" if pickle else f"it has no {ADAPTER_FILE}"
         raise AdapterError(f"cannot read the adapter in {folder}: {why}")
+    for name in (CONFIG_FILE, ADAPTER_FILE):
+        try:
+            inside(folder, name, f"the adapter in {folder}")
+        except ConfigError as error:
+            raise AdapterError(str(error)) from None
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

@@ -3,7 +3,7 @@
 import math
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -59,22 +59,41 @@ def make_plan(config: Config) -> Plan:
     Raises:
         ConfigError: not even one policy actor and the rollout workers fit; says what was asked, what is there, and which keys to change.
     """
-    cluster, available = config.cluster, ray.available_resources()
-    gpus = ray.cluster_resources().get("GPU", 0)
-    gpu_default = 1.0 if gpus else 0.0
-    per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else gpu_default
-    per_rollout = cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else gpu_default
-    per_rollout *= config.rollout.tensor_parallel_size
-    cpus_per_policy = cluster.cpus_per_policy if cluster.cpus_per_policy is not None else 1.0 if per_policy else 0.5
-    rollout = Need("rollout_worker", per_rollout, cluster.cpus_per_rollout_worker, config.rollout.workers)
-    reward = Need("reward_worker", cluster.gpus_per_reward_worker, cluster.cpus_per_reward_worker, 2 if config.control else 1)
+    cluster, available, gpus = config.cluster, ray.available_resources(), cluster_gpus()
     most = min(cluster.policy_actors or config.warp.policies, config.warp.policies)
     fewest = most if cluster.policy_actors else 1
     for actors in range(most, fewest - 1, -1):
-        policy = Need("policy", per_policy, cpus_per_policy, actors)
-        if not (shortages := _shortages([policy, rollout, reward], available)):
-            return Plan(policy, rollout, reward, *_threads(config, policy, rollout))
+        plan = wish(config, gpus, actors)
+        if not (shortages := _shortages(plan.needs, available)):
+            threads, crowded = _threads(config, plan.policy, plan.rollout)
+            return replace(plan, threads=threads, crowded=crowded)
     raise ConfigError("\n".join(shortages))
+
+
+def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
+    """What the run would ask for with so many policy actors (by default as many as it can use), whether it is there or not.
+
+    Args:
+        cluster_gpus: of the whole cluster: where it has some, an actor gets one unless the config says otherwise.
+    """
+    cluster, default = config.cluster, 1.0 if cluster_gpus else 0.0
+    per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else default
+    per_rollout = cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else default
+    per_rollout *= config.rollout.tensor_parallel_size
+    cpus_per_policy = cluster.cpus_per_policy if cluster.cpus_per_policy is not None else 1.0 if per_policy else 0.5
+    actors = actors or min(cluster.policy_actors or config.warp.policies, config.warp.policies)
+    return Plan(
+        Need("policy", per_policy, cpus_per_policy, actors),
+        Need("rollout_worker", per_rollout, cluster.cpus_per_rollout_worker, config.rollout.workers),
+        Need("reward_worker", cluster.gpus_per_reward_worker, cluster.cpus_per_reward_worker, 2 if config.control else 1),
+        None,
+    )
+
+
+def cluster_gpus() -> float:
+    """Of the running cluster, free or not."""
+    gpus: float = ray.cluster_resources().get("GPU", 0)
+    return gpus
 
 
 def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None]:

@@ -25,15 +25,16 @@ QUICKSTART: dict[str, Any] = {
 
 def quickstart(overrides: Sequence[str] = ()) -> Run:
     """Both stages one after the other; run again, it continues or shows what is there."""
-    from raywarp.reward_stage import reward
+    from raywarp.reward_stage import prepare_stage, reward
     from raywarp.warp import train
 
     config = load_config(QUICKSTART, overrides)
     folder = f"{config.out.rstrip('/')}/reward"
     config = _with_reward(config, folder)
-    run, display = Run.open(config), Display()
+    stage = config.model_copy(update={"out": folder})
+    run, display, inputs = Run.open(config), Display(), prepare_stage(stage)
     run.save_config(config)
-    reward(config.model_copy(update={"out": folder}), display, standardise=False)  # train's own session does that, and saves a start
+    reward(stage, display, standardise=False, inputs=inputs)  # train's own session does that, and saves a start
     return train(config, display)
 
 

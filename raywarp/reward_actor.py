@@ -1,13 +1,16 @@
 """The Ray actor that scores completions; wrapped by ray.remote where it is placed."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
 
 from raywarp.config import RewardConfig
-from raywarp.rewards import load_reward
+from raywarp.rewards import RewardError, load_reward
+from raywarp.time_limit import TimeLimit, TimeLimitError
 
 if TYPE_CHECKING:
     from raywarp.rollout import Rollout
@@ -23,6 +26,8 @@ class RewardActor:
     def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None):
         self.config, self.trust_remote_code = config, trust_remote_code
         self.seconds = 0.0
+        own = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None  # the same after a restart
+        self.limit = TimeLimit(config.timeout_seconds, own or str(os.getpid()))
         if threads:
             torch.set_num_threads(threads)
 
@@ -38,7 +43,14 @@ class RewardActor:
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
         """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
         start = time.perf_counter()
-        scores = self.reward.score(prompts, completions, columns)
+        try:
+            scores = self.limit.call(lambda: self.reward.score(prompts, completions, columns))
+        except TimeLimitError as error:
+            source = self.config.function or self.config.model
+            raise RewardError(
+                f"reward {source} {error}, for {len(completions)} completions: make it faster, or raise reward.timeout_seconds "
+                "(of a control: control.timeout_seconds)"
+            ) from None
         self.seconds += time.perf_counter() - start
         return scores
 

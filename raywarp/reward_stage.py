@@ -1,39 +1,57 @@
 """`raywarp reward`: Bradley–Terry training, then the score's mean and deviation over SFT completions, by which rewards are standardised."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from raywarp.config import Config
-from raywarp.data import Prompt, resolve_model
+from raywarp.data import Prompt, PromptSplits, resolve_model
 from raywarp.engines import check_engine
 from raywarp.inputs import first_prompts, prepare_prompts
+from raywarp.planning import check_cluster
 from raywarp.progress import Display
-from raywarp.reward_training import RewardSummary, is_standardised, save_standardisation, train_reward
+from raywarp.reward_training import RewardInputs, RewardSummary, is_standardised, prepare_reward, save_standardisation, train_reward
 from raywarp.rewards import REWARD_FILE, statistics
 from raywarp.run import Run
 from raywarp.session import Session, start_ray
 from raywarp.store import DamagedError
 
 
-def reward(config: Config, display: Display | None = None, standardise: bool = True) -> RewardSummary:
+@dataclass(frozen=True)
+class StageInputs:
+    """The SFT model's folder or hub id, its prompts, and what the training reads (None: it is finished)."""
+
+    model: str
+    prompts: PromptSplits
+    training: RewardInputs | None
+
+
+def prepare_stage(config: Config) -> StageInputs:
+    """Check all that the stage reads; raises ConfigError before anything is started or written."""
+    check_engine(config)
+    model, prompts = prepare_prompts(config)
+    return StageInputs(model, prompts, prepare_reward(config))
+
+
+def reward(config: Config, display: Display | None = None, standardise: bool = True, inputs: StageInputs | None = None) -> RewardSummary:
     """Train the reward model into the folder `out`, or continue; a finished one is left as it is.
 
     Args:
         standardise: measure its score over SFT completions now; otherwise the first run that uses it does.
+        inputs: what prepare_stage returned, if it was called.
 
     Raises:
         ConfigError: the input is wrong; nothing was started.
     """
-    display = display or Display()
-    check_engine(config)
-    model, prompts = prepare_prompts(config)
+    display, inputs = display or Display(), inputs or prepare_stage(config)
     start_ray()
+    check_cluster(config, inputs.model)
     display.say(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")
-    summary = train_reward(config)
+    summary = train_reward(config, inputs.training)
     if standardise and not is_standardised(summary.folder):
         display.say(f"reward: scoring {config.reward_training.sft_completions} SFT completions to standardise it")
         scorer = config.reward.model_copy(update={"model": str(summary.folder), "function": None, "standardise": False})
-        scores = sft_scores(config.model_copy(update={"reward": scorer, "control": None}), model, prompts.train)
+        scores = sft_scores(config.model_copy(update={"reward": scorer, "control": None}), inputs.model, inputs.prompts.train)
         save_standardisation(summary.folder, scores)
     low, high = summary.accuracy_ci
     accuracy = f"{summary.accuracy:.3f} [{low:.3f}, {high:.3f}] on {summary.pairs} held-out pairs"

@@ -18,13 +18,13 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
-from transformers import AutoConfig
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.config import Config, ConfigError
-from raywarp.data import Preference, load_preferences, resolve_model
+from raywarp.data import Preference, PreferenceSplits, load_preferences, resolve_model
 from raywarp.hardware import CPU_ENV
-from raywarp.rewards import REWARD_FILE, RewardError, check_trained, first_line, statistics
+from raywarp.model_files import check_weights, read_model_config
+from raywarp.rewards import REWARD_FILE, RewardError, check_trained, load_tokenizer, statistics
 from raywarp.storage import Storage
 from raywarp.store import (
     MANIFEST,
@@ -58,32 +58,60 @@ class RewardSummary:
     already_complete: bool
 
 
-def train_reward(config: Config) -> RewardSummary:
-    """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray must be initialised.
+@dataclass(frozen=True)
+class RewardInputs:
+    """backbone: a hub id or an absolute folder, since Ray Train's workers run in a folder of their own."""
+
+    backbone: str
+    splits: PreferenceSplits
+
+
+def prepare_reward(config: Config) -> RewardInputs | None:
+    """Check all that the training reads; None where the folder config.out holds the finished model.
 
     Raises:
-        ConfigError: wrong input, a folder that holds another model, or a cluster without the resources.
-        ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
+        ConfigError: wrong input, or a folder that holds another model.
     """
-    out, settings = Storage(config.out).folder, _settings(config)
+    out, settings, training = Storage(config.out).folder, _settings(config), config.reward_training
     if out is None:
         raise ConfigError(f"out={config.out}: a reward model is trained into a folder, which every node must reach; set out to one")
     if (stored := _finished(out)) is not None:
         _refuse_other(out, stored["settings"], settings)
-        print(f"reward model {out} is already complete", flush=True)
-        return _summary(out, already_complete=True)
+        return None
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={config.out} is a file; it must be a folder")
     if (begun := _begun(out)) is not None:
         _refuse_other(out, begun, settings)
     elif (out / "config.json").exists():
         raise ConfigError(f"out={config.out} holds a model that raywarp did not train; choose another folder")
-    use_gpu, backbone = _check_workers(config), _check_backbone(config)
-    splits = load_preferences(config.preferences, config.seed)
-    training = config.reward_training
+    if training.batch_size % training.num_workers:
+        raise ConfigError(
+            f"reward_training.batch_size={training.batch_size} is not a multiple of reward_training.num_workers={training.num_workers}"
+        )
+    return RewardInputs(_check_backbone(config), load_preferences(config.preferences, config.seed))
+
+
+def train_reward(config: Config, inputs: RewardInputs | None = None) -> RewardSummary:
+    """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray must be initialised.
+
+    Args:
+        inputs: what prepare_reward returned, if it was called.
+
+    Raises:
+        ConfigError: as prepare_reward does, and for a cluster without the resources.
+        ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
+    """
+    out, training = Path(config.out).absolute(), config.reward_training
+    inputs = inputs or prepare_reward(config)
+    if inputs is None:
+        print(f"reward model {out} is already complete", flush=True)
+        return _summary(out, already_complete=True)
+    use_gpu, splits = _check_workers(config), inputs.splits
     test = splits.test[: training.test_pairs]
-    write_record(out / WORK / SETTINGS_FILE, settings)
+    write_record(out / WORK / SETTINGS_FILE, _settings(config))
     job = {
         "config": config.model_dump(mode="json"),
-        "backbone": backbone,
+        "backbone": inputs.backbone,
         "out": str(out),
         "pairs": ray.put((splits.rated or splits.train, splits.validation[: training.eval_pairs], test)),
     }
@@ -292,11 +320,9 @@ def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _check_workers(config: Config) -> bool:
-    """Whether the workers get GPUs; raises ConfigError where the cluster cannot hold them or the batch cannot be split."""
+    """Whether the workers get GPUs; raises ConfigError where the cluster cannot hold them."""
     training, cluster = config.reward_training, ray.cluster_resources()
     workers = training.num_workers
-    if training.batch_size % workers:
-        raise ConfigError(f"reward_training.batch_size={training.batch_size} is not a multiple of reward_training.num_workers={workers}")
     use_gpu = training.use_gpu if training.use_gpu is not None else cluster.get("GPU", 0) >= 1
     resource = "GPU" if use_gpu else "CPU"
     if cluster.get(resource, 0) < workers:
@@ -308,13 +334,11 @@ def _check_workers(config: Config) -> bool:
 
 
 def _check_backbone(config: Config) -> str:
-    """The backbone as a hub id or an absolute folder: Ray Train's workers run in a folder of their own."""
+    what = f"reward_training.backbone={config.reward_training.backbone}"
     name = resolve_model(config.reward_training.backbone, what="reward_training.backbone")
-    name = str(Path(name).absolute()) if Path(name).is_dir() else name
-    try:
-        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"reward_training.backbone={config.reward_training.backbone} cannot be loaded: {first_line(error)}") from None
+    read_model_config(name, config.trust_remote_code, what)
+    check_weights(name, what)
+    load_tokenizer(name, config.trust_remote_code)
     return name
 
 
@@ -360,4 +384,12 @@ def _config_error(failure: BaseException | None) -> ConfigError | None:
     return failure
 
 
-__all__ = ["RewardSummary", "TrainingFailedError", "is_standardised", "save_standardisation", "train_reward"]
+__all__ = [
+    "RewardInputs",
+    "RewardSummary",
+    "TrainingFailedError",
+    "is_standardised",
+    "prepare_reward",
+    "save_standardisation",
+    "train_reward",
+]

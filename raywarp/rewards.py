@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from torch import Tensor
 from raywarp.config import ConfigError, RewardConfig
 from raywarp.data import resolve_model
 from raywarp.hardware import supports_bf16
+from raywarp.model_files import check_one_label, first_line, read_model_config, read_tokenizer
 from raywarp.store import DamagedError, check_sealed, content_key, folder_fingerprint, is_sealed, read_record
 
 Score = Callable[..., Any]
@@ -70,10 +71,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or has neither token.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from None
+    tokenizer = read_tokenizer(name, trust_remote_code, f"the model {name}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of {name} has neither a padding nor an EOS token, so texts cannot be batched")
@@ -82,16 +80,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the model (folder or hub id) cannot be read or has not exactly one label; loads no weights."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
-    if config.num_labels != 1:
-        raise ConfigError(
-            f"the reward model {name} has num_labels={config.num_labels}, a reward needs 1: "
-            "a sequence classifier with one score, such as the folder that `raywarp reward` writes"
-        )
+    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not exactly one label; loads no weights."""
+    what = f"the reward model {name}"
+    check_one_label(name, read_model_config(name, trust_remote_code, what), trust_remote_code, what)
 
 
 class ClassifierReward:
@@ -114,7 +105,9 @@ class ClassifierReward:
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
         try:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
         if model.config.pad_token_id is None:  # a decoder's classifier reads the last token that is not this one
@@ -200,6 +193,20 @@ def load_function(path: str) -> Score:
     return found  # type: ignore[no-any-return]
 
 
+def check_call(path: str, function: Score, columns: Iterable[str] = ()) -> None:
+    """Raises ConfigError where a reward function cannot take two lists and the columns by name, or would have to be awaited."""
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"the reward function '{path}' is asynchronous; it must return a list of floats")
+    extra: dict[str, list[Any]] = {name: [] for name in columns if name not in ("prompts", "completions")}
+    try:
+        inspect.signature(function).bind([], [], **extra)
+    except TypeError as error:
+        called = ", ".join(["prompts", "completions", *(f"{name}=" for name in extra)])
+        raise ConfigError(f"the reward function '{path}' cannot be called as score({called}): {error}; add **columns to take any") from None
+    except ValueError:  # a builtin that does not say what it takes
+        return
+
+
 def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: str | torch.device = "cpu") -> Reward:
     """The reward that a configuration names, standardised where it says so.
 
@@ -270,12 +277,19 @@ def check_trained(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def own_file(path: str) -> str | None:
+    """The file of a reward function that lies in the working directory, which other nodes need as well; None for an installed one."""
+    file = getattr(_import(path.partition(":")[0]), "__file__", None)
+    in_job = "working_dir_files" in os.getcwd()  # Ray brings a submitted job's folder to every node itself
+    return file if file and not in_job and Path(file).is_relative_to(os.getcwd()) else None
+
+
 def _import(module_name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"the reward module '{module_name}' cannot be imported ({what}); looked in {os.getcwd()} and sys.path") from None
 
@@ -296,8 +310,3 @@ def _place(error: BaseException, source: str | None) -> str:
 
 def _short(text: str, length: int = SHOWN) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's long message comes to."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

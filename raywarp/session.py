@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from raywarp import placement
@@ -18,7 +17,7 @@ from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.engines import EngineSettings, front_rank
-from raywarp.hardware import cpu_environment, supports_bf16
+from raywarp.hardware import cpu_environment, run_dtype
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.reward_actor import RewardActor
 from raywarp.rollout import SFT, Adapter, AdapterPart, PoolReport, Request, RolloutPool, join, submit
@@ -195,10 +194,7 @@ class Session:
         config = self.config
         self.plan = plan = placement.make_plan(config)
         self._free_before = ray.available_resources()
-        device = torch.device("cuda" if plan.uses_gpus else "cpu")
-        self.dtype = config.dtype
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if plan.uses_gpus or supports_bf16(device) else "float32"
+        self.dtype = run_dtype(config.dtype, plan.uses_gpus)
         cpu_env = cpu_environment(plan.threads, plan.crowded) if plan.threads and not plan.uses_gpus else {}
         environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
         settings = EngineSettings(

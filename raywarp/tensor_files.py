@@ -60,6 +60,11 @@ class TensorFile:
         flat = torch.frombuffer(self._map, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=self._start + begin)
         return flat.view(self.shapes[name])
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of the file's tensors that can be read."""
+        return {_DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES}
+
     def release(self, name: str) -> None:
         """Give the pages of this tensor back to the system; views of it stay valid, and are read again when used."""
         if hasattr(mmap, "MADV_DONTNEED"):

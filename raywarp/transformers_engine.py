@@ -31,7 +31,9 @@ class TransformersEngine:
         self.settings = settings
         self.device = torch.device("cuda" if settings.gpu else "cpu")
         remote = settings.trust_remote_code
-        model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, trust_remote_code=remote)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=settings.dtype, trust_remote_code=remote, use_safetensors=True
+        )
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())

@@ -116,6 +116,7 @@ class VllmEngine:
             "logprobs_mode": "processed_logprobs",
             "enable_prefix_caching": False,  # new weights under an old prefix would reuse its stale KV blocks (vLLM 0.32)
             "disable_log_stats": True,
+            "load_format": "safetensors",  # never a pickle
             "generation_config": "vllm",  # a model's own top_p or repetition penalty would change what log-probs mean
         }
         if rollout.tensor_parallel_size > 1:

@@ -20,6 +20,7 @@ from raywarp.data import PromptSplits
 from raywarp.inputs import prepare
 from raywarp.loggers import Loggers
 from raywarp.peft_files import load_peft
+from raywarp.planning import check_cluster
 from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.report import plot_front
@@ -41,6 +42,7 @@ def train(config: Config, display: Display | None = None) -> Run:
     inputs = prepare(config)
     run = Run.open(config, display.say)
     start_ray()
+    check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt)
     with run.mirrored(), Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         run.clean()

