@@ -56,8 +56,13 @@ def trained_numbers(shapes: Shapes, config: Config) -> int:
     return rank * shapes.b_numbers if config.lora.init == "frozen" else rank * sum(sum(size) for size in shapes.adapted.values())
 
 
-def policy_process(shapes: Shapes, config: Config, dtype: str, policies: int, response_tokens: int) -> Components:
-    """A policy actor that holds so many policies. response_tokens: of a micro-batch."""
+def policy_process(shapes: Shapes, config: Config, dtype: str, policies: int, response_tokens: int, stored_bytes: int = 0) -> Components:
+    """A policy actor that holds so many policies.
+
+    Args:
+        response_tokens: of a micro-batch.
+        stored_bytes: of a number in the checkpoint's files, which are mapped while they are read; 0 on a GPU.
+    """
     rank, width = config.lora.rank, DTYPE_BYTES[dtype]
     own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
     trained = trained_numbers(shapes, config) * FLOAT32
@@ -67,6 +72,7 @@ def policy_process(shapes: Shapes, config: Config, dtype: str, policies: int, re
         saved = saved // shapes.layers + shapes.layers * config.optim.max_tokens_per_microbatch * shapes.hidden * width
     return {
         "base weights": shapes.parameters * width,
+        "its file, mapped": shapes.parameters * stored_bytes,
         "init adapter": init * (FLOAT32 + width),
         "policy adapters": own * policies,
         "EMA adapters": own * policies,
@@ -87,7 +93,9 @@ def rollout_process(shapes: Shapes, config: Config, dtype: str, stored_bytes: in
     """
     width = DTYPE_BYTES[dtype]
     transformers = config.rollout.engine == "transformers"
-    components = {} if gpu else {"base weights": shapes.parameters * width}
+    components = {} if gpu else {"base weights": shapes.parameters * width, "its file, mapped": shapes.parameters * stored_bytes}
+    if not gpu and not transformers:
+        components["copy that vLLM packs (estimate)"] = shapes.parameters * width
     components |= {
         "pristine weights of adapted blocks": shapes.block_parameters * (width if transformers else stored_bytes),
         "weights with init folded in, float32": shapes.adapted_numbers * FLOAT32 if config.warp.iterations > 1 else 0,

@@ -153,10 +153,12 @@ def forecast(config: Config, model: str, prompt_tokens: int, placed: placement.P
 def _forecast(config: Config, model: str, shapes: Shapes, placed: placement.Plan, prompt_tokens: int) -> Forecast:
     dtype, length = run_dtype(config.dtype, placed.uses_gpus), prompt_tokens + config.rollout.max_new_tokens
     held = -(-config.warp.policies // placed.policy.count)
-    policy = memory.policy_process(shapes, config, dtype, held, _rows(config, length) * config.rollout.max_new_tokens)
-    rollout = memory.rollout_process(shapes, config, dtype, stored_bytes(model), placed.rollout.gpus > 0, length)
+    stored, gpu = stored_bytes(model), placed.policy.gpus > 0
+    tokens = _rows(config, length) * config.rollout.max_new_tokens
+    policy = memory.policy_process(shapes, config, dtype, held, tokens, 0 if gpu else stored)
+    rollout = memory.rollout_process(shapes, config, dtype, stored, placed.rollout.gpus > 0, length)
     reward = {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
-    processes = [Process(placed.policy, policy, placed.policy.gpus > 0), Process(placed.rollout, rollout), Process(placed.reward, reward)]
+    processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout), Process(placed.reward, reward)]
     return Forecast(config, placed, shapes, processes, dtype)
 
 
