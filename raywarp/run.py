@@ -75,7 +75,7 @@ class Run:
         A configuration that is lost or damaged is written anew: policies are found by their keys, whatever it said.
         """
         folder = self.folder
-        saved, ours = folder / CONFIG_FILE, (folder / METRICS_FILE).is_file()
+        saved, ours = folder / CONFIG_FILE, any((folder / name).exists() for name in (METRICS_FILE, TIMING_FILE, "iterations"))
         if saved.is_file():
             theirs = _read_config(saved)
             if theirs is None and not ours:

@@ -160,6 +160,8 @@ def test_impossible_requests_are_the_users_errors(cluster, backbone, preferences
         train_reward(make_config(tmp_path, backbone, preferences, num_workers=9, batch_size=9, use_gpu=False))
     with pytest.raises(ConfigError, match="batch_size=8 is not a multiple"):
         train_reward(make_config(tmp_path, backbone, preferences, num_workers=3))
+    with pytest.raises(ConfigError, match="a reward model is trained into a folder"):
+        train_reward(make_config(tmp_path, backbone, preferences).model_copy(update={"out": "s3://bucket/reward"}))
 
 
 def test_rated_texts_give_every_pair_above_the_margin(backbone):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from raywarp.policy_files import PolicyFiles
 from raywarp.rewards import RewardError
 from raywarp.run import Run
 from raywarp.storage import Storage
-from raywarp.store import DamagedError
+from raywarp.store import DamagedError, StoreError
 from raywarp.warp import train
 
 
@@ -128,6 +129,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(project: Project, tmp_
     assert f"policy 2: {two / 'checkpoint-000002'} has no manifest" in said
     assert "policy 2 continues" not in said
     assert f"{folder / 'config.yaml'} is not what was written; written anew" in said
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_continue(project: Project, tmp_path: Path) -> None:
+    """A real file system of a third of what the run needs."""
+    needed = sum(path.stat().st_size for path in files_of(project.finished.folder))
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={needed // 3}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        with pytest.raises(StoreError, match=r"No space left on device.*make room, and the same command continues"):
+            train(project.config(folder / "run"), Listener())
+        assert Run(folder / "run").metrics()
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        run = train(project.config(folder / "run"), Listener())
+        assert_same_results(run, project.finished)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
