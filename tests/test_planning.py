@@ -49,8 +49,10 @@ def test_the_exact_parts_are_the_tensors(tiny_llama: Path, init: str) -> None:
     assert parts["gradients"] == bytes_of(policy.trained)
     moments = [value for state in policy.optimiser.state.values() for name, value in state.items() if name != "step"]
     assert parts["optimiser moments"] == bytes_of(moments)
-    saved = policy.state()
-    assert memory.checkpoint_bytes(shapes, config) == bytes_of(value for name, value in saved.items() if not name.endswith("step"))
+    saved = [
+        value for name, value in policy.state().items() if not name.endswith("step") and not name.startswith("rng/")
+    ]  # the rest is 15 kB
+    assert memory.checkpoint_bytes(shapes, config) == bytes_of(saved)
     vector = policy.task_vector()
     assert memory.task_vector_bytes(shapes, config) == bytes_of(tensor for pair in vector.factors.values() for tensor in pair)
 
