@@ -155,6 +155,12 @@ class ClusterConfig(Section):
     policy_actors: Count | None = Field(None, description="actors that share the M policies; default: as many as fit")
     threads: Count | None = Field(None, description="threads of each CPU process; default: a node's cores over its policy actors")
     timeout_seconds: Positive = Field(120, description="longest wait for the placement groups")
+    max_failures: Whole = Field(
+        3, description="how often a policy or a worker that got no further since it last failed is made anew before the run gives up"
+    )
+    hang_seconds: Positive = Field(
+        600, description="a process that does not answer, or works at one update or rollout for so long, is reported and started again"
+    )
 
 
 class ChooseConfig(Section):

@@ -14,6 +14,7 @@ import ray
 
 from raywarp.engines import Engine, EngineSettings, start_engine
 from raywarp.rollout import Request, Rollout
+from raywarp.watch import Process
 
 
 class RolloutWorker:
@@ -39,11 +40,11 @@ class RolloutWorker:
         engine = self._engine()
         return {"numerics": {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}, "capacity": engine.capacity()}
 
-    def generate(self, requests: Sequence[Request]) -> tuple[int, list[Rollout]]:
-        """This process's id, and the requests' Rollouts; those that the engine can hold at the same time run together."""
+    def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
+        """This process, and the requests' Rollouts; those that the engine can hold at the same time run together."""
         engine = self._engine()
         try:
-            return os.getpid(), self._generate(engine, requests)
+            return Process.here(), self._generate(engine, requests)
         except Exception:
             if engine.lost():
                 with contextlib.suppress(Exception):

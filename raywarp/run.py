@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from raywarp.peft_files import save_peft
 
 CONFIG_FILE = "config.yaml"
 TIMING_FILE = "timing.json"
+EVENTS_FILE = "events.jsonl"
 # Keys that change how a run is carried out or looked at, but not what it trains.
 _FREE_KEYS = {"out", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers"}
 
@@ -68,6 +70,23 @@ class Run:
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         store.append_jsonl(self.metrics_file, row)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to the run, oldest first: see add_event."""
+        return store.read_jsonl(self.folder / EVENTS_FILE)
+
+    def add_event(self, event: str, **details: Any) -> dict[str, Any]:
+        """One line of events.jsonl.
+
+        Args:
+            event: started, finished, failed or stopped (the run); fault, hang, recovered, continued, lost or moved (a piece of it);
+                resumed or saved (a policy).
+            details: what (the process), iteration, policy, key, step, cause (out of memory, killed, node lost, hang, exception), message,
+                seconds_lost, steps_repeated; whichever apply.
+        """
+        row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
+        store.append_jsonl(self.folder / EVENTS_FILE, row)
+        return row
 
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""

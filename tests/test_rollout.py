@@ -12,13 +12,16 @@ from conftest import WORDS, left_behind, traces
 from ray.exceptions import RayTaskError
 
 from raywarp import losses
+from raywarp.actors import Kinds
 from raywarp.adapted_model import AdaptedModel
 from raywarp.adapters import add
 from raywarp.batch import Completion, collate
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, RolloutPool, join, submit
+from raywarp.faults import cause_of
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
+from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker
-from raywarp.session import Kinds, Session, cause_of
+from raywarp.session import Session
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 
