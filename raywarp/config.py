@@ -189,7 +189,10 @@ class Config(Section):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with a model")
     seed: Whole = Field(0, description="everything random derives from it")
-    out: str = Field("runs/default", description="folder that the command writes")
+    out: str = Field("runs/default", description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix")
+    store: str | None = Field(
+        None, description="folder or URI of trained policies under their keys, which several runs may share; default: out"
+    )
     prompts: PromptsConfig = PromptsConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_training: RewardTrainingConfig = RewardTrainingConfig()

@@ -107,6 +107,10 @@ class FineTuning:
             self._lost(stream.place, error)
         else:
             stream.heard = True
+            if event["event"] == "fault":
+                label = {name: event[name] for name in ("iteration", "policy", "key", "step")}
+                self.report("fault", what="checkpoint", **label, cause="damaged", message=event["cause"])
+                return
             self._note(event)
             yield event
 

@@ -9,42 +9,39 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayActorError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from raywarp import store
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import AdapterDelta, add
+from raywarp.adapters import AdapterDelta, add, digest
 from raywarp.batch import Completion, collate
 from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.faults import FaultError, explain
 from raywarp.packing import micro_batches
-from raywarp.peft_files import save_peft
 from raywarp.policy import Policy
+from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
+from raywarp.storage import Storage
+from raywarp.store import DamagedError, read_jsonl
 from raywarp.watch import GROUP, Process
 
-KEPT_CHECKPOINTS = 2
 STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
 
 @dataclass(frozen=True)
 class Job:
-    """One policy to fine-tune: i and m counted from 1, the key of its result, and the folder that gets it."""
+    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that gets it."""
 
     iteration: int
     index: int
     key: str
-    folder: str
+    store: Storage
 
     @property
     def label(self) -> dict[str, Any]:
@@ -53,16 +50,22 @@ class Job:
 
 @dataclass
 class Progress:
-    """A job under way: its policy, the metrics of its steps so far, and the rollouts it waits for."""
+    """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it waits for.
+
+    saved_step: of its last checkpoint. discarded: why older ones could not be used.
+    """
 
     job: Job
     policy: Policy
-    metrics: list[dict[str, Any]]
+    files: PolicyFiles
+    metrics: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     adapter: Adapter = SFT
     rollouts: list[Any] = field(default_factory=list)
     request_seconds: float = 0.0
     samples: list[dict[str, Any]] = field(default_factory=list)
+    saved_step: int = 0
+    discarded: list[str] = field(default_factory=list)
 
 
 class PolicyActor:
@@ -118,7 +121,8 @@ class PolicyActor:
     def fine_tune(
         self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer
     ) -> Iterator[dict[str, Any]]:
-        """Train the jobs' policies to the end, yielding what happens: resumed (with the metrics so far), step, done; or stopped.
+        """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was of no use), resumed (with the metrics so
+        far), step, done; or stopped.
 
         Raises:
             RewardError: from the reward, after a checkpoint of every policy here.
@@ -128,14 +132,17 @@ class PolicyActor:
         self._load()
         initial = init.fetch()
         self.model.set_init(initial)
-        finished = [job for job in jobs if _is_finished(job)]  # by an actor that died before it could say so
-        for job in finished:
-            metrics = store.read_jsonl(Path(job.folder) / "metrics.jsonl")
-            yield {"event": "resumed", **job.label, "step": self.config.warp.steps, "metrics": metrics}
-            yield {"event": "done", **job.label}
-        under_way = [self._start(job) for job in jobs if job not in finished]
+        under_way = []
+        for job in jobs:
+            if (metrics := _finished_metrics(job)) is None:
+                under_way.append(self._start(job))
+            else:
+                yield {"event": "resumed", **job.label, "step": self.config.warp.steps, "metrics": metrics}
+                yield {"event": "done", **job.label}
         try:
             for progress in under_way:
+                for cause in progress.discarded:
+                    yield {"event": "fault", **progress.job.label, "step": progress.policy.step, "cause": cause}
                 yield {"event": "resumed", **progress.job.label, "step": progress.policy.step, "metrics": progress.metrics}
             self.started, self.busy_seconds = time.perf_counter(), 0.0
             waiting = {self._request(p, init, prompts, pool, reward): p for p in under_way if self._unfinished(p)}
@@ -196,19 +203,17 @@ class PolicyActor:
         return Policy(self.model, self.config, job.iteration, job.index)
 
     def _start(self, job: Job) -> Progress:
-        policy = self._new_policy(job)
-        progress = Progress(job, policy, [])
-        for folder in reversed(_checkpoints(job)):
-            if not store.is_sealed(folder):
-                continue
+        """The policy as its newest checkpoint has it that is whole, or new."""
+        progress = Progress(job, self._new_policy(job), PolicyFiles(job.store, job.key))
+        for name in reversed(progress.files.checkpoints()):
             try:
-                policy.load_state(load_file(folder / "state.safetensors"))
-            except (SafetensorError, KeyError):
-                progress.policy = policy = self._new_policy(job)
-                continue
-            progress.metrics = store.read_jsonl(folder / "metrics.jsonl")
-            progress.samples = store.read_jsonl(folder / "samples.jsonl")
-            break
+                if checkpoint := progress.files.load_checkpoint(name):
+                    progress.policy.load_state(checkpoint.state)
+                    progress.metrics, progress.samples, progress.saved_step = checkpoint.metrics, checkpoint.samples, checkpoint.step
+                    break
+            except DamagedError as error:
+                progress.discarded.append(str(error))
+                progress.files.discard(name)
         return progress
 
     def _unfinished(self, progress: Progress) -> bool:
@@ -256,28 +261,22 @@ class PolicyActor:
         return row
 
     def _checkpoint(self, progress: Progress) -> None:
-        """Everything up to the last finished step, beside the one before; older ones go."""
-        policy = progress.policy
-        folder = Path(progress.job.folder) / f"checkpoint-{policy.step:06d}"
-        if not policy.step or store.is_sealed(folder):
+        """Everything up to the last finished step."""
+        policy, prompts = progress.policy, self.config.optim.batch_size // self.config.rollout.completions_per_prompt
+        if policy.step == progress.saved_step:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(policy.state(), folder / "state.safetensors")
-        store.write_jsonl(folder / "metrics.jsonl", progress.metrics)
-        store.write_jsonl(folder / "samples.jsonl", progress.samples)
-        store.seal(folder)
-        for old in _checkpoints(progress.job)[:-KEPT_CHECKPOINTS]:
-            store.remove(old)
+        position = {
+            **progress.job.label,
+            "step": policy.step,
+            "prompts_drawn": policy.step * prompts,
+            "rollout_version": digest(policy.task_vector()),
+        }
+        progress.files.save_checkpoint(Checkpoint(policy.state(), position, progress.metrics, progress.samples))
+        progress.saved_step = policy.step
 
     def _finish(self, progress: Progress, init: AdapterDelta) -> None:
         """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
-        folder = Path(progress.job.folder)
-        save_peft(add(init, progress.policy.task_vector()), folder)
-        store.write_jsonl(folder / "metrics.jsonl", progress.metrics)
-        store.write_jsonl(folder / "samples.jsonl", progress.samples)
-        store.seal(folder)
-        for old in _checkpoints(progress.job):
-            store.remove(old)
+        progress.files.save_result(add(init, progress.policy.task_vector()), progress.metrics, progress.samples)
 
 
 def _scores(ref: Any) -> list[float]:
@@ -288,12 +287,13 @@ def _scores(ref: Any) -> list[float]:
     return scores
 
 
-def _is_finished(job: Job) -> bool:
-    return store.is_sealed(Path(job.folder))
-
-
-def _checkpoints(job: Job) -> list[Path]:
-    return sorted(Path(job.folder).glob("checkpoint-*"))
+def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:
+    """Those of a policy that an actor finished, and died before it could say so."""
+    try:
+        folder = job.store.fetch(f"policies/{job.key}")
+    except DamagedError:
+        return None
+    return read_jsonl(folder / "metrics.jsonl") if folder else None
 
 
 def _sample(step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]) -> dict[str, Any]:

@@ -13,29 +13,58 @@ from raywarp import store
 from raywarp.adapters import AdapterDelta
 from raywarp.averaging import geometry
 from raywarp.config import Config, ConfigError, to_yaml
+from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft
+from raywarp.storage import Storage
 
 CONFIG_FILE = "config.yaml"
 TIMING_FILE = "timing.json"
 EVENTS_FILE = "events.jsonl"
 # Keys that change how a run is carried out or looked at, but not what it trains.
-_FREE_KEYS = {"out", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers"}
+_FREE_KEYS = {
+    *("out", "store", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers")
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder. `train` returns it; its files are all plain."""
+    """A run's folder. `train` returns it; its files are all plain.
+
+    folder: on this machine; where `out` is an object store, a copy of what is there.
+    place: the store of its policies, where that is not the folder itself. mirror: what keeps an object store equal to the folder.
+    """
 
     folder: Path
+    place: Storage | None = None
+    mirror: Mirror | None = None
+
+    @property
+    def store(self) -> Storage:
+        """Where its policies are."""
+        return self.place or Storage(self.folder)
 
     @classmethod
     def open(cls, config: Config) -> "Run":
-        """The folder `out`, new or with this same run in it.
+        """The place `out`, new or with this same run in it.
 
         Raises:
             ConfigError: it holds a different run (the keys that differ are named), or files that no run wrote.
+            StoreError: an object store cannot be reached.
         """
-        folder = Path(config.out).absolute()
+        out = Storage(config.out)
+        place = Storage(config.store) if config.store else None
+        if out.folder is None:
+            mirror = Mirror(out)
+            mirror.pull()
+            run = cls(mirror.folder, place or out, mirror)
+        else:
+            run = cls(out.folder, place)
+        run.check(config)
+        return run
+
+    def check(self, config: Config) -> None:
+        """Raises ConfigError where the folder holds another run, or files that no run wrote."""
+        folder = self.folder
         saved = folder / CONFIG_FILE
         if saved.is_file():
             if differing := _differing_keys(saved, config):
@@ -44,16 +73,31 @@ class Run:
                 )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
-        return cls(folder)
 
     def save_config(self, config: Config) -> None:
         store.write_text(self.folder / CONFIG_FILE, to_yaml(config))
+        self.push()
+
+    def push(self) -> None:
+        """Bring an object store up to date, if `out` is one."""
+        if self.mirror:
+            self.mirror.push()
 
     def policy_folder(self, key: str) -> Path:
-        return self.folder / "policies" / key
+        """A policy's folder on this machine; of an object store's, what `find_policy` has fetched."""
+        return self.store.cache / "policies" / key
 
     def policy_done(self, key: str) -> bool:
-        return store.is_sealed(self.policy_folder(key))
+        """Whether the policy is finished, and every byte of it is what was written."""
+        return self.store.has(f"policies/{key}")
+
+    def find_policy(self, key: str) -> Path | None:
+        """The folder of a finished policy, verified; None if it is not finished.
+
+        Raises:
+            DamagedError: it was finished once, and is not whole any more; says what is wrong.
+        """
+        return self.store.fetch(f"policies/{key}")
 
     @property
     def metrics_file(self) -> Path:
@@ -70,6 +114,8 @@ class Run:
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         store.append_jsonl(self.metrics_file, row)
+        if self.mirror:
+            self.mirror.push_now_and_then()
 
     def events(self) -> list[dict[str, Any]]:
         """What happened to the run, oldest first: see add_event."""

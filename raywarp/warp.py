@@ -84,8 +84,8 @@ def fine_tune(
     init: AdapterDelta,
 ) -> list[AdapterDelta]:
     """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained."""
-    jobs = [Job(iteration, m, key, str(run.policy_folder(key))) for m, key in enumerate(keys, start=1)]
-    missing = [job for job in jobs if not run.policy_done(job.key)]
+    jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
+    missing = [job for job in jobs if not found(run, job, display)]
     for job in jobs:
         if job not in missing:
             run.set_policy_metrics(job.key, store.read_jsonl(run.policy_folder(job.key) / "metrics.jsonl"))
@@ -103,7 +103,16 @@ def fine_tune(
             bars.update(event)
     if session.timing and session.timing.steps:
         run.save_timing(iteration, session.timing.row())
-    return [trailing(load_peft(run.policy_folder(key)), config.lora.rank) for key in keys]
+    return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), config.lora.rank) for key in keys]
+
+
+def found(run: Run, job: Job, display: Display) -> bool:
+    """Whether the policy is in the store, and whole."""
+    try:
+        return run.find_policy(job.key) is not None
+    except store.DamagedError as error:
+        display.say(f"iteration {job.iteration} policy {job.index} is trained again: {error}")
+        return False
 
 
 def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:
