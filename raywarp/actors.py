@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.placement_group import PlacementGroup
 
 from raywarp import placement, watch
 from raywarp.config import Config
@@ -67,10 +68,6 @@ class Place:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(self.actor)
 
-    def has_room(self) -> bool:
-        """Whether the placement group is on a node, and not waiting for one."""
-        return self.group is None or placement_group_table(self.group)["state"] == "CREATED"
-
 
 class Actors:
     """Makes all actors of a run; what it has made and reserved goes with `stop`.
@@ -93,20 +90,24 @@ class Actors:
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
         )
-        self.groups: list[PlacementGroup | None] = []
+        self.groups: dict[str, list[PlacementGroup | None]] = {}
         self.made: list[Any] = []
         self.places: list[Place] = []
+        self.worker_names: list[str] = []
 
     def workers(self) -> list[Any]:
         """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
         environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
         groups, need = self._reserve(self.plan.rollout, "rollout"), self.plan.rollout
-        restart = {"max_restarts": -1, "max_task_retries": 0}
-        return [self._make(self.kinds.worker, need, group, environment, restart, self.settings, n) for n, group in enumerate(groups, 1)]
+        self.worker_names = [f"raywarp-rollout-{n}-{uuid.uuid4().hex[:8]}" for n in range(1, len(groups) + 1)]
+        return [
+            self._make(self.kinds.worker, need, group, environment, {"max_restarts": -1, "name": name}, self.settings, n)
+            for n, (name, group) in enumerate(zip(self.worker_names, groups, strict=True), 1)
+        ]
 
-    def pool(self, workers: Sequence[Any]) -> Any:
+    def pool(self) -> Any:
         options = {"max_restarts": -1, "max_task_retries": -1}
-        return self._make(RolloutPool, None, None, self.environment, options, workers, self.config.cluster.max_failures)
+        return self._make(RolloutPool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
 
     def policies(self) -> list[Place]:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
@@ -135,11 +136,12 @@ class Actors:
         for actor in self.made:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
-        placement.release(self.groups)
+        for groups in self.groups.values():
+            placement.release(groups)
 
     def _reserve(self, need: placement.Need, name: str) -> list[PlacementGroup | None]:
         groups = placement.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
-        self.groups += groups
+        self.groups[name] = groups
         return groups
 
     def _make(

@@ -45,8 +45,9 @@ def _exit_code(error: Exception) -> int | None:
     from raywarp.faults import FaultError
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
+    from raywarp.store import DamagedError, StoreError
 
-    return 1 if isinstance(error, CheckpointError | FaultError | RewardError | RolloutError) else None
+    return 1 if isinstance(error, CheckpointError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ Every key has a description; `Config` is what every command gets, and its resolv
 
 import copy
 import difflib
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -210,6 +211,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> "Config":
+        for place in (self.out, self.store or ""):
+            _refuse_credentials(place)
         batch, group = self.optim.batch_size, self.rollout.completions_per_prompt
         if batch % group:
             raise ValueError(f"optim.batch_size={batch} is not a multiple of rollout.completions_per_prompt={group}")
@@ -218,6 +221,16 @@ class Config(Section):
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
         return self
+
+
+def _refuse_credentials(place: str) -> None:
+    """A configuration is saved with the run and shown: it must hold no password."""
+    parts = urllib.parse.urlsplit(place) if "://" in place else None
+    if parts and (parts.password is not None or (parts.username and parts.scheme == "s3")):
+        raise ValueError(
+            f"{parts.scheme}://…@{parts.hostname or ''}{parts.path} holds credentials, which the saved configuration would keep; leave "
+            "them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (GOOGLE_APPLICATION_CREDENTIALS for gs://) instead"
+        )
 
 
 def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:

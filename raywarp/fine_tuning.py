@@ -166,7 +166,7 @@ class FineTuning:
         stop.check()
         self.tick()
         for stream in list(self.streams):
-            if stream.heard or stream.place.has_room():
+            if stream.heard or watch.has_room(stream.place.group):
                 if text := hang_of(stream.place, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
                         self._report_hang(stream.place, self.courses[job.key], text)
@@ -249,7 +249,7 @@ def hang_of(place: Place, hang_seconds: float) -> str:
         return ""  # it is dead, as whoever waits for its work is about to hear
     if process is not None and process.working > hang_seconds:
         text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{_stack(place)}"
-    elif place.pulse.silent > hang_seconds:
+    elif place.pulse.hangs(hang_seconds):
         text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
     else:
         return ""

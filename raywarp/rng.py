@@ -25,7 +25,7 @@ def capture(device: torch.device) -> dict[str, Tensor]:
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
         "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
         "python": torch.tensor(words),
-        "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+        "python_gauss": torch.tensor(math.inf if gauss is None else gauss, dtype=torch.float64),
     }
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -36,7 +36,7 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
     gauss = float(states["python_gauss"])
-    random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(gauss) else gauss))
+    random.setstate((3, tuple(states["python"].tolist()), gauss if math.isfinite(gauss) else None))
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 

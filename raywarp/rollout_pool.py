@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError
 
 from raywarp import faults
@@ -44,11 +45,13 @@ class RolloutPool:
     whichever worker is idle next, since a call depends on nothing but itself. The pool holds only counters: Ray may start it again, too.
 
     Args:
+        workers: handles, or the actors' names (Ray complains of handles where the pool itself may be started again).
         max_failures: deaths that one call may cost, and attempts to start a worker's engine again.
     """
 
     def __init__(self, workers: Sequence[Any], max_failures: int = 3):
-        self.workers, self.max_failures = list(workers), max_failures
+        self.workers = [ray.get_actor(worker) if isinstance(worker, str) else worker for worker in workers]
+        self.max_failures = max_failures
         self.idle: asyncio.Queue[int] = asyncio.Queue()
         for index in range(len(workers)):
             self.idle.put_nowait(index)

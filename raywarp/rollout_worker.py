@@ -3,14 +3,10 @@
 import contextlib
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
-
-import ray
 
 from raywarp.engines import Engine, EngineSettings, start_engine
 from raywarp.rollout import Request, Rollout
@@ -77,5 +73,4 @@ class RolloutWorker:
         return self.engine
 
     def _start_engine(self) -> Engine:
-        actor = ray.get_runtime_context().get_actor_id()  # the same after a restart, which then empties what the last one left
-        return start_engine(self.settings, Path(tempfile.gettempdir()) / f"raywarp-adapters-{actor}")
+        return start_engine(self.settings)

@@ -221,7 +221,7 @@ class Session:
             self.dtype = "bfloat16" if plan.uses_gpus or supports_bf16(device) else "float32"
         self._actors = actors = Actors(config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds)
         self.workers = actors.workers()
-        self.pool = actors.pool(self.workers)
+        self.pool = actors.pool()
         if self._trains:
             self.policies = actors.policies()
         scorers = actors.rewards()
@@ -238,9 +238,10 @@ class Session:
             self.zero: AdapterDelta = self.persist(lambda: self._get(next(attempts)))[0]
         self._started("the reward worker", rewards)
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
-        self._helpers = [PoolHelper("rollout pool", self.pool, hang, self.report, workers=self.workers, longest_wait=wait)]
-        names = ("reward worker", "control worker")
-        self._helpers += [Helper(name, scorer, hang, self.report) for name, scorer in zip(names, scorers, strict=False)]
+        rooms = actors.groups
+        self._helpers = [PoolHelper("rollout pool", self.pool, hang, self.report, rooms["rollout"], wait, workers=self.workers)]
+        for name, scorer, room in zip(("reward worker", "control worker"), scorers, rooms["reward"], strict=False):
+            self._helpers.append(Helper(name, scorer, hang, self.report, [room], wait))
 
     def _started(self, what: str, refs: list[Any]) -> list[Any]:
         """What the actors' starts returned; Ray has repeated those that ended with a death."""

@@ -6,7 +6,6 @@ own (`policies/<key>/.<unique>/<file>`), the manifest says which one, and what i
 The first one to finish a name wins; whoever comes later throws the own files away.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -17,7 +16,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -30,32 +29,13 @@ from raywarp import store
 from raywarp.config import ConfigError
 from raywarp.store import MANIFEST, DamagedError
 
-DAY = 86400.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what is being written has the name that it will have, a dot before and 8 digits behind
 _CREDENTIALS = ("AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
-
-
-class StoreError(RuntimeError):
-    """A store cannot be read or written: no room, no access, no network. What was finished is intact, and the same command continues."""
 
 
 def is_uri(place: str) -> bool:
     """Whether a store is an object store rather than a folder of this machine or of a shared file system."""
     return "://" in place and not place.startswith("file://")
-
-
-def check_place(place: str) -> None:
-    """Raises ConfigError for a URI that cannot name a store, or that holds a password: a configuration is saved and shown."""
-    if not is_uri(place):
-        return
-    parts = urllib.parse.urlsplit(place)
-    if parts.password is not None or (parts.username and parts.scheme == "s3"):
-        raise ConfigError(
-            f"{parts.scheme}://…@{parts.hostname or ''}{parts.path} holds credentials, which a configuration would keep for all to read; leave "
-            "them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (GOOGLE_APPLICATION_CREDENTIALS for gs://) instead"
-        )
-    if not parts.netloc:
-        raise ConfigError(f"{place} names no bucket; a store is a folder, s3://bucket/prefix or gs://bucket/prefix")
 
 
 class Storage:
@@ -67,12 +47,10 @@ class Storage:
         place: a folder, file:///…, s3://bucket/prefix?region=…&endpoint_override=… or gs://bucket/prefix. Credentials come from the
             environment.
 
-    Raises:
-        ConfigError: not such a place, or a URI with a password.
+    Nothing is opened before it is used; a place that cannot be opened raises a ConfigError then.
     """
 
     def __init__(self, place: str | Path):
-        check_place(str(place))
         local = urllib.parse.unquote(str(place).removeprefix("file://"))
         self.folder = None if is_uri(str(place)) else Path(local).absolute()
         self.uri = str(self.folder or place)
@@ -170,7 +148,7 @@ class Storage:
                 yield folder
                 self._upload(folder, name)
 
-    def clean(self, name: str, age: float = DAY) -> None:
+    def clean(self, name: str, age: float = store.DAY) -> None:
         """Remove what interrupted writers left under a name longer than `age` seconds ago; a day leaves room for clocks that differ."""
         with self._explained("write"):
             if self.folder:
@@ -260,7 +238,7 @@ class Storage:
         try:
             return fs.FileSystem.from_uri(self.uri)  # type: ignore[no-any-return]
         except (ArrowInvalid, NotImplementedError) as error:
-            raise ConfigError(f"{self.uri} cannot be opened as a store: {_first_line(error)}") from None
+            raise ConfigError(f"{self.uri} cannot be opened as a store: {str(error).splitlines()[0]}") from None
 
     @property
     def _fs(self) -> Any:
@@ -277,14 +255,8 @@ class Storage:
         listed: list[Any] = self._fs.get_file_info(fs.FileSelector(self._path(name), allow_not_found=True, recursive=recursive))
         return listed
 
-    @contextmanager
-    def _explained(self, verb: str) -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, StoreError):
-            raise
-        except OSError as error:
-            raise StoreError(f"cannot {verb} {self.uri}: {_first_line(error)}{_advice(error)}") from None
+    def _explained(self, verb: str) -> AbstractContextManager[None]:
+        return store.explained(verb, self.uri)
 
 
 def _reopen(uri: str, credentials: dict[str, str]) -> Storage:
@@ -302,12 +274,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _advice(error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "; make room, and the same command continues from what is there" if full else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

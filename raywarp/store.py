@@ -3,6 +3,7 @@
 Policies lie under a key, the hash of everything that determines them. Resuming is looking the key up.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,10 +15,29 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+DAY = 86400.0  # seconds
+
+
+class StoreError(RuntimeError):
+    """Something cannot be read or written: no room, no access, no network. What was finished is intact, and the same command continues."""
 
 
 class DamagedError(ValueError):
     """A file or folder is not, or not wholly, what was once written; the message says which and why."""
+
+
+@contextmanager
+def explained(verb: str, place: object) -> Iterator[None]:
+    """Turns an OSError of the body (but for a missing file) into a StoreError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; make room, and the same command continues from what is there" if full else ""
+        raise StoreError(f"cannot {verb} {place}: {reason}{advice}") from None
 
 
 def content_key(parts: Any) -> str:
@@ -39,17 +59,17 @@ def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "")
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file at once: a reader sees the old content or the new, never half of it. A write that fails leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,7 +98,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Add a row, on a line of its own even where a kill cut the last one off."""
-    with path.open("ab+") as file:
+    with explained("write", path), path.open("ab+") as file:
         cut_off = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * bool(cut_off) + json.dumps(row).encode() + b"\n")
 
@@ -113,7 +133,12 @@ def _record_sha256(value: Mapping[str, Any]) -> str:
 def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Name → size and sha256 of the files that a folder directly holds."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")]
-    return {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    return {path.name: file_entry(path) for path in files}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def seal(folder: Path) -> None:

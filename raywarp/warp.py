@@ -44,9 +44,9 @@ def train(config: Config, display: Display | None = None) -> Run:
     """
     display = display or Display()
     inputs = prepare(config)
-    run = Run.open(config)
+    run = Run.open(config, display.say)
     start_ray()
-    with stoppable(), Journal(run, display) as journal:
+    with stoppable(), run.mirrored(), Journal(run, display) as journal:
         _train(config, run, inputs, display, journal)
     return run
 
@@ -55,6 +55,7 @@ def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: 
     session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report)
     with session_of_run as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
+        run.clean()
         journal.begin()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
         init, init_key = session.zero, "sft"
@@ -86,9 +87,7 @@ def fine_tune(
     """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained."""
     jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
     missing = [job for job in jobs if not found(run, job, display)]
-    for job in jobs:
-        if job not in missing:
-            run.set_policy_metrics(job.key, store.read_jsonl(run.policy_folder(job.key) / "metrics.jsonl"))
+    run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in missing])
     with (
         display.iteration(iteration, jobs, missing, config.warp.steps) as bars,
         closing(session.fine_tune(missing, init, prompts.train)) as events,
@@ -111,7 +110,7 @@ def found(run: Run, job: Job, display: Display) -> bool:
     try:
         return run.find_policy(job.key) is not None
     except store.DamagedError as error:
-        display.say(f"iteration {job.iteration} policy {job.index} is trained again: {error}")
+        display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
         return False
 
 

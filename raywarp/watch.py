@@ -7,16 +7,18 @@ actor hangs when it does not answer, or works at one thing for `cluster.hang_sec
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from raywarp import faults
 
 GROUP = "watch"
+START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
 EVERY = 1.0  # seconds from an answer to the next question
 DEATH_SECONDS = 30.0  # in which Ray notices that it has killed a process that does not react
 Report = Callable[..., None]
@@ -48,6 +50,7 @@ class Pulse:
     def __init__(self, ask: Callable[[], Any]):
         self.ask, self.ref, self.due = ask, None, 0.0
         self.silent, self.polled = 0.0, 0.0
+        self.answered = False
 
     def poll(self) -> Any:
         """An answer that has come since, else None. Raises RayError where the actor is dead or being started again."""
@@ -61,21 +64,33 @@ class Pulse:
         if not ray.wait([self.ref], timeout=0)[0]:
             return None
         ref, self.ref, self.due, self.silent = self.ref, None, now + EVERY, 0.0
-        return ray.get(ref)
+        self.answered = False
+        answer = ray.get(ref)
+        self.answered = True
+        return answer
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether it has been silent for so long; a process that has not answered yet may take its time."""
+        return self.silent > (seconds if self.answered else max(seconds, START_SECONDS))
 
     def forget(self, pause: float = 0.0) -> None:
         """Drop the question; the next one is asked after the pause."""
-        self.ref, self.due, self.silent = None, time.monotonic() + pause, 0.0
+        self.ref, self.due, self.silent, self.answered = None, time.monotonic() + pause, 0.0, False
 
 
 @dataclass
 class Helper:
-    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported."""
+    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
+
+    groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
+    """
 
     name: str
     actor: Any
     hang_seconds: float
     report: Report
+    groups: Sequence[PlacementGroup | None] = ()
+    longest_wait: float = 120.0
     process: Process | None = None
     down_since: float | None = None
     heard: float = 0.0
@@ -91,15 +106,24 @@ class Helper:
         except RayError as error:
             if self.down_since is None:
                 self._died(faults.kind_of(error, self.process.node if self.process else ""), faults.explain(error), time.monotonic())
+            self._check_room(self.name, time.monotonic() - (self.down_since or time.monotonic()))
             return None
         if answer is not None:
             self._answered(answer.process if hasattr(answer, "process") else answer)
-        elif self.pulse.silent > self.hang_seconds:
+        elif self.pulse.hangs(self.hang_seconds):
             self.report("hang", what=self.name, cause=faults.HANG, message=f"no answer for {self.pulse.silent:.0f} s; started again")
             restart(self.actor)
             self.pulse.forget(EVERY)
             self._died(faults.HANG, "did not answer", time.monotonic())
         return answer
+
+    def _check_room(self, what: str, seconds: float) -> None:
+        """Raises FaultError where it has been away for too long because no node has room for it."""
+        if seconds > self.longest_wait and self.groups and not any(map(has_room, self.groups)):
+            raise faults.FaultError(
+                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {lack_of_room()}; add nodes, lower "
+                "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
+            )
 
     def _died(self, cause: str, message: str, since: float) -> None:
         self.down_since = since
@@ -117,13 +141,9 @@ class Helper:
 
 @dataclass
 class PoolHelper(Helper):
-    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end.
-
-    longest_wait: seconds without any worker after which the run ends.
-    """
+    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end."""
 
     workers: list[Any] = field(default_factory=list)
-    longest_wait: float = 120.0
     killed: dict[int, float] = field(default_factory=dict)
 
     def check(self) -> Any:
@@ -140,11 +160,8 @@ class PoolHelper(Helper):
                 self.report("hang", what=f"rollout worker {index + 1}", cause=faults.HANG, message=text)
                 restart(self.workers[index])
                 self.killed[index] = now
-        if len(health.down) == len(self.workers) and min(health.down.values()) > self.longest_wait:
-            raise faults.FaultError(
-                f"there has been no rollout worker for {min(health.down.values()):.0f} s: {lack_of_room()}; add nodes, or lower "
-                "cluster.*_per_rollout_worker; the same command continues"
-            )
+        if len(health.down) == len(self.workers):
+            self._check_room("rollout worker", min(health.down.values()))
         return health
 
 
@@ -152,6 +169,11 @@ def restart(actor: Any) -> None:
     """Kill an actor that Ray then starts again."""
     with contextlib.suppress(RayError):
         ray.kill(actor, no_restart=False)
+
+
+def has_room(group: PlacementGroup | None) -> bool:
+    """Whether a placement group is on a node, and not waiting for one."""
+    return group is None or placement_group_table(group)["state"] == "CREATED"
 
 
 def lack_of_room() -> str:
