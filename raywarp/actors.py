@@ -125,7 +125,7 @@ class Actors:
         """The reward worker, and that of the control score if there is one. Ray starts them again and repeats their calls."""
         sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
         groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
-        restart = {"max_restarts": -1, "max_task_retries": self.config.cluster.max_failures}
+        restart = {"max_restarts": -1, "max_task_retries": -1}  # a retry is spent on a worker that is only not there yet (Ray 2.60)
         common = (self.config.trust_remote_code, self.plan.threads)
         return [
             self._make(RewardActor, need, group, self.environment, restart, source, *common, watched=True)

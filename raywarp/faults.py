@@ -43,6 +43,11 @@ def is_survivable(error: BaseException) -> bool:
     return (isinstance(cause, RayError) and not isinstance(cause, RayTaskError)) or kind_of(error) == OUT_OF_MEMORY
 
 
+def is_restarting(error: BaseException) -> bool:
+    """Whether the actor was only not there yet: Ray is starting it again, or looks for room (text of Ray 2.60)."""
+    return isinstance(cause_of(error), ActorUnavailableError) and "is restarting" in str(error)
+
+
 def explain(error: BaseException) -> str:
     """What Ray says about a death comes to one line."""
     lines = [line.strip() for line in str(cause_of(error)).splitlines() if line.strip()]

@@ -79,8 +79,8 @@ class FineTuning:
                 self._renew_what_is_due()
                 yield from self._next_event()
                 self._look_after()
-        except BaseException as error:
-            self._save(error)
+        except BaseException:
+            self._save()
             raise
 
     def _give(self, place: Place, jobs: list[Job]) -> None:
@@ -122,7 +122,9 @@ class FineTuning:
         if event["event"] == "resumed":
             course.step = event["step"]
             self.rows = [row for row in self.rows if row["key"] != event["key"] or row["step"] < course.step]
-            if course.step and course.lost_at is None:
+            if course.lost_at is not None:
+                self.report("continued", **course.job.label, step=course.step, steps_repeated=max(course.lost_step - course.step, 0))
+            elif course.step:
                 self.report("resumed", **course.job.label, step=course.step)
         else:
             course.step = event["step"] + 1
@@ -134,8 +136,6 @@ class FineTuning:
             seconds = time.monotonic() - course.lost_at
             self.report("recovered", what="policy", **course.job.label, step=course.step, seconds_lost=seconds)
             course.lost_at = None
-        elif course.lost_at is not None and event["event"] == "resumed":
-            self.report("continued", **course.job.label, step=course.step, steps_repeated=course.lost_step - course.step)
 
     def _lost(self, place: Place, error: RayError) -> None:
         """The actor, or its work, is gone: say so for every policy that it had, and make it anew after a pause."""
@@ -207,7 +207,7 @@ class FineTuning:
             "and the same command continues"
         )
 
-    def _save(self, error: BaseException) -> None:
+    def _save(self) -> None:
         """Every policy that is under way makes a checkpoint of its last finished step, in the little time that there may be."""
         deadline = time.monotonic() + stop.SAVE_SECONDS
         streams = [stream for stream in self.streams if stream.heard]
@@ -226,8 +226,7 @@ class FineTuning:
                     course.step = event["step"] + (event["event"] == "step") if "step" in event else course.step
                     self.saved |= {event["key"]} if event["event"] in ("stopped", "done") else set()
         lines = [self._saved_line(course, course.job.key in self.saved) for course in open_jobs]
-        if isinstance(error, stop.Stopped):
-            error.saved += lines
+        stop.note(lines)
         for course, line in zip(open_jobs, lines, strict=True):
             self.report("saved", **course.job.label, step=course.step, message=line)
 

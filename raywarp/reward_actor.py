@@ -40,7 +40,7 @@ class RewardActor:
 
     def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None):
         self.config, self.trust_remote_code, self.threads = config, trust_remote_code, threads
-        self.seconds = 0.0
+        self.seconds, self.done = 0.0, 0
 
     def start(self) -> None:
         """Load the reward. Raises what load_reward raises, which a constructor could not hand on."""
@@ -49,7 +49,7 @@ class RewardActor:
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
         """Answered while a score is computed."""
-        return Process.here()
+        return Process.here(done=self.done)
 
     @functools.cached_property
     def reward(self) -> Reward:
@@ -63,6 +63,7 @@ class RewardActor:
         start = time.perf_counter()
         scores = self.reward.score(prompts, completions, columns)
         self.seconds += time.perf_counter() - start
+        self.done += 1
         return scores
 
     def seconds_of_work(self) -> float:

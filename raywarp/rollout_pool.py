@@ -56,7 +56,7 @@ class RolloutPool:
         for index in range(len(workers)):
             self.idle.put_nowait(index)
         self.busy_seconds, self.start = 0.0, time.monotonic()
-        self.restarts = 0
+        self.restarts, self.done = 0, 0
         self.processes: dict[int, Process] = {}
         self.in_flight: dict[int, float] = {}
         self.down: dict[int, float] = {}
@@ -89,6 +89,7 @@ class RolloutPool:
                 del self.in_flight[index]
         self.idle.put_nowait(index)
         self.processes[index] = process
+        self.done += 1
         self.busy_seconds += sum(rollout.seconds for rollout in rollouts)
         rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in rollouts]
         return rollouts if len(requests) > 1 else rollouts[0]
@@ -104,7 +105,7 @@ class RolloutPool:
         """How the workers are; what happened to them is told once."""
         now, events, self.events = time.monotonic(), self.events, []
         in_flight, down = ({index: now - since for index, since in times.items()} for times in (self.in_flight, self.down))
-        return PoolHealth(Process.here(), in_flight, down, events)
+        return PoolHealth(Process.here(done=self.done), in_flight, down, events)
 
     async def _next_worker(self) -> int:
         index = await self.idle.get()
@@ -123,17 +124,24 @@ class RolloutPool:
 
     async def _revive(self, index: int) -> None:
         """Wait until Ray has started the worker again and its engine is loaded: for as long as there is no room, too."""
-        try:
-            await self.workers[index].start.options(max_task_retries=self.max_failures).remote()
-        except Exception as error:
-            self.gone[index] = f"rollout worker {index + 1} cannot be started again: {faults.explain(error)}"
-            self._tell("lost", index, cause=faults.kind_of(error), message=faults.explain(error))
-            if len(self.gone) == len(self.workers):
-                self.idle.put_nowait(NOBODY)
-            return
+        failures = faults.Failures(self.max_failures)
+        while True:
+            try:
+                await self.workers[index].start.remote()
+                break
+            except Exception as error:
+                if not faults.is_restarting(error) and not (faults.is_survivable(error) and failures.again()):
+                    return self._give_up(index, error)
+                await asyncio.sleep(failures.pause() or 0.5)
         self.restarts += 1
         self._tell("recovered", index, seconds_lost=time.monotonic() - self.down.pop(index))
         self.idle.put_nowait(index)
+
+    def _give_up(self, index: int, error: Exception) -> None:
+        self.gone[index] = f"rollout worker {index + 1} cannot be started again: {faults.explain(error)}"
+        self._tell("lost", index, cause=faults.kind_of(error), message=faults.explain(error))
+        if len(self.gone) == len(self.workers):
+            self.idle.put_nowait(NOBODY)
 
     def _tell(self, event: str, index: int, **details: Any) -> None:
         self.events.append({"event": event, "what": f"rollout worker {index + 1}", **details})

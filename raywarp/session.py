@@ -226,32 +226,36 @@ class Session:
             self.policies = actors.policies()
         scorers = actors.rewards()
         self.reward, self.control = Scorer(scorers[0]), Scorer(scorers[1]) if config.control else None
-        again = {"max_task_retries": config.cluster.max_failures}
-        engines = [worker.start.options(**again).remote() for worker in self.workers]
-        zeros = [place.actor.start.remote() for place in self.policies]
-        rewards = [scorer.start.remote() for scorer in scorers]
-        started = self._started("a rollout worker", engines)
+        engines, zeros, rewards = (_start(actors) for actors in (self.workers, [place.actor for place in self.policies], scorers))
+        started = self._started("a rollout worker", self.workers, engines)
         self.engine: dict[str, str] = started[0]["numerics"]
         self._check_capacity(started[0]["capacity"])
         if self._trains:
-            attempts = itertools.chain([zeros], iter(lambda: [place.actor.start.remote() for place in self.policies], None))
+            attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.policies]), None))
             self.zero: AdapterDelta = self.persist(lambda: self._get(next(attempts)))[0]
-        self._started("the reward worker", rewards)
+        self._started("the reward worker", scorers, rewards)
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
-        rooms = actors.groups
-        self._helpers = [PoolHelper("rollout pool", self.pool, hang, self.report, rooms["rollout"], wait, workers=self.workers)]
+        rooms, most = actors.groups, config.cluster.max_failures
+        self._helpers = [PoolHelper("rollout pool", self.pool, hang, self.report, most, rooms["rollout"], wait, workers=self.workers)]
         for name, scorer, room in zip(("reward worker", "control worker"), scorers, rooms["reward"], strict=False):
-            self._helpers.append(Helper(name, scorer, hang, self.report, [room], wait))
+            self._helpers.append(Helper(name, scorer, hang, self.report, most, [room], wait))
 
-    def _started(self, what: str, refs: list[Any]) -> list[Any]:
-        """What the actors' starts returned; Ray has repeated those that ended with a death."""
-        try:
-            results: list[Any] = self._get(refs)
-        except RayError as error:
-            if faults.is_survivable(error):
-                cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
-                raise FaultError(f"{what} died again and again while it started ({cause})") from None
-            raise faults.cause_of(error) from None
+    def _started(self, what: str, actors: list[Any], refs: list[Any]) -> list[Any]:
+        """What the actors' starts returned, asked again of those that died; Ray starts them again."""
+        failures, results = Failures(self.config.cluster.max_failures), []
+        for actor, ref in zip(actors, refs, strict=True):
+            while True:
+                try:
+                    results.append(self._get(ref))
+                    break
+                except RayError as error:
+                    if not faults.is_survivable(error):
+                        raise faults.cause_of(error) from None
+                    if not faults.is_restarting(error) and not failures.again():
+                        cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
+                        raise FaultError(f"{what} died again and again while it started ({cause})") from None
+                time.sleep(failures.pause() or 0.5)
+                (ref,) = _start([actor])
         return results
 
     def _check_capacity(self, capacity: int) -> None:
@@ -272,6 +276,10 @@ class Session:
             self._actors.stop()
         if not at_once:
             placement.wait_until_free(self._free_before)
+
+
+def _start(actors: Sequence[Any]) -> list[Any]:
+    return [actor.start.options(max_task_retries=0).remote() for actor in actors]
 
 
 class PendingPoint:

@@ -10,14 +10,11 @@ SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop; what was saved is in `saved`, and the same command continues.
-
-    saved: a line per policy under way.
-    """
+    """The run was told to stop by the signal of this number; the same command continues. Its text says what was saved."""
 
     def __init__(self, number: int):
         super().__init__(number)
-        self.number, self.saved = number, list[str]()
+        self.number = number
 
     @property
     def exit_code(self) -> int:
@@ -25,10 +22,11 @@ class Stopped(KeyboardInterrupt):
 
     def __str__(self) -> str:
         name = {signal.SIGINT: "Ctrl-C"}.get(signal.Signals(self.number), signal.Signals(self.number).name)
-        return "; ".join([f"stopped by {name}", *self.saved, "the same command continues"])
+        return "; ".join([f"stopped by {name}", *_saved, "the same command continues"])
 
 
 _received: list[int] = []
+_saved: list[str] = []
 
 
 @contextlib.contextmanager
@@ -42,8 +40,11 @@ def stoppable() -> Iterator[None]:
         return
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     _received.clear()
+    _saved.clear()
     try:
         yield
+    except KeyboardInterrupt as error:  # Ray raises one of its own in the place of whatever a handler raises while it waits (2.60)
+        raise (Stopped(_received[0]) if _received and not isinstance(error, Stopped) else error) from None
     finally:
         _received.clear()
         for number, handler in before.items():
@@ -54,6 +55,11 @@ def check() -> None:
     """Raise the Stopped of a signal that came while Python could not pass an exception on (in a destructor, say)."""
     if _received:
         raise Stopped(_received[0])
+
+
+def note(lines: list[str]) -> None:
+    """What was saved, for the message of whoever ends the run."""
+    _saved[:] = lines
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -46,7 +46,7 @@ def train(config: Config, display: Display | None = None) -> Run:
     inputs = prepare(config)
     run = Run.open(config, display.say)
     start_ray()
-    with stoppable(), run.mirrored(), Journal(run, display) as journal:
+    with run.mirrored(), Journal(run, display) as journal, stoppable():
         _train(config, run, inputs, display, journal)
     return run
 

@@ -26,16 +26,20 @@ Report = Callable[..., None]
 
 @dataclass(frozen=True)
 class Process:
-    """Where an actor lives: its process and node. working: seconds that it has been at one piece of work, 0 while it waits for others."""
+    """Where an actor lives: its process and node.
+
+    working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls that this process has finished.
+    """
 
     id: int
     node: str
     working: float = 0.0
+    done: int = 0
 
     @classmethod
-    def here(cls, working_since: float | None = None) -> "Process":
+    def here(cls, working_since: float | None = None, done: int = 0) -> "Process":
         working = time.monotonic() - working_since if working_since is not None else 0.0
-        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working)
+        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done)
 
 
 class Pulse:
@@ -82,6 +86,7 @@ class Pulse:
 class Helper:
     """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
 
+    max_failures: deaths in a row, without a finished call in between, that do not end the run.
     groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
     """
 
@@ -89,14 +94,17 @@ class Helper:
     actor: Any
     hang_seconds: float
     report: Report
+    max_failures: int = 3
     groups: Sequence[PlacementGroup | None] = ()
     longest_wait: float = 120.0
     process: Process | None = None
     down_since: float | None = None
     heard: float = 0.0
     pulse: Pulse = field(init=False)
+    failures: faults.Failures = field(init=False)
 
     def __post_init__(self) -> None:
+        self.failures = faults.Failures(self.max_failures)
         self.pulse = Pulse(lambda: self.actor.pulse.options(max_task_retries=0).remote())
 
     def check(self) -> Any:
@@ -128,6 +136,11 @@ class Helper:
     def _died(self, cause: str, message: str, since: float) -> None:
         self.down_since = since
         self.report("fault", what=self.name, cause=cause, message=message)
+        if not self.failures.again():
+            raise faults.FaultError(
+                f"the {self.name} died {self.failures.count} times without finishing a call ({cause}: {message}); "
+                f"cluster.max_failures={self.max_failures}; what was saved is kept, and the same command continues"
+            )
 
     def _answered(self, process: Process) -> None:
         if self.down_since is None and self.process is not None and self.process.id != process.id:  # it died between two questions
@@ -136,6 +149,8 @@ class Helper:
             self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
             self.down_since = None
         if self.down_since is None:
+            if process.done:
+                self.failures.progressed()
             self.process, self.heard = process, time.monotonic()
 
 
