@@ -15,6 +15,8 @@ _WHERE = {
     "reward": "reward_stage",
     "plan": "planning",
     "Run": "run",
+    "Stopped": "stop",
+    "FaultError": "faults",
     "Config": "config",
     "ConfigError": "config",
     "load_config": "config",

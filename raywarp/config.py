@@ -161,6 +161,12 @@ class ClusterConfig(Section):
         None, description="threads of each CPU process; default: a node's cores over the processes that work at the same time"
     )
     timeout_seconds: Positive = Field(120, description="longest wait for the placement groups")
+    max_failures: Whole = Field(
+        3, description="how often a policy or a worker that got no further since it last failed is made anew before the run gives up"
+    )
+    hang_seconds: Positive = Field(
+        600, description="a process that does not answer, or works at one update or rollout for so long, is reported and started again"
+    )
 
 
 class ChooseConfig(Section):

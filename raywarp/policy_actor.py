@@ -3,24 +3,33 @@
 While one policy updates, the shared rollout workers generate for another; within a policy every batch is on-policy.
 """
 
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from raywarp.adapters import AdapterDelta, add, digest
 from raywarp.batch import Completion, collate
 from raywarp.config import Config
 from raywarp.data import Prompt
+from raywarp.faults import FaultError, explain
 from raywarp.packing import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
+from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
-from raywarp.store import DamagedError
+from raywarp.store import DamagedError, read_jsonl
+from raywarp.watch import GROUP, Process
+
+STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
@@ -61,7 +70,7 @@ class Progress:
 
 
 class PolicyActor:
-    """Holds the base across iterations. Its methods are called one at a time.
+    """Holds the base across iterations. Its methods are called one at a time, but for those by which it is watched.
 
     Args:
         model: folder or hub id of the SFT model.
@@ -71,6 +80,25 @@ class PolicyActor:
 
     def __init__(self, config: Config, model: str, dtype: str, threads: int | None):
         self.config, self.source, self.dtype, self.threads = config, model, dtype, threads
+        self.stopping = threading.Event()
+        self.thread = 0
+        self.working_since: float | None = None
+
+    @ray.method(concurrency_group=GROUP)
+    def pulse(self) -> Process:
+        """Answered while a policy is updated."""
+        return Process.here(self.working_since)
+
+    @ray.method(concurrency_group=GROUP)
+    def stop(self) -> None:
+        """Let fine_tune save every policy and end, as soon as no update is under way."""
+        self.stopping.set()
+
+    @ray.method(concurrency_group=GROUP)
+    def stack(self) -> str:
+        """Where fine_tune is."""
+        frame = sys._current_frames().get(self.thread)
+        return "".join(traceback.format_stack(frame)) if frame else "not at work"
 
     def start(self) -> AdapterDelta:
         """Load the base; returns the change of the SFT model, rank 0 in every adapted module.
@@ -94,17 +122,26 @@ class PolicyActor:
         return self.model.zero_delta()
 
     def fine_tune(
-        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Any
+        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer
     ) -> Iterator[dict[str, Any]]:
         """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was of no use), resumed (with the metrics so
-        far), step, done.
+        far), step, done; or stopped.
 
         Raises:
             RewardError: from the reward, after a checkpoint of every policy here.
+            FaultError: the reward worker died again and again.
         """
+        self.thread, self.working_since = threading.get_ident(), time.monotonic()
+        self._load()
         initial = init.fetch()
         self.model.set_init(initial)
-        under_way = [self._start(job) for job in jobs]
+        under_way = []
+        for job in jobs:
+            if (metrics := _finished_metrics(job)) is None:
+                under_way.append(self._start(job))
+            else:
+                yield {"event": "resumed", **job.label, "step": self.config.warp.steps, "metrics": metrics}
+                yield {"event": "done", **job.label}
         try:
             for progress in under_way:
                 for cause in progress.discarded:
@@ -112,13 +149,23 @@ class PolicyActor:
                 yield {"event": "resumed", **progress.job.label, "step": progress.policy.step, "metrics": progress.metrics}
             self.started, self.busy_seconds = time.perf_counter(), 0.0
             waiting = {self._request(p, init, prompts, pool, reward): p for p in under_way if self._unfinished(p)}
+            idle = time.perf_counter()
             while waiting:
-                idle = time.perf_counter()
-                (scores,), _ = ray.wait(list(waiting), num_returns=1)
-                progress = waiting.pop(scores)
-                yield {"event": "step", **self._step(progress, ray.get(scores), time.perf_counter() - idle)}
+                if self.stopping.is_set():
+                    for progress in under_way:
+                        self._checkpoint(progress)
+                        yield {"event": "stopped", **progress.job.label, "step": progress.policy.step}
+                    return
+                self.working_since = None
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_POLL)
+                self.working_since = time.monotonic()
+                if not ready:
+                    continue
+                progress = waiting.pop(ready[0])
+                yield {"event": "step", **self._step(progress, _scores(ready[0]), time.perf_counter() - idle)}
                 if self._unfinished(progress):
                     waiting[self._request(progress, init, prompts, pool, reward)] = progress
+                idle = time.perf_counter()
             for progress in under_way:
                 self._finish(progress, initial)
                 yield {"event": "done", **progress.job.label}
@@ -127,6 +174,7 @@ class PolicyActor:
                 self._checkpoint(progress)
             raise
         finally:
+            self.working_since = None
             for progress in under_way:
                 progress.policy.close()
 
@@ -142,6 +190,7 @@ class PolicyActor:
         completions = join(rollouts, adapter)
         if not adapter.parts:
             return [0.0] * len(completions)
+        self._load()
         self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
         batch = collate(prompts, completions).to(self.model.device)
         kl = torch.zeros(len(batch), device=self.model.device)
@@ -149,6 +198,11 @@ class PolicyActor:
             policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
             kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
         return [float(value) for value in kl]
+
+    def _load(self) -> None:
+        """Make good for `start` in an actor that takes the place of one that died."""
+        if not hasattr(self, "model"):
+            self.start()
 
     def _new_policy(self, job: Job) -> "Policy":
         from raywarp.policy import Policy
@@ -172,7 +226,7 @@ class PolicyActor:
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
 
-    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Any) -> Any:
+    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer) -> Any:
         """Ask for the next step's completions and their scores; the ref of the scores."""
         start = time.perf_counter()
         job, step, group = progress.job, progress.policy.step, self.config.rollout.completions_per_prompt
@@ -183,8 +237,7 @@ class PolicyActor:
         progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
-        texts, columns = [p.text for p in progress.prompts], [p.columns for p in progress.prompts]
-        scores = reward.score_rollouts.remote(texts, columns, *progress.rollouts)
+        scores = reward.submit(progress.prompts, progress.rollouts)
         progress.request_seconds = time.perf_counter() - start
         return scores
 
@@ -231,6 +284,23 @@ class PolicyActor:
     def _finish(self, progress: Progress, init: AdapterDelta) -> None:
         """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
         progress.files.save_result(add(init, progress.policy.task_vector()), progress.metrics, progress.samples)
+
+
+def _scores(ref: Any) -> list[float]:
+    try:
+        scores: list[float] = ray.get(ref)
+    except RayActorError as error:  # Ray has repeated the call as often as it was told to
+        raise FaultError(f"the reward worker died again and again at one batch: {explain(error)}") from None
+    return scores
+
+
+def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:
+    """Those of a policy that an actor finished, and died before it could say so."""
+    try:
+        folder = job.store.fetch(f"policies/{job.key}")
+    except DamagedError:
+        return None
+    return read_jsonl(folder / "metrics.jsonl") if folder else None
 
 
 def _sample(step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from raywarp.store import DamagedError
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
+EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
 FRONT_FILES = ("front.png", "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _CHECKSUM = "# sha256 of the lines below: "
@@ -169,6 +171,23 @@ class Run:
         store.append_jsonl(self.metrics_file, row)
         if self.mirror:
             self.mirror.push_now_and_then()
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to the run, oldest first: see add_event."""
+        return store.read_jsonl(self.folder / EVENTS_FILE)
+
+    def add_event(self, event: str, **details: Any) -> dict[str, Any]:
+        """One line of events.jsonl.
+
+        Args:
+            event: started, finished, failed or stopped (the run); fault, hang, recovered, continued, lost or moved (a piece of it);
+                resumed or saved (a policy).
+            details: what (the process), iteration, policy, key, step, cause (out of memory, killed, node lost, hang, exception), message,
+                seconds_lost, steps_repeated; whichever apply.
+        """
+        row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
+        store.append_jsonl(self.folder / EVENTS_FILE, row)
+        return row
 
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""

@@ -11,13 +11,15 @@ Every change is kept as LoRA factors relative to the SFT model; its base weights
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 from raywarp import evaluation, store
 from raywarp.adapters import AdapterDelta, add, scale, trailing
 from raywarp.averaging import liti, slerp
 from raywarp.config import Config
 from raywarp.data import PromptSplits
-from raywarp.inputs import prepare
+from raywarp.inputs import Inputs, prepare
+from raywarp.journal import Journal
 from raywarp.loggers import Loggers
 from raywarp.peft_files import load_peft
 from raywarp.planning import check_cluster
@@ -27,6 +29,7 @@ from raywarp.report import plot_front
 from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
 from raywarp.session import Session, start_ray
+from raywarp.stop import stoppable
 
 ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
@@ -37,15 +40,25 @@ def train(config: Config, display: Display | None = None) -> Run:
     Raises:
         ConfigError: the input is wrong; nothing was started.
         RewardError: the reward failed or was not a finite number; what was done is kept.
+        FaultError: a piece of the run died again and again, or there is no room for it any more; likewise.
+        Stopped: SIGTERM or Ctrl-C; likewise. It is a KeyboardInterrupt.
     """
     display = display or Display()
     inputs = prepare(config)
     run = Run.open(config, display.say)
     start_ray()
     check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt)
-    with run.mirrored(), Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
+    with run.mirrored(), Journal(run, display) as journal, stoppable():
+        _train(config, run, inputs, display, journal)
+    return run
+
+
+def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal) -> None:
+    session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report)
+    with session_of_run as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         run.clean()
+        journal.begin()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
@@ -60,7 +73,6 @@ def train(config: Config, display: Display | None = None) -> Run:
         front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
         save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
         display.timing(run)
-    return run
 
 
 def fine_tune(
@@ -78,8 +90,11 @@ def fine_tune(
     jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
     missing = [job for job in jobs if not found(run, job, display)]
     run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in missing])
-    with display.iteration(iteration, jobs, missing, config.warp.steps) as bars:
-        for event in session.fine_tune(missing, init, prompts.train):
+    with (
+        display.iteration(iteration, jobs, missing, config.warp.steps) as bars,
+        closing(session.fine_tune(missing, init, prompts.train)) as events,
+    ):
+        for event in events:
             if event["event"] == "resumed":
                 run.set_policy_metrics(event["key"], event["metrics"])
             elif event["event"] == "step":

@@ -215,4 +215,4 @@ def test_the_actor_scores_the_workers_rollouts_with_their_columns(user_module):
     actor = RewardActor(RewardConfig(function="users_rewards:score"))
     actor.start()
     rollouts = [Rollout([Completion((1,), (0.0,), text, True)], ()) for text in ("a", "bcd")]
-    assert actor.score_rollouts(["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]
+    assert actor.score_rollouts(None, ["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]

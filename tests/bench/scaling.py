@@ -37,6 +37,7 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 
 import ray
 
+from raywarp.actors import Kinds
 from raywarp.adapters import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.averaging import liti, slerp
 from raywarp.batch import Batch, Completion
@@ -46,7 +47,7 @@ from raywarp.peft_files import load_peft, save_peft
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout import Adapter, Request
 from raywarp.rollout_worker import RolloutWorker
-from raywarp.session import Kinds, Session
+from raywarp.session import Session
 from raywarp.storage import Storage
 
 SMOLLM2 = (30, {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}, (1536, 576))
