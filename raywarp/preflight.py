@@ -100,7 +100,9 @@ def version_problems(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def disk_problems(config: Config, bytes_each: int) -> list[str]:
-    """Places that have no room for two checkpoints of every policy."""
+    """Places that have no room for two checkpoints of every policy; a run that is to be continued has some already."""
+    if "://" not in config.out and (Path(config.out) / "config.yaml").is_file():
+        return []
     needed = LEAST_CHECKPOINTS * config.warp.policies * bytes_each
     problems = []
     for key in ("out", "store"):
@@ -151,4 +153,4 @@ def _name(node: Mapping[str, Any]) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size < GIB else f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"

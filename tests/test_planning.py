@@ -209,7 +209,7 @@ def test_a_config_that_is_too_large_for_every_disk_does_not_fit(project: Path, m
 
     found = plan(load_config("config.yaml"), offline=True)
     assert not found.fits
-    assert "too little room on the disk of out=run: 0.00 GiB free" in found.problems[0]
+    assert "too little room on the disk of out=run: 0.0 MiB free" in found.problems[0]
 
 
 def test_a_run_that_cannot_write_its_folder_is_refused(project: Path, ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,19 +135,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(project: Project, tmp_
 
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_continue(project: Project, tmp_path: Path) -> None:
-    """A real file system of a third of what the run needs."""
-    needed = sum(path.stat().st_size for path in files_of(project.finished.folder))
+    """A file system of its own, which somebody else fills after the first steps."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={needed // 3}", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root")
+    run = Run(folder / "run")
+
+    def fill() -> None:
+        while not run.metrics():
+            time.sleep(0.02)
+        with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
     try:
+        (filler := threading.Thread(target=fill, daemon=True)).start()
         with pytest.raises(StoreError, match=r"No space left on device.*make room, and the same command continues"):
-            train(project.config(folder / "run"), Listener())
-        assert Run(folder / "run").metrics()
-        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
-        run = train(project.config(folder / "run"), Listener())
-        assert_same_results(run, project.finished)
+            train(project.config(run.folder), Listener())
+        filler.join()
+        assert run.metrics()
+        (folder / "filler").unlink()
+        assert_same_results(train(project.config(run.folder), Listener()), project.finished)
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
 

@@ -222,7 +222,7 @@ def live_bytes() -> int:
 
 
 def test_one_base_and_adapters_of_their_own_size(tiny_llama: Path) -> None:
-    """The base once; each policy adds its adapter and its EMA; training adds AdamW's two moments and the stack that takes part."""
+    """The base once; a policy adds adapter, EMA and random generators; training adds AdamW's two moments and the stack that takes part."""
     before = live_bytes()
     model = AdaptedModel(str(tiny_llama), LoraConfig(rank=2, alpha=4.0), torch.float32, torch.device("cpu"))
     base = sum(tensor.numel() * 4 for _, tensor in model.base_parameters())
@@ -230,6 +230,7 @@ def test_one_base_and_adapters_of_their_own_size(tiny_llama: Path) -> None:
     assert base <= loaded < 1.05 * base  # and the rotary frequencies
     policies = [Policy(model, config(), 1, m) for m in (1, 2)]
     adapter = sum(tensor.numel() * 4 for tensor in model.tensors("policy_1").values())
+    loaded += sum(tensor.nbytes for policy in policies for tensor in policy.rng.values())
     assert live_bytes() - before - loaded == 4 * adapter
     batch, completions = some_batch()
     for policy in policies:
