@@ -5,7 +5,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,9 +19,10 @@ from raywarp.data import Prompt
 from raywarp.faults import Failures, FaultError
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.hardware import run_dtype
+from raywarp.points import PendingPoint
 from raywarp.policy_actor import Job
 from raywarp.reward_actor import Scorer
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, submit
 from raywarp.rollout_pool import PoolReport
 from raywarp.seeding import derive_seed
 from raywarp.timing import Timing, measure
@@ -45,18 +45,6 @@ def start_ray() -> None:
 def log_event(event: str, **details: Any) -> None:
     """Where nobody else listens."""
     logging.getLogger(__name__).warning(", ".join([event, *(f"{name} {value}" for name, value in details.items())]))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One adapter's completions of N prompts, with what was asked of them: each list has N entries."""
-
-    texts: list[str]
-    lengths: list[int]
-    finished: list[bool]
-    rewards: list[float]
-    control: list[float] | None
-    kl: list[float]
 
 
 class Session:
@@ -114,11 +102,11 @@ class Session:
         Afterwards `timing` says where the time went.
         """
         work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward)
-        self._get(self.pool.reset.remote())
+        self.get(self.pool.reset.remote())
         start, before = time.monotonic(), self._reward_seconds()
         fine_tuning = FineTuning(self.config, self.policies, work, self._tick, self.report)
         yield from fine_tuning.run(jobs)
-        report: PoolReport = self._get(self.pool.report.remote())
+        report: PoolReport = self.get(self.pool.report.remote())
         reward_seconds = max(self._reward_seconds() - before, 0.0)  # a worker that was started again counts from 0
         self.timing = measure(fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds)
 
@@ -129,7 +117,7 @@ class Session:
 
         def score() -> list[float]:
             (rollouts,) = submit(self.pool, [request], self._chunk)
-            scores: list[float] = self._get(self.reward.submit(prompts, rollouts))
+            scores: list[float] = self.get(self.reward.submit(prompts, rollouts))
             return scores
 
         scores: list[float] = self.persist(score)
@@ -139,7 +127,7 @@ class Session:
         """From now on a reward is (raw − mean) / deviation."""
         self.reward = Scorer(self.reward.actor, (mean, deviation))
 
-    def submit_points(self, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list["PendingPoint"]:
+    def submit_points(self, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[PendingPoint]:
         """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is waited for.
 
         Where the engine can mix adapters, each of its calls has all of them and a share of the prompts; else a call has one.
@@ -174,7 +162,7 @@ class Session:
     def _chunk(self) -> int:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
-    def _get(self, refs: Any) -> Any:
+    def get(self, refs: Any) -> Any:
         """ray.get, with an eye on the actors meanwhile."""
         wanted = refs if isinstance(refs, list) else [refs]
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
@@ -197,14 +185,14 @@ class Session:
         time.sleep(self._failures.pause())
         for place in self.policies:
             try:
-                self._get(place.actor.pulse.remote())
+                self.get(place.actor.pulse.remote())
             except RayError as death:
                 cause = faults.HANG if place.hung else faults.kind_of(death)
                 self.report("fault", what=place.name, cause=cause, message=faults.explain(death))
                 place.renew()
 
     def _reward_seconds(self) -> float:
-        seconds: float = self._get(self.reward.actor.seconds_of_work.remote())
+        seconds: float = self.get(self.reward.actor.seconds_of_work.remote())
         return seconds
 
     def _start(self) -> None:
@@ -225,7 +213,7 @@ class Session:
         self._check_capacity(started[0]["capacity"])
         if self._trains:
             attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.policies]), None))
-            self.zero: AdapterDelta = self.persist(lambda: self._get(next(attempts)))[0]
+            self.zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
         self._started("the reward worker", scorers, rewards)
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
@@ -239,7 +227,7 @@ class Session:
         for actor, ref in zip(actors, refs, strict=True):
             while True:
                 try:
-                    results.append(self._get(ref))
+                    results.append(self.get(ref))
                     break
                 except RayError as error:
                     if not faults.is_survivable(error):
@@ -273,40 +261,3 @@ class Session:
 
 def _start(actors: Sequence[Any]) -> list[Any]:
     return [actor.start.options(max_task_retries=0).remote() for actor in actors]
-
-
-class PendingPoint:
-    """One adapter's completions of the prompts, under way; asked for again if whoever worked on it dies."""
-
-    def __init__(self, session: Session, request: Request, prompts: Sequence[Prompt]):
-        self.session, self.request, self.prompts = session, request, prompts
-        self.refs: list[Any] = []
-
-    def measure(self, rollouts: list[Any]) -> None:
-        """Ask for everything that follows from the rollouts."""
-        session, place = self.session, self.session.policies[0]
-        session.policies.append(session.policies.pop(0))  # they take turns
-        kl = place.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
-        scorers = [session.reward, *([session.control] if session.control else [])]
-        self.refs = [kl, *(scorer.submit(self.prompts, rollouts) for scorer in scorers), *rollouts]
-
-    def wait(self) -> Scored:
-        scored: Scored = self.session.persist(self._wait)
-        return scored
-
-    def _wait(self) -> Scored:
-        if not self.refs:
-            (rollouts,) = submit(self.session.pool, [self.request], self.session.config.rollout.chunk_size)
-            self.measure(rollouts)
-        refs, self.refs = self.refs, []
-        kl, rewards, *rest = self.session._get(refs)
-        control = rest.pop(0) if self.session.control else None
-        completions = join(rest, self.request.adapter)
-        return Scored(
-            texts=[c.text for c in completions],
-            lengths=[len(c.token_ids) for c in completions],
-            finished=[c.finished for c in completions],
-            rewards=rewards,
-            control=control,
-            kl=kl,
-        )

@@ -22,6 +22,7 @@ from killing import (
     SETTINGS,
     Command,
     adapters,
+    descendants,
     kill,
     make_project,
     missing_lines,
@@ -138,7 +139,7 @@ def test_sigterm_saves_every_policy_and_sigkill_leaves_no_orphans(project: Path,
     command = Command(project, "driver", "checkpoint_every=100")
     command.wait_for_steps(sum(saved.values()) + 4)
     assert {row["policy"]: row["step"] for row in told(command.run, "resumed")} == saved
-    children = [process.pid for process in psutil.Process(command.process.pid).children(recursive=True)]
+    children = descendants(command)
     assert len(children) > 6
     command.stop()
     assert not survivors(children, 30)

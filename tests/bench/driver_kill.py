@@ -25,8 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
-from killing import Command, Patience, adapters, make_project, missing_lines, own_home, set_pace, survivors
+from killing import Command, Patience, adapters, descendants, make_project, missing_lines, own_home, set_pace, survivors
 from ray.cluster_utils import Cluster
 
 from raywarp.policy_files import PolicyFiles
@@ -107,7 +106,7 @@ def main() -> None:
                 command = Command(project, out, address=address)
                 if not survives_until_a_moment(command, chance, first, total):
                     break
-                children = [child.pid for child in psutil.Process(command.process.pid).children(recursive=True)]
+                children = descendants(command)
                 phase, rows = phase_of(command.run), command.steps()
                 command.stop()
                 found["kills"] += 1
