@@ -31,7 +31,7 @@ from killing import (
     set_pace,
     survivors,
 )
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorUnavailableError
 from transformers import AutoModelForSequenceClassification
 
 from raywarp import faults, watch
@@ -252,8 +252,9 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any
     actor = ray_cluster.remote(concurrency_groups={watch.GROUP: 1})(RewardActor).options(**options).remote(RewardConfig(model=str(folder)))
     scorer, prompts = Scorer(actor, (0.5, 0.25)), [Prompt("the film was", (3,), {})]
     rollouts = [ray_cluster.put(Rollout([Completion((3,), (0.0,), "good", True)], ()))]
+    raw = ray_cluster.get(Scorer(actor).submit(prompts, rollouts))
     before = ray_cluster.get(scorer.submit(prompts, rollouts))
-    assert before != ray_cluster.get(Scorer(actor).submit(prompts, rollouts))
+    assert before == [(raw[0] - 0.5) / 0.25]
     process = ray_cluster.get(actor.pulse.remote())
     os.kill(process.id, signal.SIGKILL)
     assert ray_cluster.get(scorer.submit(prompts, rollouts)) == before
@@ -262,7 +263,7 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any
 
 
 def test_causes() -> None:
-    node = ActorDiedError("The actor died because its node has died. Node Id: 4a")
+    node = ActorUnavailableError("The actor died because its node has died. Node Id: 4a", None)
     assert faults.kind_of(node) == faults.NODE_LOST
     assert faults.kind_of(ActorUnavailableError("Socket closed", None)) == faults.KILLED
     assert faults.kind_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) == faults.OUT_OF_MEMORY
