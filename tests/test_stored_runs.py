@@ -126,11 +126,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(project: Project, tmp_
     run = train(project.config(folder), heard := Listener())
     assert_same_results(run, project.finished)
     said = heard.text()
-    assert f"policy 1: {one / 'checkpoint-000004' / 'state.safetensors'} is not what was written (sha256)" in said
-    assert "policy 1 continues at step 2" in said
-    assert f"policy 2: {two / 'checkpoint-000004' / 'metrics.jsonl'} has" in said
-    assert f"policy 2: {two / 'checkpoint-000002'} has no manifest" in said
-    assert "policy 2 continues" not in said
+    damaged = [(row["policy"], row["step"], row["message"]) for row in run.events() if row.get("cause") == "damaged"]
+    assert sorted(damaged) == [
+        (1, 2, f"{one / 'checkpoint-000004' / 'state.safetensors'} is not what was written (sha256)"),
+        *sorted((2, 0, problem) for _, _, problem in damaged[1:]),
+    ]
+    assert f"{two / 'checkpoint-000004' / 'metrics.jsonl'} has" in said
+    assert f"{two / 'checkpoint-000002'} has no manifest" in said
+    assert all(problem in said for _, _, problem in damaged)
+    assert [(row["policy"], row["step"]) for row in run.events() if row["event"] == "resumed"] == [(1, 2)]
     assert f"{folder / 'config.yaml'} is not what was written; written anew" in said
 
 

@@ -12,6 +12,7 @@ from raywarp.config import RewardConfig
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import RewardError
 from raywarp.time_limit import TimeLimit, TimeLimitError
+from raywarp.watch import GROUP
 
 SLOW = """
 import ctypes, time
@@ -90,7 +91,7 @@ def test_c_code_ends_its_process_and_is_not_called_again(ray_cluster: Any, modul
     """Ray starts the worker again and repeats the call, as it does for any death; the worker then refuses it."""
     config = RewardConfig(function=f"{module.stem}:score", timeout_seconds=0.5)
     environment = {"env_vars": {"PYTHONPATH": ":".join([str(module.parent), *sys.path])}}
-    remote: Any = ray_cluster.remote(RewardActor)
+    remote: Any = ray_cluster.remote(concurrency_groups={GROUP: 1})(RewardActor)
     actor = remote.options(num_cpus=0, max_restarts=2, max_task_retries=2, runtime_env=environment).remote(config)
     ray_cluster.get(actor.start.remote())
     with pytest.raises(RewardError, match=r"took longer than 0\.5 s and could not be interrupted(?s:.*)in score"):
