@@ -25,6 +25,7 @@ from raywarp.progress import Display
 from raywarp.report import plot_front
 from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
+from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session, start_ray
 
 ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
@@ -44,10 +45,11 @@ def train(config: Config, display: Display | None = None) -> Run:
     with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
+        gauges = RunMetrics(run.folder.name)
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
             keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
-            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, iteration, keys, init)
+            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, gauges, iteration, keys, init)
             merged = add(init, slerp(policies))
             run.save_iteration(iteration, init, merged, keys, policies)
             display.merged(iteration, policies)
@@ -67,6 +69,7 @@ def fine_tune(
     prompts: PromptSplits,
     display: Display,
     loggers: Loggers,
+    gauges: RunMetrics,
     iteration: int,
     keys: Sequence[str],
     init: AdapterDelta,
@@ -85,6 +88,7 @@ def fine_tune(
                 row = {name: value for name, value in event.items() if name != "event"}
                 run.add_metrics(row)
                 loggers.log(row)
+                gauges.step(row)
             bars.update(event)
     if session.timing and session.timing.steps:
         run.save_timing(iteration, session.timing.row())
