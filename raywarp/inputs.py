@@ -9,6 +9,7 @@ from raywarp import rewards, store
 from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
+from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 
 
@@ -37,6 +38,7 @@ def prepare(config: Config) -> Inputs:
     Raises:
         ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion.
     """
+    check_paths(config)
     check_loggers(config)
     check_engine(config)
     model, prompts = prepare_prompts(config)

@@ -7,6 +7,7 @@ from raywarp.config import Config
 from raywarp.data import Prompt, resolve_model
 from raywarp.engines import check_engine
 from raywarp.inputs import first_prompts, prepare_prompts
+from raywarp.jobs import check_paths
 from raywarp.progress import Display
 from raywarp.reward_training import RewardSummary, is_standardised, save_standardisation, train_reward
 from raywarp.rewards import REWARD_FILE, statistics
@@ -24,6 +25,7 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
         ConfigError: the input is wrong; nothing was started.
     """
     display = display or Display()
+    check_paths(config)
     check_engine(config)
     model, prompts = prepare_prompts(config)
     start_ray()
