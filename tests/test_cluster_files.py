@@ -243,3 +243,10 @@ def test_the_imdb_configs_are_the_papers() -> None:
     assert (policy.prompts.min_tokens, policy.prompts.max_tokens) == (8, 15)
     assert (policy.rollout.max_new_tokens, policy.optim.batch_size, policy.rollout.temperature) == (80, 64, 1.0)
     assert policy.prompts == reward.prompts
+
+
+@pytest.mark.skipif("plan" not in raywarp.cli._parser().format_help(), reason="`raywarp plan` is not there")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_example_configs_have_a_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert raywarp.cli.main(["plan", str(path), "--offline"]) == 0
+    assert load_config(path).model in capsys.readouterr().out
