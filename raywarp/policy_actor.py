@@ -44,6 +44,12 @@ class Job:
         return {"iteration": self.iteration, "policy": self.index, "key": self.key}
 
 
+def task_name(jobs: Sequence[Job]) -> str:
+    """What the dashboard says that an actor is at work on: iteration 1 policies 1, 3."""
+    indices = ", ".join(str(job.index) for job in jobs)
+    return f"iteration {jobs[0].iteration} {'policy' if len(jobs) == 1 else 'policies'} {indices}"
+
+
 @dataclass
 class Progress:
     """A job under way: its policy, the metrics of its steps so far, and the rollouts it waits for."""

@@ -19,7 +19,7 @@ from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.engines import EngineSettings, front_rank
 from raywarp.hardware import cpu_environment, supports_bf16
-from raywarp.policy_actor import Job, PolicyActor
+from raywarp.policy_actor import Job, PolicyActor, task_name
 from raywarp.reward_actor import RewardActor
 from raywarp.rollout import SFT, Adapter, AdapterPart, PoolReport, Request, RolloutPool, join, submit
 from raywarp.rollout_worker import RolloutWorker
@@ -129,7 +129,7 @@ class Session:
         streams: list[Any] = []
         for slot, actor in enumerate(self.policies):
             if own := list(jobs[slot :: len(self.policies)]):
-                method = actor.fine_tune.options(num_returns="streaming")
+                method = actor.fine_tune.options(num_returns="streaming", name=task_name(own))
                 streams.append(method.remote(own, part, shared, self.pool, self.reward))
         trainers = len(streams)
         while streams:
@@ -253,6 +253,7 @@ class Session:
         return [
             remote.options(
                 **placement.options(need, group),
+                name=placement.unique_name(f"raywarp-{name}", n + 1),
                 runtime_env={"env_vars": environment},
                 max_restarts=restarts,
                 max_task_retries=restarts,

@@ -80,6 +80,14 @@ class Cluster:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where the tests run in the background
         )
 
+    def names(self, what: str) -> set[str]:
+        """Of all "actors" or "tasks" so far, as the dashboard lists them, without what makes them unique."""
+        address, token = self.environment["RAY_API_SERVER_ADDRESS"], (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text()
+        request = urllib.request.Request(f"{address}/api/v0/{what}?limit=10000", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            rows = json.load(answer)["data"]["result"]["result"]
+        return {re.sub("-[0-9a-f]{8}$", "", row["name"]) for row in rows}
+
     def metrics(self) -> str:
         """What the head's Prometheus endpoint says now."""
         (port,) = (Path(self.environment["RAYWARP_CLUSTER"]) / "ray" / "session_latest").glob("metrics_export_port_*")
@@ -219,6 +227,11 @@ def test_metrics_are_on_rays_endpoint(uninterrupted: tuple[Path, str, set[str]])
     assert seen
     assert all(min(abs(value - reward) for reward in logged) < 1e-9 for value in seen)
     assert all('run="run"' in line for line in lines)
+
+
+def test_the_dashboard_names_actors_and_what_they_work_on(cluster: Cluster, uninterrupted: tuple[Path, str, set[str]]) -> None:
+    assert {"raywarp-policy-1", "raywarp-rollout-1", "raywarp-reward-1"} <= cluster.names("actors")
+    assert {"iteration 1 policies 1, 2", "iteration 2 policies 1, 2"} <= cluster.names("tasks")
 
 
 def test_a_stopped_job_continues_to_the_same_bits(cluster: Cluster, uninterrupted: tuple[Path, str, set[str]]) -> None:
