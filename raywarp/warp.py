@@ -11,6 +11,7 @@ Every change is kept as LoRA factors relative to the SFT model; its base weights
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 
 from raywarp import evaluation, store
 from raywarp.adapters import AdapterDelta, add, scale, trailing
@@ -45,7 +46,7 @@ def train(config: Config, display: Display | None = None) -> Run:
     with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
-        gauges = RunMetrics(run.folder.name)
+        gauges = RunMetrics(PurePosixPath(config.out).name)
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
             keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
@@ -92,6 +93,7 @@ def fine_tune(
             bars.update(event)
     if session.timing and session.timing.steps:
         run.save_timing(iteration, session.timing.row())
+        gauges.fault("rollout worker", "died", session.timing.restarts)
     return [trailing(load_peft(run.policy_folder(key)), config.lora.rank) for key in keys]
 
 
