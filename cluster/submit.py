@@ -33,8 +33,7 @@ STOPPED = 143  # exit code of a job that was stopped: 128 + SIGTERM
 def main() -> int:
     """Returns the job's exit code, 143 if it was stopped, 130 for Ctrl-C (the job goes on), 2 for wrong input, 1 without a cluster."""
     options = parser().parse_args()
-    for source in ("ray.dashboard", "ray._private.runtime_env"):  # tell of every upload and closed connection
-        logging.getLogger(source).setLevel(logging.WARNING)
+    logging.disable(logging.INFO)  # Ray's client tells of every upload and closed connection
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     try:
         client = JobSubmissionClient(address)
