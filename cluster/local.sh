@@ -195,6 +195,7 @@ start_cluster() {
   ports=$(free_ports "$port" 0 0 0 2>/dev/null) || fail "port $port is taken; set RAYWARP_DASHBOARD_PORT to another one"
   read -r port gcs_port client_port agent_port <<<"${ports//$'\n'/ }"
   make_token
+  export PATH=$PWD/.venv/bin:$PATH # where jobs find `raywarp`
   say "starting a Ray cluster (log: $CLUSTER/log) ..."
   set -m # a process group of its own: Ctrl-C here does not reach it
   nohup .venv/bin/ray start --head --block --disable-usage-stats --log-style=record --temp-dir="$CLUSTER/ray" --port="$gcs_port" \

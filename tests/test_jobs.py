@@ -31,12 +31,15 @@ from raywarp.run_metrics import GAUGES
 
 REPOSITORY = Path(__file__).parent.parent
 REWARD = '''
-"""Counts good words; takes as many seconds as the file `pace` says."""
+"""Counts good words; takes two minutes from its fifth call on while there is a file `slow`."""
 import pathlib, time
 
+CALLS = []
+
 def score(prompts, completions, **columns):
-    pace = pathlib.Path(__file__).with_name("pace")
-    time.sleep(float(pace.read_text()) if pace.exists() else 0)
+    CALLS.append(len(completions))
+    if len(CALLS) > 4 and pathlib.Path(__file__).with_name("slow").exists():
+        time.sleep(120)
     return [float(text.split().count("good")) for text in completions]
 '''
 
@@ -89,8 +92,10 @@ class Cluster:
         return {re.sub("-[0-9a-f]{8}$", "", row["name"]) for row in rows}
 
     def metrics(self) -> str:
-        """What the head's Prometheus endpoint says now."""
-        (port,) = (Path(self.environment["RAYWARP_CLUSTER"]) / "ray" / "session_latest").glob("metrics_export_port_*")
+        """What the head's Prometheus endpoint says now; nothing before it is there."""
+        port = next((Path(self.environment["RAYWARP_CLUSTER"]) / "ray" / "session_latest").glob("metrics_export_port_*"), None)
+        if port is None:
+            return ""
         with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text()}/metrics", timeout=30) as answer:
             return str(answer.read(), "utf-8")
 
@@ -139,7 +144,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         }
         there = Cluster(root / "cluster" / "local.sh", project, environment)
         try:
-            started = there.run(there.local_sh, "start", "--num-cpus=4")
+            started = there.run(there.local_sh, "start", "--num-cpus=4", PATH="/usr/bin:/bin")
             assert started.returncode == 0, started.stdout + started.stderr
             environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{environment['RAYWARP_DASHBOARD_PORT']}"
             yield there
@@ -235,9 +240,9 @@ def test_the_dashboard_names_actors_and_what_they_work_on(cluster: Cluster, unin
 
 
 def test_a_stopped_job_continues_to_the_same_bits(cluster: Cluster, uninterrupted: tuple[Path, str, set[str]]) -> None:
-    again, pace = cluster.project / "again", cluster.project / "pace"
+    again, slow = cluster.project / "again", cluster.project / "slow"
     command = ("ray", "job", "submit", "--working-dir", ".", "--", "raywarp", "train", "warp.yaml", f"out={again}")
-    pace.write_text("1")
+    slow.touch()
     submission = cluster.start(*command)
     wait_for(lambda: list(again.glob("policies/*/checkpoint-*/manifest.json")))
     (job,) = [job.submission_id for job in cluster.client().list_jobs() if job.status == "RUNNING"]
@@ -248,7 +253,7 @@ def test_a_stopped_job_continues_to_the_same_bits(cluster: Cluster, uninterrupte
     assert not any(again.glob("policies/*/adapter_model.safetensors"))
     assert "was stopped" in submission.communicate(timeout=60)[0]
 
-    pace.unlink()
+    slow.unlink()
     continued = cluster.run(*command)
     assert continued.returncode == 0, continued.stdout + continued.stderr
     assert "continues at step" in continued.stdout
