@@ -119,6 +119,7 @@ def test_kuberay_resources(name: str) -> None:
     templates = [spec["headGroupSpec"]["template"], *(group["template"] for group in groups.values())]
     pods = [template["spec"] for template in templates]
     assert [int(pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)) for pod in pods] == [0, 4, 0]
+    assert [pod["containers"][0]["image"] for pod in pods] == ["raywarp:cpu", "raywarp:gpu", "raywarp:cpu"]  # vLLM differs
     for pod in pods:  # all of them share a file system, and none runs without the token
         assert {"name": "shared", "persistentVolumeClaim": {"claimName": "raywarp-shared"}} in pod["volumes"]
         volumes = {volume["name"] for volume in pod["volumes"]}

@@ -1,11 +1,13 @@
 """A cluster of its own with token authentication, started by cluster/local.sh, and WARP runs on it as Ray jobs, by the real commands."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -278,6 +281,55 @@ def test_ctrl_c_leaves_the_job(cluster: Cluster, uninterrupted: tuple[Path, str,
     followed = cluster.run(sys.executable, cluster.submit_py, "--follow", job)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert followed.stdout.count("already done") == 4
+
+
+class Line(socketserver.ThreadingTCPServer):
+    """A line to a local port that can be cut: the connections that there are end, new ones are served."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int):
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.port, self.open = port, list[socket.socket]()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with socket.create_connection(("127.0.0.1", self.port)) as server:
+            self.open += [request, server]
+            back = threading.Thread(target=self.pump, args=[server, request], daemon=True)
+            back.start()
+            self.pump(request, server)
+            back.join()
+
+    def pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        for connection in self.open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.open.clear()
+
+
+def test_following_survives_a_lost_connection(cluster: Cluster) -> None:
+    """Each line is printed once, in order, although every connection gets the log from its beginning."""
+    script = "import time\nfor n in range(30): print('line', n, flush=True); time.sleep(0.2)"
+    job = job_of(cluster.run("ray", "job", "submit", "--no-wait", "--", sys.executable, "-c", script).stdout)
+    with Line(int(cluster.environment["RAYWARP_DASHBOARD_PORT"])) as line:
+        threading.Thread(target=line.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{line.server_address[1]}"
+        following = cluster.start(sys.executable, cluster.submit_py, "--follow", job, "--address", address)
+        assert following.stdout
+        printed = []
+        for text in following.stdout:
+            printed.append(text.strip())
+            if text.strip() in ("line 3", "line 12"):
+                line.cut()
+        line.shutdown()
+    assert following.wait(timeout=60) == 0, printed
+    assert [text for text in printed if text.startswith("line ")] == [f"line {n}" for n in range(30)]
 
 
 def test_without_the_token_nothing_is_told_or_done(cluster: Cluster, tmp_path: Path) -> None:
