@@ -10,8 +10,9 @@ usage: ./cluster/local.sh quickstart [OPTIONS]   install, then run `raywarp quic
        ./cluster/local.sh test [OPTIONS]         install, then run `pytest OPTIONS`
        ./cluster/local.sh install                install only
 
-       ./cluster/local.sh start [OPTIONS]        start a Ray cluster on this machine, with `ray start` OPTIONS such as --num-cpus=4
-       ./cluster/local.sh submit CONFIG [KEY=VALUE ...]   run `raywarp train CONFIG` there as a job, from this directory, and follow it
+       ./cluster/local.sh start [OPTIONS]        install, then start a Ray cluster on this machine (`ray start OPTIONS`)
+       ./cluster/local.sh submit CONFIG [KEY=VALUE ...]
+                                                 run `raywarp train CONFIG KEY=VALUE ...` there as a job, and follow it
        ./cluster/local.sh stop                   stop that cluster, and no other
 
 Needs bash and Python 3.11 to 3.14 with venv and pip. Everything goes into .venv; a second run installs nothing.
@@ -20,7 +21,7 @@ Environment:
   PYTHON               the Python to use (default: the first that fits of python3, python3.13, python3.12, python3.11)
   RAYWARP_EXTRA        cpu or gpu (default: gpu if nvidia-smi lists one)
   RAYWARP_CLUSTER      short path of the folder of start's cluster (default: /tmp/raywarp-UID)
-  RAYWARP_DASHBOARD_PORT  where its dashboard and job server listen, on 127.0.0.1 (default: 8265)
+  RAYWARP_PORT         port of its dashboard and job server, on 127.0.0.1 (default: 8265; 0: any)
   RAYWARP_TORCH_INDEX  where to find CPU builds of torch if the configured index has none (default: PyTorch's own index)
 USAGE
 }
@@ -187,14 +188,14 @@ for s in [socket.create_server(("", int(port))) for port in sys.argv[1:]]: print
 # Ports of its own for all that Ray puts at fixed ones by default, so that other clusters on this machine are no matter.
 # The pid is of `ray start --block`, which on SIGTERM ends all that it started; `ray stop` would end every Ray on this machine.
 start_cluster() {
-  local port=${RAYWARP_DASHBOARD_PORT:-8265} ports gcs_port client_port agent_port pid
+  local port=${RAYWARP_PORT:-8265} ports gcs_port client_port agent_port pid
   if cluster_is_up; then fail "the cluster runs already at $(cat "$CLUSTER/address"); ./cluster/local.sh stop ends it"; fi
   (umask 077 && mkdir -p "$CLUSTER")
-  rm -f "$CLUSTER/ray/session_latest"
   if [[ ! -O $CLUSTER ]]; then fail "$CLUSTER belongs to somebody else; set RAYWARP_CLUSTER to another folder"; fi
-  ports=$(free_ports "$port" 0 0 0 2>/dev/null) || fail "port $port is taken; set RAYWARP_DASHBOARD_PORT to another one"
+  ports=$(free_ports "$port" 0 0 0 2>/dev/null) || fail "port $port is taken; set RAYWARP_PORT to another one"
   read -r port gcs_port client_port agent_port <<<"${ports//$'\n'/ }"
   make_token
+  rm -f "$CLUSTER/ray/session_latest" # of the cluster before
   export PATH=$PWD/.venv/bin:$PATH # where jobs find `raywarp`
   say "starting a Ray cluster (log: $CLUSTER/log) ..."
   set -m # a process group of its own: Ctrl-C here does not reach it

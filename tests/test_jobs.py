@@ -140,7 +140,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "PYTHON": sys.executable,
             "RAYWARP_EXTRA": "cpu",
             "RAYWARP_CLUSTER": f"{folder}/c",
-            "RAYWARP_DASHBOARD_PORT": str(free_port()),
+            "RAYWARP_PORT": str(free_port()),
             "RAYWARP_CACHE": os.environ["RAYWARP_CACHE"],
             "RAY_AUTH_MODE": "token",
             "RAY_metrics_report_interval_ms": "500",
@@ -149,7 +149,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         try:
             started = there.run(there.local_sh, "start", "--num-cpus=4", PATH="/usr/bin:/bin")
             assert started.returncode == 0, started.stdout + started.stderr
-            environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{environment['RAYWARP_DASHBOARD_PORT']}"
+            environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{environment['RAYWARP_PORT']}"
             yield there
         finally:
             stopped = there.run(there.local_sh, "stop")
@@ -317,7 +317,7 @@ def test_following_survives_a_lost_connection(cluster: Cluster) -> None:
     """Each line is printed once, in order, although every connection gets the log from its beginning."""
     script = "import time\nfor n in range(30): print('line', n, flush=True); time.sleep(0.2)"
     job = job_of(cluster.run("ray", "job", "submit", "--no-wait", "--", sys.executable, "-c", script).stdout)
-    with Line(int(cluster.environment["RAYWARP_DASHBOARD_PORT"])) as line:
+    with Line(int(cluster.environment["RAYWARP_PORT"])) as line:
         threading.Thread(target=line.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{line.server_address[1]}"
         following = cluster.start(sys.executable, cluster.submit_py, "--follow", job, "--address", address)
@@ -337,7 +337,7 @@ def test_without_the_token_nothing_is_told_or_done(cluster: Cluster, tmp_path: P
     before = len(cluster.client().list_jobs())
     elsewhere = {"HOME": str(tmp_path)}
     submission = ("ray", "job", "submit", "--working-dir", ".", "--", "raywarp", "train", "warp.yaml")
-    address = f"http://127.0.0.1:{cluster.environment['RAYWARP_DASHBOARD_PORT']}"
+    address = f"http://127.0.0.1:{cluster.environment['RAYWARP_PORT']}"
     for environment in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
         for command in (submission, ("ray", "job", "list"), (sys.executable, cluster.submit_py, "warp.yaml")):
             result = cluster.run(*command, **elsewhere, **environment)

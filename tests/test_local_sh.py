@@ -196,7 +196,7 @@ def installed(repository):
 
 def test_a_cluster_that_does_not_start(installed, tmp_path):
     result = local_sh(
-        installed, "start", "--num-cpus=3", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_DASHBOARD_PORT="0", RAY_AUTH_TOKEN="x"
+        installed, "start", "--num-cpus=3", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT="0", RAY_AUTH_TOKEN="x"
     )
     assert_refused(result, "Ray did not start", "no room for the object store", f"--temp-dir={tmp_path}/c/ray", "--num-cpus=3")
     assert "--dashboard-host=127.0.0.1" in result.stderr
@@ -206,8 +206,8 @@ def test_a_cluster_that_does_not_start(installed, tmp_path):
 def test_a_port_that_is_taken(installed, tmp_path):
     with socket.create_server(("", 0)) as server:
         port = str(server.getsockname()[1])
-        result = local_sh(installed, "start", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_DASHBOARD_PORT=port)
-    assert_refused(result, f"port {port} is taken", "RAYWARP_DASHBOARD_PORT")
+        result = local_sh(installed, "start", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT=port)
+    assert_refused(result, f"port {port} is taken", "RAYWARP_PORT")
 
 
 def test_stop_ends_nothing_that_start_did_not_start(installed, tmp_path):
