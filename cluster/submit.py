@@ -35,12 +35,19 @@ def main() -> int:
     options = parser().parse_args()
     logging.disable(logging.INFO)  # Ray's client tells of every upload and closed connection
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
+    job = options.follow
     try:
         client = JobSubmissionClient(address)
         if options.stop:
             return stop(client, options.stop)
-        job = options.follow or submit(client, address, options)
+        if not job:
+            job, entrypoint = submit(client, address, options)
+            say(f"job {job}: {entrypoint}")
+            say(f"  follow it with --follow {job}, stop it with --stop {job}")
         return 0 if options.no_wait else follow(client, job)
+    except KeyboardInterrupt:
+        say(f"\njob {job} goes on; follow it with --follow {job}, stop it with --stop {job}" if job else "\nnothing was submitted")
+        return 130
     except ConfigError as error:
         return fail(error, 2)
     except UNANSWERED as error:
@@ -61,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def submit(client: JobSubmissionClient, address: str, options: argparse.Namespace) -> str:
-    """The new job's id."""
+def submit(client: JobSubmissionClient, address: str, options: argparse.Namespace) -> tuple[str, str]:
+    """The new job's id, and its command."""
     config = load_config(options.config, options.overrides)
     path = Path(os.path.relpath(options.config))
     if path.parts[0] == "..":
@@ -76,9 +83,7 @@ def submit(client: JobSubmissionClient, address: str, options: argparse.Namespac
     entrypoint = shlex.join(["raywarp", options.command, path.as_posix(), *options.overrides, *moved])
     environment = {**yaml.safe_load(options.runtime_env.read_text()), "working_dir": os.getcwd()}
     job = with_agent(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=environment, metadata={"raywarp": options.command}))
-    say(f"job {job}: {entrypoint}")
-    say(f"  follow it with --follow {job}, stop it with --stop {job}")
-    return job
+    return job, entrypoint
 
 
 def with_agent(submission: Callable[[], str]) -> str:
@@ -119,21 +124,17 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     """Print the job's log until it ends, across lost connections; returns its exit code."""
     client.get_job_info(job)  # an unknown job fails here
     log, answered = Log(client, job), time.monotonic()
-    try:
-        while True:
-            try:
-                asyncio.run(log.follow())
-                if client.get_job_status(job).is_terminal():
-                    log.rest()
-                    return outcome(client, job)
-                answered = time.monotonic()
-            except UNANSWERED as error:
-                if time.monotonic() - answered > PATIENCE:
-                    raise RuntimeError(f"no answer for {PATIENCE} s ({error}); the job may go on, follow it with --follow {job}") from None
-            time.sleep(1)
-    except KeyboardInterrupt:
-        say(f"\njob {job} goes on; follow it with --follow {job}, stop it with --stop {job}")
-        return 130
+    while True:
+        try:
+            asyncio.run(log.follow())
+            if client.get_job_status(job).is_terminal():
+                log.rest()
+                return outcome(client, job)
+            answered = time.monotonic()
+        except UNANSWERED as error:
+            if time.monotonic() - answered > PATIENCE:
+                raise RuntimeError(f"no answer for {PATIENCE} s ({error}); the job may go on, follow it with --follow {job}") from None
+        time.sleep(1)
 
 
 def outcome(client: JobSubmissionClient, job: str) -> int:

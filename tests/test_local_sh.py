@@ -195,9 +195,7 @@ def installed(repository):
 
 
 def test_a_cluster_that_does_not_start(installed, tmp_path):
-    result = local_sh(
-        installed, "start", "--num-cpus=3", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT="0", RAY_AUTH_TOKEN="x"
-    )
+    result = local_sh(installed, "start", "--num-cpus=3", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT="0", RAY_AUTH_TOKEN="x")
     assert_refused(result, "Ray did not start", "no room for the object store", f"--temp-dir={tmp_path}/c/ray", "--num-cpus=3")
     assert "--dashboard-host=127.0.0.1" in result.stderr
     assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
