@@ -123,17 +123,21 @@ class Log:
 def follow(client: JobSubmissionClient, job: str) -> int:
     """Print the job's log until it ends, across lost connections; returns its exit code."""
     client.get_job_info(job)  # an unknown job fails here
-    log, answered = Log(client, job), time.monotonic()
+    log, lost = Log(client, job), 0.0
     while True:
+        connected = time.monotonic()
         try:
             asyncio.run(log.follow())
             if client.get_job_status(job).is_terminal():
                 log.rest()
                 return outcome(client, job)
-            answered = time.monotonic()
         except UNANSWERED as error:
-            if time.monotonic() - answered > PATIENCE:
+            now = time.monotonic()
+            lost = lost if lost and now - connected < PATIENCE / 10 else now  # when the attempts began to fail one after another
+            if now - lost > PATIENCE:
                 raise RuntimeError(f"no answer for {PATIENCE} s ({error}); the job may go on, follow it with --follow {job}") from None
+        else:
+            lost = 0.0
         time.sleep(1)
 
 
