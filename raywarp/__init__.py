@@ -13,6 +13,8 @@ _WHERE = {
     "train": "warp",
     "reward": "reward_stage",
     "Run": "run",
+    "Stopped": "stop",
+    "FaultError": "faults",
     "Config": "config",
     "ConfigError": "config",
     "load_config": "config",

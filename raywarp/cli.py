@@ -8,13 +8,16 @@ from typing import Any
 
 from raywarp.config import Config, ConfigError, config_help, load_config
 from raywarp.merge_command import add_merge
+from raywarp.stop import Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for wrong input (a config, a dataset, an adapter), 1 for a run that failed, 130 for Ctrl-C."""
+    """Returns the exit code: 0; 2: wrong input (a config, a dataset, an adapter); 1: a run that failed; 130: Ctrl-C; 143: SIGTERM."""
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+    except Stopped as stopped:
+        return _fail(stopped, stopped.exit_code)
     except KeyboardInterrupt:
         return _fail("stopped; the same command continues where it was", 130)
     except Exception as error:
@@ -39,10 +42,12 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, AdapterError):
         return 2
     from raywarp.checkpoint import CheckpointError
+    from raywarp.faults import FaultError
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
+    from raywarp.store import DamagedError, StoreError
 
-    return 1 if isinstance(error, CheckpointError | RewardError | RolloutError) else None
+    return 1 if isinstance(error, CheckpointError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ Every key has a description; `Config` is what every command gets, and its resolv
 
 import copy
 import difflib
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -169,6 +170,12 @@ class ClusterConfig(Section):
         None, description="threads of each CPU process; default: a node's cores over the processes that work at the same time"
     )
     timeout_seconds: Positive = Field(120, description="longest wait for the placement groups")
+    max_failures: Whole = Field(
+        3, description="how often a policy or a worker that got no further since it last failed is made anew before the run gives up"
+    )
+    hang_seconds: Positive = Field(
+        600, description="a process that does not answer, or works at one update or rollout for so long, is reported and started again"
+    )
 
 
 class ChooseConfig(Section):
@@ -197,7 +204,10 @@ class Config(Section):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with a model")
     seed: Whole = Field(0, description="everything random derives from it")
-    out: str = Field("runs/default", description="folder that the command writes")
+    out: str = Field("runs/default", description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix")
+    store: str | None = Field(
+        None, description="folder or URI of trained policies under their keys, which several runs may share; default: out"
+    )
     prompts: PromptsConfig = PromptsConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_training: RewardTrainingConfig = RewardTrainingConfig()
@@ -215,6 +225,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> "Config":
+        for place in (self.out, self.store or ""):
+            _refuse_credentials(place)
         batch, group = self.optim.batch_size, self.rollout.completions_per_prompt
         if batch % group:
             raise ValueError(f"optim.batch_size={batch} is not a multiple of rollout.completions_per_prompt={group}")
@@ -223,6 +235,16 @@ class Config(Section):
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
         return self
+
+
+def _refuse_credentials(place: str) -> None:
+    """A configuration is saved with the run and shown: it must hold no password."""
+    parts = urllib.parse.urlsplit(place) if "://" in place else None
+    if parts and (parts.password is not None or (parts.username and parts.scheme == "s3")):
+        raise ValueError(
+            f"{parts.scheme}://…@{parts.hostname or ''}{parts.path} holds credentials, which the saved configuration would keep; leave "
+            "them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (GOOGLE_APPLICATION_CREDENTIALS for gs://) instead"
+        )
 
 
 def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from raywarp.batch import Completion
@@ -48,7 +47,7 @@ class Loader(Protocol):
 
 
 class Engine(Protocol):
-    """Made from EngineSettings and a folder for temporary files; adapter_mode is what `rollout.adapter: auto` became."""
+    """Made from EngineSettings; adapter_mode is what `rollout.adapter: auto` became."""
 
     adapter_mode: str
 
@@ -67,7 +66,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def start_engine(settings: EngineSettings, folder: Path) -> Engine:
+def start_engine(settings: EngineSettings) -> Engine:
     """The engine that rollout.engine names; raises ConfigError as the engine does."""
     if settings.rollout.engine == "transformers":
         from raywarp.transformers_engine import TransformersEngine
@@ -75,7 +74,7 @@ def start_engine(settings: EngineSettings, folder: Path) -> Engine:
         return TransformersEngine(settings)
     from raywarp.vllm_engine import VllmEngine
 
-    return VllmEngine(settings, folder)
+    return VllmEngine(settings)
 
 
 def check_engine(config: Config) -> None:

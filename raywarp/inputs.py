@@ -82,7 +82,14 @@ def check_reward(config: Config) -> None:
         if scorer.function:
             rewards.load_function(scorer.function)
         elif scorer.model:
-            rewards.check_classifier(resolve_model(scorer.model, what=f"{key} model"), config.trust_remote_code)
+            model = resolve_model(scorer.model, what=f"{key} model")
+            try:
+                rewards.check_trained(Path(model))
+            except store.DamagedError as error:
+                raise ConfigError(
+                    f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with out={model} trains it anew"
+                ) from None
+            rewards.check_classifier(model, config.trust_remote_code)
         else:
             raise ConfigError(f"{key} has neither a model nor a function")
 

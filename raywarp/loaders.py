@@ -5,14 +5,13 @@ while the engine already samples.
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from raywarp import scratch
 from raywarp.adapters import AdapterDelta, Factors, digest, zeros_like
 from raywarp.checkpoint import Checkpoint
 from raywarp.peft_config import ADAPTER_FILE
@@ -95,13 +94,11 @@ class LoraLoader:
         engine: vLLM's LLM.
         weights: for what goes into the weights.
         largest: the rank that the engine has slots for; what is above goes into the weights, too.
-        folder: for the files that vLLM reads; it is emptied first.
     """
 
-    def __init__(self, engine: Any, weights: MergedLoader, largest: int, folder: Path | None = None):
+    def __init__(self, engine: Any, weights: MergedLoader, largest: int):
         self.engine, self.weights, self.largest, self.version = engine, weights, largest, 0
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="raywarp-adapters-"))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = scratch.claim()  # for the files that vLLM reads
         self._held: dict[str, tuple[Any, str]] = {}  # digest asked for → vLLM's request, digest of what was written for it
 
     def in_weights(self, adapter: Adapter) -> Hashable:
@@ -129,7 +126,7 @@ class LoraLoader:
         return self._held[part.digest][0] if part else None
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        scratch.release(self.folder)
 
     def _below(self, adapter: Adapter) -> Adapter:
         return Adapter(adapter.init) if self._on_top(adapter) or adapter.policy is None else adapter

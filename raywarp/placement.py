@@ -51,15 +51,34 @@ class Plan:
         return [self.policy, self.rollout, self.reward]
 
 
-def make_plan(config: Config) -> Plan:
+def await_plan(config: Config) -> Plan:
+    """make_plan, after a wait of at most cluster.timeout_seconds if others have what the cluster would have for it.
+
+    The actors of a driver that was killed are gone a little later than it is.
+    """
+    deadline = time.monotonic() + config.cluster.timeout_seconds
+    while True:
+        try:
+            return make_plan(config)
+        except ConfigError:
+            make_plan(config, ray.cluster_resources())
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan:
     """Fit the run into the running cluster.
 
     As many policy actors as there is room for, at most M; an actor holds several policies if need be.
 
+    Args:
+        available: resources; default: what is free now.
+
     Raises:
         ConfigError: not even one policy actor and the rollout workers fit; says what was asked, what is there, and which keys to change.
     """
-    cluster, available = config.cluster, ray.available_resources()
+    cluster, available = config.cluster, ray.available_resources() if available is None else available
     gpus = ray.cluster_resources().get("GPU", 0)
     gpu_default = 1.0 if gpus else 0.0
     per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else gpu_default
@@ -120,8 +139,8 @@ def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
     """Ray gives a removed group's resources back a little later; a session that starts at once must not see them as taken."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        now = ray.available_resources()
-        if all(now.get(resource, 0.0) >= before.get(resource, 0.0) for resource in ("CPU", "GPU")):
+        now, total = ray.available_resources(), ray.cluster_resources()  # a node that has been lost does not come back
+        if all(now.get(resource, 0.0) >= min(before.get(resource, 0.0), total.get(resource, 0.0)) for resource in ("CPU", "GPU")):
             return
         time.sleep(0.1)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp import losses
+from raywarp import losses, rng
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import AdapterDelta
 from raywarp.advantages import advantages
@@ -15,6 +15,9 @@ from raywarp.batch import Batch, Completion
 from raywarp.config import Config
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.seeding import derive_seed
+from raywarp.store import DamagedError
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 class Policy:
@@ -32,6 +35,7 @@ class Policy:
         model.add_copy(self.ema_name, of=self.name)
         self.trained = model.trainable(self.name)
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.optim.lr, weight_decay=0.0, fused=True)
+        self.rng = rng.seeded(derive_seed(config.seed, "rng", iteration, index), model.device)
         self.step = 0
 
     def task_vector(self) -> AdapterDelta:
@@ -49,6 +53,10 @@ class Policy:
         Returns:
             metrics of the policy before the step: KL in nats per completion, entropy and gap in nats per token.
         """
+        with rng.using(self.rng, self.model.device):
+            return self._update(batch, rewards, completions, with_sft_kl)
+
+    def _update(self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool) -> dict[str, float]:
         settings, batch = self.config, batch.to(self.model.device)
         finished = torch.tensor([c.finished for c in completions], dtype=torch.float32)
         penalised = (rewards - settings.rollout.missing_eos_penalty * (1 - finished)).to(self.model.device)
@@ -94,8 +102,11 @@ class Policy:
         return {name: float(value) for name, value in metrics.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on: adapter, EMA, optimiser moments and step."""
-        saved: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        """Everything that the next steps depend on: adapter, EMA, optimiser moments and step, random generators.
+
+        The learning rate follows from the step.
+        """
+        saved: dict[str, Tensor] = {"step": torch.tensor(self.step), **{f"rng/{name}": states for name, states in self.rng.items()}}
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
             saved |= {f"{kind}/{name}": tensor.detach().cpu().clone() for name, tensor in self.model.tensors(adapter).items()}
         for index, parameter in enumerate(self.trained):
@@ -104,15 +115,37 @@ class Policy:
         return saved
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from `state()` as if nothing had happened in between."""
+        """Continue from `state()` as if nothing had happened in between.
+
+        Raises:
+            DamagedError: it is not the state of a policy like this one, after at least one step; nothing was changed.
+        """
+        self._check_state(saved)
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
             for name, tensor in self.model.tensors(adapter).items():
                 tensor.data.copy_(saved[f"{kind}/{name}"])
         for index, parameter in enumerate(self.trained):
-            names = [key.rsplit("/", 1)[1] for key in saved if key.startswith(f"adamw/{index}/")]
-            moments: dict[str, Any] = {name: saved[f"adamw/{index}/{name}"].to(parameter.device) for name in names}
+            moments: dict[str, Any] = {name: saved[f"adamw/{index}/{name}"].to(parameter.device) for name in _MOMENTS}
             self.optimiser.state[parameter] = moments
+        self.rng = {name: saved[f"rng/{name}"] for name in self.rng}
         self.step = int(saved["step"])
+
+    def _check_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Names, shapes and dtypes against the model's."""
+        expected = {"step": torch.tensor(0), **{f"rng/{name}": states for name, states in self.rng.items()}}
+        for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
+            expected |= {f"{kind}/{name}": tensor for name, tensor in self.model.tensors(adapter).items()}
+        for index, parameter in enumerate(self.trained):
+            expected |= {f"adamw/{index}/{name}": parameter for name in _MOMENTS if name != "step"}
+            expected[f"adamw/{index}/step"] = torch.tensor(0.0)
+        if differing := sorted(expected.keys() ^ saved.keys()):
+            raise DamagedError(f"the state and the model differ in {len(differing)} tensors, the first is {differing[0]}")
+        for name, tensor in expected.items():
+            ours, theirs = (tensor.dtype, tuple(tensor.shape)), (saved[name].dtype, tuple(saved[name].shape))
+            if ours != theirs:
+                raise DamagedError(f"{name} is {theirs[0]} {theirs[1]} in the state and {ours[0]} {ours[1]} in the model")
+        if not 0 < int(saved["step"]) <= self.config.warp.steps:
+            raise DamagedError(f"the state is of step {int(saved['step'])}, and the policy takes {self.config.warp.steps}")
 
     def close(self) -> None:
         """Take both adapters off the base."""

@@ -3,41 +3,46 @@
 While one policy updates, the shared rollout workers generate for another; within a policy every batch is on-policy.
 """
 
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from ray.exceptions import RayActorError
 
-from raywarp import store
-from raywarp.adapters import AdapterDelta, add
+from raywarp.adapters import AdapterDelta, add, digest
 from raywarp.batch import Completion, collate
 from raywarp.config import Config
 from raywarp.data import Prompt
+from raywarp.faults import FaultError, explain
 from raywarp.packing import micro_batches
-from raywarp.peft_files import save_peft
+from raywarp.policy_files import Checkpoint, PolicyFiles
+from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
+from raywarp.storage import Storage
+from raywarp.store import DamagedError, read_jsonl
+from raywarp.watch import GROUP, Process
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
 
-KEPT_CHECKPOINTS = 2
+STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
 
 @dataclass(frozen=True)
 class Job:
-    """One policy to fine-tune: i and m counted from 1, the key of its result, and the folder that gets it."""
+    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that gets it."""
 
     iteration: int
     index: int
     key: str
-    folder: str
+    store: Storage
 
     @property
     def label(self) -> dict[str, Any]:
@@ -52,20 +57,26 @@ def task_name(jobs: Sequence[Job]) -> str:
 
 @dataclass
 class Progress:
-    """A job under way: its policy, the metrics of its steps so far, and the rollouts it waits for."""
+    """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it waits for.
+
+    saved_step: of its last checkpoint. discarded: why older ones could not be used.
+    """
 
     job: Job
     policy: "Policy"
-    metrics: list[dict[str, Any]]
+    files: PolicyFiles
+    metrics: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     adapter: Adapter = SFT
     rollouts: list[Any] = field(default_factory=list)
     request_seconds: float = 0.0
     samples: list[dict[str, Any]] = field(default_factory=list)
+    saved_step: int = 0
+    discarded: list[str] = field(default_factory=list)
 
 
 class PolicyActor:
-    """Holds the base across iterations. Its methods are called one at a time.
+    """Holds the base across iterations. Its methods are called one at a time, but for those by which it is watched.
 
     Args:
         model: folder or hub id of the SFT model.
@@ -75,6 +86,25 @@ class PolicyActor:
 
     def __init__(self, config: Config, model: str, dtype: str, threads: int | None):
         self.config, self.source, self.dtype, self.threads = config, model, dtype, threads
+        self.stopping = threading.Event()
+        self.thread = 0
+        self.working_since: float | None = None
+
+    @ray.method(concurrency_group=GROUP)
+    def pulse(self) -> Process:
+        """Answered while a policy is updated."""
+        return Process.here(self.working_since)
+
+    @ray.method(concurrency_group=GROUP)
+    def stop(self) -> None:
+        """Let fine_tune save every policy and end, as soon as no update is under way."""
+        self.stopping.set()
+
+    @ray.method(concurrency_group=GROUP)
+    def stack(self) -> str:
+        """Where fine_tune is."""
+        frame = sys._current_frames().get(self.thread)
+        return "".join(traceback.format_stack(frame)) if frame else "not at work"
 
     def start(self) -> AdapterDelta:
         """Load the base; returns the change of the SFT model, rank 0 in every adapted module.
@@ -98,28 +128,50 @@ class PolicyActor:
         return self.model.zero_delta()
 
     def fine_tune(
-        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Any
+        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer
     ) -> Iterator[dict[str, Any]]:
-        """Train the jobs' policies to the end, yielding what happens: resumed (with the metrics so far), step, done.
+        """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was of no use), resumed (with the metrics so
+        far), step, done; or stopped.
 
         Raises:
             RewardError: from the reward, after a checkpoint of every policy here.
+            FaultError: the reward worker died again and again.
         """
+        self.thread, self.working_since = threading.get_ident(), time.monotonic()
+        self._load()
         initial = init.fetch()
         self.model.set_init(initial)
-        under_way = [self._start(job) for job in jobs]
+        under_way = []
+        for job in jobs:
+            if (metrics := _finished_metrics(job)) is None:
+                under_way.append(self._start(job))
+            else:
+                yield {"event": "resumed", **job.label, "step": self.config.warp.steps, "metrics": metrics}
+                yield {"event": "done", **job.label}
         try:
             for progress in under_way:
+                for cause in progress.discarded:
+                    yield {"event": "fault", **progress.job.label, "step": progress.policy.step, "cause": cause}
                 yield {"event": "resumed", **progress.job.label, "step": progress.policy.step, "metrics": progress.metrics}
             self.started, self.busy_seconds = time.perf_counter(), 0.0
             waiting = {self._request(p, init, prompts, pool, reward): p for p in under_way if self._unfinished(p)}
+            idle = time.perf_counter()
             while waiting:
-                idle = time.perf_counter()
-                (scores,), _ = ray.wait(list(waiting), num_returns=1)
-                progress = waiting.pop(scores)
-                yield {"event": "step", **self._step(progress, ray.get(scores), time.perf_counter() - idle)}
+                if self.stopping.is_set():
+                    for progress in under_way:
+                        self._checkpoint(progress)
+                        yield {"event": "stopped", **progress.job.label, "step": progress.policy.step}
+                    return
+                self.working_since = None
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_POLL)
+                self.working_since = time.monotonic()
+                if not ready:
+                    continue
+                progress = waiting.pop(ready[0])
+                yield {"event": "step", **self._step(progress, _scores(ready[0]), time.perf_counter() - idle)}
                 if self._unfinished(progress):
                     waiting[self._request(progress, init, prompts, pool, reward)] = progress
+                idle = time.perf_counter()
             for progress in under_way:
                 self._finish(progress, initial)
                 yield {"event": "done", **progress.job.label}
@@ -128,6 +180,7 @@ class PolicyActor:
                 self._checkpoint(progress)
             raise
         finally:
+            self.working_since = None
             for progress in under_way:
                 progress.policy.close()
 
@@ -143,6 +196,7 @@ class PolicyActor:
         completions = join(rollouts, adapter)
         if not adapter.parts:
             return [0.0] * len(completions)
+        self._load()
         self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
         batch = collate(prompts, completions).to(self.model.device)
         kl = torch.zeros(len(batch), device=self.model.device)
@@ -151,31 +205,34 @@ class PolicyActor:
             kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
         return [float(value) for value in kl]
 
+    def _load(self) -> None:
+        """Make good for `start` in an actor that takes the place of one that died."""
+        if not hasattr(self, "model"):
+            self.start()
+
     def _new_policy(self, job: Job) -> "Policy":
         from raywarp.policy import Policy
 
         return Policy(self.model, self.config, job.iteration, job.index)
 
     def _start(self, job: Job) -> Progress:
-        policy = self._new_policy(job)
-        progress = Progress(job, policy, [])
-        for folder in reversed(_checkpoints(job)):
-            if not store.is_sealed(folder):
-                continue
+        """The policy as its newest checkpoint has it that is whole, or new."""
+        progress = Progress(job, self._new_policy(job), PolicyFiles(job.store, job.key))
+        for name in reversed(progress.files.checkpoints()):
             try:
-                policy.load_state(load_file(folder / "state.safetensors"))
-            except (SafetensorError, KeyError):
-                progress.policy = policy = self._new_policy(job)
-                continue
-            progress.metrics = store.read_jsonl(folder / "metrics.jsonl")
-            progress.samples = store.read_jsonl(folder / "samples.jsonl")
-            break
+                if checkpoint := progress.files.load_checkpoint(name):
+                    progress.policy.load_state(checkpoint.state)
+                    progress.metrics, progress.samples, progress.saved_step = checkpoint.metrics, checkpoint.samples, checkpoint.step
+                    break
+            except DamagedError as error:
+                progress.discarded.append(str(error))
+                progress.files.discard(name)
         return progress
 
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
 
-    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Any) -> Any:
+    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer) -> Any:
         """Ask for the next step's completions and their scores; the ref of the scores."""
         start = time.perf_counter()
         job, step, group = progress.job, progress.policy.step, self.config.rollout.completions_per_prompt
@@ -186,8 +243,7 @@ class PolicyActor:
         progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
-        texts, columns = [p.text for p in progress.prompts], [p.columns for p in progress.prompts]
-        scores = reward.score_rollouts.remote(texts, columns, *progress.rollouts)
+        scores = reward.submit(progress.prompts, progress.rollouts)
         progress.request_seconds = time.perf_counter() - start
         return scores
 
@@ -218,32 +274,39 @@ class PolicyActor:
         return row
 
     def _checkpoint(self, progress: Progress) -> None:
-        """Everything up to the last finished step, beside the one before; older ones go."""
-        policy = progress.policy
-        folder = Path(progress.job.folder) / f"checkpoint-{policy.step:06d}"
-        if not policy.step or store.is_sealed(folder):
+        """Everything up to the last finished step."""
+        policy, prompts = progress.policy, self.config.optim.batch_size // self.config.rollout.completions_per_prompt
+        if policy.step == progress.saved_step:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(policy.state(), folder / "state.safetensors")
-        store.write_jsonl(folder / "metrics.jsonl", progress.metrics)
-        store.write_jsonl(folder / "samples.jsonl", progress.samples)
-        store.seal(folder)
-        for old in _checkpoints(progress.job)[:-KEPT_CHECKPOINTS]:
-            store.remove(old)
+        position = {
+            **progress.job.label,
+            "step": policy.step,
+            "prompts_drawn": policy.step * prompts,
+            "rollout_version": digest(policy.task_vector()),
+        }
+        progress.files.save_checkpoint(Checkpoint(policy.state(), position, progress.metrics, progress.samples))
+        progress.saved_step = policy.step
 
     def _finish(self, progress: Progress, init: AdapterDelta) -> None:
         """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
-        folder = Path(progress.job.folder)
-        save_peft(add(init, progress.policy.task_vector()), folder)
-        store.write_jsonl(folder / "metrics.jsonl", progress.metrics)
-        store.write_jsonl(folder / "samples.jsonl", progress.samples)
-        store.seal(folder)
-        for old in _checkpoints(progress.job):
-            store.remove(old)
+        progress.files.save_result(add(init, progress.policy.task_vector()), progress.metrics, progress.samples)
 
 
-def _checkpoints(job: Job) -> list[Path]:
-    return sorted(Path(job.folder).glob("checkpoint-*"))
+def _scores(ref: Any) -> list[float]:
+    try:
+        scores: list[float] = ray.get(ref)
+    except RayActorError as error:  # Ray has repeated the call as often as it was told to
+        raise FaultError(f"the reward worker died again and again at one batch: {explain(error)}") from None
+    return scores
+
+
+def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:
+    """Those of a policy that an actor finished, and died before it could say so."""
+    try:
+        folder = job.store.fetch(f"policies/{job.key}")
+    except DamagedError:
+        return None
+    return read_jsonl(folder / "metrics.jsonl") if folder else None
 
 
 def _sample(step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from raywarp.policy_actor import Job
 from raywarp.report import front_table, print_samples
 from raywarp.run import Run
 
+_QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
 PLAIN_EVERY = 5  # steps between the lines of a policy where there is no terminal
 
 
@@ -57,6 +59,23 @@ class Display:
 
     def say(self, text: str) -> None:
         self.console.print(f"[{time.monotonic() - self.start:5.0f} s] {text}", highlight=False, markup=False)
+
+    def event(self, row: dict[str, Any]) -> None:
+        """A line of events.jsonl, for those that a person should know of."""
+        if row["event"] in _QUIET:
+            return
+        who = f"iteration {row['iteration']} policy {row['policy']}" if "policy" in row else ""
+        parts = [row.get("what", ""), who, f"step {row['step']}" if "step" in row and who else "", row.get("cause", "")]
+        parts += [f"{row['steps_repeated']} steps again" if "steps_repeated" in row else ""]
+        parts += [f"{row['seconds_lost']:.1f} s lost" if "seconds_lost" in row else "", row.get("message", "")]
+        self.say(f"{row['event']}: {', '.join(part for part in parts if part)}")
+
+    def faults(self, events: Sequence[dict[str, Any]]) -> None:
+        """How much a finished run has survived."""
+        counts = Counter(row["cause"] for row in events if row["event"] == "fault")
+        if counts:
+            kinds = ", ".join(f"{count} {cause}" for cause, count in counts.items())
+            self.say(f"faults survived: {sum(counts.values())} ({kinds}); events.jsonl tells them")
 
     @contextlib.contextmanager
     def iteration(self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: int) -> Iterator[Bars]:

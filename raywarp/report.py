@@ -1,5 +1,6 @@
 """What a person sees of a run: the front as a picture and as a table, and texts side by side."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from raywarp import store
 from raywarp.evaluation import Point
 
 
@@ -32,8 +34,9 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.margins(x=0.12, y=0.12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    store.write_bytes(path, image.getvalue())
     plt.close(figure)
 
 

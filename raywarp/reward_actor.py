@@ -1,59 +1,88 @@
 """The Ray actor that scores completions; wrapped by ray.remote where it is placed."""
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
 
 from raywarp.config import RewardConfig
-from raywarp.rewards import load_reward
+from raywarp.data import Prompt
+from raywarp.rewards import Reward, load_reward
+from raywarp.watch import GROUP, Process
 
 if TYPE_CHECKING:
     from raywarp.rollout import Rollout
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """A reward worker, and the mean and deviation that standardise its scores: they go with every call, since one that dies forgets."""
+
+    actor: Any
+    statistics: tuple[float, float] | None = None
+
+    def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
+        """Ask for the scores of the rollouts behind these refs; the ref of a list[float]."""
+        texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
+        return self.actor.score_rollouts.remote(self.statistics, texts, columns, *rollouts)
+
+
 class RewardActor:
-    """Holds one reward for as long as a run lasts.
+    """Holds one reward for as long as a run lasts. Ray may start it again and repeat a call: a call depends on nothing but itself.
 
     Args:
         threads: of the CPU; None leaves Ray's choice.
     """
 
     def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None):
-        self.config, self.trust_remote_code = config, trust_remote_code
-        self.seconds = 0.0
-        if threads:
-            torch.set_num_threads(threads)
+        self.config, self.trust_remote_code, self.threads = config, trust_remote_code, threads
+        self.seconds, self.done = 0.0, 0
 
     def start(self) -> None:
         """Load the reward. Raises what load_reward raises, which a constructor could not hand on."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.reward = load_reward(self.config, self.trust_remote_code, device)
+        _ = self.reward
 
-    def set_statistics(self, mean: float, deviation: float) -> None:
-        """From now on a score is (raw − mean) / deviation."""
-        self.reward.mean, self.reward.std = mean, deviation
+    @ray.method(concurrency_group=GROUP)
+    def pulse(self) -> Process:
+        """Answered while a score is computed."""
+        return Process.here(done=self.done)
+
+    @functools.cached_property
+    def reward(self) -> Reward:
+        """Loaded when it is first asked for: also after a death of this process."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return load_reward(self.config, self.trust_remote_code, "cuda" if torch.cuda.is_available() else "cpu")
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
         """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
         start = time.perf_counter()
         scores = self.reward.score(prompts, completions, columns)
         self.seconds += time.perf_counter() - start
+        self.done += 1
         return scores
 
     def seconds_of_work(self) -> float:
-        """Seconds spent on scores so far."""
+        """Seconds spent on scores so far, by this process."""
         return self.seconds
 
-    def score_rollouts(self, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: "Rollout") -> list[float]:
+    def score_rollouts(
+        self, statistics: tuple[float, float] | None, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: "Rollout"
+    ) -> list[float]:
         """Scores of the rollout workers' completions, in order.
 
         Args:
+            statistics: mean and deviation by which they are standardised; None: those that are stored with the reward.
             prompts: N texts.
             columns: N rows with the other columns of each prompt.
             rollouts: as the workers returned them; Ray fetches them here, so that the caller need not wait.
         """
+        if statistics:
+            self.reward.mean, self.reward.std = statistics
         completions = [completion.text for rollout in rollouts for completion in rollout.completions]
         names = columns[0] if columns else {}
         return self.score(prompts, completions, {name: [row[name] for row in columns] for name in names})

@@ -13,6 +13,7 @@ from raywarp.reward_training import RewardSummary, is_standardised, save_standar
 from raywarp.rewards import REWARD_FILE, statistics
 from raywarp.run import Run
 from raywarp.session import Session, start_ray
+from raywarp.store import DamagedError
 
 
 def reward(config: Config, display: Display | None = None, standardise: bool = True) -> RewardSummary:
@@ -58,7 +59,13 @@ def reward_statistics(session: Session, run: Run, config: Config, prompts: Seque
         return {}
     model = Path(resolve_model(config.reward.model))
     home = model if (model / REWARD_FILE).is_file() else run.folder
-    if not is_standardised(home):
+    try:
+        standardised = is_standardised(home)
+    except DamagedError as error:  # the run's own: a model's was checked before
+        run.say(f"{error}; measured again")
+        (home / REWARD_FILE).unlink()
+        standardised = False
+    if not standardised:
         save_standardisation(home, session.sft_scores(first_prompts(prompts, config.reward_training.sft_completions)))
     mean, deviation = statistics(str(home)) or (0.0, 1.0)
     session.set_reward_statistics(mean, deviation)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,9 +24,21 @@ from raywarp.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.config import Config, ConfigError
 from raywarp.data import Preference, load_preferences, resolve_model
 from raywarp.hardware import CPU_ENV
-from raywarp.rewards import REWARD_FILE, RewardError, first_line, statistics
-from raywarp.store import append_jsonl, read_jsonl, write_json, write_jsonl
+from raywarp.rewards import REWARD_FILE, RewardError, check_trained, first_line, statistics
+from raywarp.storage import is_uri
+from raywarp.store import (
+    MANIFEST,
+    DamagedError,
+    append_jsonl,
+    check_sealed,
+    read_jsonl,
+    read_record,
+    seal,
+    write_jsonl,
+    write_record,
+)
 
+SETTINGS_FILE = "settings.json"
 WORK = ".ray_train"  # inside the model's folder, removed at success
 FREE_KEYS = {"reward_training.num_workers", "reward_training.use_gpu", "reward_training.sft_completions"}  # another value is no other model
 
@@ -52,27 +65,31 @@ def train_reward(config: Config) -> RewardSummary:
         ConfigError: wrong input, a folder that holds another model, or a cluster without the resources.
         ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
     """
+    if is_uri(config.out):
+        raise ConfigError(f"out={config.out}: a reward model is trained into a folder, which every node must reach; set out to one")
     out, settings = Path(config.out).absolute(), _settings(config)
-    if (out / REWARD_FILE).is_file():
-        stored = json.loads((out / REWARD_FILE).read_text())
-        _refuse_other(out, stored.get("settings", {}), settings)
+    if (stored := _finished(out)) is not None:
+        _refuse_other(out, stored["settings"], settings)
         print(f"reward model {out} is already complete", flush=True)
         return _summary(out, already_complete=True)
-    if (out / WORK / "settings.json").is_file():
-        _refuse_other(out, json.loads((out / WORK / "settings.json").read_text()), settings)
+    if (begun := _begun(out)) is not None:
+        _refuse_other(out, begun, settings)
     elif (out / "config.json").exists():
         raise ConfigError(f"out={config.out} holds a model that raywarp did not train; choose another folder")
     use_gpu, backbone = _check_workers(config), _check_backbone(config)
     splits = load_preferences(config.preferences, config.seed)
     training = config.reward_training
     test = splits.test[: training.test_pairs]
-    write_json(out / WORK / "settings.json", settings)
+    write_record(out / WORK / SETTINGS_FILE, settings)
     job = {
         "config": config.model_dump(mode="json"),
         "backbone": backbone,
         "out": str(out),
         "pairs": ray.put((splits.rated or splits.train, splits.validation[: training.eval_pairs], test)),
     }
+    if problem := _snapshot_problem(out / WORK / "run"):
+        print(f"reward model: {problem}; its training starts over", flush=True)
+        shutil.rmtree(out / WORK / "run")
     with _validations_printed(out / "metrics.jsonl", training.steps):
         _fit(job, training.num_workers, use_gpu, out / WORK)
     _publish(out)
@@ -90,9 +107,46 @@ def save_standardisation(folder: str | Path, scores: Sequence[float]) -> tuple[f
     mean, std = (values.mean().item(), values.std().item()) if len(values) > 1 else (0.0, 0.0)
     if not 1e-8 < std < float("inf"):
         raise RewardError(f"cannot standardise {folder}: {len(values)} scores of SFT completions deviate by {std:.2g}, it must be above 0")
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)})
+    known = read_record(path) or {}
+    write_record(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)})
     return mean, std
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """reward.json of a finished model; None where there is none, or where it is not whole: then it is said, and what marks it as
+    finished goes."""
+    try:
+        return check_trained(out)
+    except DamagedError as error:
+        print(f"reward model: {error}; trained again", flush=True)
+        for name in (MANIFEST, REWARD_FILE, "config.json"):
+            (out / name).unlink(missing_ok=True)
+        return None
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """The settings of a training under way; where they are damaged it starts over."""
+    try:
+        return read_record(out / WORK / SETTINGS_FILE)
+    except DamagedError as error:
+        print(f"reward model: {error}; its training starts over", flush=True)
+        shutil.rmtree(out / WORK)
+        return None
+
+
+def _snapshot_problem(run: Path) -> str | None:
+    """What keeps Ray Train (2.60) from continuing by its list of checkpoints, which it replaces in place: a kill may leave half of it."""
+    path, there = run / "checkpoint_manager_snapshot.json", [folder.name for folder in run.glob("checkpoint_*") if folder.is_dir()]
+    try:
+        snapshot = json.loads(path.read_bytes())
+        named = [
+            result["checkpoint_dir_name"] for result in (*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"]) if result
+        ]
+    except FileNotFoundError:
+        return f"{path} is missing" if there else None
+    except (ValueError, KeyError, TypeError):
+        return f"{path} cannot be read"
+    return next((f"{run / name} is missing" for name in named if name not in there), None)
 
 
 def is_standardised(folder: str | Path) -> bool:
@@ -140,12 +194,11 @@ def _train_worker(job: dict[str, Any]) -> None:
         _parallel,
         config.preferences.margin,
     )
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            trainer.load(Path(folder))
+    fault = _resume(trainer)
     metrics = out / "metrics.jsonl"
     if first:
-        write_jsonl(metrics, [row for row in read_jsonl(metrics) if row["step"] <= trainer.step])
+        rows = [row for row in read_jsonl(metrics) if row.get("step", math.inf) <= trainer.step]
+        write_jsonl(metrics, [*rows, *([{"step": trainer.step, "fault": fault}] if fault else [])])
     while trainer.step < settings.steps:
         row = trainer.update()
         if first:
@@ -155,6 +208,19 @@ def _train_worker(job: dict[str, Any]) -> None:
     if first:
         _test_and_export(trainer, test, job["backbone"], config, out / WORK / "model")
     ray.train.report({"step": trainer.step})  # also a barrier: nobody leaves before the model is written
+
+
+def _resume(trainer: PairTrainer) -> str | None:
+    """Load the last checkpoint, if there is one; why it could not be used, if so. Every worker reads the same, and comes to the same."""
+    if (checkpoint := ray.train.get_checkpoint()) is None:
+        return None
+    try:
+        with checkpoint.as_directory() as folder:
+            check_sealed(Path(folder))
+            trainer.load(Path(folder))
+    except (DamagedError, FileNotFoundError) as error:
+        return f"{error}; the training starts over"
+    return None
 
 
 def _parallel(model: Any) -> Any:
@@ -170,6 +236,7 @@ def _validate(trainer: PairTrainer, pairs: Sequence[Preference], out: Path, firs
     row = trainer.validate(pairs)
     with tempfile.TemporaryDirectory(dir=out / WORK) as folder:
         trainer.save(Path(folder))
+        seal(Path(folder))
         ray.train.report(row, checkpoint=Checkpoint.from_directory(folder))
     append_jsonl(out / "metrics.jsonl", row)
 
@@ -180,6 +247,7 @@ def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone:
     correct = (chosen > rejected).tolist()
     shutil.rmtree(folder, ignore_errors=True)
     trainer.export(folder)
+    seal(folder)
     report = {
         "accuracy": sum(correct) / len(correct),
         "accuracy_ci": accuracy_interval(test, correct),
@@ -190,12 +258,12 @@ def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone:
         "validation": trainer.history,
         "settings": _settings(config),
     }
-    write_json(folder / REWARD_FILE, report)
+    write_record(folder / REWARD_FILE, report)
 
 
 def _publish(out: Path) -> None:
     """Move the finished model's files into their place, reward.json last: with it the folder counts as complete."""
-    files = sorted((out / WORK / "model").iterdir(), key=lambda path: path.name == REWARD_FILE)
+    files = sorted((out / WORK / "model").iterdir(), key=lambda path: (path.name == REWARD_FILE, path.name == MANIFEST))
     for path in files:
         path.replace(out / path.name)
     shutil.rmtree(out / WORK)
@@ -254,10 +322,15 @@ def _check_backbone(config: Config) -> str:
 def _validations_printed(metrics: Path, steps: int) -> Iterator[None]:
     """Follow the workers' metrics and print a line per validation; their own output does not reach this terminal."""
     start, done, over = time.monotonic(), {int(row["step"]) for row in _validations(metrics)}, threading.Event()
+    told: set[str] = set()
 
     def show() -> None:
-        for row in _validations(metrics):
-            if row["step"] not in done:
+        rows = read_jsonl(metrics)
+        for fault in [row["fault"] for row in rows if "fault" in row and row["fault"] not in told]:
+            told.add(fault)
+            print(f"reward model: {fault}", flush=True)
+        for row in rows:
+            if "validation_accuracy" in row and row["step"] not in done:
                 done.add(row["step"])
                 scores = f"validation accuracy {row['validation_accuracy']:.3f}  loss {row['validation_loss']:.3f}"
                 print(f"reward step {row['step']}/{steps}  {scores}  {time.monotonic() - start:.0f} s", flush=True)

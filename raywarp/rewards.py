@@ -6,7 +6,6 @@ prompts' dataset a list of N values.
 
 import importlib
 import inspect
-import json
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ from torch import Tensor
 from raywarp.config import ConfigError, RewardConfig
 from raywarp.data import resolve_model
 from raywarp.hardware import supports_bf16
-from raywarp.store import content_key, folder_fingerprint
+from raywarp.store import DamagedError, check_sealed, content_key, folder_fingerprint, is_sealed, read_record
 
 Score = Callable[..., Any]
 REWARD_FILE = "reward.json"
@@ -247,12 +246,28 @@ def _model_fingerprint(name: str) -> str:
 
 
 def statistics(name: str) -> tuple[float, float] | None:
-    """Mean and standard deviation of the score over SFT completions, where a model's folder has them."""
-    path = Path(name) / REWARD_FILE
-    if not path.is_file():
-        return None
-    stored = json.loads(path.read_text())
+    """Mean and standard deviation of the score over SFT completions, where a folder has them.
+
+    Raises:
+        DamagedError: it has, or had.
+    """
+    stored = read_record(Path(name) / REWARD_FILE) or {}
     return (stored["score_mean"], stored["score_std"]) if "score_mean" in stored else None
+
+
+def check_trained(folder: Path) -> dict[str, Any] | None:
+    """What reward.json says of a model that raywarp trained; None for any other model.
+
+    Raises:
+        DamagedError: raywarp trained it, and its files are not what was written.
+    """
+    stored = read_record(folder / REWARD_FILE)
+    if stored is not None and "settings" in stored:
+        check_sealed(folder)
+        return stored
+    if is_sealed(folder):
+        raise DamagedError(f"{folder / REWARD_FILE} is missing")
+    return None
 
 
 def _import(module_name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""The rollout pool: R engines that all policies and the evaluation share, and what they are asked and answer.
+"""What the rollout pool, R engines that all policies and the evaluation share, is asked and answers.
 
 A request names the adapter it wants sampled by the digests of its parts; whoever asked compares them with the digests of what
 the worker's engine took (see `join`), so a stale or mixed-up adapter cannot go unnoticed.
@@ -9,15 +9,12 @@ another policy for every R. It also costs one swap of adapters, not R, and with 
 policies than workers want `rollout.chunk_size`, by which a batch is cut in the same places whatever R is.
 """
 
-import asyncio
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from raywarp.adapters import AdapterDelta
 from raywarp.batch import Completion
@@ -109,64 +106,6 @@ class Rollout:
     seconds: float = 0.0
     swap_seconds: float = 0.0
     pool_busy: float = 0.0
-
-
-@dataclass(frozen=True)
-class PoolReport:
-    """What the workers have done since the last reset.
-
-    busy: share of the workers' time that was work. restarts: how often one had died and was started again (ever).
-    """
-
-    workers: int
-    busy: float
-    restarts: int
-
-
-class RolloutPool:
-    """An asynchronous Ray actor that hands each call to the next idle worker, first come, first served.
-
-    A worker that dies is started again by Ray in the same place and given its call again; a call depends on nothing but itself.
-    """
-
-    def __init__(self, workers: Sequence[Any]):
-        self.workers = list(workers)
-        self.idle: asyncio.Queue[int] = asyncio.Queue()
-        for index in range(len(workers)):
-            self.idle.put_nowait(index)
-        self.busy_seconds, self.start = 0.0, time.monotonic()
-        self.processes: list[set[int]] = [set() for _ in workers]
-
-    async def generate(self, requests: Sequence[Request]) -> Any:
-        """The Rollouts of one call, a list (or, where num_returns is 1, the Rollout itself).
-
-        Raises:
-            RolloutError: a worker died more often than Ray starts it again.
-        """
-        index = await self.idle.get()
-        try:
-            process, rollouts = await self.workers[index].generate.remote(requests)
-        except RayActorError as error:
-            raise RolloutError(
-                f"rollout worker {index + 1} died again and again; is there too little memory for it (rollout.kv_cache_gib, "
-                f"rollout.gpu_memory_utilization)? {error}"
-            ) from None
-        finally:
-            self.idle.put_nowait(index)
-        self.processes[index].add(process)
-        self.busy_seconds += sum(rollout.seconds for rollout in rollouts)
-        rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in rollouts]
-        return rollouts if len(requests) > 1 else rollouts[0]
-
-    async def reset(self) -> None:
-        """Start counting anew."""
-        self.busy_seconds, self.start = 0.0, time.monotonic()
-
-    async def report(self) -> PoolReport:
-        return PoolReport(len(self.workers), self._busy(), sum(max(len(seen) - 1, 0) for seen in self.processes))
-
-    def _busy(self) -> float:
-        return self.busy_seconds / (len(self.workers) * max(time.monotonic() - self.start, 1e-9))
 
 
 def submit(pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False) -> list[list[Any]]:

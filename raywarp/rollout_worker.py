@@ -3,17 +3,14 @@
 import contextlib
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
-
-import ray
 
 from raywarp.engines import Engine, EngineSettings, start_engine
 from raywarp.rollout import Request, Rollout
+from raywarp.watch import Process
 
 
 class RolloutWorker:
@@ -39,11 +36,11 @@ class RolloutWorker:
         engine = self._engine()
         return {"numerics": {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}, "capacity": engine.capacity()}
 
-    def generate(self, requests: Sequence[Request]) -> tuple[int, list[Rollout]]:
-        """This process's id, and the requests' Rollouts; those that the engine can hold at the same time run together."""
+    def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
+        """This process, and the requests' Rollouts; those that the engine can hold at the same time run together."""
         engine = self._engine()
         try:
-            return os.getpid(), self._generate(engine, requests)
+            return Process.here(), self._generate(engine, requests)
         except Exception:
             if engine.lost():
                 with contextlib.suppress(Exception):
@@ -76,5 +73,4 @@ class RolloutWorker:
         return self.engine
 
     def _start_engine(self) -> Engine:
-        actor = ray.get_runtime_context().get_actor_id()  # the same after a restart, which then empties what the last one left
-        return start_engine(self.settings, Path(tempfile.gettempdir()) / f"raywarp-adapters-{actor}")
+        return start_engine(self.settings)

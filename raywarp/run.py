@@ -1,8 +1,11 @@
 """What a run's folder holds, and where: config, metrics, policies under their keys, iterations, front, and the chosen adapter."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +15,195 @@ from raywarp import store
 from raywarp.adapters import AdapterDelta
 from raywarp.averaging import geometry
 from raywarp.config import Config, ConfigError, to_yaml
+from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft
+from raywarp.storage import Storage
+from raywarp.store import DamagedError
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
+EVENTS_FILE = "events.jsonl"
+FRONT_FILE = "front.json"
+FRONT_FILES = ("front.png", "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_CHECKSUM = "# sha256 of the lines below: "
 # Keys that change how a run is carried out or looked at, but not what it trains.
-_FREE_KEYS = {"out", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers"}
+_FREE_KEYS = {
+    *("out", "store", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers")
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder. `train` returns it; its files are all plain."""
+    """A run's folder. `train` returns it; its files are all plain.
+
+    folder: on this machine; where `out` is an object store, a copy of what is there.
+    place: the store of its policies, where that is not the folder itself. mirror: what keeps an object store equal to the folder.
+    say: gets a line for everything that was found damaged, and what becomes of it.
+    """
 
     folder: Path
+    place: Storage | None = None
+    mirror: Mirror | None = None
+    say: Callable[[str], None] = field(default=print, repr=False, compare=False)
+
+    @property
+    def store(self) -> Storage:
+        """Where its policies are."""
+        return self.place or Storage(self.folder)
 
     @classmethod
-    def open(cls, config: Config) -> "Run":
-        """The folder `out`, new or with this same run in it.
+    def open(cls, config: Config, say: Callable[[str], None] = print) -> "Run":
+        """The place `out`, new or with this same run in it.
 
         Raises:
             ConfigError: it holds a different run (the keys that differ are named), or files that no run wrote.
+            StoreError: an object store cannot be reached.
         """
-        folder = Path(config.out).absolute()
-        saved = folder / CONFIG_FILE
+        out = Storage(config.out)
+        place = Storage(config.store) if config.store else None
+        if out.folder is None:
+            mirror = Mirror(out)
+            mirror.pull()
+            run = cls(mirror.folder, place or out, mirror, say)
+        else:
+            run = cls(out.folder, place, say=say)
+        run._check(config)
+        return run
+
+    def _check(self, config: Config) -> None:
+        """Raises ConfigError where the folder holds another run, or files that no run wrote.
+
+        A configuration that is lost or damaged is written anew: policies are found by their keys, whatever it said.
+        """
+        folder = self.folder
+        saved, ours = folder / CONFIG_FILE, (folder / METRICS_FILE).is_file()
         if saved.is_file():
-            if differing := _differing_keys(saved, config):
+            theirs = _read_config(saved)
+            if theirs is None and not ours:
+                raise ConfigError(f"{saved} cannot be read; choose another out, or delete the folder")
+            if theirs is None:
+                self.say(f"{saved} is not what was written; written anew")
+            elif differing := _differing_keys(theirs, config):
                 raise ConfigError(
                     f"out={config.out} holds a different run ({', '.join(differing)}); choose another out, or delete the folder"
                 )
+        elif ours:
+            self.say(f"{saved} is missing; written anew")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
-        return cls(folder)
 
     def save_config(self, config: Config) -> None:
-        store.write_text(self.folder / CONFIG_FILE, to_yaml(config))
+        """Behind a first line with its sha256, by which damage is told from another run's configuration."""
+        text = to_yaml(config)
+        store.write_text(self.folder / CONFIG_FILE, f"{_CHECKSUM}{_sha256(text)}\n{text}")
+        self.push()
+
+    @contextmanager
+    def mirrored(self) -> Iterator[None]:
+        """At the end of the body an object store is up to date, if `out` is one and can be reached."""
+        try:
+            yield
+        except BaseException:
+            with suppress(store.StoreError):  # the body's error says more
+                self.push()
+            raise
+        self.push()
+
+    def clean(self) -> None:
+        """Remove what interrupted writers left: at once where only this run writes, else after a day."""
+        self.store.clean("policies", store.DAY if self.place or self.mirror else 0)
+        if not self.mirror:
+            Storage(self.folder).clean("iterations", 0)
+
+    def push(self) -> None:
+        """Bring an object store up to date, if `out` is one."""
+        if self.mirror:
+            self.mirror.push()
 
     def policy_folder(self, key: str) -> Path:
-        return self.folder / "policies" / key
+        """A policy's folder on this machine; of an object store's, what `find_policy` has fetched."""
+        return self.store.cache / "policies" / key
 
     def policy_done(self, key: str) -> bool:
-        return store.is_sealed(self.policy_folder(key))
+        """Whether the policy is finished, and every byte of it is what was written."""
+        return self.store.has(f"policies/{key}")
+
+    def find_policy(self, key: str) -> Path | None:
+        """The folder of a finished policy, verified; None if it is not finished.
+
+        Raises:
+            DamagedError: it was finished once, and is not whole any more; says what is wrong.
+        """
+        return self.store.fetch(f"policies/{key}")
 
     @property
     def metrics_file(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS_FILE
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row per policy and optimiser step."""
         return store.read_jsonl(self.metrics_file)
 
+    def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
+        """Make an iteration's rows anew: those of its finished policies are in their folders, and those of the others come with their
+        checkpoints (`set_policy_metrics`).
+
+        Args:
+            iterations: I; what claims to be of another one goes.
+            finished: keys of the iteration's policies that are.
+        """
+        before = self.metrics()
+        rows = [row for key in finished for row in store.read_jsonl(self.policy_folder(key) / METRICS_FILE)]
+        known = {json.dumps(row) for row in before}
+        if self.metrics_file.is_file() and any(json.dumps(row) not in known for row in rows):
+            self.say(f"{self.metrics_file} lacked rows of iteration {iteration} or had others; taken from the policies' folders")
+        earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
+        kept = [[row for row in before if row.get("iteration") in some] for some in (earlier, later)]
+        store.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
+
     def set_policy_metrics(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
         """Replace a policy's rows by what its folder says, so that after a resume each step stands there once."""
-        others = [row for row in self.metrics() if row["key"] != key]
+        others = [row for row in self.metrics() if row.get("key") != key]
         store.write_jsonl(self.metrics_file, [*others, *rows])
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         store.append_jsonl(self.metrics_file, row)
+        if self.mirror:
+            self.mirror.push_now_and_then()
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to the run, oldest first: see add_event."""
+        return store.read_jsonl(self.folder / EVENTS_FILE)
+
+    def add_event(self, event: str, **details: Any) -> dict[str, Any]:
+        """One line of events.jsonl.
+
+        Args:
+            event: started, finished, failed or stopped (the run); fault, hang, recovered, continued, lost or moved (a piece of it);
+                resumed or saved (a policy).
+            details: what (the process), iteration, policy, key, step, cause (out of memory, killed, node lost, hang, exception), message,
+                seconds_lost, steps_repeated; whichever apply.
+        """
+        row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
+        store.append_jsonl(self.folder / EVENTS_FILE, row)
+        return row
 
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""
         rows = [old for old in self.timing() if old["iteration"] != iteration]
-        store.write_json(self.folder / TIMING_FILE, [*rows, {"iteration": iteration, **row}])
+        store.write_record(self.folder / TIMING_FILE, {"iterations": [*rows, {"iteration": iteration, **row}]})
 
     def timing(self) -> list[dict[str, Any]]:
+        """A row per iteration that was trained."""
         path = self.folder / TIMING_FILE
-        rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
-        return rows
+        try:
+            rows: list[dict[str, Any]] = (store.read_record(path) or {"iterations": []})["iterations"]
+            return rows
+        except DamagedError as error:
+            self.say(f"{error}; where the time went so far is lost")
+            path.unlink()
+            return []
 
     def save_iteration(
         self, iteration: int, init: AdapterDelta, merged: AdapterDelta, keys: Sequence[str], task_vectors: Sequence[AdapterDelta]
@@ -87,49 +213,85 @@ class Run:
         policies.json lists the folders of θ_1..θ_M in the order they were merged, relative to the run's folder;
         geometry.json has each block's norms and angles of the task vectors θ_m − θ_init.
         """
-        folder = self.folder / "iterations" / str(iteration)
-        save_peft(init, folder / "init")
-        save_peft(merged, folder / "merged")
-        store.write_json(folder / "policies.json", [f"policies/{key}" for key in keys])
-        store.write_json(folder / "geometry.json", geometry(task_vectors))
+        name = f"iterations/{iteration}"
+        with self._replacing(f"{name}/init") as folder:
+            save_peft(init, folder)
+        with self._replacing(f"{name}/merged") as folder:
+            save_peft(merged, folder)
+        with self._replacing(name) as folder:
+            place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place and not self.mirror else ""
+            store.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
+            store.write_json(folder / "geometry.json", geometry(task_vectors))
+        self.push()
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """A folder to fill in the place of what was there, whose files take their places if the body succeeds."""
+        try:
+            Storage(self.folder).fetch(name)
+        except DamagedError as error:
+            self.say(f"{error}; made anew")
+        with store.explained("write", self.folder / name), store.new_files(self.folder / name, store.MANIFEST) as folder:
+            yield folder
+            store.seal(folder)
 
     def save_adapter(self, delta: AdapterDelta) -> None:
         """The chosen point of the front, as a plain PEFT adapter."""
-        store.remove(self.folder / "adapter")
-        save_peft(delta, self.folder / "adapter")
-        store.seal(self.folder / "adapter")
+        with self._replacing("adapter") as folder:
+            save_peft(delta, folder)
 
     def samples(self) -> list[dict[str, str]]:
         rows: list[dict[str, str]] = json.loads((self.folder / "samples.json").read_text())
         return rows
 
     def save_front(self, front: Mapping[str, Any]) -> None:
-        store.write_json(self.folder / "front.json", front)
+        """front.json, last of what belongs to it: it vouches for the others."""
+        files = {name: store.file_entry(self.folder / name) for name in FRONT_FILES}
+        store.write_record(self.folder / FRONT_FILE, {**front, "files": files})
+        self.push()
 
     def has_front(self, key: str) -> bool:
-        """Whether front.json is of exactly these policies and this evaluation, and adapter/ is there."""
+        """Whether front.json is of exactly these policies and this evaluation, and all that belongs to it is whole."""
         try:
-            return bool(self.front()["key"] == key) and store.is_sealed(self.folder / "adapter")
-        except (OSError, ValueError, KeyError, TypeError):
+            front = store.read_record(self.folder / FRONT_FILE)
+            if front is None or front["key"] != key:
+                return False
+            for name in FRONT_FILES:
+                store.check_file(self.folder / name, front["files"][name])
+            store.check_sealed(self.folder / "adapter")
+        except DamagedError as error:
+            self.say(f"{error}; the front is measured again")
             return False
+        return True
 
     def front(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads((self.folder / "front.json").read_text())
+        result: dict[str, Any] = json.loads((self.folder / FRONT_FILE).read_text())
         return result
 
 
-def _differing_keys(saved: Path, config: Config) -> list[str]:
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """A saved configuration; None if it is damaged."""
     try:
-        theirs = yaml.safe_load(saved.read_text())
-    except (OSError, yaml.YAMLError):
-        theirs = None
-    if not isinstance(theirs, dict):
-        raise ConfigError(f"{saved} cannot be read; choose another out, or delete the folder")
+        text = path.read_bytes().decode()
+        first, _, rest = text.partition("\n")
+        if first.startswith(_CHECKSUM) and first != _CHECKSUM + _sha256(rest):
+            return None
+        theirs = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return theirs if isinstance(theirs, dict) else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
     before, now = dict(_flat(theirs)), dict(_flat(config.model_dump(mode="json")))
     return [
-        f"{key} is {before.get(key)!r} there and {value!r} here"
+        f"{key} is {before[key]!r} there and {value!r} here"
         for key, value in now.items()
-        if key.partition(".")[0] not in _FREE_KEYS and before.get(key) != value
+        if key.partition(".")[0] not in _FREE_KEYS and key in before and before[key] != value
     ]
 
 

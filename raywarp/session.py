@@ -1,40 +1,33 @@
-"""The actors of one run: started, given policies to fine-tune and points to evaluate, and stopped."""
+"""What a run asks of its actors: to fine-tune policies, to sample and score; whichever of them may die meanwhile."""
 
 import contextlib
+import itertools
 import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
-from raywarp import placement
+from raywarp import faults, placement, stop
+from raywarp.actors import REAL, Actors, Kinds, Place
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
 from raywarp.data import Prompt
-from raywarp.engines import EngineSettings, front_rank
-from raywarp.hardware import cpu_environment, supports_bf16
-from raywarp.policy_actor import Job, PolicyActor, task_name
-from raywarp.reward_actor import RewardActor
-from raywarp.rollout import SFT, Adapter, AdapterPart, PoolReport, Request, RolloutPool, join, submit
-from raywarp.rollout_worker import RolloutWorker
+from raywarp.faults import Failures, FaultError
+from raywarp.fine_tuning import TICK, FineTuning, hang_of
+from raywarp.hardware import supports_bf16
+from raywarp.points import PendingPoint
+from raywarp.policy_actor import Job
+from raywarp.reward_actor import Scorer
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, submit
+from raywarp.rollout_pool import PoolReport
 from raywarp.seeding import derive_seed
 from raywarp.timing import Timing, measure
-
-VLLM_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the actor is the engine's process: no second one to lose, and a faster start
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # a warning for each weight that a swap leaves as it is (vLLM 0.32)
-}
-VLLM_CPU_ENV = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
-}
+from raywarp.watch import Helper, PoolHelper, Report
 
 
 def start_ray() -> None:
@@ -50,34 +43,9 @@ def start_ray() -> None:
         ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """What an actor raised, without Ray's wrapping."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
-
-
-WORKER_RESTARTS = 3  # of each rollout worker, in all; a call is repeated as often
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """The classes of the actors: a benchmark puts waits in the place of their work."""
-
-    worker: type[RolloutWorker] = RolloutWorker
-    policy: type[PolicyActor] = PolicyActor
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One adapter's completions of N prompts, with what was asked of them: each list has N entries."""
-
-    texts: list[str]
-    lengths: list[int]
-    finished: list[bool]
-    rewards: list[float]
-    control: list[float] | None
-    kl: list[float]
+def log_event(event: str, **details: Any) -> None:
+    """Where nobody else listens."""
+    logging.getLogger(__name__).warning(", ".join([event, *(f"{name} {value}" for name, value in details.items())]))
 
 
 class Session:
@@ -87,14 +55,26 @@ class Session:
         model: folder or hub id, already resolved.
         prompt_tokens: the longest prompt, in tokens.
         policies: whether policy actors are wanted, too.
+        report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see Run.add_event.
     """
 
-    def __init__(self, config: Config, model: str, prompt_tokens: int, policies: bool = True, kinds: Kinds = Kinds()):
+    def __init__(
+        self,
+        config: Config,
+        model: str,
+        prompt_tokens: int,
+        policies: bool = True,
+        kinds: Kinds = REAL,
+        report: Report = log_event,
+    ):
         self.config, self.model, self.prompt_tokens, self._trains, self._kinds = config, model, prompt_tokens, policies, kinds
-        self._groups: list[Any] = []
+        self.report = report
         self.timing: Timing | None = None
         self._free_before: dict[str, float] = {}
-        self.policies: list[Any] = []
+        self._actors: Actors | None = None
+        self._helpers: list[Helper] = []
+        self._failures = Failures(config.cluster.max_failures)
+        self.policies: list[Place] = []
         self.workers: list[Any] = []
         self.pool: Any = None
         self.reward: Any = None
@@ -103,136 +83,165 @@ class Session:
     def __enter__(self) -> "Session":
         try:
             self._start()
-        except BaseException:
-            self._stop()
+        except BaseException as error:
+            self._stop(isinstance(error, KeyboardInterrupt))
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
+        self._stop(isinstance(error, KeyboardInterrupt))
 
     def numerics(self) -> dict[str, Any]:
         """The settings that decide a result's bits, as they turned out here: dtype, threads, engine, adapter mode."""
         return {"dtype": self.dtype, "threads": self.plan.threads, **self.engine}
 
-    def fine_tune(self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-        """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as they happen.
+    def fine_tune(self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]) -> Generator[dict[str, Any]]:
+        """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as they happen (see FineTuning.run).
 
-        Raises:
-            whatever a job raised, after the events before it.
+        To be closed where it is left before its end: it then saves what is under way.
 
         Afterwards `timing` says where the time went.
         """
-        part, shared = AdapterPart.put(init), ray.put(list(prompts))
-        ray.get(self.pool.reset.remote())
-        start, before, rows = time.monotonic(), self._reward_seconds(), []
-        streams: list[Any] = []
-        for slot, actor in enumerate(self.policies):
-            if own := list(jobs[slot :: len(self.policies)]):
-                method = actor.fine_tune.options(num_returns="streaming", name=task_name(own))
-                streams.append(method.remote(own, part, shared, self.pool, self.reward))
-        trainers = len(streams)
-        while streams:
-            (stream,), _ = ray.wait(streams, num_returns=1, fetch_local=False)
-            try:
-                event: Any = ray.get(next(stream))  # type: ignore[arg-type]
-                rows += [event] if event["event"] == "step" else []
-                yield event
-            except StopIteration:
-                streams.remove(stream)
-            except (RayTaskError, RayActorError) as error:
-                raise cause_of(error) from None
-        report: PoolReport = ray.get(self.pool.report.remote())
-        self.timing = measure(rows, time.monotonic() - start, trainers, report, self._reward_seconds() - before)
+        work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward)
+        self.get(self.pool.reset.remote())
+        start, before = time.monotonic(), self._reward_seconds()
+        fine_tuning = FineTuning(self.config, self.policies, work, self._tick, self.report)
+        yield from fine_tuning.run(jobs)
+        report: PoolReport = self.get(self.pool.report.remote())
+        reward_seconds = max(self._reward_seconds() - before, 0.0)  # a worker that was started again counts from 0
+        self.timing = measure(fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds)
 
     def sft_scores(self, prompts: Sequence[Prompt]) -> list[float]:
         """The reward of one SFT completion per prompt."""
         seeds = [derive_seed(self.config.seed, "standardise", n) for n in range(len(prompts))]
         request = Request([prompt.token_ids for prompt in prompts], seeds, SFT)
-        (rollouts,) = submit(self.pool, [request], self._chunk)
-        try:
-            scores: list[float] = ray.get(self._score(self.reward, prompts, rollouts))
-        except (RayTaskError, RayActorError) as error:
-            raise cause_of(error) from None
+
+        def score() -> list[float]:
+            (rollouts,) = submit(self.pool, [request], self._chunk)
+            scores: list[float] = self.get(self.reward.submit(prompts, rollouts))
+            return scores
+
+        scores: list[float] = self.persist(score)
         return scores
 
     def set_reward_statistics(self, mean: float, deviation: float) -> None:
         """From now on a reward is (raw − mean) / deviation."""
-        ray.get(self.reward.set_statistics.remote(mean, deviation))
+        self.reward = Scorer(self.reward.actor, (mean, deviation))
 
-    def _score(self, scorer: Any, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
-        return scorer.score_rollouts.remote([p.text for p in prompts], [p.columns for p in prompts], *rollouts)
-
-    def submit_points(self, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list["PendingPoint"]:
+    def submit_points(self, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[PendingPoint]:
         """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is waited for.
 
         Where the engine can mix adapters, each of its calls has all of them and a share of the prompts; else a call has one.
         """
-        token_ids = [prompt.token_ids for prompt in prompts]
         adapters = [Adapter(policy=AdapterPart.put(delta)) if delta is not None and delta.rank else SFT for delta in deltas]
-        requests = [Request(token_ids, seeds, adapter) for adapter in adapters]
+        requests = [Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters]
         mixes = self.engine["adapter"] == "lora"
         answers = submit(self.pool, requests, self._chunk if mixes else self.config.rollout.chunk_size, together=mixes)
-        return [self._measure(adapter, prompts, rollouts) for adapter, rollouts in zip(adapters, answers, strict=True)]
+        pending = [PendingPoint(self, request, prompts) for request in requests]
+        for point, rollouts in zip(pending, answers, strict=True):
+            point.measure(rollouts)
+        return pending
+
+    def persist(self, work: Callable[[], Any]) -> Any:
+        """The result of work that depends on nothing but itself: done again, with new policy actors where they have died.
+
+        Raises:
+            whatever it raised, where that was no death; FaultError: it was, more than cluster.max_failures times without a success.
+        """
+        while True:
+            try:
+                result = work()
+            except RayError as error:
+                if not faults.is_survivable(error):
+                    raise faults.cause_of(error) from None
+                self._recover(error)
+            else:
+                self._failures.progressed()
+                return result
 
     @property
     def _chunk(self) -> int:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
-    def _measure(self, adapter: Adapter, prompts: Sequence[Prompt], rollouts: list[Any]) -> "PendingPoint":
-        rewards = self._score(self.reward, prompts, rollouts)
-        control = self._score(self.control, prompts, rollouts) if self.control else None
-        actor = self.policies[0]
-        self.policies.append(self.policies.pop(0))
-        kl = actor.kl_to_sft.remote(adapter, [prompt.token_ids for prompt in prompts], *rollouts)
-        return PendingPoint(adapter, rollouts, rewards, control, kl)
+    def get(self, refs: Any) -> Any:
+        """ray.get, with an eye on the actors meanwhile."""
+        wanted = refs if isinstance(refs, list) else [refs]
+        while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
+            stop.check()
+            self._tick()
+            for place in self.policies:
+                if text := hang_of(place, self.config.cluster.hang_seconds):
+                    self.report("hang", what=place.name, cause=faults.HANG, message=text)
+        return ray.get(refs)
+
+    def _tick(self) -> None:
+        for helper in self._helpers:
+            helper.check()
+
+    def _recover(self, error: RayError) -> None:
+        text = faults.explain(error)
+        if not self._failures.again():
+            most = self.config.cluster.max_failures
+            raise FaultError(f"{text}; that happened more than cluster.max_failures={most} times; the same command continues")
+        time.sleep(self._failures.pause())
+        for place in self.policies:
+            try:
+                self.get(place.actor.pulse.remote())
+            except RayError as death:
+                cause = faults.HANG if place.hung else faults.kind_of(death)
+                self.report("fault", what=place.name, cause=cause, message=faults.explain(death))
+                place.renew()
 
     def _reward_seconds(self) -> float:
-        seconds: float = ray.get(self.reward.seconds_of_work.remote())
+        seconds: float = self.get(self.reward.actor.seconds_of_work.remote())
         return seconds
 
     def _start(self) -> None:
         config = self.config
-        self.plan = plan = placement.make_plan(config)
+        self.plan = plan = placement.await_plan(config)
         self._free_before = ray.available_resources()
         device = torch.device("cuda" if plan.uses_gpus else "cpu")
         self.dtype = config.dtype
         if self.dtype == "auto":
             self.dtype = "bfloat16" if plan.uses_gpus or supports_bf16(device) else "float32"
-        cpu_env = cpu_environment(plan.threads, plan.crowded) if plan.threads and not plan.uses_gpus else {}
-        environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
-        settings = EngineSettings(
-            model=self.model,
-            dtype=self.dtype,
-            max_model_len=self.prompt_tokens + config.rollout.max_new_tokens,
-            lora_rank=front_rank(config),
-            rollout=config.rollout,
-            gpu=plan.rollout.gpus > 0,
-            trust_remote_code=config.trust_remote_code,
-            seed=config.seed,
-        )
-        vllm_env = environment | VLLM_ENV | ({} if settings.gpu else VLLM_CPU_ENV)
-        self.workers = self._actors(
-            self._kinds.worker, plan.rollout, "rollout", vllm_env, lambda n: (settings, n + 1), restarts=WORKER_RESTARTS
-        )
-        self.pool = ray.remote(RolloutPool).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(self.workers)
+        self._actors = actors = Actors(config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds)
+        self.workers = actors.workers()
+        self.pool = actors.pool()
         if self._trains:
-            actor_arguments = (config, self.model, self.dtype, plan.threads)
-            self.policies = self._actors(self._kinds.policy, plan.policy, "policy", environment, lambda _: actor_arguments)
-        sources = [config.reward] + ([config.control] if config.control else [])
-        scorers = self._actors(
-            RewardActor, plan.reward, "reward", environment, lambda n: (sources[n], config.trust_remote_code, plan.threads)
-        )
-        self.reward, self.control = scorers[0], scorers[1] if config.control else None
-        try:
-            starting = [[actor.start.remote() for actor in kind] for kind in (self.workers, self.policies, scorers)]
-            engines, zeros, _ = (ray.get(refs) for refs in starting)
-            self.engine: dict[str, str] = engines[0]["numerics"]
-            self._check_capacity(engines[0]["capacity"])
-            if zeros:
-                self.zero: AdapterDelta = zeros[0]
-        except (RayTaskError, RayActorError) as error:
-            raise cause_of(error) from None
+            self.policies = actors.policies()
+        scorers = actors.rewards()
+        self.reward, self.control = Scorer(scorers[0]), Scorer(scorers[1]) if config.control else None
+        engines, zeros, rewards = (_start(actors) for actors in (self.workers, [place.actor for place in self.policies], scorers))
+        started = self._started("a rollout worker", self.workers, engines)
+        self.engine: dict[str, str] = started[0]["numerics"]
+        self._check_capacity(started[0]["capacity"])
+        if self._trains:
+            attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.policies]), None))
+            self.zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
+        self._started("the reward worker", scorers, rewards)
+        wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
+        rooms, most = actors.groups, config.cluster.max_failures
+        self._helpers = [PoolHelper("rollout pool", self.pool, hang, self.report, most, rooms["rollout"], wait, workers=self.workers)]
+        for name, scorer, room in zip(("reward worker", "control worker"), scorers, rooms["reward"], strict=False):
+            self._helpers.append(Helper(name, scorer, hang, self.report, most, [room], wait))
+
+    def _started(self, what: str, actors: list[Any], refs: list[Any]) -> list[Any]:
+        """What the actors' starts returned, asked again of those that died; Ray starts them again."""
+        failures, results = Failures(self.config.cluster.max_failures), []
+        for actor, ref in zip(actors, refs, strict=True):
+            while True:
+                try:
+                    results.append(self.get(ref))
+                    break
+                except RayError as error:
+                    if not faults.is_survivable(error):
+                        raise faults.cause_of(error) from None
+                    if not faults.is_restarting(error) and not failures.again():
+                        cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
+                        raise FaultError(f"{what} died again and again while it started ({cause})") from None
+                time.sleep(failures.pause() or 0.5)
+                (ref,) = _start([actor])
+        return results
 
     def _check_capacity(self, capacity: int) -> None:
         """A batch that an engine cannot hold at once is generated in several rounds: correct, but slow."""
@@ -244,59 +253,15 @@ class Session:
                 f"at once, a batch has {asked}: raise {memory}, or lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens"
             )
 
-    def _actors(
-        self, kind: type, need: placement.Need, name: str, environment: dict[str, str], arguments: Any, restarts: int = 0
-    ) -> list[Any]:
-        groups = placement.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
-        self._groups += groups
-        remote: Any = ray.remote(kind)
-        return [
-            remote.options(
-                **placement.options(need, group),
-                name=placement.unique_name(f"raywarp-{name}", n + 1),
-                runtime_env={"env_vars": environment},
-                max_restarts=restarts,
-                max_task_retries=restarts,
-            ).remote(*arguments(n))
-            for n, group in enumerate(groups)
-        ]
-
-    def _stop(self) -> None:
+    def _stop(self, at_once: bool) -> None:
         """Engines first and by themselves, since a killed one may leave shared memory behind; then everything else."""
         with contextlib.suppress(Exception):
-            ray.get([worker.shutdown.remote() for worker in self.workers], timeout=20)
-        for actor in [self.pool, *self.workers, *self.policies, self.reward, self.control]:
-            if actor is not None:
-                ray.kill(actor)
-        placement.release(self._groups)
-        placement.wait_until_free(self._free_before)
+            ray.get([worker.shutdown.remote() for worker in self.workers], timeout=0.5 if at_once else 20)
+        if self._actors:
+            self._actors.stop()
+        if not at_once:
+            placement.wait_until_free(self._free_before)
 
 
-@dataclass(frozen=True)
-class PendingPoint:
-    """The refs behind one Scored."""
-
-    adapter: Adapter
-    rollouts: list[Any]
-    rewards: Any
-    control: Any
-    kl: Any
-
-    def wait(self) -> Scored:
-        try:
-            completions = join(ray.get(self.rollouts), self.adapter)
-            return Scored(
-                texts=[c.text for c in completions],
-                lengths=[len(c.token_ids) for c in completions],
-                finished=[c.finished for c in completions],
-                rewards=ray.get(self.rewards),
-                control=ray.get(self.control) if self.control is not None else None,
-                kl=ray.get(self.kl),
-            )
-        except (RayTaskError, RayActorError) as error:
-            raise cause_of(error) from None
-
-
-def _python_path() -> str:
-    """The driver's folder first: a user's reward module lies there, and on a cluster's node the worker may start elsewhere."""
-    return os.pathsep.join(part for part in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if part)
+def _start(actors: Sequence[Any]) -> list[Any]:
+    return [actor.start.options(max_task_retries=0).remote() for actor in actors]

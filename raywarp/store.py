@@ -1,19 +1,43 @@
-"""A run's folder: what is finished is listed in a manifest with sizes and sha256, written last; what is not listed does not count.
+"""Files that count only when they are whole: a folder's manifest lists sizes and sha256, and is written last; a record has its own sha256.
 
 Policies lie under a key, the hash of everything that determines them. Resuming is looking the key up.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+DAY = 86400.0  # seconds
+
+
+class StoreError(RuntimeError):
+    """Something cannot be read or written: no room, no access, no network. What was finished is intact, and the same command continues."""
+
+
+class DamagedError(ValueError):
+    """A file or folder is not, or not wholly, what was once written; the message says which and why."""
+
+
+@contextmanager
+def explained(verb: str, place: object) -> Iterator[None]:
+    """Turns an OSError of the body (but for a missing file) into a StoreError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; make room, and the same command continues from what is there" if full else ""
+        raise StoreError(f"cannot {verb} {place}: {reason}{advice}") from None
 
 
 def content_key(parts: Any) -> str:
@@ -33,15 +57,23 @@ def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "")
     return content_key([[path.name, file_sha256(path)] for path in files])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old text or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file at once: a reader sees the old content or the new, never half of it. A write that fails leaves the old one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,39 +85,109 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The file's rows; none if there is no file, and a line that a kill cut off is not a row."""
+    """The file's rows; none if there is no file, and a line that a kill cut off or damage made unreadable is not a row."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
     return rows
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a row, on a line of its own even where a kill cut the last one off."""
+    with explained("write", path), path.open("ab+") as file:
+        cut_off = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * bool(cut_off) + json.dumps(row).encode() + b"\n")
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object with its own sha256, so that `read_record` notices any damage."""
+    write_json(path, {**value, "sha256": _record_sha256(value)})
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote; None if there is no such file.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        stored = value.pop("sha256")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{path} cannot be read") from None
+    if stored != _record_sha256(value):
+        raise DamagedError(f"{path} is not what was written (sha256)")
+    return dict(value)
+
+
+def _record_sha256(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name → size and sha256 of the files that a folder directly holds."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")]
+    return {path.name: file_entry(path) for path in files}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def seal(folder: Path) -> None:
     """Declare a folder finished: write the manifest of the files it directly holds."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")]
-    write_json(folder / MANIFEST, {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files})
+    write_json(folder / MANIFEST, manifest_of(folder))
+
+
+def parse_manifest(data: bytes, where: object) -> dict[str, dict[str, Any]]:
+    """Name → entry with size, sha256 and perhaps path. Raises DamagedError for anything else, names that leave the folder included."""
+    try:
+        manifest: dict[str, dict[str, Any]] = json.loads(data)
+        whole = bool(manifest) and all(
+            Path(name).name == name and type(entry["size"]) is int and isinstance(entry["sha256"], str) for name, entry in manifest.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DamagedError(f"{where} is no manifest")
+    return manifest
+
+
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raises DamagedError where a file is not what the manifest says."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise DamagedError(f"{path} is missing")
+    if size != entry["size"]:
+        raise DamagedError(f"{path} has {size} of {entry['size']} bytes")
+    if file_sha256(path) != entry["sha256"]:
+        raise DamagedError(f"{path} is not what was written (sha256)")
+
+
+def check_sealed(folder: Path) -> None:
+    """Raises DamagedError that says what keeps a folder from being finished and as it was written."""
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise DamagedError(f"{folder} has no manifest: it was not finished, or lost it") from None
+    for name, entry in parse_manifest(data, folder / MANIFEST).items():
+        check_file(folder / name, entry)
 
 
 def is_sealed(folder: Path) -> bool:
     """Whether the folder is finished and every file is still what the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return bool(manifest) and all(
-            (folder / name).stat().st_size == entry["size"] and file_sha256(folder / name) == entry["sha256"]
-            for name, entry in manifest.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        check_sealed(folder)
+    except DamagedError:
         return False
+    return True
 
 
 @contextmanager

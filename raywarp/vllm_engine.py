@@ -27,7 +27,7 @@ class VllmEngine:
         ConfigError: no vLLM here, no weights that can be read, or too little KV cache for even one completion.
     """
 
-    def __init__(self, settings: EngineSettings, folder: Path):
+    def __init__(self, settings: EngineSettings):
         try:
             from vllm import LLM
         except ImportError as error:
@@ -41,7 +41,7 @@ class VllmEngine:
         files = checkpoint_files(settings.model)
         weights = MergedLoader(Checkpoint(partial(read_files, files), getattr(torch, settings.dtype)), self._install)
         lora = self.adapter_mode == "lora"
-        self.loader = LoraLoader(self.llm, weights, lora_slots(settings.lora_rank), folder) if lora else weights
+        self.loader = LoraLoader(self.llm, weights, lora_slots(settings.lora_rank)) if lora else weights
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters are loaded, all in one call to vLLM."""

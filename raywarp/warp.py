@@ -11,6 +11,7 @@ Every change is kept as LoRA factors relative to the SFT model; its base weights
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import PurePosixPath
 
 from raywarp import evaluation, store
@@ -18,7 +19,8 @@ from raywarp.adapters import AdapterDelta, add, scale, trailing
 from raywarp.averaging import liti, slerp
 from raywarp.config import Config
 from raywarp.data import PromptSplits
-from raywarp.inputs import prepare
+from raywarp.inputs import Inputs, prepare
+from raywarp.journal import Journal
 from raywarp.loggers import Loggers
 from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job
@@ -28,6 +30,7 @@ from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session, start_ray
+from raywarp.stop import stoppable
 
 ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
@@ -38,13 +41,24 @@ def train(config: Config, display: Display | None = None) -> Run:
     Raises:
         ConfigError: the input is wrong; nothing was started.
         RewardError: the reward failed or was not a finite number; what was done is kept.
+        FaultError: a piece of the run died again and again, or there is no room for it any more; likewise.
+        Stopped: SIGTERM or Ctrl-C; likewise. It is a KeyboardInterrupt.
     """
     display = display or Display()
     inputs = prepare(config)
-    run = Run.open(config)
+    run = Run.open(config, display.say)
     start_ray()
-    with Session(config, inputs.model, inputs.longest_prompt) as session, Loggers(config, run.folder) as loggers:
+    with run.mirrored(), Journal(run, display) as journal, stoppable():
+        _train(config, run, inputs, display, journal)
+    return run
+
+
+def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal) -> None:
+    session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report)
+    with session_of_run as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
+        run.clean()
+        journal.begin()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
         gauges = RunMetrics(PurePosixPath(config.out).name)
         init, init_key = session.zero, "sft"
@@ -60,7 +74,6 @@ def train(config: Config, display: Display | None = None) -> Run:
         front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
         save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
         display.timing(run)
-    return run
 
 
 def fine_tune(
@@ -76,13 +89,14 @@ def fine_tune(
     init: AdapterDelta,
 ) -> list[AdapterDelta]:
     """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained."""
-    jobs = [Job(iteration, m, key, str(run.policy_folder(key))) for m, key in enumerate(keys, start=1)]
-    missing = [job for job in jobs if not run.policy_done(job.key)]
-    for job in jobs:
-        if job not in missing:
-            run.set_policy_metrics(job.key, store.read_jsonl(run.policy_folder(job.key) / "metrics.jsonl"))
-    with display.iteration(iteration, jobs, missing, config.warp.steps) as bars:
-        for event in session.fine_tune(missing, init, prompts.train):
+    jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
+    missing = [job for job in jobs if not found(run, job, display)]
+    run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in missing])
+    with (
+        display.iteration(iteration, jobs, missing, config.warp.steps) as bars,
+        closing(session.fine_tune(missing, init, prompts.train)) as events,
+    ):
+        for event in events:
             if event["event"] == "resumed":
                 run.set_policy_metrics(event["key"], event["metrics"])
             elif event["event"] == "step":
@@ -93,8 +107,16 @@ def fine_tune(
             bars.update(event)
     if session.timing and session.timing.steps:
         run.save_timing(iteration, session.timing.row())
-        gauges.fault("rollout worker", "died", session.timing.restarts)
-    return [trailing(load_peft(run.policy_folder(key)), config.lora.rank) for key in keys]
+    return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), config.lora.rank) for key in keys]
+
+
+def found(run: Run, job: Job, display: Display) -> bool:
+    """Whether the policy is in the store, and whole."""
+    try:
+        return run.find_policy(job.key) is not None
+    except store.DamagedError as error:
+        display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
+        return False
 
 
 def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:

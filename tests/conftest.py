@@ -1,11 +1,14 @@
 """Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for all tests."""
 
 import hashlib
+import logging
 import os
 import platform
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,30 @@ def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
         logits = model(ids).logits[0, len(prompt) - 1 : -1]
         rows.append(torch.nn.functional.pad(logits, (0, 0, 0, batch.mask.shape[1] - length)))
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """moto's, on a port of this machine, with one empty bucket; all of pyarrow's requests really go there."""
+
+    address: str
+
+    def uri(self, prefix: str) -> str:
+        return f"s3://bucket/{prefix}?endpoint_override={self.address}&scheme=http&region=us-east-1"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
+    os.environ.update(AWS_ACCESS_KEY_ID="loopback", AWS_SECRET_ACCESS_KEY="loopback", AWS_EC2_METADATA_DISABLED="true")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+    yield S3Server(f"{host}:{port}")
+    server.stop()
 
 
 @pytest.fixture(scope="session")

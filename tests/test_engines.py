@@ -67,4 +67,4 @@ def test_a_vllm_that_cannot_be_imported_names_the_extra(monkeypatch: pytest.Monk
         monkeypatch.delitem(__import__("sys").modules, name)
     settings = EngineSettings("nowhere", "float32", 16, 8, parse_config({}).rollout, gpu=False)
     with pytest.raises(ConfigError, match=r"libcuda.*raywarp\[cpu\].*rollout\.engine=transformers"):
-        start_engine(settings, tmp_path)
+        start_engine(settings)

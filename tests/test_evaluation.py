@@ -8,7 +8,7 @@ from raywarp.adapters import add, dense, zeros_like
 from raywarp.averaging import lerp, slerp
 from raywarp.config import ChooseConfig
 from raywarp.evaluation import Point, candidates, choose, distinct_2, mean_interval, summarise
-from raywarp.session import Scored
+from raywarp.points import Scored
 
 
 def point(name: str, eta: float | None, kl: float) -> Point:

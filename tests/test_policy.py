@@ -1,13 +1,15 @@
 """One policy on a tiny Llama: who gets gradients, who is the anchor, what the EMA does, and that a resumed run is the same run."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS, plain_logits
 
-from raywarp import losses
+from raywarp import losses, rng
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import dense, zeros_like
 from raywarp.averaging import liti
@@ -15,6 +17,9 @@ from raywarp.batch import Batch, Completion, collate
 from raywarp.config import Config, LoraConfig, parse_config
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy
+from raywarp.policy_files import Checkpoint, PolicyFiles
+from raywarp.storage import Storage
+from raywarp.store import DamagedError
 
 CPU = torch.device("cpu")
 
@@ -223,6 +228,73 @@ def test_resume_equals_uninterrupted(tiny_llama: Path) -> None:
     for seed in range(2, 4):
         step(second, seed)
     assert not changed(expected, snapshot(second.model, ["policy_1", "ema_1"]))
+
+
+def test_a_state_that_is_not_this_policys_changes_nothing(tiny_llama: Path) -> None:
+    policy = Policy(load(tiny_llama), config(steps=3), 1, 1)
+    step(policy, 0)
+    saved = policy.state()
+    other = Policy(load(tiny_llama), config(steps=3), 1, 1)
+    before = other.state()
+    last = max(name for name in saved if name.startswith("policy/"))
+    for state, problem in (
+        ({name: tensor for name, tensor in saved.items() if name != last}, f"1 tensors, the first is {last}"),
+        (saved | {"more": torch.zeros(1)}, "1 tensors, the first is more"),
+        (saved | {last: saved[last][:1]}, rf"{last} is torch.float32 \(1, "),
+        (saved | {last: saved[last].double()}, f"{last} is torch.float64"),
+        (saved | {"step": torch.tensor(0)}, "of step 0, and the policy takes 3"),
+        (saved | {"step": torch.tensor(4)}, "of step 4, and the policy takes 3"),
+    ):
+        with pytest.raises(DamagedError, match=problem):
+            other.load_state(state)
+        assert all(torch.equal(before[name], tensor) for name, tensor in other.state().items())
+    other.load_state(saved)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in other.state().items())
+
+
+def test_checkpoints_come_back_newest_first_and_the_older_go(tiny_llama: Path, tmp_path: Path) -> None:
+    policy, files = Policy(load(tiny_llama), config(steps=9), 1, 1), PolicyFiles(Storage(tmp_path), "k")
+    states = []
+    for seed in range(4):
+        step(policy, seed)
+        states.append(policy.state())
+        rows = [{"step": n, "reward": 0.1 * n} for n in range(policy.step)]
+        files.save_checkpoint(Checkpoint(states[-1], {"key": "k", "step": policy.step}, rows, rows))
+    assert files.checkpoints() == [f"policies/k/checkpoint-00000{n}" for n in (3, 4)]
+    for name, state in zip(files.checkpoints(), states[2:], strict=True):
+        checkpoint = files.load_checkpoint(name)
+        assert checkpoint is not None
+        assert checkpoint.state.keys() == state.keys()
+        assert all(torch.equal(checkpoint.state[tensor], value) for tensor, value in state.items())
+        assert checkpoint.metrics[-1] == {"step": checkpoint.step - 1, "reward": 0.1 * (checkpoint.step - 1)}
+    assert not list(tmp_path.rglob("*.p*kl*"))
+    files.save_result(policy.task_vector(), rows, rows)
+    assert files.checkpoints() == []
+    assert [path.name for path in sorted((tmp_path / "policies" / "k").iterdir())] == sorted(
+        ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl", "samples.jsonl"]
+    )
+
+
+def draws() -> list[float]:
+    return [random.random(), random.gauss(), float(np.random.rand()), float(np.random.randn()), *torch.rand(2).tolist()]
+
+
+def test_a_policys_random_numbers_are_its_own() -> None:
+    """They go on where they were, whatever is drawn in between, also from a file; and nobody else's change."""
+    states = rng.seeded(5, CPU)
+    random.seed(1)
+    outside = random.getstate()
+    with rng.using(states, CPU):
+        first = draws()
+    saved = {name: tensor.clone() for name, tensor in states.items()}
+    with rng.using(states, CPU):
+        second = draws()
+    assert random.getstate() == outside
+    draws()
+    with rng.using(saved, CPU):
+        assert draws() == second != first
+    with rng.using(rng.seeded(5, CPU), CPU):
+        assert draws() == first
 
 
 def test_init_adapter_of_any_rank_is_what_its_change_says(model: AdaptedModel, tiny_llama: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
+from raywarp import store
 from raywarp.config import ConfigError, RewardConfig
 from raywarp.reward_actor import RewardActor
 from raywarp.reward_training import is_standardised, save_standardisation
@@ -102,10 +103,10 @@ def test_a_model_is_standardised_by_what_its_folder_says(tmp_path):
 
 @pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan], [1.0, math.inf]])
 def test_scores_that_cannot_standardise_are_refused(tmp_path, scores):
-    (tmp_path / "reward.json").write_text(json.dumps({"accuracy": 0.8}))
+    store.write_record(tmp_path / "reward.json", {"accuracy": 0.8})
     with pytest.raises(RewardError, match="cannot standardise"):
         save_standardisation(tmp_path, scores)
-    assert json.loads((tmp_path / "reward.json").read_text()) == {"accuracy": 0.8}
+    assert store.read_record(tmp_path / "reward.json") == {"accuracy": 0.8}
 
 
 def test_a_function_gets_the_columns_and_may_return_numpy_or_tensors():
@@ -214,4 +215,4 @@ def test_the_actor_scores_the_workers_rollouts_with_their_columns(user_module):
     actor = RewardActor(RewardConfig(function="users_rewards:score"))
     actor.start()
     rollouts = [Rollout([Completion((1,), (0.0,), text, True)], ()) for text in ("a", "bcd")]
-    assert actor.score_rollouts(["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]
+    assert actor.score_rollouts(None, ["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]

@@ -12,13 +12,16 @@ from conftest import WORDS, left_behind, traces
 from ray.exceptions import RayTaskError
 
 from raywarp import losses
+from raywarp.actors import Kinds
 from raywarp.adapted_model import AdaptedModel
 from raywarp.adapters import add
 from raywarp.batch import Completion, collate
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, RolloutPool, join, submit
+from raywarp.faults import cause_of
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
+from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker
-from raywarp.session import Kinds, Session, cause_of
+from raywarp.session import Session
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 
@@ -181,19 +184,23 @@ def test_no_room_for_one_completion_names_the_keys(ray_cluster: Any, tiny_llama:
 class Dying:
     """Every call is its last."""
 
+    def start(self) -> None:
+        pass
+
     def generate(self, requests: Any) -> Any:
         os._exit(1)
 
 
 def test_a_worker_that_dies_again_and_again_is_named(ray_cluster: Any) -> None:
-    worker = ray_cluster.remote(Dying).options(num_cpus=0, max_restarts=1, max_task_retries=1).remote()
-    pool = ray_cluster.remote(RolloutPool).options(num_cpus=0).remote([worker])
+    worker = ray_cluster.remote(Dying).options(num_cpus=0, max_restarts=-1).remote()
+    pool = ray_cluster.remote(RolloutPool).options(num_cpus=0).remote([worker], max_failures=1)
     ((ref,),) = submit(pool, [Request([[1]], [0])])
     with pytest.raises(RayTaskError) as failure:
         ray_cluster.get(ref)
     assert isinstance(cause := cause_of(failure.value), RolloutError)
-    assert "rollout worker 1 died again and again" in str(cause)
+    assert "rollout worker 1 died again and again (2 deaths in one call)" in str(cause)
     ray_cluster.kill(pool)
+    ray_cluster.kill(worker)
 
 
 def test_join_names_worker_and_version() -> None:

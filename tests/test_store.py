@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_keys_change_with_what_decides_a_policy_and_with_nothing_else() -> None:
         {"cluster": {"gpus_per_policy": 0.5}},
         {"rollout": {"workers": 4}},
         {"out": "elsewhere"},
+        {"out": "s3://bucket/run", "store": "elsewhere"},
+        {"checkpoint_every": 3, "loggers": ["tensorboard"]},
         {"front": {"prompts": 7}},
         {"warp": {"liti_rate": 0.9}},  # matters from the next iteration's init on
         {"warp": {"iterations": 7}},
@@ -81,10 +84,66 @@ def test_keys_change_with_what_decides_a_policy_and_with_nothing_else() -> None:
         policy_keys(parse_config({"lora": {"rank": 8}}), inputs, 1, "sft"),
         policy_keys(parse_config({"rollout": {"temperature": 1.0}}), inputs, 1, "sft"),
         policy_keys(parse_config({}), {**inputs, "reward": "retrained"}, 1, "sft"),
+        policy_keys(parse_config({}), {**inputs, "prompts": "other"}, 1, "sft"),
         policy_keys(parse_config({}), inputs, 2, "sft"),
         policy_keys(parse_config({}), inputs, 1, "another init"),
     ]
-    assert len({key for some in [keys, *changed] for key in some}) == 2 * 8
+    assert len({key for some in [keys, *changed] for key in some}) == 2 * 9
+
+
+def test_a_record_notices_every_changed_byte(tmp_path: Path) -> None:
+    path = tmp_path / "front.json"
+    assert store.read_record(path) is None
+    store.write_record(path, {"points": [1, 2.5], "key": "a"})
+    assert store.read_record(path) == {"points": [1, 2.5], "key": "a"}
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (0, 4):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            with suppress(store.DamagedError):  # else white space became other white space
+                assert store.read_record(path) == {"points": [1, 2.5], "key": "a"}
+
+
+def test_a_row_after_a_cut_off_line_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"ste')
+    store.append_jsonl(path, {"step": 2})
+    path.write_bytes(path.read_bytes() + b'\xff{"step": 3}\n[1]\n')
+    assert store.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_metrics_are_made_anew_from_the_policies_folders(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = Run(tmp_path, say=said.append)
+    rows = [{"key": f"k{i}", "iteration": i, "policy": 1, "step": t} for i in (1, 2) for t in (0, 1)]
+    for i in (1, 2):
+        store.write_jsonl(run.policy_folder(f"k{i}") / "metrics.jsonl", [row for row in rows if row["iteration"] == i])
+    stray = [{"key": "k0", "iteration": 3}, {"key": "other", "iteration": 1, "policy": 1, "step": 0}, {"step": 1}]
+    store.write_jsonl(run.metrics_file, [*stray, *rows])
+    run.restore_metrics(1, 2, ["k1"])
+    assert run.metrics() == rows
+    assert said == []
+    store.write_jsonl(run.metrics_file, [rows[0], {**rows[2], "step": 7}])
+    for i in (1, 2):
+        run.restore_metrics(i, 2, [f"k{i}"])
+    assert run.metrics() == rows
+    assert [f"iteration {i}" in line for i, line in zip((1, 2), said, strict=True)] == [True, True]
+
+
+def test_a_damaged_configuration_is_not_taken_for_another_runs(tmp_path: Path) -> None:
+    config, said = parse_config({"out": str(tmp_path / "run")}), list[str]()
+    run = Run.open(config)
+    run.save_config(config)
+    run.add_metrics({"step": 0})
+    path = run.folder / "config.yaml"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", content.replace(b"steps: 40", b"steps: 41"), b"\xff" + content, None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        Run.open(config, said.append).save_config(config)
+        assert str(path) in said.pop()
+        assert path.read_bytes() == content
+    assert Run.open(config, said.append) == run
+    assert not said
 
 
 def test_one_folder_one_run(tmp_path: Path) -> None:

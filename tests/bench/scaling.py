@@ -37,6 +37,7 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 
 import ray
 
+from raywarp.actors import Kinds
 from raywarp.adapters import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.averaging import liti, slerp
 from raywarp.batch import Batch, Completion
@@ -46,7 +47,8 @@ from raywarp.peft_files import load_peft, save_peft
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout import Adapter, Request
 from raywarp.rollout_worker import RolloutWorker
-from raywarp.session import Kinds, Session
+from raywarp.session import Session
+from raywarp.storage import Storage
 
 SMOLLM2 = (30, {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}, (1536, 576))
 LLAMA_8B = (32, {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}, (14336, 4096))
@@ -158,7 +160,7 @@ def run(policies: int, workers: int, trainers: int, steps: int, waits: Kinds, fo
     """One iteration of fine-tuning; its timing.json row, and what a step took beyond the waits if nobody else could be in the way."""
     prompts = [Prompt(f"prompt {n}", (3, 4, n % 50), {}) for n in range(64)]
     place = f"{policies}-{workers}-{trainers}"
-    jobs = [Job(1, m, f"{place}-{m}", str(folder / f"{place}-{m}")) for m in range(1, policies + 1)]
+    jobs = [Job(1, m, f"{place}-{m}", Storage(folder)) for m in range(1, policies + 1)]
     with Session(config_for(policies, workers, trainers, steps), "none", 3, kinds=waits) as session:
         ends = [time.perf_counter() for event in session.fine_tune(jobs, session.zero, prompts) if event["event"] == "step"]
     assert session.timing is not None

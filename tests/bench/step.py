@@ -51,6 +51,7 @@ from raywarp.inputs import prepare_prompts
 from raywarp.policy_actor import Job
 from raywarp.quickstart import QUICKSTART
 from raywarp.session import Session, start_ray
+from raywarp.storage import Storage
 
 HERE = Path(__file__).parent
 PROMPTS, COMPLETIONS, NEW_TOKENS, TEMPERATURE = 8, 4, 24, 0.9
@@ -256,14 +257,14 @@ def ours(settings: dict[str, Any]) -> None:
     with Session(chosen, model, longest) as session:
         say({"event": "ready"})
         if together:
-            jobs = [Job(1, m, f"policy-{m}", f"{settings['folder']}/policy-{m}") for m in (1, 2)]
+            jobs = [Job(1, m, f"policy-{m}", Storage(settings["folder"])) for m in (1, 2)]
             for _ in session.fine_tune(jobs, session.zero, prompts.train):
                 pass
-            policies = [trailing(raywarp.load_peft(job.folder), chosen.lora.rank) for job in jobs]
+            policies = [trailing(raywarp.load_peft(folder_of(job)), chosen.lora.rank) for job in jobs]
             raywarp.save_peft(add(session.zero, slerp(policies)), Path(settings["save"]))
             return say({"event": "end"})
         for index, _ in enumerate(sys.stdin, start=1):
-            for row in block_of_steps(session, Job(1, index, str(index), f"{settings['folder']}/{index}"), prompts.train):
+            for row in block_of_steps(session, Job(1, index, str(index), Storage(settings["folder"])), prompts.train):
                 say(row)
 
 
@@ -276,7 +277,11 @@ def block_of_steps(session: Session, job: Job, prompts: Any) -> Iterator[dict[st
             phases = {"weights": event["swap_seconds"], "generation": generation, "update": event["update_seconds"]}
             yield {"event": "step", "seconds": now - last, "tokens": event["tokens"], **phases}
         last = now
-    store.remove(Path(job.folder))
+    store.remove(folder_of(job))
+
+
+def folder_of(job: Job) -> Path:
+    return job.store.cache / "policies" / job.key
 
 
 def two_policies(count: int) -> dict[str, float]:

@@ -1,0 +1,167 @@
+"""How the actors of a run are made: of which class, where, with what; and made anew where one has died."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+
+from raywarp import placement, watch
+from raywarp.config import Config
+from raywarp.engines import EngineSettings, front_rank
+from raywarp.hardware import cpu_environment
+from raywarp.policy_actor import PolicyActor
+from raywarp.reward_actor import RewardActor
+from raywarp.rollout_pool import RolloutPool
+from raywarp.rollout_worker import RolloutWorker
+
+VLLM_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the actor is the engine's process: no second one to lose, and a faster start
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # a warning for each weight that a swap leaves as it is (vLLM 0.32)
+}
+VLLM_CPU_ENV = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
+}
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The classes of the actors: a benchmark puts waits in the place of their work."""
+
+    worker: type[RolloutWorker] = RolloutWorker
+    policy: type[PolicyActor] = PolicyActor
+
+
+REAL = Kinds()
+
+
+@dataclass
+class Place:
+    """A policy actor's place: its placement group, which Ray moves to another node when it loses one, and whoever is in it now.
+
+    Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    group: PlacementGroup | None
+    actor: Any = None
+    pulse: watch.Pulse = field(init=False)
+    hung: bool = False
+
+    def renew(self) -> None:
+        """A new actor, after an end to the one before, whatever has become of that."""
+        self.kill()
+        self.actor, self.hung = self.make(), False
+        actor = self.actor
+        self.pulse = watch.Pulse(lambda: actor.pulse.remote())
+
+    def kill(self) -> None:
+        if self.actor is not None:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(self.actor)
+
+
+class Actors:
+    """Makes all actors of a run; what it has made and reserved goes with `stop`.
+
+    Args:
+        model: folder or hub id. dtype: of the base. prompt_tokens: the longest prompt.
+    """
+
+    def __init__(self, config: Config, plan: placement.Plan, model: str, dtype: str, prompt_tokens: int, kinds: Kinds):
+        self.config, self.plan, self.model, self.dtype, self.kinds = config, plan, model, dtype, kinds
+        cpu_env = cpu_environment(plan.threads, plan.crowded) if plan.threads and not plan.uses_gpus else {}
+        self.environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
+        self.settings = EngineSettings(
+            model=model,
+            dtype=dtype,
+            max_model_len=prompt_tokens + config.rollout.max_new_tokens,
+            lora_rank=front_rank(config),
+            rollout=config.rollout,
+            gpu=plan.rollout.gpus > 0,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+        )
+        self.groups: dict[str, list[PlacementGroup | None]] = {}
+        self.made: list[Any] = []
+        self.places: list[Place] = []
+        self.worker_names: list[str] = []
+
+    def workers(self) -> list[Any]:
+        """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
+        environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
+        groups, need = self._reserve(self.plan.rollout, "rollout"), self.plan.rollout
+        self.worker_names = [f"raywarp-rollout-{n}-{uuid.uuid4().hex[:8]}" for n in range(1, len(groups) + 1)]
+        return [
+            self._make(self.kinds.worker, need, group, environment, {"max_restarts": -1, "name": name}, self.settings, n)
+            for n, (name, group) in enumerate(zip(self.worker_names, groups, strict=True), 1)
+        ]
+
+    def pool(self) -> Any:
+        options = {"max_restarts": -1, "max_task_retries": -1}
+        return self._make(RolloutPool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
+
+    def policies(self) -> list[Place]:
+        need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
+        arguments = (self.config, self.model, self.dtype, self.plan.threads)
+
+        def maker(group: PlacementGroup | None) -> Callable[[], Any]:
+            return lambda: self._make(self.kinds.policy, need, group, self.environment, {}, *arguments, watched=True)
+
+        self.places = [Place(f"policy actor {n}", maker(group), group) for n, group in enumerate(groups, 1)]
+        for place in self.places:
+            place.renew()
+        return self.places
+
+    def rewards(self) -> list[Any]:
+        """The reward worker, and that of the control score if there is one. Ray starts them again and repeats their calls."""
+        sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
+        groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
+        restart = {"max_restarts": -1, "max_task_retries": -1}  # a retry is spent on a worker that is only not there yet (Ray 2.60)
+        common = (self.config.trust_remote_code, self.plan.threads)
+        return [
+            self._make(RewardActor, need, group, self.environment, restart, source, *common, watched=True)
+            for source, group in zip(sources, groups, strict=True)
+        ]
+
+    def stop(self) -> None:
+        for actor in self.made:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(actor)
+        for groups in self.groups.values():
+            placement.release(groups)
+
+    def _reserve(self, need: placement.Need, name: str) -> list[PlacementGroup | None]:
+        groups = placement.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
+        self.groups[name] = groups
+        return groups
+
+    def _make(
+        self,
+        kind: type,
+        need: placement.Need | None,
+        group: PlacementGroup | None,
+        environment: dict[str, str],
+        options: dict[str, Any],
+        *arguments: Any,
+        watched: bool = False,
+    ) -> Any:
+        """watched: it answers while it works, in a thread of the concurrency group `watch`."""
+        remote: Any = ray.remote(concurrency_groups={watch.GROUP: 1})(kind) if watched else ray.remote(kind)  # type: ignore[call-overload]
+        where = placement.options(need, group) if need else {"num_cpus": 0}
+        actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(*arguments)
+        self.made.append(actor)
+        return actor
+
+
+def _python_path() -> str:
+    """The driver's folder first: a user's reward module lies there, and on a cluster's node the worker may start elsewhere."""
+    return os.pathsep.join(part for part in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if part)

@@ -1,0 +1,266 @@
+"""Stage 1 of one iteration, come what may: policies on their actors, and those of a dead actor continued from their checkpoints."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from raywarp import faults, stop, watch
+from raywarp.actors import Place
+from raywarp.config import Config
+from raywarp.faults import Failures, FaultError
+from raywarp.policy_actor import Job
+
+TICK = 0.25  # seconds between two looks at everything but the policies' events
+
+
+@dataclass
+class Course:
+    """How far one policy has come.
+
+    step, furthest: finished steps, now and ever. lost_at, lost_step: when it was lost, and how far it was then.
+    """
+
+    job: Job
+    failures: Failures
+    step: int = 0
+    furthest: int = 0
+    done: bool = False
+    lost_at: float | None = None
+    lost_step: int = 0
+
+
+@dataclass
+class Stream:
+    """Jobs that were given to an actor, and what it tells of them. heard: it has begun."""
+
+    place: Place
+    jobs: list[Job]
+    events: Any
+    since: float = field(default_factory=time.monotonic)
+    heard: bool = False
+
+
+class FineTuning:
+    """The jobs of one iteration.
+
+    Args:
+        places: the policy actors.
+        work: what every job gets: init, prompts, pool and reward.
+        tick: looks after everything but the policy actors, and raises what ends the run.
+    """
+
+    def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], None], report: watch.Report):
+        self.config, self.places, self.work, self.tick, self.report = config, places, work, tick, report
+        self.streams: list[Stream] = []
+        self.waiting: list[tuple[float, Place, list[Job]]] = []  # to be made anew, and when
+        self.courses: dict[str, Course] = {}
+        self.saved: set[str] = set()
+        self.rows: list[dict[str, Any]] = []
+        self.trainers = 0
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+        """Yields the policies' events: resumed (also after a death: the steps behind it are done again), step, done.
+
+        Raises:
+            FaultError: a policy failed more than cluster.max_failures times without getting on.
+            Stopped, and whatever a job raised: after a checkpoint of every policy.
+        """
+        self.courses = {job.key: Course(job, Failures(self.config.cluster.max_failures)) for job in jobs}
+        for slot, place in enumerate(self.places):
+            if own := list(jobs[slot :: len(self.places)]):
+                self._give(place, own)
+        self.trainers = len(self.streams)
+        try:
+            while self.streams or self.waiting:
+                self._renew_what_is_due()
+                yield from self._next_event()
+                self._look_after()
+        except BaseException:
+            self._save()
+            raise
+
+    def _give(self, place: Place, jobs: list[Job]) -> None:
+        events = place.actor.fine_tune.options(num_returns="streaming").remote(jobs, *self.work)
+        self.streams.append(Stream(place, jobs, events))
+
+    def _next_event(self) -> Iterator[dict[str, Any]]:
+        if not self.streams:
+            time.sleep(TICK)
+            return
+        ready, _ = ray.wait([stream.events for stream in self.streams], num_returns=1, fetch_local=False, timeout=TICK)
+        if not ready:
+            return
+        stream = next(stream for stream in self.streams if stream.events is ready[0])
+        try:
+            event: Any = ray.get(next(stream.events))
+        except StopIteration:
+            self.streams.remove(stream)
+        except RayError as error:
+            if not faults.is_survivable(error):
+                self.streams.remove(stream)
+                self.saved |= {job.key for job in stream.jobs}  # by the actor, before it raised
+                raise faults.cause_of(error) from None
+            self._lost(stream.place, error)
+        else:
+            stream.heard = True
+            if event["event"] == "fault":
+                label = {name: event[name] for name in ("iteration", "policy", "key", "step")}
+                self.report("fault", what="checkpoint", **label, cause="damaged", message=event["cause"])
+                return
+            self._note(event)
+            yield event
+
+    def _note(self, event: dict[str, Any]) -> None:
+        course = self.courses[event["key"]]
+        if event["event"] == "done":
+            course.done = True
+            return
+        if event["event"] == "resumed":
+            course.step = event["step"]
+            self.rows = [row for row in self.rows if row["key"] != event["key"] or row["step"] < course.step]
+            if course.lost_at is not None:
+                self.report("continued", **course.job.label, step=course.step, steps_repeated=max(course.lost_step - course.step, 0))
+            elif course.step:
+                self.report("resumed", **course.job.label, step=course.step)
+        else:
+            course.step = event["step"] + 1
+            self.rows.append(event)
+        if course.step > course.furthest:
+            course.furthest = course.step
+            course.failures.progressed()
+        if course.lost_at is not None and course.step >= course.lost_step:
+            seconds = time.monotonic() - course.lost_at
+            self.report("recovered", what="policy", **course.job.label, step=course.step, seconds_lost=seconds)
+            course.lost_at = None
+
+    def _lost(self, place: Place, error: RayError) -> None:
+        """The actor, or its work, is gone: say so for every policy that it had, and make it anew after a pause."""
+        cause = faults.HANG if place.hung else faults.kind_of(error)
+        ours = [stream for stream in self.streams if stream.place is place]
+        self.streams = [stream for stream in self.streams if stream.place is not place]
+        jobs = [job for stream in ours for job in stream.jobs if not self.courses[job.key].done]
+        pause, text = 0.0, faults.explain(error)
+        for course in (self.courses[job.key] for job in jobs):
+            self.report("fault", what=place.name, **course.job.label, step=course.step, cause=cause, message=text)
+            if course.lost_at is None:
+                course.lost_at, course.lost_step = time.monotonic(), course.step
+            if not course.failures.again():
+                raise FaultError(self._given_up(course, cause, text))
+            pause = max(pause, course.failures.pause())
+        self.waiting.append((time.monotonic() + pause, place, jobs))
+
+    def _renew_what_is_due(self) -> None:
+        now = time.monotonic()
+        due = [entry for entry in self.waiting if entry[0] <= now]
+        self.waiting = [entry for entry in self.waiting if entry[0] > now]
+        for _, place, jobs in due:
+            place.renew()
+            if jobs:
+                self._give(place, jobs)
+
+    def _look_after(self) -> None:
+        stop.check()
+        self.tick()
+        for stream in list(self.streams):
+            if stream.heard or watch.has_room(stream.place.group):
+                if text := hang_of(stream.place, self.config.cluster.hang_seconds):
+                    for job in stream.jobs:
+                        self._report_hang(stream.place, self.courses[job.key], text)
+            elif time.monotonic() - stream.since > self.config.cluster.timeout_seconds:
+                self._move(stream)
+
+    def _report_hang(self, place: Place, course: Course, text: str) -> None:
+        if not course.done:
+            self.report("hang", what=place.name, **course.job.label, step=course.step, cause=faults.HANG, message=text)
+
+    def _move(self, stream: Stream) -> None:
+        """There is no room for this actor any more: its policies go to those that are there, one after another."""
+        others = [other for other in self.streams if other.heard]
+        if not others:
+            raise FaultError(
+                f"{stream.place.name} has waited {self.config.cluster.timeout_seconds:.0f} s for "
+                f"{stream.place.group.bundle_specs if stream.place.group else {}} after a loss: {watch.lack_of_room()}; add nodes, lower "
+                "cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
+            )
+        target = min(others, key=lambda other: len(other.jobs)).place
+        self.streams.remove(stream)
+        stream.place.kill()
+        for job in stream.jobs:
+            self.report("moved", what=stream.place.name, **job.label, message=f"no room for it: {watch.lack_of_room()}; to {target.name}")
+        self._give(target, stream.jobs)
+
+    def _given_up(self, course: Course, cause: str, text: str) -> str:
+        job, optim = course.job, self.config.optim
+        hint = ""
+        if cause == faults.OUT_OF_MEMORY:
+            hint = (
+                f"; lower optim.max_tokens_per_microbatch={optim.max_tokens_per_microbatch}, or set optim.gradient_checkpointing=true, "
+                "or give it a larger node"
+            )
+        return (
+            f"policy {job.index} of iteration {job.iteration} failed {course.failures.count} times without getting beyond step "
+            f"{course.furthest} ({cause}: {text}){hint}; cluster.max_failures={self.config.cluster.max_failures}; what was saved is kept, "
+            "and the same command continues"
+        )
+
+    def _save(self) -> None:
+        """Every policy that is under way makes a checkpoint of its last finished step, in the little time that there may be."""
+        deadline = time.monotonic() + stop.SAVE_SECONDS
+        streams = [stream for stream in self.streams if stream.heard]
+        open_jobs = [course for course in self.courses.values() if not course.done]
+        for place in {id(stream.place): stream.place for stream in streams}.values():
+            place.actor.stop.remote()
+        while streams and (left := deadline - time.monotonic()) > 0:
+            ready, _ = ray.wait([stream.events for stream in streams], num_returns=1, fetch_local=False, timeout=left)
+            for stream in [stream for stream in streams if ready and stream.events is ready[0]]:
+                try:
+                    event: Any = ray.get(next(stream.events))
+                except (StopIteration, RayError):
+                    streams.remove(stream)
+                else:
+                    course = self.courses[event["key"]]
+                    course.step = event["step"] + (event["event"] == "step") if "step" in event else course.step
+                    self.saved |= {event["key"]} if event["event"] in ("stopped", "done") else set()
+        lines = [self._saved_line(course, course.job.key in self.saved) for course in open_jobs]
+        stop.note(lines)
+        for course, line in zip(open_jobs, lines, strict=True):
+            self.report("saved", **course.job.label, step=course.step, message=line)
+
+    def _saved_line(self, course: Course, saved: bool) -> str:
+        name = f"iteration {course.job.iteration} policy {course.job.index}"
+        every = self.config.checkpoint_every
+        return (
+            f"{name} is saved at step {course.step}"
+            if saved
+            else f"{name} was busy: its last checkpoint is of step {course.step // every * every}"
+        )
+
+
+def hang_of(place: Place, hang_seconds: float) -> str:
+    """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty where it does not hang."""
+    try:
+        process = place.pulse.poll()
+    except RayError:
+        return ""  # it is dead, as whoever waits for its work is about to hear
+    if process is not None and process.working > hang_seconds:
+        text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{_stack(place)}"
+    elif place.pulse.hangs(hang_seconds):
+        text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
+    else:
+        return ""
+    place.hung = True
+    place.kill()
+    place.pulse.forget(watch.DEATH_SECONDS)
+    return text
+
+
+def _stack(place: Place) -> str:
+    try:
+        stack: str = ray.get(place.actor.stack.remote(), timeout=10)
+    except RayError as error:
+        return faults.explain(error)
+    return stack

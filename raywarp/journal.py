@@ -1,0 +1,43 @@
+"""What happens to a run, for its events.jsonl and for whoever watches; from which it also learns that the driver before it was killed."""
+
+from types import TracebackType
+from typing import Any
+
+from raywarp.progress import Display
+from raywarp.run import Run
+from raywarp.stop import Stopped
+
+ENDS = {"finished", "failed", "stopped"}
+
+
+class Journal:
+    """A context manager around a run. Nothing is written before `begin`, since a run that cannot start leaves no folder."""
+
+    def __init__(self, run: Run, display: Display):
+        self.run, self.display, self.begun = run, display, False
+
+    def begin(self) -> None:
+        """The run has its actors. Where the one before it came to no end, its driver was killed."""
+        last = next((row for row in reversed(self.run.events()) if row["event"] in ENDS | {"started"}), None)
+        self.begun = True
+        if last and last["event"] == "started":
+            self.report("fault", what="driver", cause="killed", message=f"the run that started at {last['time']} did not come to its end")
+        self.report("started")
+
+    def report(self, event: str, **details: Any) -> None:
+        """See Run.add_event."""
+        self.display.event(self.run.add_event(event, **details) if self.begun else {"event": event, **details})
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.begun:
+            return
+        if error is None:
+            self.report("finished")
+            self.display.faults(self.run.events())
+        elif isinstance(error, Stopped):
+            self.report("stopped", message=str(error))
+        else:
+            self.report("failed", message=str(error).splitlines()[0] if str(error) else type(error).__name__)

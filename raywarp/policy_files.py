@@ -1,0 +1,120 @@
+"""A policy's files in a store: its checkpoints while it trains, and its result. safetensors and JSON, verified before they are read.
+
+policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW's moments and step, states of the random generators
+                                 progress.json       step, prompts drawn, version of the adapter that the next rollouts are sampled from
+                                 metrics.jsonl       a row per step so far
+                                 samples.jsonl       a completion per step so far
+policies/<key>/                                      θ_m as a PEFT adapter, metrics and samples
+
+The learning rate follows from the step, the prompts of a step from (seed, iteration, policy, step), and the seeds of its completions from
+(seed, iteration, policy, step, index): they need no state of their own.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raywarp.adapters import AdapterDelta
+from raywarp.peft_files import save_peft
+from raywarp.storage import Storage
+from raywarp.store import DamagedError, read_jsonl, write_json, write_jsonl
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a policy stands: everything that its next steps depend on, and what was measured until then.
+
+    state: see Policy.state. progress: step, prompts_drawn, rollout_version, and whose checkpoint it is (iteration, policy, key).
+    metrics, samples: a row per finished step.
+    """
+
+    state: Mapping[str, Tensor]
+    progress: Mapping[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        return int(self.progress["step"])
+
+
+class PolicyFiles:
+    """The files of the policy with this key."""
+
+    def __init__(self, storage: Storage, key: str):
+        self.storage, self.key, self.name = storage, key, f"policies/{key}"
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Beside the one before; older ones go.
+
+        Raises:
+            StoreError: it could not be written; the checkpoints before it are as they were.
+        """
+        with self.storage.writing(f"{self.name}/checkpoint-{checkpoint.step:06d}") as folder:
+            _save_tensors(checkpoint.state, folder / "state.safetensors")
+            write_json(folder / "progress.json", checkpoint.progress)
+            _save_rows(folder, checkpoint.metrics, checkpoint.samples)
+        for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            self.storage.remove(old)
+
+    def checkpoints(self) -> list[str]:
+        """Names in the store, oldest first."""
+        return [f"{self.name}/{name}" for name in self.storage.names(self.name) if name.startswith("checkpoint-")]
+
+    def load_checkpoint(self, name: str) -> Checkpoint | None:
+        """A checkpoint, verified; None where nothing finished is there.
+
+        Raises:
+            DamagedError: it is not what was written, or another policy's.
+        """
+        folder = self.storage.fetch(name)
+        if folder is None:
+            return None
+        try:
+            progress = json.loads((folder / "progress.json").read_bytes())
+            state = load_file(folder / "state.safetensors")
+            checkpoint = Checkpoint(state, progress, read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "samples.jsonl"))
+            whole = len(checkpoint.metrics) == len(checkpoint.samples) == checkpoint.step and progress["key"] == self.key
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DamagedError(f"{folder} cannot be read: {error}") from None
+        if not whole:
+            raise DamagedError(f"{folder} is not of step {checkpoint.step} of policy {self.key}")
+        return checkpoint
+
+    def discard(self, name: str) -> None:
+        """Remove a checkpoint that is of no use."""
+        self.storage.remove(name)
+
+    def save_result(self, adapter: AdapterDelta, metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> None:
+        """The finished policy; its checkpoints go.
+
+        Raises:
+            StoreError: it could not be written; the checkpoints are as they were.
+        """
+        with self.storage.writing(self.name) as folder:
+            save_peft(adapter, folder)
+            _save_rows(folder, metrics, samples)
+        for old in self.checkpoints():
+            self.storage.remove(old)
+
+
+def _save_rows(folder: Path, metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> None:
+    write_jsonl(folder / "metrics.jsonl", metrics)
+    write_jsonl(folder / "samples.jsonl", samples)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # the library's name for an error of the file system, too
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else None, str(error), str(path)) from None

@@ -1,0 +1,70 @@
+"""SIGTERM and Ctrl-C as an exception: Ray stops a job with SIGTERM, and with SIGKILL three seconds later."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop by the signal of this number; the same command continues. Its text says what was saved."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        name = {signal.SIGINT: "Ctrl-C"}.get(signal.Signals(self.number), signal.Signals(self.number).name)
+        return "; ".join([f"stopped by {name}", *_saved, "the same command continues"])
+
+
+_received: list[int] = []
+_saved: list[str] = []
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """In the body SIGTERM and SIGINT raise Stopped, once; a second Ctrl-C interrupts at once. Nothing changes outside the main thread.
+
+    To be entered after ray.init, which sets a handler of its own (Ray 2.60).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    _received.clear()
+    _saved.clear()
+    try:
+        yield
+    except KeyboardInterrupt as error:  # Ray raises one of its own in the place of whatever a handler raises while it waits (2.60)
+        raise (Stopped(_received[0]) if _received and not isinstance(error, Stopped) else error) from None
+    finally:
+        _received.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raise the Stopped of a signal that came while Python could not pass an exception on (in a destructor, say)."""
+    if _received:
+        raise Stopped(_received[0])
+
+
+def note(lines: list[str]) -> None:
+    """What was saved, for the message of whoever ends the run."""
+    _saved[:] = lines
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if not _received:
+        _received.append(number)
+        raise Stopped(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt

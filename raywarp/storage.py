@@ -1,0 +1,276 @@
+"""Where results live: a folder, or a prefix of an object store's bucket (s3://, gs://), through pyarrow.fs.
+
+A name such as `policies/<key>` is a folder of files that is there once its manifest is, which is written last; readers verify sha256.
+In a folder the files are made beside their place and moved there. Object stores cannot move: there they lie under a prefix of their
+own (`policies/<key>/.<unique>/<file>`), the manifest says which one, and what it does not name is ignored.
+The first one to finish a name wins; whoever comes later throws the own files away.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+from pyarrow import ArrowInvalid, fs
+
+from raywarp import store
+from raywarp.config import ConfigError
+from raywarp.store import MANIFEST, DamagedError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what is being written has the name that it will have, a dot before and 8 digits behind
+_CREDENTIALS = ("AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
+
+
+def is_uri(place: str) -> bool:
+    """Whether a store is an object store rather than a folder of this machine or of a shared file system."""
+    return "://" in place and not place.startswith("file://")
+
+
+class Storage:
+    """A folder or an object store's prefix. Travels to other processes, and takes the driver's credentials along, in memory only.
+
+    uri: as given, a folder absolute. folder: where it lies, or None for an object store.
+
+    Args:
+        place: a folder, file:///…, s3://bucket/prefix?region=…&endpoint_override=… or gs://bucket/prefix. Credentials come from the
+            environment.
+
+    Nothing is opened before it is used; a place that cannot be opened raises a ConfigError then.
+    """
+
+    def __init__(self, place: str | Path):
+        local = urllib.parse.unquote(str(place).removeprefix("file://"))
+        self.folder = None if is_uri(str(place)) else Path(local).absolute()
+        self.uri = str(self.folder or place)
+
+    def __reduce__(self) -> Any:
+        own = {name: value for name, value in os.environ.items() if self.folder is None and name.startswith(_CREDENTIALS)}
+        return _reopen, (self.uri, own)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of this machine that holds what was fetched."""
+        base = Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
+        return self.folder or base / "stores" / store.content_key(self.uri)
+
+    def read(self, name: str) -> bytes | None:
+        """One file; None if there is none."""
+        with self._explained("read"):
+            try:
+                if self.folder:
+                    return (self.folder / name).read_bytes()
+                with self._fs.open_input_stream(self._path(name)) as stream:
+                    content: bytes = stream.read()
+                    return content
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace one file at once."""
+        with self._explained("write"):
+            if self.folder:
+                return store.write_bytes(self.folder / name, data)
+            with self._fs.open_output_stream(self._path(name)) as stream:
+                stream.write(data)
+
+    def names(self, name: str) -> list[str]:
+        """What lies directly under a name, sorted; what begins with a dot is under way."""
+        with self._explained("read"):
+            if self.folder:
+                place = self.folder / name
+                found = [path.name for path in place.iterdir()] if place.is_dir() else []
+            else:
+                found = [info.base_name for info in self._list(name, recursive=False)]
+        return sorted(one for one in found if not one.startswith("."))
+
+    def files(self, name: str = "") -> list[str]:
+        """Every file under a name, relative to the store."""
+        with self._explained("read"):
+            if self.folder:
+                return sorted(str(path.relative_to(self.folder)) for path in (self.folder / name).rglob("*") if path.is_file())
+            return sorted(info.path[len(self._root) :].lstrip("/") for info in self._list(name, recursive=True) if info.is_file)
+
+    def remove(self, name: str) -> None:
+        """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks finished."""
+        with self._explained("write"):
+            if self.folder:
+                return store.remove(self.folder / name)
+            with suppress(FileNotFoundError):
+                self._fs.delete_file(self._path(f"{name}/{MANIFEST}"))
+            with suppress(FileNotFoundError):
+                self._fs.delete_dir(self._path(name))
+
+    def fetch(self, name: str) -> Path | None:
+        """The folder of a finished name, verified, on this machine; None if nothing is there.
+
+        Raises:
+            DamagedError: something is there that is not, or not wholly, what was written.
+            StoreError: it cannot be read.
+        """
+        if self.folder:
+            folder = self.folder / name
+            if not folder.is_dir() or not any(path.is_file() and not path.name.startswith(".") for path in folder.iterdir()):
+                return None
+            store.check_sealed(folder)
+            return folder
+        data = self.read(f"{name}/{MANIFEST}")
+        return self._download(name, data) if data is not None else None
+
+    def has(self, name: str) -> bool:
+        """Whether a name is finished, and whole."""
+        try:
+            return self.fetch(name) is not None
+        except DamagedError:
+            return False
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary folder to fill; if the body succeeds its files become the name's, unless somebody has finished it before."""
+        with self._explained("write"):
+            if self.folder:
+                with self._writing_beside(self.folder / name) as folder:
+                    yield folder
+                return
+            with tempfile.TemporaryDirectory(prefix="raywarp-") as temporary:
+                folder = Path(temporary)
+                yield folder
+                self._upload(folder, name)
+
+    def clean(self, name: str, age: float = store.DAY) -> None:
+        """Remove what interrupted writers left under a name longer than `age` seconds ago; a day leaves room for clocks that differ."""
+        with self._explained("write"):
+            if self.folder:
+                for path in [one for one in (self.folder / name).rglob(".*") if _TEMPORARY.fullmatch(one.name)]:
+                    if not age or (path.exists() and time.time() - path.stat().st_mtime > age):
+                        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                return
+            self._clean_prefixes(name, datetime.now(UTC) - timedelta(seconds=age))
+
+    @contextmanager
+    def _writing_beside(self, target: Path) -> Iterator[Path]:
+        new = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        new.mkdir(parents=True)
+        try:
+            yield new
+            store.seal(new)
+            with suppress(OSError):
+                new.rename(target)
+                return
+            with _locked(target):  # it is there: with checkpoints, or finished by somebody else
+                if not store.is_sealed(target):
+                    (target / MANIFEST).unlink(missing_ok=True)
+                    for path in sorted(new.iterdir(), key=lambda path: path.name == MANIFEST):
+                        path.replace(target / path.name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _upload(self, folder: Path, name: str) -> None:
+        if self.has(name):
+            return
+        unique, manifest = f".{uuid.uuid4().hex}", store.manifest_of(folder)
+        for file, entry in manifest.items():
+            entry["path"] = f"{unique}/{file}"
+            self.put(folder / file, f"{name}/{unique}/{file}")
+        self.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+
+    def put(self, path: Path, name: str) -> None:
+        """Copy one file of this machine into an object store."""
+        with path.open("rb") as source, self._explained("write"), self._fs.open_output_stream(self._path(name)) as stream:
+            while block := source.read(1 << 22):
+                stream.write(block)
+
+    def get(self, name: str, path: Path) -> None:
+        """Copy one file of an object store to this machine; a reader there sees the old file or the new.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with self._explained("read"), self._fs.open_input_stream(self._path(name)) as stream, temporary.open("wb") as target:
+                while block := stream.read(1 << 22):
+                    target.write(block)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _download(self, name: str, data: bytes) -> Path:
+        folder, where = self.cache / name, f"{name}/{MANIFEST} in {self.uri}"
+        for file, entry in store.parse_manifest(data, where).items():
+            prefix, _, last = str(entry.get("path", "")).rpartition("/")
+            if last != file or not prefix.startswith(".") or not prefix[1:].isalnum():
+                raise DamagedError(f"{where} is no manifest")
+            with suppress(DamagedError):
+                store.check_file(folder / file, entry)
+                continue
+            try:
+                self.get(f"{name}/{entry['path']}", folder / file)
+            except FileNotFoundError:
+                raise DamagedError(f"{name}/{file} is missing in {self.uri}") from None
+            store.check_file(folder / file, entry)
+        return folder
+
+    def _clean_prefixes(self, name: str, before: datetime) -> None:
+        """Delete old files under unique prefixes that no manifest names."""
+        for info in self._list(name, recursive=True):
+            parent, _, unique = info.path.rpartition("/")[0].rpartition("/")
+            if not info.is_file or not unique.startswith(".") or info.mtime > before:
+                continue
+            manifest = self.read(f"{parent[len(self._root) :].lstrip('/')}/{MANIFEST}")
+            if manifest is None or unique.encode() not in manifest:
+                self._fs.delete_file(info.path)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        try:
+            return fs.FileSystem.from_uri(self.uri)  # type: ignore[no-any-return]
+        except (ArrowInvalid, NotImplementedError) as error:
+            raise ConfigError(f"{self.uri} cannot be opened as a store: {str(error).splitlines()[0]}") from None
+
+    @property
+    def _fs(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1].rstrip("/")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _list(self, name: str, recursive: bool) -> list[Any]:
+        listed: list[Any] = self._fs.get_file_info(fs.FileSelector(self._path(name), allow_not_found=True, recursive=recursive))
+        return listed
+
+    def _explained(self, verb: str) -> AbstractContextManager[None]:
+        return store.explained(verb, self.uri)
+
+
+def _reopen(uri: str, credentials: dict[str, str]) -> Storage:
+    os.environ.update(credentials)
+    return Storage(uri)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock a folder (NFS cannot: then two may move equal files at the same time)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

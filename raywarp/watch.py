@@ -1,0 +1,197 @@
+"""Which processes of a run are there, and which do not answer or do not get on.
+
+An actor is asked for its pulse by a method of the concurrency group "watch", so that it answers while it works. Waiting is no hang: an
+actor hangs when it does not answer, or works at one thing for `cluster.hang_seconds`.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from raywarp import faults
+
+GROUP = "watch"
+START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
+EVERY = 1.0  # seconds from an answer to the next question
+DEATH_SECONDS = 30.0  # in which Ray notices that it has killed a process that does not react
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where an actor lives: its process and node.
+
+    working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls that this process has finished.
+    """
+
+    id: int
+    node: str
+    working: float = 0.0
+    done: int = 0
+
+    @classmethod
+    def here(cls, working_since: float | None = None, done: int = 0) -> "Process":
+        working = time.monotonic() - working_since if working_since is not None else 0.0
+        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done)
+
+
+class Pulse:
+    """Asks one actor, again and again, and never waits for the answer.
+
+    Args:
+        ask: sends the question; the ref of the answer.
+
+    silent: seconds for which the question has had no answer.
+    """
+
+    def __init__(self, ask: Callable[[], Any]):
+        self.ask, self.ref, self.due = ask, None, 0.0
+        self.silent, self.polled = 0.0, 0.0
+        self.answered = False
+
+    def poll(self) -> Any:
+        """An answer that has come since, else None. Raises RayError where the actor is dead or being started again."""
+        now = time.monotonic()
+        self.silent += min(now - self.polled, EVERY)  # if this process was stopped meanwhile, the other one may have been, too
+        self.polled = now
+        if self.ref is None:
+            if now >= self.due:
+                self.ref, self.silent = self.ask(), 0.0
+            return None
+        if not ray.wait([self.ref], timeout=0)[0]:
+            return None
+        ref, self.ref, self.due, self.silent = self.ref, None, now + EVERY, 0.0
+        self.answered = False
+        answer = ray.get(ref)
+        self.answered = True
+        return answer
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether it has been silent for so long; a process that has not answered yet may take its time."""
+        return self.silent > (seconds if self.answered else max(seconds, START_SECONDS))
+
+    def forget(self, pause: float = 0.0) -> None:
+        """Drop the question; the next one is asked after the pause."""
+        self.ref, self.due, self.silent, self.answered = None, time.monotonic() + pause, 0.0, False
+
+
+@dataclass
+class Helper:
+    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
+
+    max_failures: deaths in a row, without a finished call in between, that do not end the run.
+    groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
+    """
+
+    name: str
+    actor: Any
+    hang_seconds: float
+    report: Report
+    max_failures: int = 3
+    groups: Sequence[PlacementGroup | None] = ()
+    longest_wait: float = 120.0
+    process: Process | None = None
+    down_since: float | None = None
+    heard: float = 0.0
+    pulse: Pulse = field(init=False)
+    failures: faults.Failures = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.failures = faults.Failures(self.max_failures)
+        self.pulse = Pulse(lambda: self.actor.pulse.options(max_task_retries=0).remote())
+
+    def check(self) -> Any:
+        """The answer to the last question, if there is a new one."""
+        try:
+            answer = self.pulse.poll()
+        except RayError as error:
+            if self.down_since is None:
+                self._died(faults.kind_of(error, self.process.node if self.process else ""), faults.explain(error), time.monotonic())
+            self._check_room(self.name, time.monotonic() - (self.down_since or time.monotonic()))
+            return None
+        if answer is not None:
+            self._answered(answer.process if hasattr(answer, "process") else answer)
+        elif self.pulse.hangs(self.hang_seconds):
+            self.report("hang", what=self.name, cause=faults.HANG, message=f"no answer for {self.pulse.silent:.0f} s; started again")
+            restart(self.actor)
+            self.pulse.forget(EVERY)
+            self._died(faults.HANG, "did not answer", time.monotonic())
+        return answer
+
+    def _check_room(self, what: str, seconds: float) -> None:
+        """Raises FaultError where it has been away for too long because no node has room for it."""
+        if seconds > self.longest_wait and self.groups and not any(map(has_room, self.groups)):
+            raise faults.FaultError(
+                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {lack_of_room()}; add nodes, lower "
+                "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
+            )
+
+    def _died(self, cause: str, message: str, since: float) -> None:
+        self.down_since = since
+        self.report("fault", what=self.name, cause=cause, message=message)
+        if not self.failures.again():
+            raise faults.FaultError(
+                f"the {self.name} died {self.failures.count} times without finishing a call ({cause}: {message}); "
+                f"cluster.max_failures={self.max_failures}; what was saved is kept, and the same command continues"
+            )
+
+    def _answered(self, process: Process) -> None:
+        if self.down_since is None and self.process is not None and self.process.id != process.id:  # it died between two questions
+            self._died(faults.NODE_LOST if faults.node_lost(self.process.node) else faults.KILLED, "its process is a new one", self.heard)
+        if self.down_since is not None and (self.process is None or self.process.id != process.id):
+            self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
+            self.down_since = None
+        if self.down_since is None:
+            if process.done:
+                self.failures.progressed()
+            self.process, self.heard = process, time.monotonic()
+
+
+@dataclass
+class PoolHelper(Helper):
+    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end."""
+
+    workers: list[Any] = field(default_factory=list)
+    killed: dict[int, float] = field(default_factory=dict)
+
+    def check(self) -> Any:
+        health = super().check()
+        if health is None:
+            return None
+        for event in health.events:
+            cause = {"cause": faults.NODE_LOST} if event.get("node") and faults.node_lost(event["node"]) else {}
+            self.report(**{name: value for name, value in {**event, **cause}.items() if name != "node"})
+        now = time.monotonic()
+        for index, seconds in health.in_flight.items():
+            if seconds > self.hang_seconds and now - self.killed.get(index, -DEATH_SECONDS) >= DEATH_SECONDS:
+                text = f"its call has not ended for {seconds:.0f} s; started again"
+                self.report("hang", what=f"rollout worker {index + 1}", cause=faults.HANG, message=text)
+                restart(self.workers[index])
+                self.killed[index] = now
+        if len(health.down) == len(self.workers):
+            self._check_room("rollout worker", min(health.down.values()))
+        return health
+
+
+def restart(actor: Any) -> None:
+    """Kill an actor that Ray then starts again."""
+    with contextlib.suppress(RayError):
+        ray.kill(actor, no_restart=False)
+
+
+def has_room(group: PlacementGroup | None) -> bool:
+    """Whether a placement group is on a node, and not waiting for one."""
+    return group is None or placement_group_table(group)["state"] == "CREATED"
+
+
+def lack_of_room() -> str:
+    """What the cluster has free of what."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    return "the cluster has " + ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("GPU", "CPU"))

@@ -1,0 +1,280 @@
+"""Killing what a run consists of, for real: it ends with the adapters that nothing disturbed, and says what happened.
+
+The runs are the real command's; tests/bench/chaos.py and tests/bench/driver_kill.py do the same for longer.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import save_tiny_llama
+from killing import (
+    SETTINGS,
+    Command,
+    adapters,
+    descendants,
+    kill,
+    make_project,
+    missing_lines,
+    own_home,
+    processes,
+    set_pace,
+    survivors,
+)
+from ray.exceptions import ActorUnavailableError
+from transformers import AutoModelForSequenceClassification
+
+from raywarp import faults, watch
+from raywarp.actors import Kinds
+from raywarp.batch import Completion
+from raywarp.config import RewardConfig, parse_config
+from raywarp.data import Prompt
+from raywarp.faults import Failures, FaultError
+from raywarp.policy_actor import Job, PolicyActor, Progress
+from raywarp.reward_actor import RewardActor, Scorer
+from raywarp.rollout import Rollout
+from raywarp.run import Run
+from raywarp.session import Session
+from raywarp.storage import Storage
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's folder, and a Ray of its own for every command."""
+    before = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "HOME")}
+    with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:
+        own_home(Path(folder))
+        yield make_project(tmp_path_factory.mktemp("faults"), warp={"steps": STEPS})
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project: Path) -> Run:
+    set_pace(project, 0)
+    command = Command(project, "undisturbed")
+    assert command.end() == 0, command.tail()
+    return command.run
+
+
+def assert_same_end(command: Command, undisturbed: Run) -> None:
+    assert command.end() == 0, command.tail()
+    assert adapters(command.run) == adapters(undisturbed)
+    assert missing_lines(command.run, 1, 2, STEPS) == 0
+
+
+def told(run: Run, event: str) -> list[dict[str, Any]]:
+    return [row for row in run.events() if row["event"] == event]
+
+
+def test_every_actor_may_die_and_the_others_do_not_notice(project: Path, undisturbed: Run) -> None:
+    """One after another: a policy actor, the rollout worker, the reward worker, the pool; and a stopped process, which does not answer."""
+    set_pace(project, 0.3)
+    command = Command(project, "actors", "cluster.hang_seconds=10")
+    driver = psutil.Process(command.process.pid)
+    command.wait_for_steps(14)  # 7 of each policy, or nearly; checkpoints are of step 5
+    for kind, number in (
+        ("policy actor", signal.SIGKILL),
+        ("rollout worker", signal.SIGKILL),
+        ("reward worker", signal.SIGKILL),
+        ("pool", signal.SIGKILL),
+        ("reward worker", signal.SIGSTOP),
+    ):
+        seen = len(told(command.run, "recovered"))
+        kill(processes(kind, driver)[0], number)
+        command.wait_until(lambda seen=seen: len(told(command.run, "recovered")) > seen)
+        set_pace(project, 1.0)
+    set_pace(project, 0)
+    assert_same_end(command, undisturbed)
+
+    events = told(command.run, "fault")
+    assert [(row["what"].rstrip(" 12"), row["cause"]) for row in events] == [
+        ("policy actor", "killed"),
+        ("rollout worker", "killed"),
+        ("reward worker", "killed"),
+        ("rollout pool", "killed"),
+        ("reward worker", "hang"),
+    ]
+    (hang,) = told(command.run, "hang")
+    assert "no answer for 1" in hang["message"]
+    (again,) = told(command.run, "continued")
+    assert again["policy"] == events[0]["policy"]
+    assert 0 <= again["steps_repeated"] < SETTINGS["checkpoint_every"] + 1
+    other = 3 - again["policy"]
+    assert all(row.get("policy") != other for row in command.run.events() if row["event"] in ("fault", "continued"))
+    steps = [row["step"] for row in command.run.metrics() if row["policy"] == other]
+    assert steps == sorted(set(steps))  # the other one never went back
+    assert all(row["seconds_lost"] >= 0 for row in told(command.run, "recovered"))
+    assert "faults survived: 5 (4 killed, 1 hang)" in command.log.read_text()
+
+
+def test_sigterm_saves_every_policy_and_sigkill_leaves_no_orphans(project: Path, undisturbed: Run) -> None:
+    """Between two checkpoints, then once more without a warning; the same command continues from where each of them left it."""
+    set_pace(project, 0.3)
+    command = Command(project, "driver", "checkpoint_every=100")
+    command.wait_for_steps(7)
+    command.process.send_signal(signal.SIGTERM)
+    command.wait_until(lambda: told(command.run, "stopped"), 5)  # 3 s, and what a busy machine adds
+    assert command.end(60) == 143
+    message = command.log.read_text().splitlines()
+    assert any(line.startswith("raywarp: stopped by SIGTERM; iteration 1 policy 1 is saved at step") for line in message)
+    saved = {row["policy"]: row["step"] for row in told(command.run, "saved")}
+    assert sum(saved.values()) >= 7
+
+    command = Command(project, "driver", "checkpoint_every=100")
+    command.wait_for_steps(sum(saved.values()) + 4)
+    assert {row["policy"]: row["step"] for row in told(command.run, "resumed")} == saved
+    children = descendants(command)
+    assert len(children) > 6
+    command.stop()
+    assert not survivors(children, 30)
+
+    set_pace(project, 0)
+    command = Command(project, "driver")
+    assert_same_end(command, undisturbed)
+    assert [(row["what"], row["cause"]) for row in told(command.run, "fault")] == [("driver", "killed")]
+
+
+NODES = """
+import sys
+
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(2))}
+print(cluster.address, *nodes, flush=True)
+for line in sys.stdin:
+    if line.startswith("lose"):
+        cluster.remove_node(nodes[line.split()[1]], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+    else:
+        break
+cluster.shutdown()
+"""
+
+
+def test_a_lost_node_costs_its_policy_the_steps_since_its_checkpoint(project: Path, undisturbed: Run) -> None:
+    """Each of the three nodes has a CPU and so one actor; one with a policy is lost, and another one joins."""
+    fast = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
+    environment = {**os.environ, **fast}
+    cluster = subprocess.Popen([sys.executable, "-c", NODES], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert cluster.stdin is not None
+    assert cluster.stdout is not None
+    try:
+        address, *nodes = cluster.stdout.readline().split()
+        set_pace(project, 0.3)
+        command = Command(project, "node", "cluster.cpus_per_policy=1", "cluster.cpus_per_rollout_worker=1", address=address)
+        command.wait_for_steps(14)
+        actor, node = next(
+            (process, node)
+            for process in processes("policy actor", psutil.Process(cluster.pid))
+            for node in nodes
+            if any(node in part for part in process.parent().cmdline())
+        )
+        cluster.stdin.write(f"lose {node}\n")
+        cluster.stdin.flush()
+        command.wait_until(lambda: told(command.run, "recovered"))
+        assert not actor.is_running()
+        set_pace(project, 0)
+        assert_same_end(command, undisturbed)
+        (fault,) = told(command.run, "fault")
+        (again,) = told(command.run, "continued")
+        assert (fault["cause"], fault["policy"]) == ("node lost", again["policy"])
+        assert again["steps_repeated"] <= SETTINGS["checkpoint_every"]
+    finally:
+        cluster.stdin.write("end\n")
+        cluster.stdin.close()
+        cluster.wait(60)
+
+
+class Troubled(PolicyActor):
+    """Its first update never ends; later it dies whenever it comes to step 3."""
+
+    def _step(self, progress: Progress, scores: list[float], idle_seconds: float) -> dict[str, Any]:
+        mark = progress.files.storage.cache / "slept"
+        if not mark.exists():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            self.sleep_for_ever()
+        if progress.policy.step == 3:
+            os._exit(1)
+        return super()._step(progress, scores, idle_seconds)
+
+    def sleep_for_ever(self) -> None:
+        time.sleep(10**6)
+
+
+def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
+    ray_cluster: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
+    tree["warp"] = {**tree["warp"], "policies": 1}
+    tree["cluster"] = {"policy_actors": 1, "threads": 1, "max_failures": 1, "hang_seconds": 2}
+    events: list[dict[str, Any]] = []
+
+    def report(event: str, **details: Any) -> None:
+        events.append({"event": event, **details})
+
+    prompts = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)]
+    with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(policy=Troubled), report=report) as session:
+        job = Job(1, 1, "key", Storage(tmp_path))
+        with pytest.raises(FaultError) as refusal:
+            list(session.fine_tune([job], session.zero, prompts))
+    message = str(refusal.value)
+    assert message.startswith("policy 1 of iteration 1 failed 2 times without getting beyond step 3 (killed: ")
+    assert "cluster.max_failures=1; what was saved is kept, and the same command continues" in message
+    (hang,) = [row for row in events if row["event"] == "hang"]
+    assert (hang["what"], hang["policy"], hang["step"]) == ("policy actor 1", 1, 0)
+    assert "in sleep_for_ever" in hang["message"]
+    assert [row["cause"] for row in events if row["event"] == "fault"] == ["hang", "killed", "killed"]
+
+
+def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any, tmp_path: Path) -> None:
+    """The mean and deviation that it was never told again come with the call."""
+    folder = save_tiny_llama(tmp_path / "model")
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
+    options = {"max_restarts": -1, "max_task_retries": 3, "num_cpus": 0}
+    actor = ray_cluster.remote(concurrency_groups={watch.GROUP: 1})(RewardActor).options(**options).remote(RewardConfig(model=str(folder)))
+    scorer, prompts = Scorer(actor, (0.5, 0.25)), [Prompt("the film was", (3,), {})]
+    rollouts = [ray_cluster.put(Rollout([Completion((3,), (0.0,), "good", True)], ()))]
+    raw = ray_cluster.get(Scorer(actor).submit(prompts, rollouts))
+    before = ray_cluster.get(scorer.submit(prompts, rollouts))
+    assert before == [(raw[0] - 0.5) / 0.25]
+    process = ray_cluster.get(actor.pulse.remote())
+    os.kill(process.id, signal.SIGKILL)
+    assert ray_cluster.get(scorer.submit(prompts, rollouts)) == before
+    assert ray_cluster.get(actor.pulse.remote()).id != process.id
+    ray_cluster.kill(actor)
+
+
+def test_causes() -> None:
+    node = ActorUnavailableError("The actor died because its node has died. Node Id: 4a", None)
+    assert faults.kind_of(node) == faults.NODE_LOST
+    assert faults.kind_of(ActorUnavailableError("Socket closed", None)) == faults.KILLED
+    assert faults.kind_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) == faults.OUT_OF_MEMORY
+    assert faults.kind_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == faults.OUT_OF_MEMORY
+    assert faults.kind_of(ValueError("mine")) == faults.EXCEPTION
+    assert [faults.is_survivable(error) for error in (node, MemoryError(), ValueError("mine"))] == [True, True, False]
+
+
+def test_pauses_grow_and_progress_forgives() -> None:
+    failures = Failures(2)
+    assert [(failures.again(), failures.pause()) for _ in range(3)] == [(True, 0.5), (True, 1.0), (False, 2.0)]
+    failures.progressed()
+    assert failures.again()
+    assert json.dumps([Failures(0).again(), Failures(100).pause()]) == "[false, 0.0]"

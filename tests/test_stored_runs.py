@@ -1,0 +1,203 @@
+"""Whole runs and their files: on an S3 server, and damaged file by file. The same command again ends as the run that nothing disturbed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import S3Server
+from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
+
+from raywarp import rewards, store
+from raywarp.config import Config
+from raywarp.policy_files import PolicyFiles
+from raywarp.rewards import RewardError
+from raywarp.run import Run
+from raywarp.storage import Storage
+from raywarp.store import DamagedError
+from raywarp.warp import train
+
+
+@dataclass(frozen=True)
+class Project:
+    """A user's folder, two runs in it: one finished, one that failed in iteration 2 with two checkpoints of each policy."""
+
+    folder: Path
+    model: Path
+    finished: Run
+    failed: Run
+
+    def config(self, out: str | Path, **changes: Any) -> Config:
+        return tiny_config(self.folder, self.model, out, **changes)
+
+    def fail_at(self, call: int, config: Config) -> None:
+        """Train until the reward's Nth call returns NaN."""
+        (self.folder / "broken").write_text(str(call))
+        with pytest.raises(RewardError):
+            train(config, Listener())
+        (self.folder / "broken").unlink()
+
+
+@pytest.fixture(scope="module")
+def project(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[Project]:
+    folder, before = make_project(tmp_path_factory.mktemp("project")), Path.cwd()
+    os.chdir(folder)
+    finished = train(tiny_config(folder, tiny_llama, folder / "finished"), Listener())
+    project = Project(folder, tiny_llama, finished, Run(folder / "failed"))
+    project.fail_at(21, project.config(project.failed.folder))
+    yield project
+    os.chdir(before)
+
+
+def copied(run: Run, folder: Path) -> Path:
+    return Path(shutil.copytree(run.folder, folder))
+
+
+def assert_same_results(run: Run, reference: Run) -> None:
+    """Every adapter's bytes, the front, the texts, and each step's row once, with the same reward."""
+    names = [path.relative_to(reference.folder) for path in files_of(reference.folder)]
+    results = [name for name in names if name.name.startswith(("adapter_", "geometry", "samples.json", "policies"))]
+    assert len(results) > 20
+    for name in results:
+        assert (run.folder / name).read_bytes() == (reference.folder / name).read_bytes(), name
+    assert run.front() == reference.front()
+    rewards = [sorted((row["iteration"], row["policy"], row["step"], row["reward"]) for row in some.metrics()) for some in (run, reference)]
+    assert rewards[0] == rewards[1]
+    assert len(rewards[0]) == 24
+
+
+def test_a_run_in_an_object_store_continues_on_another_machine(
+    project: Project, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails in the middle; what has no manifest is not taken for a policy; the credentials are nowhere in it."""
+    config = project.config(s3.uri("whole"))
+    monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "one"))
+    project.fail_at(15, config)
+    bucket = Storage(config.out)
+    assert any("/checkpoint-" in name for name in bucket.files())
+    key = Path(json.loads((project.finished.folder / "iterations/2/policies.json").read_text())[0]).name
+    bucket.write(f"policies/{key}/.{'a' * 32}/adapter_model.safetensors", b"half of it")
+    monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "two"))
+    run = train(config, heard := Listener())
+    assert "iteration 1: 0 of 2 policies to train" in heard.text()
+    assert_same_results(run, project.finished)
+    assert {"config.yaml", "metrics.jsonl", "front.json", "front.png", "adapter/adapter_model.safetensors"} <= set(bucket.files())
+    assert not any("/checkpoint-" in name for name in bucket.files())
+    for path in files_of(run.folder):
+        name = path.relative_to(run.folder).as_posix()
+        assert b"loopback" not in path.read_bytes()
+        assert name.startswith("policies/") or bucket.read(name) == path.read_bytes()
+
+
+def test_runs_share_policies_through_a_store(project: Project, tmp_path: Path) -> None:
+    config = project.config(tmp_path / "second", store=str(project.finished.folder), warp={"iterations": 1})
+    run = train(config, heard := Listener())
+    assert "iteration 1: 0 of 2 policies to train" in heard.text()
+    assert not (run.folder / "policies").exists()
+    folders = json.loads((run.folder / "iterations/1/policies.json").read_text())
+    assert folders == [str(project.finished.folder / name) for name in policies_of(project.finished, 1)]
+    assert len(run.metrics()) == 12
+
+
+def policies_of(run: Run, iteration: int) -> list[str]:
+    names: list[str] = json.loads((run.folder / "iterations" / str(iteration) / "policies.json").read_text())
+    return names
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(project: Project, tmp_path: Path) -> None:
+    """One policy loses its newest checkpoint, another one both; the run's own files are damaged, too."""
+    folder = copied(project.failed, tmp_path / "run")
+    one, two = (folder / name for name in policies_of(project.finished, 2))
+    for policy in (one, two):
+        assert [path.name for path in sorted(policy.glob("checkpoint-*"))] == ["checkpoint-000002", "checkpoint-000004"]
+    DAMAGE["flipped"](one / "checkpoint-000004" / "state.safetensors")
+    DAMAGE["halved"](two / "checkpoint-000004" / "metrics.jsonl")
+    DAMAGE["deleted"](two / "checkpoint-000002" / "manifest.json")
+    DAMAGE["halved"](folder / "config.yaml")
+    DAMAGE["flipped"](folder / "metrics.jsonl")
+    run = train(project.config(folder), heard := Listener())
+    assert_same_results(run, project.finished)
+    said = heard.text()
+    assert f"policy 1: {one / 'checkpoint-000004' / 'state.safetensors'} is not what was written (sha256)" in said
+    assert "policy 1 continues at step 2" in said
+    assert f"policy 2: {two / 'checkpoint-000004' / 'metrics.jsonl'} has" in said
+    assert f"policy 2: {two / 'checkpoint-000002'} has no manifest" in said
+    assert "policy 2 continues" not in said
+    assert f"{folder / 'config.yaml'} is not what was written; written anew" in said
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_every_file_of_a_finished_run_is_made_good(project: Project, tmp_path: Path, shift: int) -> None:
+    """All files that do not hide one another are damaged at once, each in its way."""
+    folder = copied(project.finished, tmp_path / "run")
+    names = ["config.yaml", "metrics.jsonl", "timing.json", "front.json"]
+    names += [str(path.relative_to(folder)) for path in files_of(folder / "iterations")]
+    one, two = policies_of(project.finished, 1)
+    names += [f"{one}/adapter_model.safetensors", f"{two}/metrics.jsonl"]
+    ways = list(DAMAGE)
+    for n, name in enumerate(names):
+        DAMAGE[ways[(n + shift) % len(ways)]](folder / name)
+    run = train(project.config(folder), heard := Listener())
+    assert_same_results(run, project.finished)
+    said = heard.text()
+    told = [name for name in names if str(folder / name) in said or str((folder / name).parent) + " has no manifest" in said]
+    assert "iteration 1: 2 of 2 policies to train" in said
+    deleted = {name for n, name in enumerate(names) if ways[(n + shift) % len(ways)] == "deleted"}
+    assert set(names) - set(told) <= deleted | {n for n in names if n.startswith("iterations")}
+    train(project.config(folder), heard := Listener())
+    assert "made anew" not in heard.text()
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_each_file_of_a_policy_counts(project: Project, tmp_path: Path, way: str) -> None:
+    """One at a time: results and checkpoints."""
+    folder = copied(project.failed, tmp_path / "run")
+    name = policies_of(project.finished, 1)[0]
+    for path in files_of(folder / name):
+        kept = path.read_bytes()
+        DAMAGE[way](path)
+        with pytest.raises(DamagedError, match=str(folder / name)):
+            Run(folder).find_policy(Path(name).name)
+        path.write_bytes(kept)
+    files = PolicyFiles(Storage(folder), Path(policies_of(project.finished, 2)[0]).name)
+    for checkpoint in files.checkpoints():
+        for path in files_of(folder / checkpoint):
+            kept = path.read_bytes()
+            DAMAGE[way](path)
+            with pytest.raises(DamagedError):
+                files.load_checkpoint(checkpoint)
+            path.write_bytes(kept)
+        assert files.load_checkpoint(checkpoint) is not None
+    foreign = PolicyFiles(Storage(folder), Path(policies_of(project.finished, 2)[1]).name)
+    with pytest.raises(DamagedError, match="is not of step"):
+        foreign.load_checkpoint(files.checkpoints()[0])
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_each_file_of_the_front_and_of_a_reward_model_counts(project: Project, tmp_path: Path, way: str) -> None:
+    folder, said = copied(project.finished, tmp_path / "run"), list[str]()
+    run = Run(folder, say=said.append)
+    key = run.front()["key"]
+    for name in ("front.json", "front.png", "samples.json", *(f"adapter/{path.name}" for path in files_of(folder / "adapter"))):
+        assert run.has_front(key)
+        kept = (folder / name).read_bytes()
+        DAMAGE[way](folder / name)
+        assert not run.has_front(key)
+        assert (name, way) == ("front.json", "deleted") or (len(said) == 1 and "measured again" in said.pop())
+        (folder / name).write_bytes(kept)
+
+    model = tmp_path / "reward"
+    shutil.copytree(project.model, model)
+    store.seal(model)
+    store.write_record(model / rewards.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0})
+    for path in files_of(model):
+        assert rewards.check_trained(model)
+        kept = path.read_bytes()
+        DAMAGE[way](path)
+        with pytest.raises(DamagedError, match=str(model)):
+            rewards.check_trained(model)
+        path.write_bytes(kept)
