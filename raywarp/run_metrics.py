@@ -50,7 +50,6 @@ class RunMetrics:
         self._steps.inc(1, tags)
         self._tokens.inc(row["tokens"], tags)
 
-    def fault(self, what: str, cause: str, count: int = 1) -> None:
-        """An actor died or hung: which, and why."""
-        if count:
-            self._faults.inc(count, {"run": self.run, "what": what, "cause": cause})
+    def fault(self, what: str, cause: str) -> None:
+        """An actor died or hung, or a file was damaged: which, and why."""
+        self._faults.inc(1, {"run": self.run, "what": what, "cause": cause})

@@ -48,19 +48,19 @@ def train(config: Config, display: Display | None = None) -> Run:
     inputs = prepare(config)
     run = Run.open(config, display.say)
     start_ray()
-    with run.mirrored(), Journal(run, display) as journal, stoppable():
-        _train(config, run, inputs, display, journal)
+    gauges = RunMetrics(PurePosixPath(config.out).name)
+    with run.mirrored(), Journal(run, display, gauges) as journal, stoppable():
+        _train(config, run, inputs, display, journal, gauges)
     return run
 
 
-def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal) -> None:
+def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal, gauges: RunMetrics) -> None:
     session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report)
     with session_of_run as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         run.clean()
         journal.begin()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
-        gauges = RunMetrics(PurePosixPath(config.out).name)
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
             keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
