@@ -50,9 +50,9 @@ class Job:
 
 
 def task_name(jobs: Sequence[Job]) -> str:
-    """What the dashboard says that an actor is at work on: iteration 1 policies 1, 3."""
+    """What the dashboard and the process's title say that an actor is at work on: PolicyActor.fine_tune iteration 1 policies 1, 3."""
     indices = ", ".join(str(job.index) for job in jobs)
-    return f"iteration {jobs[0].iteration} {'policy' if len(jobs) == 1 else 'policies'} {indices}"
+    return f"PolicyActor.fine_tune iteration {jobs[0].iteration} {'policy' if len(jobs) == 1 else 'policies'} {indices}"
 
 
 @dataclass

@@ -239,7 +239,7 @@ def test_metrics_are_on_rays_endpoint(uninterrupted: tuple[Path, str, set[str]])
 
 def test_the_dashboard_names_actors_and_what_they_work_on(cluster: Cluster, uninterrupted: tuple[Path, str, set[str]]) -> None:
     assert {"raywarp-policy-1", "raywarp-rollout-1", "raywarp-reward-1"} <= cluster.names("actors")
-    assert {"iteration 1 policies 1, 2", "iteration 2 policies 1, 2"} <= cluster.names("tasks")
+    assert {f"PolicyActor.fine_tune iteration {i} policies 1, 2" for i in (1, 2)} <= cluster.names("tasks")
 
 
 def test_a_stopped_job_continues_to_the_same_bits(cluster: Cluster, uninterrupted: tuple[Path, str, set[str]]) -> None:
