@@ -253,6 +253,7 @@ def test_a_stopped_job_continues_to_the_same_bits(cluster: Cluster, uninterrupte
     stopped = cluster.run(sys.executable, cluster.submit_py, "--stop", job)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "was stopped; the same submission continues it" in stopped.stderr
+    assert "stopped by SIGTERM; iteration 1 policy 1 is saved at step 2" in stopped.stdout
     assert not any(again.glob("policies/*/adapter_model.safetensors"))
     assert "was stopped" in submission.communicate(timeout=60)[0]
 
