@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,9 +280,8 @@ def test_ctrl_c_leaves_the_job(cluster: Cluster, uninterrupted: tuple[Path, str,
     following.send_signal(signal.SIGINT)
     assert f"job {job} goes on; follow it with --follow {job}" in following.communicate(timeout=60)[0]
     assert following.returncode == 130
-    followed = cluster.run(sys.executable, cluster.submit_py, "--follow", job)
-    assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert followed.stdout.count("already done") == 4
+    assert not cluster.client().get_job_status(job).is_terminal()
+    assert cluster.run(sys.executable, cluster.submit_py, "--stop", job).returncode == 0
 
 
 class Line(socketserver.ThreadingTCPServer):
@@ -316,7 +316,7 @@ class Line(socketserver.ThreadingTCPServer):
 
 def test_following_survives_a_lost_connection(cluster: Cluster) -> None:
     """Each line is printed once, in order, although every connection gets the log from its beginning."""
-    script = "import time\nfor n in range(30): print('line', n, flush=True); time.sleep(0.2)"
+    script = "import time\nfor n in range(15): print('line', n, flush=True); time.sleep(0.2)"
     job = job_of(cluster.run("ray", "job", "submit", "--no-wait", "--", sys.executable, "-c", script).stdout)
     with Line(int(cluster.environment["RAYWARP_PORT"])) as line:
         threading.Thread(target=line.serve_forever, daemon=True).start()
@@ -326,11 +326,11 @@ def test_following_survives_a_lost_connection(cluster: Cluster) -> None:
         printed = []
         for text in following.stdout:
             printed.append(text.strip())
-            if text.strip() in ("line 3", "line 12"):
+            if text.strip() in ("line 3", "line 9"):
                 line.cut()
         line.shutdown()
     assert following.wait(timeout=60) == 0, printed
-    assert [text for text in printed if text.startswith("line ")] == [f"line {n}" for n in range(30)]
+    assert [text for text in printed if text.startswith("line ")] == [f"line {n}" for n in range(15)]
 
 
 def test_without_the_token_nothing_is_told_or_done(cluster: Cluster, tmp_path: Path) -> None:
@@ -339,12 +339,15 @@ def test_without_the_token_nothing_is_told_or_done(cluster: Cluster, tmp_path: P
     elsewhere = {"HOME": str(tmp_path)}
     submission = ("ray", "job", "submit", "--working-dir", ".", "--", "raywarp", "train", "warp.yaml")
     address = f"http://127.0.0.1:{cluster.environment['RAYWARP_PORT']}"
-    for environment in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        for command in (submission, ("ray", "job", "list"), (sys.executable, cluster.submit_py, "warp.yaml")):
-            result = cluster.run(*command, **elsewhere, **environment)
-            assert result.returncode != 0
-            assert re.search("[Aa]uthentication", result.stdout + result.stderr), result.stdout + result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
+    none, wrong = {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}
+    follower = (sys.executable, cluster.submit_py, "warp.yaml")
+    attempts = [(submission, none), (submission, wrong), (("ray", "job", "list"), none), (follower, wrong)]
+    with ThreadPoolExecutor(2) as two:
+        results = list(two.map(lambda attempt: cluster.run(*attempt[0], **elsewhere, **attempt[1]), attempts))
+    for result in results:
+        assert result.returncode != 0
+        assert re.search("[Aa]uthentication", result.stdout + result.stderr), result.stdout + result.stderr
+    assert "Traceback" not in results[-1].stdout + results[-1].stderr
     for path in ("/api/jobs/", "/api/version", "/logs", "/nodes?view=summary"):
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(address + path, timeout=10)
