@@ -10,11 +10,18 @@ usage: ./cluster/local.sh quickstart [OPTIONS]   install, then run `raywarp quic
        ./cluster/local.sh test [OPTIONS]         install, then run `pytest OPTIONS`
        ./cluster/local.sh install                install only
 
+       ./cluster/local.sh start [OPTIONS]        install, then start a Ray cluster on this machine (`ray start OPTIONS`)
+       ./cluster/local.sh submit CONFIG [KEY=VALUE ...]
+                                                 run `raywarp train CONFIG KEY=VALUE ...` there as a job, and follow it
+       ./cluster/local.sh stop                   stop that cluster, and no other
+
 Needs bash and Python 3.11 to 3.14 with venv and pip. Everything goes into .venv; a second run installs nothing.
 
 Environment:
   PYTHON               the Python to use (default: the first that fits of python3, python3.13, python3.12, python3.11)
   RAYWARP_EXTRA        cpu or gpu (default: gpu if nvidia-smi lists one)
+  RAYWARP_CLUSTER      short path of the folder of start's cluster (default: /tmp/raywarp-UID)
+  RAYWARP_PORT         port of its dashboard and job server, on 127.0.0.1 (default: 8265; 0: any)
   RAYWARP_TORCH_INDEX  where to find CPU builds of torch if the configured index has none (default: PyTorch's own index)
 USAGE
 }
@@ -161,7 +168,86 @@ install_alone() {
   exec 9<&-
 }
 
+cluster_is_up() {
+  local pid
+  pid=$(cat "$CLUSTER/pid" 2>/dev/null) && [[ $(ps -o args= -p "$pid" 2>/dev/null) == *"--temp-dir=$CLUSTER/ray"* ]]
+}
+
+# Ray's own token file, ~/.ray/auth_token, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is set. Whoever may read it may use the cluster.
+make_token() {
+  [[ $RAY_AUTH_MODE == token && -z ${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-} && ! -s ~/.ray/auth_token ]] || return 0
+  (umask 077 && .venv/bin/ray get-auth-token --generate >/dev/null 2>&1) || fail "no token could be written to ~/.ray/auth_token"
+  say "wrote a new token to ~/.ray/auth_token"
+}
+
+free_ports() {
+  .venv/bin/python -c 'import socket, sys
+for s in [socket.create_server(("", int(port))) for port in sys.argv[1:]]: print(s.getsockname()[1])' "$@"
+}
+
+# Ports of its own for all that Ray puts at fixed ones by default, so that other clusters on this machine are no matter.
+# The pid is of `ray start --block`, which on SIGTERM ends all that it started; `ray stop` would end every Ray on this machine.
+start_cluster() {
+  local port=${RAYWARP_PORT:-8265} ports gcs_port client_port agent_port pid
+  if cluster_is_up; then fail "the cluster runs already at $(cat "$CLUSTER/address"); ./cluster/local.sh stop ends it"; fi
+  (umask 077 && mkdir -p "$CLUSTER")
+  if [[ ! -O $CLUSTER ]]; then fail "$CLUSTER belongs to somebody else; set RAYWARP_CLUSTER to another folder"; fi
+  ports=$(free_ports "$port" 0 0 0 2>/dev/null) || fail "port $port is taken; set RAYWARP_PORT to another one"
+  read -r port gcs_port client_port agent_port <<<"${ports//$'\n'/ }"
+  make_token
+  rm -f "$CLUSTER/ray/session_latest" # of the cluster before
+  export PATH=$PWD/.venv/bin:$PATH # where jobs find `raywarp`
+  say "starting a Ray cluster (log: $CLUSTER/log) ..."
+  set -m # a process group of its own: Ctrl-C here does not reach it
+  nohup .venv/bin/ray start --head --block --disable-usage-stats --log-style=record --temp-dir="$CLUSTER/ray" --port="$gcs_port" \
+    --ray-client-server-port="$client_port" --dashboard-agent-listen-port="$agent_port" --dashboard-host=127.0.0.1 \
+    --dashboard-port="$port" "$@" >"$CLUSTER/log" 2>&1 </dev/null &
+  pid=$!
+  set +m
+  echo "$pid" >"$CLUSTER/pid"
+  echo "http://127.0.0.1:$port" >"$CLUSTER/address"
+  until grep -qs 'Ray runtime started' "$CLUSTER/log" && compgen -G "$CLUSTER/ray/session_latest/dashboard_agent_listen_port_*" >/dev/null; do
+    if ! kill -0 "$pid" 2>/dev/null; then LOG=$CLUSTER/log fail_with_log "Ray did not start"; fi
+    sleep 0.2
+  done
+  say "the cluster is up: dashboard and job server at http://127.0.0.1:$port (RAY_AUTH_MODE=$RAY_AUTH_MODE)"
+  say "  ./cluster/local.sh submit CONFIG     runs raywarp train there as a job"
+  say "  RAY_ADDRESS=$(cat "$CLUSTER/ray/ray_current_cluster") raywarp train CONFIG     runs it from here"
+}
+
+stop_cluster() {
+  local pid
+  if ! cluster_is_up; then
+    say "no cluster of ./cluster/local.sh start is running (looked in $CLUSTER)"
+    return
+  fi
+  pid=$(cat "$CLUSTER/pid")
+  kill -TERM "$pid"
+  for _ in {1..150}; do
+    if ! kill -0 "$pid" 2>/dev/null; then break; fi
+    sleep 0.2
+  done
+  kill -KILL -- "-$pid" 2>/dev/null || true # what outlived its 30 s: the processes of this one group
+  rm -f "$CLUSTER/pid" "$CLUSTER/address"
+  say "stopped the cluster; its logs are in $CLUSTER/ray/session_latest/logs"
+}
+
+# From the caller's directory, which the job gets a copy of.
+submit() {
+  local root=$PWD
+  if cluster_is_up; then
+    RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-$(cat "$CLUSTER/address")}
+  elif [[ -z ${RAY_API_SERVER_ADDRESS:-} ]]; then
+    fail "no cluster is running here: ./cluster/local.sh start makes one; RAY_API_SERVER_ADDRESS=http://HOST:8265 names another"
+  fi
+  export RAY_API_SERVER_ADDRESS
+  cd "$HERE"
+  exec "$root/.venv/bin/python" "$root/cluster/submit.py" "$@"
+}
+
+HERE=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CLUSTER=${RAYWARP_CLUSTER:-/tmp/raywarp-$UID}
 LOG=$PWD/.venv/raywarp-install.log
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 unset PYTHONDONTWRITEBYTECODE # with it every process would compile all it imports
@@ -169,11 +255,15 @@ unset PYTHONDONTWRITEBYTECODE # with it every process would compile all it impor
 command=${1:---help}
 shift || true
 case $command in
-  quickstart | test | install) install_alone ;;
+  quickstart | test | install | start | submit) install_alone ;;
+  stop) ;;
   -h | --help | help) usage ;;
   *) fail "unknown command: $command (see ./cluster/local.sh --help)" ;;
 esac
 case $command in
   quickstart) exec .venv/bin/raywarp quickstart "$@" ;;
   test) exec .venv/bin/python -m pytest "$@" ;;
+  start) start_cluster "$@" ;;
+  submit) submit "$@" ;;
+  stop) stop_cluster ;;
 esac

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +98,7 @@ class Actors:
         """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
         environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
         groups, need = self._reserve(self.plan.rollout, "rollout"), self.plan.rollout
-        self.worker_names = [f"raywarp-rollout-{n}-{uuid.uuid4().hex[:8]}" for n in range(1, len(groups) + 1)]
+        self.worker_names = [placement.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
         return [
             self._make(self.kinds.worker, need, group, environment, {"max_restarts": -1, "name": name}, self.settings, n)
             for n, (name, group) in enumerate(zip(self.worker_names, groups, strict=True), 1)
@@ -113,10 +112,14 @@ class Actors:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
         arguments = (self.config, self.model, self.dtype, self.plan.threads)
 
-        def maker(group: PlacementGroup | None) -> Callable[[], Any]:
-            return lambda: self._make(self.kinds.policy, need, group, self.environment, {}, *arguments, watched=True)
+        def maker(n: int, group: PlacementGroup | None) -> Callable[[], Any]:
+            def make() -> Any:
+                options = {"name": placement.unique_name("raywarp-policy", n)}
+                return self._make(self.kinds.policy, need, group, self.environment, options, *arguments, watched=True)
 
-        self.places = [Place(f"policy actor {n}", maker(group), group) for n, group in enumerate(groups, 1)]
+            return make
+
+        self.places = [Place(f"policy actor {n}", maker(n, group), group) for n, group in enumerate(groups, 1)]
         for place in self.places:
             place.renew()
         return self.places
@@ -128,8 +131,17 @@ class Actors:
         restart = {"max_restarts": -1, "max_task_retries": -1}  # a retry is spent on a worker that is only not there yet (Ray 2.60)
         common = (self.config.trust_remote_code, self.plan.threads)
         return [
-            self._make(RewardActor, need, group, self.environment, restart, source, *common, watched=True)
-            for source, group in zip(sources, groups, strict=True)
+            self._make(
+                RewardActor,
+                need,
+                group,
+                self.environment,
+                restart | {"name": placement.unique_name("raywarp-reward", n)},
+                source,
+                *common,
+                watched=True,
+            )
+            for n, (source, group) in enumerate(zip(sources, groups, strict=True), 1)
         ]
 
     def stop(self) -> None:

@@ -40,7 +40,17 @@ class PromptsConfig(Section):
     column: Text = Field("text", description="column that holds the prompt's text")
     max_words: Count | None = Field(None, description="keep only the first words of each text")
     max_tokens: Count | None = Field(None, description="keep only the first tokens of each text")
+    min_tokens: Count | None = Field(
+        None,
+        description="drop shorter texts; with max_tokens, each text keeps a number of tokens drawn from min_tokens to max_tokens",
+    )
     template: Literal["none", "chat"] = Field("none", description="chat: render as one user turn of the model's chat template")
+
+    @model_validator(mode="after")
+    def lengths(self) -> "PromptsConfig":
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        return self
 
 
 class PreferencesConfig(Section):

@@ -128,7 +128,7 @@ def load_prompts(config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_to
     Raises:
         ConfigError: see load_rows; a missing column, a prompt that is too long, or nothing left in a split.
     """
-    render = _PromptRenderer(config, tokenizer, max_prompt_tokens)
+    render = _PromptRenderer(config, tokenizer, seed, max_prompt_tokens)
     if config.dataset == SNIPPETS:
         parts = embedded.split_snippets(seed)
         train, held_out = (render([{config.column: s.text} for s in part]) for part in (parts.rl_prompts, parts.held_out))
@@ -151,8 +151,8 @@ def load_prompts(config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_to
 class _PromptRenderer:
     """Rows → prompts, in the rows' order, each token sequence once."""
 
-    def __init__(self, config: PromptsConfig, tokenizer: Any, max_prompt_tokens: int) -> None:
-        self.config, self.tokenizer, self.max_prompt_tokens = config, tokenizer, max_prompt_tokens
+    def __init__(self, config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int) -> None:
+        self.config, self.tokenizer, self.seed, self.max_prompt_tokens = config, tokenizer, seed, max_prompt_tokens
         if config.template == "chat" and not tokenizer.chat_template:
             raise ConfigError("prompts.template=chat, but the model's tokenizer has no chat template; use prompts.template=none")
 
@@ -162,19 +162,23 @@ class _PromptRenderer:
             if self.config.column not in row:
                 raise ConfigError(f"prompts.column={self.config.column}: the dataset's columns are {', '.join(row)}")
             prompt = self.render(row)
-            if prompt.text.strip():
+            if prompt is not None and prompt.text.strip():
                 prompts.setdefault(prompt.token_ids, prompt)
         return list(prompts.values())
 
-    def render(self, row: dict[str, Any]) -> Prompt:
+    def render(self, row: dict[str, Any]) -> Prompt | None:
+        """None: the text has fewer than min_tokens."""
         text = row[self.config.column] or ""
         if not isinstance(text, str):
             raise ConfigError(f"prompts.column={self.config.column} holds a {type(text).__name__}; it must hold texts")
         if self.config.max_words is not None:
             text = " ".join(text.split()[: self.config.max_words])
         head, content = self.tokenize(text)
-        if self.config.max_tokens is not None and len(content) > self.config.max_tokens:
-            content, text = self.cut(content[: self.config.max_tokens])
+        if len(content) < (self.config.min_tokens or 0):
+            return None
+        longest = self.longest(text)
+        if longest is not None and len(content) > longest:
+            content, text = self.cut(content[:longest])
         token_ids = self.chat(text) if self.config.template == "chat" else (*head, *content)
         if len(token_ids) > self.max_prompt_tokens:
             raise ConfigError(
@@ -189,6 +193,13 @@ class _PromptRenderer:
         start = special.index(0) if 0 in special else len(ids)
         head, content = ids[:start], [token for token, added in zip(ids[start:], special[start:], strict=True) if not added]
         return head, content[1:] if head and content[:1] == [self.tokenizer.bos_token_id] else content
+
+    def longest(self, text: str) -> int | None:
+        """How many tokens the text keeps: with both limits, a number that depends on the seed and the text alone."""
+        shortest, longest = self.config.min_tokens, self.config.max_tokens
+        if shortest is None or longest is None:
+            return longest
+        return shortest + derive_seed(self.seed, "prompt length", text) % (longest - shortest + 1)
 
     def cut(self, content: list[int]) -> tuple[list[int], str]:
         """Tokens and their text, without the bytes of a character that was cut in two."""

@@ -12,7 +12,7 @@ from raywarp import faults, stop, watch
 from raywarp.actors import Place
 from raywarp.config import Config
 from raywarp.faults import Failures, FaultError
-from raywarp.policy_actor import Job
+from raywarp.policy_actor import Job, task_name
 
 TICK = 0.25  # seconds between two looks at everything but the policies' events
 
@@ -84,7 +84,7 @@ class FineTuning:
             raise
 
     def _give(self, place: Place, jobs: list[Job]) -> None:
-        events = place.actor.fine_tune.options(num_returns="streaming").remote(jobs, *self.work)
+        events = place.actor.fine_tune.options(num_returns="streaming", name=task_name(jobs)).remote(jobs, *self.work)
         self.streams.append(Stream(place, jobs, events))
 
     def _next_event(self) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from raywarp import rewards, store
 from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
+from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
 from raywarp.model_files import check_causal, read_model_config, read_tokenizer
@@ -43,6 +44,7 @@ def prepare(config: Config) -> Inputs:
     """
     from raywarp.model_shapes import model_shapes
 
+    check_paths(config)
     check_loggers(config)
     check_engine(config)
     model, prompts = prepare_prompts(config)

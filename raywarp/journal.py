@@ -5,6 +5,7 @@ from typing import Any
 
 from raywarp.progress import Display
 from raywarp.run import Run
+from raywarp.run_metrics import RunMetrics
 from raywarp.stop import Stopped
 
 ENDS = {"finished", "failed", "stopped"}
@@ -13,8 +14,8 @@ ENDS = {"finished", "failed", "stopped"}
 class Journal:
     """A context manager around a run. Nothing is written before `begin`, since a run that cannot start leaves no folder."""
 
-    def __init__(self, run: Run, display: Display):
-        self.run, self.display, self.begun = run, display, False
+    def __init__(self, run: Run, display: Display, gauges: RunMetrics):
+        self.run, self.display, self.gauges, self.begun = run, display, gauges, False
 
     def begin(self) -> None:
         """The run has its actors. Where the one before it came to no end, its driver was killed."""
@@ -26,6 +27,8 @@ class Journal:
 
     def report(self, event: str, **details: Any) -> None:
         """See Run.add_event."""
+        if event == "fault":
+            self.gauges.fault(details["what"], details["cause"])
         self.display.event(self.run.add_event(event, **details) if self.begun else {"event": event, **details})
 
     def __enter__(self) -> "Journal":

@@ -124,8 +124,7 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
     """
     if not need.bundle():
         return [None] * need.count
-    own = uuid.uuid4().hex[:8]  # Ray refuses a second group of the same name, and sessions of one program may overlap
-    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=f"{name}-{i + 1}-{own}") for i in range(need.count)]
+    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=unique_name(name, i + 1)) for i in range(need.count)]
     refs = [group.ready() for group in groups]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
     if len(ready) == len(refs):
@@ -135,6 +134,11 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
         f"waited {timeout:.0f} s for {need.count} placement groups of {need.bundle()} and got {len(ready)}: "
         f"the cluster has {_free(ray.available_resources())} free; lower cluster.*_per_{need.key} or add nodes"
     )
+
+
+def unique_name(name: str, number: int) -> str:
+    """As the dashboard shows it. Ray refuses a second group or actor of a name, and sessions may overlap: raywarp-policy-1-5f0c2a9b."""
+    return f"{name}-{number}-{uuid.uuid4().hex[:8]}"
 
 
 def options(need: Need, group: PlacementGroup | None) -> dict[str, Any]:

@@ -29,10 +29,10 @@ from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl
 from raywarp.watch import GROUP, Process
 
-STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
-
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
+
+STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class Job:
     @property
     def label(self) -> dict[str, Any]:
         return {"iteration": self.iteration, "policy": self.index, "key": self.key}
+
+
+def task_name(jobs: Sequence[Job]) -> str:
+    """What the dashboard and the process's title say that an actor is at work on: PolicyActor.fine_tune iteration 1 policies 1, 3."""
+    indices = ", ".join(str(job.index) for job in jobs)
+    return f"PolicyActor.fine_tune iteration {jobs[0].iteration} {'policy' if len(jobs) == 1 else 'policies'} {indices}"
 
 
 @dataclass

@@ -8,6 +8,7 @@ from raywarp.config import Config
 from raywarp.data import Prompt, PromptSplits, resolve_model
 from raywarp.engines import check_engine
 from raywarp.inputs import first_prompts, prepare_prompts
+from raywarp.jobs import check_paths
 from raywarp.planning import check_cluster
 from raywarp.progress import Display
 from raywarp.reward_training import RewardInputs, RewardSummary, is_standardised, prepare_reward, save_standardisation, train_reward
@@ -28,6 +29,7 @@ class StageInputs:
 
 def prepare_stage(config: Config) -> StageInputs:
     """Check all that the stage reads; raises ConfigError before anything is started or written."""
+    check_paths(config)
     check_engine(config)
     model, prompts = prepare_prompts(config)
     return StageInputs(model, prompts, prepare_reward(config))

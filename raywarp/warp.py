@@ -12,6 +12,7 @@ Every change is kept as LoRA factors relative to the SFT model; its base weights
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from pathlib import PurePosixPath
 
 from raywarp import evaluation, store
 from raywarp.adapters import AdapterDelta, add, scale, trailing
@@ -28,6 +29,7 @@ from raywarp.progress import Display
 from raywarp.report import plot_front
 from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
+from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session, start_ray
 from raywarp.stop import stoppable
 
@@ -48,12 +50,13 @@ def train(config: Config, display: Display | None = None) -> Run:
     run = Run.open(config, display.say)
     start_ray()
     check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt)
-    with run.mirrored(), Journal(run, display) as journal, stoppable():
-        _train(config, run, inputs, display, journal)
+    gauges = RunMetrics(PurePosixPath(config.out).name)
+    with run.mirrored(), Journal(run, display, gauges) as journal, stoppable():
+        _train(config, run, inputs, display, journal, gauges)
     return run
 
 
-def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal) -> None:
+def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal, gauges: RunMetrics) -> None:
     session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report)
     with session_of_run as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
@@ -63,7 +66,7 @@ def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: 
         init, init_key = session.zero, "sft"
         for iteration in range(1, config.warp.iterations + 1):
             keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
-            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, iteration, keys, init)
+            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, gauges, iteration, keys, init)
             merged = add(init, slerp(policies))
             run.save_iteration(iteration, init, merged, keys, policies)
             display.merged(iteration, policies)
@@ -82,6 +85,7 @@ def fine_tune(
     prompts: PromptSplits,
     display: Display,
     loggers: Loggers,
+    gauges: RunMetrics,
     iteration: int,
     keys: Sequence[str],
     init: AdapterDelta,
@@ -101,6 +105,7 @@ def fine_tune(
                 row = {name: value for name, value in event.items() if name != "event"}
                 run.add_metrics(row)
                 loggers.log(row)
+                gauges.step(row)
             bars.update(event)
     if session.timing and session.timing.steps:
         run.save_timing(iteration, session.timing.row())

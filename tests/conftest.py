@@ -1,7 +1,9 @@
 """Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for all tests."""
 
+import hashlib
 import logging
 import os
+import platform
 import tempfile
 import time
 import urllib.request
@@ -96,6 +98,12 @@ def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def installed_in(root: Path) -> str:
+    """What cluster/local.sh of a copied repository keeps in .venv/raywarp-install, once it has installed with this Python."""
+    content = hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest()
+    return f"Python {platform.python_version()}, raywarp[cpu,test] in {root}, pyproject.toml {content}\n"
 
 
 def traces() -> set[str]:

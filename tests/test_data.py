@@ -9,12 +9,13 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import WORDS
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from raywarp import data, embedded
-from raywarp.config import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig
-from raywarp.data import Preference, Prompt, fingerprint, load_preferences, load_prompts, load_rows, resolve_model
+from raywarp.config import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
+from raywarp.data import Preference, Prompt, _PromptRenderer, fingerprint, load_preferences, load_prompts, load_rows, resolve_model
 
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows, str], str]
@@ -192,6 +193,25 @@ def test_embedded_prompts_are_short_distinct_and_not_the_reward_models_texts(smo
     snippets = embedded.split_snippets(0)
     whole = load_prompts(PromptsConfig(), smollm2, 0, 512)
     assert {p.text for p in whole.train} == {s.text for s in snippets.rl_prompts}
+
+
+def test_prompts_of_drawn_lengths(write: Write, tokenizer: Any) -> None:
+    """min_tokens alone drops the shorter; with max_tokens, lengths are even between the two and depend on seed and text alone."""
+    texts = [f"{a} {b} {c} {d} film" for a in WORDS[:8] for b in WORDS[:8] for c in WORDS[:4] for d in WORDS[:2]]
+    path = write([{"text": text} for text in [*texts, "the film"]], "p.jsonl")
+    assert min(len(prompt.token_ids) for prompt in prompts_of(path, tokenizer, min_tokens=3)) == 1 + 5
+
+    def lengths(seed: int, *texts: str) -> Counter[int]:
+        render = _PromptRenderer(PromptsConfig(min_tokens=3, max_tokens=5), tokenizer, seed, 100)
+        return Counter(len(prompt.token_ids) - 1 for text in texts if (prompt := render.render({"text": text})))
+
+    found = lengths(0, *texts)
+    assert set(found) == {3, 4, 5}
+    assert all(abs(count - len(texts) / 3) < 60 for count in found.values())
+    assert found == lengths(0, *texts[::-1]) != lengths(1, *texts)
+    assert not lengths(0, "the film")
+    with pytest.raises(ConfigError, match="prompts: min_tokens=9 is more than max_tokens=8"):
+        load_config({"prompts": {"min_tokens": 9, "max_tokens": 8}})
 
 
 def test_bad_prompts_have_readable_errors(write: Write, tokenizer: Any, tiny_llama: Path) -> None:

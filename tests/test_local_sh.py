@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import installed_in
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -104,7 +106,7 @@ def assert_refused(result, *parts):
 def test_usage(repository, arguments):
     result = local_sh(repository, *arguments)
     assert result.returncode == 0
-    for command in ("quickstart", "test", "install"):
+    for command in ("quickstart", "test", "install", "start", "submit", "stop"):
         assert f"./cluster/local.sh {command}" in result.stdout
     assert not (repository / ".venv").exists()
 
@@ -178,6 +180,49 @@ def test_installs_once_and_recovers_from_an_interruption(repository):
     changed = local_sh(repository, "install")
     assert "pyproject.toml has changed" in changed.stdout
     assert_refused(changed, "too little disk space")
+
+
+@pytest.fixture
+def installed(repository):
+    """With a `ray` that does not start, so that what local.sh does around it is seen; tests/test_jobs.py has the real one."""
+    folder = repository / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").symlink_to(sys.executable)
+    (folder / "ray").write_text('#!/bin/sh\necho "ray $*"\necho "no room for the object store"\nexit 1\n')
+    (folder / "ray").chmod(0o755)
+    (repository / ".venv" / "raywarp-install").write_text(installed_in(repository))
+    return repository
+
+
+def test_a_cluster_that_does_not_start(installed, tmp_path):
+    result = local_sh(installed, "start", "--num-cpus=3", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT="0", RAY_AUTH_TOKEN="x")
+    assert_refused(result, "Ray did not start", "no room for the object store", f"--temp-dir={tmp_path}/c/ray", "--num-cpus=3")
+    assert "--dashboard-host=127.0.0.1" in result.stderr
+    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
+
+
+def test_a_port_that_is_taken(installed, tmp_path):
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        result = local_sh(installed, "start", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT=port)
+    assert_refused(result, f"port {port} is taken", "RAYWARP_PORT")
+
+
+def test_stop_ends_nothing_that_start_did_not_start(installed, tmp_path):
+    """Also where the pid of a cluster that died belongs to somebody else by now."""
+    (tmp_path / "c").mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / "c" / "pid").write_text(f"{other.pid}\n")
+        result = local_sh(installed, "stop", RAYWARP_CLUSTER=str(tmp_path / "c"))
+        assert result.returncode == 0
+        assert "no cluster of ./cluster/local.sh start is running" in result.stdout
+        assert other.poll() is None
+        other.kill()
+
+
+def test_submit_without_a_cluster(installed, tmp_path):
+    result = local_sh(installed, "submit", "my.yaml", RAYWARP_CLUSTER=str(tmp_path / "c"), RAY_API_SERVER_ADDRESS="")
+    assert_refused(result, "no cluster is running here: ./cluster/local.sh start makes one")
 
 
 def test_shellcheck():

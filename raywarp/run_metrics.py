@@ -1,0 +1,55 @@
+"""A run's metrics on Ray's own endpoints, for Prometheus and the dashboard: ray_raywarp_… with the tags run, iteration and policy.
+
+Ray's agents publish what a process measured every 10 seconds, as long as the process lives; metrics.jsonl has every step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+POLICY = ("run", "iteration", "policy")
+# metric → the entry of a step's row that it shows, and its meaning
+GAUGES = {
+    "raywarp_step": ("step", "last finished optimiser step, counted from 0"),
+    "raywarp_reward": ("reward", "mean reward of the step's completions"),
+    "raywarp_kl_anchor_nats": ("kl_anchor", "KL to the EMA anchor, nats per completion"),
+    "raywarp_kl_sft_nats": ("kl_sft", "KL to the SFT model, nats per completion, where it was measured"),
+    "raywarp_rollout_seconds": ("rollout_seconds", "seconds of generation"),
+    "raywarp_update_seconds": ("update_seconds", "seconds of the optimiser step"),
+    "raywarp_trainer_busy_ratio": ("trainer_busy", "share of the time that the policy's trainer worked, 0 to 1"),
+    "raywarp_pool_busy_ratio": ("pool_busy", "share of the time that the rollout workers worked, 0 to 1"),
+}
+
+
+class RunMetrics:
+    """The gauges and counters of one run. Ray must be running.
+
+    Args:
+        run: name of the run, the tag by which several on one cluster are told apart.
+    """
+
+    def __init__(self, run: str):
+        self.run = run
+        self._gauges = {name: Gauge(name, description, POLICY) for name, (_, description) in GAUGES.items()}
+        self._step_seconds = Gauge("raywarp_step_seconds", "seconds of a step: waiting for rollouts, request and update", POLICY)
+        self._speed = Gauge("raywarp_tokens_per_second", "sampled and trained tokens per second of the step", POLICY)
+        self._steps = Counter("raywarp_steps_total", "optimiser steps done, by all policies", POLICY)
+        self._tokens = Counter("raywarp_tokens_total", "tokens sampled and trained on", POLICY)
+        self._faults = Counter("raywarp_faults_total", "actors and nodes that died or hung, and were replaced", ("run", "what", "cause"))
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One row of metrics.jsonl."""
+        tags = {"run": self.run, "iteration": str(row["iteration"]), "policy": str(row["policy"])}
+        for name, (entry, _) in GAUGES.items():
+            if entry in row:
+                self._gauges[name].set(row[entry], tags)
+        seconds = row["wait_seconds"] + row["request_seconds"] + row["update_seconds"]
+        self._step_seconds.set(seconds, tags)
+        self._speed.set(row["tokens"] / seconds, tags)
+        self._steps.inc(1, tags)
+        self._tokens.inc(row["tokens"], tags)
+
+    def fault(self, what: str, cause: str) -> None:
+        """An actor died or hung, or a file was damaged: which, and why."""
+        self._faults.inc(1, {"run": self.run, "what": what, "cause": cause})
