@@ -386,7 +386,7 @@ PATHS = (("out", "runs/x"), ("reward.model", "reward"), ("control.model", "runs/
     ],
 )
 def test_wrong_submissions(cluster: Cluster, arguments: list[str], message: str) -> None:
-    (cluster.project.parent / "elsewhere.yaml").write_text("{}")
+    (cluster.project.parent / "elsewhere.yaml").write_text("seed: 0\n")
     result = cluster.run(sys.executable, cluster.submit_py, *arguments)
     assert result.returncode in (1, 2)
     assert message in result.stderr
