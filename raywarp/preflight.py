@@ -15,6 +15,7 @@ from raywarp import node_check
 from raywarp.config import Config, ConfigError
 from raywarp.memory import checkpoint_bytes
 from raywarp.node_check import NodeReport
+from raywarp.run import CONFIG_FILE
 
 LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
 GIB = 2**30
@@ -101,7 +102,7 @@ def version_problems(reports: Sequence[NodeReport]) -> list[str]:
 
 def disk_problems(config: Config, bytes_each: int) -> list[str]:
     """Places that have no room for two checkpoints of every policy; a run that is to be continued has some already."""
-    if "://" not in config.out and (Path(config.out) / "config.yaml").is_file():
+    if "://" not in config.out and (Path(config.out) / CONFIG_FILE).is_file():
         return []
     needed = LEAST_CHECKPOINTS * config.warp.policies * bytes_each
     problems = []

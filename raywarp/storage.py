@@ -175,9 +175,7 @@ class Storage:
                     raise
             with _locked(target):  # it is there: with checkpoints, or finished by somebody else
                 if not store.is_sealed(target):
-                    (target / MANIFEST).unlink(missing_ok=True)
-                    for path in sorted(new.iterdir(), key=lambda path: path.name == MANIFEST):
-                        path.replace(target / path.name)
+                    store.move_into(target, new, MANIFEST)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 

@@ -190,6 +190,13 @@ def is_sealed(folder: Path) -> bool:
     return True
 
 
+def move_into(folder: Path, new: Path, last: str) -> None:
+    """Let the files of `new` take their places in `folder`; that without which the others do not count goes first and comes back last."""
+    (folder / last).unlink(missing_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+        path.replace(folder / path.name)
+
+
 @contextmanager
 def new_files(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder, whose files take their places in `folder` if the body succeeds; if it fails, `folder` is as it was.
@@ -209,9 +216,7 @@ def new_files(folder: Path, last: str) -> Iterator[Path]:
         if not folder.exists():
             new.rename(folder)
             return
-        (folder / last).unlink(missing_ok=True)
-        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
-            path.replace(folder / path.name)
+        move_into(folder, new, last)
         new.rmdir()
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
