@@ -12,41 +12,24 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import WORDS, left_behind, traces
+from conftest import left_behind, traces
 from peft import PeftModel
+from tiny_run import make_project, tiny_config
 from transformers import AutoModelForCausalLM
 
 from raywarp import store
 from raywarp.adapters import dense, digest, subtract
-from raywarp.config import Config, parse_config
+from raywarp.config import Config
 from raywarp.peft_files import load_peft
 from raywarp.rewards import RewardError
 from raywarp.run import Run
 from raywarp.warp import train
 
-REWARD = '''
-"""Counts good words; returns NaN from its Nth call on while the file `broken` says N."""
-import pathlib
-
-HERE = pathlib.Path(__file__).parent
-CALLS = [0]
-
-def score(prompts, completions, **columns):
-    CALLS[0] += 1
-    broken = HERE / "broken"
-    if broken.exists() and CALLS[0] >= int(broken.read_text()):
-        return [float("nan")] * len(completions)
-    return [float(text.split().count("good")) for text in completions]
-'''
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[Path]:
     """A user's folder with a reward module and prompts; it is the working directory, as it is for a user."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "count_good.py").write_text(REWARD)
-    rows = [{"text": f"{a} {b} {c}", "id": n} for n, (a, b, c) in enumerate(zip(WORDS, WORDS[3:], WORDS[7:], strict=False))]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = make_project(tmp_path_factory.mktemp("project"))
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -54,25 +37,18 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Itera
 
 
 def settings(project: Path, tiny_llama: Path, out: str, **changes: Any) -> Config:
-    tree: dict[str, Any] = {
-        "model": str(tiny_llama),
-        "dtype": "float32",
-        "out": str(project / out),
-        "prompts": {"dataset": str(project / "prompts.jsonl")},
-        "reward": {"function": "count_good:score"},
+    """Three policies on two actors, sampled by vLLM, with a control score; `changes` by section."""
+    own: dict[str, Any] = {
         "control": {"function": "raywarp.embedded:vader"},
-        "lora": {"rank": 2, "alpha": 4},
-        "warp": {"iterations": 2, "policies": 3, "steps": 6, "ema_rate": 0.2, "liti_rate": 0.5, "kl_coef": 0.02},
-        "optim": {"lr": 0.03, "batch_size": 16, "warmup_steps": 1},
-        "rollout": {"completions_per_prompt": 4, "max_new_tokens": 6, "temperature": 1.0},
-        "cluster": {"policy_actors": 2, "threads": 1},
-        "front": {"prompts": 4, "completions_per_prompt": 8, "etas": [0, 0.5, 1], "choose": {"eta": 0.5}, "samples": 2},
-        "checkpoint_every": 2,
-        "kl_to_sft_every": 3,
+        "warp": {"policies": 3},
+        "optim": {"batch_size": 16},
+        "rollout": {"engine": "vllm", "max_new_tokens": 6},
+        "cluster": {"policy_actors": 2},
+        "front": {"prompts": 4, "completions_per_prompt": 8},
     }
     for section, values in changes.items():
-        tree[section] = {**tree[section], **values}
-    return parse_config(tree)
+        own[section] = {**own.get(section, {}), **values}
+    return tiny_config(project, tiny_llama, project / out, **own)
 
 
 @pytest.fixture(scope="module")

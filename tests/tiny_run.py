@@ -54,7 +54,7 @@ def tiny_config(project: Path, model: Path, out: str | Path, **changes: Any) -> 
         "kl_to_sft_every": 3,
     }
     for section, values in changes.items():
-        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     return parse_config(tree)
 
 
