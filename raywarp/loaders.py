@@ -39,15 +39,15 @@ class MergedLoader:
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         """Adapters with different answers cannot be in the engine at the same time."""
-        return adapter.digests
+        return adapter.versions
 
     def load(self, adapters: Sequence[Adapter]) -> None:
         """Load adapters that agree on `in_weights`."""
         adapter = adapters[0]
-        if self.loaded != adapter.digests:
+        if self.loaded != adapter.versions:
             self.loaded = None  # until all is in place, nobody may take it for loaded
             self._taken = self._load(adapter)
-            self.loaded = adapter.digests
+            self.loaded = adapter.versions
 
     def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
         """Of what the weights have taken, part by part, for each of the adapters that were just loaded."""
@@ -62,10 +62,10 @@ class MergedLoader:
 
     def _load(self, adapter: Adapter) -> list[AdapterDelta | str]:
         fold, change = (adapter.init, adapter.policy) if adapter.policy else (None, adapter.init)
-        if self._folded[0] != (fold.digest if fold else None):
+        if self._folded[0] != (fold.version if fold else None):
             delta = fold.fetch() if fold else None
             added = self.checkpoint.fold(delta)
-            self._folded = (fold.digest, [digest(replace(delta, factors=added))]) if fold and delta else (None, [])
+            self._folded = (fold.version, [digest(replace(delta, factors=added))]) if fold and delta else (None, [])
         below = self._folded[1]
         if change is None:
             if self._changed is not None:
@@ -99,31 +99,31 @@ class LoraLoader:
     def __init__(self, engine: Any, weights: MergedLoader, largest: int):
         self.engine, self.weights, self.largest, self.version = engine, weights, largest, 0
         self.folder = scratch.claim()  # for the files that vLLM reads
-        self._held: dict[str, tuple[Any, str]] = {}  # digest asked for → vLLM's request, digest of what was written for it
+        self._held: dict[str, tuple[Any, str]] = {}  # version → vLLM's request, digest of what was written for it
 
     def in_weights(self, adapter: Adapter) -> Hashable:
-        return self._below(adapter).digests
+        return self._below(adapter).versions
 
     def load(self, adapters: Sequence[Adapter]) -> None:
         below = self._below(adapters[0])
-        if self.weights.loaded != below.digests:
+        if self.weights.loaded != below.versions:
             self._keep_only(set())  # new weights void the LoRAs on them
         self.weights.load([below])
-        on_top = {part.digest: part for part in map(self._on_top, adapters) if part is not None}
+        on_top = {part.version: part for part in map(self._on_top, adapters) if part is not None}
         self._keep_only(set(on_top))
         for part in on_top.values():
-            if part.digest not in self._held:
-                self._held[part.digest] = self._add(part)
+            if part.version not in self._held:
+                self._held[part.version] = self._add(part)
 
     def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
         """Of what the weights have taken, and of the files that vLLM read."""
         (below,) = self.weights.digests(adapters[:1])
-        return [(*below, self._held[policy.digest][1]) if (policy := self._on_top(adapter)) else below for adapter in adapters]
+        return [(*below, self._held[policy.version][1]) if (policy := self._on_top(adapter)) else below for adapter in adapters]
 
     def request(self, adapter: Adapter) -> Any:
         """The LoRARequest that goes with every prompt of this adapter; None for the weights alone."""
         part = self._on_top(adapter)
-        return self._held[part.digest][0] if part else None
+        return self._held[part.version][0] if part else None
 
     def close(self) -> None:
         scratch.release(self.folder)
@@ -144,15 +144,15 @@ class LoraLoader:
         written, prefix = load_file(path / ADAPTER_FILE), "base_model.model."
         request = LoRARequest(f"v{self.version}", self.version, str(path))
         if not self.engine.llm_engine.add_lora(request):
-            raise RolloutError(f"vLLM did not load adapter version {part.digest[:8]} (number {self.version})")
+            raise RolloutError(f"vLLM did not load adapter version {part.version} (number {self.version})")
         factors = {  # a module of rank 0 is written as one column of zeros
             module: Factors(written[f"{prefix}{module}.lora_B.weight"], written[f"{prefix}{module}.lora_A.weight"]) if f.rank else f
             for module, f in delta.factors.items()
         }
         return request, digest(replace(delta, factors=factors))
 
-    def _keep_only(self, digests: set[str]) -> None:
-        for old in self._held.keys() - digests:
+    def _keep_only(self, versions: set[str]) -> None:
+        for old in self._held.keys() - versions:
             request, _ = self._held.pop(old)
             self.engine.llm_engine.remove_lora(request.lora_int_id)
             shutil.rmtree(request.lora_path, ignore_errors=True)

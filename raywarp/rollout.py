@@ -1,7 +1,7 @@
 """What the rollout pool, R engines that all policies and the evaluation share, is asked and answers.
 
-A request names the adapter it wants sampled by the digests of its parts; whoever asked compares them with the digests of what
-the worker's engine took (see `join`), so a stale or mixed-up adapter cannot go unnoticed.
+A request names the version of the adapter that it wants sampled; a worker answers with the digests of the tensors that its engine took, and
+whoever asked compares them with its own (see `join`), so a stale or mixed-up adapter cannot go unnoticed.
 
 **Calls and workers.** A batch is one call to one engine, that of the next idle worker, and not spread over all of them: what an
 engine computes depends in its last bits on which sequences it computes together, so a batch that is cut by the number of workers would give
@@ -10,13 +10,13 @@ policies than workers want `rollout.chunk_size`, by which a batch is cut in the 
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from raywarp.adapters import AdapterDelta
+from raywarp.adapters import AdapterDelta, digest
 from raywarp.batch import Completion
 from raywarp.packed_adapter import PackedAdapter
 
@@ -29,18 +29,30 @@ class RolloutError(RuntimeError):
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """One summand of an adapter on its way to the workers: its content's digest, its rank, and where the content lies."""
+    """One summand of an adapter on its way to the workers.
 
-    digest: str
+    version: another one for each put. rank: of the content. ref: to it. hashed: its digest to be; stays with whoever put it.
+    """
+
+    version: str
     rank: int
     ref: Any  # ray.ObjectRef[PackedAdapter]; inside a dataclass, so that Ray does not fetch it before it is wanted
+    hashed: "Future[str] | None" = field(default=None, compare=False)
 
     @classmethod
     def put(cls, delta: AdapterDelta) -> "AdapterPart":
         packed = PackedAdapter.pack(delta)
-        hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, and as much for the object store's copy
+        hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, in which the adapter is on its way
         ref = ray.put(packed)
-        return cls(hashed.result(), delta.rank, ref)
+        return cls(ref.hex(), delta.rank, ref, hashed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AdapterPart, (self.version, self.rank, self.ref)
+
+    @property
+    def digest(self) -> str:
+        """Of the content as it was put; somebody to whom this was sent has to look at the content itself."""
+        return self.hashed.result() if self.hashed else digest(self.fetch())
 
     def fetch(self) -> AdapterDelta:
         """The adapter, its tensors read-only: they lie in the object store."""
@@ -62,6 +74,10 @@ class Adapter:
     @property
     def parts(self) -> tuple[AdapterPart, ...]:
         return tuple(part for part in (self.init, self.policy) if part is not None)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        return tuple(part.version for part in self.parts)
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -132,9 +148,10 @@ def join(rollouts: Sequence[Rollout], adapter: Adapter) -> list[Completion]:
     Raises:
         RolloutError: a worker's engine held another version.
     """
+    digests = adapter.digests
     for rollout in rollouts:
-        if rollout.digests != adapter.digests:
-            held, meant = _short(rollout.digests), _short(adapter.digests)
+        if rollout.digests != digests:
+            held, meant = _short(rollout.digests), _short(digests)
             raise RolloutError(f"rollout worker {rollout.worker} sampled from adapter version {held} instead of {meant}")
     return [completion for rollout in rollouts for completion in rollout.completions]
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_a_mixed_up_adapter_is_found_out(ray_cluster: Any, tiny_llama: Path, ses
     """The content of one version under the name of another, as the policy and as the init."""
     model = trained_model(tiny_llama, ("one", "two"))
     one, two = (AdapterPart.put(model.delta(name)) for name in ("one", "two"))
-    wrong = AdapterPart(two.digest, two.rank, one.ref)
+    wrong = AdapterPart(two.version, two.rank, one.ref, two.hashed)
     for adapter in (Adapter(policy=wrong), Adapter(init=wrong, policy=one)):
         ((ref,),) = submit(session.pool, [Request(prompts_of(2), [0, 1], adapter)])
         held = "+".join(one.digest[:8] for _ in adapter.parts)
@@ -205,7 +206,9 @@ def test_a_worker_that_dies_again_and_again_is_named(ray_cluster: Any) -> None:
 
 def test_join_names_worker_and_version() -> None:
     completion = Completion((3,), (-1.0,), "the", False)
-    adapter = Adapter(policy=AdapterPart("a" * 64, 1, None))
+    hashed: Future[str] = Future()
+    hashed.set_result("a" * 64)
+    adapter = Adapter(policy=AdapterPart("version 1", 1, None, hashed))
     good, stale = Rollout([completion], ("a" * 64,)), Rollout([completion], ("b" * 64,), worker=2)
     assert join([good, good], adapter) == [completion, completion]
     with pytest.raises(RolloutError, match="rollout worker 2 sampled from adapter version bbbbbbbb instead of aaaaaaaa"):

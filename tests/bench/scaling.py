@@ -79,7 +79,7 @@ class WaitingEngine:
         self.seconds, self.loader = seconds, self
 
     def in_weights(self, adapter: Adapter) -> tuple[str, ...]:
-        return adapter.digests
+        return adapter.versions
 
     def load(self, adapters: Sequence[Adapter]) -> None:
         self.taken = [[part.fetch() for part in adapter.parts] for adapter in adapters]
