@@ -3,7 +3,7 @@
     .venv/bin/python tests/bench/driver_kill.py --kills 50 --embedded 4
 
 The driver is `raywarp train`, in a process of its own. Each run is killed a few times and then left to end. Half of the moments are uniform
-over the time that the run takes from its first step on, half over all of it, from the start of the process. The cluster is one that this
+over the time that the rest of the run takes from its next step on, half over all of it, from the start of the process. The cluster is one that this
 script owns and that lives on; `--embedded` kills are of drivers with a Ray of their own, whose processes have to be gone within 30 seconds.
 
 After each kill everything in the store is read: each manifest that is there must hold, and each checkpoint load. At the end of each run its
@@ -135,11 +135,13 @@ def survives_until_a_moment(command: Command, chance: random.Random, first: floa
 
     first, total: seconds that it takes to its first step, and to its end.
     """
-    known, moment = command.steps(), chance.uniform(0, total)
+    known = command.steps()
+    rest = (total - first) * (1 - known / (ITERATIONS * POLICIES * STEPS))
+    moment = chance.uniform(0, first + rest)
     if chance.random() < 0.5:
         if not wait(command, lambda: command.steps() > known):
             return False
-        moment = chance.uniform(0, total - first)
+        moment = chance.uniform(0, rest)
     deadline = time.monotonic() + moment
     return wait(command, lambda: time.monotonic() > deadline)
 
