@@ -6,8 +6,6 @@ The runs are the real command's; tests/bench/chaos.py and tests/bench/driver_kil
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -148,58 +146,6 @@ def test_sigterm_saves_every_policy_and_sigkill_leaves_no_orphans(project: Path,
     command = Command(project, "driver")
     assert_same_end(command, undisturbed)
     assert [(row["what"], row["cause"]) for row in told(command.run, "fault")] == [("driver", "killed")]
-
-
-NODES = """
-import sys
-
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(2))}
-print(cluster.address, *nodes, flush=True)
-for line in sys.stdin:
-    if line.startswith("lose"):
-        cluster.remove_node(nodes[line.split()[1]], allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-    else:
-        break
-cluster.shutdown()
-"""
-
-
-def test_a_lost_node_costs_its_policy_the_steps_since_its_checkpoint(project: Path, undisturbed: Run) -> None:
-    """Each of the three nodes has a CPU and so one actor; one with a policy is lost, and another one joins."""
-    fast = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
-    environment = {**os.environ, **fast}
-    cluster = subprocess.Popen([sys.executable, "-c", NODES], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert cluster.stdin is not None
-    assert cluster.stdout is not None
-    try:
-        address, *nodes = cluster.stdout.readline().split()
-        set_pace(project, 0.3)
-        command = Command(project, "node", "cluster.cpus_per_policy=1", "cluster.cpus_per_rollout_worker=1", address=address)
-        command.wait_for_steps(14)
-        actor, node = next(
-            (process, node)
-            for process in processes("policy actor", psutil.Process(cluster.pid))
-            for node in nodes
-            if any(node in part for part in process.parent().cmdline())
-        )
-        cluster.stdin.write(f"lose {node}\n")
-        cluster.stdin.flush()
-        command.wait_until(lambda: told(command.run, "recovered"))
-        assert not actor.is_running()
-        set_pace(project, 0)
-        assert_same_end(command, undisturbed)
-        (fault,) = told(command.run, "fault")
-        (again,) = told(command.run, "continued")
-        assert (fault["cause"], fault["policy"]) == ("node lost", again["policy"])
-        assert again["steps_repeated"] <= SETTINGS["checkpoint_every"]
-    finally:
-        cluster.stdin.write("end\n")
-        cluster.stdin.close()
-        cluster.wait(60)
 
 
 class Troubled(PolicyActor):
