@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from raywarp import faults, placement, stop, watch
+from raywarp import faults, orphans, placement, stop, watch
 from raywarp.actors import REAL, Actors, Kinds, Place
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
@@ -40,6 +40,7 @@ def start_ray() -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError:  # the last `ray start` is gone
         ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    orphans.watch()
 
 
 def log_event(event: str, **details: Any) -> None:
