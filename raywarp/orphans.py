@@ -1,4 +1,4 @@
-"""What becomes of a Ray that a driver started for itself when that driver is killed: nothing of it is left ten seconds later.
+"""What becomes of a Ray that a driver started for itself when that driver is killed: nothing of it is left some seconds later.
 
 Most of Ray's processes end with the driver, but two of its agents try for a minute to tell the control server, which is gone, that the
 raylet is gone (Ray 2.60). A process that the driver starts waits for its end and then ends what has not ended by itself. It is this file,
@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-GRACE = 8.0  # seconds in which they may end by themselves
+GRACE = 5.0  # seconds in which they may end by themselves
 
 
 def watch() -> None:
