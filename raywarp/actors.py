@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp import placement, watch
+from raywarp import faults, placement, watch
 from raywarp.config import Config
 from raywarp.engines import EngineSettings, front_rank
 from raywarp.hardware import cpu_environment
@@ -41,11 +43,13 @@ class Kinds:
 REAL = Kinds()
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
     """A policy actor's place: its placement group, which Ray moves to another node when it loses one, and whoever is in it now.
 
     Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
+
+    hung: it was killed because it did not get on. gone: it was given up, for want of room. process: what it last said of itself.
     """
 
     name: str
@@ -54,13 +58,47 @@ class Place:
     actor: Any = None
     pulse: watch.Pulse = field(init=False)
     hung: bool = False
+    gone: bool = False
+    process: watch.Process | None = None
+
+    def poll(self) -> watch.Process | None:
+        """See Pulse.poll."""
+        answer: watch.Process | None = self.pulse.poll()
+        self.process = answer or self.process
+        return answer
+
+    def cause(self, death: RayError) -> str:
+        """What its actor died of."""
+        return faults.HANG if self.hung else faults.kind_of(death, self.process.node if self.process else "")
+
+    def has_ground(self) -> bool:
+        """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""
+        return not faults.unnoticed(watch.node_of(self.group))
+
+    def await_room(self, deadline: float) -> bool:
+        """Whether there is a living node for a new actor, after a wait until then at most."""
+        while not (found := watch.has_room(self.group) and self.has_ground()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
 
     def renew(self) -> None:
         """A new actor, after an end to the one before, whatever has become of that."""
         self.kill()
-        self.actor, self.hung = self.make(), False
+        self.actor, self.hung, self.gone, self.process = self.make(), False, False, None
         actor = self.actor
         self.pulse = watch.Pulse(lambda: actor.pulse.remote())
+
+    def leave(self) -> None:
+        """There is no room for it; `renew` lets it come back."""
+        self.gone = True
+        self.kill()
+
+    def no_room(self, seconds: float) -> faults.FaultError:
+        """Of a run that can't go on without it."""
+        return faults.FaultError(
+            f"{self.name} has waited {seconds:.0f} s for {self.group.bundle_specs if self.group else {}} after a loss: "
+            f"{watch.lack_of_room()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
+        )
 
     def kill(self) -> None:
         if self.actor is not None:
@@ -105,7 +143,9 @@ class Actors:
         ]
 
     def pool(self) -> Any:
-        options = {"max_restarts": -1, "max_task_retries": -1}
+        """Where the driver is: Ray takes any node for what needs nothing, and the loss of that one would take the pool along."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         return self._make(RolloutPool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
 
     def policies(self) -> list[Place]:

@@ -1,6 +1,7 @@
 """What went wrong with an actor, in a user's words: its cause, whether to try again, after how long, and when to give up."""
 
 import socket
+from typing import Any
 
 import ray
 import torch
@@ -58,15 +59,24 @@ def explain(error: BaseException) -> str:
 
 def node_lost(node: str) -> bool:
     """Whether a node is gone: Ray says so, or (Ray waits for missed heartbeats) its raylet's port refuses."""
-    for known in ray.nodes():
-        if known["NodeID"] == node:
-            return not known["Alive"] or not _answers(known["NodeManagerAddress"], known["NodeManagerPort"])
-    return True
+    known = _known(node)
+    return known is None or not known["Alive"] or not _answers(known)
 
 
-def _answers(host: str, port: int) -> bool:
+def unnoticed(node: str) -> bool:
+    """Whether a node is gone and Ray still counts on it: an actor that is made now may go there, and die once more."""
+    known = _known(node)
+    return known is not None and known["Alive"] and not _answers(known)
+
+
+def _known(node: str) -> dict[str, Any] | None:
+    """What Ray knows of a node."""
+    return next((known for known in ray.nodes() if known["NodeID"] == node), None)
+
+
+def _answers(known: dict[str, Any]) -> bool:
     try:
-        socket.create_connection((host, port), timeout=1).close()
+        socket.create_connection((known["NodeManagerAddress"], known["NodeManagerPort"]), timeout=1).close()
     except OSError:
         return False
     return True

@@ -44,6 +44,20 @@ class Stream:
     heard: bool = False
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Jobs whose actor is to be made anew, and when; where its node is gone, as soon as Ray has noticed, but not later than `latest`."""
+
+    place: Place
+    jobs: list[Job]
+    due: float
+    latest: float
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        return now >= self.due and (now >= self.latest or self.place.has_ground())
+
+
 class FineTuning:
     """The jobs of one iteration.
 
@@ -56,7 +70,7 @@ class FineTuning:
     def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], None], report: watch.Report):
         self.config, self.places, self.work, self.tick, self.report = config, places, work, tick, report
         self.streams: list[Stream] = []
-        self.waiting: list[tuple[float, Place, list[Job]]] = []  # to be made anew, and when
+        self.waiting: list[Lost] = []
         self.courses: dict[str, Course] = {}
         self.saved: set[str] = set()
         self.rows: list[dict[str, Any]] = []
@@ -139,7 +153,7 @@ class FineTuning:
 
     def _lost(self, place: Place, error: RayError) -> None:
         """The actor, or its work, is gone: say so for every policy that it had, and make it anew after a pause."""
-        cause = faults.HANG if place.hung else faults.kind_of(error)
+        cause = place.cause(error)
         ours = [stream for stream in self.streams if stream.place is place]
         self.streams = [stream for stream in self.streams if stream.place is not place]
         jobs = [job for stream in ours for job in stream.jobs if not self.courses[job.key].done]
@@ -151,16 +165,16 @@ class FineTuning:
             if not course.failures.again():
                 raise FaultError(self._given_up(course, cause, text))
             pause = max(pause, course.failures.pause())
-        self.waiting.append((time.monotonic() + pause, place, jobs))
+        now = time.monotonic()
+        self.waiting.append(Lost(place, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds))
 
     def _renew_what_is_due(self) -> None:
-        now = time.monotonic()
-        due = [entry for entry in self.waiting if entry[0] <= now]
-        self.waiting = [entry for entry in self.waiting if entry[0] > now]
-        for _, place, jobs in due:
-            place.renew()
-            if jobs:
-                self._give(place, jobs)
+        due = [lost for lost in self.waiting if lost.is_due()]
+        self.waiting = [lost for lost in self.waiting if lost not in due]
+        for lost in due:
+            lost.place.renew()
+            if lost.jobs:
+                self._give(lost.place, lost.jobs)
 
     def _look_after(self) -> None:
         stop.check()
@@ -179,19 +193,20 @@ class FineTuning:
 
     def _move(self, stream: Stream) -> None:
         """There is no room for this actor any more: its policies go to those that are there, one after another."""
-        others = [other for other in self.streams if other.heard]
+        away = [lost.place for lost in self.waiting] + [other.place for other in self.streams if not other.heard]
+        others = [place for place in self.places if not place.gone and place not in away]
         if not others:
-            raise FaultError(
-                f"{stream.place.name} has waited {self.config.cluster.timeout_seconds:.0f} s for "
-                f"{stream.place.group.bundle_specs if stream.place.group else {}} after a loss: {watch.lack_of_room()}; add nodes, lower "
-                "cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
-            )
-        target = min(others, key=lambda other: len(other.jobs)).place
+            raise stream.place.no_room(self.config.cluster.timeout_seconds)
+        target = min(others, key=self._load)
         self.streams.remove(stream)
-        stream.place.kill()
+        stream.place.leave()
         for job in stream.jobs:
             self.report("moved", what=stream.place.name, **job.label, message=f"no room for it: {watch.lack_of_room()}; to {target.name}")
         self._give(target, stream.jobs)
+
+    def _load(self, place: Place) -> int:
+        """Policies that an actor still has to train."""
+        return sum(not self.courses[job.key].done for stream in self.streams if stream.place is place for job in stream.jobs)
 
     def _given_up(self, course: Course, cause: str, text: str) -> str:
         job, optim = course.job, self.config.optim
@@ -243,7 +258,7 @@ class FineTuning:
 def hang_of(place: Place, hang_seconds: float) -> str:
     """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty where it does not hang."""
     try:
-        process = place.pulse.poll()
+        process = place.poll()
     except RayError:
         return ""  # it is dead, as whoever waits for its work is about to hear
     if process is not None and process.working > hang_seconds:

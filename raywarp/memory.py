@@ -105,11 +105,32 @@ def rollout_process(shapes: Shapes, config: Config, dtype: str, stored_bytes: in
     return {**components, "Python, torch, vLLM, Ray": ROLLOUT_RUNTIME}
 
 
+def rollout_gpu(shapes: Shapes, config: Config, dtype: str, lora_rank: int, loras: int, tokens: int) -> Components:
+    """What a rollout worker needs on each of its GPUs to generate one call's completions at once; vLLM takes what is left for more.
+
+    Args:
+        lora_rank, loras: of the slots for adapters.
+        tokens: of the longest prompt and completion.
+    """
+    width, parts = DTYPE_BYTES[dtype], config.rollout.tensor_parallel_size
+    rows = config.rollout.chunk_size or config.optim.batch_size
+    return {
+        "base weights": shapes.parameters * width // parts,
+        "adapter slots": loras * shapes.adapter_numbers(lora_rank) * width // parts,
+        f"KV cache of {rows} completions": rows * tokens * shapes.kv_numbers * width // parts,
+    }
+
+
 def kv_cache(shapes: Shapes, config: Config, width: int, tokens: int) -> int:
     """What is set aside on a CPU; transformers' grows to its rows."""
     if config.rollout.engine == "transformers":
         return 64 * tokens * shapes.kv_numbers * width
     return int(config.rollout.kv_cache_gib * 2**30)
+
+
+def init_bytes(shapes: Shapes, config: Config) -> int:
+    """What an iteration starts from, at the largest: the policies of all before it, side by side."""
+    return shapes.adapter_numbers(config.lora.rank * config.warp.policies * (config.warp.iterations - 1)) * FLOAT32
 
 
 def task_vector_bytes(shapes: Shapes, config: Config) -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raywarp.adapted_model import replace_targets
 from raywarp.adapters import block_of
@@ -57,6 +57,13 @@ def model_shapes(
         vocabulary=text.vocab_size,
         saved_bytes=saved,
     )
+
+
+def classifier_parameters(model_config: Any) -> int:
+    """Numbers in a sequence classifier with one label."""
+    model_config.num_labels = 1
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForSequenceClassification.from_config(model_config).parameters())
 
 
 def _saved_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int) -> int:

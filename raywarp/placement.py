@@ -84,10 +84,10 @@ def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan
     fewest = most if cluster.policy_actors else 1
     for actors in range(most, fewest - 1, -1):
         plan = wish(config, gpus, actors)
-        if not (shortages := _shortages(plan.needs, available)):
+        if not (shortages := [*_too_large(plan.needs), *_shortages(plan.needs, available)]):
             threads, crowded = _threads(config, plan.policy, plan.rollout)
             return replace(plan, threads=threads, crowded=crowded)
-    raise ConfigError("\n".join(shortages))
+    raise ConfigError("\n".join([*shortages, *_what_would_fit(config, gpus, most, available)]))
 
 
 def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
@@ -165,6 +165,34 @@ def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
         time.sleep(0.1)
 
 
+def _too_large(needs: list[Need]) -> list[str]:
+    """Actors for which no node would do, if it were free."""
+    nodes, messages = [node["Resources"] for node in ray.nodes() if node["Alive"]], []
+    for need in needs:
+        bundle = need.bundle()
+        if any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
+            continue
+        asked = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+        largest = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in bundle)
+        factor = " or rollout.tensor_parallel_size" if need.key == "rollout_worker" else ""
+        messages.append(
+            f"a {need.key.replace('_', ' ')} asks for {asked} on one node, the most that a node has is {largest}: "
+            f"lower cluster.gpus_per_{need.key}, cluster.cpus_per_{need.key}{factor}, or add a larger node"
+        )
+    return messages
+
+
+def _what_would_fit(config: Config, gpus: float, most: int, available: dict[str, float]) -> list[str]:
+    """The most actors and workers for which there is room."""
+    counts = [(actors, workers) for actors in range(1, most + 1) for workers in range(1, config.rollout.workers + 1)]
+    for actors, workers in sorted(counts, key=lambda pair: (sum(pair), pair), reverse=True):
+        fewer = wish(config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": workers})}), gpus, actors)
+        if not _too_large(fewer.needs) and not _shortages(fewer.needs, available):
+            keys = [f"cluster.policy_actors={actors}"] if config.cluster.policy_actors else []
+            return ["it would fit with " + " ".join([*keys, f"rollout.workers={workers}"])]
+    return []
+
+
 def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
     messages = []
     for resource, prefix in (("GPU", "gpus"), ("CPU", "cpus")):
@@ -174,7 +202,8 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
             keys = " or ".join(f"cluster.{prefix}_per_{n.key}" for n in needs if n.total(resource))
             messages.append(
                 f"the run asks for {asked:g} {resource}s ({parts}), the cluster has {free:g} of "
-                f"{ray.cluster_resources().get(resource, 0.0):g} available; lower {keys}, or rollout.workers"
+                f"{ray.cluster_resources().get(resource, 0.0):g} available: {asked - free:g} too few; add nodes, or lower {keys}, "
+                "or rollout.workers"
             )
     return messages
 

@@ -4,13 +4,15 @@ The same figures are checked when a run starts (see preflight.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raywarp import embedded, memory, placement, preflight
+from raywarp import embedded, engines, memory, placement, preflight
 from raywarp.config import Config, ConfigError
+from raywarp.data import HUB_ID
 from raywarp.hardware import run_dtype
+from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes
 from raywarp.model_files import read_model_config, stored_bytes
 from raywarp.node_check import NodeReport
@@ -21,11 +23,15 @@ UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 
 @dataclass(frozen=True)
 class Process:
-    """One kind: its placement (count, CPUs and GPUs of each), and what each holds in memory; on a GPU that is the GPU's."""
+    """One kind: its placement (count, CPUs and GPUs of each), and what each holds in memory, or (a Process of its own) on a GPU.
+
+    share: of a GPU that it may take.
+    """
 
     need: placement.Need
     components: Components
     on_gpu: bool = False
+    share: float = 1.0
 
     @property
     def bytes(self) -> int:
@@ -79,7 +85,10 @@ class Forecast:
             "policy": "optim.max_tokens_per_microbatch, or set optim.gradient_checkpointing=true",
             "rollout_worker": "rollout.kv_cache_gib or set rollout.tensor_parallel_size",
         }.get(process.need.key, "reward.batch_size")
-        where = "the largest GPU" if process.on_gpu else "the largest node"
+        if process.on_gpu and process.need.key == "rollout_worker":
+            key = "rollout.chunk_size, or set rollout.tensor_parallel_size"
+        share = f"{process.share:.0%} of " if process.share < 1 else ""
+        where = f"{share}the largest {'GPU' if process.on_gpu else 'node'}"
         name = process.need.key.replace("_", " ")
         return f"a {name} needs {_size(size)} ({what}), {where} has {_size(most)}: lower {key}, or take a smaller model"
 
@@ -95,23 +104,22 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     """
     if offline:
         return _offline(config)
-    from raywarp.inputs import prepare
     from raywarp.session import start_ray
 
-    inputs = prepare(config)
+    source = _source(config)
     start_ray()
     problems = []
     try:
         placed = placement.make_plan(config)
     except ConfigError as error:
         problems, placed = str(error).splitlines(), placement.wish(config, placement.cluster_gpus())
-    result = forecast(config, inputs.model, inputs.longest_prompt, placed)
-    reports = preflight.node_reports(config, local_paths(config, inputs.model))
+    result = forecast(config, source, placed)
+    reports = preflight.node_reports(config, local_paths(config, source.model))
     problems += [*preflight.access_problems(reports, config.out), *preflight.version_problems(reports), *result.impossible(reports)]
     if result.shapes:
         problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
-    warnings = result.tight(reports)
-    return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, result.notes, reports)
+    warnings = [*source.warnings, *result.tight(reports)]
+    return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, source.notes, reports)
 
 
 def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prompt_tokens: int = 0) -> None:
@@ -134,20 +142,76 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
     preflight.preflight(config, found, local_paths(config, model) if found else [])
 
 
-def forecast(config: Config, model: str, prompt_tokens: int, placed: placement.Plan) -> Forecast:
-    """The needs of a run on its placement, activations included.
+@dataclass(frozen=True)
+class Source:
+    """What the figures come from.
+
+    model: folder or hub id, resolved. settings: transformers' configuration of it. prompt_tokens: of the longest prompt.
+    """
+
+    model: str
+    settings: Any
+    prompt_tokens: int
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def _source(config: Config) -> Source:
+    """What a run would read; where its model cannot be loaded here but its shapes are known, these."""
+    from raywarp.inputs import prepare
+
+    try:
+        inputs = prepare(config)
+    except ConfigError as error:
+        source = shapes_only(config)
+        if source is None:
+            raise
+        return replace(source, warnings=[f"a run from here ends at once: {error}"])
+    return Source(inputs.model, read_model_config(inputs.model, config.trust_remote_code, f"model={config.model}"), inputs.longest_prompt)
+
+
+def shapes_only(config: Config, weights: bool = False) -> Source | None:
+    """From a config.json that is here (in a folder, or in the hub's cache), or from known_models.py; nothing is fetched.
 
     Args:
-        model: folder or hub id, resolved.
-        prompt_tokens: of the longest prompt.
+        weights: also where the weights are here, too.
     """
+    model, what = embedded.cached(config.model), f"model={config.model}"
+    if model is None:
+        return None
+    prompt = config.prompts.max_tokens or 2 * (config.prompts.max_words or 0) or UNKNOWN_PROMPT
+    notes = [f"prompts are taken to have at most {prompt} tokens"]
+    folder = _folder_of_config(model)
+    if folder is None:
+        known = known_config(model)
+        notes.append(f"the config.json of {what} is not in reach: these are the shapes that it had when raywarp was written")
+        return Source(model, known, prompt, notes) if known is not None else None
+    whole = any(folder.glob("*.safetensors"))
+    if whole and not weights:
+        return None
+    if not whole:
+        notes.append(f"the weights of {what} are not here")
+    return Source(model, read_model_config(str(folder), config.trust_remote_code, what), prompt, notes)
+
+
+def _folder_of_config(model: str) -> Path | None:
+    """Where a model's config.json is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (Path(model).expanduser() / "config.json").is_file():
+        return Path(model).expanduser()
+    cached = try_to_load_from_cache(model, "config.json") if HUB_ID.fullmatch(model) else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def forecast(config: Config, source: Source, placed: placement.Plan) -> Forecast:
+    """The needs of a run on its placement, activations included."""
     from raywarp.model_shapes import model_shapes
 
-    dtype, length = run_dtype(config.dtype, placed.uses_gpus), prompt_tokens + config.rollout.max_new_tokens
-    model_config = read_model_config(model, config.trust_remote_code, f"model={config.model}")
+    dtype, length = run_dtype(config.dtype, placed.uses_gpus), source.prompt_tokens + config.rollout.max_new_tokens
     rows = _rows(config, length)
-    shapes = model_shapes(model_config, config.lora, dtype, rows, length, placed.policy.gpus > 0, config.trust_remote_code)
-    return _forecast(config, model, shapes, placed, prompt_tokens)
+    shapes = model_shapes(source.settings, config.lora, dtype, rows, length, placed.policy.gpus > 0, config.trust_remote_code)
+    return _forecast(config, source.model, shapes, placed, source.prompt_tokens)
 
 
 def _forecast(config: Config, model: str, shapes: Shapes, placed: placement.Plan, prompt_tokens: int) -> Forecast:
@@ -158,7 +222,12 @@ def _forecast(config: Config, model: str, shapes: Shapes, placed: placement.Plan
     policy = memory.policy_process(shapes, config, dtype, held, tokens, 0 if gpu else stored)
     rollout = memory.rollout_process(shapes, config, dtype, stored, placed.rollout.gpus > 0, length)
     reward = {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
-    processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout), Process(placed.reward, reward)]
+    processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout)]
+    if placed.rollout.gpus:
+        slots = engines.lora_slots(engines.front_rank(config), refuse=False) if config.rollout.adapter != "merged" else 0
+        on_gpu = memory.rollout_gpu(shapes, config, dtype, slots, engines.MOST_LORAS, length)
+        processes.append(Process(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization))
+    processes.append(Process(placed.reward, reward, placed.reward.gpus > 0))
     return Forecast(config, placed, shapes, processes, dtype)
 
 
@@ -179,15 +248,17 @@ def local_paths(config: Config, model: str) -> list[str]:
 def _offline(config: Config) -> Forecast:
     placed = placement.wish(config, 0)
     notes = ["offline: GPUs are counted where the config names them; a policy actor is counted for each policy"]
-    model = embedded.cached(config.model)
-    if model is None or not (Path(model) / "config.json").is_file():
-        notes.append(f"memory is not known: the config.json of model={config.model} is not in reach")
+    source = shapes_only(config, weights=True)
+    if source is None:
+        notes.append(
+            f"memory is not known: the config.json of model={config.model} is not in reach; "
+            "a folder with nothing but that file will do: plan … model=FOLDER"
+        )
         return Forecast(
             config, placed, None, [Process(need, {}) for need in placed.needs], run_dtype(config.dtype, placed.uses_gpus), notes=notes
         )
-    prompt = config.prompts.max_tokens or 2 * (config.prompts.max_words or 0) or UNKNOWN_PROMPT
-    notes.append(f"prompts are taken to have at most {prompt} tokens")
-    result = forecast(config, model, prompt, placed)
+    notes += source.notes
+    result = forecast(config, source, placed)
     disk = preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config)) if result.shapes else []
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, disk, notes=notes)
 
@@ -197,14 +268,17 @@ def _reward_weights(config: Config) -> Components:
     if name is None:
         return {}
     from raywarp.model_files import weight_bytes
+    from raywarp.model_shapes import classifier_parameters
 
-    return {"classifier weights": weight_bytes(Path(name))}
+    known = known_config(name)
+    stored = weight_bytes(Path(name)) or (2 * classifier_parameters(known) if known is not None else 0)
+    return {"classifier weights": stored} if stored else {}
 
 
 def _most(process: Process, reports: Sequence[NodeReport]) -> int:
-    """Bytes of the largest node or GPU; 0 where that is not known."""
+    """Bytes of the largest node, or of what a process may have of the largest GPU; 0 where that is not known."""
     if process.on_gpu:
-        return max((size for report in reports for size in report.gpu_memory), default=0)
+        return int(process.share * max((size for report in reports for size in report.gpu_memory), default=0))
     return max((report.memory for report in reports), default=0)
 
 
@@ -217,23 +291,32 @@ def render(found: Forecast, console: Any) -> None:
     from rich.table import Table
 
     config, shapes = found.config, found.shapes
-    table = Table("process", "count", "GPUs each", "CPUs each", "memory each", "on the GPU", title=f"{config.model}, {found.dtype}")
-    for process in found.processes:
-        need, size = process.need, _size(process.bytes) if process.components else "not known"
-        host, gpu = ("", size) if process.on_gpu else (size, "")
-        if need.key == "rollout_worker" and need.gpus:
-            gpu = f"{config.rollout.gpu_memory_utilization:.0%} of it"
+    table = Table("process", "count", "GPUs each", "CPUs each", "memory each", "on each GPU", title=f"{config.model}, {found.dtype}")
+    for need in found.plan.needs:
+        host, gpu = (_sizes(found.processes, need, on_gpu) for on_gpu in (False, True))
         table.add_row(need.key.replace("_", " "), str(need.count), f"{need.gpus:g}", f"{need.cpus:g}", host, gpu)
     console.print(table)
     if shapes is not None:
         parts = Table("memory of one", "component", "bytes", title="what it holds")
         for process in found.processes:
             for component, held in process.components.items():
-                parts.add_row(process.need.key.replace("_", " "), component, _size(held))
+                if held:
+                    where = ", on each GPU" if process.on_gpu else ""
+                    parts.add_row(process.need.key.replace("_", " ") + where, component, _size(held))
         console.print(parts)
     for line in (*_summary(found, shapes), *found.notes, *(f"warning: {text}" for text in found.warnings), *found.problems):
         console.print(line, highlight=False, markup=False)
     console.print("it fits" if found.fits else "it does not fit", highlight=False, markup=False)
+
+
+def _sizes(processes: Sequence[Process], need: placement.Need, on_gpu: bool) -> str:
+    """What one of a kind holds in memory, or on a GPU."""
+    for process in processes:
+        if (process.need, process.on_gpu) == (need, on_gpu):
+            if not process.components:
+                return "not known"
+            return _size(process.bytes) + (f" (of {process.share:.0%})" if process.share < 1 else "")
+    return ""
 
 
 def _summary(found: Forecast, shapes: Shapes | None) -> list[str]:
@@ -254,5 +337,9 @@ def _summary(found: Forecast, shapes: Shapes | None) -> list[str]:
         f"disk of out={config.out}: checkpoints {_size(each)} x {KEPT_CHECKPOINTS + 1} x {config.warp.policies} policies = {_size(kept)} "
         f"while they train, results {_size(results)}{room}"
     )
-    lines.append(f"network: {_size(memory.task_vector_bytes(shapes, config))} per policy and step to each node with a rollout worker")
+    step, policies = memory.task_vector_bytes(shapes, config), config.warp.policies
+    total = f", {_size(policies * step)} for all {policies}" if policies > 1 else ""
+    lines.append(f"adapters on the network: {_size(step)} per policy and step{total}, to each node with a rollout worker")
+    if config.warp.iterations > 1:
+        lines.append(f"and the init of an iteration once, to each node: at most {_size(memory.init_bytes(shapes, config))}")
     return lines

@@ -32,8 +32,7 @@ class PendingPoint:
 
     def measure(self, rollouts: list[Any]) -> None:
         """Ask for everything that follows from the rollouts."""
-        session, place = self.session, self.session.policies[0]
-        session.policies.append(session.policies.pop(0))  # they take turns
+        session, place = self.session, self.session.next_policy()
         kl = place.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
         scorers = [session.reward, *([session.control] if session.control else [])]
         self.refs = [kl, *(scorer.submit(self.prompts, rollouts) for scorer in scorers), *rollouts]

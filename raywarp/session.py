@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from raywarp import faults, placement, stop
+from raywarp import faults, orphans, placement, stop, watch
 from raywarp.actors import REAL, Actors, Kinds, Place
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
@@ -40,6 +40,7 @@ def start_ray() -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError:  # the last `ray start` is gone
         ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    orphans.watch()
 
 
 def log_event(event: str, **details: Any) -> None:
@@ -104,7 +105,7 @@ class Session:
         work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward)
         self.get(self.pool.reset.remote())
         start, before = time.monotonic(), self._reward_seconds()
-        fine_tuning = FineTuning(self.config, self.policies, work, self._tick, self.report)
+        fine_tuning = FineTuning(self.config, self.present(), work, self._tick, self.report)
         yield from fine_tuning.run(jobs)
         report: PoolReport = self.get(self.pool.report.remote())
         reward_seconds = max(self._reward_seconds() - before, 0.0)  # a worker that was started again counts from 0
@@ -158,6 +159,20 @@ class Session:
                 self._failures.progressed()
                 return result
 
+    def present(self) -> list[Place]:
+        """The policy actors; one that was given up for want of room comes back once there is some."""
+        for place in self.policies:
+            if place.gone and watch.has_room(place.group):
+                place.renew()
+        return [place for place in self.policies if not place.gone]
+
+    def next_policy(self) -> Place:
+        """They take turns."""
+        place = self.present()[0]
+        self.policies.remove(place)
+        self.policies.append(place)
+        return place
+
     @property
     def _chunk(self) -> int:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
@@ -183,13 +198,19 @@ class Session:
             most = self.config.cluster.max_failures
             raise FaultError(f"{text}; that happened more than cluster.max_failures={most} times; the same command continues")
         time.sleep(self._failures.pause())
-        for place in self.policies:
+        deadline = time.monotonic() + self.config.cluster.timeout_seconds
+        for place in self.present():
             try:
-                self.get(place.actor.pulse.remote())
+                place.process = self.get(place.actor.pulse.remote())
             except RayError as death:
-                cause = faults.HANG if place.hung else faults.kind_of(death)
-                self.report("fault", what=place.name, cause=cause, message=faults.explain(death))
-                place.renew()
+                self.report("fault", what=place.name, cause=place.cause(death), message=faults.explain(death))
+                if place.await_room(deadline):
+                    place.renew()
+                else:
+                    place.leave()
+                    self.report("lost", what=place.name, message=f"no room for it: {watch.lack_of_room()}")
+        if self.policies and all(place.gone for place in self.policies):
+            raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
     def _reward_seconds(self) -> float:
         seconds: float = self.get(self.reward.actor.seconds_of_work.remote())
@@ -212,7 +233,7 @@ class Session:
         self.engine: dict[str, str] = started[0]["numerics"]
         self._check_capacity(started[0]["capacity"])
         if self._trains:
-            attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.policies]), None))
+            attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.present()]), None))
             self.zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
         self._started("the reward worker", scorers, rewards)
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
@@ -252,11 +273,16 @@ class Session:
     def _stop(self, at_once: bool) -> None:
         """Engines first and by themselves, since a killed one may leave shared memory behind; then everything else."""
         with contextlib.suppress(Exception):
-            ray.get([worker.shutdown.remote() for worker in self.workers], timeout=0.5 if at_once else 20)
+            ray.get([worker.shutdown.remote() for worker in self._living_workers()], timeout=0.5 if at_once else 20)
         if self._actors:
             self._actors.stop()
         if not at_once:
             placement.wait_until_free(self._free_before)
+
+    def _living_workers(self) -> list[Any]:
+        """Without those for which there is no room since a loss."""
+        down = next((helper.down for helper in self._helpers if isinstance(helper, PoolHelper)), {})
+        return [worker for index, worker in enumerate(self.workers) if index not in down]
 
 
 def _start(actors: Sequence[Any]) -> list[Any]:

@@ -29,7 +29,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.settings = settings
-        self.device = torch.device("cuda" if settings.gpu else "cpu")
+        self.device = torch.device("cuda" if settings.gpu and torch.cuda.is_available() else "cpu")  # a GPU may be a mere number to Ray
         remote = settings.trust_remote_code
         model: Any = AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=settings.dtype, trust_remote_code=remote, use_safetensors=True

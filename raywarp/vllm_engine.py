@@ -12,11 +12,10 @@ from torch import Tensor
 from raywarp.batch import Completion
 from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
 from raywarp.config import ConfigError
-from raywarp.engines import NO_VLLM, EngineSettings, lora_slots
+from raywarp.engines import MOST_LORAS, NO_VLLM, EngineSettings, lora_slots
 from raywarp.loaders import LoraLoader, MergedLoader
 from raywarp.rollout import Request
 
-MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 
 

@@ -160,6 +160,7 @@ class PoolHelper(Helper):
 
     workers: list[Any] = field(default_factory=list)
     killed: dict[int, float] = field(default_factory=dict)
+    down: dict[int, float] = field(default_factory=dict)
 
     def check(self) -> Any:
         health = super().check()
@@ -167,17 +168,24 @@ class PoolHelper(Helper):
             return None
         for event in health.events:
             cause = {"cause": faults.NODE_LOST} if event.get("node") and faults.node_lost(event["node"]) else {}
+            if event["event"] == "fault" and event["what"] in (_worker(index) for index in self.killed):
+                cause = {"cause": faults.HANG}
             self.report(**{name: value for name, value in {**event, **cause}.items() if name != "node"})
-        now = time.monotonic()
+        now, self.down = time.monotonic(), health.down
+        self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}
         for index, seconds in health.in_flight.items():
-            if seconds > self.hang_seconds and now - self.killed.get(index, -DEATH_SECONDS) >= DEATH_SECONDS:
-                text = f"its call has not ended for {seconds:.0f} s; started again"
-                self.report("hang", what=f"rollout worker {index + 1}", cause=faults.HANG, message=text)
+            if seconds > self.hang_seconds and index not in self.killed:
+                text = f"its call has not ended for {seconds:.0f} s, during which it cannot tell its stack; started again"
+                self.report("hang", what=_worker(index), cause=faults.HANG, message=text)
                 restart(self.workers[index])
                 self.killed[index] = now
-        if len(health.down) == len(self.workers):
-            self._check_room("rollout worker", min(health.down.values()))
+        if len(self.down) == len(self.workers):
+            self._check_room("rollout worker", min(self.down.values()))
         return health
+
+
+def _worker(index: int) -> str:
+    return f"rollout worker {index + 1}"
 
 
 def restart(actor: Any) -> None:
@@ -189,6 +197,12 @@ def restart(actor: Any) -> None:
 def has_room(group: PlacementGroup | None) -> bool:
     """Whether a placement group is on a node, and not waiting for one."""
     return group is None or placement_group_table(group)["state"] == "CREATED"
+
+
+def node_of(group: PlacementGroup | None) -> str:
+    """The node that Ray has chosen for it; empty while there is none."""
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"] if group else {}
+    return next(iter(nodes.values()), "")
 
 
 def lack_of_room() -> str:

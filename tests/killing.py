@@ -150,13 +150,8 @@ def processes(kind: str, below: psutil.Process) -> list[psutil.Process]:
 
 
 def descendants(command: Command) -> list[int]:
-    """The processes below a command, but for two agents of Ray's that look for its control server for a minute after its end (2.60)."""
-    found = []
-    for process in psutil.Process(command.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if not process.cmdline()[0].startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent")):
-                found.append(process.pid)
-    return found
+    """The processes below a command."""
+    return [process.pid for process in psutil.Process(command.process.pid).children(recursive=True)]
 
 
 def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:

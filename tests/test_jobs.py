@@ -256,6 +256,8 @@ def test_a_stopped_job_continues_to_the_same_bits(cluster: Cluster, uninterrupte
     assert "was stopped; the same submission continues it" in stopped.stderr
     assert "stopped by SIGTERM; iteration 1 policy 1 is saved at step 2" in stopped.stdout
     assert not any(again.glob("policies/*/adapter_model.safetensors"))
+    events = [json.loads(line) for line in (again / "events.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in events] == ["started", "saved", "saved", "stopped"]  # the last before Ray kills it, after 3 s
     assert "was stopped" in submission.communicate(timeout=60)[0]
 
     slow.unlink()

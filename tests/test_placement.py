@@ -38,6 +38,25 @@ def test_too_few_gpus_are_named_with_the_keys(monkeypatch: pytest.MonkeyPatch) -
     assert "cluster.gpus_per_policy or cluster.gpus_per_rollout_worker" in message
 
 
+def test_what_is_missing_and_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five nodes with a GPU each: enough GPUs, but none has two; then four, for six actors."""
+    tree: dict[str, Any] = {"rollout": {"workers": 2, "tensor_parallel_size": 2}, "cluster": {"gpus_per_policy": 0.5}}
+    with pytest.raises(ConfigError) as refusal:
+        plan(monkeypatch, parse_config(tree), nodes=5, CPU=4, GPU=1)
+    assert str(refusal.value) == (
+        "a rollout worker asks for 2 GPUs and 1 CPUs on one node, the most that a node has is 1 GPUs, 4 CPUs: lower "
+        "cluster.gpus_per_rollout_worker, cluster.cpus_per_rollout_worker or rollout.tensor_parallel_size, or add a larger node"
+    )
+    tree = {"warp": {"policies": 4}, "rollout": {"workers": 2}, "cluster": {"policy_actors": 4}}
+    with pytest.raises(ConfigError) as refusal:
+        plan(monkeypatch, parse_config(tree), nodes=4, CPU=4, GPU=1)
+    assert str(refusal.value) == (
+        "the run asks for 6 GPUs (4 policy x 1 + 2 rollout worker x 1), the cluster has 4 of 4 available: 2 too few; add nodes, or "
+        "lower cluster.gpus_per_policy or cluster.gpus_per_rollout_worker, or rollout.workers\n"
+        "it would fit with cluster.policy_actors=3 rollout.workers=1"
+    )
+
+
 def test_shared_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse_config({"cluster": {"gpus_per_policy": 0.25, "gpus_per_rollout_worker": 0.5}})
     found = plan(monkeypatch, config, CPU=8, GPU=1)

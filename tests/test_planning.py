@@ -1,5 +1,10 @@
 """What a run is said to need is what its parts really take; what does not fit is said before anything starts."""
 
+import os
+import re
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ from raywarp.planning import Forecast, Process, plan
 from raywarp.policy import Policy
 
 ROWS, PROMPT, NEW = 4, 5, 7
+EXAMPLE = Path(__file__).parent.parent / "cluster" / "configs" / "llama-8b.yaml"
 
 
 def settings(tiny_llama: Path, **sections: Any) -> Config:
@@ -188,9 +194,120 @@ def test_plan_on_a_cluster(project: Path, ray_cluster: Any, capsys: pytest.Captu
     assert said.rstrip().endswith("it fits")
     assert main(["plan", "config.yaml", "cluster.gpus_per_policy=2"]) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "asks for 2 GPUs (1 policy x 2), the cluster has 0 of 0 available; lower cluster.gpus_per_policy" in said
+    assert "a policy asks for 2 GPUs and 1 CPUs on one node, the most that a node has is 0 GPUs" in said
+    assert "asks for 2 GPUs (1 policy x 2), the cluster has 0 of 0 available: 2 too few" in said
     assert said.endswith("it does not fit")
     assert not (project / "run").exists()
+
+
+EIGHT_BILLION = """
+meta-llama/Llama-3.1-8B-Instruct, bfloat16
+process        | count | GPUs each | CPUs each | memory each | on each GPU
+policy         | 4     | 1         | 1         |             | 34.9 GiB
+rollout worker | 3     | 1         | 1         | 40.0 GiB    | 32.2 GiB (of 90%)
+reward worker  | 1     | 1         | 0         |             | 2.9 GiB
+what it holds
+memory of one               | component                            | bytes
+policy, on each GPU         | base weights                         | 15.0 GiB
+policy, on each GPU         | init adapter                         | 11.2 GiB
+policy, on each GPU         | policy adapters                      | 640 MiB
+policy, on each GPU         | EMA adapters                         | 640 MiB
+policy, on each GPU         | gradients                            | 640 MiB
+policy, on each GPU         | optimiser moments                    | 1.2 GiB
+policy, on each GPU         | activations (estimate)               | 4.7 GiB
+policy, on each GPU         | logits in chunks                     | 96 MiB
+policy, on each GPU         | Python, torch, Ray                   | 750 MiB
+rollout worker              | pristine weights of adapted blocks   | 13.0 GiB
+rollout worker              | weights with init folded in, float32 | 26.0 GiB
+rollout worker              | Python, torch, vLLM, Ray             | 1000 MiB
+rollout worker, on each GPU | base weights                         | 15.0 GiB
+rollout worker, on each GPU | adapter slots                        | 1.2 GiB
+rollout worker, on each GPU | KV cache of 128 completions          | 16.0 GiB
+reward worker, on each GPU  | classifier weights                   | 2.3 GiB
+reward worker, on each GPU  | Python, torch, Ray                   | 600 MiB
+"""
+TRAFFIC = """
+disk of out=s3://bucket/run: checkpoints 2.5 GiB x 3 x 4 policies = 30.0 GiB while they train, results 67.5 GiB
+adapters on the network: 640 MiB per policy and step, 2.5 GiB for all 4, to each node with a rollout worker
+and the init of an iteration once, to each node: at most 5.0 GiB
+"""
+OFFLINE = "offline: GPUs are counted where the config names them; a policy actor is counted for each policy"
+SHAPES = """prompts are taken to have at most 512 tokens
+the config.json of model=meta-llama/Llama-3.1-8B-Instruct is not in reach: these are the shapes that it had when raywarp was written
+"""
+TOO_SMALL = """
+the run asks for 12 GPUs (4 policy x 1 + 7 rollout worker x 1 + 1 reward worker x 1), the cluster has 8 of 8 available: 4 too few;
+add nodes, or lower cluster.gpus_per_policy or cluster.gpus_per_rollout_worker or cluster.gpus_per_reward_worker, or rollout.workers
+it would fit with cluster.policy_actors=4 rollout.workers=3
+it does not fit
+"""
+TOO_SMALL_NODES = """
+a rollout worker asks for 16 GPUs and 1 CPUs on one node, the most that a node has is 8 GPUs, 12 CPUs: lower
+cluster.gpus_per_rollout_worker, cluster.cpus_per_rollout_worker or rollout.tensor_parallel_size, or add a larger node
+the run asks for 21 GPUs (4 policy x 1 + 1 rollout worker x 16 + 1 reward worker x 1), the cluster has 8 of 8 available: 13 too few;
+add nodes, or lower cluster.gpus_per_policy or cluster.gpus_per_rollout_worker or cluster.gpus_per_reward_worker, or rollout.workers
+it does not fit
+"""
+
+
+def words(said: str) -> str:
+    """What is said, without the frames of tables and however it was wrapped."""
+    lines = [line.replace("│", "|").replace("┃", "|").strip(" |") for line in said.splitlines() if not set(line) & set("┏┡└")]
+    return " ".join(" ".join(lines).split())
+
+
+def test_the_8b_example_offline(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its shapes are known where the hub is out of reach: 8.03e9 numbers; a task vector of rank 64 has 64 x 32 x 81,920 of 4 bytes."""
+    assert main(["plan", str(EXAMPLE), "out=s3://bucket/run", "--offline"]) == 0
+    assert words(capsys.readouterr().out) == words("\n".join([EIGHT_BILLION, TRAFFIC, OFFLINE, SHAPES, "it fits"]))
+
+
+CLUSTER = """
+import sys
+import ray
+from raywarp.cli import main
+
+ray.init(address="local", num_cpus=12, num_gpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+for overrides in ([], ["rollout.workers=7"], ["rollout.workers=1", "rollout.tensor_parallel_size=16"]):
+    code = main(["plan", sys.argv[1], "out=s3://bucket/run", *overrides])
+    print("CODE", code, flush=True)
+"""
+
+
+def test_the_8b_example_on_logical_gpus() -> None:
+    """Eight are enough, but not for twelve actors, and an engine may be larger than a node. The model itself cannot be loaded here."""
+    with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:
+        own = {"RAY_TMPDIR": folder, "HOME": folder, "HF_HOME": folder}
+        script = [sys.executable, "-c", CLUSTER, str(EXAMPLE)]
+        done = subprocess.run(script, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    assert re.findall("CODE (.*)", done.stdout) == ["0", "2", "2"], done.stdout + done.stderr
+    enough, few, small, _ = map(words, re.split("CODE .*\n", done.stdout))
+    assert enough.startswith(words(EIGHT_BILLION))
+    ends = (words(TRAFFIC + SHAPES), "it fits"), (words(TRAFFIC + SHAPES), words(TOO_SMALL)), ("", words(TOO_SMALL_NODES))
+    for said, (figures, end) in zip((enough, few, small), ends, strict=True):
+        assert re.search(r" node \S+: \d+\.\d GiB of memory; python 3\S+, torch \S+", said)
+        warning = "warning: a run from here ends at once: model=meta-llama/Llama-3.1-8B-Instruct cannot be loaded: "
+        assert figures + " " + warning in said if figures else warning in said
+        assert said.endswith(" " + end)
+
+
+def test_a_folder_with_nothing_but_config_json_has_a_plan(
+    project: Path, ray_cluster: Any, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "shapes").mkdir()
+    (project / "shapes" / "config.json").write_text((tiny_llama / "config.json").read_text())
+    assert main(["plan", "config.yaml", "--offline"]) == 0
+    whole = capsys.readouterr().out
+    assert main(["plan", "config.yaml", "model=shapes", "--offline"]) == 0
+    only = capsys.readouterr().out
+    assert "the weights of model=shapes are not here" in only
+    assert "KV cache" in only
+    assert main(["plan", "config.yaml", "model=shapes"]) == 0
+    said = words(capsys.readouterr().out)
+    assert "base weights" in said
+    assert "warning: a run from here ends at once: model=shapes has no weights" in said
+    assert said.endswith("it fits")
+    assert len(whole.splitlines()) == len(only.splitlines()) - 1
 
 
 def test_plan_offline_starts_and_reads_nothing(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

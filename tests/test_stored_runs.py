@@ -183,8 +183,9 @@ def test_every_file_of_a_finished_run_is_made_good(project: Project, tmp_path: P
     assert "iteration 1: 2 of 2 policies to train" in said
     deleted = {name for n, name in enumerate(names) if ways[(n + shift) % len(ways)] == "deleted"}
     assert set(names) - set(told) <= deleted | {n for n in names if n.startswith("iterations")}
-    train(project.config(folder), heard := Listener())
-    assert "made anew" not in heard.text()
+    if not shift:  # once is enough: a finished run is that of the other case, byte by byte
+        train(project.config(folder), heard := Listener())
+        assert "made anew" not in heard.text()
 
 
 @pytest.mark.parametrize("way", DAMAGE)
