@@ -97,10 +97,10 @@ def _train(options: argparse.Namespace) -> None:
     train(_config(options))
 
 
-def _tune(options: argparse.Namespace) -> None:
+def _tune(options: argparse.Namespace) -> int:
     from raywarp.sweep import tune
 
-    tune(_config(options))
+    return 0 if tune(_config(options)).best else 1
 
 
 def _plan(options: argparse.Namespace) -> int:

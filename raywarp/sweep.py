@@ -143,7 +143,7 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
         stack.callback(_end_trials, plan)
         with stoppable():
             found = tuner.fit()
-    return space.points or [trials.point(result) for result in found]
+    return space.points or [trials.point(found[n]) for n in range(len(found))]
 
 
 def _tune_config(space: SearchSpace, concurrent: int) -> Any:

@@ -46,7 +46,7 @@ class Outcome:
 class Sweep:
     """trials: the best first. best: the first finished one's name, None without any.
 
-    optimal: (trial, η) of the points of all fronts that no other point has more reward than at no more KL.
+    optimal: (trial, η) of the points of all fronts that no other point has more reward than at no more KL; SFT, in every front, left out.
     asked, executed: policy runs. seconds: of an executed one, on average.
     """
 
@@ -88,10 +88,11 @@ def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]
         policies = [key for row in record.rows for key in row["policies"]]
         policies += [key for key in record.trained if key not in policies]
         measured = measures(space, config, front) if front else {}
-        outcomes.append(Outcome(name, dict(point), state, record.failed or "", done, measured, front, policies))
+        message = record.failed or ("its process died again and again; the same command continues" if state == "unfinished" else "")
+        outcomes.append(Outcome(name, dict(point), state, message, done, measured, front, policies))
     every = [(o.name, point) for o in outcomes for point in o.front]
     places = pareto([(point.kl, point.reward) for _, point in every])
-    optimal = [(every[n][0], every[n][1].eta or 0.0) for n in places]
+    optimal = [(every[n][0], every[n][1].eta or 0.0) for n in places if every[n][1].eta]
     asked, executed = sum(len(o.policies) for o in outcomes), len(trained)
     return Sweep(rank(outcomes, objectives), objectives, optimal, asked, executed, _seconds(plan.store, trained))
 
@@ -165,7 +166,7 @@ def show_sweep(sweep: Sweep, display: Display) -> None:
     display.console.print(sweep_table(sweep))
     for trial in sweep.trials:
         if trial.message:
-            display.say(f"{trial.name} ({describe(trial.point)}) failed: {trial.message}")
+            display.say(f"{trial.name} ({describe(trial.point)}) {trial.state}: {trial.message}")
     display.say(sweep.summary())
 
 

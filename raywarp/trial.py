@@ -131,7 +131,7 @@ class Trial(Trainable):
 
     def _claim_folder(self) -> None:
         """Two trials of equal values take turns, and the second finds everything done."""
-        while not self.kept.enter_context(self.claims.take([folder := FOLDER + self.name])):
+        while not self.kept.enter_context(self.claims.take([folder := FOLDER + self.own.out])):
             self.claims.wait([folder])
 
     def _known(self, iteration: int) -> dict[str, Any] | None:

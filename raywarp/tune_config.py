@@ -64,8 +64,8 @@ class TuneConfig(Section):
     space: dict[str, Domain] = Field({})
     search: Literal["grid", "random", "asha", "optuna"] | None = Field(
         None,
-        description="grid: every combination; random; asha: random, and the worse half ends after each iteration; optuna: each follows "
-        "from those before; default: grid where every key has one, else random",
+        description="grid: every combination; random; asha: random, and the worse half ends after iterations 1, 2, 4, …; optuna: each "
+        "follows from those before; default: grid where every key has one, else random",
     )
     num_samples: Count = Field(8, description="trials; with grids, of each of their combinations")
     objectives: list[Objective] = Field(
