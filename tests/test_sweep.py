@@ -229,7 +229,7 @@ def test_optuna_takes_several_objectives_and_repeats_its_search(grid: tuple[Swee
         "liti_rate": {"choice": LITI},
         "search": "optuna",
         "objectives": ["reward", "kl"],
-        "num_samples": 3,
+        "num_samples": 2,
     }
     config, count = load_config(settings(project / "optuna", {**search, "seed": 1}, store=str(out))), batches(project)
     sweep = tune(config, Listener())
@@ -309,12 +309,12 @@ def test_a_killed_sweep_continues(grid: tuple[Sweep, Path, str], tmp_path_factor
     command = Command(folder, "out", verb="tune")
     command.wait_until(lambda: batches(folder) > left)
     command.process.send_signal(signal.SIGTERM)
-    assert command.end() == 143
+    assert command.end(60) == 143
     assert "stopped by SIGTERM; " in command.tail()
     assert "the same command continues" in command.tail()
     (folder / "pace").unlink()
     command = Command(folder, "out", verb="tune")
-    assert command.end() == 0, command.tail()
+    assert command.end(600) == 0, command.tail()
     assert "8 policy runs were asked for, 6 executed" in command.tail()
     assert 6 * STEPS <= batches(folder) <= 6 * STEPS + 2 * 2 * 2  # of two policies under way, twice: a step, and one since a checkpoint
     theirs = digests(reference)
