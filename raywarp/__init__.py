@@ -2,6 +2,7 @@
 
 raywarp.train(config) -> Run            Algorithm 1 (raywarp.load_config reads a YAML file)
 raywarp.reward(config) -> RewardSummary the reward model from preferences
+raywarp.tune(config) -> Sweep           Ray Tune over any of its keys, with what trials have in common done once
 raywarp.plan(config) -> Forecast        what it asks of the cluster, memory per process, and whether it fits
 raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, karcher, ema, liti, load_peft, save_peft
 raywarp.merge(Recipe(...), out)         the same from folder to folder, block by block; raywarp.inspect looks at adapters
@@ -13,6 +14,7 @@ from typing import Any
 _WHERE = {
     "train": "warp",
     "reward": "reward_stage",
+    "tune": "sweep",
     "plan": "planning",
     "Run": "run",
     "Stopped": "stop",

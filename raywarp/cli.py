@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "quickstart", "the whole pipeline on the embedded model and human ratings, to runs/quickstart", _quickstart, False)
     _command(commands, "reward", "train a reward model from preferences", _reward)
     _command(commands, "train", "run WARP; the same command again continues where it stopped", _train)
+    _command(commands, "tune", "search any keys with Ray Tune (section `tune`); the same command again continues where it stopped", _tune)
     plan = _command(commands, "plan", "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)", _plan)
     plan.add_argument("--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data")
     add_merge(commands)
@@ -94,6 +95,12 @@ def _train(options: argparse.Namespace) -> None:
     from raywarp.warp import train
 
     train(_config(options))
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from raywarp.sweep import tune
+
+    return 0 if tune(_config(options)).best else 1
 
 
 def _plan(options: argparse.Namespace) -> int:

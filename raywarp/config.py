@@ -7,14 +7,15 @@ import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from raywarp.credentials import keys_with_secrets, redact
 from raywarp.strict_yaml import StrictYamlError, load_yaml
-from raywarp.values import Count, Gpus, Modules, NotNegative, Number, Positive, Rate, Seed, Text, Whole
+from raywarp.tune_config import TuneConfig
+from raywarp.values import Count, Gpus, Modules, NotNegative, Number, Positive, Rate, Section, Seed, Text, Whole
 
 SHOWN = 80  # characters of a wrong value in a message
 
@@ -25,10 +26,6 @@ SNIPPETS = "embedded:movie-snippets"
 
 class ConfigError(ValueError):
     """The user's input is wrong; the message says what, where, and what would be right."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PromptsConfig(Section):
@@ -223,6 +220,11 @@ class Config(Section):
     checkpoint_every: Count = Field(10, description="steps between a policy's checkpoints")
     kl_to_sft_every: Count = Field(5, description="steps between measurements of the KL to SFT during training")
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="where metrics go besides metrics.jsonl")
+    tune: TuneConfig | None = Field(
+        None,
+        description="of `raywarp tune`: {key: {grid: [a, b]}, …} for any key above, by its last part or in full; beside grid there are "
+        "choice: [a, b], uniform: [low, high], loguniform: [low, high] and randint: [low, high] (high left out)",
+    )
 
     @model_validator(mode="after")
     def consistent(self) -> "Config":
@@ -306,13 +308,16 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
     for name, field in section.model_fields.items():
         if field.description:
             yield prefix + name, field
-        inner = [kind for kind in _section_types(field.annotation) if not field.description or kind in (RewardConfig, RewardLoraConfig)]
+        inner = [kind for kind in _section_types(field.annotation) if not field.description or kind in _EXPLAINED]
         for kind in inner:
             yield from _fields(kind, f"{prefix}{name}.")
 
 
+_EXPLAINED = (RewardConfig, RewardLoraConfig, TuneConfig)  # sections that have a description, and keys with one
+
+
 def _section_types(annotation: Any) -> list[type[BaseModel]]:
-    options = getattr(annotation, "__args__", (annotation,))
+    options = () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
@@ -324,10 +329,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = load_yaml(text)
     except StrictYamlError as error:
         raise ConfigError(f"the value of {_short(redact(override))} is wrong: {error}") from None
-    if key not in set(known_keys()):
-        raise ConfigError(_unknown(key))
+    of_tune = key.startswith("tune.")  # behind it is any key that is searched, as one name: see search_space.py
+    if key not in set(known_keys()) and not of_tune:
+        raise ConfigError(unknown(key))
     node = tree
-    *path, leaf = key.split(".")
+    *path, leaf = key.split(".", 1 if of_tune else -1)
     for part in path:
         child = node.get(part)
         if not isinstance(child, dict):
@@ -336,7 +342,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _unknown(key: str) -> str:
+def unknown(key: str) -> str:
+    """What to say of a key that is none."""
     keys = list(known_keys())
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
@@ -350,7 +357,8 @@ def _unknown(key: str) -> str:
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"] if not set(str(part)) & set("[(-") and part != "str")  # but for a union's parts
     if error["type"] == "extra_forbidden":
-        return _unknown(key)
+        return unknown(key)
+    key = key.replace("tune.space.", "tune.")  # as it may be written, too
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {_short(error['input'])})"

@@ -3,6 +3,7 @@
 from types import TracebackType
 from typing import Any
 
+from raywarp.claims import Elsewhere
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
@@ -40,7 +41,9 @@ class Journal:
         if error is None:
             self.report("finished")
             self.display.faults(self.run.events())
-        elif isinstance(error, Stopped):
+        elif isinstance(error, Stopped | Elsewhere):
             self.report("stopped", message=str(error))
+        elif isinstance(error, GeneratorExit):
+            self.report("stopped", message="ended by whoever asked for it")
         else:
             self.report("failed", message=str(error).splitlines()[0] if str(error) else type(error).__name__)

@@ -83,3 +83,39 @@ class _Mlflow:
 
     def close(self) -> None:
         self.mlflow.end_run()
+
+
+def sweep_loggers(config: Config, folder: Path, name: str) -> list[Any]:
+    """Ray Tune's callbacks for the same services, which get a row per trial and iteration.
+
+    Args:
+        folder: of the sweep, where TensorBoard's files go.
+        name: of the sweep: a group of runs in W&B, an experiment in MLflow.
+    """
+    made: list[Any] = []
+    if "tensorboard" in config.loggers:
+        made.append(_tensorboard_callback(folder / "tensorboard"))
+    if "wandb" in config.loggers:
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        made.append(WandbLoggerCallback(project="raywarp", group=name))
+    if "mlflow" in config.loggers:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        made.append(MLflowLoggerCallback(experiment_name=f"raywarp {name}"))
+    return made
+
+
+def _tensorboard_callback(folder: Path) -> Any:
+    """Not Tune's own (2.60), whose files lie beside its pickles."""
+    from ray.tune import Callback
+    from torch.utils.tensorboard import SummaryWriter
+
+    class TensorBoard(Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
+            with SummaryWriter(str(folder / trial.trial_id)) as writer:
+                for metric in ("hypervolume", "reward", "kl", "control"):
+                    if metric in result:
+                        writer.add_scalar(metric, result[metric], result.get("iteration", 0))
+
+    return TensorBoard()

@@ -90,6 +90,21 @@ def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan
     raise ConfigError("\n".join([*shortages, *_what_would_fit(config, gpus, most, available)]))
 
 
+def fit_several(config: Config, most: int) -> tuple[Plan, int]:
+    """How many such runs, at most `most`, the whole cluster has room for at the same time, and each one's plan.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    total = ray.cluster_resources()
+    plan = make_plan(config, total)
+    asked = {resource: sum(need.total(resource) for need in plan.needs) for resource in ("GPU", "CPU")}
+    room = [int((total.get(resource, 0.0) + 1e-9) // amount) for resource, amount in asked.items() if amount]
+    runs = max(1, min([most, *room]))
+    threads, crowded = _threads(config, plan.policy, plan.rollout, runs)
+    return replace(plan, threads=threads, crowded=crowded), runs
+
+
 def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
     """What the run would ask for with so many policy actors (by default as many as it can use), whether it is there or not.
 
@@ -208,7 +223,7 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
     return messages
 
 
-def _threads(config: Config, policy: Need, rollout: Need) -> tuple[int | None, bool]:
+def _threads(config: Config, policy: Need, rollout: Need, runs: int = 1) -> tuple[int | None, bool]:
     """Cores of the smallest node over those of its processes that have work at the same time, and whether that is too many threads.
 
     A policy's rollouts and updates take turns, so no more processes than policies have work at any time.
@@ -217,7 +232,7 @@ def _threads(config: Config, policy: Need, rollout: Need) -> tuple[int | None, b
         return config.cluster.threads, False
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus] or [1]
-    at_work = math.ceil(min(policy.count + rollout.count, config.warp.policies) / len(nodes))
+    at_work = math.ceil(runs * min(policy.count + rollout.count, config.warp.policies) / len(nodes))
     threads = config.cluster.threads or max(1, int(min(nodes) // at_work))
     return threads, threads * at_work > min(nodes)
 

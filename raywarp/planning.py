@@ -102,6 +102,8 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     Raises:
         ConfigError: the config is wrong (and, unless offline, its model, data or reward).
     """
+    if config.tune is not None and config.tune.space:
+        return _plan_sweep(config, offline)
     if offline:
         return _offline(config)
     from raywarp.session import start_ray
@@ -120,6 +122,19 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
     warnings = [*source.warnings, *result.tight(reports)]
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, source.notes, reports)
+
+
+def _plan_sweep(config: Config, offline: bool) -> Forecast:
+    """Of the largest trial, with a note on all of them."""
+    from raywarp.search_space import search_space
+    from raywarp.sweep import opening
+
+    space = search_space(config)
+    found = plan(space.largest(), offline)
+    concurrent = None
+    if not offline and found.fits:
+        concurrent = placement.fit_several(space.largest(), min(space.settings.max_concurrent or space.trials, space.trials))[1]
+    return replace(found, notes=[f"the sweep has {opening(space, concurrent)}; the figures are of its largest trial", *found.notes])
 
 
 def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prompt_tokens: int = 0) -> None:

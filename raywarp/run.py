@@ -29,7 +29,8 @@ FRONT_FILES = ("front.png", "samples.json", "adapter/adapter_config.json", "adap
 _CHECKSUM = "# sha256 of the lines below: "
 # Keys that change how a run is carried out or looked at, but not what it trains.
 _FREE_KEYS = {
-    *("out", "store", "cluster", "front", "control", "preferences", "reward_training", "checkpoint_every", "kl_to_sft_every", "loggers")
+    *("out", "store", "cluster", "front", "control", "preferences", "reward_training"),
+    *("checkpoint_every", "kl_to_sft_every", "loggers", "tune"),
 }
 
 

@@ -55,6 +55,7 @@ class Session:
         model: folder or hub id, already resolved.
         prompt_tokens: the longest prompt, in tokens.
         policies: whether policy actors are wanted, too.
+        shares: the cluster with others, who take what this one gives back: there is no waiting for that, then.
         report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see Run.add_event.
     """
 
@@ -66,9 +67,10 @@ class Session:
         policies: bool = True,
         kinds: Kinds = REAL,
         report: Report = log_event,
+        shares: bool = False,
     ):
         self.config, self.model, self.prompt_tokens, self._trains, self._kinds = config, model, prompt_tokens, policies, kinds
-        self.report = report
+        self.report, self._shares = report, shares
         self.timing: Timing | None = None
         self._free_before: dict[str, float] = {}
         self._actors: Actors | None = None
@@ -276,7 +278,7 @@ class Session:
             ray.get([worker.shutdown.remote() for worker in self._living_workers()], timeout=0.5 if at_once else 20)
         if self._actors:
             self._actors.stop()
-        if not at_once:
+        if not at_once and not self._shares:
             placement.wait_until_free(self._free_before)
 
     def _living_workers(self) -> list[Any]:

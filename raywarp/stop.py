@@ -57,6 +57,12 @@ def check() -> None:
         raise Stopped(_received[0])
 
 
+def request(number: int) -> None:
+    """As if the signal of this number had come: the next `check` raises."""
+    if not _received:
+        _received.append(number)
+
+
 def note(lines: list[str]) -> None:
     """What was saved, for the message of whoever ends the run."""
     _saved[:] = lines

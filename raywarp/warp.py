@@ -10,13 +10,15 @@
 Every change is kept as LoRA factors relative to the SFT model; its base weights are never written.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from raywarp import evaluation, store
 from raywarp.adapters import AdapterDelta, add, scale, trailing
 from raywarp.averaging import liti, slerp
+from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config import Config
 from raywarp.data import PromptSplits
 from raywarp.inputs import Inputs, prepare
@@ -36,6 +38,23 @@ from raywarp.stop import stoppable
 ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Where a run has got to: one iteration is done; 0: it is about to begin.
+
+    keys: of all policies of all iterations. determinants: what they depend on besides the configuration: see policy_keys.
+    init, policies: θ_init that the iteration started from, and the task vectors θ_m − θ_init that it ended with.
+    """
+
+    run: Run
+    session: Session
+    iteration: int
+    keys: Sequence[Sequence[str]]
+    determinants: Mapping[str, object]
+    init: AdapterDelta
+    policies: Sequence[AdapterDelta]
+
+
 def train(config: Config, display: Display | None = None) -> Run:
     """Run WARP, or continue it: what the folder `out` already holds is not computed again.
 
@@ -46,36 +65,53 @@ def train(config: Config, display: Display | None = None) -> Run:
         Stopped: SIGTERM or Ctrl-C; likewise. It is a KeyboardInterrupt.
     """
     display = display or Display()
-    inputs = prepare(config)
+    with closing(stages(config, prepare(config), display)) as found:
+        for stage in found:
+            run = stage.run
+    return run
+
+
+def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS) -> Generator[Stage]:
+    """`train`, iteration by iteration. To be closed where it is left before its end.
+
+    Args:
+        claims: by whom policies are shared with other runs.
+
+    Raises:
+        Elsewhere: another run is at work on policies that this one needs, and all that could be done without them is.
+    """
     run = Run.open(config, display.say)
     start_ray()
     check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt)
     gauges = RunMetrics(PurePosixPath(config.out).name)
-    with run.mirrored(), Journal(run, display, gauges) as journal, stoppable():
-        _train(config, run, inputs, display, journal, gauges)
-    return run
+    with run.mirrored(), Journal(run, display, gauges) as journal, stoppable() if claims.alone else nullcontext():
+        yield from _stages(config, run, inputs, display, journal, gauges, claims)
 
 
-def _train(config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal, gauges: RunMetrics) -> None:
-    session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report)
+def _stages(
+    config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal, gauges: RunMetrics, claims: Claims
+) -> Generator[Stage]:
+    session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report, shares=not claims.alone)
     with session_of_run as session, Loggers(config, run.folder) as loggers:
         run.save_config(config)
         run.clean()
         journal.begin()
         statistics = reward_statistics(session, run, config, inputs.prompts.train)
-        init, init_key = session.zero, "sft"
-        for iteration in range(1, config.warp.iterations + 1):
-            keys = policy_keys(config, {**inputs.fingerprints(), **statistics, **session.numerics()}, iteration, init_key)
-            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, gauges, iteration, keys, init)
+        determinants = {**inputs.fingerprints(), **statistics, **session.numerics()}
+        all_keys = key_chain(config, determinants)
+        init = session.zero
+        yield Stage(run, session, 0, all_keys, determinants, init, ())
+        for iteration, keys in enumerate(all_keys, start=1):
+            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, gauges, iteration, keys, init, claims)
             merged = add(init, slerp(policies))
             run.save_iteration(iteration, init, merged, keys, policies)
             display.merged(iteration, policies)
-            if iteration < config.warp.iterations:
-                init = liti(init, merged, config.warp.liti_rate)
-                init_key = store.content_key({"parents": [init_key, *keys], "merge": "slerp", "liti_rate": config.warp.liti_rate})
-        front_key = store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
-        save_front(session, run, config, inputs.prompts, display, init, policies, front_key)
-        display.timing(run)
+            if iteration == config.warp.iterations:
+                key = front_key(config, inputs, keys)
+                save_front(session, run, config, inputs.prompts, display, init, policies, key)
+                display.timing(run)
+            yield Stage(run, session, iteration, all_keys, determinants, init, policies)
+            init = liti(init, merged, config.warp.liti_rate)
 
 
 def fine_tune(
@@ -89,26 +125,36 @@ def fine_tune(
     iteration: int,
     keys: Sequence[str],
     init: AdapterDelta,
+    claims: Claims,
 ) -> list[AdapterDelta]:
-    """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained."""
+    """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained.
+
+    Raises:
+        Elsewhere: some are under way in other runs; the rest is finished.
+    """
     jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
-    missing = [job for job in jobs if not found(run, job, display)]
-    run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in missing])
-    with (
-        display.iteration(iteration, jobs, missing, config.warp.steps) as bars,
-        closing(session.fine_tune(missing, init, prompts.train)) as events,
-    ):
-        for event in events:
-            if event["event"] == "resumed":
-                run.set_policy_metrics(event["key"], event["metrics"])
-            elif event["event"] == "step":
-                row = {name: value for name, value in event.items() if name != "event"}
-                run.add_metrics(row)
-                loggers.log(row)
-                gauges.step(row)
-            bars.update(event)
+    with claims.take(keys) as taken:
+        unfinished = [job for job in jobs if not found(run, job, display)]
+        missing = [job for job in unfinished if job.key in taken]
+        claims.begin(iteration, [job.key for job in missing])
+        run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in unfinished])
+        with (
+            display.iteration(iteration, jobs, missing, config.warp.steps) as bars,
+            closing(session.fine_tune(missing, init, prompts.train)) as events,
+        ):
+            for event in events:
+                if event["event"] == "resumed":
+                    run.set_policy_metrics(event["key"], event["metrics"])
+                elif event["event"] == "step":
+                    row = {name: value for name, value in event.items() if name != "event"}
+                    run.add_metrics(row)
+                    loggers.log(row)
+                    gauges.step(row)
+                bars.update(event)
     if session.timing and session.timing.steps:
         run.save_timing(iteration, session.timing.row())
+    if others := [job.key for job in unfinished if job not in missing]:
+        raise Elsewhere(iteration, others)
     return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), config.lora.rank) for key in keys]
 
 
@@ -143,6 +189,24 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         "iteration": iteration,
     }
     return [store.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
+
+
+def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
+    """The keys of all policies, iteration by iteration: they are known before anything is trained.
+
+    Args:
+        inputs: see policy_keys.
+    """
+    chain, init_key = list[list[str]](), "sft"
+    for iteration in range(1, config.warp.iterations + 1):
+        chain.append(policy_keys(config, inputs, iteration, init_key))
+        init_key = store.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
+    return chain
+
+
+def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
+    """Of the front of an iteration whose policies have these keys."""
+    return store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
 
 
 def save_front(

@@ -230,7 +230,7 @@ def test_example_configs(path: Path) -> None:
     config = load_config(path)
     for name in re.findall(r"cluster/configs/[\w-]+\.yaml", path.read_text()):
         assert (CLUSTER.parent / name).is_file()
-    for command in re.findall(r"^# +raywarp (?:train|reward) \S+ (.+)$", path.read_text(), re.MULTILINE):
+    for command in re.findall(r"^# +raywarp (?:train|reward|tune) \S+ (.+)$", path.read_text(), re.MULTILINE):
         load_config(path, command.split())
     assert config.out
 

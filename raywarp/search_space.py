@@ -1,0 +1,235 @@
+"""What a sweep searches: each key of `tune` as the key of the configuration that it means, and the points of the space.
+
+A point is one trial's values, dotted key → value. Those of grid, random and asha are all known before anything starts; optuna finds its
+own as the trials end. No Ray.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from raywarp import store
+from raywarp.config import Config, ConfigError, known_keys, parse_config, unknown
+from raywarp.tune_config import Domain, TuneConfig
+
+Point = dict[str, Any]
+MOST_TRIALS = 10_000
+DIRECTIONS: dict[str, str] = {"hypervolume": "max", "reward": "max", "kl": "min", "control": "max"}
+# What a trial's policies and front do not depend on; of the reward's own stage, and of how and where a run is carried out.
+_NOT_OF_A_TRIAL = ("out", "store", "loggers", "tune", "cluster", "preferences", "reward_training", "checkpoint_every", "trust_remote_code")
+# In a grid the keys that a policy's first iteration does not depend on vary last: trials at work at the same time then seldom wait for
+# each other's policies.
+_LATER = ("warp.iterations", "warp.liti_rate", "front")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """domains: dotted key → its values. base: the configuration that all trials have in common."""
+
+    base: Config
+    settings: TuneConfig
+    domains: Mapping[str, Domain]
+
+    @property
+    def search(self) -> str:
+        """grid, random, asha or optuna."""
+        only_grids = all(domain.kind == "grid" for domain in self.domains.values())
+        return self.settings.search or ("grid" if only_grids else "random")
+
+    @property
+    def seed(self) -> int:
+        return self.base.seed if self.settings.seed is None else self.settings.seed
+
+    @property
+    def trials(self) -> int:
+        """How many there will be."""
+        return self.settings.num_samples if self.search == "optuna" else len(self.points)
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Every trial's values, in the order of their start, each once; none for optuna."""
+        if self.search == "optuna":
+            return []
+        grids = {key: domain.values for key, domain in self.domains.items() if domain.kind == "grid"}
+        slowest_first = sorted(grids, key=lambda key: not key.startswith(_LATER))
+        samples = self.settings.num_samples if self.search != "grid" else 1
+        if (count := samples * math.prod(map(len, grids.values()))) > MOST_TRIALS:
+            raise ConfigError(f"tune has {count} trials; more than {MOST_TRIALS} cannot be meant")
+        random = np.random.default_rng(self.seed)
+        points = []
+        for _ in range(samples):
+            for values in itertools.product(*(grids[key] for key in slowest_first)):
+                point = dict(zip(slowest_first, values, strict=True))
+                points.append(self.resolved({key: point[key] if key in point else _draw(d, random) for key, d in self.domains.items()}))
+        return list({name_of(point): point for point in points}.values())
+
+    def config(self, point: Point) -> Config:
+        """The configuration of one trial, without its place.
+
+        Raises:
+            ConfigError: the configuration refuses the values.
+        """
+        tree = self.base.model_dump(mode="json", exclude={"tune"})
+        for key, value in point.items():
+            _put(tree, key, value)
+        try:
+            config = parse_config(tree)
+        except ConfigError as error:
+            raise ConfigError(f"tune: with {describe(point)}: {error}") from None
+        grid = self.domains.get("warp.liti_rate")
+        if grid is None or grid.is_range:
+            return config
+        etas = sorted({*config.front.etas, *(float(value) for value in grid.values)})  # the last iteration's η is a point of the front
+        return config.model_copy(update={"front": config.front.model_copy(update={"etas": etas})})
+
+    def resolved(self, point: Point) -> Point:
+        """The values as the configuration has them: 1 and 1.0, or 5e-4 and "5e-4", are one value."""
+        tree = self.config(point).model_dump(mode="json")
+        return {key: _get(tree, key) for key in self.domains}
+
+    def largest(self) -> Config:
+        """The trial that asks most of a cluster."""
+        sizes = ("warp.policies", "rollout.workers", "rollout.tensor_parallel_size")
+        most = {key: max(domain.values) - (domain.kind == "randint") for key, domain in self.domains.items() if key in sizes}
+        return self.config({**self.first(), **most})
+
+    def first(self) -> Point:
+        """Some point: the first of every domain."""
+        return self.points[0] if self.points else {key: domain.values[0] for key, domain in self.domains.items()}
+
+
+def search_space(config: Config) -> SearchSpace:
+    """The space of config.tune, checked as far as that goes without Ray.
+
+    Raises:
+        ConfigError: no or an ambiguous or unknown key, values that the configuration refuses, a search that does not fit the values or
+            whose package is not installed.
+    """
+    settings = config.tune
+    if settings is None or not settings.space:
+        raise ConfigError(
+            "tune has no key to search; for example tune: {ema_rate: {loguniform: [0.005, 0.2]}, liti_rate: {grid: [0.3, 0.5]}}"
+        )
+    domains: dict[str, Domain] = {}
+    for given, domain in settings.space.items():
+        key = resolve_key(given)
+        for other in domains:
+            if key == other or key.startswith(f"{other}.") or other.startswith(f"{key}."):
+                raise ConfigError(f"tune.{given} and another key of tune both mean {min(key, other, key=len)}; keep one")
+        domains[key] = domain
+    space = SearchSpace(config, settings, domains)
+    _check_search(space)
+    for point in _ends(space):
+        space.config(point)
+    if not space.points and space.search != "optuna":
+        raise ConfigError("tune has no trials")
+    return space
+
+
+def resolve_key(given: str) -> str:
+    """The dotted key of a configuration that a key of `tune` means: itself, or the only one that ends with it."""
+    allowed = [key for key in known_keys() if not _outside(key)]
+    if given in allowed:
+        return given
+    if given in known_keys():
+        raise ConfigError(f"tune.{given}: a trial's policies do not depend on {given}; it is the same for all trials, outside of tune")
+    meant = [key for key in allowed if key.endswith(f".{given}")]
+    if len(meant) > 1:
+        raise ConfigError(f"tune.{given} is ambiguous: {' or '.join(meant)}; write the key in full")
+    if not meant:
+        raise ConfigError(f"tune: {unknown(given)}")
+    return meant[0]
+
+
+def name_of(point: Point) -> str:
+    """The name of a trial, and of its folder: a hash of its values."""
+    return store.content_key(point)[:8]
+
+
+def describe(point: Mapping[str, Any]) -> str:
+    """A point in one line, keys by their last part: ema_rate=0.05, liti_rate=0.3."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={show(value)}" for key, value in point.items())
+
+
+def show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _check_search(space: SearchSpace) -> None:
+    search, kinds = space.search, {key: domain.kind for key, domain in space.domains.items()}
+    if search == "grid" and (others := [key for key, kind in kinds.items() if kind != "grid"]):
+        raise ConfigError(f"tune.search=grid takes grids only, and {others[0]} is {kinds[others[0]]}; use random, asha or optuna")
+    if search == "optuna":
+        if grids := [key for key, kind in kinds.items() if kind == "grid"]:
+            raise ConfigError(f"tune.search=optuna chooses the values itself, and {grids[0]} is a grid; make it a choice or a range")
+        if importlib.util.find_spec("optuna") is None:
+            raise ConfigError("tune.search=optuna: optuna is not installed; pip install 'raywarp[optuna]'")
+    iterations = space.domains.get("warp.iterations")
+    if search == "asha" and max(iterations.values if iterations else [space.base.warp.iterations]) < 2:
+        raise ConfigError(f"tune.search=asha ends trials between iterations, and warp.iterations={space.base.warp.iterations}")
+    if "control" in space.settings.objectives and space.base.control is None and not any(key.startswith("control") for key in kinds):
+        raise ConfigError("tune.objectives has control, and the configuration has no control score")
+
+
+def _ends(space: SearchSpace) -> Iterator[Point]:
+    """Points that hold, between them, every listed value and both ends of every range."""
+    first = {key: domain.values[0] for key, domain in space.domains.items()}
+    for key, domain in space.domains.items():
+        for value in domain.values:
+            last = value - 1 if domain.kind == "randint" and value == domain.values[1] else value
+            yield {**first, key: last}
+
+
+def _draw(domain: Domain, random: np.random.Generator) -> Any:
+    values: Sequence[Any] = domain.values
+    match domain.kind:
+        case "choice":
+            return values[int(random.integers(len(values)))]
+        case "randint":
+            return int(random.integers(*values))
+        case "loguniform":
+            return rounded(math.exp(random.uniform(math.log(values[0]), math.log(values[1]))))
+    return rounded(float(random.uniform(values[0], values[1])))
+
+
+def rounded(value: Any) -> Any:
+    """A drawn number as it is shown and stored: six digits say enough of it."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _outside(key: str) -> bool:
+    return key.split(".")[0] in _NOT_OF_A_TRIAL
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    for part in path:
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
+    tree[leaf] = value
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def encode(domain: Domain) -> list[str]:
+    """A choice's values as texts: optuna's categories cannot be lists or mappings."""
+    return [json.dumps(value) for value in domain.values]
+
+
+def decode(config: Mapping[str, Any]) -> Point:
+    """A trial's values from what Ray Tune hands it: {"point": …} of a known list, or optuna's suggestion."""
+    if "point" in config:
+        return dict(config["point"])
+    return {key: json.loads(value) if isinstance(value, str) else rounded(value) for key, value in config.items()}

@@ -1,0 +1,257 @@
+"""`raywarp tune`: Ray Tune over WARP runs, which share all policies that they have in common."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ray
+
+from raywarp import placement, stop, store, warp
+from raywarp.claims import Table
+from raywarp.config import Config
+from raywarp.inputs import Inputs, prepare
+from raywarp.loggers import sweep_loggers
+from raywarp.planning import check_cluster
+from raywarp.progress import Display
+from raywarp.run import Run
+from raywarp.search_space import DIRECTIONS, Point, SearchSpace, decode, describe, encode, search_space
+from raywarp.session import start_ray
+from raywarp.stop import stoppable
+from raywarp.sweep_files import SweepFiles
+from raywarp.sweep_report import Sweep, conclude, save_sweep, show_sweep
+from raywarp.trial import SweepPlan, Trial
+
+MOST_PREPARED = 16  # different inputs that are checked before anything starts
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its files are not read by anybody here
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # whose tables ignore verbose=0 (2.60)
+}
+
+
+def tune(config: Config, display: Display | None = None) -> Sweep:
+    """Run the sweep that config.tune describes, or continue it: what its folder `out` already holds is not computed again.
+
+    Raises:
+        ConfigError: the input is wrong; nothing was started.
+        Stopped: SIGTERM or Ctrl-C; what was done is kept. It is a KeyboardInterrupt.
+    """
+    display = display or Display()
+    space = search_space(config)
+    inputs = check_inputs(space)
+    run = Run.open(config, display.say)
+    start_ray()
+    files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
+    plan, concurrent = _plan(space, files)
+    check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
+    run.save_config(config)
+    display.say(opening(space, concurrent))
+    with run.mirrored():
+        points = _fit(plan, run, concurrent, display)
+        sweep = conclude(plan, files, points)
+        save_sweep(sweep, plan, run)
+        show_sweep(sweep, display)
+    return sweep
+
+
+def check_inputs(space: SearchSpace) -> Inputs:
+    """The inputs of the first trial; those of others that differ in what is read are checked, too, as far as they are known now."""
+    different: dict[str, Config] = {}
+    for point in space.points or [space.first()]:
+        config = space.config(point)
+        read = config.model_dump(include={"model", "prompts", "reward", "control", "lora", "trust_remote_code"})
+        different.setdefault(store.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
+    first, *_ = [prepare(config) for config in list(different.values())[:MOST_PREPARED]]
+    return first
+
+
+def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
+    """How many policy runs the trials ask for, and how many different ones these are; None where that is not known in advance."""
+    if not space.points or space.search == "asha":
+        return None
+    read = ("model", "dtype", "prompts", "reward")
+    chains = []
+    for config in map(space.config, space.points):
+        chains += warp.key_chain(config, {key: str(getattr(config, key)) for key in read})
+    return sum(map(len, chains)), len({key for keys in chains for key in keys})
+
+
+def _plan(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
+    """What the trials have in common, and how many of them run at the same time.
+
+    All of them get the same number of actors, so that the next one never finds less room than it counted on, and of threads, on which
+    results depend: a continued sweep's are those that it began with.
+    """
+    largest, settings = space.largest(), space.settings
+    each, concurrent = placement.fit_several(largest, min(settings.max_concurrent or space.trials, space.trials))
+    before = files.plan().get("threads") if largest.cluster.threads is None else None
+    threads = before or each.threads
+    cluster = space.base.cluster.model_copy(update={"threads": threads, "policy_actors": each.policy.count})
+    base = space.base.model_copy(update={"cluster": cluster, "out": files.out, "store": _absolute(space.base.store)})
+    files.save_plan({"threads": threads, "policy_actors": each.policy.count, "concurrent": concurrent})
+    return SweepPlan(SearchSpace(base, settings, space.domains), uuid.uuid4().hex, os.getcwd()), concurrent
+
+
+def _absolute(place: str | None) -> str | None:
+    return os.path.abspath(place) if place is not None and "://" not in place else place
+
+
+def opening(space: SearchSpace, concurrent: int | None) -> str:
+    """How many trials there are, and how many policy runs that makes. concurrent: trials at the same time, if that is known."""
+    line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (f", {concurrent} at a time" if concurrent else "")
+    runs = policy_runs(space)
+    return line + (f"; they ask for {runs[0]} policy runs, of which {runs[1]} differ and are executed" if runs else "")
+
+
+def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[Point]:
+    """Have all trials done by Ray Tune; returns their values, in the order in which they were made.
+
+    Nothing that Tune stores is ever read again: its files lie in a temporary folder.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="raywarp-tune-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.enter_context(_environment(_SETTINGS))
+        from ray import tune as ray_tune
+
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        space, trials = plan.space, _Watcher(plan, display)
+        trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), _resources())
+        tuner = ray_tune.Tuner(
+            trainable,
+            param_space={} if space.search == "optuna" else {"point": ray_tune.grid_search(space.points)},
+            tune_config=_tune_config(space, concurrent),
+            run_config=ray_tune.RunConfig(
+                name="trials",
+                storage_path=str(folder),
+                verbose=0,
+                checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=ray_tune.FailureConfig(max_failures=space.base.cluster.max_failures),
+                callbacks=[trials.callback(), *sweep_loggers(space.base, run.folder, PurePosixPath(space.base.out).name)],
+            ),
+        )
+        stack.callback(_end_trials, plan)
+        with stoppable():
+            found = tuner.fit()
+    return space.points or [trials.point(found[n]) for n in range(len(found))]
+
+
+def _tune_config(space: SearchSpace, concurrent: int) -> Any:
+    from ray import tune as ray_tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    objectives = space.settings.objectives
+    modes = [DIRECTIONS[name] for name in objectives]
+    if space.search == "optuna":
+        return ray_tune.TuneConfig(search_alg=_optuna(space, concurrent), num_samples=space.trials, reuse_actors=True)
+    if space.search == "asha":
+        longest = max(space.config(point).warp.iterations for point in space.points)
+        scheduler = ASHAScheduler(metric=objectives[0], mode=modes[0], max_t=longest, grace_period=1, reduction_factor=2)
+        return ray_tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=True)
+    return ray_tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
+
+
+def _optuna(space: SearchSpace, concurrent: int) -> Any:
+    """Trials in groups that start together: what is suggested then does not depend on which of them ends first, and a rerun repeats it."""
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "choice": lambda domain: CategoricalDistribution(encode(domain)),
+        "uniform": lambda domain: FloatDistribution(domain.uniform[0], domain.uniform[1]),
+        "loguniform": lambda domain: FloatDistribution(domain.loguniform[0], domain.loguniform[1], log=True),
+        "randint": lambda domain: IntDistribution(domain.randint[0], domain.randint[1] - 1),
+    }
+    modes = [DIRECTIONS[name] for name in space.settings.objectives]
+    names = [str(name) for name in space.settings.objectives]
+    metric, mode = (names, modes) if len(names) > 1 else (names[0], modes[0])
+    found = OptunaSearch(
+        space={key: kinds[domain.kind](domain) for key, domain in space.domains.items()}, metric=metric, mode=mode, seed=space.seed
+    )
+    return ConcurrencyLimiter(found, max_concurrent=concurrent, batch=True)
+
+
+def _resources() -> Any:
+    """A thousandth of the node that this process is on, and no CPU, which a run that just fits would lack.
+
+    The trial's process does what a run's driver does, and sees the same files here.
+    """
+    from ray import tune as ray_tune
+
+    here = f"node:{ray.util.get_node_ip_address()}"
+    return ray_tune.PlacementGroupFactory([{here: 0.001} if here in ray.cluster_resources() else {"CPU": 0.001}])
+
+
+def _end_trials(plan: SweepPlan) -> None:
+    """Whatever still runs saves its policies and ends: after a signal, within the 3 s that Ray leaves a job."""
+    table, deadline = Table(plan.store), time.monotonic() + stop.SAVE_SECONDS
+    handles, busy = table.ask("trials", plan.id)
+    if not handles:
+        return
+    table.ask("stop", plan.id)
+    total = busy
+    while busy and time.monotonic() < deadline:
+        time.sleep(0.05)
+        _, busy = table.ask("trials", plan.id)
+    stop.note([f"{total - busy} of {total} policies under way are saved where they were, the others at their last checkpoint"])
+    for handle in handles:
+        ray.kill(handle)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Any:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@dataclass
+class _Watcher:
+    """Says what the trials report."""
+
+    plan: SweepPlan
+    display: Display
+
+    def point(self, trial: Any) -> Point:
+        return self.plan.space.resolved(decode(trial.config))
+
+    def callback(self) -> Any:
+        from ray.tune import Callback
+
+        watcher = self
+
+        class Told(Callback):
+            def __reduce__(self) -> Any:
+                return (Callback, ())  # Tune stores its callbacks, and a console cannot be
+
+            def on_trial_result(self, iteration: int, trials: Sequence[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+                watcher.say(trial, result)
+
+            def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+                watcher.display.say(f"  {describe(watcher.point(trial))}: its process died again and again")
+
+        return Told()
+
+    def say(self, trial: Any, result: dict[str, Any]) -> None:
+        who = describe(self.point(trial))
+        if "failed" in result:
+            return self.display.say(f"  {who}: failed: {result['failed'].splitlines()[0]}")
+        found = f"reward {result['reward']:+.2f} at KL {result['kl']:.2f}, hypervolume {result['hypervolume']:.2f}"
+        return self.display.say(f"  {who}: iteration {result['iteration']}: {found}")

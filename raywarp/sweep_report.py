@@ -1,0 +1,251 @@
+"""What a sweep has found: its trials ranked, the Pareto-optimal points of all fronts, what sharing saved; as table, plot and files."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from raywarp import store
+from raywarp.config import to_yaml
+from raywarp.evaluation import Point
+from raywarp.hypervolume import pareto
+from raywarp.progress import Display
+from raywarp.run import Run
+from raywarp.search_space import DIRECTIONS, describe, name_of, show
+from raywarp.storage import Storage
+from raywarp.store import DamagedError
+from raywarp.sweep_files import SweepFiles
+from raywarp.trial import SweepPlan, front_line, measures
+
+LEGEND = 12  # trials that are named in the plot
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial at its end.
+
+    state: finished, stopped (by ASHA, after some of its iterations), failed, or unfinished.
+    measured: see trial.measures; of the last iteration, empty without one. policies: keys, of all iterations that were begun.
+    """
+
+    name: str
+    point: dict[str, Any]
+    state: str
+    message: str
+    iterations: int
+    measured: dict[str, Any]
+    front: list[Point]
+    policies: list[str]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """trials: the best first. best: the first finished one's name, None without any.
+
+    optimal: (trial, η) of the points of all fronts that no other point has more reward than at no more KL; SFT, in every front, left out.
+    asked, executed: policy runs. seconds: of an executed one, on average.
+    """
+
+    trials: list[Outcome]
+    objectives: list[str]
+    optimal: list[tuple[str, float]]
+    asked: int
+    executed: int
+    seconds: float
+
+    @property
+    def best(self) -> str | None:
+        return next((trial.name for trial in self.trials if trial.state == "finished"), None)
+
+    @property
+    def saved_seconds(self) -> float:
+        """Of training, that sharing saved."""
+        return (self.asked - self.executed) * self.seconds
+
+    def summary(self) -> str:
+        line = f"{self.asked} policy runs were asked for, {self.executed} executed"
+        if self.asked <= self.executed:
+            return line
+        return f"{line}: sharing saved {self.asked - self.executed} of them, about {_duration(self.saved_seconds)} of training"
+
+
+def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]]) -> Sweep:
+    """From the trials' records."""
+    space, objectives = plan.space, [str(name) for name in plan.space.settings.objectives]
+    outcomes, trained = [], set[str]()
+    for point in {name_of(point): point for point in points}.values():
+        name, config = name_of(point), plan.config(point)
+        record = files.record(name, point)
+        trained |= set(record.trained)
+        front = front_line(record.rows[-1]["front"]) if record.rows else []
+        done, last = len(record.rows), config.warp.iterations
+        stopped = space.search == "asha" and done > 0
+        state = "failed" if record.failed else "finished" if done == last else "stopped" if stopped else "unfinished"
+        policies = [key for row in record.rows for key in row["policies"]]
+        policies += [key for key in record.trained if key not in policies]
+        measured = measures(space, config, front) if front else {}
+        message = record.failed or ("its process died again and again; the same command continues" if state == "unfinished" else "")
+        outcomes.append(Outcome(name, dict(point), state, message, done, measured, front, policies))
+    every = [(o.name, point) for o in outcomes for point in o.front]
+    places = pareto([(point.kl, point.reward) for _, point in every])
+    optimal = [(every[n][0], every[n][1].eta or 0.0) for n in places if every[n][1].eta]
+    asked, executed = sum(len(o.policies) for o in outcomes), len(trained)
+    return Sweep(rank(outcomes, objectives), objectives, optimal, asked, executed, _seconds(plan.store, trained))
+
+
+def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome]:
+    """Finished ones first, the best of them at the top: by the objective, or, of several, those that none is better than in all, then by
+    hypervolume.
+    """
+
+    def worth(outcome: Outcome) -> list[float]:
+        """Less is better."""
+        return [outcome.measured[name] * (1 if DIRECTIONS[name] == "min" else -1) for name in objectives]
+
+    def beaten(outcome: Outcome) -> bool:
+        mine = worth(outcome)
+        others = [worth(other) for other in outcomes if other.measured and other.state == outcome.state]
+        return any(other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in others)
+
+    def place(outcome: Outcome) -> tuple[Any, ...]:
+        order = ["finished", "stopped", "unfinished", "failed"].index(outcome.state)
+        if not outcome.measured:
+            return (order, 1)
+        if len(objectives) == 1:
+            return (order, 0, worth(outcome)[0])
+        return (order, 0, beaten(outcome), -outcome.measured["hypervolume"])
+
+    return sorted(outcomes, key=place)
+
+
+def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
+    """sweep.json, sweep.png and best.yaml, in the sweep's folder."""
+    optimal = {name: [eta for other, eta in sweep.optimal if other == name] for name, _ in sweep.optimal}
+    rows = [
+        {
+            "name": trial.name,
+            "values": trial.point,
+            "state": trial.state,
+            **({"message": trial.message} if trial.message else {}),
+            "iterations": trial.iterations,
+            **trial.measured,
+            "pareto_etas": optimal.get(trial.name, []),
+            "front": [{"eta": p.eta, "kl": p.kl, "kl_ci": p.kl_ci, "reward": p.reward, "reward_ci": p.reward_ci} for p in trial.front],
+            "policies": trial.policies,
+        }
+        for trial in sweep.trials
+    ]
+    runs = {
+        "asked": sweep.asked,
+        "executed": sweep.executed,
+        "seconds_each": sweep.seconds,
+        "seconds_saved": sweep.saved_seconds,
+    }
+    tree = {
+        "search": plan.space.search,
+        "objectives": {name: DIRECTIONS[name] for name in sweep.objectives},
+        "kl_unit": "nats per completion, KL(policy || SFT)",
+        "policy_runs": runs,
+        "best": sweep.best,
+        "trials": rows,
+    }
+    store.write_json(run.folder / "sweep.json", tree)
+    if any(trial.front for trial in sweep.trials):
+        plot_sweep(sweep, run.folder / "sweep.png", f"{len(sweep.trials)} trials: {plan.space.base.model}")
+    if best := next((trial for trial in sweep.trials if trial.name == sweep.best), None):
+        text = f"# The best of {len(sweep.trials)} trials by {', '.join(sweep.objectives)}: {describe(best.point)}\n"
+        store.write_text(run.folder / "best.yaml", text + to_yaml(plan.config(best.point)))
+    run.push()
+
+
+def show_sweep(sweep: Sweep, display: Display) -> None:
+    display.console.print(sweep_table(sweep))
+    for trial in sweep.trials:
+        if trial.message:
+            display.say(f"{trial.name} ({describe(trial.point)}) {trial.state}: {trial.message}")
+    display.say(sweep.summary())
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """The trials, the best first."""
+    optimal = {name for name, _ in sweep.optimal}
+    by = ", ".join(sweep.objectives)
+    title = f"trials by {by}; reward and KL of the chosen point, ± is half of a 95 % interval, * has a Pareto-optimal point"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    keys = list(sweep.trials[0].point) if sweep.trials else []
+    for heading in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("hypervolume", "reward", "KL, nats", "chosen", "iterations", "state"):
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+    for trial in sweep.trials:
+        values = [show(trial.point[key]) for key in keys]
+        found = ["", "", "", ""]
+        if trial.measured:
+            chosen = next(point for point in trial.front if point.name == trial.measured["chosen"])
+            found = [
+                f"{trial.measured['hypervolume']:.2f}",
+                f"{chosen.reward:.2f} ± {chosen.reward_ci:.2f}",
+                f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f}",
+                chosen.name,
+            ]
+        table.add_row(trial.name + (" *" if trial.name in optimal else ""), *values, *found, str(trial.iterations), trial.state)
+    return table
+
+
+def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
+    """sweep.png: every trial's front, the Pareto-optimal points of all of them together, and the hypervolume per trial beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [trial for trial in sweep.trials if trial.front]
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(12, 5.5), dpi=150, layout="constrained", width_ratios=(3, 2))
+    colours = plt.get_cmap("viridis")
+    for n, trial in enumerate(shown):
+        colour = colours(n / max(len(shown) - 1, 1) * 0.9)
+        label = describe(trial.point) if n < LEGEND else None
+        kl, reward = [point.kl for point in trial.front], [point.reward for point in trial.front]
+        axes.plot(kl, reward, marker="o", markersize=3, linewidth=1.2, color=colour, label=label)
+        bars.barh(n, trial.measured["hypervolume"], color=colour)
+    points = {(trial.name, point.eta): point for trial in shown for point in trial.front}
+    best = [points[name, eta] for name, eta in sweep.optimal]
+    kl, reward = [point.kl for point in best], [point.reward for point in best]
+    axes.step(kl, reward, where="post", color="black", linewidth=0.8, linestyle="--")
+    axes.plot(kl, reward, "o", markersize=9, fillstyle="none", color="black", label="Pareto-optimal")
+    axes.set_xlabel("KL(policy ‖ SFT), nats per completion")
+    axes.set_ylabel("reward")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    bars.set_yticks(range(len(shown)), [trial.name for trial in shown], fontsize=8)
+    bars.invert_yaxis()
+    corner = sorted({tuple(round(value, 4) for value in trial.measured["reference"]) for trial in shown})
+    where = f"KL ≤ {corner[0][0]:g}, reward ≥ {corner[0][1]:.3g}" if len(corner) == 1 else "each trial's reference"
+    bars.set_xlabel(f"hypervolume ({where}), nats × reward")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    store.write_bytes(path, image.getvalue())
+    plt.close(figure)
+
+
+def _seconds(place: str, keys: set[str]) -> float:
+    """Of a policy run on average: its updates, and its rollouts where they were waited for."""
+    spent, storage = [], Storage(place)
+    for key in sorted(keys):
+        try:
+            folder = storage.fetch(f"policies/{key}")
+        except DamagedError:
+            continue
+        rows = store.read_jsonl(folder / "metrics.jsonl") if folder else []
+        if rows:
+            spent.append(sum(row["rollout_seconds"] + row["request_seconds"] + row["update_seconds"] for row in rows))
+    return sum(spent) / len(spent) if spent else 0.0
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
