@@ -78,7 +78,9 @@ function axis(name, more = {}) {
 }
 
 function tickText(value) {
-  return typeof value === "number" ? String(Math.round(value * 1e6) / 1e6).replace("-", "−") : value;
+  if (typeof value !== "number") return value;
+  const tiny = value !== 0 && Math.abs(value) < 1e-3;
+  return (tiny ? value.toExponential(1) : String(Math.round(value * 1e6) / 1e6)).replaceAll("-", "−");
 }
 
 /** A tooltip whose content is an element with lines of text. */
