@@ -63,10 +63,14 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
     return found
 
 
-def summary(found: Sequence[Curve]) -> dict[str, Any]:
-    """What the page draws: {"metrics", "curves", "stretch": most steps that became one point}."""
+def summary(found: Sequence[Curve], share: float = 1.0) -> dict[str, Any]:
+    """What the page draws: {"metrics", "curves", "stretch": most steps that became one point}.
+
+    Args:
+        share: of the page that is there for them.
+    """
     metrics = [metric for metric in METRICS if any(np.isfinite(curve.values[metric.name]).any() for curve in found)]
-    limit = min(MOST, max(FEWEST, POINTS // max(len(found), 1)))
+    limit = min(MOST, max(FEWEST, int(share * POINTS) // max(len(found), 1)))
     drawn = [_drawn(curve, metrics, limit) for curve in found]
     return {
         "metrics": [metric._asdict() for metric in metrics],
@@ -96,7 +100,7 @@ def trajectory(curve: Curve) -> list[list[float]]:
     for cut in stretches(len(curve.steps), TRAJECTORY):
         if np.isfinite(kl[cut]).any() and np.isfinite(reward[cut]).any():
             points.append(
-                [_rounded(float(np.nanmean(kl[cut]))), _rounded(float(np.nanmean(reward[cut]))), round(float(curve.steps[cut].mean()), 1)]
+                [rounded(float(np.nanmean(kl[cut]))), rounded(float(np.nanmean(reward[cut]))), round(float(curve.steps[cut].mean()), 1)]
             )
     return points
 
@@ -108,13 +112,19 @@ def stretches(count: int, limit: int) -> list[slice]:
 
 
 def _reduce(function: Any, values: NDArray[np.float64], cuts: Sequence[slice]) -> list[float]:
-    return [float(function(values[cut])) if np.isfinite(values[cut]).any() else math.nan for cut in cuts]
+    """The function of each stretch, without what was not measured; NaN where nothing was."""
+    length = max(cut.stop - cut.start for cut in cuts)
+    padded = np.concatenate([values, np.full(length * len(cuts) - len(values), np.nan)]).reshape(len(cuts), length)
+    known = np.isfinite(padded).any(axis=1)
+    reduced = np.full(len(cuts), np.nan)
+    reduced[known] = function(padded[known], axis=1)
+    return [float(value) for value in reduced]
 
 
 def _listed(values: Iterable[float]) -> list[float | None]:
-    return [None if math.isnan(value) else _rounded(value) for value in values]
+    return [None if math.isnan(value) else rounded(value) for value in values]
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Four significant digits: more than a screen shows."""
     return float(f"{value:.4g}")

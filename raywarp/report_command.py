@@ -76,6 +76,6 @@ def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
     from raywarp.report_data import report_data
     from raywarp.report_page import page_data
 
-    found = [report_data(run) for run in runs]
+    found = [report_data(run, 1 / len(runs)) for run in runs]
     title = found[0]["name"] if len(found) == 1 else f"{len(found)} runs"
     return page_data(found, f"{title} – raywarp report", live)

@@ -1,6 +1,5 @@
 """What the report page shows of one run, as plain values: of a run that is finished, under way, or broken, whatever there is."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from raywarp.credentials import redact
 from raywarp.curves import Curve, curves, number, summary, trajectory
 from raywarp.evaluation import Point
 from raywarp.findings import findings, points_of
+from raywarp.page_json import plain
 from raywarp.report_files import RunFiles
 from raywarp.report_texts import sample_texts, training_texts
 from raywarp.run import CONFIG_FILE, EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, flat
@@ -25,11 +25,12 @@ EVENTS = 1000  # the last ones
 Rows = list[dict[str, Any]]
 
 
-def report_data(place: str) -> dict[str, Any]:
+def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     """One run, for the page (see page/page.js). It holds nothing but what JSON can hold, NaN and infinity as None.
 
     Args:
         place: a run's folder, or s3://bucket/prefix.
+        share: of the page's size that it may take.
 
     Raises:
         ConfigError: there is no run of raywarp.
@@ -57,14 +58,14 @@ def report_data(place: str) -> dict[str, Any]:
             "What to look at", lambda: [asdict(one) for one in findings(points, chosen, _gaps(rows), _last(geometry))], Rows()
         ),
         "trajectories": [{"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)} for curve in found],
-        "curves": summary(found) if found else None,
+        "curves": summary(found, share) if found else None,
         "geometry": geometry,
         "texts": part(
             "The texts of the front",
-            lambda: sample_texts(files.json("samples.json", front.get("files", {}).get("samples.json")), points, chosen),
+            lambda: sample_texts(files.json("samples.json", front.get("files", {}).get("samples.json")), points, chosen, share),
             None,
         ),
-        "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store")), Rows()),
+        "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store"), share), Rows()),
         "timeline": part("The time line", lambda: timeline(rows, moments), None),
         "timing": timing,
         "events": [{**event, "seconds": moment} for event, moment in zip(events, moments, strict=True)],
@@ -102,17 +103,6 @@ def _unfinished(
         if min(steps) < warp["steps"]:
             lacking.append(f"Iteration {iteration}: {', '.join(map(str, steps))} of {warp['steps']} steps of its policies are done.")
     return lacking
-
-
-def plain(value: Any) -> Any:
-    """The same with None for what JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _state(

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,11 +10,11 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+from raywarp.page_json import to_json
 from raywarp.store import content_key
 
 SCRIPTS = ("dom.js", "charts.js", "front.js", "texts.js", "curves.js", "geometry.js", "timeline.js", "page.js")
 LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, as npm has it; see page/echarts-LICENSE
-_UNSAFE = re.compile("[<>&\u2028\u2029\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def page_data(runs: Sequence[Mapping[str, Any]], title: str, live: bool = False) -> dict[str, Any]:
@@ -52,12 +51,6 @@ def render(data: Mapping[str, Any]) -> bytes:
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("page.html")).encode(errors="replace")
-
-
-def to_json(value: Any) -> str:
-    """JSON that can stand in an HTML script element: nothing in a text ends the element, or hides from who reads the source."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def asset(name: str) -> str:

@@ -4,23 +4,28 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from raywarp.curves import Curve, number
+from raywarp.curves import Curve, number, rounded
 from raywarp.evaluation import Point
+from raywarp.page_json import plain, to_json
 from raywarp.report_files import RunFiles
 
 CLIPPED = 4000  # characters of one text
-ALL = 1_800_000  # bytes of the texts of all points together
+ALL = 2_400_000  # bytes in the page of the texts of all points together
 TRAINING_ROWS = 600  # of all policies together
 TRAINING_CLIPPED = 600
 _VALUES = ("rewards", "kl", "control")
 
 
-def sample_texts(rows: Any, points: Sequence[Point], chosen: str | None) -> dict[str, Any] | None:
+def sample_texts(rows: Any, points: Sequence[Point], chosen: str | None, share: float = 1.0) -> dict[str, Any] | None:
     """samples.json: per prompt each point's completion, with its reward, KL and control score, and how much of it is not SFT's.
 
+    Args:
+        share: of the page that is there for it.
+
     Returns:
-        points: names; rows: prompt, texts and values by point, changed: characters by which the chosen text departs from SFT's; total: rows
-        there were, of which those that changed most are kept where all would be too many; None where there are no texts.
+        points: names; rows: prompt, and texts and values in the order of the points, None where there is none; changed: characters by which
+        the chosen text departs from SFT's; total: rows there were, of which those that changed most are kept where all would be too many;
+        None where there are no texts.
     """
     if rows is None:
         return None
@@ -28,12 +33,11 @@ def sample_texts(rows: Any, points: Sequence[Point], chosen: str | None) -> dict
     target = chosen if chosen in names and chosen != "sft" else "slerp" if "slerp" in names else names[-1] if names else ""
     found = []
     for place, row in enumerate(rows):
-        texts = {name: clip(row[name], CLIPPED) for name in names if name in row}
-        values = {name: {point: number(one) for point, one in row[name].items()} for name in _VALUES if name in row}
+        texts = [clip(row[name], CLIPPED) if name in row else None for name in names]
+        values = {name: [rounded(number(row[name].get(point))) for point in names] for name in _VALUES if name in row}
         changed = departure(row.get("sft", ""), row.get(target, ""))
         found.append({"place": place, "prompt": clip(row["prompt"], CLIPPED), "texts": texts, "changed": changed, **values})
-    kept = _within(found, ALL)
-    return {"points": names, "target": target, "total": len(found), "rows": kept}
+    return {"points": names, "target": target, "total": len(found), "rows": _within(found, share * ALL)}
 
 
 def departure(before: str, after: str) -> int:
@@ -49,21 +53,21 @@ def clip(text: Any, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
 
 
-def _within(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def _within(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
     """The rows that changed most, as many as fit, in their old order."""
     kept: list[dict[str, Any]] = []
     size = 0
     for row in sorted(rows, key=lambda row: -row["changed"]):
-        size += sum(len(text.encode(errors="replace")) for text in (row["prompt"], *row["texts"].values()))
+        size += len(to_json(plain(row)).encode())
         if size > limit and kept:
             break
         kept.append(row)
     return sorted(kept, key=lambda row: row["place"])
 
 
-def training_texts(files: RunFiles, found: Sequence[Curve], place: str | None) -> list[dict[str, Any]]:
+def training_texts(files: RunFiles, found: Sequence[Curve], place: str | None, share: float = 1.0) -> list[dict[str, Any]]:
     """What each policy wrote while it trained: a text per step, of which some, evenly over the steps."""
-    most = max(6, TRAINING_ROWS // max(len(found), 1))
+    most = max(6, int(share * TRAINING_ROWS) // max(len(found), 1))
     result: list[dict[str, Any]] = []
     for curve in found:
         what = f"What policy {curve.policy} of iteration {curve.iteration} wrote"

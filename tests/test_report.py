@@ -16,9 +16,10 @@ from raywarp.cli import main
 from raywarp.curves import METRICS, curves, stretches, summary, trajectory
 from raywarp.evaluation import Point
 from raywarp.findings import findings, over_optimisation
+from raywarp.page_json import plain, to_json
 from raywarp.report_command import build, save_report
-from raywarp.report_data import plain, report_data
-from raywarp.report_page import page_data, render, to_json
+from raywarp.report_data import report_data
+from raywarp.report_page import page_data, render
 from raywarp.report_texts import clip, departure, sample_texts
 from raywarp.run import Run
 from raywarp.storage import Storage
@@ -54,10 +55,10 @@ def test_texts_come_with_their_own_values(tiny_finished: Run) -> None:
     assert texts["points"] == ["sft", "policy 1", "policy 2", "lerp", "liti 0.5", "slerp"]
     assert (texts["total"], len(texts["rows"])) == (2, 2)
     for row in texts["rows"]:
-        assert row["rewards"] == {name: text.split().count("good") for name, text in row["texts"].items()}
-        assert row["kl"].keys() == row["control"].keys() == row["texts"].keys()
-        assert row["kl"]["sft"] == 0
-        assert row["changed"] == departure(row["texts"]["sft"], row["texts"]["liti 0.5"])
+        assert row["rewards"] == [text.split().count("good") for text in row["texts"]]
+        assert len(row["kl"]) == len(row["control"]) == len(row["texts"]) == 6
+        assert row["kl"][0] == 0
+        assert row["changed"] == departure(row["texts"][0], row["texts"][4])
 
 
 def test_every_actor_has_a_lane_and_works_within_the_run(tiny_finished: Run) -> None:
@@ -297,10 +298,14 @@ def test_departure_and_what_is_kept_of_too_many_texts() -> None:
     assert departure("aa", "aaa") == 1
     assert clip("x" * 12, 10) == "x" * 10 + " … (2 more characters)"
     rows = [{"prompt": "p", "sft": "a" * 3000, "slerp": "a" * (3000 - n) + "b" * n} for n in range(1000)]
-    kept = sample_texts(rows, [], None)
+    kept = sample_texts(rows, [], None, share=0.5)
     assert kept is not None
     assert (kept["points"], kept["target"], kept["total"]) == (["sft", "slerp"], "slerp", 1000)
-    assert [row["place"] for row in kept["rows"]] == list(range(1000 - 299, 1000))
+    assert [row["place"] for row in kept["rows"]] == list(range(1000 - len(kept["rows"]), 1000))
+    assert 1_180_000 < len(to_json(kept)) < 1_200_000
+    tags = sample_texts([{"prompt": "p", "sft": "a", "slerp": "<" * 3000}] * 1000, [], None)
+    assert tags is not None
+    assert len(to_json(tags)) < 2_400_000  # a sign that is escaped counts as what it becomes
 
 
 def test_json_stands_safely_in_a_page() -> None:

@@ -157,7 +157,7 @@ function sample(row, name) {
 function score(row, name) {
   const value = row.rewards ? row.rewards[name] : null;
   if (value === null || value === undefined) return null;
-  const gain = name !== "sft" && row.rewards.sft !== null && row.rewards.sft !== undefined ? value - row.rewards.sft : 0;
+  const gain = name !== "sft" && row.rewards.sft !== undefined ? value - row.rewards.sft : 0;
   return h("span", { class: `score ${gain > 0.005 ? "up" : gain < -0.005 ? "down" : ""}` }, `reward ${format(value)}`);
 }
 

@@ -5,7 +5,16 @@ const EVERY = 3000; // milliseconds between two looks at a run that goes on
 const THEMES = ["auto", "light", "dark"];
 const system = matchMedia("(prefers-color-scheme: dark)");
 const state = { run: 0, theme: "auto" };
-let page = JSON.parse(document.getElementById("data").textContent);
+let page = unpacked(JSON.parse(document.getElementById("data").textContent));
+
+/** Texts and values by the names of their points: they travel as lists in the order of the points. */
+function unpacked(data) {
+  for (const { texts } of data.runs.filter((run) => run.texts)) {
+    const named = (list) => Object.fromEntries(texts.points.map((name, n) => [name, list[n]]).filter(([, one]) => one !== null));
+    for (const row of texts.rows) for (const kind of ["texts", "rewards", "kl", "control"]) if (row[kind]) row[kind] = named(row[kind]);
+  }
+  return data;
+}
 
 function applyTheme(theme = state.theme) {
   const dark = theme === "dark" || (theme === "auto" && system.matches);
@@ -86,7 +95,7 @@ async function follow() {
   try {
     const answer = await fetch("data.json", { headers: { "If-None-Match": page.tag }, cache: "no-store" });
     if (answer.status === 200) {
-      page = await answer.json();
+      page = unpacked(await answer.json());
       if (!document.activeElement || !["INPUT", "SELECT"].includes(document.activeElement.tagName)) draw();
     }
   } catch {

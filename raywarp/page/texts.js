@@ -70,7 +70,7 @@ function defaultColumns(texts, run) {
 function sortedRows(texts, view) {
   const found = view.query ? texts.rows.filter((row) => [row.prompt, ...Object.values(row.texts)].some((text) => text.toLowerCase().includes(view.query))) : [...texts.rows];
   const reward = view.sort.startsWith("reward:") ? view.sort.slice(7) : null;
-  const key = (row) => (reward === null ? row[view.sort] : row.rewards && row.rewards[reward] !== null ? row.rewards[reward] : -Infinity);
+  const key = (row) => (reward === null ? row[view.sort] : row.rewards ? row.rewards[reward] ?? -Infinity : -Infinity);
   const order = view.descending ? -1 : 1;
   const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b);
   return found.sort((a, b) => order * compare(key(a), key(b)) || a.place - b.place);
@@ -97,7 +97,7 @@ function textTable(run, rows, view, sortBy) {
 
 function values(row, name) {
   const kinds = [["rewards", "reward"], ["control", "control"], ...(name === "sft" ? [] : [["kl", "KL"]])];
-  const known = kinds.filter(([key]) => row[key] && row[key][name] !== null && row[key][name] !== undefined);
+  const known = kinds.filter(([key]) => row[key] && row[key][name] !== undefined);
   return known.map(([key, label]) => h("span", {}, `${label} ${format(row[key][name])}`));
 }
 
