@@ -13,14 +13,14 @@ from raywarp.evaluation import Point
 from raywarp.findings import findings, points_of
 from raywarp.page_json import plain
 from raywarp.report_files import RunFiles
-from raywarp.report_texts import sample_texts, training_texts
+from raywarp.report_texts import clip, sample_texts, training_texts
 from raywarp.run import CONFIG_FILE, EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, flat
 from raywarp.storage import Storage
 from raywarp.store import MANIFEST
 from raywarp.timeline import timeline
 
 SILENT = 120.0  # seconds without a step after which a run that says nothing of its end may be dead
-EVENTS = 1000  # the last ones
+EVENTS, MESSAGE = 1000, 2000  # the last ones, and characters of each message
 
 Rows = list[dict[str, Any]]
 
@@ -68,7 +68,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
         "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store"), share), Rows()),
         "timeline": part("The time line", lambda: timeline(rows, moments), None),
         "timing": timing,
-        "events": [{**event, "seconds": moment} for event, moment in zip(events, moments, strict=True)],
+        "events": [{**_short(event), "seconds": moment} for event, moment in zip(events, moments, strict=True)],
         "config": part("The configuration", lambda: _settings(config), Rows()),
         "versions": next((event["versions"] for event in reversed(events) if isinstance(event.get("versions"), Mapping)), None),
         "missing": [
@@ -187,6 +187,11 @@ def _geometry(files: RunFiles) -> Rows:
             }
         )
     return found
+
+
+def _short(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event without a stack of hundreds of lines, and without the versions, which the page shows once."""
+    return {name: clip(value, MESSAGE) if isinstance(value, str) else value for name, value in event.items() if name != "versions"}
 
 
 def _block_geometry(files: RunFiles, folder: str) -> Any:

@@ -1,6 +1,7 @@
 """The report as one HTML file that needs nothing else: markup, style, scripts and charting library from page/, and the data as JSON."""
 
 import base64
+import gzip
 import hashlib
 import html
 import re
@@ -14,6 +15,7 @@ from raywarp.page_json import to_json
 from raywarp.store import content_key
 
 SCRIPTS = ("dom.js", "charts.js", "front.js", "texts.js", "curves.js", "geometry.js", "timeline.js", "page.js")
+PLAIN = 1_000_000  # characters of JSON that stand in the page as they are, for whoever wants to read or parse them there
 LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, as npm has it; see page/echarts-LICENSE
 
 
@@ -42,15 +44,24 @@ def render(data: Mapping[str, Any]) -> bytes:
         f"style-src-attr 'unsafe-inline'; img-src data:; connect-src {chr(39)}{'self' if data['live'] else 'none'}{chr(39)}; "
         "base-uri 'none'; form-action 'none'"
     )
+    kind, content = _carried(to_json(data))
     parts = {
         "policy": policy,
         "title": html.escape(data["title"]),
         "style": style,
-        "data": to_json(data),
+        "kind": kind,
+        "data": content,
         "library": library,
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("page.html")).encode(errors="replace")
+
+
+def _carried(text: str) -> tuple[str, str]:
+    """How the data travels in the page, its type and content: as it is, or packed where that saves megabytes."""
+    if len(text) < PLAIN:
+        return "application/json", text
+    return "application/gzip", base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def asset(name: str) -> str:

@@ -10,7 +10,7 @@ from raywarp.page_json import plain, to_json
 from raywarp.report_files import RunFiles
 
 CLIPPED = 4000  # characters of one text
-ALL = 2_400_000  # bytes in the page of the texts of all points together
+ALL = 4_000_000  # bytes of the texts of all points together, before they are packed to a third or half
 TRAINING_ROWS = 600  # of all policies together
 TRAINING_CLIPPED = 600
 _VALUES = ("rewards", "kl", "control")

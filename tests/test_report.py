@@ -298,14 +298,14 @@ def test_departure_and_what_is_kept_of_too_many_texts() -> None:
     assert departure("aa", "aaa") == 1
     assert clip("x" * 12, 10) == "x" * 10 + " … (2 more characters)"
     rows = [{"prompt": "p", "sft": "a" * 3000, "slerp": "a" * (3000 - n) + "b" * n} for n in range(1000)]
-    kept = sample_texts(rows, [], None, share=0.5)
+    kept = sample_texts(rows, [], None, share=0.3)
     assert kept is not None
     assert (kept["points"], kept["target"], kept["total"]) == (["sft", "slerp"], "slerp", 1000)
     assert [row["place"] for row in kept["rows"]] == list(range(1000 - len(kept["rows"]), 1000))
     assert 1_180_000 < len(to_json(kept)) < 1_200_000
     tags = sample_texts([{"prompt": "p", "sft": "a", "slerp": "<" * 3000}] * 1000, [], None)
     assert tags is not None
-    assert len(to_json(tags)) < 2_400_000  # a sign that is escaped counts as what it becomes
+    assert len(to_json(tags)) < 4_000_000  # a sign that is escaped counts as what it becomes
 
 
 def test_json_stands_safely_in_a_page() -> None:

@@ -57,6 +57,7 @@ class Browser:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get(page.as_uri() if isinstance(page, Path) else page)
+        assert self.wait(lambda: self.texts("#settings")), self.logged()
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -322,6 +323,21 @@ def test_no_text_becomes_anything_but_text(browser: Browser, tiny_finished: Run,
     browser.scroll_through()
     assert browser.run("return document.documentElement.scrollWidth") == 360
     browser.screenshot("hostile phone")
+
+
+def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
+    """1,000 prompts, every one of which is found again."""
+    folder = Path(shutil.copytree(tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")))
+    names = [point["name"] for point in tiny_finished.front()["points"]]
+    rows = [{"prompt": f"prompt {n}", **{name: f"{name} says {n * n} ו 🎬" * 8 for name in names}} for n in range(1000)]
+    store.write_json(folder / "samples.json", rows)
+    save_report([str(folder)], str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").stat().st_size < 1.5e6
+    browser.open(tmp_path / "page.html")
+    assert browser.wait(lambda: browser.texts("#texts-count")) == ["12 of 1000 prompts"]
+    browser.type("#texts-search", f"slerp says {777 * 777} ו 🎬")
+    assert browser.texts("#texts tbody th") == ["prompt 777"]
+    assert browser.logged() == []
 
 
 def test_a_run_without_anything_but_its_configuration(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:

@@ -5,7 +5,15 @@ const EVERY = 3000; // milliseconds between two looks at a run that goes on
 const THEMES = ["auto", "light", "dark"];
 const system = matchMedia("(prefers-color-scheme: dark)");
 const state = { run: 0, theme: "auto" };
-let page = unpacked(JSON.parse(document.getElementById("data").textContent));
+let page = null;
+
+/** The data that the page carries, as it is or compressed. */
+async function carried() {
+  const { type, textContent } = document.getElementById("data");
+  if (type === "application/json") return JSON.parse(textContent);
+  const bytes = Uint8Array.from(atob(textContent), (character) => character.charCodeAt(0));
+  return JSON.parse(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text());
+}
 
 /** Texts and values by the names of their points: they travel as lists in the order of the points. */
 function unpacked(data) {
@@ -122,6 +130,9 @@ addEventListener("afterprint", () => {
   redrawCharts();
 });
 applyTheme();
-draw();
-resizer.observe(document.getElementById("main"));
-if (page.live) setTimeout(follow, EVERY);
+carried().then((data) => {
+  page = unpacked(data);
+  draw();
+  resizer.observe(document.getElementById("main"));
+  if (page.live) setTimeout(follow, EVERY);
+});
