@@ -51,6 +51,7 @@ function drawForPrint() {
   charts.forEach((chart) => {
     chart.draw();
     chart.instance.resize();
+    chart.instance.getZr().refreshImmediately(); // else in the next frame, which paper does not wait for
   });
 }
 

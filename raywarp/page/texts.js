@@ -92,7 +92,7 @@ function textTable(run, rows, view, sortBy) {
   };
   const line = (row) => h("tr", {}, h("th", { scope: "row" }, textElement(row.prompt, { query: view.query })), view.columns.map((name) => cell(row, name)));
   const empty = h("tr", {}, h("td", { colspan: String(view.columns.length + 1) }, h("span", { class: "empty" }, "No prompt or text matches.")));
-  return h("table", { class: "texts" }, h("thead", {}, head), h("tbody", {}, rows.length ? rows.map(line) : empty));
+  return h("table", { class: "texts", style: { "--columns": String(view.columns.length + 1) } }, h("thead", {}, head), h("tbody", {}, rows.length ? rows.map(line) : empty));
 }
 
 function values(row, name) {

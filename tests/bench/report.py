@@ -13,6 +13,7 @@ The last line is JSON.
 import argparse
 import json
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -143,11 +144,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as temporary:
         folder = (options.keep or Path(temporary)) / "run"
         make_run(folder, options.iterations, options.policies, options.steps, options.samples)
-        commands, builds = [], []
+        commands, cpus, builds = [], [], []
         for _ in range(REPEATS):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, "-m", "raywarp.cli", "report", str(folder)], check=True, stdout=subprocess.DEVNULL)
             commands.append(time.perf_counter() - start)
+            cpus.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - sum(before[:2]))
             start = time.perf_counter()
             page = build([str(folder)])
             builds.append(time.perf_counter() - start)
@@ -157,6 +159,7 @@ def main() -> None:
             "metrics_mb": (folder / "metrics.jsonl").stat().st_size / 1e6,
             "page_mb": len(page) / 1e6,
             "command_seconds": statistics.median(commands),
+            "command_cpu_seconds": statistics.median(cpus),
             "build_seconds": statistics.median(builds),
             **seconds_to_open(folder / "report.html"),
         }
