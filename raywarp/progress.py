@@ -118,6 +118,7 @@ class Display:
         print_samples(self.console, run.samples()[:PRINTED_SAMPLES], list(dict.fromkeys(["sft", chosen.name, "slerp"])))
         self.say(f"front: {run.folder / 'front.png'}")
         self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
+        self.say(f"all of it on one page: raywarp report {run.mirror.storage.uri if run.mirror else run.folder}")
 
     def timing(self, run: Run) -> None:
         """Where the time went, for each iteration that was trained, and what is the bottleneck."""
