@@ -9,6 +9,7 @@ usage() {
 usage: ./cluster/local.sh quickstart [OPTIONS]   install, then run `raywarp quickstart OPTIONS`
        ./cluster/local.sh test [OPTIONS]         install, then run `pytest OPTIONS`
        ./cluster/local.sh install                install only
+       ./cluster/local.sh browser                install Chromium for the tests of the report page, where that can be done (root, apt)
 
        ./cluster/local.sh start [OPTIONS]        install, then start a Ray cluster on this machine (`ray start OPTIONS`)
        ./cluster/local.sh submit CONFIG [KEY=VALUE ...]
@@ -158,6 +159,18 @@ print(platform.python_version(), hashlib.sha256(open("pyproject.toml", "rb").rea
   say "installed in $SECONDS s"
 }
 
+# Debian's Chromium; where it is not and cannot be had, the tests that need it are skipped, and say so.
+install_browser() {
+  if command -v chromium chromium-browser google-chrome >/dev/null && command -v chromedriver >/dev/null; then return; fi
+  if ((UID)) || ! command -v apt-get >/dev/null; then
+    say "no Chromium here, so the tests of the report page will be skipped (Debian: apt-get install chromium chromium-driver)"
+    return
+  fi
+  say "installing Chromium for the tests of the report page ..."
+  { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 </dev/null ||
+    say "Chromium could not be installed; the tests of the report page will be skipped"
+}
+
 # Two installations at the same time would spoil each other.
 install_alone() {
   if command -v flock >/dev/null; then
@@ -256,13 +269,14 @@ command=${1:---help}
 shift || true
 case $command in
   quickstart | test | install | start | submit) install_alone ;;
+  browser) install_browser ;;
   stop) ;;
   -h | --help | help) usage ;;
   *) fail "unknown command: $command (see ./cluster/local.sh --help)" ;;
 esac
 case $command in
   quickstart) exec .venv/bin/raywarp quickstart "$@" ;;
-  test) exec .venv/bin/python -m pytest "$@" ;;
+  test) install_browser && exec .venv/bin/python -m pytest "$@" ;;
   start) start_cluster "$@" ;;
   submit) submit "$@" ;;
   stop) stop_cluster ;;

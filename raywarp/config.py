@@ -192,7 +192,7 @@ class FrontConfig(Section):
     prompts: Count = Field(200, description="held-out prompts")
     completions_per_prompt: Count = Field(1, description="completions per held-out prompt")
     choose: ChooseConfig = Field(ChooseConfig(max_kl=5.0), description="which eta the folder adapter/ holds: {eta: x} or {max_kl: x}")
-    samples: Count = Field(8, description="prompts whose texts are kept for every point")
+    samples: Count = Field(100, description="prompts whose texts are kept for every point")
 
 
 class Config(Section):

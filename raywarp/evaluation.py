@@ -127,12 +127,19 @@ def choose(points: Sequence[Point], rule: ChooseConfig) -> Point:
     return max((point for point in front if point.kl <= (rule.max_kl or 0)), key=lambda point: point.eta or 0)
 
 
-def sample_rows(results: Sequence[tuple[Point, Scored]], held_out: Sequence[Prompt], front: FrontConfig) -> list[dict[str, str]]:
-    """Rows of the first prompts' texts: {"prompt": …, point's name: its first completion, …}."""
+def sample_rows(results: Sequence[tuple[Point, Scored]], held_out: Sequence[Prompt], front: FrontConfig) -> list[dict[str, Any]]:
+    """Rows of the first prompts: {"prompt": …, point's name: its first completion, …}; "rewards", "kl" and "control" (where there is one)
+    have that completion's own values, by point."""
     rows = []
     for n, prompt in enumerate(held_out[: min(front.samples, front.prompts)]):
-        texts = {point.name: scored.texts[n * front.completions_per_prompt] for point, scored in results}
-        rows.append({"prompt": prompt.text, **texts})
+        first = n * front.completions_per_prompt
+        texts = {point.name: scored.texts[first] for point, scored in results}
+        values: dict[str, dict[str, float]] = {
+            "rewards": {point.name: scored.rewards[first] for point, scored in results},
+            "kl": {point.name: scored.kl[first] for point, scored in results},
+            "control": {point.name: scored.control[first] for point, scored in results if scored.control is not None},
+        }
+        rows.append({"prompt": prompt.text, **texts, **{name: own for name, own in values.items() if own}})
     return rows
 
 

@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Any
 
 from raywarp.claims import Elsewhere
+from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
@@ -24,7 +25,7 @@ class Journal:
         self.begun = True
         if last and last["event"] == "started":
             self.report("fault", what="driver", cause="killed", message=f"the run that started at {last['time']} did not come to its end")
-        self.report("started")
+        self.report("started", versions=versions((*PACKAGES, "ray", "peft", "datasets", "numpy")))
 
     def report(self, event: str, **details: Any) -> None:
         """See Run.add_event."""

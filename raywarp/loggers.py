@@ -7,7 +7,7 @@ from typing import Any
 
 from raywarp.config import Config, ConfigError
 
-_LABELS = ("iteration", "policy", "step", "key")
+_LABELS = ("iteration", "policy", "step", "key", "spans")
 
 
 def check_loggers(config: Config) -> None:

@@ -46,9 +46,10 @@ def check_node(address: str, folder: str | None, nonce: str, paths: Sequence[str
     )
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python, and of those packages that are installed here."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package.removesuffix("-cpu")] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

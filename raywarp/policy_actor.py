@@ -3,6 +3,7 @@
 While one policy updates, the shared rollout workers generate for another; within a policy every batch is on-policy.
 """
 
+import re
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from raywarp.data import Prompt
 from raywarp.faults import FaultError, explain
 from raywarp.packing import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
-from raywarp.reward_actor import Scorer
+from raywarp.reward_actor import Scorer, Scores
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
@@ -59,7 +60,7 @@ def task_name(jobs: Sequence[Job]) -> str:
 class Progress:
     """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it waits for.
 
-    saved_step: of its last checkpoint. discarded: why older ones could not be used.
+    requested: when it asked for them, in Unix seconds. saved_step: of its last checkpoint. discarded: why older ones could not be used.
     """
 
     job: Job
@@ -70,6 +71,7 @@ class Progress:
     adapter: Adapter = SFT
     rollouts: list[Any] = field(default_factory=list)
     request_seconds: float = 0.0
+    requested: float = 0.0
     samples: list[dict[str, Any]] = field(default_factory=list)
     saved_step: int = 0
     discarded: list[str] = field(default_factory=list)
@@ -244,10 +246,10 @@ class PolicyActor:
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
         scores = reward.submit(progress.prompts, progress.rollouts)
-        progress.request_seconds = time.perf_counter() - start
+        progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()
         return scores
 
-    def _step(self, progress: Progress, scores: list[float], idle_seconds: float) -> dict[str, Any]:
+    def _step(self, progress: Progress, scores: Scores, idle_seconds: float) -> dict[str, Any]:
         start, step = time.perf_counter(), progress.policy.step
         rollouts = ray.get(progress.rollouts)
         completions = join(rollouts, progress.adapter)
@@ -265,6 +267,7 @@ class PolicyActor:
             "update_seconds": time.perf_counter() - start,
             "pool_busy": max(r.pool_busy for r in rollouts),
         }
+        row["spans"] = _spans(row, progress.requested, rollouts, scores)
         self.busy_seconds += row["request_seconds"] + row["update_seconds"]
         row["trainer_busy"] = self.busy_seconds / (time.perf_counter() - self.started)
         progress.metrics.append(row)
@@ -292,12 +295,24 @@ class PolicyActor:
         progress.files.save_result(add(init, progress.policy.task_vector()), progress.metrics, progress.samples)
 
 
-def _scores(ref: Any) -> list[float]:
+def _scores(ref: Any) -> Scores:
     try:
-        scores: list[float] = ray.get(ref)
+        scores: Scores = ray.get(ref)
     except RayActorError as error:  # Ray has repeated the call as often as it was told to
         raise FaultError(f"the reward worker died again and again at one batch: {explain(error)}") from None
     return scores
+
+
+def _spans(row: dict[str, Any], requested: float, rollouts: Sequence[Any], scores: Scores) -> dict[str, list[list[float]]]:
+    """Who was at work for a step, and when: actor → start and end of each piece of work, in Unix seconds."""
+    number = re.match(r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or "")
+    own = [(requested - row["request_seconds"], requested), (time.time() - row["update_seconds"], time.time())]
+    spans = {f"policy actor {number[1] if number else 1}": own}
+    for rollout in rollouts:
+        spans.setdefault(f"rollout worker {rollout.worker}", []).append((rollout.ended - rollout.seconds, rollout.ended))
+    if scores.span:
+        spans["reward worker"] = [scores.span]
+    return {name: [[round(start, 3), round(end, 3)] for start, end in own] for name, own in spans.items()}
 
 
 def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:

@@ -18,6 +18,7 @@ from raywarp.report import front_table, print_samples
 from raywarp.run import Run
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
+PRINTED_SAMPLES = 8  # prompts; the report has all
 PLAIN_EVERY = 5  # steps between the lines of a policy where there is no terminal
 
 
@@ -114,9 +115,10 @@ class Display:
         points = [Point(**point) for point in front["points"]]
         chosen = next(point for point in points if point.name == front["chosen"])
         self.console.print(front_table(points, chosen))
-        print_samples(self.console, run.samples(), list(dict.fromkeys(["sft", chosen.name, "slerp"])))
+        print_samples(self.console, run.samples()[:PRINTED_SAMPLES], list(dict.fromkeys(["sft", chosen.name, "slerp"])))
         self.say(f"front: {run.folder / 'front.png'}")
         self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
+        self.say(f"all of it on one page: raywarp report {run.mirror.storage.uri if run.mirror else run.folder}")
 
     def timing(self, run: Run) -> None:
         """Where the time went, for each iteration that was trained, and what is the bottleneck."""

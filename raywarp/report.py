@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -72,7 +73,7 @@ def front_table(points: Sequence[Point], chosen: Point) -> Table:
     return table
 
 
-def print_samples(console: Console, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
+def print_samples(console: Console, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Prompts with their completions side by side; rows have "prompt" and one entry per column."""
     table = Table(box=SIMPLE_HEAD, title="the same prompts, before and after", title_justify="left", show_lines=True)
     table.add_column("prompt")

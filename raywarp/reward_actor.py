@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from raywarp.rollout import Rollout
 
 
+class Scores(list[float]):
+    """One score per completion. span: when the worker was at it, start and end in Unix seconds."""
+
+    span: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A reward worker, and the mean and deviation that standardise its scores: they go with every call, since one that dies forgets."""
@@ -28,7 +34,7 @@ class Scorer:
     statistics: tuple[float, float] | None = None
 
     def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
-        """Ask for the scores of the rollouts behind these refs; the ref of a list[float]."""
+        """Ask for the scores of the rollouts behind these refs; the ref of Scores."""
         texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
         return self.actor.score_rollouts.remote(self.statistics, texts, columns, *rollouts)
 
@@ -83,7 +89,7 @@ class RewardActor:
 
     def score_rollouts(
         self, statistics: tuple[float, float] | None, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: "Rollout"
-    ) -> list[float]:
+    ) -> Scores:
         """Scores of the rollout workers' completions, in order.
 
         Args:
@@ -92,8 +98,11 @@ class RewardActor:
             columns: N rows with the other columns of each prompt.
             rollouts: as the workers returned them; Ray fetches them here, so that the caller need not wait.
         """
+        start = time.time()
         if statistics:
             self.reward.mean, self.reward.std = statistics
         completions = [completion.text for rollout in rollouts for completion in rollout.completions]
         names = columns[0] if columns else {}
-        return self.score(prompts, completions, {name: [row[name] for row in columns] for name in names})
+        scores = Scores(self.score(prompts, completions, {name: [row[name] for row in columns] for name in names}))
+        scores.span = start, time.time()
+        return scores

@@ -114,6 +114,7 @@ class Rollout:
     worker: counted from 1.
     seconds: that the worker spent on it, of which swap_seconds on loading the adapter.
     pool_busy: share of all workers' time that was work, in this iteration so far.
+    ended: when the worker had it, in Unix seconds.
     """
 
     completions: list[Completion]
@@ -122,6 +123,7 @@ class Rollout:
     seconds: float = 0.0
     swap_seconds: float = 0.0
     pool_busy: float = 0.0
+    ended: float = 0.0
 
 
 def submit(pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False) -> list[list[Any]]:

@@ -63,7 +63,9 @@ class RolloutWorker:
             digests = self.hasher.submit(engine.loader.digests, adapters)  # while the engine samples
             completions = engine.sample(together)
             seconds, swap = (time.perf_counter() - start) / len(together), (swapped - start) / len(together)
-            rollouts += [Rollout(c, d, self.number, seconds, swap) for c, d in zip(completions, digests.result(), strict=True)]
+            ended = time.time()
+            parts = zip(completions, digests.result(), strict=True)
+            rollouts += [Rollout(c, d, self.number, seconds, swap, ended=ended) for c, d in parts]
         return rollouts
 
     def _engine(self) -> Engine:

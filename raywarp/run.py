@@ -80,7 +80,7 @@ class Run:
         folder = self.folder
         saved, ours = folder / CONFIG_FILE, any((folder / name).exists() for name in (METRICS_FILE, TIMING_FILE, "iterations"))
         if saved.is_file():
-            theirs = _read_config(saved)
+            theirs = read_config(saved.read_bytes())
             if theirs is None and not ours:
                 raise ConfigError(f"{saved} cannot be read; choose another out, or delete the folder")
             if theirs is None:
@@ -183,8 +183,8 @@ class Run:
         Args:
             event: started, finished, failed or stopped (the run); fault, hang, recovered, continued, lost or moved (a piece of it);
                 resumed or saved (a policy).
-            details: what (the process), iteration, policy, key, step, cause (out of memory, killed, node lost, hang, exception), message,
-                seconds_lost, steps_repeated; whichever apply.
+            details: versions (of packages, where a run has started), what (the process), iteration, policy, key, step, cause (out of
+                memory, killed, node lost, hang, exception), message, seconds_lost, steps_repeated; whichever apply.
         """
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
         store.append_jsonl(self.folder / EVENTS_FILE, row)
@@ -241,8 +241,8 @@ class Run:
         with self._replacing("adapter") as folder:
             save_peft(delta, folder)
 
-    def samples(self) -> list[dict[str, str]]:
-        rows: list[dict[str, str]] = json.loads((self.folder / "samples.json").read_text())
+    def samples(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads((self.folder / "samples.json").read_text())
         return rows
 
     def save_front(self, front: Mapping[str, Any]) -> None:
@@ -270,10 +270,10 @@ class Run:
         return result
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
-    """A saved configuration; None if it is damaged."""
+def read_config(data: bytes) -> dict[str, Any] | None:
+    """A saved configuration, from its file's content; None if it is damaged."""
     try:
-        text = path.read_bytes().decode()
+        text = data.decode()
         first, _, rest = text.partition("\n")
         if first.startswith(_CHECKSUM) and first != _CHECKSUM + _sha256(rest):
             return None
@@ -288,8 +288,8 @@ def _sha256(text: str) -> str:
 
 
 def _differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
-    default, now = (dict(_flat(one.model_dump(mode="json"))) for one in (Config(), config))
-    before = default | dict(_flat(theirs))
+    default, now = (dict(flat(one.model_dump(mode="json"))) for one in (Config(), config))
+    before = default | dict(flat(theirs))
     return [
         f"{key} is {before.get(key)!r} there and {value!r} here"
         for key, value in now.items()
@@ -297,9 +297,9 @@ def _differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
     ]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -86,10 +86,13 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The file's rows; none if there is no file, and a line that a kill cut off or damage made unreadable is not a row."""
-    if not path.is_file():
-        return []
+    return parse_jsonl(path.read_bytes()) if path.is_file() else []
+
+
+def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
+    """What `read_jsonl` makes of a file's content."""
     rows = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in data.split(b"\n"):
         with suppress(ValueError):
             row = json.loads(line)
             rows += [row] if isinstance(row, dict) else []
@@ -115,14 +118,22 @@ def read_record(path: Path) -> dict[str, Any] | None:
         DamagedError: it is not what was written.
     """
     try:
-        value = json.loads(path.read_bytes())
-        stored = value.pop("sha256")
+        return parse_record(path.read_bytes(), path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError:
         raise DamagedError(f"{path} cannot be read") from None
+
+
+def parse_record(data: bytes, where: object) -> dict[str, Any]:
+    """What `read_record` makes of a file's content. Raises DamagedError."""
+    try:
+        value = json.loads(data)
+        stored = value.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{where} cannot be read") from None
     if stored != _record_sha256(value):
-        raise DamagedError(f"{path} is not what was written (sha256)")
+        raise DamagedError(f"{where} is not what was written (sha256)")
     return dict(value)
 
 

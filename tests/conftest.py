@@ -180,3 +180,19 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_finished(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The Run of tiny_run's configuration with a control score, finished. To be looked at, not changed."""
+    from tiny_run import make_project, tiny_config
+
+    from raywarp.warp import train
+
+    folder = make_project(tmp_path_factory.mktemp("finished"))
+    before = Path.cwd()
+    os.chdir(folder)  # where the reward module is
+    try:
+        return train(tiny_config(folder, tiny_llama, folder / "run", control={"function": "raywarp.embedded:vader"}))
+    finally:
+        os.chdir(before)

@@ -106,7 +106,7 @@ def assert_refused(result, *parts):
 def test_usage(repository, arguments):
     result = local_sh(repository, *arguments)
     assert result.returncode == 0
-    for command in ("quickstart", "test", "install", "start", "submit", "stop"):
+    for command in ("quickstart", "test", "install", "browser", "start", "submit", "stop"):
         assert f"./cluster/local.sh {command}" in result.stdout
     assert not (repository / ".venv").exists()
 

@@ -1,0 +1,130 @@
+"""Learning curves of any length as few points: means over equal stretches of steps, with the least and the largest value of each."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+POINTS = 4000  # per metric, of all curves together
+FEWEST, MOST = 40, 400  # per curve
+TRAJECTORY = 12  # points of a policy's way through the plane of KL and reward
+
+
+class Metric(NamedTuple):
+    """name: in metrics.jsonl. unit: of the axis."""
+
+    name: str
+    title: str
+    unit: str
+    about: str
+
+
+METRICS = (
+    Metric("reward", "Reward", "", "mean over the step's completions; what training raises"),
+    Metric("kl_anchor", "KL to the anchor", "nats per completion", "to the policy's own moving average, which the penalty is about"),
+    Metric("kl_sft", "KL to SFT", "nats per completion", "full-vocabulary estimate, every kl_to_sft_every steps"),
+    Metric("entropy", "Entropy", "nats per token", "falling to 0 means that the policy says the same thing whatever it is asked"),
+    Metric("length", "Length", "tokens", "mean length of a completion"),
+    Metric("eos_rate", "Ended by itself", "share", "completions that ended before max_new_tokens"),
+    Metric("sampler_gap", "Sampler–trainer gap", "nats per token", "how far the log-probs of the two are apart; should stay small"),
+    Metric("grad_norm", "Gradient norm", "", "before clipping"),
+)
+
+
+class Curve(NamedTuple):
+    """One policy's fine-tuning. steps: (N,) ascending; values: metric → (N,), NaN where it was not measured."""
+
+    iteration: int
+    policy: int
+    key: str
+    steps: NDArray[np.float64]
+    values: dict[str, NDArray[np.float64]]
+
+
+def number(value: Any) -> float:
+    """A finite number as it is; NaN for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
+    """The rows of metrics.jsonl, a curve per iteration and policy; rows that say of neither are left out."""
+    groups: dict[tuple[int, int], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        iteration, policy, step = row.get("iteration"), row.get("policy"), row.get("step")
+        if type(iteration) is int and type(policy) is int and type(step) is int:
+            groups.setdefault((iteration, policy), {})[step] = row
+    found = []
+    for (iteration, policy), by_step in sorted(groups.items()):
+        own = [by_step[step] for step in sorted(by_step)]
+        values = {metric.name: np.array([number(row.get(metric.name)) for row in own]) for metric in METRICS}
+        found.append(Curve(iteration, policy, str(own[-1].get("key", "")), np.array(sorted(by_step), dtype=float), values))
+    return found
+
+
+def summary(found: Sequence[Curve], share: float = 1.0) -> dict[str, Any]:
+    """What the page draws: {"metrics", "curves", "stretch": most steps that became one point}.
+
+    Args:
+        share: of the page that is there for them.
+    """
+    metrics = [metric for metric in METRICS if any(np.isfinite(curve.values[metric.name]).any() for curve in found)]
+    limit = min(MOST, max(FEWEST, int(share * POINTS) // max(len(found), 1)))
+    drawn = [_drawn(curve, metrics, limit) for curve in found]
+    return {
+        "metrics": [metric._asdict() for metric in metrics],
+        "curves": drawn,
+        "stretch": max((math.ceil(len(curve.steps) / limit) for curve in found), default=1),
+        "steps": sum(len(curve.steps) for curve in found),
+    }
+
+
+def _drawn(curve: Curve, metrics: Sequence[Metric], limit: int) -> dict[str, Any]:
+    cuts = stretches(len(curve.steps), limit)
+    whole = len(cuts) == len(curve.steps)
+    values: dict[str, Any] = {}
+    for metric in metrics:
+        own = curve.values[metric.name]
+        values[metric.name] = {"mean": _listed(_reduce(np.nanmean, own, cuts))}
+        if not whole:
+            values[metric.name] |= {"low": _listed(_reduce(np.nanmin, own, cuts)), "high": _listed(_reduce(np.nanmax, own, cuts))}
+    steps = [round(float(curve.steps[cut].mean()), 1) for cut in cuts]
+    return {"iteration": curve.iteration, "policy": curve.policy, "steps": steps, "last": int(curve.steps[-1]), "values": values}
+
+
+def trajectory(curve: Curve) -> list[list[float]]:
+    """A policy's way while it trained: [KL to SFT, reward, step] means over equal stretches, where the KL was measured."""
+    kl, reward = curve.values["kl_sft"], curve.values["reward"]
+    points = []
+    for cut in stretches(len(curve.steps), TRAJECTORY):
+        if np.isfinite(kl[cut]).any() and np.isfinite(reward[cut]).any():
+            points.append(
+                [rounded(float(np.nanmean(kl[cut]))), rounded(float(np.nanmean(reward[cut]))), round(float(curve.steps[cut].mean()), 1)]
+            )
+    return points
+
+
+def stretches(count: int, limit: int) -> list[slice]:
+    """0..count cut into at most `limit` pieces of equal length, the last one perhaps shorter."""
+    length = max(1, math.ceil(count / limit))
+    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def _reduce(function: Any, values: NDArray[np.float64], cuts: Sequence[slice]) -> list[float]:
+    """The function of each stretch, without what was not measured; NaN where nothing was."""
+    length = max(cut.stop - cut.start for cut in cuts)
+    padded = np.concatenate([values, np.full(length * len(cuts) - len(values), np.nan)]).reshape(len(cuts), length)
+    known = np.isfinite(padded).any(axis=1)
+    reduced = np.full(len(cuts), np.nan)
+    reduced[known] = function(padded[known], axis=1)
+    return [float(value) for value in reduced]
+
+
+def _listed(values: Iterable[float]) -> list[float | None]:
+    return [None if math.isnan(value) else rounded(value) for value in values]
+
+
+def rounded(value: float) -> float:
+    """Four significant digits: more than a screen shows."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,207 @@
+"""What the report page shows of one run, as plain values: of a run that is finished, under way, or broken, whatever there is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from raywarp.config import Config
+from raywarp.credentials import redact
+from raywarp.curves import Curve, curves, number, summary, trajectory
+from raywarp.evaluation import Point
+from raywarp.findings import findings, points_of
+from raywarp.page_json import plain
+from raywarp.report_files import RunFiles
+from raywarp.report_texts import clip, sample_texts, training_texts
+from raywarp.run import CONFIG_FILE, EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, flat
+from raywarp.storage import Storage
+from raywarp.store import MANIFEST
+from raywarp.timeline import timeline
+
+SILENT = 120.0  # seconds without a step after which a run that says nothing of its end may be dead
+EVENTS, MESSAGE = 1000, 2000  # the last ones, and characters of each message
+
+Rows = list[dict[str, Any]]
+
+
+def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
+    """One run, for the page (see page/page.js). It holds nothing but what JSON can hold, NaN and infinity as None.
+
+    Args:
+        place: a run's folder, or s3://bucket/prefix.
+        share: of the page's size that it may take.
+
+    Raises:
+        ConfigError: there is no run of raywarp.
+        StoreError: it cannot be read.
+    """
+    files = RunFiles(Storage(place))
+    files.check()
+    part = files.section
+    config: dict[str, Any] = part("The configuration", lambda: files.config() or {}, {})
+    rows, events = files.rows(METRICS_FILE), files.rows(EVENTS_FILE)[-EVENTS:]
+    found = part("The learning curves", lambda: curves(rows), list[Curve]())
+    front: dict[str, Any] = part("The front", lambda: files.record(FRONT_FILE) or {}, {})
+    points = part("The front", lambda: points_of(front), list[Point]())
+    geometry = part("Angles and norms", lambda: _geometry(files), Rows())
+    moments = [_seconds(event.get("time")) for event in events]
+    timing: Rows = part("Where the time went", lambda: (files.record(TIMING_FILE) or {"iterations": []})["iterations"], Rows())
+    chosen = front.get("chosen")
+    data = {
+        "name": redact(files.storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]) or "run",
+        "place": redact(files.storage.uri),
+        "state": part("Whether it is finished", lambda: _state(events, moments, rows, bool(points)), {"word": "unknown"}),
+        "planned": part("What was asked for", lambda: _planned(config), None),
+        "front": {**front, "points": [asdict(point) for point in points]} if points else None,
+        "findings": part(
+            "What to look at", lambda: [asdict(one) for one in findings(points, chosen, _gaps(rows), _last(geometry))], Rows()
+        ),
+        "trajectories": [{"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)} for curve in found],
+        "curves": summary(found, share) if found else None,
+        "geometry": geometry,
+        "texts": part(
+            "The texts of the front",
+            lambda: sample_texts(files.json("samples.json", front.get("files", {}).get("samples.json")), points, chosen, share),
+            None,
+        ),
+        "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store"), share), Rows()),
+        "timeline": part("The time line", lambda: timeline(rows, moments), None),
+        "timing": timing,
+        "events": [{**_short(event), "seconds": moment} for event, moment in zip(events, moments, strict=True)],
+        "config": part("The configuration", lambda: _settings(config), Rows()),
+        "versions": next((event["versions"] for event in reversed(events) if isinstance(event.get("versions"), Mapping)), None),
+        "missing": [
+            *files.missing,
+            *part("What is unfinished", lambda: _unfinished(files.missing, config, found, front, events, timing), list[str]()),
+        ],
+    }
+    shown: dict[str, Any] = plain(data)
+    return shown
+
+
+def _unfinished(
+    missing: Sequence[str], config: Mapping[str, Any], found: Sequence[Curve], front: Mapping[str, Any], events: Rows, timing: Rows
+) -> list[str]:
+    """What a run that came to its end would have, and this one has not, but for what was said already."""
+    said = " ".join(missing)
+    lacking = []
+    if not config and CONFIG_FILE not in said:
+        lacking.append(f"{CONFIG_FILE} is missing: what was asked for is not known.")
+    if not found and METRICS_FILE not in said:
+        lacking.append(f"{METRICS_FILE} has no steps: there are no learning curves.")
+    if not front and FRONT_FILE not in said:
+        lacking.append(f"{FRONT_FILE} is missing: the front is measured after the last iteration.")
+    if not events and EVENTS_FILE not in said:
+        lacking.append(f"{EVENTS_FILE} is missing or empty: when the run began, what befell it and how it ended are not known.")
+    if front and not timing and TIMING_FILE not in said:
+        lacking.append(f"{TIMING_FILE} is missing: how busy the actors were is not known.")
+    warp = {**Config().warp.model_dump(), **config["warp"]} if config else {}
+    done = {(curve.iteration, curve.policy): int(curve.steps[-1]) + 1 for curve in found}
+    for iteration in range(1, warp.get("iterations", 0) + 1):
+        steps = [done.get((iteration, policy), 0) for policy in range(1, warp["policies"] + 1)]
+        if min(steps) < warp["steps"]:
+            lacking.append(f"Iteration {iteration}: {', '.join(map(str, steps))} of {warp['steps']} steps of its policies are done.")
+    return lacking
+
+
+def _state(
+    events: Sequence[Mapping[str, Any]], moments: Sequence[float | None], rows: Sequence[Mapping[str, Any]], measured: bool
+) -> dict[str, Any]:
+    """word: finished, running, silent (it may have been killed), stopped, failed or unknown; message and when, as far as they are known."""
+    times = [moment for moment in moments if moment is not None]
+    last_sign = max([*times, *(_end(row) for row in rows[-50:])], default=0.0)
+    state = {"word": "unknown", "since": times[0] if times else None, "last_sign": last_sign or None, "message": ""}
+    last = next((event for event in reversed(events) if event.get("event") in ("started", "finished", "failed", "stopped")), None)
+    if last is None:
+        return {**state, "word": "finished"} if measured else state
+    if last["event"] == "started":
+        alive = datetime.now(UTC).timestamp() - last_sign < SILENT
+        return {**state, "word": "running" if alive else "silent"}
+    return {**state, "word": last["event"], "message": str(last.get("message", ""))}
+
+
+def _end(row: Mapping[str, Any]) -> float:
+    """When a step was over, in Unix seconds; 0 where it does not say."""
+    spans = row.get("spans")
+    if not isinstance(spans, Mapping):
+        return 0.0
+    return max((number(end) for own in spans.values() for _, end in own), default=0.0)
+
+
+def _seconds(time: Any) -> float | None:
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def _planned(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the configuration asks for, in the words of the page's head."""
+    if not config:
+        return None
+    warp = {**Config().warp.model_dump(), **config.get("warp", {})}
+    names = ("iterations", "policies", "steps", "ema_rate", "liti_rate", "kl_coef")
+    reward = config.get("reward") or {}
+    return {
+        **{name: warp.get(name) for name in names},
+        "model": redact(str(config.get("model", ""))),
+        "reward": redact(str(reward.get("model") or reward.get("function") or "")),
+        "control": bool(config.get("control")),
+    }
+
+
+def _settings(config: Mapping[str, Any]) -> Rows:
+    """Every key with its value, and whether that is not the default."""
+    default = dict(flat(Config().model_dump(mode="json")))
+    return [
+        {"key": key, "value": redact(_shown(value)), "changed": key in default and default[key] != value}
+        for key, value in flat(config)
+        if not isinstance(value, Mapping)
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "–"}[value]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _geometry(files: RunFiles) -> Rows:
+    """Per iteration: names of the blocks, pairs of policies, angles in degrees and norm ratios ‖δ_b‖ / ‖δ_a‖ (pairs × blocks)."""
+    found = []
+    for name in sorted((name for name in files.storage.names("iterations") if name.isdigit()), key=int):
+        blocks = files.section(f"Iteration {name}", partial(_block_geometry, files, f"iterations/{name}"), None)
+        if not blocks:
+            continue
+        norms = [[number(value) for value in block["norms"]] for block in blocks.values()]
+        pairs = [(a, b) for a in range(len(norms[0])) for b in range(a + 1, len(norms[0]))]
+        found.append(
+            {
+                "iteration": int(name),
+                "blocks": list(blocks),
+                "pairs": [f"{a + 1}–{b + 1}" for a, b in pairs],
+                "angles": [[round(number(block["angles"][n]), 2) for block in blocks.values()] for n in range(len(pairs))],
+                "ratios": [[round(own[b] / own[a], 4) if own[a] else None for own in norms] for a, b in pairs],
+                "norms": [[round(own[m], 5) for own in norms] for m in range(len(norms[0]))],
+            }
+        )
+    return found
+
+
+def _short(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event without a stack of hundreds of lines, and without the versions, which the page shows once."""
+    return {name: clip(value, MESSAGE) if isinstance(value, str) else value for name, value in event.items() if name != "versions"}
+
+
+def _block_geometry(files: RunFiles, folder: str) -> Any:
+    manifest = files.json(f"{folder}/{MANIFEST}") or {}
+    return files.json(f"{folder}/geometry.json", manifest.get("geometry.json"))
+
+
+def _last(geometry: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [number(angle) for row in (geometry[-1]["angles"] if geometry else []) for angle in row]
+
+
+def _gaps(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [number(row.get("sampler_gap")) for row in rows]
