@@ -80,6 +80,15 @@ def test_verdict(low: float, high: float, seeds: int, verdict: str) -> None:
     assert fronts.verdict(Effect((low + high) / 2, low, high, (0.0,) * seeds), margin=0.05, needed=3) == verdict
 
 
+def test_verdict_on_what_should_be_zero() -> None:
+    def verdict(low: float, high: float) -> str:
+        return fronts.within(Effect((low + high) / 2, low, high, (0.0,) * 3), margin=10)
+
+    assert verdict(-6, 2) == "reproduced"
+    assert verdict(-15, -11) == "not reproduced"
+    assert verdict(-12, -8) == "undecided"
+
+
 def test_verdicts_of_several_parts() -> None:
     assert claims.combined(["reproduced", "reproduced"]) == "reproduced"
     assert claims.combined(["reproduced", "undecided"]) == "undecided"
@@ -160,7 +169,9 @@ def results(tmp_path: Path) -> Results:
     results = Results(tmp_path / "results", Settings().as_json())
     for seed in (1, 2, 3):
         results.seed(seed).points.update(made_up(seed, {"slerp": 0.5, "factors": -0.5}))
-        results.seed(seed).facts["warp"] = {"note": seed}
+        block = {"norms": [1.0, 0.9], "angles": [85.0 + seed]}
+        for arm in ("warp", "shared"):
+            results.seed(seed).facts[arm] = {"geometry": {"0": block, "1": block}, "errors": {"SVD": {"error": 0.5, "length": 0.8}}}
         results.save(seed)
     return results
 
@@ -191,8 +202,13 @@ def test_verdicts_and_figures_of_made_up_results(results: Results, tmp_path: Pat
     assert {"verdict", "effect", "interval", "seeds", "command"} <= entry.keys()
     assert entry["interval"][0] < entry["effect"] < entry["interval"][1]
     assert entry["seeds"] == 3
-    figures.draw(judged["H11"], of_seeds, tmp_path / "H11.png")
-    assert (tmp_path / "H11.png").stat().st_size < 250_000
+    assert judged["H4"].verdict == "reproduced"
+    assert judged["H4"].effects["A independent: median angle of a block − 90"].value == pytest.approx(-3)
+    assert judged["H4"].effects["A independent: median norm ratio of a block − 1"].value == pytest.approx(-0.1)
+    assert claims.facts_of(CLAIMS["H11"], results)["A independent, seed 2"]["SVD"]["error"] == 0.5
+    for name, one in judged.items():
+        figures.draw(one, of_seeds, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size < 250_000
 
 
 def test_a_part_without_its_points_says_nothing(results: Results) -> None:

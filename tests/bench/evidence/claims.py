@@ -1,5 +1,6 @@
 """The claims: which curves each compares, how, and the verdict. Effects are in standard deviations of the SFT model's reward."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from bench.evidence import fronts
 from bench.evidence.curves import CURVES, SFT, Curve
 from bench.evidence.fronts import Array, Effect, Verdict
 from bench.evidence.results import Results, Seed
-from bench.evidence.settings import SFT_COEFS, Settings
+from bench.evidence.settings import ARMS, SFT_COEFS, Settings
 
 from raywarp.seeding import derive_seed
 
@@ -47,16 +48,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison. effect: of a seed, (1 + B,). decides: the claim's verdict depends on it. unit: of the effect."""
+    """One comparison.
+
+    effect: of a seed, (1 + B,). decides: the claim's verdict depends on it. unit: of the effect. arms: whose facts it reads.
+    verdict: what the effect says.
+    """
 
     name: str
     curves: tuple[Curve, ...]
     effect: Callable[[Sample], Array]
     decides: bool = False
     unit: str = "SFT standard deviations of reward"
+    arms: tuple[str, ...] = ()
+    verdict: Callable[[Effect], Verdict] = fronts.verdict
 
-    def has_points(self, seed: Seed) -> bool:
-        return all(point in seed.points for curve in self.curves for point in [SFT, *curve.front])
+    def is_measured(self, seed: Seed) -> bool:
+        points = [point for curve in self.curves for point in [SFT, *curve.front]]
+        return all(point in seed.points for point in points) and all("geometry" in seed.facts.get(arm, {}) for arm in self.arms)
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,8 @@ class Judged:
     verdict: Verdict
     parts: Mapping[str, Verdict] = field(default_factory=dict)
 
-    def as_json(self, command: str) -> dict[str, Any]:
-        """The claim's entry in evidence.json."""
+    def as_json(self, command: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The claim's entry in evidence.json; facts: see facts_of."""
         first = next(iter(self.effects.values()))
         rows = {
             part.name: {
@@ -92,7 +100,14 @@ class Judged:
             }
             for part in self.claim.parts
         }
-        return {"claim": self.claim.text, "verdict": self.verdict, **_entry(first), "command": command, "parts": rows}
+        return {
+            "claim": self.claim.text,
+            "verdict": self.verdict,
+            **_entry(first),
+            "command": command,
+            "parts": rows,
+            **({"facts": facts} if facts else {}),
+        }
 
 
 def _entry(effect: Effect) -> dict[str, Any]:
@@ -121,10 +136,10 @@ def judge(claim: Claim, of_seeds: Mapping[int, Sample]) -> Judged:
     """Effects with intervals, and the verdict: what all deciding parts say, else undecided."""
     effects: dict[str, Effect] = {}
     for part in claim.parts:
-        values = [part.effect(sample) for sample in of_seeds.values() if part.has_points(sample.seed)]
+        values = [part.effect(sample) for sample in of_seeds.values() if part.is_measured(sample.seed)]
         stacked = np.stack(values) if values else np.zeros((0, 2))
         effects[part.name] = fronts.paired_bootstrap(stacked, np.random.default_rng(derive_seed(claim.name, part.name)))
-    verdicts = {part.name: fronts.verdict(effects[part.name]) for part in claim.parts if part.decides}
+    verdicts = {part.name: part.verdict(effects[part.name]) for part in claim.parts if part.decides}
     return Judged(claim, effects, combined(list(verdicts.values())), verdicts)
 
 
@@ -133,6 +148,29 @@ def combined(verdicts: list[Verdict]) -> Verdict:
     if "not reproduced" in verdicts:
         return "not reproduced"
     return "reproduced" if verdicts and set(verdicts) == {"reproduced"} else "undecided"
+
+
+def facts_of(claim: Claim, results: Results) -> dict[str, Any]:
+    """What belongs to a claim besides effects, from what every seed's runs said of themselves."""
+    own = {number: seed.facts for number, seed in sorted(results.seeds.items())}
+    if claim.name == "H11":
+        return {
+            f"{name}, seed {number}": facts[arm]["errors"]
+            for arm, name in (("warp", "A independent"), ("shared", "A shared at the start"), ("frozen", "A shared and frozen"))
+            for number, facts in own.items()
+            if "errors" in facts.get(arm, {})
+        }
+    if claim.name == "H12":
+        return {f"seed {number}": wall_clock(facts) for number, facts in own.items() if "ema-long" in facts and "warp-i2" in facts}
+    return {}
+
+
+def wall_clock(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of training, from the phases of a policy's step that has machine and engine to itself: WARP's I·T with one machine per
+    policy, the one run's M·I·T."""
+    step, steps = facts["ema-long"]["step_seconds"], facts["ema-long"]["steps"]
+    policies = ARMS["warp-i2"].policies
+    return {"step_seconds": step, "warp_on_m_machines": round(step * steps / policies, 1), "one_run": round(step * steps, 1)}
 
 
 def above(
@@ -204,6 +242,27 @@ def at_the_end(name: str, curve: Curve, point: str, others: tuple[Curve, ...], t
 
     unit = "nats" if quantity == "kl" else f"SFT standard deviations of {quantity}"
     return Part(name, (curve, *others), effect, unit=unit)
+
+
+def block_medians(facts: Mapping[str, Any]) -> tuple[float, float]:
+    """Over an arm's blocks and pairs of policies: the median angle in degrees, and the median of the smaller norm over the larger one."""
+    blocks = facts["geometry"].values()
+    angles = [angle for block in blocks for angle in block["angles"]]
+    ratios = [min(pair) / max(pair) for block in blocks for pair in itertools.combinations(block["norms"], 2)]
+    return float(np.median(angles)), float(np.median(ratios))
+
+
+def geometry_parts(arm: str, name: str, decides: bool) -> tuple[Part, Part]:
+    def effect(index: int, expected: float) -> Callable[[Sample], Array]:
+        return lambda sample: np.full(len(sample.weights), block_medians(sample.seed.facts[arm])[index] - expected)
+
+    def rule(margin: float) -> Callable[[Effect], Verdict]:
+        return lambda effect: fronts.within(effect, margin)
+
+    return (
+        Part(f"{name}: median angle of a block − 90", (), effect(0, 90.0), decides, "degrees", (arm,), rule(ANGLE_MARGIN)),
+        Part(f"{name}: median norm ratio of a block − 1", (), effect(1, 1.0), decides, "ratio", (arm,), rule(RATIO_MARGIN)),
+    )
 
 
 def _claims() -> dict[str, Claim]:
@@ -291,7 +350,17 @@ def _claims() -> dict[str, Claim]:
             *in_all_ways(c["slerp-i3"], (c["slerp-i2"],), "I = 3 over I = 2"),
         ),
     )
-    return {claim.name: claim for claim in (h3, h5, h11, h12, h1, h6, h8)}
+    h4 = Claim(
+        "H4",
+        f"Task vectors of one block are orthogonal (90 ± {ANGLE_MARGIN:g} degrees) and of one length (ratio above {1 - RATIO_MARGIN:g}).",
+        (
+            *geometry_parts("warp", "A independent", decides=True),
+            *geometry_parts("shared", "A shared at the start", decides=False),
+            *geometry_parts("frozen", "A shared and frozen", decides=False),
+        ),
+        shown=(c["slerp"], c["shared"], c["frozen"]),
+    )
+    return {claim.name: claim for claim in (h3, h5, h11, h12, h1, h4, h6, h8)}
 
 
 H12_COEFS = (0.03, 0.1)

@@ -1,6 +1,7 @@
 """The points that are measured, as curves: an adapter scaled by η, one merged at different λ, or a training as it went on."""
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,9 +59,12 @@ class Trained:
         return self._made[name, arm]
 
     def facts(self, arm: str) -> dict[str, Any]:
-        """Norms and angles of the last iteration's task vectors per block, how far inexact merges of them are off, and the run's timing."""
+        """Norms and angles of the last iteration's task vectors per block, how far inexact merges of them are off; steps of
+        all policies, and the median seconds of one."""
         vectors = self.vectors(arm)
-        facts: dict[str, Any] = {"timing": [_rounded(row) for row in self.runs(arm).timing()]}
+        rows = self.runs(arm).metrics()
+        own = [row["rollout_seconds"] + row["request_seconds"] + row["update_seconds"] for row in rows]
+        facts: dict[str, Any] = {"steps": len(rows), "step_seconds": round(statistics.median(own), 3)}
         if len(vectors) == 1:
             return facts
         facts["geometry"] = _rounded(geometry(vectors))

@@ -1,47 +1,40 @@
 """One picture per claim: its fronts in reward and in the control score, and every comparison with its interval."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from bench.evidence.claims import Judged, Sample
-from bench.evidence.curves import SFT, Curve
+from bench.evidence.curves import CURVES, SFT, Curve
 
 from raywarp.store import write_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = [
-    "#3b6fb6",
-    "#c76a2b",
-    "#3f8f5b",
-    "#8a56a3",
-    "#b23a48",
-    "#6b6b6b",
-    "#b59b1f",
-    "#3aa6a6",
-    "#d47fa6",
-    "#1f3a5f",
-    "#8c564b",
-    "#a0c55f",
-]
+COLOURS = ["#3b6fb6", "#c76a2b", "#3f8f5b", "#8a56a3", "#b23a48", "#6b6b6b", "#b59b1f", "#3aa6a6", "#d47fa6", "#1f3a5f", "#8c564b"]
+Panel = Callable[[Any, Sequence[Sample]], None]
 
 
 def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
-    """Curves are means over the seeds that have them, bands 95 % over prompts and seeds."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.2), dpi=80, width_ratios=(1, 1, 1.1), layout="constrained")
+    """Curves are means over the seeds that have them, bands 95 % over their prompts."""
+    own, extra = list(of_seeds.values()), EXTRA.get(judged.claim.name)
+    widths = (1, 1, *([1] if extra else []), 1.1)
+    size = (5.6 * sum(widths), 5.2)
+    figure, all_axes = plt.subplots(1, len(widths), figsize=size, dpi=75, width_ratios=widths, layout="constrained")
     curves = [curve for curve in judged.claim.curves if SFT in curve.also]
-    for axes, score, label in ((left, "reward", "reward"), (middle, "control", "control reward model")):
+    for axes, score, label in zip(all_axes[:2], ("reward", "control"), ("reward", "control score"), strict=True):
         for colour, curve in zip(COLOURS * 2, curves, strict=False):
-            _front(axes, curve, list(of_seeds.values()), score, colour)
+            _front(axes, curve, own, score, colour)
         axes.set(xlabel="KL(policy ‖ SFT), nats per completion", ylabel=f"{label}, SFT standard deviations")
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7.5, loc="lower right")
-    _forest(right, judged)
+    all_axes[0].legend(fontsize=7.5, loc="lower right")
+    if extra:
+        extra(all_axes[2], own)
+    _forest(all_axes[-1], judged)
     seeds = ", ".join(map(str, of_seeds)) or "none yet"
     figure.suptitle(f"{judged.claim.name}: {judged.claim.text}  →  {judged.verdict} (seeds: {seeds})", fontsize=12)
     image = io.BytesIO()
@@ -50,8 +43,8 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
     plt.close(figure)
 
 
-def _front(axes: Any, curve: Curve, of_seeds: list[Sample], score: str, colour: str) -> None:
-    own = [sample for sample in of_seeds if all(point in sample.seed.points for point in curve.front)]
+def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colour: str) -> None:
+    own = _with(of_seeds, curve.front)
     if not own:
         return
     kl, value = (np.mean(both, axis=0) for both in zip(*(sample.front(curve, score) for sample in own), strict=True))
@@ -74,5 +67,60 @@ def _forest(axes: Any, judged: Judged) -> None:
         verdict = f"  [{judged.parts[name]}]" if decides else ""
         axes.text(0.01, row + 0.42, name + verdict, transform=axes.get_yaxis_transform(), fontsize=7, va="bottom")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(yticks=[], ylim=(-0.7, len(names)), xlabel="effect (see evidence.json for units), 95 % interval")
+    axes.set(yticks=[], ylim=(-0.7, len(names)), xlabel="effect (units: evidence.json), 95 % interval, a dot per seed")
     axes.grid(alpha=0.3, axis="x")
+
+
+def _unequal_weights(axes: Any, of_seeds: Sequence[Sample]) -> None:
+    """H3: reward over λ at η = 1, from policy 1 to policy 2; not at equal KL."""
+    for colour, name, middle in ((COLOURS[0], "slerp", "slerp@1"), (COLOURS[1], "lerp", "lerp@1")):
+        points = ["policy-1@1", f"{name}-weights@0.25", middle, f"{name}-weights@0.75", "policy-2@1"]
+        own = _with(of_seeds, points)
+        for quantity, style in (("reward", "-o"), ("kl", ":x")):
+            if own:
+                values = np.mean([[sample.mean(point, quantity)[0] for point in points] for sample in own], axis=0)
+                label = f"{name.upper()}, " + ("reward" if quantity == "reward" else "KL / 10 nats")
+                axes.plot([0, 0.25, 0.5, 0.75, 1], values if quantity == "reward" else values / 10, style, color=colour, label=label)
+    axes.set(xlabel="λ, from policy 1 to policy 2", title="unequal weights at η = 1 (not at equal KL)")
+    _finish(axes)
+
+
+def _along_eta(axes: Any, of_seeds: Sequence[Sample]) -> None:
+    """H5: what η does to reward and KL."""
+    curve = CURVES["slerp"]
+    own, etas = _with(of_seeds, curve.front), [0.0, *curve.values]
+    if own:
+        kl, reward = (np.mean(both, axis=0)[0] for both in zip(*(sample.front(curve) for sample in own), strict=True))
+        axes.plot(etas, reward / reward[-1], "-o", color=COLOURS[0], label="reward gain, share of that at η = 1")
+        axes.plot(etas, kl / kl[-1], "-s", color=COLOURS[1], label="KL, likewise")
+        axes.plot(etas, etas, ":", color="black", linewidth=0.8, label="η")
+        axes.plot(etas, np.square(etas), "--", color="black", linewidth=0.8, label="η²")
+    axes.set(xlabel="η", title="along the LITI line")
+    _finish(axes)
+
+
+def _geometry(axes: Any, of_seeds: Sequence[Sample]) -> None:
+    """H4: angles per block, a line per seed."""
+    for colour, arm in zip(COLOURS, ("warp", "shared", "frozen"), strict=False):
+        for sample in of_seeds:
+            blocks = sample.seed.facts.get(arm, {}).get("geometry", {}).values()
+            if angles := [np.mean(block["angles"]) for block in blocks]:
+                name = {"warp": "A independent", "shared": "A shared at the start", "frozen": "A shared and frozen"}[arm]
+                first = sample is of_seeds[0]
+                axes.plot(angles, color=colour, linewidth=1.2, alpha=0.8, label=name if first else None)
+    axes.axhline(90, color="black", linewidth=0.8)
+    axes.set(xlabel="block", ylabel="angle between task vectors, degrees", title="angles per block, a line per seed")
+    _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7.5)
+
+
+def _with(of_seeds: Sequence[Sample], points: Sequence[str]) -> list[Sample]:
+    return [sample for sample in of_seeds if all(point in sample.seed.points for point in points)]
+
+
+EXTRA: dict[str, Panel] = {"H3": _unequal_weights, "H5": _along_eta, "H4": _geometry}

@@ -129,3 +129,12 @@ def verdict(effect: Effect, margin: float = MARGIN, needed: int = SEEDS_NEEDED) 
     if effect.low > 0:
         return "reproduced"
     return "not reproduced" if effect.high < margin else "undecided"
+
+
+def within(effect: Effect, margin: float, needed: int = SEEDS_NEEDED) -> Verdict:
+    """Of a claim that something is 0. reproduced: all of the interval is nearer to it than the margin; not reproduced: all is farther."""
+    if len(effect.per_seed) < needed:
+        return "undecided"
+    if -margin < effect.low and effect.high < margin:
+        return "reproduced"
+    return "not reproduced" if effect.low > margin or effect.high < -margin else "undecided"

@@ -251,7 +251,8 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
         if not any(effect.per_seed for effect in judged.effects.values()):
             continue
         seeds = max(of_seeds)
-        entries[name] = judged.as_json(f".venv/bin/python tests/bench/evidence --claim {name} --seeds {seeds}")
+        command = f".venv/bin/python tests/bench/evidence --claim {name} --seeds {seeds}"
+        entries[name] = judged.as_json(command, claims.facts_of(claim, results))
         figures.draw(judged, of_seeds, where / f"{name}.png")
         first = entries[name]
         print(f"{name}: {first['verdict']}: {first['effect']} {first['interval']} over {first['seeds']} seeds; {claim.text}")
