@@ -1,17 +1,24 @@
-"""The study's statistics by hand-worked numbers, its merges against their definitions, its verdicts on made-up results."""
+"""The study's statistics by hand-worked numbers, its merges against their definitions, its verdicts on made-up results, and all of it on a
+tiny model, killed on its way."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bench.evidence import claims, figures, fronts, merges
+from bench.evidence import claims, figures, fronts, merges, study
 from bench.evidence.claims import CLAIMS
 from bench.evidence.curves import CURVES, SFT
 from bench.evidence.fronts import Effect
 from bench.evidence.results import Measured, OtherSettingsError, Results
-from bench.evidence.settings import ARMS, Settings
+from bench.evidence.settings import ARMS, TINY, Settings
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
@@ -218,3 +225,46 @@ def test_a_part_without_its_points_says_nothing(results: Results) -> None:
     assert judged.effects["exact over SVD back to r"].per_seed == ()
     assert judged.as_json("")["parts"]["exact over SVD back to r"]["effect"] is None
     assert judged.verdict == "reproduced"
+
+
+def test_a_killed_study_continues(ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Points that were measured are not measured again, what was trained is not trained again, and a redrawing says the same."""
+    arguments = ["--tiny", "--claim", "H5", "--seeds", "1", "--out", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
+    command = [sys.executable, str(Path(study.__file__).parent), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(tmp_path / "stderr").open("w"), start_new_session=True)
+    while len(points := measured_points(tmp_path / "results")) < 3:
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    points = measured_points(tmp_path / "results")
+    assert study.main([*arguments, "--hours", "0"]) == 0
+    assert "the hours are over" in capsys.readouterr().out
+    assert measured_points(tmp_path / "results").keys() == points.keys()
+
+    assert study.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "arm warp trained" not in output
+    again = measured_points(tmp_path / "results")
+    assert set(again) == {SFT, *(point for curve in CLAIMS["H5"].curves for point in curve.points)}
+    assert points.keys() < again.keys()
+    for name, point in points.items():
+        assert f"seed 1: {name}:" not in output
+        np.testing.assert_array_equal(point.kl, again[name].kl)
+    assert again[SFT].kl.max() == 0
+    assert again["training-1@0.75"].kl.mean() > again["training-1@0.25"].kl.mean() > 0
+    for name in ("policy-1@1", "slerp@1"):
+        assert again[name].kl.mean() > 0
+
+    summary = tmp_path / "results" / "evidence.json"
+    before = json.loads(summary.read_text())
+    assert before["H5"]["seeds"] == 1
+    assert before["H5"]["verdict"] == "undecided"
+    summary.unlink()
+    assert study.main([*arguments, "--redraw"]) == 0
+    assert json.loads(summary.read_text()) == before
+    assert (tmp_path / "results" / "H5.png").is_file()
+
+
+def measured_points(folder: Path) -> dict[str, Measured]:
+    return Results(folder, TINY.as_json()).seed(1).points

@@ -91,8 +91,8 @@ def _along_eta(axes: Any, of_seeds: Sequence[Sample]) -> None:
     own, etas = _with(of_seeds, curve.front), [0.0, *curve.values]
     if own:
         kl, reward = (np.mean(both, axis=0)[0] for both in zip(*(sample.front(curve) for sample in own), strict=True))
-        axes.plot(etas, reward / reward[-1], "-o", color=COLOURS[0], label="reward gain, share of that at η = 1")
-        axes.plot(etas, kl / kl[-1], "-s", color=COLOURS[1], label="KL, likewise")
+        axes.plot(etas, reward / (reward[-1] or 1.0), "-o", color=COLOURS[0], label="reward gain, share of that at η = 1")
+        axes.plot(etas, kl / (kl[-1] or 1.0), "-s", color=COLOURS[1], label="KL, likewise")
         axes.plot(etas, etas, ":", color="black", linewidth=0.8, label="η")
         axes.plot(etas, np.square(etas), "--", color="black", linewidth=0.8, label="η²")
     axes.set(xlabel="η", title="along the LITI line")

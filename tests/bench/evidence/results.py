@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from raywarp.store import write_bytes
 
-SCALE = 1000  # scores are kept in thousandths
+DIGITS = 3  # of scores
+SCALE = 10**DIGITS
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class Results:
         return self.seeds.setdefault(number, Seed({}, {}))
 
     def add(self, seed: int, name: str, measured: Measured) -> None:
-        self.seed(seed).points[name] = measured
+        """As it will be read back."""
+        rounded = {column: np.round(getattr(measured, column), DIGITS) for column in SCORES}
+        self.seed(seed).points[name] = replace(measured, **rounded)
         self.save(seed)
 
     def save(self, seed: int) -> None:
