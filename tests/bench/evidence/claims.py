@@ -1,0 +1,368 @@
+"""The claims: which curves each compares, how, and the verdict. Effects are in standard deviations of the SFT model's reward."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from bench.evidence import fronts
+from bench.evidence.curves import CURVES, SFT, Curve
+from bench.evidence.fronts import Array, Effect, Verdict
+from bench.evidence.results import Results, Seed
+from bench.evidence.settings import ARMS, SFT_COEFS, Settings
+
+from raywarp.seeding import derive_seed
+
+RESAMPLES = 1000
+ANGLE_MARGIN, RATIO_MARGIN = 10.0, 0.2  # what counts as 90 degrees, and as equal norms
+
+
+class Sample:
+    """One seed's means, plain and under resamples of its prompts, which are the same for every point."""
+
+    def __init__(self, settings: Settings, seed: Seed, weights: Array):
+        self.settings, self.seed, self.weights = settings, seed, weights
+        self._means: dict[tuple[str, str], Array] = {}
+
+    def mean(self, point: str, quantity: str) -> Array:
+        """(1 + B,) Scores but for KL in standard deviations of SFT's, from SFT's plain mean."""
+        if (point, quantity) not in self._means:
+            values: Array = getattr(self.seed.points[point], quantity)
+            if quantity != "kl":
+                sft = getattr(self.seed.points[SFT], quantity)
+                values = (values - sft.mean()) / (sft.std() or 1.0)
+            self._means[point, quantity] = self.weights @ values
+        return self._means[point, quantity]
+
+    def front(self, curve: Curve, quantity: str = "reward") -> tuple[Array, Array]:
+        """(1 + B, P) KL and score."""
+        kl, score = (np.stack([self.mean(point, wanted) for point in curve.front], -1) for wanted in ("kl", quantity))
+        return kl, score
+
+    def reached(self, kls: tuple[float, ...], *curves: Curve) -> Array:
+        """Those of the KLs that all curves reach."""
+        furthest = min(self.front(curve)[0][0].max() for curve in curves)
+        return np.array([kl for kl in kls if kl <= furthest])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison.
+
+    effect: of a seed, (1 + B,). decides: the claim's verdict depends on it. unit: of the effect. arms: whose facts it reads.
+    verdict: what the effect says.
+    """
+
+    name: str
+    curves: tuple[Curve, ...]
+    effect: Callable[[Sample], Array]
+    decides: bool = False
+    unit: str = "SFT standard deviations of reward"
+    arms: tuple[str, ...] = ()
+    verdict: Callable[[Effect], Verdict] = fronts.verdict
+
+    def is_measured(self, seed: Seed) -> bool:
+        points = [point for curve in self.curves for point in [SFT, *curve.front]]
+        return all(point in seed.points for point in points) and all("geometry" in seed.facts.get(arm, {}) for arm in self.arms)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """text: what is claimed. The first of the parts gives the claim's effect. shown: curves in its figure, besides those compared."""
+
+    name: str
+    text: str
+    parts: tuple[Part, ...]
+    shown: tuple[Curve, ...] = ()
+    hidden: tuple[Curve, ...] = ()
+
+    @property
+    def curves(self) -> list[Curve]:
+        return list(dict.fromkeys([*(curve for part in self.parts for curve in part.curves), *self.shown, *self.hidden]))
+
+
+@dataclass(frozen=True)
+class Judged:
+    claim: Claim
+    effects: Mapping[str, Effect]
+    verdict: Verdict
+    parts: Mapping[str, Verdict] = field(default_factory=dict)
+
+    def as_json(self, command: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The claim's entry in evidence.json; facts: see facts_of."""
+        first = next(iter(self.effects.values()))
+        rows = {
+            part.name: {
+                **_entry(self.effects[part.name]),
+                "unit": part.unit,
+                **({"verdict": self.parts[part.name]} if part.decides else {}),
+            }
+            for part in self.claim.parts
+        }
+        return {
+            "claim": self.claim.text,
+            "verdict": self.verdict,
+            **_entry(first),
+            "command": command,
+            "parts": rows,
+            **({"facts": facts} if facts else {}),
+        }
+
+
+def _entry(effect: Effect) -> dict[str, Any]:
+    values = [effect.value, effect.low, effect.high]
+    value, low, high = (None if np.isnan(number) else round(number, 4) for number in values)
+    return {
+        "effect": value,
+        "interval": [low, high],
+        "seeds": len(effect.per_seed),
+        "per_seed": [round(number, 4) for number in effect.per_seed],
+    }
+
+
+def samples(settings: Settings, results: Results, resamples: int = RESAMPLES) -> dict[int, Sample]:
+    """Of every seed that has SFT's point."""
+    found = {}
+    for number, seed in sorted(results.seeds.items()):
+        if SFT in seed.points:
+            generator = np.random.default_rng(derive_seed("bootstrap", number))
+            weights = fronts.resampling_weights(len(seed.points[SFT].reward), resamples, generator)
+            found[number] = Sample(settings, seed, weights)
+    return found
+
+
+def judge(claim: Claim, of_seeds: Mapping[int, Sample]) -> Judged:
+    """Effects with intervals, and the verdict: what all deciding parts say, else undecided."""
+    effects: dict[str, Effect] = {}
+    for part in claim.parts:
+        values = [part.effect(sample) for sample in of_seeds.values() if part.is_measured(sample.seed)]
+        stacked = np.stack(values) if values else np.zeros((0, 2))
+        effects[part.name] = fronts.paired_bootstrap(stacked, np.random.default_rng(derive_seed(claim.name, part.name)))
+    verdicts = {part.name: part.verdict(effects[part.name]) for part in claim.parts if part.decides}
+    return Judged(claim, effects, combined(list(verdicts.values())), verdicts)
+
+
+def combined(verdicts: list[Verdict]) -> Verdict:
+    """reproduced if all are, not reproduced if one is not."""
+    if "not reproduced" in verdicts:
+        return "not reproduced"
+    return "reproduced" if verdicts and set(verdicts) == {"reproduced"} else "undecided"
+
+
+def facts_of(claim: Claim, results: Results) -> dict[str, Any]:
+    """What belongs to a claim besides effects, from what every seed's runs said of themselves."""
+    own = {number: seed.facts for number, seed in sorted(results.seeds.items())}
+    if claim.name == "H11":
+        return {
+            f"{name}, seed {number}": facts[arm]["errors"]
+            for arm, name in (("warp", "A independent"), ("shared", "A shared at the start"), ("frozen", "A shared and frozen"))
+            for number, facts in own.items()
+            if "errors" in facts.get(arm, {})
+        }
+    if claim.name == "H12":
+        return {f"seed {number}": wall_clock(facts) for number, facts in own.items() if "ema-long" in facts and "warp-i2" in facts}
+    return {}
+
+
+def wall_clock(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of training, from the phases of a policy's step that has machine and engine to itself: WARP's I·T with one machine per
+    policy, the one run's M·I·T."""
+    step, steps = facts["ema-long"]["step_seconds"], facts["ema-long"]["steps"]
+    policies = ARMS["warp-i2"].policies
+    return {"step_seconds": step, "warp_on_m_machines": round(step * steps / policies, 1), "one_run": round(step * steps, 1)}
+
+
+def above(
+    curve: Curve, others: tuple[Curve, ...], name: str = "", upper: bool = False, score: str = "reward", decides: bool = False
+) -> Part:
+    """How far a front lies above the mean of others at fixed KL, as far as all of them reach."""
+
+    def effect(sample: Sample) -> Array:
+        kls = sample.settings.upper_kls if upper else sample.settings.kls
+        at = sample.reached(kls, curve, *others)
+        if not len(at):
+            return np.full(len(sample.weights), np.nan)
+        rival = np.mean([fronts.reward_at(*sample.front(other, score), at).mean(-1) for other in others], axis=0)
+        gain: Array = fronts.reward_at(*sample.front(curve, score), at).mean(-1) - rival
+        return gain
+
+    what = name or f"{curve.label} over {others[0].label}"
+    what += ", upper KL" if upper else ""
+    what += {"reward": "", "control": ", control model", "vader": ", VADER"}[score]
+    return Part(what, (curve, *others), effect, decides, f"SFT standard deviations of {score}")
+
+
+def in_all_ways(curve: Curve, others: tuple[Curve, ...], name: str = "", decides: bool = True) -> tuple[Part, ...]:
+    """At fixed KL (which decides), at higher KL, by hypervolume, and by the scores that training did not see."""
+    return (
+        above(curve, others, name, decides=decides),
+        above(curve, others, name, upper=True),
+        more_volume(curve, others, name),
+        above(curve, others, name, score="control"),
+        above(curve, others, name, score="vader"),
+    )
+
+
+def more_volume(curve: Curve, others: tuple[Curve, ...], name: str = "") -> Part:
+    """Hypervolume beyond the mean of others', over the reference KL: the mean gain from 0 up to there. The reference point is SFT's reward
+    at the reference KL."""
+
+    def volume(sample: Sample, one: Curve) -> Array:
+        limit = sample.settings.reference_kl
+        return fronts.front_hypervolume(*sample.front(one), limit, sample.mean(SFT, "reward")) / limit
+
+    def effect(sample: Sample) -> Array:
+        gain: Array = volume(sample, curve) - np.mean([volume(sample, other) for other in others], axis=0)
+        return gain
+
+    return Part(f"{name or f'{curve.label} over {others[0].label}'}, hypervolume / reference KL", (curve, *others), effect)
+
+
+def above_chord(curve: Curve) -> Part:
+    """A front against the straight line between its ends, in KL and reward, at the KLs between them."""
+
+    def effect(sample: Sample) -> Array:
+        kl, reward = sample.front(curve)
+        at = sample.reached(sample.settings.kls, curve)
+        if not len(at):
+            return np.full(len(sample.weights), np.nan)
+        gain: Array = (fronts.reward_at(kl, reward, at) - fronts.chord_at(kl, reward, at)).mean(-1)
+        return gain
+
+    return Part(f"{curve.label} over its chord", (curve,), effect, decides=True)
+
+
+def at_the_end(name: str, curve: Curve, point: str, others: tuple[Curve, ...], theirs: tuple[str, ...], quantity: str = "reward") -> Part:
+    """The paper's comparison at η = 1, not at equal KL."""
+
+    def effect(sample: Sample) -> Array:
+        gain: Array = sample.mean(point, quantity) - np.mean([sample.mean(other, quantity) for other in theirs], axis=0)
+        return gain
+
+    unit = "nats" if quantity == "kl" else f"SFT standard deviations of {quantity}"
+    return Part(name, (curve, *others), effect, unit=unit)
+
+
+def block_medians(facts: Mapping[str, Any]) -> tuple[float, float]:
+    """Over an arm's blocks and pairs of policies: the median angle in degrees, and the median of the smaller norm over the larger one."""
+    blocks = facts["geometry"].values()
+    angles = [angle for block in blocks for angle in block["angles"]]
+    ratios = [min(pair) / max(pair) for block in blocks for pair in itertools.combinations(block["norms"], 2)]
+    return float(np.median(angles)), float(np.median(ratios))
+
+
+def geometry_parts(arm: str, name: str, decides: bool) -> tuple[Part, Part]:
+    def effect(index: int, expected: float) -> Callable[[Sample], Array]:
+        return lambda sample: np.full(len(sample.weights), block_medians(sample.seed.facts[arm])[index] - expected)
+
+    def rule(margin: float) -> Callable[[Effect], Verdict]:
+        return lambda effect: fronts.within(effect, margin)
+
+    return (
+        Part(f"{name}: median angle of a block − 90", (), effect(0, 90.0), decides, "degrees", (arm,), rule(ANGLE_MARGIN)),
+        Part(f"{name}: median norm ratio of a block − 1", (), effect(1, 1.0), decides, "ratio", (arm,), rule(RATIO_MARGIN)),
+    )
+
+
+def _claims() -> dict[str, Claim]:
+    c = CURVES
+    policies, four = (c["policy-1"], c["policy-2"]), tuple(c[f"policy-{m}"] for m in (1, 2, 3, 4))
+    ends, trainings = ("policy-1@1", "policy-2@1"), (c["training-1"], c["training-2"])
+    h3 = Claim(
+        "H3",
+        "At equal KL the merge of two policies beats each of them, scaled.",
+        (
+            *in_all_ways(c["slerp"], policies, "SLERP over each policy"),
+            above(c["lerp"], policies, "LERP over each policy"),
+            above(c["slerp"], (c["lerp"],), "SLERP over LERP"),
+            at_the_end("SLERP over LERP at η = 1, not at equal KL", c["slerp"], "slerp@1", (c["lerp"],), ("lerp@1",)),
+            at_the_end("… and its KL more than LERP's", c["slerp"], "slerp@1", (c["lerp"],), ("lerp@1",), "kl"),
+            at_the_end("SLERP over each policy at η = 1, not at equal KL", c["slerp"], "slerp@1", policies, ends),
+        ),
+        hidden=(c["slerp-weights"], c["lerp-weights"]),
+    )
+    h5 = Claim(
+        "H5",
+        "The front of LITI lies above its chord and above the policies' training.",
+        (
+            *in_all_ways(c["slerp"], trainings, "LITI front over the policies' training"),
+            above_chord(c["slerp"]),
+            above(policies[0], trainings[:1], "policy 1, scaled, over its own training"),
+            above(policies[1], trainings[1:], "policy 2, scaled, over its own training"),
+        ),
+    )
+    exact = c["slerp"]
+    h11 = Claim(
+        "H11",
+        "The exact average in ΔW gives a better front than averages of the factors.",
+        (
+            *in_all_ways(exact, (c["factors"],), "exact over SLERP of A and B apart"),
+            above(exact, (c["peft"],), "exact over PEFT linear"),
+            above(exact, (c["peft"],), "exact over PEFT linear", upper=True),
+            above(exact, (c["svd"],), "exact over SVD back to r"),
+            above(exact, (c["svd"],), "exact over SVD back to r", upper=True),
+            above(c["shared"], (c["shared-factors"],), "A shared at the start: exact over SLERP of A and B apart"),
+            above(exact, (c["shared"],), "A independent over A shared at the start"),
+            above(exact, (c["frozen"],), "A independent over A shared and frozen"),
+            above(exact, (c["frozen"],), "A independent over A shared and frozen", upper=True),
+        ),
+    )
+    ema, warp = c["ema-long"], c["slerp-i2"]
+    anchored = tuple(c[f"sft-{coef:g}-long"] for coef in SFT_COEFS if coef in H12_COEFS)
+    h12 = Claim(
+        "H12",
+        "At equal compute WARP's front (M = 2, I = 2) lies above that of one run of M·I·T steps.",
+        (
+            *in_all_ways(warp, (ema,), "WARP over one run, EMA anchor, scaled"),
+            *(above(warp, (other,), f"WARP over {other.label}", decides=True) for other in anchored),
+            above(warp, (c["ema-training"],), "WARP over one run, EMA anchor, as it trained"),
+            above(warp, policies, "WARP over the policies of its first iteration, scaled"),
+            above(c["slerp"], (c["ema-half"],), "I = 1 over one run of 2T, EMA anchor, scaled"),
+            above(c["slerp"], (c["ema-half"],), "I = 1 over one run of 2T, EMA anchor, scaled", upper=True),
+            above(warp, (c["ema-half"],), "equal wall clock on M machines: WARP over one run of 2T, EMA anchor, scaled"),
+        ),
+        shown=tuple(c[f"sft-{coef:g}-training"] for coef in H12_COEFS),
+    )
+    trained = tuple(c[f"sft-{coef:g}-training"] for coef in SFT_COEFS)
+    h1 = Claim(
+        "H1",
+        "The front along training is better with the EMA as the anchor than with the SFT model, whatever β.",
+        tuple(above(c["ema-training"], (other,), f"EMA anchor over {other.label}", decides=True) for other in trained),
+    )
+    h6 = Claim(
+        "H6",
+        "More policies, a better front.",
+        (
+            above(c["slerp-m4"], (c["slerp"],), "M = 4 over M = 2", decides=True),
+            above(c["slerp-m4"], (c["slerp"],), "M = 4 over M = 2", upper=True),
+            above(c["slerp"], four, "M = 2 over M = 1, each scaled"),
+            above(c["slerp-m3"], (c["slerp"],), "M = 3 over M = 2"),
+            above(c["slerp-m4"], (c["slerp-m3"],), "M = 4 over M = 3"),
+            above(c["slerp-m4"], four, "M = 4 over M = 1, each scaled", decides=True),
+        ),
+    )
+    h8 = Claim(
+        "H8",
+        "Each iteration improves the front.",
+        (
+            *in_all_ways(c["slerp-i2"], (c["slerp"],), "I = 2 over I = 1"),
+            *in_all_ways(c["slerp-i3"], (c["slerp-i2"],), "I = 3 over I = 2"),
+        ),
+    )
+    h4 = Claim(
+        "H4",
+        f"Task vectors of one block are orthogonal (90 ± {ANGLE_MARGIN:g} degrees) and of one length (ratio above {1 - RATIO_MARGIN:g}).",
+        (
+            *geometry_parts("warp", "A independent", decides=True),
+            *geometry_parts("shared", "A shared at the start", decides=False),
+            *geometry_parts("frozen", "A shared and frozen", decides=False),
+        ),
+        shown=(c["slerp"], c["shared"], c["frozen"]),
+    )
+    return {claim.name: claim for claim in (h3, h5, h11, h12, h1, h4, h6, h8)}
+
+
+H12_COEFS = (0.03, 0.1)
+CLAIMS = _claims()
+FIRST_TIER = ("H3", "H5", "H11", "H12")

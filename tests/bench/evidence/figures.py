@@ -1,0 +1,126 @@
+"""One picture per claim: its fronts in reward and in the control score, and every comparison with its interval."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from bench.evidence.claims import Judged, Sample
+from bench.evidence.curves import CURVES, SFT, Curve
+
+from raywarp.store import write_bytes
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = ["#3b6fb6", "#c76a2b", "#3f8f5b", "#8a56a3", "#b23a48", "#6b6b6b", "#b59b1f", "#3aa6a6", "#d47fa6", "#1f3a5f", "#8c564b"]
+Panel = Callable[[Any, Sequence[Sample]], None]
+
+
+def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
+    """Curves are means over the seeds that have them, bands 95 % over their prompts."""
+    own, extra = list(of_seeds.values()), EXTRA.get(judged.claim.name)
+    widths = (1, 1, *([1] if extra else []), 1.1)
+    size = (5.6 * sum(widths), 5.2)
+    figure, all_axes = plt.subplots(1, len(widths), figsize=size, dpi=75, width_ratios=widths, layout="constrained")
+    curves = [curve for curve in judged.claim.curves if SFT in curve.also]
+    for axes, score, label in zip(all_axes[:2], ("reward", "control"), ("reward", "control score"), strict=True):
+        for colour, curve in zip(COLOURS * 2, curves, strict=False):
+            _front(axes, curve, own, score, colour)
+        axes.set(xlabel="KL(policy ‖ SFT), nats per completion", ylabel=f"{label}, SFT standard deviations")
+        axes.grid(alpha=0.3)
+    all_axes[0].legend(fontsize=7.5, loc="lower right")
+    if extra:
+        extra(all_axes[2], own)
+    _forest(all_axes[-1], judged)
+    seeds = ", ".join(map(str, of_seeds)) or "none yet"
+    figure.suptitle(f"{judged.claim.name}: {judged.claim.text}  →  {judged.verdict} (seeds: {seeds})", fontsize=12)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    write_bytes(path, image.getvalue())
+    plt.close(figure)
+
+
+def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colour: str) -> None:
+    own = _with(of_seeds, curve.front)
+    if not own:
+        return
+    kl, value = (np.mean(both, axis=0) for both in zip(*(sample.front(curve, score) for sample in own), strict=True))
+    order = np.argsort(kl[0])
+    low, high = np.percentile(value[1:], [2.5, 97.5], axis=0)
+    trained = "training" in curve.name
+    axes.plot(kl[0][order], value[0][order], "--s" if trained else "-o", color=colour, markersize=4, linewidth=1.3, label=curve.label)
+    axes.fill_between(kl[0][order], low[order], high[order], color=colour, alpha=0.1, linewidth=0)
+
+
+def _forest(axes: Any, judged: Judged) -> None:
+    """A row per comparison, the deciding ones in black; a dot per seed."""
+    names = list(judged.effects)
+    for row, (name, effect) in enumerate(reversed(judged.effects.items())):
+        decides = name in judged.parts
+        if effect.per_seed:
+            axes.plot([effect.low, effect.high], [row, row], color="black" if decides else "#8a8a8a", linewidth=2)
+            axes.plot(effect.value, row, "D", color="black" if decides else "#8a8a8a", markersize=5)
+            axes.plot(effect.per_seed, [row + 0.25] * len(effect.per_seed), ".", color="#3b6fb6", markersize=4)
+        verdict = f"  [{judged.parts[name]}]" if decides else ""
+        axes.text(0.01, row + 0.42, name + verdict, transform=axes.get_yaxis_transform(), fontsize=7, va="bottom")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(yticks=[], ylim=(-0.7, len(names)), xlabel="effect (units: evidence.json), 95 % interval, a dot per seed")
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _unequal_weights(axes: Any, of_seeds: Sequence[Sample]) -> None:
+    """H3: reward over λ at η = 1, from policy 1 to policy 2; not at equal KL."""
+    for colour, name, middle in ((COLOURS[0], "slerp", "slerp@1"), (COLOURS[1], "lerp", "lerp@1")):
+        points = ["policy-1@1", f"{name}-weights@0.25", middle, f"{name}-weights@0.75", "policy-2@1"]
+        own = _with(of_seeds, points)
+        for quantity, style in (("reward", "-o"), ("kl", ":x")):
+            if own:
+                values = np.mean([[sample.mean(point, quantity)[0] for point in points] for sample in own], axis=0)
+                label = f"{name.upper()}, " + ("reward" if quantity == "reward" else "KL / 10 nats")
+                axes.plot([0, 0.25, 0.5, 0.75, 1], values if quantity == "reward" else values / 10, style, color=colour, label=label)
+    axes.set(xlabel="λ, from policy 1 to policy 2", title="unequal weights at η = 1 (not at equal KL)")
+    _finish(axes)
+
+
+def _along_eta(axes: Any, of_seeds: Sequence[Sample]) -> None:
+    """H5: what η does to reward and KL."""
+    curve = CURVES["slerp"]
+    own, etas = _with(of_seeds, curve.front), [0.0, *curve.values]
+    if own:
+        kl, reward = (np.mean(both, axis=0)[0] for both in zip(*(sample.front(curve) for sample in own), strict=True))
+        axes.plot(etas, reward / (reward[-1] or 1.0), "-o", color=COLOURS[0], label="reward gain, share of that at η = 1")
+        axes.plot(etas, kl / (kl[-1] or 1.0), "-s", color=COLOURS[1], label="KL, likewise")
+        axes.plot(etas, etas, ":", color="black", linewidth=0.8, label="η")
+        axes.plot(etas, np.square(etas), "--", color="black", linewidth=0.8, label="η²")
+    axes.set(xlabel="η", title="along the LITI line")
+    _finish(axes)
+
+
+def _geometry(axes: Any, of_seeds: Sequence[Sample]) -> None:
+    """H4: angles per block, a line per seed."""
+    for colour, arm in zip(COLOURS, ("warp", "shared", "frozen"), strict=False):
+        for sample in of_seeds:
+            blocks = sample.seed.facts.get(arm, {}).get("geometry", {}).values()
+            if angles := [np.mean(block["angles"]) for block in blocks]:
+                name = {"warp": "A independent", "shared": "A shared at the start", "frozen": "A shared and frozen"}[arm]
+                first = sample is of_seeds[0]
+                axes.plot(angles, color=colour, linewidth=1.2, alpha=0.8, label=name if first else None)
+    axes.axhline(90, color="black", linewidth=0.8)
+    axes.set(xlabel="block", ylabel="angle between task vectors, degrees", title="angles per block, a line per seed")
+    _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7.5)
+
+
+def _with(of_seeds: Sequence[Sample], points: Sequence[str]) -> list[Sample]:
+    return [sample for sample in of_seeds if all(point in sample.seed.points for point in points)]
+
+
+EXTRA: dict[str, Panel] = {"H3": _unequal_weights, "H5": _along_eta, "H4": _geometry}
