@@ -109,7 +109,7 @@ def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
     cores = os.cpu_count() or 2
     tree: dict[str, Any] = {
         "seed": seed,
-        "out": str(seed_folder(folder, seed) / "arms" / arm.name),
+        "out": str(seed_folder(folder, seed) / "arms" / f"{arm.name}-lr-{settings.lr:g}"),
         "store": str(folder / "store"),
         "lora": {"rank": settings.rank, "alpha": float(settings.rank), "init": arm.init},
         "warp": {

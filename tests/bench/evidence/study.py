@@ -173,7 +173,7 @@ class Study:
                 summary = reward(config, standardise=False, inputs=prepare_stage(config))
                 self.clock.say(f"seed {seed}: {Path(config.out).name} model, pairwise accuracy {summary.accuracy:.3f}")
         start = time.monotonic()
-        train(self.config(seed, arm), Keeper(run.folder.with_suffix(".log"), self.settings, arm, self.place, self.clock))
+        train(self.config(seed, arm), Keeper(run.folder.with_name(f"{run.folder.name}.log"), self.settings, arm, self.place, self.clock))
         self.clock.say(f"seed {seed}: arm {arm.name} trained in {time.monotonic() - start:.0f} s")
 
     def evaluate(self, seed: int, points: Sequence[tuple[Curve | None, float]], trained: Trained) -> None:
@@ -212,16 +212,17 @@ class Study:
         self.clock.say(f"seed {seed}: {name}: {numbers} ({seconds:.0f} s)")
 
 
-LEARNING_RATES = (4e-4, 7e-4, 1.2e-3)
+LEARNING_RATES = (5e-4, 8e-4, 1.2e-3, 2e-3)
 ENOUGH_KL = 5.0  # nats: what a policy should reach, on the mean
 
 
 def select(settings: Settings, folder: Path, results_folder: Path, clock: Clock, rates: Sequence[float] = LEARNING_RATES) -> None:
-    """The least learning rate whose two policies reach a mean KL of ENOUGH_KL nats, else that with the largest; on a seed of its own."""
+    """The least learning rate whose two policies reach a mean KL of ENOUGH_KL nats, on a seed of its own; if none does, that with the
+    largest."""
     rows = []
     for rate in rates:
         tried = replace(settings, lr=rate, prompts=min(settings.prompts, 200))
-        study = Study(tried, folder / f"select-{rate:g}", Results(folder / f"select-{rate:g}" / "results", tried.as_json()), clock)
+        study = Study(tried, folder, Results(folder / "selection" / f"lr-{rate:g}", tried.as_json()), clock)
         ends = [(CURVES[name], 1.0) for name in ("policy-1", "policy-2", "slerp")]
         study.measure(SELECTION_SEED, [replace(curve, values=(value,)) for curve, value in ends], f"learning rate {rate:g}")
         own = study.results.seed(SELECTION_SEED)
@@ -235,8 +236,9 @@ def select(settings: Settings, folder: Path, results_folder: Path, clock: Clock,
         row["policy_kl"] = round(float(np.mean([row[f"policy-{m}@1"]["kl"] for m in (1, 2)])), 3)
         rows.append(row)
         clock.say(json.dumps(row))
-    reaching = [row for row in rows if row["policy_kl"] >= ENOUGH_KL]
-    chosen = reaching[0] if reaching else max(rows, key=lambda row: row["policy_kl"])
+        if row["policy_kl"] >= ENOUGH_KL:
+            break
+    chosen = max(rows, key=lambda row: row["policy_kl"])
     rule = f"the least learning rate at which the policies' mean KL reaches {ENOUGH_KL:g} nats; seed {SELECTION_SEED}, 200 prompts"
     store.write_json(results_folder / SELECTION_FILE, {"lr": chosen["lr"], "rule": rule, "tried": rows})
     clock.say(f"learning rate {chosen['lr']:g}: {results_folder / SELECTION_FILE}")
