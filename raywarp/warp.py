@@ -111,7 +111,8 @@ def _stages(
                 save_front(session, run, config, inputs.prompts, display, init, policies, key)
                 display.timing(run)
             yield Stage(run, session, iteration, all_keys, determinants, init, policies)
-            init = liti(init, merged, config.warp.liti_rate)
+            if iteration < config.warp.iterations:
+                init = liti(init, merged, config.warp.liti_rate)
 
 
 def fine_tune(

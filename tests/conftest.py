@@ -1,5 +1,6 @@
 """Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for all tests."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -108,7 +109,10 @@ def installed_in(root: Path) -> str:
 
 def traces() -> set[str]:
     """What a session leaves on a machine while it lives: its actors' processes, shared memory (but for Ray's own), adapter files."""
-    names = [process.name() for process in psutil.Process().children(recursive=True)]
+    names = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(process.name())
     found = {name for name in names if name.startswith(("ray::Rollout", "ray::Policy", "ray::Reward", "VLLM"))}
     found |= {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
     return found | {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-adapters-*")}
