@@ -1,8 +1,9 @@
 """`raywarp report`: the page that shows a run, as a file or served on this machine while the run goes on."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from raywarp import store
@@ -18,7 +19,10 @@ def add_report(commands: Any) -> None:
     more = "The run may be finished, under way or broken: the page shows what is there and says what is missing."
     parser = commands.add_parser("report", help=text, description=f"Write {text}. {more}")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's folder, or s3://bucket/prefix; of several, all fronts are drawn together"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a run or a sweep, or s3://bucket/prefix; of several runs, or trials, all fronts are drawn together",
     )
     parser.add_argument("--out", metavar="FILE", help=f"the page; default: RUN/{REPORT_FILE}, of several runs ./{REPORT_FILE}")
     parser.add_argument(
@@ -76,6 +80,23 @@ def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
     from raywarp.report_data import report_data
     from raywarp.report_page import page_data
 
-    found = [report_data(run, 1 / len(runs)) for run in runs]
-    title = found[0]["name"] if len(found) == 1 else f"{len(found)} runs"
+    members = [member for run in runs for member in _members(run)]
+    found = []
+    for place, name in members:
+        with contextlib.suppress(ConfigError) if name else contextlib.nullcontext():  # a trial that has only just begun
+            found.append({**report_data(place, 1 / len(members)), **({"name": name} if name else {})})
+    if not found:
+        raise ConfigError(f"{', '.join(runs)}: none of its trials has begun")
+    several = f"{PurePath(runs[0]).name}, {len(found)} trials" if len(runs) == 1 else f"{len(found)} runs"
+    title = found[0]["name"] if len(found) == 1 else several
     return page_data(found, f"{title} – raywarp report", live)
+
+
+def _members(run: str) -> list[tuple[str, str]]:
+    """The places of a sweep's trials, each with its values; of a run itself, and no name but its own."""
+    from raywarp.search_space import describe
+    from raywarp.sweep_files import SweepFiles
+
+    files = SweepFiles(run)
+    names = files.begun()
+    return [(files.trial_folder(name), describe(files.record(name, {}).point) or name) for name in names] or [(run, "")]

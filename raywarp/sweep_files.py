@@ -14,6 +14,8 @@ from typing import Any
 
 from raywarp.storage import Storage
 
+SWEEP_FILE = "sweep.json"
+
 
 @dataclass
 class Record:
@@ -38,6 +40,13 @@ class SweepFiles:
     def trial_folder(self, name: str) -> str:
         """The `out` of a trial."""
         return within(self.out, f"trials/{name}")
+
+    def begun(self) -> list[str]:
+        """Names of the trials whose runs have begun; the best first, once that is known."""
+        trials = (self._read(SWEEP_FILE) or {}).get("trials")
+        ranked = [trial.get("name") for trial in trials if isinstance(trial, dict)] if isinstance(trials, list) else []
+        found = [name for name in self._storage.names("trials") if not name.endswith(".json")]
+        return sorted(found, key=lambda name: (ranked.index(name) if name in ranked else len(ranked), name))
 
     def record(self, name: str, point: Mapping[str, Any]) -> Record:
         """Of the trial with this name and these values; a new one where there is none that can be read."""

@@ -18,7 +18,7 @@ from raywarp.run import Run
 from raywarp.search_space import DIRECTIONS, describe, name_of, show
 from raywarp.storage import Storage
 from raywarp.store import DamagedError
-from raywarp.sweep_files import SweepFiles
+from raywarp.sweep_files import SWEEP_FILE, SweepFiles
 from raywarp.trial import SweepPlan, front_line, measures
 
 LEGEND = 12  # trials that are named in the plot
@@ -153,7 +153,7 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
         "best": sweep.best,
         "trials": rows,
     }
-    store.write_json(run.folder / "sweep.json", tree)
+    store.write_json(run.folder / SWEEP_FILE, tree)
     if any(trial.front for trial in sweep.trials):
         plot_sweep(sweep, run.folder / "sweep.png", f"{len(sweep.trials)} trials: {plan.space.base.model}")
     if best := next((trial for trial in sweep.trials if trial.name == sweep.best), None):

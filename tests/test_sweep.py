@@ -28,7 +28,8 @@ from raywarp.config import load_config
 from raywarp.hypervolume import hypervolume
 from raywarp.peft_files import load_peft
 from raywarp.planning import plan, render
-from raywarp.search_space import name_of
+from raywarp.report_command import read, save_report
+from raywarp.search_space import describe, name_of
 from raywarp.storage import Storage
 from raywarp.sweep import tune
 from raywarp.sweep_report import Sweep
@@ -137,6 +138,20 @@ def test_what_trials_have_in_common_is_trained_once(grid: tuple[Sweep, Path, str
     assert runs["seconds_saved"] == pytest.approx(8 * runs["seconds_each"])
     assert runs["seconds_each"] > 0
     assert [len(path.read_text().splitlines()) for path in out.glob("trials/*/metrics.jsonl")] == [2 * 2 * STEPS] * 6
+
+
+def test_the_report_page_of_a_sweep_has_all_fronts(grid: tuple[Sweep, Path, str]) -> None:
+    """The best first, each under its values; what has only just begun is left out."""
+    sweep, out, _ = grid
+    (new := out / "trials" / "new").mkdir()
+    data = read([str(out)])
+    new.rmdir()
+    assert [run["name"] for run in data["runs"]] == [describe(trial.point) for trial in sweep.trials]
+    assert all(len(run["front"]["points"]) > 4 for run in data["runs"])
+    assert data["title"] == "grid, 6 trials – raywarp report"
+    where, _ = save_report([str(out)])
+    assert where == str(out / "report.html")
+    assert "ema_rate=0.1, liti_rate=0.3" in Path(where).read_text()
 
 
 def test_every_trial_has_its_front_and_the_sweep_ranks_them(grid: tuple[Sweep, Path, str]) -> None:
