@@ -100,7 +100,7 @@ class Storage:
         """Every file under a name, relative to the store."""
         with self._explained("read"):
             if self.folder:
-                return sorted(str(path.relative_to(self.folder)) for path in (self.folder / name).rglob("*") if path.is_file())
+                return sorted(str(path.relative_to(self.folder)) for path in _below(self.folder / name) if path.is_file())
             return sorted(info.path[len(self._root) :].lstrip("/") for info in self._list(name, recursive=True) if info.is_file)
 
     def remove(self, name: str) -> None:
@@ -154,9 +154,10 @@ class Storage:
         """Remove what interrupted writers left under a name longer than `age` seconds ago; a day leaves room for clocks that differ."""
         with self._explained("write"):
             if self.folder:
-                for path in [one for one in (self.folder / name).rglob(".*") if _TEMPORARY.fullmatch(one.name)]:
-                    if not age or (path.exists() and time.time() - path.stat().st_mtime > age):
-                        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                for path in [one for one in _below(self.folder / name) if _TEMPORARY.fullmatch(one.name)]:
+                    with suppress(FileNotFoundError):  # its writer is done with it
+                        if not age or time.time() - path.stat().st_mtime > age:
+                            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
                 return
             self._clean_prefixes(name, datetime.now(UTC) - timedelta(seconds=age))
 
@@ -260,6 +261,12 @@ class Storage:
 
     def _explained(self, verb: str) -> AbstractContextManager[None]:
         return store.explained(verb, self.uri)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files and folders in a folder, in which others are at work meanwhile: pathlib's rglob fails at what vanishes (Python 3.11)."""
+    for parent, folders, names in os.walk(folder):
+        yield from (Path(parent, name) for name in [*folders, *names])
 
 
 def _reopen(uri: str, credentials: dict[str, str]) -> Storage:

@@ -3,9 +3,11 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,6 +51,27 @@ def test_a_name_is_there_with_all_its_bytes(storage: Storage) -> None:
     storage.remove("policies/k")
     assert not storage.has("policies/k")
     assert storage.names("policies/k") == []
+
+
+def test_cleaning_does_not_mind_writers_at_work(tmp_path: Path) -> None:
+    """Their temporary folders come and go while it looks."""
+    storage, over = Storage(tmp_path), threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            for n in range(20):
+                (tmp_path / f"policies/.k{n}.{n:08x}" / "inner").mkdir(parents=True)
+            for n in range(20):
+                shutil.rmtree(tmp_path / f"policies/.k{n}.{n:08x}")
+
+    (writer := threading.Thread(target=write)).start()
+    try:
+        for _ in range(300):
+            storage.clean("policies")
+            storage.files("policies")
+    finally:
+        over.set()
+        writer.join()
 
 
 def test_the_first_to_finish_wins_and_the_damaged_is_replaced(storage: Storage) -> None:
