@@ -149,12 +149,11 @@ def survives_until_a_moment(command: Command, chance: random.Random, first: floa
 
 def phase_of(run: Run) -> str:
     """Where the driver is."""
-    started = bool(run.events()) and run.events()[-1]["event"] not in ("finished",)
-    rows = len(run.metrics())
-    if not started:
-        return "starting"
+    rows, told = len(run.metrics()), [row["event"] for row in run.events()]
     if (run.folder / "front.json").exists():
         return "ending"
+    if not told or told[-1] == "finished":
+        return "starting"
     return "evaluating" if rows == ITERATIONS * POLICIES * STEPS else "training" if rows else "before the first step"
 
 
