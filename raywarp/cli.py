@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.config import Config, ConfigError, config_help, load_config
+from raywarp.config_command import add_config
 from raywarp.credentials import redact
 from raywarp.merge_command import add_merge
 from raywarp.report_command import add_report
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "tune", "search any keys with Ray Tune (section `tune`); the same command again continues where it stopped", _tune)
     plan = _command(commands, "plan", "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)", _plan)
     plan.add_argument("--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data")
+    add_config(commands)
     add_report(commands)
     add_merge(commands)
     return parser

@@ -285,7 +285,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
     """All dotted keys of the configuration, sections included."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        for inner in _section_types(field.annotation):
+        for inner in section_types(field.annotation):
             yield from known_keys(inner, f"{prefix}{name}.")
 
 
@@ -293,12 +293,13 @@ def config_help() -> str:
     """Every key with its default and description, for --help."""
     lines = ["keys and their defaults:"]
     for key, field in _fields(Config):
-        default = "" if field.default is None else f" [{_compact(field.default)}]"
+        default = "" if field.default is None else f" [{compact(field.default)}]"
         lines.append(f"  {key}{default}: {field.description}")
     return "\n".join(lines).replace("%", "%%")
 
 
-def _compact(value: Any) -> str:
+def compact(value: Any) -> str:
+    """A value in one line of YAML."""
     plain = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).replace("\n...", "").strip()
 
@@ -308,7 +309,7 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
     for name, field in section.model_fields.items():
         if field.description:
             yield prefix + name, field
-        inner = [kind for kind in _section_types(field.annotation) if not field.description or kind in _EXPLAINED]
+        inner = [kind for kind in section_types(field.annotation) if not field.description or kind in _EXPLAINED]
         for kind in inner:
             yield from _fields(kind, f"{prefix}{name}.")
 
@@ -316,7 +317,8 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
 _EXPLAINED = (RewardConfig, RewardLoraConfig, TuneConfig)  # sections that have a description, and keys with one
 
 
-def _section_types(annotation: Any) -> list[type[BaseModel]]:
+def section_types(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key's type allows; a mapping of them is none."""
     options = () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 

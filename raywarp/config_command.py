@@ -1,0 +1,98 @@
+"""`raywarp config`: a commented configuration to begin with, and its JSON schema for editors."""
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from raywarp import store
+from raywarp.config import Config, ConfigError, compact, section_types
+
+SCHEMA_FILE = "raywarp.schema.json"
+WIDTH = 110  # columns of a comment
+_BEGINNING = f"""\
+# A configuration of raywarp with every key at its default. Keys may be left out; those that begin with # have no value by default.
+#   raywarp reward FILE out=runs/reward        trains a reward model from preferences
+#   raywarp train FILE reward.model=runs/reward
+# Editors check and complete it by a schema: raywarp config --schema > {SCHEMA_FILE}
+# yaml-language-server: $schema={SCHEMA_FILE}
+"""
+
+
+def add_config(commands: Any) -> None:
+    """The command `config`."""
+    text = "write a commented configuration, or the schema by which editors check one"
+    parser = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--init", nargs="?", const="-", metavar="FILE", help="all keys with defaults and descriptions, as YAML; default: print"
+    )
+    what.add_argument("--schema", action="store_true", help="print the JSON schema")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(command=_config)
+
+
+def _config(options: argparse.Namespace) -> None:
+    if options.schema:
+        return print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    if options.init == "-":
+        return print(commented(), end="")
+    path = Path(options.init)
+    if path.exists():
+        raise ConfigError(f"{path} is there already, and is not written over")
+    store.write_text(path, commented())
+    print(f"{path}; next: raywarp plan {path}", file=sys.stderr)
+
+
+def commented() -> str:
+    """YAML of the defaults, each key below its description."""
+    return _BEGINNING + "\n".join(_lines(Config, Config(), "", set())) + "\n"
+
+
+def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: set[type[BaseModel]]) -> Iterator[str]:
+    """values: None for a section that has none by default, all of which is commented out."""
+    off, section = "# " if values is None else "", False
+    for name, field in kind.model_fields.items():
+        value = getattr(values, name) if values is not None else field.default
+        inner = [one for one in section_types(field.annotation) if one not in outer]
+        if (inner or section) and not indent:
+            yield ""
+        section = bool(inner)
+        if field.description:
+            lines = textwrap.wrap(field.description, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+            yield from (f"{indent}# {line}" for line in lines)
+        if inner and value is None:
+            yield f"{indent}# {name}:"
+            yield from _lines(inner[0], None, f"{indent}  ", outer | {*inner})
+        elif inner and not field.description:
+            yield f"{indent}{off}{name}:"
+            yield from _lines(inner[0], value, f"{indent}  ", outer | {*inner})
+        elif name != "space":  # of a sweep: its keys are those of all other sections
+            yield f"{indent}{off or ('# ' if value is None else '')}{name}: {compact(value)}"
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of what load_config takes."""
+    tree: dict[str, Any] = _standard(Config.model_json_schema())
+    tune = tree["$defs"]["TuneConfig"]
+    tune["additionalProperties"] = tune["properties"]["space"]["additionalProperties"]  # any key, with the values to search
+    tree["$defs"]["Domain"] |= {"minProperties": 1, "maxProperties": 1}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **tree,
+        "title": "raywarp",
+        "description": "Configuration of raywarp",
+    }
+
+
+def _standard(tree: Any) -> Any:
+    """With the standard's names of bounds where pydantic leaves its own (2.13, behind a validator)."""
+    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    if isinstance(tree, list):
+        return [_standard(one) for one in tree]
+    return {names.get(key, key): _standard(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
