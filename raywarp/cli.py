@@ -10,6 +10,7 @@ from raywarp.config import Config, ConfigError, config_help, load_config
 from raywarp.config_command import add_config
 from raywarp.credentials import redact
 from raywarp.merge_command import add_merge
+from raywarp.push_command import add_push
 from raywarp.report_command import add_report
 from raywarp.stop import Stopped
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config(commands)
     add_report(commands)
     add_merge(commands)
+    add_push(commands)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
 EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
-FRONT_FILES = ("front.png", "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+PICTURE = "front.png"
+FRONT_FILES = (PICTURE, "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _CHECKSUM = "# sha256 of the lines below: "
 # Keys that change how a run is carried out or looked at, but not what it trains.
 _FREE_KEYS = {
@@ -236,10 +238,12 @@ class Run:
             yield folder
             store.seal(folder)
 
-    def save_adapter(self, delta: AdapterDelta) -> None:
-        """The chosen point of the front, as a plain PEFT adapter."""
+    def save_adapter(self, delta: AdapterDelta, card: str) -> None:
+        """The chosen point of the front, as a plain PEFT adapter, with its card and the front's picture."""
         with self._replacing("adapter") as folder:
             save_peft(delta, folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            shutil.copyfile(self.folder / PICTURE, folder / PICTURE)
 
     def samples(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads((self.folder / "samples.json").read_text())

@@ -24,6 +24,7 @@ from raywarp.data import PromptSplits
 from raywarp.inputs import Inputs, prepare
 from raywarp.journal import Journal
 from raywarp.loggers import Loggers
+from raywarp.model_card import card
 from raywarp.peft_files import load_peft
 from raywarp.planning import check_cluster
 from raywarp.policy_actor import Job
@@ -228,9 +229,9 @@ def save_front(
         results = evaluation.evaluate(session, config, points, prompts.held_out, done)
     measured = [point for point, _ in results]
     chosen = evaluation.choose(measured, config.front.choose)
-    merged = points[-1].delta or init
-    run.save_adapter(scale(merged, chosen.eta or 0.0))
     store.write_json(run.folder / "samples.json", evaluation.sample_rows(results, prompts.held_out, config.front))
     plot_front(measured, chosen, run.folder / "front.png", f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}")
+    adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
+    run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
     run.save_front({"key": key, **evaluation.front_json(measured, chosen, config)})
     display.front(run)

@@ -1,0 +1,143 @@
+"""README.md of a run's chosen adapter: what it is, what it was made from, how good and how far it is, and how to use it."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from raywarp.config import SMOLLM2, Config, RewardConfig
+from raywarp.engines import lora_slots
+from raywarp.evaluation import Point
+from raywarp.run import PICTURE
+from raywarp.storage import is_uri
+
+HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of what comes in a package
+
+
+def card(config: Config, points: Sequence[Point], chosen: Point, rank: int, modules: Sequence[str]) -> str:
+    """Markdown with the front matter of a model hub.
+
+    Args:
+        points: of the front, as front.json has them.
+        rank: of the adapter. modules: names of the weights that it changes.
+    """
+    base = hub_name(config.model)
+    head = {
+        **({"base_model": base} if base else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "peft", "rlhf", "warp", "raywarp"],
+    }
+    warp = config.warp
+    about = [
+        f"A LoRA adapter that aligns {_code(base or config.model)} with a reward by WARP (Weight Averaged Rewarded Policies, arXiv",
+        f"2406.16768), made with raywarp {version('raywarp')}: {warp.iterations} × {warp.policies} policies of {warp.steps} steps,",
+        "averaged in ΔW on the sphere. Of the line from the SFT model (η = 0) to the last average (η = 1) this is",
+        f"η = {chosen.eta or 0:g}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}, at a KL to the SFT model of",
+        f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats per completion.",
+    ]
+    parts = [
+        "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
+        f"# {_plain(_short(base or config.model))} aligned with WARP",
+        textwrap.fill(" ".join(about), 110, break_long_words=False, break_on_hyphens=False),
+        "## The front",
+        _front(config, points, chosen),
+        f"![KL–reward front]({PICTURE})",
+        "## What it was made from",
+        _table(("", ""), _sources(config, rank, modules)),
+        "## Use",
+        _use(config, base, rank),
+        "## Limits",
+        _limits(config, chosen),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def hub_name(model: str) -> str | None:
+    """The id on a model hub; None for a folder."""
+    return HUB_NAMES.get(model) or (None if Path(model).expanduser().is_dir() or is_uri(model) else model)
+
+
+def _front(config: Config, points: Sequence[Point], chosen: Point) -> str:
+    rows = []
+    for point in points:
+        control = "" if point.control is None else f"{point.control:.2f} ± {point.control_ci:.2f}"
+        name = f"**{point.name}** (this adapter)" if point.name == chosen.name else point.name
+        measured = (f"{point.reward:.2f} ± {point.reward_ci:.2f}", f"{point.kl:.2f} ± {point.kl_ci:.2f}", control)
+        rows.append((name, *measured, f"{point.distinct_2:.2f}", f"{point.length:.1f}", f"{point.eos_rate:.0%}"))
+    heading = ("point", "reward", "KL to SFT, nats", "control", "distinct-2", "tokens", "EOS")
+    front = config.front
+    each = "one completion" if front.completions_per_prompt == 1 else f"{front.completions_per_prompt} completions"
+    sampling = f"{front.prompts} held-out prompts, {each} each at temperature {config.rollout.temperature:g}"
+    note = f"{sampling}; ± is half of a 95 % interval over prompts."
+    return f"{_table(heading, rows)}\n\n{note}"
+
+
+def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[str, str]]:
+    warp, optim, rollout = config.warp, config.optim, config.rollout
+    names = sorted({module.rpartition(".")[2] for module in modules})
+    rows = [
+        ("base", _code(config.model)),
+        ("prompts", _code(config.prompts.dataset)),
+        ("reward", _reward(config.reward)),
+        *([("control score, which training never saw", _reward(config.control))] if config.control else []),
+        ("adapter", f"rank {rank} on {', '.join(map(_code, names))}; each policy had rank {config.lora.rank}"),
+        ("WARP", f"EMA rate {warp.ema_rate:g}, LITI rate {warp.liti_rate:g}, KL coefficient {warp.kl_coef:g}, advantage {warp.advantage}"),
+        ("optimiser", f"AdamW, learning rate {optim.lr:g}, {optim.batch_size} completions a step"),
+        ("sampling", f"at most {rollout.max_new_tokens} tokens at temperature {rollout.temperature:g}"),
+        ("seed", str(config.seed)),
+    ]
+    return rows
+
+
+def _reward(reward: RewardConfig) -> str:
+    return f"function {_code(reward.function)}" if reward.function else f"model {_code(reward.model or '')}"
+
+
+def _use(config: Config, base: str | None, rank: int) -> str:
+    name = base or config.model
+    load = (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
+        'model = PeftModel.from_pretrained(model, "this folder")\n```'
+    )
+    slots = lora_slots(rank, refuse=False)
+    serve = (
+        f"```sh\nvllm serve {name} --enable-lora --max-lora-rank {slots} --lora-modules warp=/path/to/this/folder\n```"
+        if slots
+        else "vLLM serves no LoRA of this rank: `model.merge_and_unload()`, or truncate it with `raywarp merge lerp FOLDER --rank 256`."
+    )
+    return f"{load}\n\n{serve}"
+
+
+def _limits(config: Config, chosen: Point) -> str:
+    kind = "a function" if config.reward.function else "itself a model"
+    control = "compare it with the control score" if chosen.control is not None else "no control score was measured"
+    return "\n".join(
+        [
+            f"- The reward is {kind}, and a policy learns whatever raises it: {control}, and read the texts.",
+            f"- Prompts and completions were as above, of up to {config.rollout.max_new_tokens} tokens; nothing is known of others.",
+            "- Where the base model is wrong or harmful, so may this be.",
+            "- Intervals are over prompts, of one training run.",
+        ]
+    )
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text).replace('`', chr(39))}`"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
