@@ -36,11 +36,11 @@ def start_ray() -> None:
     """
     if ray.is_initialized():
         return
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except ConnectionError:  # the last `ray start` is gone
-        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    orphans.watch()
+    with orphans.watched():
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except ConnectionError:  # the last `ray start` is gone
+            ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
 
 
 def log_event(event: str, **details: Any) -> None:
