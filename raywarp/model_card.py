@@ -11,6 +11,7 @@ import yaml
 from raywarp.config import SMOLLM2, Config, RewardConfig
 from raywarp.engines import lora_slots
 from raywarp.evaluation import Point
+from raywarp.report import FRONT_HEADINGS, front_cells
 from raywarp.run import PICTURE
 from raywarp.storage import is_uri
 
@@ -64,16 +65,13 @@ def hub_name(model: str) -> str | None:
 def _front(config: Config, points: Sequence[Point], chosen: Point) -> str:
     rows = []
     for point in points:
-        control = "" if point.control is None else f"{point.control:.2f} ± {point.control_ci:.2f}"
-        name = f"**{point.name}** (this adapter)" if point.name == chosen.name else point.name
-        measured = (f"{point.reward:.2f} ± {point.reward_ci:.2f}", f"{point.kl:.2f} ± {point.kl_ci:.2f}", control)
-        rows.append((name, *measured, f"{point.distinct_2:.2f}", f"{point.length:.1f}", f"{point.eos_rate:.0%}"))
-    heading = ("point", "reward", "KL to SFT, nats", "control", "distinct-2", "tokens", "EOS")
+        name, *measured = front_cells(point)
+        rows.append((f"**{name}** (this adapter)" if name == chosen.name else name, *measured))
     front = config.front
     each = "one completion" if front.completions_per_prompt == 1 else f"{front.completions_per_prompt} completions"
     sampling = f"{front.prompts} held-out prompts, {each} each at temperature {config.rollout.temperature:g}"
-    note = f"{sampling}; ± is half of a 95 % interval over prompts."
-    return f"{_table(heading, rows)}\n\n{note}"
+    note = f"{sampling}; KL is to the SFT model, ± is half of a 95 % interval over prompts."
+    return f"{_table(FRONT_HEADINGS, rows)}\n\n{note}"
 
 
 def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[str, str]]:

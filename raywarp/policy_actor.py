@@ -3,6 +3,7 @@
 While one policy updates, the shared rollout workers generate for another; within a policy every batch is on-policy.
 """
 
+import functools
 import re
 import sys
 import threading
@@ -207,6 +208,12 @@ class PolicyActor:
             kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
         return [float(value) for value in kl]
 
+    @functools.cached_property
+    def title(self) -> str:
+        """What a run's time line calls it."""
+        number = re.match(r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or "")
+        return f"policy actor {number[1] if number else 1}"
+
     def _load(self) -> None:
         """Make good for `start` in an actor that takes the place of one that died."""
         if not hasattr(self, "model"):
@@ -267,7 +274,7 @@ class PolicyActor:
             "update_seconds": time.perf_counter() - start,
             "pool_busy": max(r.pool_busy for r in rollouts),
         }
-        row["spans"] = _spans(row, progress.requested, rollouts, scores)
+        row["spans"] = _spans(self.title, row, progress.requested, rollouts, scores)
         self.busy_seconds += row["request_seconds"] + row["update_seconds"]
         row["trainer_busy"] = self.busy_seconds / (time.perf_counter() - self.started)
         progress.metrics.append(row)
@@ -303,11 +310,10 @@ def _scores(ref: Any) -> Scores:
     return scores
 
 
-def _spans(row: dict[str, Any], requested: float, rollouts: Sequence[Any], scores: Scores) -> dict[str, list[list[float]]]:
+def _spans(title: str, row: dict[str, Any], requested: float, rollouts: Sequence[Any], scores: Scores) -> dict[str, list[list[float]]]:
     """Who was at work for a step, and when: actor → start and end of each piece of work, in Unix seconds."""
-    number = re.match(r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or "")
     own = [(requested - row["request_seconds"], requested), (time.time() - row["update_seconds"], time.time())]
-    spans = {f"policy actor {number[1] if number else 1}": own}
+    spans = {title: own}
     for rollout in rollouts:
         spans.setdefault(f"rollout worker {rollout.worker}", []).append((rollout.ended - rollout.seconds, rollout.ended))
     if scores.span:

@@ -12,6 +12,8 @@ from rich.table import Table
 from raywarp import store
 from raywarp.evaluation import Point
 
+FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS")
+
 
 def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -> None:
     """front.png: reward over KL to SFT with 95 % intervals; the LITI front is a line, every point has its name."""
@@ -51,6 +53,19 @@ def _name_points(axes: object, points: Sequence[Point]) -> None:
         )
 
 
+def front_cells(point: Point) -> tuple[str, ...]:
+    """A point as a row under FRONT_HEADINGS."""
+    return (
+        point.name,
+        f"{point.reward:.2f} ± {point.reward_ci:.2f}",
+        f"{point.kl:.2f} ± {point.kl_ci:.2f}",
+        "" if point.control is None else f"{point.control:.2f} ± {point.control_ci:.2f}",
+        f"{point.distinct_2:.2f}",
+        f"{point.length:.1f}",
+        f"{point.eos_rate:.0%}",
+    )
+
+
 def front_table(points: Sequence[Point], chosen: Point) -> Table:
     """The front in the order of front.json, for the terminal."""
     table = Table(
@@ -58,18 +73,11 @@ def front_table(points: Sequence[Point], chosen: Point) -> Table:
         title="KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is chosen",
         title_justify="left",
     )
-    for heading in ("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS"):
+    for heading in FRONT_HEADINGS:
         table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
     for point in points:
-        table.add_row(
-            point.name + (" *" if point == chosen else ""),
-            f"{point.reward:.2f} ± {point.reward_ci:.2f}",
-            f"{point.kl:.2f} ± {point.kl_ci:.2f}",
-            "" if point.control is None else f"{point.control:.2f} ± {point.control_ci:.2f}",
-            f"{point.distinct_2:.2f}",
-            f"{point.length:.1f}",
-            f"{point.eos_rate:.0%}",
-        )
+        name, *measured = front_cells(point)
+        table.add_row(name + (" *" if point == chosen else ""), *measured)
     return table
 
 

