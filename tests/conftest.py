@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -105,6 +106,12 @@ def installed_in(root: Path) -> str:
     """What cluster/local.sh of a copied repository keeps in .venv/raywarp-install, once it has installed with this Python."""
     content = hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest()
     return f"Python {platform.python_version()}, raywarp[cpu,test] in {root}, pyproject.toml {content}\n"
+
+
+def write_prompts(path: Path) -> None:
+    """Prompts of three known words, a JSON line each."""
+    rows = [{"text": f"{a} {b} {c}"} for a, b, c in zip(WORDS, WORDS[3:], WORDS[7:], strict=False)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def traces() -> set[str]:

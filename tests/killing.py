@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import yaml
-from conftest import WORDS, save_tiny_llama
+from conftest import save_tiny_llama, write_prompts
 
 from raywarp.adapters import digest
 from raywarp.peft_files import load_peft
@@ -57,8 +57,7 @@ def make_project(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_tiny_llama(folder / "model")
     (folder / "paced_reward.py").write_text(REWARD)
-    rows = [{"text": f"{a} {b} {c}"} for a, b, c in zip(WORDS, WORDS[3:], WORDS[7:], strict=False)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder / "prompts.jsonl")
     tree = {**SETTINGS, "model": str(folder / "model"), "prompts": {"dataset": str(folder / "prompts.jsonl")}}
     for section, values in changes.items():
         tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
@@ -198,3 +197,8 @@ def missing_lines(run: Run, iterations: int, policies: int, steps: int) -> int:
     rows = [(row["iteration"], row["policy"], row["step"]) for row in run.metrics()]
     wanted = [(i, m, t) for i in range(1, iterations + 1) for m in range(1, policies + 1) for t in range(steps)]
     return sum(rows.count(step) != 1 for step in wanted)
+
+
+def told(run: Run, event: str) -> list[dict[str, Any]]:
+    """The run's events of one kind."""
+    return [row for row in run.events() if row["event"] == event]

@@ -30,6 +30,7 @@ from killing import (
     processes,
     set_pace,
     survivors,
+    told,
 )
 from ray.exceptions import ActorUnavailableError
 from transformers import AutoModelForSequenceClassification
@@ -79,10 +80,6 @@ def assert_same_end(command: Command, undisturbed: Run) -> None:
     assert command.end() == 0, command.tail()
     assert adapters(command.run) == adapters(undisturbed)
     assert missing_lines(command.run, 1, 2, STEPS) == 0
-
-
-def told(run: Run, event: str) -> list[dict[str, Any]]:
-    return [row for row in run.events() if row["event"] == event]
 
 
 def test_every_actor_may_die_and_the_others_do_not_notice(project: Path, undisturbed: Run) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import WORDS, installed_in, save_tiny_llama
+from conftest import installed_in, save_tiny_llama, write_prompts
 from ray.job_submission import JobSubmissionClient
 
 from raywarp.adapters import digest
@@ -130,8 +130,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     home = tmp_path_factory.mktemp("home")
     save_tiny_llama(project / "llama")
     (project / "count_good.py").write_text(REWARD)
-    rows = [{"text": f"{a} {b} {c}"} for a, b, c in zip(WORDS, WORDS[3:], WORDS[7:], strict=False)]
-    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(project / "prompts.jsonl")
     (project / "warp.yaml").write_text(yaml.safe_dump(SETTINGS))
     with tempfile.TemporaryDirectory(prefix="rwj", ignore_cleanup_errors=True) as folder:  # short: it becomes a socket's path
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RAYWARP_"))}

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 import yaml
-from conftest import WORDS, left_behind, save_tiny_llama, traces
+from conftest import left_behind, save_tiny_llama, traces, write_prompts
 from killing import Command, Patience, descendants, survivors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import Listener
@@ -73,8 +73,7 @@ EMA, LITI = [0.1, 0.4], [0.3, 0.6, 1.0]
 def make_project(folder: Path) -> Path:
     save_tiny_llama(folder / "model")
     (folder / "sweep_reward.py").write_text(REWARD)
-    rows = [{"text": f"{a} {b} {c}"} for a, b, c in zip(WORDS, WORDS[3:], WORDS[7:], strict=False)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder / "prompts.jsonl")
     return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Command, adapters, make_project, missing_lines, own_home, set_pace
+from killing import Command, adapters, make_project, missing_lines, own_home, set_pace, told
 
 POLICIES, STEPS, EVERY = 4, 20, 5
 
@@ -115,19 +115,19 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(nodes: Nodes, t
     set_pace(project, 1.0)
     lost = lose_one(nodes, places)
     nodes.nodes.append(nodes.ask("add"))
-    command.wait_until(lambda: {row["policy"] for row in told(command, "recovered") if "policy" in row} == lost)
-    faults = [row for row in told(command, "fault") if "policy" in row]
+    command.wait_until(lambda: {row["policy"] for row in told(command.run, "recovered") if "policy" in row} == lost)
+    faults = [row for row in told(command.run, "fault") if "policy" in row]
     assert sorted((row["policy"], row["cause"]) for row in faults) == [(policy, "node lost") for policy in sorted(lost)]
-    again = told(command, "continued")
+    again = told(command.run, "continued")
     assert {row["policy"] for row in again} == lost
     assert all(row["steps_repeated"] <= EVERY for row in again)
 
     moved = lose_one(nodes, nodes.ask("places"))
-    command.wait_until(lambda: {row["policy"] for row in told(command, "continued")[len(again) :]} == moved)
+    command.wait_until(lambda: {row["policy"] for row in told(command.run, "continued")[len(again) :]} == moved)
     set_pace(project, 0)
     assert command.end() == 0, command.tail()
-    assert {row["policy"] for row in told(command, "moved")} == moved
-    faults = told(command, "fault")
+    assert {row["policy"] for row in told(command.run, "moved")} == moved
+    faults = told(command.run, "fault")
     assert {row["cause"] for row in faults} == {"node lost"}
     assert sum("policy" in row for row in faults) == len(lost) + len(moved)  # no second one for a node that Ray still counted on
     assert missing_lines(command.run, 1, POLICIES, STEPS) == 0
@@ -148,7 +148,3 @@ def lose_one(nodes: Nodes, places: dict[str, Any]) -> set[int]:
     nodes.ask("lose", node)
     nodes.nodes.remove(node)
     return {int(name[-1]) for name, where in policies.items() if where == node}
-
-
-def told(command: Command, event: str) -> list[dict[str, Any]]:
-    return [row for row in command.run.events() if row["event"] == event]
