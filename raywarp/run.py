@@ -132,6 +132,10 @@ class Run:
         """Whether the policy is finished, and every byte of it is what was written."""
         return self.store.has(f"policies/{key}")
 
+    def has_policies(self, keys: Sequence[Sequence[str]]) -> bool:
+        """Whether those of all iterations are."""
+        return all(self.policy_done(key) for of_iteration in keys for key in of_iteration)
+
     def find_policy(self, key: str) -> Path | None:
         """The folder of a finished policy, verified; None if it is not finished.
 
@@ -268,6 +272,19 @@ class Run:
             self.say(f"{error}; the front is measured again")
             return False
         return True
+
+    def numerics(self, key: str) -> dict[str, Any] | None:
+        """What the session of the finished run that is here found of its numerics; None where it was another one's, or none is here.
+
+        Args:
+            key: of what they follow from.
+        """
+        try:
+            front = store.read_record(self.folder / FRONT_FILE) or {}
+        except DamagedError:
+            return None
+        found: dict[str, Any] | None = front.get("numerics", {}).get(key)
+        return found
 
     def front(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads((self.folder / FRONT_FILE).read_text())

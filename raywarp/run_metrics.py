@@ -6,6 +6,7 @@ Ray's agents publish what a process measured every 10 seconds, as long as the pr
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray.util.metrics import Counter, Gauge
 
 POLICY = ("run", "iteration", "policy")
@@ -23,23 +24,32 @@ GAUGES = {
 
 
 class RunMetrics:
-    """The gauges and counters of one run. Ray must be running.
+    """The gauges and counters of one run, made once Ray is running; without it there is nobody to tell.
 
     Args:
         run: name of the run, the tag by which several on one cluster are told apart.
     """
 
     def __init__(self, run: str):
-        self.run = run
+        self.run, self._is_made = run, False
+
+    def _make(self) -> bool:
+        """Whether there are any."""
+        if self._is_made or not ray.is_initialized():
+            return self._is_made
+        self._is_made = True
         self._gauges = {name: Gauge(name, description, POLICY) for name, (_, description) in GAUGES.items()}
         self._step_seconds = Gauge("raywarp_step_seconds", "seconds of a step: waiting for rollouts, request and update", POLICY)
         self._speed = Gauge("raywarp_tokens_per_second", "sampled and trained tokens per second of the step", POLICY)
         self._steps = Counter("raywarp_steps_total", "optimiser steps done, by all policies", POLICY)
         self._tokens = Counter("raywarp_tokens_total", "tokens sampled and trained on", POLICY)
         self._faults = Counter("raywarp_faults_total", "actors and nodes that died or hung, and were replaced", ("run", "what", "cause"))
+        return True
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
+        if not self._make():
+            return
         tags = {"run": self.run, "iteration": str(row["iteration"]), "policy": str(row["policy"])}
         for name, (entry, _) in GAUGES.items():
             if entry in row:
@@ -52,4 +62,5 @@ class RunMetrics:
 
     def fault(self, what: str, cause: str) -> None:
         """An actor died or hung, or a file was damaged: which, and why."""
-        self._faults.inc(1, {"run": self.run, "what": what, "cause": cause})
+        if self._make():
+            self._faults.inc(1, {"run": self.run, "what": what, "cause": cause})

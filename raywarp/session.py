@@ -57,6 +57,8 @@ class Session:
         policies: whether policy actors are wanted, too.
         shares: the cluster with others, who take what this one gives back: there is no waiting for that, then.
         report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see Run.add_event.
+        check: is called when Ray is there, before anything is started.
+        lazy: the actors are started when something is first asked of them.
     """
 
     def __init__(
@@ -68,9 +70,13 @@ class Session:
         kinds: Kinds = REAL,
         report: Report = log_event,
         shares: bool = False,
+        check: Callable[[], None] = lambda: None,
+        lazy: bool = False,
     ):
         self.config, self.model, self.prompt_tokens, self._trains, self._kinds = config, model, prompt_tokens, policies, kinds
-        self.report, self._shares = report, shares
+        self.report, self._shares, self._check, self._lazy = report, shares, check, lazy
+        self.is_started = False
+        self._statistics: tuple[float, float] | None = None
         self.timing: Timing | None = None
         self._free_before: dict[str, float] = {}
         self._actors: Actors | None = None
@@ -83,19 +89,38 @@ class Session:
         self.control: Any = None
 
     def __enter__(self) -> "Session":
+        if not self._lazy:
+            self.start()
+        return self
+
+    def start(self) -> None:
+        """Make the actors, unless they are there."""
+        if self.is_started:
+            return
+        start_ray()
+        self._check()
         try:
             self._start()
         except BaseException as error:
             self._stop(isinstance(error, KeyboardInterrupt))
             raise
-        return self
+        self.is_started = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop(isinstance(error, KeyboardInterrupt))
+        if self.is_started:
+            self._stop(isinstance(error, KeyboardInterrupt))
+            self.is_started = False
 
     def numerics(self) -> dict[str, Any]:
         """The settings that decide a result's bits, as they turned out here: dtype, threads, engine, adapter mode."""
+        self.start()
         return {"dtype": self.dtype, "threads": self.plan.threads, **self.engine}
+
+    @property
+    def zero(self) -> AdapterDelta:
+        """The change that changes nothing, of the model's adapted weights."""
+        self.start()
+        return self._zero
 
     def fine_tune(self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]) -> Generator[dict[str, Any]]:
         """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as they happen (see FineTuning.run).
@@ -104,6 +129,10 @@ class Session:
 
         Afterwards `timing` says where the time went.
         """
+        if not jobs:
+            self.timing = None
+            return
+        self.start()
         work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward)
         self.get(self.pool.reset.remote())
         start, before = time.monotonic(), self._reward_seconds()
@@ -115,6 +144,7 @@ class Session:
 
     def sft_scores(self, prompts: Sequence[Prompt]) -> list[float]:
         """The reward of one SFT completion per prompt."""
+        self.start()
         seeds = [derive_seed(self.config.seed, "standardise", n) for n in range(len(prompts))]
         request = Request([prompt.token_ids for prompt in prompts], seeds, SFT)
 
@@ -128,13 +158,16 @@ class Session:
 
     def set_reward_statistics(self, mean: float, deviation: float) -> None:
         """From now on a reward is (raw − mean) / deviation."""
-        self.reward = Scorer(self.reward.actor, (mean, deviation))
+        self._statistics = (mean, deviation)
+        if self.is_started:
+            self.reward = Scorer(self.reward.actor, self._statistics)
 
     def submit_points(self, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[PendingPoint]:
         """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is waited for.
 
         Where the engine can mix adapters, each of its calls has all of them and a share of the prompts; else a call has one.
         """
+        self.start()
         adapters = [Adapter(policy=AdapterPart.put(delta)) if delta is not None and delta.rank else SFT for delta in deltas]
         requests = [Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters]
         mixes = self.engine["adapter"] == "lora"
@@ -229,14 +262,14 @@ class Session:
         if self._trains:
             self.policies = actors.policies()
         scorers = actors.rewards()
-        self.reward, self.control = Scorer(scorers[0]), Scorer(scorers[1]) if config.control else None
+        self.reward, self.control = Scorer(scorers[0], self._statistics), Scorer(scorers[1]) if config.control else None
         engines, zeros, rewards = (_start(actors) for actors in (self.workers, [place.actor for place in self.policies], scorers))
         started = self._started("a rollout worker", self.workers, engines)
         self.engine: dict[str, str] = started[0]["numerics"]
         self._check_capacity(started[0]["capacity"])
         if self._trains:
             attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.present()]), None))
-            self.zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
+            self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
         self._started("the reward worker", scorers, rewards)
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures

@@ -14,10 +14,11 @@ from typing import Any
 
 import ray
 
-from raywarp import placement, stop, store, warp
+from raywarp import placement, stop, store
 from raywarp.claims import Table
 from raywarp.config import Config
 from raywarp.inputs import Inputs, prepare
+from raywarp.keys import key_chain
 from raywarp.loggers import sweep_loggers
 from raywarp.planning import check_cluster
 from raywarp.progress import Display
@@ -82,7 +83,7 @@ def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
     read = ("model", "dtype", "prompts", "reward")
     chains = []
     for config in map(space.config, space.points):
-        chains += warp.key_chain(config, {key: str(getattr(config, key)) for key in read})
+        chains += key_chain(config, {key: str(getattr(config, key)) for key in read})
     return sum(map(len, chains)), len({key for keys in chains for key in keys})
 
 

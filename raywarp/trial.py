@@ -23,6 +23,7 @@ from raywarp.evaluation import Point
 from raywarp.hardware import run_dtype
 from raywarp.hypervolume import hypervolume
 from raywarp.inputs import Inputs, prepare
+from raywarp.keys import front_key, key_chain
 from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
@@ -140,7 +141,7 @@ class Trial(Trainable):
         if chain is None:
             return None
         keys, last = chain[iteration - 1], iteration == self.own.warp.iterations
-        front = warp.front_key(self.own, self.inputs, keys)
+        front = front_key(self.own, self.inputs, keys)
         if not last:
             points = self._stored_front(front)
         elif self.record.rows[iteration - 1 : iteration] and self.run.has_front(front):
@@ -152,7 +153,7 @@ class Trial(Trainable):
     def _chain(self) -> list[list[str]] | None:
         """The keys of all policies, where somebody has run such engines before."""
         found = self.files.numerics(self.numerics_key)
-        return warp.key_chain(self.own, found) if found is not None else None
+        return key_chain(self.own, found) if found is not None else None
 
     def _stage(self, wanted: int) -> warp.Stage:
         while True:
@@ -189,7 +190,7 @@ class Trial(Trainable):
 
     def _measured(self, stage: warp.Stage) -> dict[str, Any]:
         keys = list(stage.keys[stage.iteration - 1])
-        front = warp.front_key(self.own, self.inputs, keys)
+        front = front_key(self.own, self.inputs, keys)
         last = stage.iteration == self.own.warp.iterations
         points = stage.run.front()["points"] if last else self._stored_front(front) or self._measure_front(stage, front)
         return self._row(stage.iteration, keys, front, points)

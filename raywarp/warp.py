@@ -12,17 +12,18 @@ Every change is kept as LoRA factors relative to the SFT model; its base weights
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from raywarp import evaluation, store
-from raywarp.adapters import AdapterDelta, add, scale, trailing
+from raywarp.adapters import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.averaging import liti, slerp
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config import Config
 from raywarp.data import PromptSplits
 from raywarp.inputs import Inputs, prepare
 from raywarp.journal import Journal
+from raywarp.keys import front_key, key_chain, key_of_numerics
 from raywarp.loggers import Loggers
 from raywarp.model_card import card
 from raywarp.peft_files import load_peft
@@ -33,10 +34,8 @@ from raywarp.report import plot_front
 from raywarp.reward_stage import reward_statistics
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
-from raywarp.session import Session, start_ray
+from raywarp.session import Session
 from raywarp.stop import stoppable
-
-ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,6 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
         Elsewhere: another run is at work on policies that this one needs, and all that could be done without them is.
     """
     run = Run.open(config, display.say)
-    start_ray()
-    check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt)
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with run.mirrored(), Journal(run, display, gauges) as journal, stoppable() if claims.alone else nullcontext():
         yield from _stages(config, run, inputs, display, journal, gauges, claims)
@@ -92,15 +89,29 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
 def _stages(
     config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal, gauges: RunMetrics, claims: Claims
 ) -> Generator[Stage]:
-    session_of_run = Session(config, inputs.model, inputs.longest_prompt, report=journal.report, shares=not claims.alone)
-    with session_of_run as session, Loggers(config, run.folder) as loggers:
+    """Actors are started when there is something for them to do: never, where the run was finished and all of it is whole."""
+
+    numerics_key = key_of_numerics(config, inputs)
+    known = run.numerics(numerics_key)
+    session_of_run = Session(
+        config,
+        inputs.model,
+        inputs.longest_prompt,
+        report=journal.report,
+        shares=not claims.alone,
+        check=lambda: check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt),
+        lazy=known is not None,
+    )
+    with Loggers(config, run, lazy=known is not None) as loggers, session_of_run as session:
         run.save_config(config)
         run.clean()
         journal.begin()
-        statistics = reward_statistics(session, run, config, inputs.prompts.train)
-        determinants = {**inputs.fingerprints(), **statistics, **session.numerics()}
+        inputs_and_reward = {**inputs.fingerprints(), **reward_statistics(session, run, config, inputs.prompts.train)}
+        is_whole = known is not None and run.has_policies(key_chain(config, {**inputs_and_reward, **known}))
+        numerics = known if known and is_whole else session.numerics()
+        determinants = {**inputs_and_reward, **numerics}
         all_keys = key_chain(config, determinants)
-        init = session.zero
+        init = first_init(session, run, all_keys[0][0])
         yield Stage(run, session, 0, all_keys, determinants, init, ())
         for iteration, keys in enumerate(all_keys, start=1):
             policies = fine_tune(session, run, config, inputs.prompts, display, loggers, gauges, iteration, keys, init, claims)
@@ -109,7 +120,7 @@ def _stages(
             display.merged(iteration, policies)
             if iteration == config.warp.iterations:
                 key = front_key(config, inputs, keys)
-                save_front(session, run, config, inputs.prompts, display, init, policies, key)
+                save_front(session, run, config, inputs.prompts, display, loggers, init, policies, key, {numerics_key: numerics})
                 display.timing(run)
             yield Stage(run, session, iteration, all_keys, determinants, init, policies)
             if iteration < config.warp.iterations:
@@ -160,6 +171,16 @@ def fine_tune(
     return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), config.lora.rank) for key in keys]
 
 
+def first_init(session: Session, run: Run, key: str) -> AdapterDelta:
+    """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has to be started to know them."""
+    try:
+        folder = None if session.is_started else run.find_policy(key)
+    except store.DamagedError:
+        folder = None
+    zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else session.zero
+    return replace(zero, factors=dict(sorted(zero.factors.items())))  # in one order, wherever it comes from
+
+
 def found(run: Run, job: Job, display: Display) -> bool:
     """Whether the policy is in the store, and whole."""
     try:
@@ -169,59 +190,23 @@ def found(run: Run, job: Job, display: Display) -> bool:
         return False
 
 
-def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:
-    """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the cluster, not worker counts).
-
-    Args:
-        inputs: fingerprints of base, prompts and reward, and the numerical settings.
-        init_key: "sft", or the hash of what the iteration's init was made from.
-    """
-    warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
-    sampling = {"completions_per_prompt", "max_new_tokens", "temperature", "ignore_eos", "missing_eos_penalty", "chunk_size"}
-    rollout = config.rollout.model_dump(include=sampling)
-    shared = {
-        "algorithm": ALGORITHM_VERSION,
-        "init": init_key,
-        "inputs": dict(inputs),
-        "lora": config.lora.model_dump(),
-        "optim": config.optim.model_dump(),
-        "warp": warp,
-        "rollout": rollout,
-        "seed": config.seed,
-        "iteration": iteration,
-    }
-    return [store.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
-
-
-def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
-    """The keys of all policies, iteration by iteration: they are known before anything is trained.
-
-    Args:
-        inputs: see policy_keys.
-    """
-    chain, init_key = list[list[str]](), "sft"
-    for iteration in range(1, config.warp.iterations + 1):
-        chain.append(policy_keys(config, inputs, iteration, init_key))
-        init_key = store.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
-    return chain
-
-
-def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
-    """Of the front of an iteration whose policies have these keys."""
-    return store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
-
-
 def save_front(
     session: Session,
     run: Run,
     config: Config,
     prompts: PromptSplits,
     display: Display,
+    loggers: Loggers,
     init: AdapterDelta,
     policies: Sequence[AdapterDelta],
     key: str,
+    numerics: Mapping[str, object],
 ) -> None:
-    """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/."""
+    """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/.
+
+    Args:
+        numerics: goes into front.json: see Run.numerics.
+    """
     if run.has_front(key):
         return display.front(run)
     points = evaluation.candidates(init, policies, evaluation.wanted_etas(config))
@@ -233,5 +218,6 @@ def save_front(
     plot_front(measured, chosen, run.folder / "front.png", f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}")
     adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
     run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
-    run.save_front({"key": key, **evaluation.front_json(measured, chosen, config)})
+    run.save_front({"key": key, "numerics": numerics, **evaluation.front_json(measured, chosen, config)})
+    loggers.finish(run)
     display.front(run)

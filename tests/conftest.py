@@ -195,15 +195,23 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def tiny_finished(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The Run of tiny_run's configuration with a control score, finished. To be looked at, not changed."""
+    """The Run of tiny_run's configuration with a control score and all loggers, finished. To be looked at, not changed."""
     from tiny_run import make_project, tiny_config
 
     from raywarp.warp import train
 
     folder = make_project(tmp_path_factory.mktemp("finished"))
-    before = Path.cwd()
-    os.chdir(folder)  # where the reward module is
-    try:
-        return train(tiny_config(folder, tiny_llama, folder / "run", control={"function": "raywarp.embedded:vader"}))
-    finally:
-        os.chdir(before)
+    changes = {"control": {"function": "raywarp.embedded:vader"}, "loggers": ["tensorboard", "wandb", "mlflow"]}
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patched:  # where the reward module is
+        for name, value in logger_environment(folder).items():
+            patched.setenv(name, value)
+        return train(tiny_config(folder, tiny_llama, folder / "run", **changes))
+
+
+def logger_environment(folder: Path) -> dict[str, str]:
+    """For W&B without a network, and MLflow in files below a folder."""
+    services = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"file:{folder / 'mlruns'}", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    caches = {
+        name: str(folder / "wandb-caches") for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+    }
+    return services | caches

@@ -1,0 +1,58 @@
+"""What policies, fronts and numerics are called: hashes of all that determines them, and of nothing else."""
+
+from collections.abc import Mapping, Sequence
+
+from raywarp import store
+from raywarp.config import Config
+from raywarp.inputs import Inputs
+from raywarp.node_check import PACKAGES, versions
+
+ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
+
+
+def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:
+    """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the cluster, not worker counts).
+
+    Args:
+        inputs: fingerprints of base, prompts and reward, and the numerical settings.
+        init_key: "sft", or the hash of what the iteration's init was made from.
+    """
+    warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
+    sampling = {"completions_per_prompt", "max_new_tokens", "temperature", "ignore_eos", "missing_eos_penalty", "chunk_size"}
+    rollout = config.rollout.model_dump(include=sampling)
+    shared = {
+        "algorithm": ALGORITHM_VERSION,
+        "init": init_key,
+        "inputs": dict(inputs),
+        "lora": config.lora.model_dump(),
+        "optim": config.optim.model_dump(),
+        "warp": warp,
+        "rollout": rollout,
+        "seed": config.seed,
+        "iteration": iteration,
+    }
+    return [store.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
+
+
+def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
+    """The keys of all policies, iteration by iteration: they are known before anything is trained.
+
+    Args:
+        inputs: see policy_keys.
+    """
+    chain, init_key = list[list[str]](), "sft"
+    for iteration in range(1, config.warp.iterations + 1):
+        chain.append(policy_keys(config, inputs, iteration, init_key))
+        init_key = store.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
+    return chain
+
+
+def key_of_numerics(config: Config, inputs: Inputs) -> str:
+    """Of all that a session's numerics follow from, but for the machines: what a finished run found holds wherever its folder is read."""
+    sections = config.model_dump(include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"})
+    return store.content_key([ALGORITHM_VERSION, sections, inputs.fingerprints(), versions((*PACKAGES, "peft"))])
+
+
+def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
+    """Of the front of an iteration whose policies have these keys."""
+    return store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
