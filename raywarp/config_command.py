@@ -72,7 +72,7 @@ def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: 
         elif inner and not field.description:
             yield f"{indent}{off}{name}:"
             yield from _lines(inner[0], value, f"{indent}  ", outer | {*inner})
-        elif name != "space":  # of a sweep: its keys are those of all other sections
+        else:
             yield f"{indent}{off or ('# ' if value is None else '')}{name}: {compact(value)}"
 
 
