@@ -17,8 +17,11 @@ _BEGINNING = """\
 Every key of a configuration file. A file holds those that differ from their defaults; `section.key=value` behind a command overrides
 one. This page is what `raywarp config --docs` prints, and `tests/test_config_docs.py` compares the two.
 
-    raywarp config --init my.yaml                        # the same as a commented file
-    raywarp config --schema > raywarp.schema.json        # for editors
+```sh
+raywarp config --init my.yaml                        # the same as a commented file
+raywarp config --schema > raywarp.schema.json        # for editors
+raywarp config --docs > docs/configuration.md
+```
 """
 _Tree = Mapping[str, Any]
 
