@@ -29,19 +29,25 @@ class ConfigError(ValueError):
 
 
 class PromptsConfig(Section):
-    dataset: Text = Field(SNIPPETS, description="hub id, local folder or parquet/JSONL/CSV file, or embedded:movie-snippets")
+    """What the policies complete, in training and in the evaluation."""
+
+    dataset: Text = Field(SNIPPETS, description="hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets")
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that training prompts come from")
     held_out_split: Text | None = Field(None, description="split for evaluation; without it held_out_fraction of split is kept back")
     held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(0.2, description="share of split kept for evaluation")
-    column: Text = Field("text", description="column that holds the prompt's text")
-    max_words: Count | None = Field(None, description="keep only the first words of each text")
-    max_tokens: Count | None = Field(None, description="keep only the first tokens of each text")
+    column: Text = Field("text", description="column that holds the prompt's text; a reward function gets the others by name")
+    max_words: Count | None = Field(None, description="keep at most so many words of each text, its first")
+    max_tokens: Count | None = Field(
+        None, description="keep at most so many tokens of each text, its first; a prompt that leaves no room for a completion is refused"
+    )
     min_tokens: Count | None = Field(
         None,
         description="drop shorter texts; with max_tokens, each text keeps a number of tokens drawn from min_tokens to max_tokens",
     )
-    template: Literal["none", "chat"] = Field("none", description="chat: render as one user turn of the model's chat template")
+    template: Literal["none", "chat"] = Field(
+        "none", description="none: the text is continued as it is; chat: it is a user turn in the model's chat template, to be answered"
+    )
 
     @model_validator(mode="after")
     def lengths(self) -> "PromptsConfig":
@@ -51,51 +57,61 @@ class PromptsConfig(Section):
 
 
 class PreferencesConfig(Section):
-    dataset: Text = Field(SNIPPETS, description="hub id, local folder or file, or embedded:movie-snippets")
+    """What people preferred, for `raywarp reward`: pairs of texts, or texts with ratings."""
+
+    dataset: Text = Field(SNIPPETS, description="hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets")
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that preferences come from")
-    prompt: Text | None = Field(None, description="column with the prompt, put before chosen and rejected")
-    chosen: Text = Field("chosen", description="column with the preferred text")
-    rejected: Text = Field("rejected", description="column with the other text")
+    prompt: Text | None = Field(None, description="column with the prompt, which stands before chosen and rejected; not for rated data")
+    chosen: Text = Field("chosen", description="column with the preferred text, or chat messages")
+    rejected: Text = Field("rejected", description="column with the other text, or chat messages")
     text: Text = Field("text", description="column with the text, for rated data")
     rating: Text = Field("rating", description="column with the rating, for rated data (used where chosen/rejected are absent)")
-    margin: Positive = Field(0.5, description="smallest difference of two ratings that makes a preference")
+    margin: Positive = Field(0.5, description="smallest difference of two ratings that makes a preference; higher: fewer and clearer ones")
     held_out_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = Field(
         0.1, description="share of the texts kept for validation, and the same again for the test"
     )
 
 
 class RewardLoraConfig(Section):
+    """The reward model's own LoRA."""
+
     rank: Count = Field(16, description="rank of the reward model's LoRA")
-    alpha: Positive = Field(32.0, description="alpha of the reward model's LoRA")
-    target_modules: Modules = Field("all-linear", description="modules that get an adapter")
+    alpha: Positive = Field(32.0, description="its change is scaled by alpha / rank")
+    target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
 
 
 class RewardTrainingConfig(Section):
+    """How `raywarp reward` trains a reward model from preferences."""
+
     backbone: Text = Field(MINILM, description="hub id or folder of the sequence classifier's backbone")
     lora: RewardLoraConfig | None = Field(None, description="LoRA fine-tuning; without it all weights are trained")
-    lr: Positive = Field(1e-4, description="AdamW's learning rate")
+    lr: Positive = Field(1e-4, description="AdamW's learning rate, which falls linearly to 0 after warm-up")
     batch_size: Count = Field(
         16, description="pairs per optimiser step, over all workers; of rated texts twice as many, with every pair among them"
     )
-    steps: Count = Field(120, description="optimiser steps")
+    steps: Count = Field(120, description="optimiser steps; the accuracy on held-out pairs tells when more of them do not help")
     warmup_steps: Whole = Field(10, description="steps of linear warm-up")
     eval_every: Count = Field(60, description="steps between validations and checkpoints; the best one is kept")
-    eval_pairs: Count = Field(300, description="pairs per validation")
+    eval_pairs: Count = Field(300, description="pairs per validation, by whose accuracy the best checkpoint is told")
     test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
-    max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")
+    max_length: Count = Field(256, description="tokens of prompt and completion together; longer prompts lose their beginning")
     num_workers: Count = Field(1, description="data-parallel workers of Ray Train")
     use_gpu: bool | None = Field(None, description="one GPU per worker; by default if the cluster has GPUs")
-    sft_completions: Count = Field(128, description="SFT completions that standardise the score")
+    sft_completions: Count = Field(128, description="SFT completions whose mean and deviation standardise the score")
 
 
 class RewardConfig(Section):
+    """What scores completions: a model or a function, exactly one of the two."""
+
     model: Text | None = Field(None, description="hub id or folder of a one-label sequence classifier")
     function: Text | None = Field(None, description="module:function with score(prompts, completions, **columns) -> list[float]")
-    version: str = Field("", description="declared version of the function; a new one makes new runs")
+    version: str = Field(
+        "", description="declared version of the function, for what its source does not show; another one makes another run"
+    )
     standardise: bool | None = Field(None, description="shift and scale by SFT completions; default: yes for a model, no for a function")
-    max_length: Count = Field(256, description="tokens per text; longer prompts lose their beginning")
-    batch_size: Count = Field(64, description="texts per forward pass")
+    max_length: Count = Field(256, description="tokens of prompt and completion together; longer prompts lose their beginning")
+    batch_size: Count = Field(64, description="texts per forward pass of a model; lower it where its memory runs out")
     timeout_seconds: Positive | None = Field(
         600, description="longest time for the scores of one batch, after which the run stops; null: no limit"
     )
@@ -108,66 +124,105 @@ class RewardConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: Count = Field(16, description="rank r of every policy's adapter")
-    alpha: Positive = Field(16.0, description="scaling is alpha / rank")
+    """The adapter that each policy trains."""
+
+    rank: Count = Field(16, description="rank r of every policy's adapter; memory and traffic grow with it")
+    alpha: Positive = Field(16.0, description="an adapter's change is scaled by alpha / rank; higher acts much like a higher optim.lr")
     target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
     init: Literal["independent", "shared", "frozen"] = Field(
-        "independent", description="the initial A: one per policy, one for all, or one for all that is never trained"
+        "independent",
+        description="the initial A: one per policy, one for all, or one for all that is never trained, by which merges stay at rank r",
     )
 
 
 class WarpConfig(Section):
-    iterations: Count = Field(2, description="I, iterations of the whole loop")
-    policies: Count = Field(2, description="M, policies trained in parallel and merged")
+    """WARP itself, by the paper's letters."""
+
+    iterations: Count = Field(2, description="I, iterations of the whole loop, one after another, each from where LITI left the one before")
+    policies: Count = Field(2, description="M, policies trained in parallel and merged; each costs as much again")
     steps: Count = Field(40, description="T, optimiser steps per policy and iteration")
-    ema_rate: Rate = Field(0.05, description="mu, rate at which the anchor follows the policy; 0 keeps it at the iteration's init")
-    liti_rate: Rate = Field(0.3, description="eta, how far the init moves towards the merged policy after each iteration")
-    kl_coef: NotNegative = Field(0.1, description="beta, weight of the KL to the EMA anchor")
-    advantage: Literal["rloo", "mean", "none"] = Field("rloo", description="baseline: the prompt's other completions, the batch's, or none")
+    ema_rate: Rate = Field(
+        0.05,
+        description="mu, rate at which the anchor follows the policy after every step; higher: the policy gets further; "
+        "0 keeps the anchor at the iteration's init",
+    )
+    liti_rate: Rate = Field(
+        0.3, description="eta, how far the next iteration's init goes towards the merge; lower: each iteration starts nearer to SFT"
+    )
+    kl_coef: NotNegative = Field(0.1, description="beta, reward taken per nat of KL to the EMA anchor; higher: less KL and slower")
+    advantage: Literal["rloo", "mean", "none"] = Field(
+        "rloo",
+        description="baseline that is taken from a reward: the mean of the prompt's other completions, of the batch's others, or none",
+    )
 
 
 class OptimConfig(Section):
-    lr: Positive = Field(5e-4, description="AdamW's learning rate")
-    batch_size: Count = Field(64, description="completions per optimiser step")
-    max_tokens_per_microbatch: Count = Field(4096, description="tokens per forward pass, padding included; gradients do not depend on it")
+    """One policy's optimiser."""
+
+    lr: Positive = Field(
+        5e-4, description="AdamW's learning rate, constant after warm-up; higher: more reward and more KL per step, until texts break"
+    )
+    batch_size: Count = Field(64, description="completions per optimiser step of a policy; more: less noise, longer steps")
+    max_tokens_per_microbatch: Count = Field(
+        4096,
+        description="tokens per forward pass, padding included: lower it where a trainer's memory runs out; gradients do not depend on it",
+    )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time: blocks are computed again for gradients")
-    warmup_steps: Whole = Field(10, description="steps of linear warm-up")
-    grad_clip: Positive = Field(1.0, description="largest norm of the gradient")
+    warmup_steps: Whole = Field(10, description="steps of linear warm-up, of every policy in every iteration")
+    grad_clip: Positive = Field(1.0, description="largest norm of a policy's gradient; a longer one is scaled down")
 
 
 class RolloutConfig(Section):
+    """Sampling, in training and in the evaluation."""
+
     engine: Literal["vllm", "transformers"] = Field("vllm", description="what samples; transformers where there is no vLLM, slower")
-    workers: Count = Field(1, description="R, workers (engines) that all policies share")
+    workers: Count = Field(1, description="R, workers (engines) that all policies share; more where rollouts bound the run")
     chunk_size: Count | None = Field(
         None, description="completions per engine call, for fewer policies than workers; default: a whole batch"
     )
-    completions_per_prompt: Count = Field(4, description="completions sampled for each prompt")
-    max_new_tokens: Count = Field(24, description="longest completion, in tokens")
-    temperature: Positive = Field(0.9, description="sampling temperature; log-probs are taken at the same one")
+    completions_per_prompt: Count = Field(
+        4, description="completions of each prompt in a step; more: a better baseline, fewer prompts in a batch"
+    )
+    max_new_tokens: Count = Field(24, description="longest completion, in tokens; KL per completion, time and memory grow with it")
+    temperature: Positive = Field(
+        0.9, description="sampling temperature, of training and evaluation; log-probs and KL are taken at the same one"
+    )
     adapter: Literal["auto", "lora", "merged"] = Field(
         "auto", description="how an adapter reaches vLLM: hot-swapped LoRA, or merged weights; auto is merged on CPU, LoRA on GPU"
     )
     ignore_eos: bool = Field(False, description="sample past the end of text up to max_new_tokens; for benchmarks")
-    missing_eos_penalty: NotNegative = Field(0.0, description="taken from the reward of a truncated completion")
+    missing_eos_penalty: NotNegative = Field(0.0, description="taken from the reward of a completion that max_new_tokens cut off")
     kv_cache_gib: Positive = Field(1.0, description="KV cache of a CPU worker, in GiB; each running completion takes 128 tokens or more")
-    gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = Field(0.85, description="share of the GPU that a worker takes")
+    gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = Field(
+        0.85, description="share of a GPU's memory that a worker takes; lower it where others use that GPU"
+    )
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
 
 
 class ClusterConfig(Section):
-    gpus_per_policy: Gpus | None = Field(None, description="GPUs of a policy actor; default 1 where the cluster has GPUs")
-    gpus_per_rollout_worker: Gpus | None = Field(None, description="GPUs of a rollout worker; likewise")
-    gpus_per_reward_worker: Gpus = Field(0, description="GPUs of the reward worker")
+    """Where the processes go, and when the run gives up. It changes results in their last bits at most."""
+
+    gpus_per_policy: Gpus | None = Field(
+        None, description="GPUs of a policy actor, a whole number or a share such as 0.5; default 1 where the cluster has GPUs"
+    )
+    gpus_per_rollout_worker: Gpus | None = Field(
+        None, description="GPUs of a rollout worker, times rollout.tensor_parallel_size; default 1 where there are GPUs"
+    )
+    gpus_per_reward_worker: Gpus = Field(0, description="GPUs of the reward worker, and of the control's")
     cpus_per_policy: NotNegative | None = Field(
         None, description="CPUs of a policy actor; default 1 beside a GPU, else 0.5: it has nothing to do while its policy's rollouts run"
     )
     cpus_per_rollout_worker: NotNegative = Field(1, description="CPUs of a rollout worker")
-    cpus_per_reward_worker: NotNegative = Field(0, description="CPUs of the reward worker")
-    policy_actors: Count | None = Field(None, description="actors that share the M policies; default: as many as fit")
-    threads: Count | None = Field(
-        None, description="threads of each CPU process; default: a node's cores over the processes that work at the same time"
+    cpus_per_reward_worker: NotNegative = Field(0, description="CPUs of the reward worker, and of the control's")
+    policy_actors: Count | None = Field(
+        None, description="actors that share the M policies; default: as many as fit when the run starts, at most M"
     )
-    timeout_seconds: Positive = Field(120, description="longest wait for the placement groups")
+    threads: Count | None = Field(
+        None,
+        description="threads of each CPU process; default: a node's cores over the processes that work at the same time; "
+        "part of a policy's key, so set it where machines of different size share policies",
+    )
+    timeout_seconds: Positive = Field(120, description="longest wait for room on the cluster, at the start and after a loss")
     max_failures: Whole = Field(
         3, description="how often a policy or a worker that got no further since it last failed is made anew before the run gives up"
     )
@@ -177,8 +232,10 @@ class ClusterConfig(Section):
 
 
 class ChooseConfig(Section):
-    eta: Rate | None = Field(None, description="take this eta")
-    max_kl: Positive | None = Field(None, description="take the largest eta whose KL stays below, in nats per completion")
+    """Which point of the front is kept: exactly one of the two."""
+
+    eta: Rate | None = Field(None, description="take this eta, which is measured, too")
+    max_kl: Positive | None = Field(None, description="take the largest eta whose KL is not above this, in nats per completion")
 
     @model_validator(mode="after")
     def one_rule(self) -> "ChooseConfig":
@@ -188,11 +245,15 @@ class ChooseConfig(Section):
 
 
 class FrontConfig(Section):
-    etas: list[Rate] = Field([0.0, 0.25, 0.5, 0.75, 1.0], description="points of the LITI front; 0 is SFT, 1 is SLERP")
-    prompts: Count = Field(200, description="held-out prompts")
-    completions_per_prompt: Count = Field(1, description="completions per held-out prompt")
+    """The evaluation at the end, and which point of it is kept as an adapter."""
+
+    etas: list[Rate] = Field(
+        [0.0, 0.25, 0.5, 0.75, 1.0], description="points of the LITI front; 0 is SFT, 1 is SLERP, and both are always measured"
+    )
+    prompts: Count = Field(200, description="held-out prompts of each point; four times as many halve the intervals")
+    completions_per_prompt: Count = Field(1, description="completions of each held-out prompt, which are averaged")
     choose: ChooseConfig = Field(ChooseConfig(max_kl=5.0), description="which eta the folder adapter/ holds: {eta: x} or {max_kl: x}")
-    samples: Count = Field(100, description="prompts whose texts are kept for every point")
+    samples: Count = Field(100, description="prompts whose texts are kept for every point, in samples.json")
 
 
 class Config(Section):
@@ -200,8 +261,10 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; auto: bfloat16 where the hardware has it"
     )
-    trust_remote_code: bool = Field(False, description="run code that comes with a model")
-    seed: Seed = Field(0, description="everything random derives from it")
+    trust_remote_code: bool = Field(
+        False, description="run the code that comes with a model; without it, a model that needs its own code is refused"
+    )
+    seed: Seed = Field(0, description="everything random derives from it; another one makes another run")
     out: Text = Field("runs/default", description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix")
     store: Text | None = Field(
         None, description="folder or URI of trained policies under their keys, which several runs may share; default: out"
@@ -217,8 +280,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     cluster: ClusterConfig = ClusterConfig()
     front: FrontConfig = FrontConfig()
-    checkpoint_every: Count = Field(10, description="steps between a policy's checkpoints")
-    kl_to_sft_every: Count = Field(5, description="steps between measurements of the KL to SFT during training")
+    checkpoint_every: Count = Field(10, description="steps between a policy's checkpoints: the most that is done again after a death")
+    kl_to_sft_every: Count = Field(5, description="steps between measurements of kl_sft in training, a forward pass more each")
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="where metrics go besides metrics.jsonl")
     tune: TuneConfig | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""`raywarp config`: a commented configuration to begin with, and its JSON schema for editors."""
+"""`raywarp config`: a commented configuration to begin with, its JSON schema for editors, and the page that documents every key."""
 
 import argparse
 import json
@@ -26,13 +26,14 @@ _BEGINNING = f"""\
 
 def add_config(commands: Any) -> None:
     """The command `config`."""
-    text = "write a commented configuration, or the schema by which editors check one"
+    text = "write a commented configuration, the schema by which editors check one, or a page about every key"
     parser = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--init", nargs="?", const="-", metavar="FILE", help="all keys with defaults and descriptions, as YAML; default: print"
     )
     what.add_argument("--schema", action="store_true", help="print the JSON schema")
+    what.add_argument("--docs", action="store_true", help="print a page about every key, in Markdown")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_config)
 
@@ -40,6 +41,10 @@ def add_config(commands: Any) -> None:
 def _config(options: argparse.Namespace) -> None:
     if options.schema:
         return print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    if options.docs:
+        from raywarp.config_docs import docs
+
+        return print(docs(schema()), end="")
     if options.init == "-":
         return print(commented(), end="")
     path = Path(options.init)
@@ -72,7 +77,7 @@ def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: 
         elif inner and not field.description:
             yield f"{indent}{off}{name}:"
             yield from _lines(inner[0], value, f"{indent}  ", outer | {*inner})
-        elif name != "space":  # of a sweep: its keys are those of all other sections
+        else:
             yield f"{indent}{off or ('# ' if value is None else '')}{name}: {compact(value)}"
 
 

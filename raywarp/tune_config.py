@@ -12,17 +12,13 @@ Range = tuple[Number, Number]
 
 
 class Domain(Section):
-    """The values of one key, exactly one of these.
+    """The values of one key, exactly one of these."""
 
-    grid: each of them, with every combination of the other grids. choice: one of them, drawn at random. uniform: a number between the two;
-    loguniform: likewise, with a uniform logarithm. randint: a whole number from the first on, below the second.
-    """
-
-    grid: list[Any] | None = Field(None, min_length=1)
-    choice: list[Any] | None = Field(None, min_length=1)
-    uniform: Range | None = None
-    loguniform: Range | None = None
-    randint: tuple[Integer, Integer] | None = None
+    grid: list[Any] | None = Field(None, min_length=1, description="[a, b, …]: each of them, with every combination of the other grids")
+    choice: list[Any] | None = Field(None, min_length=1, description="[a, b, …]: one of them, drawn at random")
+    uniform: Range | None = Field(None, description="[low, high]: a number between the two")
+    loguniform: Range | None = Field(None, description="[low, high]: a number between the two, whose logarithm is uniform")
+    randint: tuple[Integer, Integer] | None = Field(None, description="[low, high]: a whole number, at least low and below high")
 
     @property
     def kind(self) -> str:
@@ -59,15 +55,17 @@ class Domain(Section):
 
 
 class TuneConfig(Section):
-    """Whatever is a mapping is what one key of the configuration takes; everything else is one of these settings."""
+    """Besides these settings, whatever is a mapping holds the values to search of the key that it is named by."""
 
-    space: dict[str, Domain] = Field({})
+    space: dict[str, Domain] = Field(
+        {}, description="the keys that are searched, each with its values; they may as well stand beside these settings, without `space`"
+    )
     search: Literal["grid", "random", "asha", "optuna"] | None = Field(
         None,
         description="grid: every combination; random; asha: random, and the worse half ends after iterations 1, 2, 4, …; optuna: each "
         "follows from those before; default: grid where every key has one, else random",
     )
-    num_samples: Count = Field(8, description="trials; with grids, of each of their combinations")
+    num_samples: Count = Field(8, description="trials of random, asha and optuna; where there are grids, of each of their combinations")
     objectives: list[Objective] = Field(
         ["hypervolume"],
         min_length=1,

@@ -1,0 +1,160 @@
+"""`raywarp config --docs`: every key of the configuration as a page of Markdown, from the JSON schema."""
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raywarp.config import compact
+from raywarp.values import LARGEST
+
+WIDTH = 140  # columns of a paragraph
+RUN = "The run"  # heading of the keys that are in no section
+_BEGINNING = """\
+# Configuration
+
+Every key of a configuration file. A file holds those that differ from their defaults; `section.key=value` behind a command overrides
+one. This page is what `raywarp config --docs` prints, and `tests/test_config_docs.py` compares the two.
+
+```sh
+raywarp config --init my.yaml                        # the same as a commented file
+raywarp config --schema > raywarp.schema.json        # for editors
+raywarp config --docs > docs/configuration.md
+```
+"""
+_Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """name: dotted. tree: its JSON schema. inner: of the section that it stands for, if it does."""
+
+    name: str
+    tree: _Tree
+    inner: _Tree | None
+
+    @property
+    def anchor(self) -> str:
+        return anchor(self.name)
+
+
+def docs(schema: _Tree) -> str:
+    """The page.
+
+    Args:
+        schema: of the whole configuration; see config_command.schema.
+    """
+    top = list(_keys(schema, schema["properties"], ""))
+    groups = {RUN: (list[str](), [key for key in top if key.inner is None])}
+    for key in top:
+        if key.inner is not None:
+            groups[key.name] = ([key.tree.get("description", ""), key.inner.get("description", "")], list(_walk(schema, key)))
+    anchors = {key.name: key.anchor for _, keys in groups.values() for key in keys} | {name: anchor(name) for name in groups}
+    pages = [_BEGINNING, "\n".join(_contents(groups)) + "\n"]
+    for name, (texts, keys) in groups.items():
+        lead = [_paragraph(_linked(_sentence(text), anchors)) for text in texts if text]
+        pages.append("\n".join([f"## {name}\n", *lead]))
+        pages += [_entry(schema, key, anchors) for key in keys]
+    return "\n".join(pages)
+
+
+def anchor(heading: str) -> str:
+    """The id that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _keys(schema: _Tree, properties: _Tree, prefix: str) -> Iterator[Key]:
+    for name, tree in properties.items():
+        options = [tree, *tree.get("anyOf", ())]
+        found = next((option["$ref"] for option in options if "$ref" in option), None)
+        yield Key(prefix + name, tree, schema["$defs"][found.rpartition("/")[2]] if found else None)
+
+
+def _walk(schema: _Tree, section: Key) -> Iterator[Key]:
+    """All keys of a section, those of sections within it behind the one that holds them."""
+    for key in _keys(schema, (section.inner or {})["properties"], f"{section.name}."):
+        yield key
+        if key.inner is not None:
+            yield from _walk(schema, key)
+
+
+def _contents(groups: Mapping[str, tuple[list[str], list[Key]]]) -> Iterator[str]:
+    for name, (_, keys) in groups.items():
+        links = ", ".join(f"[{key.name.removeprefix(f'{name}.')}](#{key.anchor})" for key in keys)
+        yield _paragraph(f"- [{name}](#{anchor(name)}): {links}", "  ").rstrip("\n")
+
+
+def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
+    """Heading, what it may be, and what it means; the control's keys, which are the reward's, point there."""
+    lines = [f"### {key.name}\n"]
+    twin = key.name.replace("control.", "reward.", 1)
+    if twin != key.name:
+        return "\n".join([*lines, f"As [{twin}](#{anchor(twin)}), of the control.\n"])
+    kind = f"Keys of its own: {', '.join(key.inner['properties'])}" if key.inner else _kind(key.tree)
+    lines.append(_paragraph(f"{_capital(kind)}; {_default(key.tree)}."))
+    lines.append(_paragraph(_linked(_sentence(key.tree["description"]), anchors)))
+    if "additionalProperties" in key.tree:  # tune.space
+        for name, tree in schema["$defs"]["Domain"]["properties"].items():
+            lines.append(_paragraph(f"- `{name}`: {tree['description']}", "  ").rstrip("\n"))
+        lines[-1] += "\n"
+    return "\n".join(lines)
+
+
+def _kind(tree: _Tree) -> str:
+    """A type with its bounds, in plain words."""
+    if "anyOf" in tree:
+        return ", or ".join(_kind(option) for option in tree["anyOf"] if option.get("type") != "null")
+    if "enum" in tree:
+        return f"one of {', '.join(f'`{value}`' for value in tree['enum'])}"
+    if tree.get("type") == "array":
+        return f"a list of {_plural(_kind(tree['items']))}"
+    if tree.get("type") == "object":
+        return "keys with their values"
+    noun = {"integer": "a whole number", "number": "a number", "boolean": "`true` or `false`", "string": "text"}[tree["type"]]
+    return " ".join([noun, *_bounds(tree)]).replace(" ,", ",")
+
+
+def _bounds(tree: _Tree) -> Iterator[str]:
+    least, most = tree.get("minimum"), tree.get("maximum")
+    if least is not None and most is not None and most != LARGEST:
+        yield f"from {least:g} to {most:g}"
+        return
+    if least is not None:
+        yield f", at least {least:g}"
+    if "exclusiveMinimum" in tree:
+        yield f"above {tree['exclusiveMinimum']:g}"
+    if most is not None and most != LARGEST:
+        yield f"and at most {most:g}"
+    if "exclusiveMaximum" in tree:
+        yield f"and below {tree['exclusiveMaximum']}"
+
+
+def _plural(kind: str) -> str:
+    return {"text": "texts"}.get(kind, kind.replace("a number", "numbers").replace("one of", "any of"))
+
+
+def _default(tree: _Tree) -> str:
+    value = tree.get("default")
+    plain = {name: own for name, own in value.items() if own is not None} if isinstance(value, dict) else value
+    return "none by default" if value is None else f"default `{compact(plain)}`"
+
+
+def _sentence(text: str) -> str:
+    return _capital(text) if text.endswith(".") else f"{_capital(text)}."
+
+
+def _capital(text: str) -> str:
+    """But for a symbol, or a value that the text explains."""
+    first = text.partition(" ")[0]
+    return text if ":" in first or first in ("mu,", "eta,", "beta,", "all-linear,") else text[:1].upper() + text[1:]
+
+
+def _linked(text: str, anchors: Mapping[str, str]) -> str:
+    """With a link behind each dotted key."""
+    keys = sorted((name for name in anchors if "." in name), key=len, reverse=True)
+    return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?![\w.]*\w)", lambda m: f"[{m[1]}](#{anchors[m[1]]})", text)
+
+
+def _paragraph(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent) + "\n"
