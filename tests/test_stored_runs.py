@@ -236,29 +236,6 @@ def test_each_file_of_a_policy_counts(project: Project, tmp_path: Path, way: str
         foreign.load_checkpoint(files.checkpoints()[0])
 
 
-def test_a_finished_run_starts_no_actor_for_what_is_made_from_its_policies(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even Ray. With a policy lost, or another front wanted, it does."""
-    folder = copied(project.finished, tmp_path / "run")
-    shutil.rmtree(folder / "iterations")
-    for name in ("metrics.jsonl", "timing.json", "config.yaml"):
-        DAMAGE["halved"](folder / name)
-
-    def refuse() -> None:
-        raise AssertionError("Ray is wanted")
-
-    monkeypatch.setattr("raywarp.session.start_ray", refuse)
-    run = train(project.config(folder), heard := Listener())
-    assert_same_results(run, project.finished)
-    assert "iteration 1: 0 of 2 policies to train" in heard.text()
-    with pytest.raises(AssertionError, match="Ray is wanted"):
-        train(project.config(folder, front={"etas": [0.25]}), Listener())
-    DAMAGE["flipped"](folder / policies_of(run, 2)[0] / "adapter_model.safetensors")
-    with pytest.raises(AssertionError, match="Ray is wanted"):
-        train(project.config(folder), Listener())
-
-
 @pytest.mark.parametrize("way", DAMAGE)
 def test_each_file_of_the_front_and_of_a_reward_model_counts(project: Project, tmp_path: Path, way: str) -> None:
     folder, said = copied(project.finished, tmp_path / "run"), list[str]()
