@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "reward", "train a reward model from preferences", _reward)
     _command(commands, "train", "run WARP; the same command again continues where it stopped", _train)
     _command(commands, "tune", "search any keys with Ray Tune (section `tune`); the same command again continues where it stopped", _tune)
-    plan = _command(commands, "plan", "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)", _plan)
+    asked = "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)"
+    plan = _command(commands, "plan", asked, _plan, quiet=False)
     plan.add_argument("--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data")
     add_config(commands)
     add_report(commands)
@@ -69,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None], config: bool = True) -> Any:
+def _command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None], config: bool = True, quiet: bool = True
+) -> Any:
     parser = commands.add_parser(
         name, help=text, description=text, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,6 +80,8 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
         parser.add_argument("config", type=Path, help="YAML file; keys that it leaves out have the defaults below")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, for example warp.steps=20")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
+    if quiet:
+        parser.add_argument("-q", "--quiet", action="store_true", help="say only faults, what was found damaged, and the results")
     parser.set_defaults(command=run)
     return parser
 
@@ -85,28 +90,34 @@ def _config(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.overrides)
 
 
+def _display(options: argparse.Namespace) -> Any:
+    from raywarp.progress import Display
+
+    return Display(quiet=options.quiet)
+
+
 def _quickstart(options: argparse.Namespace) -> None:
     from raywarp.quickstart import quickstart
 
-    quickstart(options.overrides)
+    quickstart(options.overrides, _display(options))
 
 
 def _reward(options: argparse.Namespace) -> None:
     from raywarp.reward_stage import reward
 
-    reward(_config(options))
+    reward(_config(options), _display(options))
 
 
 def _train(options: argparse.Namespace) -> None:
     from raywarp.warp import train
 
-    train(_config(options))
+    train(_config(options), _display(options))
 
 
 def _tune(options: argparse.Namespace) -> int:
     from raywarp.sweep import tune
 
-    return 0 if tune(_config(options)).best else 1
+    return 0 if tune(_config(options), _display(options)).best else 1
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from raywarp.evaluation import Point
 from raywarp.policy_actor import Job
 from raywarp.report import front_table, print_samples
 from raywarp.run import Run
+from raywarp.run_metrics import step_seconds
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
 PRINTED_SAMPLES = 8  # prompts; the report has all
@@ -25,38 +27,58 @@ PLAIN_EVERY = 5  # steps between the lines of a policy where there is no termina
 class Bars:
     """The policies of one iteration, as they advance."""
 
-    def __init__(self, console: Console, steps: int):
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, steps: int, quiet: bool = False):
+        self.console, self.steps, self.quiet = console, steps, quiet
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal)
         self.tasks: dict[str, Any] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+
+    @property
+    def plain(self) -> bool:
+        """Lines instead of bars."""
+        return not self.console.is_terminal and not self.quiet
 
     def add(self, job: Job, finished: bool) -> None:
         name, note = f"  iteration {job.iteration} policy {job.index}", "already done" if finished else "waiting for rollouts"
         self.tasks[job.key] = self.live.add_task(name, total=self.steps, completed=self.steps if finished else 0, note=note)
-        if finished and not self.console.is_terminal:
+        if finished and self.plain:
             self.console.print(f"{name}: already done ({job.key})")
 
     def update(self, event: dict[str, Any]) -> None:
         if event["event"] == "resumed":
             self.live.update(self.tasks[event["key"]], completed=event["step"])
-            if event["step"]:
+            if event["step"] and not self.quiet:
                 self.console.print(f"  iteration {event['iteration']} policy {event['policy']} continues at step {event['step']}")
         if event["event"] != "step":
             return
-        note = f"reward {event['reward']:+.2f}  KL to anchor {event['kl_anchor']:.2f}  {event['update_seconds']:.1f} s update"
-        self.live.update(self.tasks[event["key"]], completed=event["step"] + 1, note=note)
-        step = event["step"] + 1
-        if not self.console.is_terminal and (step % PLAIN_EVERY == 0 or step in (1, self.steps)):
-            self.console.print(f"  iteration {event['iteration']} policy {event['policy']} step {step}/{self.steps}  {note}")
+        step, speed = event["step"] + 1, event["tokens"] / step_seconds(event)
+        note = f"reward {event['reward']:+.2f}  KL to anchor {event['kl_anchor']:.2f}  {speed:.0f} tokens/s"
+        self.live.update(self.tasks[event["key"]], completed=step, note=note)
+        left = self._left(event["key"], step)
+        if self.plain and (step % PLAIN_EVERY == 0 or step in (1, self.steps)):
+            self.console.print(f"  iteration {event['iteration']} policy {event['policy']} step {step}/{self.steps}  {note}{left}")
+
+    def _left(self, key: str, step: int) -> str:
+        """How long a policy will take at the pace that it has had here."""
+        start, first = self._first.setdefault(key, (time.monotonic(), step))
+        if step == first or step == self.steps:
+            return ""
+        seconds = (time.monotonic() - start) / (step - first) * (self.steps - step)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
 
 class Display:
-    """Everything that `train` says, on one console."""
+    """Everything that `train` says, on one console; when quiet, only faults, what was found damaged, and the results."""
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = terminal.console() if console is None else console
-        self.start = time.monotonic()
+        self.quiet, self.start = quiet, time.monotonic()
+
+    def progress(self, text: str) -> None:
+        """What goes on, which a quiet one leaves out."""
+        if not self.quiet:
+            self.say(text)
 
     def say(self, text: str) -> None:
         self.console.print(f"[{time.monotonic() - self.start:5.0f} s] {text}", highlight=False, markup=False)
@@ -80,8 +102,8 @@ class Display:
 
     @contextlib.contextmanager
     def iteration(self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: int) -> Iterator[Bars]:
-        self.say(f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {steps} steps each")
-        bars = Bars(self.console, steps)
+        self.progress(f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {steps} steps each")
+        bars = Bars(self.console, steps, self.quiet)
         with bars.live:
             for job in jobs:
                 bars.add(job, job not in missing)
@@ -92,21 +114,21 @@ class Display:
         angles = sorted(angle for block in blocks for angle in block["angles"])
         if angles:
             spread = f"{angles[0]:.0f} to {angles[-1]:.0f} degrees, median {angles[len(angles) // 2]:.0f}"
-            self.say(f"iteration {number} merged; angles between task vectors: {spread}")
+            self.progress(f"iteration {number} merged; angles between task vectors: {spread}")
         else:
-            self.say(f"iteration {number}: one policy, nothing to merge")
+            self.progress(f"iteration {number}: one policy, nothing to merge")
 
     @contextlib.contextmanager
     def evaluation(self, count: int) -> Iterator[Callable[[Point], None]]:
-        self.say(f"evaluating {count} points on held-out prompts")
-        bar = Progress(*Progress.get_default_columns(), console=self.console, disable=not self.console.is_terminal)
+        self.progress(f"evaluating {count} points on held-out prompts")
+        bar = Progress(*Progress.get_default_columns(), console=self.console, disable=self.quiet or not self.console.is_terminal)
         with bar:
             task = bar.add_task("  evaluation", total=count)
 
             def done(point: Point) -> None:
                 bar.advance(task)
                 if not self.console.is_terminal:
-                    self.say(f"  {point.name}: reward {point.reward:+.2f} at KL {point.kl:.2f}")
+                    self.progress(f"  {point.name}: reward {point.reward:+.2f} at KL {point.kl:.2f}")
 
             yield done
 
@@ -115,13 +137,16 @@ class Display:
         points = [Point(**point) for point in front["points"]]
         chosen = next(point for point in points if point.name == front["chosen"])
         self.console.print(front_table(points, chosen))
-        print_samples(self.console, run.samples()[:PRINTED_SAMPLES], list(dict.fromkeys(["sft", chosen.name, "slerp"])))
-        self.say(f"front: {run.folder / 'front.png'}")
+        if not self.quiet:
+            print_samples(self.console, run.samples()[:PRINTED_SAMPLES], list(dict.fromkeys(["sft", chosen.name, "slerp"])))
+        self.progress(f"front: {run.folder / 'front.png'}")
         self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
         self.say(f"all of it on one page: raywarp report {run.mirror.storage.uri if run.mirror else run.folder}")
 
     def timing(self, run: Run) -> None:
         """Where the time went, for each iteration that was trained, and what is the bottleneck."""
+        if self.quiet:
+            return
         for row in run.timing():
             phases = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.2f} s" for name, seconds in row["phases"].items())
             shares = f"trainers {row['trainer_busy']:.0%}, rollout workers {row['pool_busy']:.0%}, reward {row['reward_busy']:.0%} busy"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raywarp.config import MINILM, SMOLLM2, SNIPPETS, Config, load_config
+from raywarp.config import MINILM, SMOLLM2, SNIPPETS, load_config
 from raywarp.progress import Display
 from raywarp.run import Run
 
@@ -23,22 +23,18 @@ QUICKSTART: dict[str, Any] = {
 }
 
 
-def quickstart(overrides: Sequence[str] = ()) -> Run:
-    """Both stages one after the other; run again, it continues or shows what is there."""
+def quickstart(overrides: Sequence[str] = (), display: Display | None = None) -> Run:
+    """Both stages one after the other, or the second alone where a reward is named; run again, it continues or shows what is there."""
     from raywarp.reward_stage import prepare_stage, reward
     from raywarp.warp import train
 
-    config = load_config(QUICKSTART, overrides)
+    config, display = load_config(QUICKSTART, overrides), display or Display()
+    if config.reward.model or config.reward.function:
+        return train(config, display)
     folder = f"{config.out.rstrip('/')}/reward"
-    config = _with_reward(config, folder)
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"model": folder})})
     stage = config.model_copy(update={"out": folder})
-    run, display, inputs = Run.open(config), Display(), prepare_stage(stage)
+    run, inputs = Run.open(config, display.say), prepare_stage(stage)
     run.save_config(config)
     reward(stage, display, standardise=False, inputs=inputs)  # train's own session does that, and saves a start
     return train(config, display)
-
-
-def _with_reward(config: Config, folder: str) -> Config:
-    if config.reward.model or config.reward.function:
-        return config
-    return config.model_copy(update={"reward": config.reward.model_copy(update={"model": folder})})

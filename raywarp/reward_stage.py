@@ -48,10 +48,10 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
     display, inputs = display or Display(), inputs or prepare_stage(config)
     start_ray()
     check_cluster(config, inputs.model)
-    display.say(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")
-    summary = train_reward(config, inputs.training)
+    display.progress(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")
+    summary = train_reward(config, inputs.training, display)
     if standardise and not is_standardised(summary.folder):
-        display.say(f"reward: scoring {config.reward_training.sft_completions} SFT completions to standardise it")
+        display.progress(f"reward: scoring {config.reward_training.sft_completions} SFT completions to standardise it")
         scorer = config.reward.model_copy(update={"model": str(summary.folder), "function": None, "standardise": False})
         scores = sft_scores(config.model_copy(update={"reward": scorer, "control": None}), inputs.model, inputs.prompts.train)
         save_standardisation(summary.folder, scores)

@@ -1,14 +1,11 @@
 """Reward models from preferences: Bradley–Terry training on Ray Train's TorchTrainer, resumable by the same command."""
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,8 @@ from raywarp.config import Config, ConfigError
 from raywarp.data import Preference, PreferenceSplits, load_preferences, resolve_model
 from raywarp.hardware import CPU_ENV
 from raywarp.model_files import check_weights, read_model_config
+from raywarp.progress import Display
+from raywarp.reward_progress import following
 from raywarp.rewards import REWARD_FILE, RewardError, check_trained, load_tokenizer, statistics
 from raywarp.storage import Storage
 from raywarp.store import (
@@ -91,7 +90,7 @@ def prepare_reward(config: Config) -> RewardInputs | None:
     return RewardInputs(_check_backbone(config), load_preferences(config.preferences, config.seed))
 
 
-def train_reward(config: Config, inputs: RewardInputs | None = None) -> RewardSummary:
+def train_reward(config: Config, inputs: RewardInputs | None = None, display: Display | None = None) -> RewardSummary:
     """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray must be initialised.
 
     Args:
@@ -101,10 +100,10 @@ def train_reward(config: Config, inputs: RewardInputs | None = None) -> RewardSu
         ConfigError: as prepare_reward does, and for a cluster without the resources.
         ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
     """
-    out, training = Path(config.out).absolute(), config.reward_training
+    out, training, display = Path(config.out).absolute(), config.reward_training, display or Display()
     inputs = inputs or prepare_reward(config)
     if inputs is None:
-        print(f"reward model {out} is already complete", flush=True)
+        display.say(f"reward model {out} is already complete")
         return _summary(out, already_complete=True)
     use_gpu, splits = _check_workers(config), inputs.splits
     test = splits.test[: training.test_pairs]
@@ -116,9 +115,9 @@ def train_reward(config: Config, inputs: RewardInputs | None = None) -> RewardSu
         "pairs": ray.put((splits.rated or splits.train, splits.validation[: training.eval_pairs], test)),
     }
     if problem := _snapshot_problem(out / WORK / "run"):
-        print(f"reward model: {problem}; its training starts over", flush=True)
+        display.say(f"reward model: {problem}; its training starts over")
         shutil.rmtree(out / WORK / "run")
-    with _validations_printed(out / "metrics.jsonl", training.steps):
+    with following(out / "metrics.jsonl", training.steps, display):
         _fit(job, training.num_workers, use_gpu, out / WORK)
     _publish(out)
     return _summary(out)
@@ -340,41 +339,6 @@ def _check_backbone(config: Config) -> str:
     check_weights(name, what)
     load_tokenizer(name, config.trust_remote_code)
     return name
-
-
-@contextlib.contextmanager
-def _validations_printed(metrics: Path, steps: int) -> Iterator[None]:
-    """Follow the workers' metrics and print a line per validation; their own output does not reach this terminal."""
-    start, done, over = time.monotonic(), {int(row["step"]) for row in _validations(metrics)}, threading.Event()
-    told: set[str] = set()
-
-    def show() -> None:
-        rows = read_jsonl(metrics)
-        for fault in [row["fault"] for row in rows if "fault" in row and row["fault"] not in told]:
-            told.add(fault)
-            print(f"reward model: {fault}", flush=True)
-        for row in rows:
-            if "validation_accuracy" in row and row["step"] not in done:
-                done.add(row["step"])
-                scores = f"validation accuracy {row['validation_accuracy']:.3f}  loss {row['validation_loss']:.3f}"
-                print(f"reward step {row['step']}/{steps}  {scores}  {time.monotonic() - start:.0f} s", flush=True)
-
-    def follow() -> None:
-        while not over.wait(0.5):
-            show()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        show()
-
-
-def _validations(metrics: Path) -> list[dict[str, Any]]:
-    return [row for row in read_jsonl(metrics) if "validation_accuracy" in row]
 
 
 def _config_error(failure: BaseException | None) -> ConfigError | None:

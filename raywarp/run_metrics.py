@@ -23,6 +23,12 @@ GAUGES = {
 }
 
 
+def step_seconds(row: Mapping[str, Any]) -> float:
+    """Of a row of metrics.jsonl: from the wait for rollouts to the end of the update."""
+    seconds: float = row["wait_seconds"] + row["request_seconds"] + row["update_seconds"]
+    return seconds
+
+
 class RunMetrics:
     """The gauges and counters of one run, made once Ray is running; without it there is nobody to tell.
 
@@ -54,7 +60,7 @@ class RunMetrics:
         for name, (entry, _) in GAUGES.items():
             if entry in row:
                 self._gauges[name].set(row[entry], tags)
-        seconds = row["wait_seconds"] + row["request_seconds"] + row["update_seconds"]
+        seconds = step_seconds(row)
         self._step_seconds.set(seconds, tags)
         self._speed.set(row["tokens"] / seconds, tags)
         self._steps.inc(1, tags)

@@ -7,8 +7,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,10 +22,11 @@ from raywarp.loggers import sweep_loggers
 from raywarp.planning import check_cluster
 from raywarp.progress import Display
 from raywarp.run import Run
-from raywarp.search_space import DIRECTIONS, Point, SearchSpace, decode, describe, encode, search_space
+from raywarp.search_space import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.session import start_ray
 from raywarp.stop import stoppable
 from raywarp.sweep_files import SweepFiles
+from raywarp.sweep_progress import SweepProgress
 from raywarp.sweep_report import Sweep, conclude, save_sweep, show_sweep
 from raywarp.trial import SweepPlan, Trial
 
@@ -56,7 +56,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     plan, concurrent = _plan(space, files)
     check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
     run.save_config(config)
-    display.say(opening(space, concurrent))
+    display.progress(opening(space, concurrent))
     with run.mirrored():
         points = _fit(plan, run, concurrent, display)
         sweep = conclude(plan, files, points)
@@ -126,7 +126,7 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
         from ray import tune as ray_tune
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        space, trials = plan.space, _Watcher(plan, display)
+        space, trials = plan.space, SweepProgress(plan, display)
         trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), _resources())
         tuner = ray_tune.Tuner(
             trainable,
@@ -142,7 +142,7 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
             ),
         )
         stack.callback(_end_trials, plan)
-        with stoppable():
+        with stoppable(), trials:
             found = tuner.fit()
     return space.points or [trials.point(found[n]) for n in range(len(found))]
 
@@ -221,38 +221,3 @@ def _environment(values: dict[str, str]) -> Any:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@dataclass
-class _Watcher:
-    """Says what the trials report."""
-
-    plan: SweepPlan
-    display: Display
-
-    def point(self, trial: Any) -> Point:
-        return self.plan.space.resolved(decode(trial.config))
-
-    def callback(self) -> Any:
-        from ray.tune import Callback
-
-        watcher = self
-
-        class Told(Callback):
-            def __reduce__(self) -> Any:
-                return (Callback, ())  # Tune stores its callbacks, and a console cannot be
-
-            def on_trial_result(self, iteration: int, trials: Sequence[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-                watcher.say(trial, result)
-
-            def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
-                watcher.display.say(f"  {describe(watcher.point(trial))}: its process died again and again")
-
-        return Told()
-
-    def say(self, trial: Any, result: dict[str, Any]) -> None:
-        who = describe(self.point(trial))
-        if "failed" in result:
-            return self.display.say(f"  {who}: failed: {result['failed'].splitlines()[0]}")
-        found = f"reward {result['reward']:+.2f} at KL {result['kl']:.2f}, hypervolume {result['hypervolume']:.2f}"
-        return self.display.say(f"  {who}: iteration {result['iteration']}: {found}")

@@ -116,7 +116,7 @@ def test_a_learnable_preference_is_learnt_and_loads_plainly(cluster, backbone, p
     config, summary, lines = straight
     assert summary.accuracy > 0.9
     assert summary.accuracy_ci[0] < summary.accuracy <= summary.accuracy_ci[1]
-    assert len([line for line in lines if line.startswith("reward step")]) == 8
+    assert len([line for line in lines if "reward step" in line]) == 8
 
     reward = load_reward(RewardConfig(model=str(summary.folder)))
     good, bad = reward.score(["the film was ", "the film was "], ["a good plot", "a bad plot"])

@@ -1,0 +1,64 @@
+"""What a person sees while a reward model is trained: a live bar in a terminal, a line per validation elsewhere."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from raywarp.progress import Display
+from raywarp.store import read_jsonl
+
+POLL = 0.5  # seconds between two looks at the workers' metrics, whose own output does not reach this terminal
+
+
+@contextmanager
+def following(metrics: Path, steps: int, display: Display) -> Iterator[None]:
+    """Show what the workers write meanwhile, but for what was there before."""
+    over, follower = threading.Event(), _Follower(metrics, steps, display)
+
+    def follow() -> None:
+        while not over.wait(POLL):
+            follower.look()
+
+    with follower.bar:
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            follower.look()
+
+
+class _Follower:
+    def __init__(self, metrics: Path, steps: int, display: Display):
+        self.metrics, self.steps, self.display = metrics, steps, display
+        console = display.console
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=display.quiet or not console.is_terminal)
+        self.task = self.bar.add_task("  reward model", total=steps, note="starting")
+        self.validated = {row["step"] for row in read_jsonl(metrics) if "validation_accuracy" in row}
+        self.told: set[str] = set()
+        self.accuracy = ""
+
+    def look(self) -> None:
+        rows = read_jsonl(self.metrics)
+        for row in rows:
+            if "fault" in row and row["fault"] not in self.told:
+                self.told.add(row["fault"])
+                self.display.say(f"reward model: {row['fault']}")
+            if "validation_accuracy" in row and row["step"] not in self.validated:
+                self._validation(row)
+        if steps := [row for row in rows if "loss" in row and "step" in row]:
+            self.bar.update(self.task, completed=steps[-1]["step"], note=f"loss {steps[-1]['loss']:.3f}{self.accuracy}")
+
+    def _validation(self, row: dict[str, Any]) -> None:
+        self.validated.add(row["step"])
+        self.accuracy = f"  validation accuracy {row['validation_accuracy']:.3f}"
+        if not self.display.console.is_terminal:
+            scores = f"validation accuracy {row['validation_accuracy']:.3f}  loss {row['validation_loss']:.3f}"
+            self.display.progress(f"reward step {row['step']}/{self.steps}  {scores}")
