@@ -18,6 +18,7 @@ from raywarp.engines import EngineSettings, front_rank
 from raywarp.hardware import cpu_environment
 from raywarp.policy_actor import PolicyActor
 from raywarp.reward_actor import RewardActor
+from raywarp.rewards import with_template
 from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker
 
@@ -167,6 +168,7 @@ class Actors:
     def rewards(self) -> list[Any]:
         """The reward worker, and that of the control score if there is one. Ray starts them again and repeats their calls."""
         sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
+        sources = [with_template(source, self.config.prompts, self.config.trust_remote_code) for source in sources]
         groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
         restart = {"max_restarts": -1, "max_task_retries": -1}  # a retry is spent on a worker that is only not there yet (Ray 2.60)
         common = (self.config.trust_remote_code, self.plan.threads)

@@ -110,6 +110,11 @@ class RewardConfig(Section):
         "", description="declared version of the function, for what its source does not show; another one makes another run"
     )
     standardise: bool | None = Field(None, description="shift and scale by SFT completions; default: yes for a model, no for a function")
+    template: Literal["auto", "none", "chat"] = Field(
+        "auto",
+        description="what a model reads: the prompt with its completion, or both as turns of its own chat template; auto: turns where "
+        "prompts.template=chat and the model, not trained by raywarp, has a template",
+    )
     max_length: Count = Field(256, description="tokens of prompt and completion together; longer prompts lose their beginning")
     batch_size: Count = Field(64, description="texts per forward pass of a model; lower it where its memory runs out")
     timeout_seconds: Positive | None = Field(
@@ -404,7 +409,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
+    for other in next((pair for end, pair in _ALTERNATIVES.items() if key.endswith(end)), ()):
+        node.pop(other, None)
     node[leaf] = value
+
+
+# A key that an override sets → the one that it takes the place of.
+_ALTERNATIVES = {
+    "choose.eta": ("max_kl",),
+    "choose.max_kl": ("eta",),
+    **{f"{scorer}.{one}": (other,) for scorer in ("reward", "control") for one, other in (("model", "function"), ("function", "model"))},
+}
 
 
 def unknown(key: str) -> str:

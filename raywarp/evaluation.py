@@ -154,6 +154,7 @@ def front_json(points: Sequence[Point], chosen: Point, config: Config) -> dict[s
     return {
         "chosen": chosen.name,
         "chosen_eta": chosen.eta,
+        "choose": config.front.choose.model_dump(),
         "prompts": config.front.prompts,
         "completions_per_prompt": config.front.completions_per_prompt,
         "temperature": config.rollout.temperature,

@@ -219,7 +219,7 @@ class FineTuning:
         return (
             f"policy {job.index} of iteration {job.iteration} failed {course.failures.count} times without getting beyond step "
             f"{course.furthest} ({cause}: {text}){hint}; cluster.max_failures={self.config.cluster.max_failures}; what was saved is kept, "
-            "and the same command continues"
+            f"and the same command{' (these keys may change)' if hint else ''} continues"
         )
 
     def _save(self) -> None:

@@ -52,14 +52,16 @@ def prepare(config: Config) -> Inputs:
     shapes = model_shapes(
         read_model_config(model, config.trust_remote_code, "model"), config.lora, trust_remote_code=config.trust_remote_code
     )
+    reward = rewards.with_template(config.reward, config.prompts, config.trust_remote_code)
+    control = config.control and rewards.with_template(config.control, config.prompts, config.trust_remote_code)
     return Inputs(
         model=model,
         shapes=shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=fingerprint(prompts.train),
-        reward=rewards.fingerprint(config.reward),
-        evaluation=store.content_key([fingerprint(prompts.held_out), rewards.fingerprint(config.control) if config.control else None]),
+        reward=rewards.fingerprint(reward),
+        evaluation=store.content_key([fingerprint(prompts.held_out), rewards.fingerprint(control) if control else None]),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from raywarp import store
 from raywarp.config import Config
+from raywarp.evaluation import wanted_etas
 from raywarp.inputs import Inputs
 from raywarp.node_check import PACKAGES, versions
 
@@ -12,6 +13,8 @@ ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no l
 
 def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:
     """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the cluster, not worker counts).
+
+    How a batch is cut up to fit into memory changes a gradient by rounding only: a run that was short of it continues with smaller parts.
 
     Args:
         inputs: fingerprints of base, prompts and reward, and the numerical settings.
@@ -25,7 +28,7 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         "init": init_key,
         "inputs": dict(inputs),
         "lora": config.lora.model_dump(),
-        "optim": config.optim.model_dump(),
+        "optim": config.optim.model_dump(exclude={"max_tokens_per_microbatch", "gradient_checkpointing"}),
         "warp": warp,
         "rollout": rollout,
         "seed": config.seed,
@@ -54,5 +57,6 @@ def key_of_numerics(config: Config, inputs: Inputs) -> str:
 
 
 def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
-    """Of the front of an iteration whose policies have these keys."""
-    return store.content_key([keys, inputs.evaluation, config.front.model_dump(), config.cluster.threads])
+    """Of the front of an iteration whose policies have these keys. Which of its points is chosen is no part of it."""
+    front = config.front.model_dump(exclude={"choose"}) | {"etas": sorted({*wanted_etas(config), 0.0, 1.0})}
+    return store.content_key([keys, inputs.evaluation, front, config.cluster.threads])

@@ -66,7 +66,7 @@ class RewardActor:
         """Loaded when it is first asked for: also after a death of this process."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        return load_reward(self.config, self.trust_remote_code, "cuda" if torch.cuda.is_available() else "cpu")
+        return load_reward(self.config, self.trust_remote_code, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
         """One score per completion; see Reward.score for the arguments and the RewardError it raises."""

@@ -46,9 +46,11 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
         ConfigError: the input is wrong; nothing was started.
     """
     display, inputs = display or Display(), inputs or prepare_stage(config)
-    start_ray()
-    check_cluster(config, inputs.model)
-    display.progress(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")
+    if inputs.training or (standardise and not is_standardised(config.out)):
+        start_ray()
+        check_cluster(config, inputs.model)
+    if inputs.training:
+        display.progress(f"reward: training {config.reward_training.backbone} on preferences from {config.preferences.dataset}")
     summary = train_reward(config, inputs.training, display)
     if standardise and not is_standardised(summary.folder):
         display.progress(f"reward: scoring {config.reward_training.sft_completions} SFT completions to standardise it")

@@ -21,7 +21,7 @@ import transformers  # not `from`: its parts take seconds to import, which a rew
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from raywarp.config import ConfigError, RewardConfig
+from raywarp.config import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data import resolve_model
 from raywarp.hardware import supports_bf16
 from raywarp.model_files import check_one_label, first_line, read_model_config, read_tokenizer
@@ -37,18 +37,27 @@ class RewardError(RuntimeError):
     """A reward failed or returned something other than one finite number per completion; the message shows the text."""
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int) -> Any:
-    """Token ids and attention mask of prompt + completion, (N, longest), right-padded.
+def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, chat: bool = False) -> Any:
+    """Token ids and attention mask of prompt + completion, or of the two as turns of a chat, (N, longest), right-padded.
 
     A text above max_length tokens (or above what the tokenizer says its model takes) loses its beginning: the completion is kept.
     """
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    pairs = list(zip(prompts, completions, strict=True))
+    texts = [_as_turns(tokenizer, *pair) for pair in pairs] if chat else [prompt + completion for prompt, completion in pairs]
     length = min(max_length, tokenizer.model_max_length)
-    return tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return tokenizer(texts, padding=True, truncation=True, max_length=length, add_special_tokens=not chat, return_tensors="pt")
 
 
-def classify(model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, batch_size: int) -> Tensor:
+def _as_turns(tokenizer: Any, prompt: str, completion: str) -> str:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    return text
+
+
+def classify(
+    model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, batch_size: int, chat: bool = False
+) -> Tensor:
     """The classifier's scores, (N,) float32 on its device, with a gradient if autograd is on: training and scoring both call this.
 
     Texts of similar length share a forward pass of at most batch_size, which saves most of the padding.
@@ -58,7 +67,7 @@ def classify(model: Any, tokenizer: Any, prompts: Sequence[str], completions: Se
     parts = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = encode(tokenizer, [prompts[n] for n in chosen], [completions[n] for n in chosen], max_length)
+        batch = encode(tokenizer, [prompts[n] for n in chosen], [completions[n] for n in chosen], max_length, chat)
         parts.append(model(**batch.to(device)).logits[:, 0].float())
     place = torch.empty(len(order), dtype=torch.long, device=device)
     place[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
@@ -92,16 +101,23 @@ class ClassifierReward:
         name: folder or hub id, already resolved.
         max_length: tokens per text; see encode.
         batch_size: texts per forward pass.
+        chat: prompt and completion are turns of its chat template.
 
     Raises:
         ConfigError: not loadable, or not one label.
     """
 
     def __init__(
-        self, name: str, max_length: int = 256, batch_size: int = 64, trust_remote_code: bool = False, device: str | torch.device = "cpu"
+        self,
+        name: str,
+        max_length: int = 256,
+        batch_size: int = 64,
+        trust_remote_code: bool = False,
+        device: str | torch.device = "cpu",
+        chat: bool = False,
     ):
         check_classifier(name, trust_remote_code)
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length, self.batch_size, self.chat = max_length, batch_size, chat
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
         try:
@@ -119,7 +135,7 @@ class ClassifierReward:
         if not completions:
             return []
         with torch.inference_mode():
-            scores = classify(self.model, self.tokenizer, prompts, completions, self.max_length, self.batch_size)
+            scores = classify(self.model, self.tokenizer, prompts, completions, self.max_length, self.batch_size, self.chat)
         return [float(score) for score in scores.tolist()]
 
 
@@ -225,8 +241,25 @@ def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: s
     if config.standardise and stored is None:
         raise ConfigError(f"reward.standardise=true: {config.model} has no {REWARD_FILE} with score_mean and score_std")
     mean, std = stored if stored and config.standardise is not False else (0.0, 1.0)
-    classifier = ClassifierReward(name, config.max_length, config.batch_size, trust_remote_code, device)
+    classifier = ClassifierReward(name, config.max_length, config.batch_size, trust_remote_code, device, config.template == "chat")
     return Reward(config.model, classifier.score, mean, std)
+
+
+def with_template(config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool = False) -> RewardConfig:
+    """With `template` decided where it is auto.
+
+    Raises:
+        ConfigError: chat is asked for, and the model has no chat template.
+    """
+    if not config.model or config.template == "none" or (config.template == "auto" and prompts.template != "chat"):
+        return config.model_copy(update={"template": "none"})
+    name = resolve_model(config.model, what="reward model")
+    has_one = bool(load_tokenizer(name, trust_remote_code).chat_template)
+    if config.template == "chat" and not has_one:
+        raise ConfigError(f"reward.template=chat, but the tokenizer of {config.model} has no chat template; use template=none")
+    own = (Path(name) / REWARD_FILE).is_file()  # raywarp trains on the two texts as they are
+    wanted = config.template == "chat" or (has_one and not own)
+    return config.model_copy(update={"template": "chat" if wanted else "none"})
 
 
 def fingerprint(config: RewardConfig) -> str:
@@ -242,6 +275,7 @@ def fingerprint(config: RewardConfig) -> str:
     elif config.model:
         name = resolve_model(config.model, what="reward model")
         settings |= {"max_length": config.max_length, "standardise": config.standardise, "model": _model_fingerprint(name)}
+        settings |= {"template": "chat"} if config.template == "chat" else {}
     return content_key(settings)
 
 

@@ -33,6 +33,8 @@ _CHECKSUM = "# sha256 of the lines below: "
 _FREE_KEYS = {
     *("out", "store", "cluster", "front", "control", "preferences", "reward_training"),
     *("checkpoint_every", "kl_to_sft_every", "loggers", "tune"),
+    *("rollout.workers", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "reward.batch_size", "reward.timeout_seconds"),
+    *("optim.max_tokens_per_microbatch", "optim.gradient_checkpointing"),
 }
 
 
@@ -314,7 +316,7 @@ def _differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"{key} is {before.get(key)!r} there and {value!r} here"
         for key, value in now.items()
-        if key.partition(".")[0] not in _FREE_KEYS and before.get(key) != value
+        if not _FREE_KEYS & {key, key.partition(".")[0]} and before.get(key) != value
     ]
 
 

@@ -21,6 +21,7 @@ from raywarp.averaging import liti, slerp
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config import Config
 from raywarp.data import PromptSplits
+from raywarp.evaluation import Point
 from raywarp.inputs import Inputs, prepare
 from raywarp.journal import Journal
 from raywarp.keys import front_key, key_chain, key_of_numerics
@@ -202,19 +203,24 @@ def save_front(
     key: str,
     numerics: Mapping[str, object],
 ) -> None:
-    """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/.
+    """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/; another choice of
+    what is measured costs no more than that.
 
     Args:
         numerics: goes into front.json: see Run.numerics.
     """
-    if run.has_front(key):
+    is_measured = run.has_front(key)
+    if is_measured and run.front().get("choose") == config.front.choose.model_dump():
         return display.front(run)
     points = evaluation.candidates(init, policies, evaluation.wanted_etas(config))
-    with display.evaluation(len(points)) as done:
-        results = evaluation.evaluate(session, config, points, prompts.held_out, done)
-    measured = [point for point, _ in results]
+    if is_measured:
+        measured = [Point(**point) for point in run.front()["points"]]
+    else:
+        with display.evaluation(len(points)) as done:
+            results = evaluation.evaluate(session, config, points, prompts.held_out, done)
+        measured = [point for point, _ in results]
+        store.write_json(run.folder / "samples.json", evaluation.sample_rows(results, prompts.held_out, config.front))
     chosen = evaluation.choose(measured, config.front.choose)
-    store.write_json(run.folder / "samples.json", evaluation.sample_rows(results, prompts.held_out, config.front))
     plot_front(measured, chosen, run.folder / "front.png", f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}")
     adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
     run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))

@@ -11,6 +11,8 @@ import yaml
 from conftest import WORDS
 
 from raywarp.cli import main
+from raywarp.config import load_config
+from raywarp.quickstart import QUICKSTART
 
 
 @pytest.fixture
@@ -44,6 +46,13 @@ def refused(capsys: pytest.CaptureFixture[str], *overrides: str, command: str = 
     lines = captured.err.splitlines()
     first = next(n for n, line in enumerate(lines) if line.startswith("raywarp: "))  # libraries may have warned before
     return "\n".join(lines[first:])
+
+
+def test_an_override_takes_the_place_of_its_alternative() -> None:
+    config = load_config(QUICKSTART, ["front.choose.eta=0.4", "control.model=embedded:all-minilm-l6-v2"])
+    assert config.front.choose.model_dump() == {"eta": 0.4, "max_kl": None}
+    assert config.control is not None
+    assert config.control.function is None
 
 
 @pytest.mark.parametrize(

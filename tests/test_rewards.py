@@ -10,10 +10,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from raywarp import store
-from raywarp.config import ConfigError, RewardConfig
+from raywarp.config import ConfigError, PromptsConfig, RewardConfig
 from raywarp.reward_actor import RewardActor
 from raywarp.reward_training import is_standardised, save_standardisation
-from raywarp.rewards import ClassifierReward, Reward, RewardError, classify, encode, fingerprint, load_function, load_reward
+from raywarp.rewards import (
+    REWARD_FILE,
+    ClassifierReward,
+    Reward,
+    RewardError,
+    classify,
+    encode,
+    fingerprint,
+    load_function,
+    load_reward,
+    with_template,
+)
 from raywarp.rollout import Completion, Rollout
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
@@ -50,6 +61,32 @@ def scored_by(function) -> Reward:
 def test_truncation_keeps_the_completion_and_drops_the_beginning_of_the_prompt():
     ids = encode(build_tokenizer(), ["the film was a plot "], ["good bad"], max_length=5)["input_ids"]
     assert [WORDS[i] for i in ids[0]] == ["[CLS]", "plot", "good", "bad", "[SEP]"]
+
+
+def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: Path) -> None:
+    chat, plain = PromptsConfig(template="chat"), PromptsConfig()
+    with pytest.raises(ConfigError, match=r"the tokenizer of .* has no chat template; use template=none"):
+        with_template(RewardConfig(model=str(bert), template="chat"), plain)
+    assert with_template(RewardConfig(model=str(bert)), chat).template == "none"
+
+    model = build_bert(tmp_path / "chat")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ 'good' if m['role'] == 'user' else 'bad' }} {{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    config = RewardConfig(model=str(model))
+    assert with_template(config, plain).template == "none"
+    turns = with_template(config, chat)
+    assert turns.template == "chat"
+    assert fingerprint(turns) != fingerprint(with_template(config, plain)) == fingerprint(config)
+    ids = encode(tokenizer, ["a film"], ["the plot"], 16, chat=True)["input_ids"]
+    assert [WORDS[i] for i in ids[0]] == ["good", "a", "film", "bad", "the", "plot"]  # special tokens are the template's own
+    (score,) = load_reward(turns).score(["a film"], ["the plot"])
+    (same,) = ClassifierReward(str(model), chat=True).score(["a film"], ["the plot"])
+    (other,) = load_reward(with_template(config, plain)).score(["a film"], ["the plot"])
+    assert score == same != other
+
+    store.write_record(model / REWARD_FILE, {"score_mean": 0.0, "score_std": 1.0})
+    assert with_template(config, chat).template == "none"  # raywarp trains on plain texts
 
 
 def test_texts_are_padded_on_the_right():

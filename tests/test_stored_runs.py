@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import S3Server
+from conftest import S3Server, assert_same_change
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp import rewards, store
 from raywarp.config import Config
+from raywarp.peft_files import load_peft
 from raywarp.policy_files import PolicyFiles
 from raywarp.rewards import RewardError
 from raywarp.run import Run
@@ -204,6 +205,10 @@ def test_a_finished_run_starts_no_actor_for_what_is_made_from_its_policies(
     run = train(project.config(folder), heard := Listener())
     assert_same_results(run, project.finished)
     assert "iteration 1: 0 of 2 policies to train" in heard.text()
+    train(project.config(folder, front={"choose": {"eta": 1.0}}), Listener())  # another choice of what is measured
+    assert run.front()["chosen"] == "slerp"
+    merged, chosen = (load_peft(folder / name) for name in ("iterations/2/merged", "adapter"))
+    assert_same_change(chosen, merged, 1e-5)
     with pytest.raises(AssertionError, match="Ray is wanted"):
         train(project.config(folder, front={"etas": [0.25]}), Listener())
     DAMAGE["flipped"](folder / policies_of(run, 2)[0] / "adapter_model.safetensors")
