@@ -33,6 +33,9 @@ VLLM_CPU_ENV = {
 }
 
 
+REWARD_TITLES = ("reward worker", "control worker")
+
+
 @dataclass(frozen=True)
 class Kinds:
     """The classes of the actors: a benchmark puts waits in the place of their work."""
@@ -181,9 +184,10 @@ class Actors:
                 restart | {"name": placement.unique_name("raywarp-reward", n)},
                 source,
                 *common,
+                title,
                 watched=True,
             )
-            for n, (source, group) in enumerate(zip(sources, groups, strict=True), 1)
+            for n, (source, group, title) in enumerate(zip(sources, groups, REWARD_TITLES, strict=False), 1)
         ]
 
     def stop(self) -> None:

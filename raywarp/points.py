@@ -1,11 +1,11 @@
 """A point of the front while it is measured, and its completions and scores afterwards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raywarp.data import Prompt
-from raywarp.rollout import Request, join, submit
+from raywarp.rollout import Request, join, submit, work_of
 
 if TYPE_CHECKING:
     from raywarp.session import Session
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """One adapter's completions of N prompts, with what was asked of them: each list has N entries."""
+    """One adapter's completions of N prompts, with what was asked of them: each list has N entries.
+
+    work: who was at it from when to when, in Unix seconds.
+    """
 
     texts: list[str]
     lengths: list[int]
@@ -21,6 +24,7 @@ class Scored:
     rewards: list[float]
     control: list[float] | None
     kl: list[float]
+    work: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 class PendingPoint:
@@ -56,4 +60,5 @@ class PendingPoint:
             rewards=rewards,
             control=control,
             kl=kl,
+            work=work_of(rest, [kl, rewards, *([control] if control else [])]),
         )

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ from raywarp.data import Prompt
 from raywarp.faults import FaultError, explain
 from raywarp.packing import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
-from raywarp.reward_actor import Scorer, Scores
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
+from raywarp.reward_actor import Scorer
+from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl
@@ -187,7 +187,12 @@ class PolicyActor:
             for progress in under_way:
                 progress.policy.close()
 
-    def kl_to_sft(self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any) -> list[float]:
+    def _work(self, row: Mapping[str, Any], requested: float) -> list[tuple[str, float, float]]:
+        """This actor's own for a step that is just over, as work_of has it."""
+        now = time.time()
+        return [(self.title, requested - row["request_seconds"], requested), (self.title, now - row["update_seconds"], now)]
+
+    def kl_to_sft(self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any) -> Scores:
         """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the adapter's parts.
 
         Args:
@@ -196,9 +201,9 @@ class PolicyActor:
         """
         from raywarp.adapted_model import INIT
 
-        completions = join(rollouts, adapter)
+        start, completions = time.time(), join(rollouts, adapter)
         if not adapter.parts:
-            return [0.0] * len(completions)
+            return Scores([0.0] * len(completions))
         self._load()
         self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
         batch = collate(prompts, completions).to(self.model.device)
@@ -206,7 +211,9 @@ class PolicyActor:
         for part in micro_batches(batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token):
             policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
             kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
-        return [float(value) for value in kl]
+        values = Scores(kl.tolist())
+        values.span, values.who = (start, time.time()), self.title
+        return values
 
     @functools.cached_property
     def title(self) -> str:
@@ -274,7 +281,7 @@ class PolicyActor:
             "update_seconds": time.perf_counter() - start,
             "pool_busy": max(r.pool_busy for r in rollouts),
         }
-        row["spans"] = _spans(self.title, row, progress.requested, rollouts, scores)
+        row["spans"] = spans_of(self._work(row, progress.requested) + work_of(rollouts, [scores]))
         self.busy_seconds += row["request_seconds"] + row["update_seconds"]
         row["trainer_busy"] = self.busy_seconds / (time.perf_counter() - self.started)
         progress.metrics.append(row)
@@ -308,17 +315,6 @@ def _scores(ref: Any) -> Scores:
     except RayActorError as error:  # Ray has repeated the call as often as it was told to
         raise FaultError(f"the reward worker died again and again at one batch: {explain(error)}") from None
     return scores
-
-
-def _spans(title: str, row: dict[str, Any], requested: float, rollouts: Sequence[Any], scores: Scores) -> dict[str, list[list[float]]]:
-    """Who was at work for a step, and when: actor → start and end of each piece of work, in Unix seconds."""
-    own = [(requested - row["request_seconds"], requested), (time.time() - row["update_seconds"], time.time())]
-    spans = {title: own}
-    for rollout in rollouts:
-        spans.setdefault(f"rollout worker {rollout.worker}", []).append((rollout.ended - rollout.seconds, rollout.ended))
-    if scores.span:
-        spans["reward worker"] = [scores.span]
-    return {name: [[round(start, 3), round(end, 3)] for start, end in own] for name, own in spans.items()}
 
 
 def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:

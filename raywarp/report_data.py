@@ -46,7 +46,8 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     points = part("The front", lambda: points_of(front), list[Point]())
     geometry = part("Angles and norms", lambda: _geometry(files), Rows())
     moments = [_seconds(event.get("time")) for event in events]
-    timing: Rows = part("Where the time went", lambda: (files.record(TIMING_FILE) or {"iterations": []})["iterations"], Rows())
+    times: Mapping[str, Any] = part("Where the time went", lambda: files.record(TIMING_FILE) or {}, {})
+    timing: Rows = times.get("iterations", [])
     chosen = front.get("chosen")
     data = {
         "name": redact(files.storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]) or "run",
@@ -66,7 +67,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
             None,
         ),
         "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store"), share), Rows()),
-        "timeline": part("The time line", lambda: timeline(rows, moments), None),
+        "timeline": part("The time line", lambda: timeline([*rows, *_evaluation(times)], moments), None),
         "timing": timing,
         "events": [{**_short(event), "seconds": moment} for event, moment in zip(events, moments, strict=True)],
         "config": part("The configuration", lambda: _settings(config), Rows()),
@@ -78,6 +79,11 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     }
     shown: dict[str, Any] = plain(data)
     return shown
+
+
+def _evaluation(times: Mapping[str, Any]) -> Rows:
+    """Who was at the front when, as a row with spans."""
+    return [{"iteration": "evaluation", **times["evaluation"]}] if "evaluation" in times else []
 
 
 def _unfinished(

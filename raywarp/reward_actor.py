@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -13,17 +13,9 @@ import torch
 from raywarp.config import RewardConfig
 from raywarp.data import Prompt
 from raywarp.rewards import Reward, RewardError, load_reward
+from raywarp.rollout import Rollout, Scores
 from raywarp.time_limit import TimeLimit, TimeLimitError
 from raywarp.watch import GROUP, Process
-
-if TYPE_CHECKING:
-    from raywarp.rollout import Rollout
-
-
-class Scores(list[float]):
-    """One score per completion. span: when the worker was at it, start and end in Unix seconds."""
-
-    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +35,11 @@ class RewardActor:
     """Holds one reward for as long as a run lasts. Ray may start it again and repeat a call: a call depends on nothing but itself.
 
     Args:
-        threads: of the CPU; None leaves Ray's choice.
+        threads: of the CPU; None leaves Ray's choice. title: what a time line calls it.
     """
 
-    def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None):
-        self.config, self.trust_remote_code, self.threads = config, trust_remote_code, threads
+    def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None, title: str = "reward worker"):
+        self.config, self.trust_remote_code, self.threads, self.title = config, trust_remote_code, threads, title
         self.seconds, self.done = 0.0, 0
         own = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None  # the same after a restart
         self.limit = TimeLimit(config.timeout_seconds, own or str(os.getpid()))
@@ -88,7 +80,7 @@ class RewardActor:
         return self.seconds
 
     def score_rollouts(
-        self, statistics: tuple[float, float] | None, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: "Rollout"
+        self, statistics: tuple[float, float] | None, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: Rollout
     ) -> Scores:
         """Scores of the rollout workers' completions, in order.
 
@@ -104,5 +96,5 @@ class RewardActor:
         completions = [completion.text for rollout in rollouts for completion in rollout.completions]
         names = columns[0] if columns else {}
         scores = Scores(self.score(prompts, completions, {name: [row[name] for row in columns] for name in names}))
-        scores.span = start, time.time()
+        scores.span, scores.who = (start, time.time()), self.title
         return scores

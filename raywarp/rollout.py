@@ -126,6 +126,27 @@ class Rollout:
     ended: float = 0.0
 
 
+class Scores(list[float]):
+    """One number per completion. span: when a process was at it, start and end in Unix seconds. who: its name in a time line."""
+
+    span: tuple[float, float] | None = None
+    who: str = ""
+
+
+def work_of(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list[tuple[str, float, float]]:
+    """Who worked on these, from when to when in Unix seconds."""
+    pieces = [(f"rollout worker {rollout.worker}", rollout.ended - rollout.seconds, rollout.ended) for rollout in rollouts]
+    return pieces + [(one.who, *one.span) for one in scores if one.span]
+
+
+def spans_of(pieces: Sequence[tuple[str, float, float]]) -> dict[str, list[list[float]]]:
+    """By who it was; to a millisecond."""
+    spans: dict[str, list[list[float]]] = {}
+    for who, start, end in pieces:
+        spans.setdefault(who, []).append([round(start, 3), round(end, 3)])
+    return spans
+
+
 def submit(pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False) -> list[list[Any]]:
     """Ask for the requests' completions; nothing is waited for.
 

@@ -201,7 +201,15 @@ class Run:
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""
         rows = [old for old in self.timing() if old["iteration"] != iteration]
-        store.write_record(self.folder / TIMING_FILE, {"iterations": [*rows, {"iteration": iteration, **row}]})
+        self._save_timing({"iterations": [*rows, {"iteration": iteration, **row}]})
+
+    def save_evaluation_work(self, spans: Mapping[str, Any]) -> None:
+        """Who was at the front when, in timing.json; as the spans of a step."""
+        self._save_timing({"iterations": self.timing(), "evaluation": {"spans": spans}})
+
+    def _save_timing(self, changed: Mapping[str, Any]) -> None:
+        """Only after `timing` has looked at what is there."""
+        store.write_record(self.folder / TIMING_FILE, {**(store.read_record(self.folder / TIMING_FILE) or {}), **changed})
 
     def timing(self) -> list[dict[str, Any]]:
         """A row per iteration that was trained."""

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from raywarp import faults, orphans, placement, stop, watch
-from raywarp.actors import REAL, Actors, Kinds, Place
+from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
 from raywarp.data import Prompt
@@ -274,7 +274,7 @@ class Session:
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
         self._helpers = [PoolHelper("rollout pool", self.pool, hang, self.report, most, rooms["rollout"], wait, workers=self.workers)]
-        for name, scorer, room in zip(("reward worker", "control worker"), scorers, rooms["reward"], strict=False):
+        for name, scorer, room in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
             self._helpers.append(Helper(name, scorer, hang, self.report, most, [room], wait))
 
     def _started(self, what: str, actors: list[Any], refs: list[Any]) -> list[Any]:

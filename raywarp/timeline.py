@@ -22,8 +22,8 @@ def timeline(rows: Iterable[Mapping[str, Any]], moments: Sequence[float | None] 
 
     Returns:
         starts: Unix seconds of each slice; seconds: length of one; lanes: actor → busy share of each slice; pauses: slices before which
-        time was cut out, with its seconds; iterations: the slice where each begins; moments: slice of each event, None where it is
-        in no slice.
+        time was cut out, with its seconds; iterations: the slice where each begins, and that where the evaluation does; moments: slice
+        of each event, None where it is in no slice.
     """
     lanes, begins = _lanes(rows)
     if not lanes:
@@ -48,15 +48,15 @@ def timeline(rows: Iterable[Mapping[str, Any]], moments: Sequence[float | None] 
         "seconds": width,
         "lanes": {name: _shares(active(spans), edges) for name, spans in sorted(lanes.items(), key=lambda lane: _rank(lane[0]))},
         "pauses": [[slice_of(float(b[0])), float(b[0] - a[1])] for a, b in pairwise(pieces)],
-        "iterations": {str(iteration): slice_of(start) for iteration, start in sorted(begins.items())},
+        "iterations": {stage: slice_of(start) for stage, start in sorted(begins.items(), key=lambda item: item[1])},
         "moments": [slice_of(moment) if moment is not None and first <= moment <= last else None for moment in moments],
     }
 
 
-def _lanes(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Spans], dict[int, float]]:
-    """Each actor's spans, and when each iteration began."""
+def _lanes(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Spans], dict[str, float]]:
+    """Each actor's spans, and when each iteration began, and the evaluation."""
     found: dict[str, list[Any]] = {}
-    begins: dict[int, float] = {}
+    begins: dict[str, float] = {}
     for row in rows:
         spans = row.get("spans")
         if not isinstance(spans, Mapping):
@@ -64,7 +64,8 @@ def _lanes(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Spans], dict[in
         for name, own in spans.items():
             found.setdefault(str(name), []).extend(own)
         first = min(start for own in spans.values() for start, _ in own)
-        begins[row["iteration"]] = min(first, begins.get(row["iteration"], first))
+        stage = str(row["iteration"])
+        begins[stage] = min(first, begins.get(stage, first))
     arrays = {name: np.array(own, dtype=float).reshape(-1, 2) for name, own in found.items() if own}
     return {name: _merged(spans[np.argsort(spans[:, 0])]) for name, spans in arrays.items()}, begins
 
@@ -93,6 +94,6 @@ def _shares(spans: Spans, edges: NDArray[np.float64]) -> list[float]:
 
 
 def _rank(name: str) -> tuple[int, str, int]:
-    kinds = ("policy actor", "rollout worker", "reward worker")
+    kinds = ("policy actor", "rollout worker", "reward worker", "control worker")
     kind, _, digits = name.rpartition(" ") if name[-1:].isdigit() else (name, "", "0")
     return (kinds.index(kind) if kind in kinds else len(kinds), kind, int(digits or 0))

@@ -33,6 +33,7 @@ from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.report import plot_front
 from raywarp.reward_stage import reward_statistics
+from raywarp.rollout import spans_of
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session
@@ -219,6 +220,7 @@ def save_front(
         with display.evaluation(len(points)) as done:
             results = evaluation.evaluate(session, config, points, prompts.held_out, done)
         measured = [point for point, _ in results]
+        run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
         store.write_json(run.folder / "samples.json", evaluation.sample_rows(results, prompts.held_out, config.front))
     chosen = evaluation.choose(measured, config.front.choose)
     plot_front(measured, chosen, run.folder / "front.png", f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}")

@@ -63,9 +63,10 @@ def test_texts_come_with_their_own_values(tiny_finished: Run) -> None:
 
 def test_every_actor_has_a_lane_and_works_within_the_run(tiny_finished: Run) -> None:
     line = report_data(str(tiny_finished.folder))["timeline"]
-    assert list(line["lanes"]) == ["policy actor 1", "rollout worker 1", "reward worker"]
+    assert list(line["lanes"]) == ["policy actor 1", "rollout worker 1", "reward worker", "control worker"]
     assert all(len(lane) == SLICES and sum(lane) > 0 and max(lane) <= 1 for lane in line["lanes"].values())
-    assert list(line["iterations"]) == ["1", "2"]
+    assert list(line["iterations"]) == ["1", "2", "evaluation"]
+    assert line["iterations"]["2"] < line["iterations"]["evaluation"]
     for row in tiny_finished.metrics():
         ((asked, sent), (start, end)) = row["spans"]["policy actor 1"]
         ((sampling, sampled),) = row["spans"]["rollout worker 1"]

@@ -21,7 +21,7 @@ function timelineSection(run) {
 function timelineOption(run, line, names) {
   const data = names.flatMap((name, y) => line.lanes[name].map((share, x) => [x, y, share]));
   const labels = line.starts.map((start) => clock(start));
-  const marks = Object.entries(line.iterations).map(([iteration, slice]) => ({ xAxis: slice, label: { formatter: `iteration ${iteration}` } }));
+  const marks = Object.entries(line.iterations).map(([iteration, slice]) => ({ xAxis: slice, label: { formatter: iteration === "evaluation" ? iteration : `iteration ${iteration}` } }));
   const cuts = line.pauses.map(([slice]) => ({ xAxis: slice, lineStyle: { type: "dotted" }, label: { show: false } }));
   const moments = line.moments.slice(-run.events.length);
   const troubles = run.events.map((event, n) => ({ event, slice: moments[n] })).filter((one) => TROUBLE.has(one.event.event) && one.slice !== null && one.slice !== undefined);
