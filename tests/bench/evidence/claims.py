@@ -41,9 +41,10 @@ class Sample:
         return kl, score
 
     def reached(self, kls: tuple[float, ...], *curves: Curve) -> Array:
-        """Those of the KLs that all curves reach."""
-        furthest = min(self.front(curve)[0][0].max() for curve in curves)
-        return np.array([kl for kl in kls if kl <= furthest])
+        """Those of the KLs between what all curves have measured: none is judged before its first point or beyond its last."""
+        measured = [self.front(curve)[0][0] for curve in curves]
+        nearest, furthest = max(kl[kl > 0].min() for kl in measured), min(kl.max() for kl in measured)
+        return np.array([kl for kl in kls if nearest <= kl <= furthest])
 
 
 @dataclass(frozen=True)

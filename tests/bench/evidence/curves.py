@@ -127,7 +127,7 @@ def _policy_line(arm: str, m: int, name: str, label: str, etas: tuple[float, ...
     return scaled(name, label, arm, etas, lambda trained: trained.policy(arm, m))
 
 
-def _merge_line(arm: str, name: str, label: str, etas: tuple[float, ...] = (0.3, 0.45, 0.6, 0.8, 1.0)) -> Curve:
+def _merge_line(arm: str, name: str, label: str, etas: tuple[float, ...] = (0.2, 0.3, 0.45, 0.6, 0.8, 1.0)) -> Curve:
     return scaled(name, label, arm, etas, lambda trained: trained.merged(arm))
 
 
@@ -157,18 +157,18 @@ CURVES = {
     for curve in (
         *(_policy_line("warp", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (1, 2)),
         _merge_line("warp", "slerp", "SLERP (LITI front)"),
-        scaled("lerp", "LERP, scaled", "warp", (0.4, 0.65, 1.0, 1.4), lambda trained: lerp(trained.vectors("warp"))),
+        scaled("lerp", "LERP, scaled", "warp", (0.27, 0.4, 0.65, 1.0, 1.4), lambda trained: lerp(trained.vectors("warp"))),
         _lambdas("slerp-weights", "SLERP at λ", slerp),
         _lambdas("lerp-weights", "LERP at λ", lerp),
         *(along(f"training-{m}", f"training of policy {m}", "warp", m, (f"policy-{m}@1",)) for m in (1, 2)),
         scaled("factors", "SLERP of A and B apart", "warp", ROUGH, lambda trained: merges.slerp_of_factors(trained.vectors("warp"))),
-        scaled("peft", "PEFT linear", "warp", (0.6, 1.0, 1.4), lambda trained: merges.peft_linear(trained.vectors("warp"))),
+        scaled("peft", "PEFT linear", "warp", (0.35, 0.6, 1.0, 1.4), lambda trained: merges.peft_linear(trained.vectors("warp"))),
         scaled("svd", "SLERP, SVD back to r", "warp", ROUGH, lambda t: truncate(t.merged("warp"), t.settings.rank)[0]),
         _merge_line("shared", "shared", "SLERP, A shared at the start"),
         scaled(
             "shared-factors", "SLERP of A and B apart, A shared", "shared", ROUGH, lambda t: merges.slerp_of_factors(t.vectors("shared"))
         ),
-        _merge_line("frozen", "frozen", "SLERP, A shared and frozen"),
+        _merge_line("frozen", "frozen", "SLERP, A shared and frozen", ROUGH),
         *(scaled(f"slerp-m{m}", f"SLERP of {m}", "warp-m4", ROUGH, lambda t, m=m: slerp(t.vectors("warp-m4")[:m])) for m in (3, 4)),
         *(_policy_line("warp-m4", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (3, 4)),
         *(_merge_line(f"warp-i{i}", f"slerp-i{i}", f"front after {i} iterations") for i in (2, 3)),
