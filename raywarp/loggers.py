@@ -4,6 +4,7 @@ A service that fails gets no more of the run, and the run says so and goes on.
 """
 
 import importlib.util
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from raywarp.run import CONFIG_FILE, PICTURE, Run, flat
 from raywarp.store import DamagedError
 
 IDS_FILE = "loggers.json"  # the services' own ids of this run, by which a continued one goes on there
+TENSORBOARD = "tensorboard"  # a folder
 FRONT_TABLE, SAMPLE_TABLE = "front", "samples"
 _LABELS = ("iteration", "policy", "step", "key", "spans")
 _SHOWN_PROMPTS = 8  # in TensorBoard, whose texts are one page; the others have tables
@@ -33,6 +35,7 @@ class Loggers:
     """All loggers of a run as one; a context manager.
 
     Args:
+        group: of runs that belong together, as those of a sweep.
         lazy: they start when they are first told something.
 
     Raises:
@@ -41,27 +44,31 @@ class Loggers:
     Metrics are named `<metric>/iteration <i> policy <m>`, with the policy's own step, so that policies lie over one another.
     """
 
-    def __init__(self, config: Config, run: Run, lazy: bool = False):
-        self.config, self.run, self._lazy = config, run, lazy
+    def __init__(self, config: Config, run: Run, group: str = "", lazy: bool = False):
+        self.config, self.run, self.group, self._lazy = config, run, group, lazy
         self._sinks: dict[str, Any] | None = None
 
     def _start(self) -> None:
         if self._sinks is not None:
             return
         self._sinks = {}
-        starters: dict[str, Callable[[Config, Run, str | None], Any]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
+        starters: dict[str, Callable[..., Any]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
         ids = _known_ids(self.run.folder)
         for name in self.config.loggers:
             try:
-                self._sinks[name] = starters[name](self.config, self.run, ids.get(name))
+                self._sinks[name] = starters[name](self.config, self.run, ids.get(name), self.group)
             except Exception as error:
                 raise ConfigError(f"loggers={self.config.loggers}: {name} does not start: {_line(error)}") from None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
-        suffix = f"/iteration {row['iteration']} policy {row['policy']}"
-        values = {name + suffix: float(value) for name, value in row.items() if name not in _LABELS}
-        self._each(lambda sink: sink.log(values, row["step"]))
+        policy = f"iteration {row['iteration']} policy {row['policy']}"
+        values = {f"{name}/{policy}": float(value) for name, value in row.items() if name not in _LABELS}
+        self.log_values(values, row["step"], f"step/{policy}")
+
+    def log_values(self, values: Mapping[str, float], step: int, axis: str) -> None:
+        """Any numbers at a step of the axis of that name."""
+        self._each(lambda sink: sink.log(values, step, axis))
 
     def finish(self, run: Run) -> None:
         """The front with its picture, the texts of its points, and the chosen adapter, of a run that has them."""
@@ -85,8 +92,16 @@ class Loggers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._sinks:
-            self._each(lambda sink: sink.close(failed=kind is not None and kind is not GeneratorExit))
+        self.close(failed=kind is not None and kind is not GeneratorExit)
+
+    @property
+    def is_started(self) -> bool:
+        return bool(self._sinks)
+
+    def close(self, failed: bool = False) -> None:
+        """What was logged is there afterwards."""
+        if self.is_started:
+            self._each(lambda sink: sink.close(failed))
 
 
 def front_rows(run: Run) -> list[dict[str, Any]]:
@@ -116,6 +131,11 @@ def run_name(config: Config) -> str:
     return PurePosixPath(config.out.partition("?")[0]).name or "raywarp"
 
 
+def was_logged(folder: Path) -> bool:
+    """Whether the run of this folder has been, to any service."""
+    return any((folder / name).exists() for name in (IDS_FILE, TENSORBOARD))
+
+
 def _known_ids(folder: Path) -> dict[str, str]:
     try:
         ids: dict[str, str] = (store.read_record(folder / IDS_FILE) or {"ids": {}})["ids"]
@@ -141,13 +161,13 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 class _TensorBoard:
     """Which has no place for an adapter: a text says where it is."""
 
-    def __init__(self, config: Config, run: Run, known: str | None):
+    def __init__(self, config: Config, run: Run, known: str | None, group: str):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"))
+        self.writer = SummaryWriter(str(run.folder / TENSORBOARD))
         self.writer.add_text("config", textwrap.indent(to_yaml(config), "    "))
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name.replace(" ", "_"), value, step)
 
@@ -179,14 +199,16 @@ def _cell(value: Any) -> str:
 class _Wandb:
     """WANDB_MODE=offline writes to the run's folder, for `wandb sync`."""
 
-    def __init__(self, config: Config, run: Run, known: str | None):
+    def __init__(self, config: Config, run: Run, known: str | None, group: str):
         import wandb
 
         self.wandb, self.name = wandb, run_name(config)
         self.run = wandb.init(
-            project="raywarp",
+            project=os.environ.get("WANDB_PROJECT", "raywarp"),
             name=self.name,
             id=known,
+            group=group or None,
+            reinit="create_new",  # trials of a sweep are open at the same time
             resume="allow",
             dir=str(run.folder),
             config=config.model_dump(mode="json"),
@@ -195,13 +217,11 @@ class _Wandb:
         _save_id(run.folder, "wandb", self.run.id)
         self._defined: set[str] = set()
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        policy = next(iter(values)).rpartition("/")[2]
-        own_step = f"step/{policy}"  # wandb's own step may only grow, and policies take turns
+    def log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         for name in values.keys() - self._defined:
-            self.run.define_metric(name, step_metric=own_step)
+            self.run.define_metric(name, step_metric=axis)  # wandb's own step may only grow, and policies take turns
         self._defined |= values.keys()
-        self.run.log({**values, own_step: step})
+        self.run.log({**values, axis: step})
 
     def finish(self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
         tables = {FRONT_TABLE: front, SAMPLE_TABLE: samples}
@@ -224,67 +244,35 @@ class _Wandb:
 class _Mlflow:
     """To MLFLOW_TRACKING_URI, into MLFLOW_EXPERIMENT_NAME, as MLflow itself has it."""
 
-    def __init__(self, config: Config, run: Run, known: str | None):
+    def __init__(self, config: Config, run: Run, known: str | None, group: str):
         import mlflow
+        from mlflow.tracking import MlflowClient
 
-        self.mlflow = mlflow
+        self.mlflow, self.client = mlflow, MlflowClient()
+        self.id = known if known and self._is_there(known) else ""
+        if not self.id:
+            self.id = mlflow.start_run(run_name=run_name(config), nested=True, tags={"raywarp.group": group} if group else None).info.run_id
+            mlflow.end_run("RUNNING")  # not the active one any more, so that several go on at once
+            mlflow.log_params({key: str(value) for key, value in flat(config.model_dump(mode="json", exclude_none=True))}, run_id=self.id)
+            mlflow.log_text(to_yaml(config), CONFIG_FILE, run_id=self.id)
+        _save_id(run.folder, "mlflow", self.id)
+
+    def _is_there(self, known: str) -> bool:
         try:
-            self.run = mlflow.start_run(run_id=known, run_name=run_name(config))
-        except mlflow.exceptions.MlflowException:
-            if known is None:
-                raise
-            known, self.run = None, mlflow.start_run(run_name=run_name(config))  # the known one is another server's
-        if known is None:
-            mlflow.log_params({key: str(value) for key, value in flat(config.model_dump(mode="json", exclude_none=True))})
-            mlflow.log_text(to_yaml(config), CONFIG_FILE)
-        _save_id(run.folder, "mlflow", self.run.info.run_id)
+            return bool(self.client.get_run(known))
+        except self.mlflow.exceptions.MlflowException:  # it is on another server
+            return False
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self.mlflow.log_metrics(dict(values), step=step)
+    def log(self, values: Mapping[str, float], step: int, axis: str) -> None:
+        self.mlflow.log_metrics(dict(values), step=step, run_id=self.id)
 
     def finish(self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
-        self.mlflow.log_artifact(str(run.folder / PICTURE))
+        self.mlflow.log_artifact(str(run.folder / PICTURE), run_id=self.id)
         for name, rows in ((FRONT_TABLE, front), (SAMPLE_TABLE, samples)):
-            self.mlflow.log_table(_columns(rows), f"{name}.json")
+            self.mlflow.log_table(_columns(rows), f"{name}.json", run_id=self.id)
         chosen = next(row for row in front if row["chosen"])
-        self.mlflow.log_metrics({f"chosen/{name}": value for name, value in chosen.items() if type(value) is float})
-        self.mlflow.log_artifacts(str(run.folder / "adapter"), "adapter")
+        self.mlflow.log_metrics({f"chosen/{name}": value for name, value in chosen.items() if type(value) is float}, run_id=self.id)
+        self.mlflow.log_artifacts(str(run.folder / "adapter"), "adapter", run_id=self.id)
 
     def close(self, failed: bool) -> None:
-        self.mlflow.end_run("FAILED" if failed else "FINISHED")
-
-
-def sweep_loggers(config: Config, folder: Path, name: str) -> list[Any]:
-    """Ray Tune's callbacks for the same services, which get a row per trial and iteration.
-
-    Args:
-        folder: of the sweep, where TensorBoard's files go.
-        name: of the sweep: a group of runs in W&B, an experiment in MLflow.
-    """
-    made: list[Any] = []
-    if "tensorboard" in config.loggers:
-        made.append(_tensorboard_callback(folder / "tensorboard"))
-    if "wandb" in config.loggers:
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        made.append(WandbLoggerCallback(project="raywarp", group=name))
-    if "mlflow" in config.loggers:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-        made.append(MLflowLoggerCallback(experiment_name=f"raywarp {name}"))
-    return made
-
-
-def _tensorboard_callback(folder: Path) -> Any:
-    """Not Tune's own (2.60), whose files lie beside its pickles."""
-    from ray.tune import Callback
-    from torch.utils.tensorboard import SummaryWriter
-
-    class TensorBoard(Callback):
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
-            with SummaryWriter(str(folder / trial.trial_id)) as writer:
-                for metric in ("hypervolume", "reward", "kl", "control"):
-                    if metric in result:
-                        writer.add_scalar(metric, result[metric], result.get("iteration", 0))
-
-    return TensorBoard()
+        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")

@@ -8,7 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +18,6 @@ from raywarp.claims import Table
 from raywarp.config import Config
 from raywarp.inputs import Inputs, prepare
 from raywarp.keys import key_chain
-from raywarp.loggers import sweep_loggers
 from raywarp.planning import check_cluster
 from raywarp.progress import Display
 from raywarp.run import Run
@@ -26,6 +25,7 @@ from raywarp.search_space import DIRECTIONS, Point, SearchSpace, encode, search_
 from raywarp.session import start_ray
 from raywarp.stop import stoppable
 from raywarp.sweep_files import SweepFiles
+from raywarp.sweep_loggers import SweepLoggers
 from raywarp.sweep_progress import SweepProgress
 from raywarp.sweep_report import Sweep, conclude, save_sweep, show_sweep
 from raywarp.trial import SweepPlan, Trial
@@ -138,7 +138,7 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
                 verbose=0,
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=ray_tune.FailureConfig(max_failures=space.base.cluster.max_failures),
-                callbacks=[trials.callback(), *sweep_loggers(space.base, run.folder, PurePosixPath(space.base.out).name)],
+                callbacks=[trials.callback(), *([SweepLoggers(plan, run, display).callback()] if space.base.loggers else [])],
             ),
         )
         stack.callback(_end_trials, plan)

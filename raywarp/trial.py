@@ -104,7 +104,8 @@ class Trial(Trainable):
         try:
             self._prepare()
             iteration = len(self.shown) + 1
-            row = self._known(iteration) or self._measured(self._stage(iteration))
+            known = self._known(iteration)
+            row = known or self._measured(self._stage(iteration))
         except Exception as error:
             self.cleanup()
             self.record.failed = str(error).strip() or type(error).__name__
@@ -112,7 +113,7 @@ class Trial(Trainable):
             return {**dict.fromkeys(DIRECTIONS, float("nan")), "failed": self.record.failed, "done": True}
         self.shown.append(row)
         measured = {name: row[name] for name in DIRECTIONS if name in row}
-        return {**measured, "iteration": iteration, "done": iteration == self.own.warp.iterations}
+        return {**measured, "iteration": iteration, "known": bool(known), "done": iteration == self.own.warp.iterations}
 
     def cleanup(self) -> None:
         """Everything that this trial holds is given back."""

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,11 @@ def test_wandb_has_metrics_config_picture_tables_and_the_adapter(tiny_finished: 
         assert [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]] == wanted
     assert (files / last["front picture/path"]).read_bytes() == (tiny_finished.folder / "front.png").read_bytes()
 
-    (artifact,) = [record.artifact for record in records if record.artifact.type == "model"]
+    deadline, found = time.monotonic() + 20, list[Any]()
+    while not found and time.monotonic() < deadline:  # W&B's own process writes it a moment after the run is finished
+        found = [record.artifact for record in wandb_records(tiny_finished.folder) if record.artifact.type == "model"]
+        time.sleep(0.1)
+    (artifact,) = found
     contents = {entry.path: entry.size for entry in artifact.manifest.contents}
     adapter = tiny_finished.folder / "adapter"
     assert artifact.name == "run-adapter"

@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import wandb
 import yaml
-from conftest import left_behind, save_tiny_llama, traces, write_prompts
+from conftest import left_behind, logger_environment, save_tiny_llama, traces, write_prompts
 from killing import Command, Patience, descendants, survivors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_loggers import items, wandb_records
 from tiny_run import Listener
 
 from raywarp.adapters import digest
@@ -119,7 +121,12 @@ def grid(project: Path) -> tuple[Sweep, Path, str]:
     """2 × 3 trials, I = 2, M = 2; what they said."""
     before = traces()
     search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
-    sweep = tune(load_config(settings(project / "grid", search, loggers=["tensorboard"])), heard := Listener())
+    loggers = ["tensorboard", "wandb", "mlflow"]
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in logger_environment(project).items():
+            patched.setenv(name, value)
+        sweep = tune(load_config(settings(project / "grid", search, loggers=loggers)), heard := Listener())
+        wandb.teardown()
     assert not left_behind(before)
     return sweep, project / "grid", heard.text()
 
@@ -192,13 +199,40 @@ def test_the_best_config_is_the_best_trials_run(grid: tuple[Sweep, Path, str]) -
     load_config(best)
 
 
-def test_tensorboard_has_a_row_per_trial_and_iteration(grid: tuple[Sweep, Path, str]) -> None:
-    _, out, _ = grid
-    folders = [path for path in (out / "tensorboard").iterdir() if path.is_dir()]
-    assert len(folders) == 6
-    events = EventAccumulator(str(folders[0])).Reload()
+def test_each_logger_has_a_run_per_trial_and_a_row_per_iteration(
+    grid: tuple[Sweep, Path, str], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, out, _ = grid
+    trial = out / "trials" / sweep.trials[0].name
+    logged = out / "loggers" / trial.name
+    measured = [row["hypervolume"] for row in json.loads(trial.with_name(f"{trial.name}.json").read_text())["rows"]]
+
+    events = EventAccumulator(str(logged / "tensorboard")).Reload()
     assert {"hypervolume", "reward", "kl"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("hypervolume")] == [1, 2]
+    assert [event.value for event in events.Scalars("hypervolume")] == pytest.approx(measured)
+    assert len(events.Images("front")) == 1
+
+    assert len(list(out.glob("loggers/*/wandb/offline-run-*"))) == 6
+    records = list(wandb_records(logged))
+    rows = [items(record.history.item) for record in records if record.HasField("history")]
+    assert [(row["iteration"], row["hypervolume"]) for row in rows if "hypervolume" in row] == [(1, measured[0]), (2, measured[1])]
+    assert {record.run.run_group for record in records if record.HasField("run")} == {"grid"}
+
+    for name, value in logger_environment(project).items():
+        monkeypatch.setenv(name, value)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    runs = {run.info.run_name: run for run in client.search_runs(["0"])}
+    assert runs.keys() == {trial.name for trial in sweep.trials}
+    own = runs[trial.name].info
+    assert [(metric.step, metric.value) for metric in client.get_metric_history(own.run_id, "hypervolume")] == [
+        (1, measured[0]),
+        (2, measured[1]),
+    ]
+    assert own.status == "FINISHED"
+    assert {"adapter", "front.png", "samples.json"} <= {file.path for file in client.list_artifacts(own.run_id)}
 
 
 def test_a_finished_sweep_is_shown_again_without_any_actor(grid: tuple[Sweep, Path, str], project: Path) -> None:
