@@ -420,7 +420,7 @@ def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     write(tmp_path, "config.yaml", yaml.safe_dump(tree))
     monkeypatch.setenv("HF_HOME", str(tmp_path / ".hf"))
-    monkeypatch.setattr("raywarp.warp.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr("raywarp.session.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.setattr("raywarp.reward_stage.start_ray", lambda: pytest.fail("Ray would have started"))
     before = Path.cwd()
     os.chdir(tmp_path)

@@ -261,7 +261,37 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
         for part, row in first["parts"].items():
             print(f"    {part}: {row['effect']} {row['interval']} {row.get('verdict', '')}")
     store.write_json(summary, {"settings": settings.as_json(), **entries})
+    store.write_text(where / "README.md", page(entries))
     print(f"{summary}, figures in {where}")
+
+
+def page(entries: dict[str, Any]) -> str:
+    """All figures and comparisons, in Markdown."""
+    lines = ["# The claims, on this project's own numbers", ""]
+    lines += [
+        "Effects are differences between fronts at equal KL unless they say otherwise, with 95 % intervals; written by `--redraw`.",
+        "",
+    ]
+    for name, entry in entries.items():
+        lines += [
+            f"## {name}: {entry['verdict']}",
+            "",
+            f"{entry['claim']} Redone by `{entry['command']}`.",
+            "",
+            f"![{name}]({name}.png)",
+            "",
+        ]
+        lines += ["| comparison | effect | 95 % interval | per seed | unit |", "|---|---|---|---|---|"]
+        for part, row in entry["parts"].items():
+            verdict = f" (**{row['verdict']}**)" if "verdict" in row else ""
+            cells = [_short(row["effect"]), " to ".join(map(_short, row["interval"])), ", ".join(map(_short, row["per_seed"])), row["unit"]]
+            lines.append(f"| {part}{verdict} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _short(number: float | None) -> str:
+    return "–" if number is None else f"{number:+.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
