@@ -136,7 +136,8 @@ class LoraConfig(Section):
     target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
     init: Literal["independent", "shared", "frozen"] = Field(
         "independent",
-        description="the initial A: one per policy, one for all, or one for all that is never trained, by which merges stay at rank r",
+        description="the initial A: one per policy, one for all, or one for all that is never trained, by which merges stay at rank r "
+        "and, as measured (README, H11), the front is better at small KL, with less KL in the same steps",
     )
 
 

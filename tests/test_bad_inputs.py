@@ -3,6 +3,7 @@
 The tables below name them: what is wrong → what makes it so, and what the message must say. Ray must not be started for any of them.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -420,6 +421,8 @@ def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     write(tmp_path, "config.yaml", yaml.safe_dump(tree))
     monkeypatch.setenv("HF_HOME", str(tmp_path / ".hf"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "mlflow" else find(name, *rest))
     monkeypatch.setattr("raywarp.session.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.setattr("raywarp.reward_stage.start_ray", lambda: pytest.fail("Ray would have started"))
     before = Path.cwd()
