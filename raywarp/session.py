@@ -41,6 +41,7 @@ def start_ray() -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except ConnectionError:  # the last `ray start` is gone
             ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    stop.keep_listening()
 
 
 def log_event(event: str, **details: Any) -> None:

@@ -25,6 +25,8 @@ class Stopped(KeyboardInterrupt):
         return "; ".join([f"stopped by {name}", *_saved, "the same command continues"])
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_inside: list[bool] = []
 _received: list[int] = []
 _saved: list[str] = []
 
@@ -33,22 +35,31 @@ _saved: list[str] = []
 def stoppable() -> Iterator[None]:
     """In the body SIGTERM and SIGINT raise Stopped, once; a second Ctrl-C interrupts at once. Nothing changes outside the main thread.
 
-    To be entered after ray.init, which sets a handler of its own (Ray 2.60).
+    After a ray.init in the body, `keep_listening` is to be called.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _stop) for number in _SIGNALS}
     _received.clear()
     _saved.clear()
+    _inside.append(True)
     try:
         yield
     except KeyboardInterrupt as error:  # Ray raises one of its own in the place of whatever a handler raises while it waits (2.60)
         raise (Stopped(_received[0]) if _received and not isinstance(error, Stopped) else error) from None
     finally:
+        _inside.pop()
         _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def keep_listening() -> None:
+    """Inside `stoppable`, after ray.init, which sets a handler of its own (Ray 2.60)."""
+    if _inside and threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, _stop)
 
 
 def check() -> None:
