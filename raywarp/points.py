@@ -24,7 +24,7 @@ class Scored:
     rewards: list[float]
     control: list[float] | None
     kl: list[float]
-    work: list[tuple[str, float, float]] = field(default_factory=list)
+    work: list[tuple[str, float, float]] = field(default_factory=list, compare=False)
 
 
 class PendingPoint:
