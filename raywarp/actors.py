@@ -31,8 +31,6 @@ VLLM_CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
 }
-
-
 REWARD_TITLES = ("reward worker", "control worker")
 
 
@@ -187,7 +185,7 @@ class Actors:
                 title,
                 watched=True,
             )
-            for n, (source, group, title) in enumerate(zip(sources, groups, REWARD_TITLES, strict=False), 1)
+            for n, (source, group, title) in enumerate(zip(sources, groups, REWARD_TITLES[: len(sources)], strict=True), 1)
         ]
 
     def stop(self) -> None:

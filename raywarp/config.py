@@ -392,6 +392,13 @@ def section_types(annotation: Any) -> list[type[BaseModel]]:
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
+_ALTERNATIVES = {  # a key that an override sets → the one beside it, which it takes the place of
+    f"{section}.{one}": other
+    for section, pair in {"front.choose": ("eta", "max_kl"), "reward": ("model", "function"), "control": ("model", "function")}.items()
+    for one, other in (pair, pair[::-1])
+}
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -410,17 +417,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
-    for other in next((pair for end, pair in _ALTERNATIVES.items() if key.endswith(end)), ()):
-        node.pop(other, None)
+    if key in _ALTERNATIVES:
+        node.pop(_ALTERNATIVES[key], None)
     node[leaf] = value
-
-
-# A key that an override sets → the one that it takes the place of.
-_ALTERNATIVES = {
-    "choose.eta": ("max_kl",),
-    "choose.max_kl": ("eta",),
-    **{f"{scorer}.{one}": (other,) for scorer in ("reward", "control") for one, other in (("model", "function"), ("function", "model"))},
-}
 
 
 def unknown(key: str) -> str:

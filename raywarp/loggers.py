@@ -14,6 +14,7 @@ from typing import Any
 
 from raywarp import store
 from raywarp.config import Config, ConfigError, to_yaml
+from raywarp.model_files import first_line
 from raywarp.run import CONFIG_FILE, PICTURE, Run, flat
 from raywarp.store import DamagedError
 
@@ -58,7 +59,7 @@ class Loggers:
             try:
                 self._sinks[name] = starters[name](self.config, self.run, ids.get(name), self.group)
             except Exception as error:
-                raise ConfigError(f"loggers={self.config.loggers}: {name} does not start: {_line(error)}") from None
+                raise ConfigError(f"loggers={self.config.loggers}: {name} does not start: {first_line(error)}") from None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
@@ -84,7 +85,7 @@ class Loggers:
                 del (self._sinks or {})[name]
                 with suppress(Exception):
                     sink.close(failed=True)
-                self.run.say(f"{name} gets no more of this run, which goes on: {_line(error)}")
+                self.run.say(f"{name} gets no more of this run, which goes on: {first_line(error)}")
 
     def __enter__(self) -> "Loggers":
         if not self._lazy:
@@ -148,10 +149,6 @@ def _save_id(folder: Path, name: str, own: str) -> None:
     ids = _known_ids(folder)
     if ids.get(name) != own:
         store.write_record(folder / IDS_FILE, {"ids": {**ids, name: own}})
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

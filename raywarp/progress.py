@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from raywarp import terminal
 from raywarp.adapters import AdapterDelta
@@ -24,13 +24,22 @@ PRINTED_SAMPLES = 8  # prompts; the report has all
 PLAIN_EVERY = 5  # steps between the lines of a policy where there is no terminal
 
 
+def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:
+    """Live bars with a note each and the time left; hidden where there is no terminal, or nobody wants to see them.
+
+    Args:
+        more: columns before the time left.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), *more)
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal)
+
+
 class Bars:
     """The policies of one iteration, as they advance."""
 
     def __init__(self, console: Console, steps: int, quiet: bool = False):
         self.console, self.steps, self.quiet = console, steps, quiet
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal)
+        self.live = bars(console, quiet)
         self.tasks: dict[str, Any] = {}
         self._first: dict[str, tuple[float, int]] = {}
 

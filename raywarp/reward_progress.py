@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from raywarp.progress import Display
+from raywarp.progress import Display, bars
 from raywarp.store import read_jsonl
 
 POLL = 0.5  # seconds between two looks at the workers' metrics, whose own output does not reach this terminal
@@ -37,9 +35,7 @@ def following(metrics: Path, steps: int, display: Display) -> Iterator[None]:
 class _Follower:
     def __init__(self, metrics: Path, steps: int, display: Display):
         self.metrics, self.steps, self.display = metrics, steps, display
-        console = display.console
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=display.quiet or not console.is_terminal)
+        self.bar = bars(display.console, display.quiet)
         self.task = self.bar.add_task("  reward model", total=steps, note="starting")
         self.validated = {row["step"] for row in read_jsonl(metrics) if "validation_accuracy" in row}
         self.told: set[str] = set()

@@ -200,27 +200,27 @@ class Run:
 
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""
-        rows = [old for old in self.timing() if old["iteration"] != iteration]
-        self._save_timing({"iterations": [*rows, {"iteration": iteration, **row}]})
+        times = self._times()
+        rows = [old for old in times["iterations"] if old["iteration"] != iteration]
+        store.write_record(self.folder / TIMING_FILE, {**times, "iterations": [*rows, {"iteration": iteration, **row}]})
 
     def save_evaluation_work(self, spans: Mapping[str, Any]) -> None:
         """Who was at the front when, in timing.json; as the spans of a step."""
-        self._save_timing({"iterations": self.timing(), "evaluation": {"spans": spans}})
-
-    def _save_timing(self, changed: Mapping[str, Any]) -> None:
-        """Only after `timing` has looked at what is there."""
-        store.write_record(self.folder / TIMING_FILE, {**(store.read_record(self.folder / TIMING_FILE) or {}), **changed})
+        store.write_record(self.folder / TIMING_FILE, {**self._times(), "evaluation": {"spans": spans}})
 
     def timing(self) -> list[dict[str, Any]]:
         """A row per iteration that was trained."""
+        rows: list[dict[str, Any]] = self._times()["iterations"]
+        return rows
+
+    def _times(self) -> dict[str, Any]:
         path = self.folder / TIMING_FILE
         try:
-            rows: list[dict[str, Any]] = (store.read_record(path) or {"iterations": []})["iterations"]
-            return rows
+            return store.read_record(path) or {"iterations": []}
         except DamagedError as error:
             self.say(f"{error}; where the time went so far is lost")
             path.unlink()
-            return []
+            return {"iterations": []}
 
     def save_iteration(
         self, iteration: int, init: AdapterDelta, merged: AdapterDelta, keys: Sequence[str], task_vectors: Sequence[AdapterDelta]

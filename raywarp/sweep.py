@@ -29,6 +29,7 @@ from raywarp.sweep_loggers import SweepLoggers
 from raywarp.sweep_progress import SweepProgress
 from raywarp.sweep_report import Sweep, conclude, save_sweep, show_sweep
 from raywarp.trial import SweepPlan, Trial
+from raywarp.tune_callback import TrialListener, callback
 
 MOST_PREPARED = 16  # different inputs that are checked before anything starts
 _SETTINGS = {
@@ -126,7 +127,8 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
         from ray import tune as ray_tune
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        space, trials = plan.space, SweepProgress(plan, display)
+        space, shown = plan.space, SweepProgress(plan, display)
+        listeners: list[TrialListener] = [shown, *([SweepLoggers(plan, run, display)] if space.base.loggers else [])]
         trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), _resources())
         tuner = ray_tune.Tuner(
             trainable,
@@ -138,13 +140,13 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
                 verbose=0,
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=ray_tune.FailureConfig(max_failures=space.base.cluster.max_failures),
-                callbacks=[trials.callback(), *([SweepLoggers(plan, run, display).callback()] if space.base.loggers else [])],
+                callbacks=[callback(listener) for listener in listeners],
             ),
         )
         stack.callback(_end_trials, plan)
-        with stoppable(), trials:
+        with stoppable(), shown:
             found = tuner.fit()
-    return space.points or [trials.point(found[n]) for n in range(len(found))]
+    return space.points or [plan.point(found[n].config or {}) for n in range(len(found))]
 
 
 def _tune_config(space: SearchSpace, concurrent: int) -> Any:

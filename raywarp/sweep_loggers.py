@@ -1,15 +1,12 @@
 """The trials of a sweep in TensorBoard, W&B and MLflow: a run each, a row per iteration, and at its end front, texts and adapter."""
 
-from pathlib import PurePosixPath
 from typing import Any
 
-from ray.tune import Callback
-
 from raywarp.config import ConfigError
-from raywarp.loggers import Loggers, was_logged
+from raywarp.loggers import Loggers, run_name, was_logged
 from raywarp.progress import Display
 from raywarp.run import FRONT_FILE, Run
-from raywarp.search_space import DIRECTIONS, decode, name_of
+from raywarp.search_space import DIRECTIONS, name_of
 from raywarp.trial import SweepPlan
 
 
@@ -18,12 +15,12 @@ class SweepLoggers:
 
     def __init__(self, plan: SweepPlan, run: Run, display: Display):
         self.plan, self.run, self.display = plan, run, display
-        self.group = PurePosixPath(plan.space.base.out.partition("?")[0]).name
+        self.group = run_name(plan.space.base)
         self.trials: dict[str, Loggers] = {}
         self.old: set[str] = set()
 
     def began(self, trial: Any) -> None:
-        point = self.plan.space.resolved(decode(trial.config))
+        point = self.plan.point(trial.config)
         config = self.plan.config(point).model_copy(update={"loggers": self.plan.space.base.loggers})
         folder = self.run.folder / "loggers" / name_of(point)
         folder.mkdir(parents=True, exist_ok=True)  # not the trial's own, which is another process's to make
@@ -49,24 +46,5 @@ class SweepLoggers:
                 loggers.finish(run)
             loggers.close(failed)
 
-    def callback(self) -> Callback:
-        """For Tune."""
-        loggers = self
-
-        class Logged(Callback):
-            def __reduce__(self) -> Any:
-                return (Callback, ())  # Tune stores its callbacks, and connections cannot be
-
-            def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                loggers.began(trial)
-
-            def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-                loggers.reported(trial, result)
-
-            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                loggers.ended(trial)
-
-            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                loggers.ended(trial, failed=True)
-
-        return Logged()
+    def died(self, trial: Any) -> None:
+        self.ended(trial, failed=True)

@@ -47,6 +47,10 @@ class SweepPlan:
     id: str
     folder: str
 
+    def point(self, tunes: dict[str, Any]) -> dict[str, Any]:
+        """A trial's values, from what Ray Tune has of it."""
+        return self.space.resolved(decode(tunes))
+
     def config(self, point: dict[str, Any]) -> Config:
         """A trial's whole configuration; its values are in it, its place is its own, and its policies are where all trials' are."""
         config = self.space.config(point)
@@ -94,7 +98,7 @@ class Trial(Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another trial in the same process, whose imports take longer than everything else in a short trial."""
         self.cleanup()
-        self.point = self.plan.space.resolved(decode(new_config))
+        self.point = self.plan.point(new_config)
         self.name, self.own = name_of(self.point), self.plan.config(self.point)
         self.record, self.shown, self.ready = Record(self.point), list[dict[str, Any]](), False
         return True

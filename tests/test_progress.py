@@ -14,6 +14,7 @@ from raywarp.run import Run
 from raywarp.search_space import search_space
 from raywarp.sweep_progress import SweepProgress
 from raywarp.trial import SweepPlan
+from raywarp.tune_callback import callback
 
 
 def replayed(run: Run, terminal: bool = False, quiet: bool = False) -> str:
@@ -66,7 +67,7 @@ def test_a_sweep_shows_its_trials(terminal: bool) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
     config = parse_config({"tune": {"space": {"warp.ema_rate": {"grid": [0.1, 0.2]}}}, "warp": {"iterations": 2}})
     watched = SweepProgress(SweepPlan(search_space(config), "id", "."), Display(console))
-    told, trials = watched.callback(), [trial(f"t{n}", {"point": {"warp.ema_rate": rate}}) for n, rate in enumerate((0.1, 0.2))]
+    told, trials = callback(watched), [trial(f"t{n}", {"point": {"warp.ema_rate": rate}}) for n, rate in enumerate((0.1, 0.2))]
     measured = {"reward": 1.25, "kl": 2.5, "hypervolume": 3.75}
     with watched:
         for one in trials:

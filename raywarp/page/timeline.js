@@ -4,7 +4,7 @@
 const TROUBLE = new Set(["fault", "hang", "lost", "failed", "stopped", "moved"]);
 
 function timelineSection(run) {
-  const lead = "Share of each slice of time in which an actor had work, while policies were fine-tuned. Marks are faults and stops.";
+  const lead = "Share of each slice of time in which an actor had work, while policies were fine-tuned and the front was measured. Marks are faults and stops.";
   const line = run.timeline;
   const parts = [];
   if (line) {
