@@ -40,6 +40,7 @@ class Kinds:
 
     worker: type[RolloutWorker] = RolloutWorker
     policy: type[PolicyActor] = PolicyActor
+    pool: type[RolloutPool] = RolloutPool
 
 
 REAL = Kinds()
@@ -52,6 +53,7 @@ class Place:
     Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
 
     hung: it was killed because it did not get on. gone: it was given up, for want of room. process: what it last said of itself.
+    at_work: whether it was, when it was last heard; a new one is.
     """
 
     name: str
@@ -61,13 +63,25 @@ class Place:
     pulse: watch.Pulse = field(init=False)
     hung: bool = False
     gone: bool = False
+    at_work: bool = True
     process: watch.Process | None = None
 
     def poll(self) -> watch.Process | None:
         """See Pulse.poll."""
-        answer: watch.Process | None = self.pulse.poll()
-        self.process = answer or self.process
+        try:
+            answer: watch.Process | None = self.pulse.poll()
+        except RayError:
+            self.at_work = False
+            raise
+        if answer:
+            self.process, self.at_work = answer, answer.busy
         return answer
+
+    def give_up(self) -> None:
+        """Kill it since it does not get on; whoever waits for its work hears of its death."""
+        self.hung, self.at_work = True, False
+        self.kill()
+        self.pulse.forget(watch.DEATH_SECONDS)
 
     def cause(self, death: RayError) -> str:
         """What its actor died of."""
@@ -86,7 +100,7 @@ class Place:
     def renew(self) -> None:
         """A new actor, after an end to the one before, whatever has become of that."""
         self.kill()
-        self.actor, self.hung, self.gone, self.process = self.make(), False, False, None
+        self.actor, self.hung, self.gone, self.process, self.at_work = self.make(), False, False, None, True
         actor = self.actor
         self.pulse = watch.Pulse(lambda: actor.pulse.remote())
 
@@ -145,10 +159,12 @@ class Actors:
         ]
 
     def pool(self) -> Any:
-        """Where the driver is: Ray takes any node for what needs nothing, and the loss of that one would take the pool along."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        return self._make(RolloutPool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
+        """Where the driver is, which no run survives: Ray takes any node for what needs nothing, and its loss would take the pool along.
+        With a soft affinity, too (2.60)."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        name = placement.unique_name("raywarp-pool", 1)
+        options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here, "name": name}
+        return self._make(self.kinds.pool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
 
     def policies(self) -> list[Place]:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
@@ -210,8 +226,10 @@ class Actors:
         *arguments: Any,
         watched: bool = False,
     ) -> Any:
-        """watched: it answers while it works, in a thread of the concurrency group `watch`."""
-        remote: Any = ray.remote(concurrency_groups={watch.GROUP: 1})(kind) if watched else ray.remote(kind)  # type: ignore[call-overload]
+        """watched: it answers while it works, in a thread of the concurrency group `watch`; and while it has calls that wait for others'
+        results, behind which Ray would hold back the question."""
+        also: dict[str, Any] = {"concurrency_groups": {watch.GROUP: 1}, "allow_out_of_order_execution": True} if watched else {}
+        remote: Any = ray.remote(**also)(kind) if also else ray.remote(kind)
         where = placement.options(need, group) if need else {"num_cpus": 0}
         actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(*arguments)
         self.made.append(actor)

@@ -64,10 +64,10 @@ class FineTuning:
     Args:
         places: the policy actors.
         work: what every job gets: init, prompts, pool and reward.
-        tick: looks after everything but the policy actors, and raises what ends the run.
+        tick: looks after everything but the policy actors, and raises what ends the run; returns whether any of that is at work.
     """
 
-    def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], None], report: watch.Report):
+    def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], bool], report: watch.Report):
         self.config, self.places, self.work, self.tick, self.report = config, places, work, tick, report
         self.streams: list[Stream] = []
         self.waiting: list[Lost] = []
@@ -75,6 +75,7 @@ class FineTuning:
         self.saved: set[str] = set()
         self.rows: list[dict[str, Any]] = []
         self.trainers = 0
+        self.standstill = watch.Standstill()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         """Yields the policies' events: resumed (also after a death: the steps behind it are done again), step, done.
@@ -108,6 +109,7 @@ class FineTuning:
         ready, _ = ray.wait([stream.events for stream in self.streams], num_returns=1, fetch_local=False, timeout=TICK)
         if not ready:
             return
+        self.standstill.over()
         stream = next(stream for stream in self.streams if stream.events is ready[0])
         try:
             event: Any = ray.get(next(stream.events))
@@ -178,7 +180,7 @@ class FineTuning:
 
     def _look_after(self) -> None:
         stop.check()
-        self.tick()
+        others_work = self.tick()
         for stream in list(self.streams):
             if stream.heard or watch.has_room(stream.place.group):
                 if text := hang_of(stream.place, self.config.cluster.hang_seconds):
@@ -186,6 +188,18 @@ class FineTuning:
                         self._report_hang(stream.place, self.courses[job.key], text)
             elif time.monotonic() - stream.since > self.config.cluster.timeout_seconds:
                 self._move(stream)
+        at_work = others_work or bool(self.waiting) or any(not stream.heard or stream.place.at_work for stream in self.streams)
+        if self.standstill.lasts(at_work, self.config.cluster.hang_seconds):
+            self._end_standstill()
+
+    def _end_standstill(self) -> None:
+        """Completions or scores that were asked for do not come any more: the policies ask again, in new actors."""
+        text = f"has waited for {self.standstill.seconds:.0f} s for completions or scores that nobody works at; started again"
+        for stream in self.streams:
+            for job in stream.jobs:
+                self._report_hang(stream.place, self.courses[job.key], text)
+            stream.place.give_up()
+        self.standstill.over()
 
     def _report_hang(self, place: Place, course: Course, text: str) -> None:
         if not course.done:
@@ -267,9 +281,7 @@ def hang_of(place: Place, hang_seconds: float) -> str:
         text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
     else:
         return ""
-    place.hung = True
-    place.kill()
-    place.pulse.forget(watch.DEATH_SECONDS)
+    place.give_up()
     return text
 
 

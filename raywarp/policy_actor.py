@@ -29,7 +29,7 @@ from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, sp
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl
-from raywarp.watch import GROUP, Process
+from raywarp.watch import GROUP, Process, Work
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
@@ -92,11 +92,12 @@ class PolicyActor:
         self.stopping = threading.Event()
         self.thread = 0
         self.working_since: float | None = None
+        self.work = Work()
 
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
         """Answered while a policy is updated."""
-        return Process.here(self.working_since)
+        return Process.here(self.working_since, busy=self.work.busy)
 
     @ray.method(concurrency_group=GROUP)
     def stop(self) -> None:
@@ -204,13 +205,14 @@ class PolicyActor:
         start, completions = time.time(), join(rollouts, adapter)
         if not adapter.parts:
             return Scores([0.0] * len(completions))
-        self._load()
-        self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
-        batch = collate(prompts, completions).to(self.model.device)
-        kl = torch.zeros(len(batch), device=self.model.device)
-        for part in micro_batches(batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token):
-            policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
-            kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
+        with self.work:
+            self._load()
+            self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
+            batch = collate(prompts, completions).to(self.model.device)
+            kl = torch.zeros(len(batch), device=self.model.device)
+            for part in micro_batches(batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token):
+                policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
+                kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
         values = Scores(kl.tolist())
         values.span, values.who = (start, time.time()), self.title
         return values

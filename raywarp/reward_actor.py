@@ -15,7 +15,7 @@ from raywarp.data import Prompt
 from raywarp.rewards import Reward, RewardError, load_reward
 from raywarp.rollout import Rollout, Scores
 from raywarp.time_limit import TimeLimit, TimeLimitError
-from raywarp.watch import GROUP, Process
+from raywarp.watch import GROUP, Process, Work
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RewardActor:
 
     def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None, title: str = "reward worker"):
         self.config, self.trust_remote_code, self.threads, self.title = config, trust_remote_code, threads, title
-        self.seconds, self.done = 0.0, 0
+        self.seconds, self.done, self.work = 0.0, 0, Work()
         own = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None  # the same after a restart
         self.limit = TimeLimit(config.timeout_seconds, own or str(os.getpid()))
 
@@ -51,7 +51,7 @@ class RewardActor:
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
         """Answered while a score is computed."""
-        return Process.here(done=self.done)
+        return Process.here(done=self.done, busy=self.work.busy)
 
     @functools.cached_property
     def reward(self) -> Reward:
@@ -91,10 +91,11 @@ class RewardActor:
             rollouts: as the workers returned them; Ray fetches them here, so that the caller need not wait.
         """
         start = time.time()
-        if statistics:
-            self.reward.mean, self.reward.std = statistics
         completions = [completion.text for rollout in rollouts for completion in rollout.completions]
         names = columns[0] if columns else {}
-        scores = Scores(self.score(prompts, completions, {name: [row[name] for row in columns] for name in names}))
+        with self.work:
+            if statistics:
+                self.reward.mean, self.reward.std = statistics
+            scores = Scores(self.score(prompts, completions, {name: [row[name] for row in columns] for name in names}))
         scores.span, scores.who = (start, time.time()), self.title
         return scores

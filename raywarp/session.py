@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from raywarp import faults, orphans, placement, stop, watch
 from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
@@ -214,19 +214,29 @@ class Session:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
     def get(self, refs: Any) -> Any:
-        """ray.get, with an eye on the actors meanwhile."""
-        wanted = refs if isinstance(refs, list) else [refs]
+        """ray.get, with an eye on the actors meanwhile.
+
+        Raises:
+            GetTimeoutError: everybody waits, and nobody works; what was asked for is to be asked for again.
+        """
+        wanted, standstill, seconds = refs if isinstance(refs, list) else [refs], watch.Standstill(), self.config.cluster.hang_seconds
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
             stop.check()
-            self._tick()
+            at_work = self._tick() or not self._helpers
             for place in self.policies:
-                if text := hang_of(place, self.config.cluster.hang_seconds):
+                if text := hang_of(place, seconds):
                     self.report("hang", what=place.name, cause=faults.HANG, message=text)
+            if standstill.lasts(at_work or any(place.at_work for place in self.policies if not place.gone), seconds):
+                text = f"nobody has worked for {standstill.seconds:.0f} s at what is waited for; it is asked for again"
+                self.report("hang", what="evaluation", cause=faults.HANG, message=text)
+                raise GetTimeoutError(text)
         return ray.get(refs)
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """Look after the pool and the reward workers; whether one of them is at work."""
         for helper in self._helpers:
             helper.check()
+        return any(helper.at_work for helper in self._helpers)
 
     def _recover(self, error: RayError) -> None:
         text = faults.explain(error)

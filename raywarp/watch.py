@@ -1,7 +1,7 @@
 """Which processes of a run are there, and which do not answer or do not get on.
 
 An actor is asked for its pulse by a method of the concurrency group "watch", so that it answers while it works. Waiting is no hang: an
-actor hangs when it does not answer, or works at one thing for `cluster.hang_seconds`.
+actor hangs when it does not answer, or works at one thing for `cluster.hang_seconds`; so does a run in which everybody waits for so long.
 """
 
 import contextlib
@@ -29,17 +29,32 @@ class Process:
     """Where an actor lives: its process and node.
 
     working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls that this process has finished.
+    busy: whether it is at work, also at what may take as long as it likes.
     """
 
     id: int
     node: str
     working: float = 0.0
     done: int = 0
+    busy: bool = False
 
     @classmethod
-    def here(cls, working_since: float | None = None, done: int = 0) -> "Process":
+    def here(cls, working_since: float | None = None, done: int = 0, busy: bool = False) -> "Process":
         working = time.monotonic() - working_since if working_since is not None else 0.0
-        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done)
+        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done, busy or working_since is not None)
+
+
+class Work:
+    """What an actor is at: used as `with self.work:`; `busy` meanwhile."""
+
+    def __init__(self) -> None:
+        self.busy = False
+
+    def __enter__(self) -> None:
+        self.busy = True
+
+    def __exit__(self, *_: object) -> None:
+        self.busy = False
 
 
 class Pulse:
@@ -82,12 +97,34 @@ class Pulse:
         self.ref, self.due, self.silent, self.answered = None, time.monotonic() + pause, 0.0, False
 
 
+class Standstill:
+    """Everybody waits, and nobody works: Ray may lose a call while an actor is started again.
+
+    seconds: for which that has been seen.
+    """
+
+    def __init__(self) -> None:
+        self.over()
+
+    def over(self) -> None:
+        """Something has happened."""
+        self.seconds, self.seen = 0.0, time.monotonic()
+
+    def lasts(self, at_work: bool, seconds: float) -> bool:
+        """Whether it has lasted for so long, after another look."""
+        now = time.monotonic()
+        self.seconds = 0.0 if at_work else self.seconds + min(now - self.seen, EVERY)  # see Pulse.poll
+        self.seen = now
+        return self.seconds > seconds
+
+
 @dataclass
 class Helper:
     """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
 
     max_failures: deaths in a row, without a finished call in between, that do not end the run.
     groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
+    at_work: whether it was, when it was last heard; also while it is away.
     """
 
     name: str
@@ -97,6 +134,7 @@ class Helper:
     max_failures: int = 3
     groups: Sequence[PlacementGroup | None] = ()
     longest_wait: float = 120.0
+    at_work: bool = True
     process: Process | None = None
     down_since: float | None = None
     heard: float = 0.0
@@ -134,7 +172,7 @@ class Helper:
             )
 
     def _died(self, cause: str, message: str, since: float) -> None:
-        self.down_since = since
+        self.down_since, self.at_work = since, True
         self.report("fault", what=self.name, cause=cause, message=message)
         if not self.failures.again():
             raise faults.FaultError(
@@ -151,6 +189,7 @@ class Helper:
         if self.down_since is None:
             if process.done:
                 self.failures.progressed()
+            self.at_work = process.busy or self.process is None or process.done != self.process.done
             self.process, self.heard = process, time.monotonic()
 
 
@@ -172,6 +211,7 @@ class PoolHelper(Helper):
                 cause = {"cause": faults.HANG}
             self.report(**{name: value for name, value in {**event, **cause}.items() if name != "node"})
         now, self.down = time.monotonic(), health.down
+        self.at_work |= bool(health.in_flight or health.down)
         self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}
         for index, seconds in health.in_flight.items():
             if seconds > self.hang_seconds and index not in self.killed:

@@ -3,6 +3,7 @@
 The runs are the real command's; tests/bench/chaos.py and tests/bench/driver_kill.py do the same for longer.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -37,14 +38,16 @@ from transformers import AutoModelForSequenceClassification
 
 from raywarp import faults, watch
 from raywarp.actors import Kinds
-from raywarp.adapters import AdapterDelta, Factors
+from raywarp.adapters import AdapterDelta, Factors, digest
 from raywarp.batch import Completion
 from raywarp.config import RewardConfig, parse_config
 from raywarp.data import Prompt
 from raywarp.faults import Failures, FaultError
+from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.reward_actor import RewardActor, Scorer
-from raywarp.rollout import Rollout
+from raywarp.rollout import Request, Rollout
+from raywarp.rollout_pool import RolloutPool
 from raywarp.run import Run
 from raywarp.session import Session
 from raywarp.storage import Storage
@@ -229,6 +232,52 @@ def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
     assert [row["cause"] for row in faults] == ["hang", "out of memory", "killed", "killed"]
     assert [row["step"] for row in faults] == [0, 1, 3, 3]
     assert "can't allocate memory" in faults[1]["message"]
+
+
+class Forgetful(RolloutPool):
+    """Never answers the first call of each size, like one that Ray has lost."""
+
+    async def generate(self, requests: Sequence[Request]) -> Any:
+        known: set[int] = self.__dict__.setdefault("known", set())
+        if (size := len(requests[0].prompts)) not in known:
+            known.add(size)
+            await asyncio.Event().wait()
+        return await super().generate(requests)
+
+
+def test_a_call_that_ray_has_lost_is_made_again(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """Nobody dies, nobody works, and one waits: once in training, once while a point is measured."""
+    tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
+    tree["warp"] = {**tree["warp"], "steps": 4}
+    tree["cluster"] = {"policy_actors": 2, "cpus_per_policy": 0.5, "cpus_per_rollout_worker": 0.5, "threads": 1, "hang_seconds": 8}
+    prompts = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)]
+    found = []
+    for name, pool in (("lost", Forgetful), ("plain", RolloutPool)):
+        events: list[dict[str, Any]] = []
+
+        def report(event: str, _events: list[dict[str, Any]] = events, **details: Any) -> None:
+            _events.append({"event": event, **details})
+
+        with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(pool=pool), report=report) as session:
+            jobs = [Job(1, n, f"key-{n}", Storage(tmp_path / name)) for n in (1, 2)]
+            rows = list(session.fine_tune(jobs, session.zero, prompts))
+            (point,) = session.submit_points([None], prompts[:3], range(3))
+            found.append(
+                (
+                    sorted((row["policy"], row["step"], row["reward"]) for row in rows if row["event"] == "step"),
+                    [digest(load_peft(tmp_path / name / "policies" / job.key)) for job in jobs],
+                    point.wait(),
+                )
+            )
+        hangs = [row for row in events if row["event"] == "hang"]
+        if name == "lost":
+            assert [row["what"] for row in hangs][1:] == ["evaluation"], hangs
+            assert hangs[0]["what"].startswith("policy actor")
+            assert "for completions or scores that nobody works at; started again" in hangs[0]["message"]
+            assert [row["cause"] for row in events if row["event"] == "fault"] == ["hang"]
+        else:
+            assert not hangs
+    assert found[0] == found[1]
 
 
 def test_workers_may_die_while_the_reward_is_standardised_and_while_the_front_is_measured(

@@ -34,7 +34,7 @@ def places():
     found = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         handle = ray.get_actor(**actor)
-        group = {"concurrency_group": "watch"} if "rollout" not in actor["name"] else {}
+        group = {"concurrency_group": "watch"} if "policy" in actor["name"] or "reward" in actor["name"] else {}
         where = lambda self: (ray.get_runtime_context().get_node_id(), ray.get_runtime_context().get_accelerator_ids()["GPU"])
         found[actor["name"].rpartition("-")[0]] = ray.get(handle.__ray_call__.options(**group).remote(where))
     return found
@@ -110,6 +110,7 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(nodes: Nodes, t
     places = nodes.ask("places")
     working = {name: place for name, place in places.items() if "policy" in name or "rollout" in name}
     assert sorted(working) == [*(f"raywarp-policy-{n}" for n in range(1, 5)), "raywarp-rollout-1", "raywarp-rollout-2"]
+    assert next(node for name, (node, _) in places.items() if "pool" in name) == nodes.nodes[0]  # the driver's, which is not lost
     assert sorted((node, *gpus) for node, gpus in working.values()) == sorted((node, gpu) for node in nodes.nodes for gpu in "01")
 
     set_pace(project, 1.0)
