@@ -85,7 +85,7 @@ class Place:
 
     def cause(self, death: RayError) -> str:
         """What its actor died of."""
-        return faults.HANG if self.hung else faults.kind_of(death, self.process.node if self.process else "")
+        return faults.HANG if self.hung else watch.cause_of_death(faults.kind_of(death), self.process)
 
     def has_ground(self) -> bool:
         """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""

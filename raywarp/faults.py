@@ -24,16 +24,12 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
-def kind_of(error: BaseException, node: str = "") -> str:
-    """Out of memory, node lost, killed, or exception.
-
-    Args:
-        node: id of the node where it happened, if that is known.
-    """
+def kind_of(error: BaseException) -> str:
+    """Out of memory, node lost, killed, or exception, as far as the error says it; see watch.cause_of_death."""
     cause, text = cause_of(error), str(error)
     if isinstance(cause, OutOfMemoryError | torch.OutOfMemoryError | MemoryError) or any(part in text for part in _MEMORY_TEXTS):
         return OUT_OF_MEMORY
-    if any(part in text for part in _NODE_TEXTS) or (node and node_lost(node)):
+    if any(part in text for part in _NODE_TEXTS):
         return NODE_LOST
     return KILLED if isinstance(cause, ActorDiedError | ActorUnavailableError) else EXCEPTION
 

@@ -115,8 +115,8 @@ class RolloutPool:
         return index
 
     def _lost(self, index: int, error: RayActorError) -> None:
-        node = self.processes[index].node if index in self.processes else ""
-        self._tell("fault", index, cause=faults.kind_of(error), message=faults.explain(error), node=node)
+        known = self.processes.get(index)
+        self._tell("fault", index, cause=faults.kind_of(error), message=faults.explain(error), process=known)
         self.down[index] = time.monotonic()
         task = asyncio.get_running_loop().create_task(self._revive(index))
         self.revivals.add(task)

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from raywarp import faults
+from raywarp import faults, out_of_memory
 
 GROUP = "watch"
 START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
@@ -29,7 +29,7 @@ class Process:
     """Where an actor lives: its process and node.
 
     working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls that this process has finished.
-    busy: whether it is at work, also at what may take as long as it likes.
+    busy: whether it is at work, also at what may take as long as it likes. kernel_kills: on its machine, for want of memory.
     """
 
     id: int
@@ -37,11 +37,27 @@ class Process:
     working: float = 0.0
     done: int = 0
     busy: bool = False
+    kernel_kills: int = 0
 
     @classmethod
     def here(cls, working_since: float | None = None, done: int = 0, busy: bool = False) -> "Process":
         working = time.monotonic() - working_since if working_since is not None else 0.0
-        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done, busy or working_since is not None)
+        busy = busy or working_since is not None
+        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done, busy, out_of_memory.kernel_kills())
+
+
+def cause_of_death(kind: str, process: Process | None) -> str:
+    """A closer word for what an error says (faults.kind_of), from what else is known.
+
+    Args:
+        process: what it last told of itself, if it has.
+    """
+    if kind == faults.OUT_OF_MEMORY or process is None:
+        return kind
+    if faults.node_lost(process.node):
+        return faults.NODE_LOST
+    killed = kind == faults.KILLED and out_of_memory.explains(process.id, process.node, process.kernel_kills)
+    return faults.OUT_OF_MEMORY if killed else kind
 
 
 class Work:
@@ -151,7 +167,7 @@ class Helper:
             answer = self.pulse.poll()
         except RayError as error:
             if self.down_since is None:
-                self._died(faults.kind_of(error, self.process.node if self.process else ""), faults.explain(error), time.monotonic())
+                self._died(cause_of_death(faults.kind_of(error), self.process), faults.explain(error), time.monotonic())
             self._check_room(self.name, time.monotonic() - (self.down_since or time.monotonic()))
             return None
         if answer is not None:
@@ -182,7 +198,7 @@ class Helper:
 
     def _answered(self, process: Process) -> None:
         if self.down_since is None and self.process is not None and self.process.id != process.id:  # it died between two questions
-            self._died(faults.NODE_LOST if faults.node_lost(self.process.node) else faults.KILLED, "its process is a new one", self.heard)
+            self._died(cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard)
         if self.down_since is not None and (self.process is None or self.process.id != process.id):
             self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
             self.down_since = None
@@ -206,10 +222,11 @@ class PoolHelper(Helper):
         if health is None:
             return None
         for event in health.events:
-            cause = {"cause": faults.NODE_LOST} if event.get("node") and faults.node_lost(event["node"]) else {}
+            process = event.pop("process", None)
+            cause = {"cause": cause_of_death(event["cause"], process)} if process else {}
             if event["event"] == "fault" and event["what"] in (_worker(index) for index in self.killed):
                 cause = {"cause": faults.HANG}
-            self.report(**{name: value for name, value in {**event, **cause}.items() if name != "node"})
+            self.report(**{**event, **cause})
         now, self.down = time.monotonic(), health.down
         self.at_work |= bool(health.in_flight or health.down)
         self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}

@@ -1,0 +1,71 @@
+"""Whether a process that was killed was killed for want of memory: by Ray's memory monitor, or by the kernel."""
+
+import contextlib
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+COUNTERS = Path("/proc/vmstat")
+TOLD_SECONDS = 2.0  # in which Ray's control service has heard of a death
+ASKED_SECONDS = 10.0  # for another node's counter
+
+
+def kernel_kills() -> int:
+    """How many processes the kernel of this machine has killed for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in COUNTERS.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def explains(process: int, node: str, kills_before: int) -> bool:
+    """Whether want of memory explains the death of a Ray worker.
+
+    Args:
+        process, node: its id, and that of its node. kills_before: kernel_kills there, while it lived.
+    """
+    return killed_by_ray(process, node) or kernel_kills_on(node) > kills_before
+
+
+def killed_by_ray(process: int, node: str) -> bool:
+    """Whether Ray's memory monitor chose it. Of an actor that Ray starts again no error says so; the table of workers does (2.60)."""
+    deadline = time.monotonic() + TOLD_SECONDS
+    while (worker := _dead_worker(process, node)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return worker is not None and worker.exit_type == _out_of_memory()
+
+
+def kernel_kills_on(node: str) -> int:
+    """kernel_kills of a node; 0 where it does not answer."""
+    if node == ray.get_runtime_context().get_node_id():
+        return kernel_kills()
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ref = ray.remote(num_cpus=0, max_retries=0)(kernel_kills).options(scheduling_strategy=there).remote()
+    try:
+        kills: int = ray.get(ref, timeout=ASKED_SECONDS)
+    except RayError:
+        return 0
+    return kills
+
+
+def _dead_worker(process: int, node: str) -> Any:
+    """Its row in Ray's table of workers, once that says that it is dead."""
+    from ray._private.state import state
+
+    gcs: Any = importlib.import_module("ray.core.generated.gcs_pb2")
+    with contextlib.suppress(AttributeError):  # there is no public way without a dashboard (2.60)
+        accessor: Any = state._global_state_accessor
+        rows = (gcs.WorkerTableData.FromString(row) for row in accessor.get_worker_table())
+        return next((row for row in rows if row.pid == process and row.worker_address.node_id.hex() == node and not row.is_alive), None)
+    return None
+
+
+def _out_of_memory() -> int:
+    exits: Any = importlib.import_module("ray.core.generated.common_pb2")
+    return int(exits.NODE_OUT_OF_MEMORY)
