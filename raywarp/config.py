@@ -233,7 +233,9 @@ class ClusterConfig(Section):
         3, description="how often a policy or a worker that got no further since it last failed is made anew before the run gives up"
     )
     hang_seconds: Positive = Field(
-        600, description="a process that does not answer, or works at one update or rollout for so long, is reported and started again"
+        600,
+        description="a process that does not answer, or works at one update or rollout for so long, is reported and started again; "
+        "likewise whoever waits where nobody has worked for so long",
     )
 
 
