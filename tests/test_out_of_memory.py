@@ -16,7 +16,7 @@ from killing import own_home
 from raywarp import out_of_memory, watch
 from raywarp.faults import KILLED, OUT_OF_MEMORY
 
-# A Ray of two nodes whose monitor kills what takes three gigabytes more than is taken now; in a process of its own, since it is slow to notice.
+# A Ray of two nodes whose monitor kills what takes three gigabytes more than is taken now; in a process of its own.
 MONITORED = """
 import json
 import os
