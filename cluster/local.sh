@@ -276,7 +276,7 @@ case $command in
 esac
 case $command in
   quickstart) exec .venv/bin/raywarp quickstart "$@" ;;
-  test) install_browser && exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" ;; # half of it waits
+  test) install_browser && exec .venv/bin/python -m pytest "$@" ;;
   start) start_cluster "$@" ;;
   submit) submit "$@" ;;
   stop) stop_cluster ;;

@@ -33,28 +33,6 @@ WORDS = (
 )
 
 
-LONG = ("test_sweep", "test_faults", "test_warp", "test_three_nodes", "test_reward_training", "test_evidence", "test_jobs")  # first
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take long come first, so that of two processes none is left with one of them at the end."""
-    items.sort(key=lambda item: LONG.index(name) if (name := item.path.stem) in LONG else len(LONG))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_temporary_folder() -> Iterator[None]:
-    """Where tests run in several processes each has its own, since some look at what is left in it."""
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        with tempfile.TemporaryDirectory(prefix=worker, ignore_cleanup_errors=True) as folder:  # short: it becomes a socket's path
-            os.environ["TMPDIR"] = tempfile.tempdir = folder
-            yield
-            del os.environ["TMPDIR"]
-            tempfile.tempdir = None
-    else:
-        yield
-
-
 def random_delta(
     seed: int, ranks: tuple[int, ...] = (3, 2, 4, 1), sizes: tuple[tuple[int, int], ...] = ((6, 5), (4, 6), (5, 5), (7, 4))
 ) -> AdapterDelta:
