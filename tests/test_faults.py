@@ -251,33 +251,28 @@ def test_a_call_that_ray_has_lost_is_made_again(ray_cluster: Any, tiny_llama: Pa
     tree["warp"] = {**tree["warp"], "steps": 4}
     tree["cluster"] = {"policy_actors": 2, "cpus_per_policy": 0.5, "cpus_per_rollout_worker": 0.5, "threads": 1, "hang_seconds": 8}
     prompts = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)]
-    found = []
-    for name, pool in (("lost", Forgetful), ("plain", RolloutPool)):
-        events: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
 
-        def report(event: str, _events: list[dict[str, Any]] = events, **details: Any) -> None:
-            _events.append({"event": event, **details})
+    def report(event: str, **details: Any) -> None:
+        events.append({"event": event, **details})
 
-        with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(pool=pool), report=report) as session:
-            jobs = [Job(1, n, f"key-{n}", Storage(tmp_path / name)) for n in (1, 2)]
-            rows = list(session.fine_tune(jobs, session.zero, prompts))
-            (point,) = session.submit_points([None], prompts[:3], range(3))
-            found.append(
-                (
-                    sorted((row["policy"], row["step"], row["reward"]) for row in rows if row["event"] == "step"),
-                    [digest(load_peft(tmp_path / name / "policies" / job.key)) for job in jobs],
-                    point.wait(),
-                )
-            )
+    def results(session: Session, folder: Path) -> list[Any]:
+        jobs = [Job(1, n, f"key-{n}", Storage(folder)) for n in (1, 2)]
+        steps = [row for row in session.fine_tune(jobs, session.zero, prompts) if row["event"] == "step"]
+        (point,) = session.submit_points([None], prompts[:3], range(3))
+        policies = [digest(load_peft(folder / "policies" / job.key)) for job in jobs]
+        return [sorted((row["policy"], row["step"], row["reward"]) for row in steps), policies, point.wait()]
+
+    with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(pool=Forgetful), report=report) as session:
+        disturbed = results(session, tmp_path / "lost")
         hangs = [row for row in events if row["event"] == "hang"]
-        if name == "lost":
-            assert [row["what"] for row in hangs][1:] == ["evaluation"], hangs
-            assert hangs[0]["what"].startswith("policy actor")
-            assert "for completions or scores that nobody works at; started again" in hangs[0]["message"]
-            assert [row["cause"] for row in events if row["event"] == "fault"] == ["hang"]
-        else:
-            assert not hangs
-    assert found[0] == found[1]
+        assert [row["what"] for row in hangs][1:] == ["evaluation"], hangs
+        assert hangs[0]["what"].startswith("policy actor")
+        assert "for completions or scores that nobody works at; started again" in hangs[0]["message"]
+        assert [row["cause"] for row in events if row["event"] == "fault"] == ["hang"]
+        told = len(events)
+        assert results(session, tmp_path / "plain") == disturbed
+        assert not events[told:]
 
 
 def test_workers_may_die_while_the_reward_is_standardised_and_while_the_front_is_measured(
