@@ -17,8 +17,9 @@ from bench.evidence import claims, figures, fronts, merges, study
 from bench.evidence.claims import CLAIMS
 from bench.evidence.curves import CURVES, SFT
 from bench.evidence.fronts import Effect
+from bench.evidence.present_tense import score
 from bench.evidence.results import Measured, OtherSettingsError, Results
-from bench.evidence.settings import ARMS, TINY, Settings
+from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, reward_configs
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
@@ -100,6 +101,20 @@ def test_verdicts_of_several_parts() -> None:
     assert claims.combined(["reproduced", "reproduced"]) == "reproduced"
     assert claims.combined(["reproduced", "undecided"]) == "undecided"
     assert claims.combined(["undecided", "not reproduced"]) == "not reproduced"
+
+
+def test_the_present_tense_is_counted() -> None:
+    texts = ["It's a film that is, is, is and has heart.", "It was loved, and it shows", "A breed of need, indeed", "We laughed", ""]
+    assert score([""] * len(texts), texts) == [3.0, -1.0, 1.0, -1.0, 0.0]
+
+
+def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = {task: arm_config(Settings(task=task), ARMS["warp"], 1, tmp_path) for task in TASKS}
+    assert (configs["reviews"].reward.function, configs["present-tense"].reward.model) == (None, None)
+    assert configs["present-tense"].reward.function == "bench.evidence.present_tense:score"
+    assert configs["present-tense"].warp == configs["reviews"].warp
+    assert [len(reward_configs(Settings(task=task), 1, tmp_path)) for task in TASKS] == [2, 0]
 
 
 def test_peft_linear_is_what_peft_makes() -> None:

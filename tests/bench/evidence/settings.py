@@ -12,13 +12,14 @@ from raywarp.config import MINILM, SMOLLM2, SNIPPETS, Config, load_config
 from raywarp.store import write_text
 
 SELECTION_FILE = "selection.json"
+TASKS = ("reviews", "present-tense")  # a reward model from human ratings; a reward by function, to rule out luck
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides a number. Points that were measured under other settings are refused, not mixed in.
 
-    task: reviews, or tiny (of seconds, for tests). steps: T. prompts: held out, for every point. kls: where fronts are compared;
+    task: of TASKS, or tiny (of seconds, for tests). steps: T. prompts: held out, for every point. kls: where fronts are compared;
     upper_kls likewise, where they reach so far; reference_kl: of the hypervolume.
     """
 
@@ -140,7 +141,7 @@ def _checkpoint_every(settings: Settings, arm: Arm) -> int:
 
 def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
     """Of the reward models that the task needs: the reward, and a control from ratings of other snippets."""
-    if settings.task == "tiny":
+    if settings.task != "reviews":
         return []
     own = seed_folder(folder, seed)
     ratings = own / "control.jsonl"
@@ -157,9 +158,11 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
     own = seed_folder(folder, seed)
     if name == "tiny":
         return _tiny_task(tiny_project(folder))
+    model = {"model": SMOLLM2, "prompts": {"dataset": SNIPPETS, "max_words": 4}}
+    if name == "present-tense":
+        return {**model, "reward": {"function": "bench.evidence.present_tense:score"}, "control": {"function": "raywarp.embedded:vader"}}
     return {
-        "model": SMOLLM2,
-        "prompts": {"dataset": SNIPPETS, "max_words": 4},
+        **model,
         "reward_training": {"backbone": MINILM},
         "reward": {"model": str(own / "reward")},
         "control": {"model": str(own / "control")},

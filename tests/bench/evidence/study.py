@@ -4,6 +4,7 @@
     .venv/bin/python tests/bench/evidence --claim H3 --seeds 1                 # one claim, one seed: less than an hour on two cores
     .venv/bin/python tests/bench/evidence --redraw                             # verdicts and figures from the committed numbers
     .venv/bin/python tests/bench/evidence --select                             # learning rate, on a seed that is not reported
+    .venv/bin/python tests/bench/evidence --task present-tense --claim H3      # the second task, with numbers of its own
 
 Policies lie in runs/evidence, under their keys; the numbers of every point (per prompt, no texts), verdicts and figures lie in results/
 beside this file, and tests/bench/evidence.json says in short what came out. Killed or out of its hours, the same command continues.
@@ -29,6 +30,7 @@ from bench.evidence.results import Measured, OtherSettingsError, Results
 from bench.evidence.settings import (
     ARMS,
     SELECTION_FILE,
+    TASKS,
     TINY,
     Arm,
     Settings,
@@ -253,7 +255,8 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
         if not any(effect.per_seed for effect in judged.effects.values()):
             continue
         seeds = max(of_seeds)
-        command = f".venv/bin/python tests/bench/evidence --claim {name} --seeds {seeds}"
+        task = f" --task {settings.task}" if settings.task in TASKS[1:] else ""
+        command = f".venv/bin/python tests/bench/evidence{task} --claim {name} --seeds {seeds}"
         entries[name] = judged.as_json(command, claims.facts_of(claim, results))
         figures.draw(judged, of_seeds, where / f"{name}.png")
         first = entries[name]
@@ -301,14 +304,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, help="stop after so long; the same command continues")
     parser.add_argument("--redraw", action="store_true", help="verdicts and figures from the results; nothing is trained or measured")
     parser.add_argument("--select", action="store_true", help="choose the learning rate on a seed of its own, before anything else")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="runs and policies")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="numbers and figures")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="the second one has a reward by function")
+    parser.add_argument("--out", type=Path, help="runs and policies; default: runs/evidence, and the task's name but for the first")
+    parser.add_argument("--results", type=Path, help="numbers and figures; default: results beside this file, likewise")
     parser.add_argument("--tiny", action="store_true", help="a tiny model for seconds, for tests; wants --out and --results")
     options = parser.parse_args(arguments)
-    if options.tiny and options.results == HERE / "results":
+    suffix = "" if options.task == TASKS[0] else f"-{options.task}"
+    options.out = options.out or Path(f"runs/evidence{suffix}")
+    if options.tiny and options.results is None:
         parser.error("--tiny wants a --results of its own")
+    options.results = options.results or HERE / f"results{suffix}"
     _environment(options.out, options.tiny)
-    settings = TINY if options.tiny else selected(Settings(), options.results)
+    settings = TINY if options.tiny else selected(Settings(task=options.task), options.results)
     clock = Clock(options.hours)
     try:
         results = Results(options.results, settings.as_json())
@@ -330,11 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _environment(out: Path, tiny: bool) -> None:
-    """For Ray and the actors; of a tiny study they find the reward in its project."""
+    """For Ray and the actors, which find the second task's reward here; of a tiny study in its project."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if tiny:
-        project = str(tiny_project(out))
-        sys.path.insert(0, project)
-        os.environ["PYTHONPATH"] = os.pathsep.join([project, os.environ.get("PYTHONPATH", "")])
+    place = str(tiny_project(out) if tiny else HERE.parents[1])
+    sys.path.insert(0, place)
+    os.environ["PYTHONPATH"] = os.pathsep.join([place, os.environ.get("PYTHONPATH", "")])
