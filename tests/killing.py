@@ -73,8 +73,10 @@ def own_home(folder: Path) -> None:
 
 
 def set_pace(project: Path, seconds: float) -> None:
-    """Of the reward, per batch, from the next one on."""
-    (project / "pace").write_text(str(seconds))
+    """Of the reward, per batch, from the next one on: at once, since it may just be reading."""
+    new = project / "pace.new"
+    new.write_text(str(seconds))
+    new.replace(project / "pace")
 
 
 class Patience:

@@ -19,7 +19,7 @@ import ray
 import wandb
 import yaml
 from conftest import left_behind, logger_environment, save_tiny_llama, traces, write_prompts
-from killing import Command, Patience, descendants, survivors
+from killing import Command, Patience, descendants, set_pace, survivors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loggers import items, wandb_records
 from tiny_run import Listener
@@ -312,14 +312,14 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(grid: tuple[Sweep, Pat
     out, killed, before = project / "takeover", list[int](), batches(project)
     search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
     config = load_config(settings(out, search, front={"etas": [0.3, 0.6, 1.0]}))
-    (project / "pace").write_text("1.5")
+    set_pace(project, 1.5)
 
     def kill_the_owner() -> None:
         patience = Patience(120)
         while batches(project) - before < 3 and patience.lasts():
             pass
         owners = {owner for key, owner in Table(str(out)).ask("owners").items() if not key.startswith("folder ")}
-        (project / "pace").unlink()
+        set_pace(project, 0)
         for owner in owners:
             actor = ray._private.state.actors()[owner.split()[-1]]
             killed.append(actor["Pid"])
@@ -345,7 +345,7 @@ def test_a_killed_sweep_continues(grid: tuple[Sweep, Path, str], tmp_path_factor
     search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings("x", search, front={"etas": [0.3, 0.6, 1.0]})))
     out = folder / "out"
-    (folder / "pace").write_text("0.5")
+    set_pace(folder, 0.5)
     command = Command(folder, "out", verb="tune")
     command.wait_until(lambda: batches(folder) > 2 * STEPS)
     pids = descendants(command)
@@ -353,14 +353,14 @@ def test_a_killed_sweep_continues(grid: tuple[Sweep, Path, str], tmp_path_factor
     command.process.wait()
     assert not survivors(pids)
     left = batches(folder)
-    (folder / "pace").write_text("1.5")
+    set_pace(folder, 1.5)
     command = Command(folder, "out", verb="tune")
     command.wait_until(lambda: batches(folder) > left)
     command.process.send_signal(signal.SIGTERM)
     assert command.end(60) == 143
     assert "stopped by SIGTERM; " in command.tail()
     assert "the same command continues" in command.tail()
-    (folder / "pace").unlink()
+    set_pace(folder, 0)
     command = Command(folder, "out", verb="tune")
     assert command.end(600) == 0, command.tail()
     assert "8 policy runs were asked for, 6 executed" in command.tail()
