@@ -222,11 +222,10 @@ class PoolHelper(Helper):
         if health is None:
             return None
         for event in health.events:
-            process = event.pop("process", None)
-            cause = {"cause": cause_of_death(event["cause"], process)} if process else {}
-            if event["event"] == "fault" and event["what"] in (_worker(index) for index in self.killed):
-                cause = {"cause": faults.HANG}
-            self.report(**{**event, **cause})
+            if event["event"] == "fault":
+                process, hung = event.pop("process"), event["what"] in map(_worker, self.killed)
+                event["cause"] = faults.HANG if hung else cause_of_death(event["cause"], process)
+            self.report(**event)
         now, self.down = time.monotonic(), health.down
         self.at_work |= bool(health.in_flight or health.down)
         self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}

@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     suffix = "" if options.task == TASKS[0] else f"-{options.task}"
     options.out = options.out or Path(f"runs/evidence{suffix}")
-    if options.tiny and options.results is None:
+    if options.tiny and options.results in (None, HERE / "results"):
         parser.error("--tiny wants a --results of its own")
     options.results = options.results or HERE / f"results{suffix}"
     _environment(options.out, options.tiny)
