@@ -1,14 +1,19 @@
 """A time limit for a call into code that is not ours, which may be a loop, a wait for a network, or C code that never lets Python run."""
 
+import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 Result = TypeVar("Result")
+PREFIX = "raywarp-stuck-"
+YOUNG = 5.0  # seconds in which a file may exist without its lock
 GRACE_SECONDS = 5.0  # for the call to end after it was interrupted, before its process does
 
 
@@ -33,7 +38,9 @@ class TimeLimit:
     """
 
     def __init__(self, seconds: float | None, name: str):
-        self.seconds, self._stack = seconds, Path(tempfile.gettempdir()) / f"raywarp-stuck-{name}"
+        self.seconds, self._stack = seconds, Path(tempfile.gettempdir()) / f"{PREFIX}{name}"
+        self._last_words = ""
+        _remove_left()
 
     def call(self, function: Callable[[], Result]) -> Result:
         """The function's result.
@@ -44,11 +51,13 @@ class TimeLimit:
         if self.seconds is None:
             return function()
         if self._stack.exists() and self._stack.stat().st_size:
-            stack = self._stack.read_text()
-            raise TimeLimitError(
-                f"took longer than {self.seconds:g} s and could not be interrupted; its process was ended at\n{stack[-2000:]}"
-            )
+            self._last_words = self._stack.read_text()[-2000:]
+            self._stack.unlink()
+        if self._last_words:
+            text = f"took longer than {self.seconds:g} s and could not be interrupted; its process was ended at\n{self._last_words}"
+            raise TimeLimitError(text)
         with self._stack.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, exit=True, file=file)
             try:
                 return self._interruptible(function)
@@ -83,3 +92,13 @@ class TimeLimit:
             with lock:
                 over.set()
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)  # one that came when the call was over
+
+
+def _remove_left() -> None:
+    """The empty files of processes that were killed in a call: old ones, locked by nobody."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), path.open() as file:
+            left = path.stat()
+            if left.st_size == 0 and time.time() - left.st_mtime > YOUNG:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()

@@ -1,6 +1,8 @@
 """A reward that takes too long is the user's error, whatever it is stuck in; nothing hangs and nothing is tried again."""
 
+import os
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -78,7 +80,34 @@ def test_a_thread_other_than_the_main_one_can_be_limited() -> None:
     assert found == ["took longer than 0.3 s"]
 
 
-def test_the_error_names_function_time_and_key(module: Path) -> None:
+def test_files_of_killed_processes_are_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, theirs, old = TimeLimit(5, "ours"), tmp_path / "raywarp-stuck-killed", time.time() - 60
+
+    def look() -> list[str]:
+        theirs.touch()
+        for path in tmp_path.iterdir():
+            os.utime(path, (old, old))
+        TimeLimit(5, "other")
+        return [path.name for path in tmp_path.iterdir()]
+
+    assert ours.call(look) == ["raywarp-stuck-ours"]  # that of a call under way stays
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_process_before_died_of_is_told_for_every_call_and_its_file_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "raywarp-stuck-actor").write_text("in score")
+    limit = TimeLimit(5, "actor")
+    for _ in range(2):
+        with pytest.raises(TimeLimitError, match=r"could not be interrupted; its process was ended at\nin score"):
+            limit.call(lambda: 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_names_function_time_and_key(ray_cluster: Any, module: Path) -> None:
     actor = RewardActor(RewardConfig(function=f"{module.stem}:score", timeout_seconds=0.5))
     actor.start()
     assert actor.score(["p"], ["fine"]) == [1.0]
