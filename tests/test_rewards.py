@@ -247,7 +247,7 @@ def test_the_fingerprint_of_a_model_follows_its_weights_and_not_its_statistics(t
     assert len(set(prints)) == 2
 
 
-def test_the_actor_scores_the_workers_rollouts_with_their_columns(user_module):
+def test_the_actor_scores_the_workers_rollouts_with_their_columns(ray_cluster, user_module):
     user_module.write_text("def score(prompts, completions, bonus):\n    return [len(c) + b for c, b in zip(completions, bonus)]\n")
     actor = RewardActor(RewardConfig(function="users_rewards:score"))
     actor.start()
