@@ -120,7 +120,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     problems += [*preflight.access_problems(reports, config.out), *preflight.version_problems(reports), *result.impossible(reports)]
     if result.shapes:
         problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
-    warnings = [*source.warnings, *result.tight(reports)]
+    warnings = [*source.warnings, *result.tight(reports), *(preflight.idle_gpus(reports) if placed.uses_gpus else [])]
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, source.notes, reports)
 
 

@@ -30,7 +30,7 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a node that does not see or cannot write the run's folder, other versions there, no room on the disk, or more
-            memory than any node has. A run that only may need more memory than there is, is warned of.
+            memory than any node has. A run that only may need more memory than there is, or leaves GPUs idle, is warned of.
     """
     reports = node_reports(config, paths)
     problems = [*access_problems(reports, config.out), *version_problems(reports)]
@@ -40,7 +40,7 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
     if forecast is not None:
-        for warning in forecast.tight(reports):
+        for warning in [*forecast.tight(reports), *(idle_gpus(reports) if forecast.plan.uses_gpus else [])]:
             logging.getLogger(__name__).warning(warning)
 
 
@@ -98,6 +98,16 @@ def version_problems(reports: Sequence[NodeReport]) -> list[str]:
             found = ", ".join(f"{version} on {' and '.join(addresses)}" for version, addresses in holders.items())
             problems.append(f"the nodes have different versions of {package}: {found}; install the same one everywhere")
     return problems
+
+
+def idle_gpus(reports: Sequence[NodeReport]) -> list[str]:
+    """Nodes whose GPUs a run reserves and cannot use, since their torch was built for CPUs."""
+    return [
+        f"node {report.address} has GPUs, but torch {report.versions['torch']} was built without CUDA: its processes use the CPU; install "
+        "the build for CUDA, or set cluster.gpus_per_policy=0 and cluster.gpus_per_rollout_worker=0"
+        for report in reports
+        if report.gpu_memory and report.versions.get("torch", "").endswith("+cpu")
+    ]
 
 
 def disk_problems(config: Config, bytes_each: int) -> list[str]:

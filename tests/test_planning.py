@@ -124,6 +124,15 @@ def test_versions_are_compared(first: dict[str, str], second: dict[str, str], wo
     assert problems == [] if words is None else words in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("version", "gpus", "blind"), [("2.13.0+cpu", (80 << 30,), True), ("2.13.0", (80 << 30,), False), ("2.13.0+cpu", (), False)]
+)
+def test_gpus_that_torch_was_not_built_for_are_told(version: str, gpus: tuple[int, ...], blind: bool) -> None:
+    warnings = preflight.idle_gpus([NodeReport("a", {"torch": version}, 0, gpus)])
+    assert bool(warnings) == blind
+    assert not blind or "node a has GPUs, but torch 2.13.0+cpu was built without CUDA" in warnings[0]
+
+
 def test_access_is_compared() -> None:
     sound, blind = NodeReport("a", {}, 0), NodeReport("b", {}, 0, missing=("/m/llama",), unwritable="does not see it")
     assert preflight.access_problems([sound], "runs/x") == []
