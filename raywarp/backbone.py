@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from raywarp.batch import Completion, collate
+from raywarp.batch import collate
+from raywarp.completion import Completion
 from raywarp.logit_head import LogitHead
 from raywarp.packing import MicroBatch, micro_batches
 

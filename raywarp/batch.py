@@ -9,21 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Completion:
-    """What a rollout worker returns for one prompt.
-
-    token_ids: the sampled tokens, an emitted EOS included.
-    logprobs: the sampler's log π of each, at the sampling temperature.
-    text: decoded without special tokens.
-    finished: it ended by itself (False: truncated at max_new_tokens).
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finished: bool
+from raywarp.completion import Completion
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from raywarp.batch import Completion
+from raywarp.completion import Completion
 from raywarp.config import Config, ConfigError, RolloutConfig
 from raywarp.rollout import Adapter, Request
 

@@ -4,8 +4,7 @@ import socket
 from typing import Any
 
 import ray
-import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 OUT_OF_MEMORY, KILLED, NODE_LOST, HANG, EXCEPTION = "out of memory", "killed", "node lost", "hang", "exception"
 LONGEST_PAUSE = 30.0  # seconds between two attempts
@@ -27,7 +26,8 @@ def cause_of(error: BaseException) -> BaseException:
 def kind_of(error: BaseException) -> str:
     """Out of memory, node lost, killed, or exception, as far as the error says it; see watch.cause_of_death."""
     cause, text = cause_of(error), str(error)
-    if isinstance(cause, OutOfMemoryError | torch.OutOfMemoryError | MemoryError) or any(part in text for part in _MEMORY_TEXTS):
+    # By name, torch's as well as Ray's, since the pool has no torch.
+    if type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError) or any(part in text for part in _MEMORY_TEXTS):
         return OUT_OF_MEMORY
     if any(part in text for part in _NODE_TEXTS):
         return NODE_LOST

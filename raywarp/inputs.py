@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import rewards, store
+from raywarp.classifier import check_classifier, load_tokenizer
 from raywarp.config import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
@@ -106,8 +107,8 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
                 raise ConfigError(
                     f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with out={model} trains it anew"
                 ) from None
-            rewards.check_classifier(model, config.trust_remote_code)
-            rewards.load_tokenizer(model, config.trust_remote_code)
+            check_classifier(model, config.trust_remote_code)
+            load_tokenizer(model, config.trust_remote_code)
         else:
             raise ConfigError(f"{key} has neither a model nor a function")
 

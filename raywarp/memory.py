@@ -13,6 +13,7 @@ from raywarp.logit_head import CHUNK_BYTES
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = 750 << 20, 1000 << 20, 600 << 20  # of VmHWM before a model is there
+FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model: a function brings its own
 Components = dict[str, int]  # what it is → bytes
 
 

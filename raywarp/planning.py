@@ -236,7 +236,7 @@ def _forecast(config: Config, model: str, shapes: Shapes, placed: placement.Plan
     tokens = _rows(config, length) * config.rollout.max_new_tokens
     policy = memory.policy_process(shapes, config, dtype, held, tokens, 0 if gpu else stored)
     rollout = memory.rollout_process(shapes, config, dtype, stored, placed.rollout.gpus > 0, length)
-    reward = {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
+    reward = _reward_process(config)
     processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout)]
     if placed.rollout.gpus:
         slots = engines.lora_slots(engines.front_rank(config), refuse=False) if config.rollout.adapter != "merged" else 0
@@ -276,6 +276,12 @@ def _offline(config: Config) -> Forecast:
     result = forecast(config, source, placed)
     disk = preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config)) if result.shapes else []
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, disk, notes=notes)
+
+
+def _reward_process(config: Config) -> Components:
+    if not config.reward.model and not (config.control and config.control.model):
+        return {"Python, Ray (and what the function needs)": memory.FUNCTION_RUNTIME}
+    return {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
 
 
 def _reward_weights(config: Config) -> Components:

@@ -11,7 +11,8 @@ from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import AdapterDelta
 from raywarp.advantages import advantages
 from raywarp.averaging import ema_update
-from raywarp.batch import Batch, Completion
+from raywarp.batch import Batch
+from raywarp.completion import Completion
 from raywarp.config import Config
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.seeding import derive_seed

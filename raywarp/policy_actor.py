@@ -18,7 +18,8 @@ import torch
 from ray.exceptions import RayActorError
 
 from raywarp.adapters import AdapterDelta, add, digest
-from raywarp.batch import Completion, collate
+from raywarp.batch import collate
+from raywarp.completion import Completion
 from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.faults import FaultError, explain

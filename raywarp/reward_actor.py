@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
 from raywarp.config import RewardConfig
 from raywarp.data import Prompt
@@ -56,9 +55,7 @@ class RewardActor:
     @functools.cached_property
     def reward(self) -> Reward:
         """Loaded when it is first asked for: also after a death of this process."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        return load_reward(self.config, self.trust_remote_code, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+        return load_reward(self.config, self.trust_remote_code, self._device())
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
         """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
@@ -99,3 +96,12 @@ class RewardActor:
             scores = Scores(self.score(prompts, completions, {name: [row[name] for row in columns] for name in names}))
         scores.span, scores.who = (start, time.time()), self.title
         return scores
+
+    def _device(self) -> str:
+        if not self.config.model:
+            return "cpu"
+        import torch  # a function may do without
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"

@@ -17,13 +17,14 @@ from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval
+from raywarp.classifier import load_tokenizer
 from raywarp.config import Config, ConfigError
 from raywarp.data import Preference, PreferenceSplits, load_preferences, resolve_model
 from raywarp.hardware import CPU_ENV
 from raywarp.model_files import check_weights, read_model_config
 from raywarp.progress import Display
 from raywarp.reward_progress import following
-from raywarp.rewards import REWARD_FILE, RewardError, check_trained, load_tokenizer, statistics
+from raywarp.rewards import REWARD_FILE, RewardError, check_trained, statistics
 from raywarp.storage import Storage
 from raywarp.store import (
     MANIFEST,

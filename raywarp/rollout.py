@@ -12,13 +12,15 @@ policies than workers want `rollout.chunk_size`, by which a batch is cut in the 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from raywarp.adapters import AdapterDelta, digest
-from raywarp.batch import Completion
-from raywarp.packed_adapter import PackedAdapter
+from raywarp.completion import Completion
+
+if TYPE_CHECKING:  # torch is imported where an adapter is put or fetched: the pool, which does neither, saves its seconds and megabytes
+    from raywarp.adapters import AdapterDelta
+    from raywarp.packed_adapter import PackedAdapter
 
 _HASHER = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
@@ -40,7 +42,9 @@ class AdapterPart:
     hashed: "Future[str] | None" = field(default=None, compare=False)
 
     @classmethod
-    def put(cls, delta: AdapterDelta) -> "AdapterPart":
+    def put(cls, delta: "AdapterDelta") -> "AdapterPart":
+        from raywarp.packed_adapter import PackedAdapter
+
         packed = PackedAdapter.pack(delta)
         hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, in which the adapter is on its way
         ref = ray.put(packed)
@@ -52,9 +56,11 @@ class AdapterPart:
     @property
     def digest(self) -> str:
         """Of the content as it was put; somebody to whom this was sent has to look at the content itself."""
+        from raywarp.adapters import digest
+
         return self.hashed.result() if self.hashed else digest(self.fetch())
 
-    def fetch(self) -> AdapterDelta:
+    def fetch(self) -> "AdapterDelta":
         """The adapter, its tensors read-only: they lie in the object store."""
         packed: PackedAdapter = ray.get(self.ref)
         return packed.unpack()

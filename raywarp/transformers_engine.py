@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.batch import Completion
 from raywarp.checkpoint import Checkpoint
+from raywarp.completion import Completion
 from raywarp.engines import EngineSettings
 from raywarp.loaders import MergedLoader
 from raywarp.rollout import Request

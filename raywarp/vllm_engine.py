@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.batch import Completion
 from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
+from raywarp.completion import Completion
 from raywarp.config import ConfigError
 from raywarp.engines import MOST_LORAS, NO_VLLM, EngineSettings, lora_slots
 from raywarp.loaders import LoraLoader, MergedLoader

@@ -10,7 +10,8 @@ from conftest import WORDS, plain_logits
 
 from raywarp import attention
 from raywarp.adapted_model import AdaptedModel
-from raywarp.batch import Batch, Completion, collate
+from raywarp.batch import Batch, collate
+from raywarp.completion import Completion
 from raywarp.config import LoraConfig
 from raywarp.packing import micro_batches
 

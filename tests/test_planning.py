@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raywarp import memory, placement, preflight
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.batch import Completion, collate
+from raywarp.batch import collate
 from raywarp.cli import main
+from raywarp.completion import Completion
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config
 from raywarp.model_shapes import model_shapes
 from raywarp.node_check import NodeReport

@@ -13,7 +13,8 @@ from raywarp import losses, rng
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import dense, zeros_like
 from raywarp.averaging import liti
-from raywarp.batch import Batch, Completion, collate
+from raywarp.batch import Batch, collate
+from raywarp.completion import Completion
 from raywarp.config import Config, LoraConfig, parse_config
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy

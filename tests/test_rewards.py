@@ -1,6 +1,7 @@
 import json
 import math
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,22 +11,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from raywarp import store
+from raywarp.classifier import ClassifierReward, classify, encode
+from raywarp.completion import Completion
 from raywarp.config import ConfigError, PromptsConfig, RewardConfig
 from raywarp.reward_actor import RewardActor
 from raywarp.reward_training import is_standardised, save_standardisation
 from raywarp.rewards import (
     REWARD_FILE,
-    ClassifierReward,
     Reward,
     RewardError,
-    classify,
-    encode,
     fingerprint,
     load_function,
     load_reward,
     with_template,
 )
-from raywarp.rollout import Completion, Rollout
+from raywarp.rollout import Rollout
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
 
@@ -253,3 +253,16 @@ def test_the_actor_scores_the_workers_rollouts_with_their_columns(ray_cluster, u
     actor.start()
     rollouts = [Rollout([Completion((1,), (0.0,), text, True)], ()) for text in ("a", "bcd")]
     assert actor.score_rollouts(None, ["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]
+
+
+def test_processes_without_a_model_do_without_torch():
+    """It is more than a second and 200 MB of each of them."""
+    lines = (
+        "import sys, raywarp.rollout_pool",
+        "from raywarp.config import RewardConfig",
+        "from raywarp.reward_actor import RewardActor",
+        "RewardActor(RewardConfig(function='raywarp.embedded:vader')).start()",
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

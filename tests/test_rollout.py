@@ -16,7 +16,8 @@ from raywarp import losses
 from raywarp.actors import Kinds
 from raywarp.adapted_model import AdaptedModel
 from raywarp.adapters import add
-from raywarp.batch import Completion, collate
+from raywarp.batch import collate
+from raywarp.completion import Completion
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config
 from raywarp.faults import cause_of
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit

@@ -20,7 +20,8 @@ from raywarp.adapted_linear import AdaptedLinear
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import AdapterDelta, Factors
 from raywarp.advantages import advantages
-from raywarp.batch import Batch, Completion, collate
+from raywarp.batch import Batch, collate
+from raywarp.completion import Completion
 from raywarp.config import Config, LoraConfig, parse_config
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy

@@ -40,7 +40,8 @@ import ray
 from raywarp.actors import Kinds
 from raywarp.adapters import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.averaging import liti, slerp
-from raywarp.batch import Batch, Completion
+from raywarp.batch import Batch
+from raywarp.completion import Completion
 from raywarp.config import Config, parse_config
 from raywarp.data import Prompt
 from raywarp.peft_files import load_peft, save_peft
