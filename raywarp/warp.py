@@ -10,18 +10,18 @@
 Every change is kept as LoRA factors relative to the SFT model; its base weights are never written.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from raywarp import evaluation, store
 from raywarp.adapters import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.averaging import liti, slerp
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config import Config
-from raywarp.data import PromptSplits
-from raywarp.evaluation import Point
+from raywarp.evaluation import Candidate, Point
 from raywarp.inputs import Inputs, prepare
 from raywarp.journal import Journal
 from raywarp.keys import front_key, key_chain, key_of_numerics
@@ -74,7 +74,8 @@ def train(config: Config, display: Display | None = None) -> Run:
 
 
 def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS) -> Generator[Stage]:
-    """`train`, iteration by iteration. To be closed where it is left before its end.
+    """`train`, iteration by iteration. To be closed where it is left before its end. Actors are started when there is something for them
+    to do: never, where the run was finished and all of it is whole.
 
     Args:
         claims: by whom policies are shared with other runs.
@@ -85,147 +86,144 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
     run = Run.open(config, display.say)
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with run.mirrored(), Journal(run, display, gauges) as journal, stoppable() if claims.alone else nullcontext():
-        yield from _stages(config, run, inputs, display, journal, gauges, claims)
+        known = run.numerics(key_of_numerics(config, inputs))
+        session_of_run = Session(
+            config,
+            inputs.model,
+            inputs.longest_prompt,
+            report=journal.report,
+            shares=not claims.alone,
+            check=lambda: check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt),
+            lazy=known is not None,
+        )
+        with Loggers(config, run, lazy=known is not None) as loggers, session_of_run as session:
+            run.save_config(config)
+            run.clean()
+            journal.begin()
+            yield from Driver(config, inputs, run, session, display, loggers, gauges, claims).stages(known)
 
 
-def _stages(
-    config: Config, run: Run, inputs: Inputs, display: Display, journal: Journal, gauges: RunMetrics, claims: Claims
-) -> Generator[Stage]:
-    """Actors are started when there is something for them to do: never, where the run was finished and all of it is whole."""
+@dataclass(frozen=True)
+class Driver:
+    """One run of the algorithm: what its stages work with, and whom they tell."""
 
-    numerics_key = key_of_numerics(config, inputs)
-    known = run.numerics(numerics_key)
-    session_of_run = Session(
-        config,
-        inputs.model,
-        inputs.longest_prompt,
-        report=journal.report,
-        shares=not claims.alone,
-        check=lambda: check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt),
-        lazy=known is not None,
-    )
-    with Loggers(config, run, lazy=known is not None) as loggers, session_of_run as session:
-        run.save_config(config)
-        run.clean()
-        journal.begin()
-        inputs_and_reward = {**inputs.fingerprints(), **reward_statistics(session, run, config, inputs.prompts.train)}
+    config: Config
+    inputs: Inputs
+    run: Run
+    session: Session
+    display: Display
+    loggers: Loggers
+    gauges: RunMetrics
+    claims: Claims
+
+    def stages(self, known: Mapping[str, object] | None) -> Iterator[Stage]:
+        """Algorithm 1.
+
+        Args:
+            known: numerics of the same run before, with which actors need not be started to know them.
+        """
+        config, run = self.config, self.run
+        inputs_and_reward = {**self.inputs.fingerprints(), **reward_statistics(self.session, run, config, self.inputs.prompts.train)}
         is_whole = known is not None and run.has_policies(key_chain(config, {**inputs_and_reward, **known}))
-        numerics = known if known and is_whole else session.numerics()
+        numerics = known if known and is_whole else self.session.numerics()
         determinants = {**inputs_and_reward, **numerics}
         all_keys = key_chain(config, determinants)
-        init = first_init(session, run, all_keys[0][0])
-        yield Stage(run, session, 0, all_keys, determinants, init, ())
+        init = self.first_init(all_keys[0][0])
+        yield Stage(run, self.session, 0, all_keys, determinants, init, ())
         for iteration, keys in enumerate(all_keys, start=1):
-            policies = fine_tune(session, run, config, inputs.prompts, display, loggers, gauges, iteration, keys, init, claims)
+            policies = self.fine_tune(iteration, keys, init)
             merged = add(init, slerp(policies))
             run.save_iteration(iteration, init, merged, keys, policies)
-            display.merged(iteration, policies)
+            self.display.merged(iteration, policies)
             if iteration == config.warp.iterations:
-                key = front_key(config, inputs, keys)
-                save_front(session, run, config, inputs.prompts, display, loggers, init, policies, key, {numerics_key: numerics})
-                display.timing(run)
-            yield Stage(run, session, iteration, all_keys, determinants, init, policies)
+                self.save_front(init, policies, keys, numerics)
+                self.display.timing(run)
+            yield Stage(run, self.session, iteration, all_keys, determinants, init, policies)
             if iteration < config.warp.iterations:
                 init = liti(init, merged, config.warp.liti_rate)
 
+    def first_init(self, key: str) -> AdapterDelta:
+        """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has to be started to know them."""
+        try:
+            folder = None if self.session.is_started else self.run.find_policy(key)
+        except store.DamagedError:
+            folder = None
+        zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else self.session.zero
+        return replace(zero, factors=dict(sorted(zero.factors.items())))  # in one order, wherever it comes from
 
-def fine_tune(
-    session: Session,
-    run: Run,
-    config: Config,
-    prompts: PromptSplits,
-    display: Display,
-    loggers: Loggers,
-    gauges: RunMetrics,
-    iteration: int,
-    keys: Sequence[str],
-    init: AdapterDelta,
-    claims: Claims,
-) -> list[AdapterDelta]:
-    """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained.
+    def fine_tune(self, iteration: int, keys: Sequence[str], init: AdapterDelta) -> list[AdapterDelta]:
+        """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained.
 
-    Raises:
-        Elsewhere: some are under way in other runs; the rest is finished.
-    """
-    jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
-    with claims.take(keys) as taken:
-        unfinished = [job for job in jobs if not found(run, job, display)]
-        missing = [job for job in unfinished if job.key in taken]
-        claims.begin(iteration, [job.key for job in missing])
-        run.restore_metrics(iteration, config.warp.iterations, [job.key for job in jobs if job not in unfinished])
-        with (
-            display.iteration(iteration, jobs, missing, config.warp.steps) as bars,
-            closing(session.fine_tune(missing, init, prompts.train)) as events,
-        ):
-            for event in events:
-                if event["event"] == "resumed":
-                    run.set_policy_metrics(event["key"], event["metrics"])
-                elif event["event"] == "step":
-                    row = {name: value for name, value in event.items() if name != "event"}
-                    run.add_metrics(row)
-                    loggers.log(row)
-                    gauges.step(row)
-                bars.update(event)
-    if session.timing and session.timing.steps:
-        run.save_timing(iteration, session.timing.row())
-    if others := [job.key for job in unfinished if job not in missing]:
-        raise Elsewhere(iteration, others)
-    return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), config.lora.rank) for key in keys]
+        Raises:
+            Elsewhere: some are under way in other runs; the rest is finished.
+        """
+        run, session, warp = self.run, self.session, self.config.warp
+        jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
+        with self.claims.take(keys) as taken:
+            unfinished = [job for job in jobs if not self.is_found(job)]
+            missing = [job for job in unfinished if job.key in taken]
+            self.claims.begin(iteration, [job.key for job in missing])
+            run.restore_metrics(iteration, warp.iterations, [job.key for job in jobs if job not in unfinished])
+            with (
+                self.display.iteration(iteration, jobs, missing, warp.steps) as bars,
+                closing(session.fine_tune(missing, init, self.inputs.prompts.train)) as events,
+            ):
+                for event in events:
+                    self.note(event)
+                    bars.update(event)
+        if session.timing and session.timing.steps:
+            run.save_timing(iteration, session.timing.row())
+        if others := [job.key for job in unfinished if job not in missing]:
+            raise Elsewhere(iteration, others)
+        return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), self.config.lora.rank) for key in keys]
 
+    def is_found(self, job: Job) -> bool:
+        """Whether the policy is in the store, and whole."""
+        try:
+            return self.run.find_policy(job.key) is not None
+        except store.DamagedError as error:
+            self.display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
+            return False
 
-def first_init(session: Session, run: Run, key: str) -> AdapterDelta:
-    """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has to be started to know them."""
-    try:
-        folder = None if session.is_started else run.find_policy(key)
-    except store.DamagedError:
-        folder = None
-    zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else session.zero
-    return replace(zero, factors=dict(sorted(zero.factors.items())))  # in one order, wherever it comes from
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Keep what a policy tells while it is trained."""
+        if event["event"] == "resumed":
+            self.run.set_policy_metrics(event["key"], event["metrics"])
+        elif event["event"] == "step":
+            row = {name: value for name, value in event.items() if name != "event"}
+            self.run.add_metrics(row)
+            self.loggers.log(row)
+            self.gauges.step(row)
 
+    def save_front(self, init: AdapterDelta, policies: Sequence[AdapterDelta], keys: Sequence[str], numerics: Mapping[str, object]) -> None:
+        """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/; another choice
+        of what is measured costs no more than that.
 
-def found(run: Run, job: Job, display: Display) -> bool:
-    """Whether the policy is in the store, and whole."""
-    try:
-        return run.find_policy(job.key) is not None
-    except store.DamagedError as error:
-        display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
-        return False
+        Args:
+            keys: of the policies. numerics: go into front.json: see Run.numerics.
+        """
+        config, run = self.config, self.run
+        key = front_key(config, self.inputs, keys)
+        is_measured = run.has_front(key)
+        if is_measured and run.front().get("choose") == config.front.choose.model_dump():
+            return self.display.front(run)
+        points = evaluation.candidates(init, policies, evaluation.wanted_etas(config))
+        measured = [Point(**point) for point in run.front()["points"]] if is_measured else self.measure(points)
+        chosen = evaluation.choose(measured, config.front.choose)
+        title = f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}"
+        plot_front(measured, chosen, run.folder / "front.png", title)
+        adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
+        run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
+        told = {"key": key, "numerics": {key_of_numerics(config, self.inputs): numerics}}
+        run.save_front({**told, **evaluation.front_json(measured, chosen, config)})
+        self.loggers.finish(run)
+        self.display.front(run)
 
-
-def save_front(
-    session: Session,
-    run: Run,
-    config: Config,
-    prompts: PromptSplits,
-    display: Display,
-    loggers: Loggers,
-    init: AdapterDelta,
-    policies: Sequence[AdapterDelta],
-    key: str,
-    numerics: Mapping[str, object],
-) -> None:
-    """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/; another choice of
-    what is measured costs no more than that.
-
-    Args:
-        numerics: goes into front.json: see Run.numerics.
-    """
-    is_measured = run.has_front(key)
-    if is_measured and run.front().get("choose") == config.front.choose.model_dump():
-        return display.front(run)
-    points = evaluation.candidates(init, policies, evaluation.wanted_etas(config))
-    if is_measured:
-        measured = [Point(**point) for point in run.front()["points"]]
-    else:
-        with display.evaluation(len(points)) as done:
-            results = evaluation.evaluate(session, config, points, prompts.held_out, done)
-        measured = [point for point, _ in results]
-        run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
-        store.write_json(run.folder / "samples.json", evaluation.sample_rows(results, prompts.held_out, config.front))
-    chosen = evaluation.choose(measured, config.front.choose)
-    plot_front(measured, chosen, run.folder / "front.png", f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}")
-    adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
-    run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
-    run.save_front({"key": key, "numerics": numerics, **evaluation.front_json(measured, chosen, config)})
-    loggers.finish(run)
-    display.front(run)
+    def measure(self, points: Sequence[Candidate]) -> list[Point]:
+        """The points of the front on held-out prompts; their texts go to samples.json."""
+        held_out, front = self.inputs.prompts.held_out, self.config.front
+        with self.display.evaluation(len(points)) as done:
+            results = evaluation.evaluate(self.session, self.config, points, held_out, done)
+        self.run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
+        store.write_json(self.run.folder / "samples.json", evaluation.sample_rows(results, held_out, front))
+        return [point for point, _ in results]
