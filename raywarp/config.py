@@ -144,9 +144,17 @@ class LoraConfig(Section):
 class WarpConfig(Section):
     """WARP itself, by the paper's letters."""
 
-    iterations: Count = Field(2, description="I, iterations of the whole loop, one after another, each from where LITI left the one before")
+    iterations: Count = Field(
+        2,
+        description="I, iterations of the whole loop, one after another, each from where LITI left the one before; a second one left the "
+        "front where it was on the embedded task (README, H8)",
+    )
     policies: Count = Field(2, description="M, policies trained in parallel and merged; each costs as much again")
-    steps: Count = Field(40, description="T, optimiser steps per policy and iteration")
+    steps: Count = Field(
+        40,
+        description="T, optimiser steps per policy and iteration; on the embedded task more of them raise the front more than policies or "
+        "iterations of the same cost (README, H12)",
+    )
     ema_rate: Rate = Field(
         0.05,
         description="mu, rate at which the anchor follows the policy after every step; higher: the policy gets further; "
