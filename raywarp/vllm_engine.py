@@ -1,6 +1,7 @@
 """vLLM as the engine of a rollout worker."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raywarp import scratch
 from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
 from raywarp.completion import Completion
 from raywarp.config import ConfigError
@@ -33,9 +35,12 @@ class VllmEngine:
             raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
         self.settings = settings
         self.adapter_mode = self._resolve_mode()
+        self.folder = scratch.claim()  # for the sockets of its processes, which outlive those that are killed
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
         try:
             self.llm: Any = LLM(**self._arguments())
         except ValueError as error:
+            scratch.release(self.folder)
             raise _readable(error, settings) from None
         files = checkpoint_files(settings.model)
         weights = MergedLoader(Checkpoint(partial(read_files, files), getattr(torch, settings.dtype)), self._install)
@@ -74,6 +79,7 @@ class VllmEngine:
         self.llm.llm_engine.engine_core.shutdown()
         for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
             segment.unlink(missing_ok=True)
+        scratch.release(self.folder)
 
     def _sampling(self, seed: int) -> Any:
         from vllm import SamplingParams
