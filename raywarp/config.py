@@ -152,8 +152,8 @@ class WarpConfig(Section):
     policies: Count = Field(2, description="M, policies trained in parallel and merged; each costs as much again")
     steps: Count = Field(
         40,
-        description="T, optimiser steps per policy and iteration; on the embedded task more of them raise the front more than policies or "
-        "iterations of the same cost (README, H12)",
+        description="T, optimiser steps per policy and iteration; on the embedded task one policy of four times as many has a higher front "
+        "than two policies and two iterations (README, H12)",
     )
     ema_rate: Rate = Field(
         0.05,

@@ -7,11 +7,11 @@ while the engine already samples.
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from raywarp import scratch
 from raywarp.adapters import AdapterDelta, Factors, digest, zeros_like
 from raywarp.checkpoint import Checkpoint
 from raywarp.peft_config import ADAPTER_FILE
@@ -57,9 +57,6 @@ class MergedLoader:
     def request(self, adapter: Adapter) -> None:
         """What the engine has to be told with every request: nothing."""
 
-    def close(self) -> None:
-        """There is nothing to take away."""
-
     def _load(self, adapter: Adapter) -> list[AdapterDelta | str]:
         fold, change = (adapter.init, adapter.policy) if adapter.policy else (None, adapter.init)
         if self._folded[0] != (fold.version if fold else None):
@@ -94,11 +91,11 @@ class LoraLoader:
         engine: vLLM's LLM.
         weights: for what goes into the weights.
         largest: the rank that the engine has slots for; what is above goes into the weights, too.
+        folder: for the files that vLLM reads.
     """
 
-    def __init__(self, engine: Any, weights: MergedLoader, largest: int):
-        self.engine, self.weights, self.largest, self.version = engine, weights, largest, 0
-        self.folder = scratch.claim()  # for the files that vLLM reads
+    def __init__(self, engine: Any, weights: MergedLoader, largest: int, folder: Path):
+        self.engine, self.weights, self.largest, self.folder, self.version = engine, weights, largest, folder, 0
         self._held: dict[str, tuple[Any, str]] = {}  # version → vLLM's request, digest of what was written for it
 
     def in_weights(self, adapter: Adapter) -> Hashable:
@@ -124,9 +121,6 @@ class LoraLoader:
         """The LoRARequest that goes with every prompt of this adapter; None for the weights alone."""
         part = self._on_top(adapter)
         return self._held[part.version][0] if part else None
-
-    def close(self) -> None:
-        scratch.release(self.folder)
 
     def _below(self, adapter: Adapter) -> Adapter:
         return Adapter(adapter.init) if self._on_top(adapter) or adapter.policy is None else adapter

@@ -80,6 +80,10 @@ class Forecast:
             )
         return warnings
 
+    def cautions(self, reports: Sequence[NodeReport]) -> list[str]:
+        """What does not stop a run: memory that may be too little, GPUs that would lie idle."""
+        return [*self.tight(reports), *(preflight.idle_gpus(reports) if self.plan.uses_gpus else [])]
+
     def _too_large(self, process: Process, size: int, what: str, most: int) -> str:
         key = {
             "policy": "optim.max_tokens_per_microbatch, or set optim.gradient_checkpointing=true",
@@ -120,7 +124,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     problems += [*preflight.access_problems(reports, config.out), *preflight.version_problems(reports), *result.impossible(reports)]
     if result.shapes:
         problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
-    warnings = [*source.warnings, *result.tight(reports), *(preflight.idle_gpus(reports) if placed.uses_gpus else [])]
+    warnings = [*source.warnings, *result.cautions(reports)]
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, source.notes, reports)
 
 

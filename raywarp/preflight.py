@@ -40,7 +40,7 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
     if forecast is not None:
-        for warning in [*forecast.tight(reports), *(idle_gpus(reports) if forecast.plan.uses_gpus else [])]:
+        for warning in forecast.cautions(reports):
             logging.getLogger(__name__).warning(warning)
 
 

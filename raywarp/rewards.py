@@ -1,8 +1,8 @@
 """What scores completions: a one-label sequence classifier, or a Python function of the user's.
 
 Both are called as `score(prompts, completions, **columns) -> list[float]`: lists of N texts, and for every other column of the
-prompts' dataset a list of N values. A function does without torch and transformers, whose import takes seconds and 400 MB of each process:
-what needs them is in classifier.py, and imported where it is called for.
+prompts' dataset a list of N values. A function does without torch and transformers, whose import takes two seconds and 270 MB of each
+process: what needs them is in classifier.py, and imported where it is called for.
 """
 
 import importlib

@@ -1,21 +1,23 @@
-"""A temporary folder for as long as its process lives: what a killed one leaves is taken away by the next that needs such a folder."""
+"""Temporary files and folders for as long as their process lives, which has them locked: what a killed one leaves, others take away."""
 
 import fcntl
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = "raywarp-adapters-"
-YOUNG = 5.0  # seconds in which a folder may exist without its lock
+YOUNG = 5.0  # seconds in which something may exist without its lock
 _held: dict[Path, int] = {}
 
 
 def claim() -> Path:
     """A new folder, locked by this process; and an end to those that no process of this machine has locked."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        _remove_if_left(folder)
+    for folder in left(PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=PREFIX))
     _held[new] = _lock(new)
     return new
@@ -27,22 +29,37 @@ def release(folder: Path) -> None:
         os.close(_held.pop(folder))
 
 
-def _remove_if_left(folder: Path) -> None:
-    try:
-        if time.time() - folder.stat().st_mtime < YOUNG:
-            return
-        lock = _lock(folder)
-    except OSError:  # it is gone, somebody else's, or in use
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+def left(prefix: str) -> Iterator[Path]:
+    """What lies in the temporary folder under such a name and belongs to nobody any more; each is locked until the next is asked for."""
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        try:
+            if time.time() - path.stat().st_mtime < YOUNG:
+                continue
+            lock = _lock(path)
+        except OSError:  # it is gone, somebody else's, or in use
+            continue
+        try:
+            if os.fstat(lock).st_nlink:  # else somebody took it away meanwhile
+                yield path
+        finally:
+            os.close(lock)
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed; raises OSError where another one does."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Ours meanwhile, so that nobody takes it away."""
+    lock = _lock(path, wait=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path, wait: bool = False) -> int:
+    """A descriptor that holds the lock until it is closed; raises OSError where another one does, or waits for that to end."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(descriptor)
         raise

@@ -1,19 +1,17 @@
 """A time limit for a call into code that is not ours, which may be a loop, a wait for a network, or C code that never lets Python run."""
 
-import contextlib
 import ctypes
 import faulthandler
-import fcntl
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from raywarp import scratch
+
 Result = TypeVar("Result")
 PREFIX = "raywarp-stuck-"
-YOUNG = 5.0  # seconds in which a file may exist without its lock
 GRACE_SECONDS = 5.0  # for the call to end after it was interrupted, before its process does
 
 
@@ -40,7 +38,9 @@ class TimeLimit:
     def __init__(self, seconds: float | None, name: str):
         self.seconds, self._stack = seconds, Path(tempfile.gettempdir()) / f"{PREFIX}{name}"
         self._last_words = ""
-        _remove_left()
+        for path in scratch.left(PREFIX):
+            if not path.stat().st_size:  # of a process that was killed in a call, and not by us
+                path.unlink()
 
     def call(self, function: Callable[[], Result]) -> Result:
         """The function's result.
@@ -56,8 +56,7 @@ class TimeLimit:
         if self._last_words:
             text = f"took longer than {self.seconds:g} s and could not be interrupted; its process was ended at\n{self._last_words}"
             raise TimeLimitError(text)
-        with self._stack.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with self._stack.open("w") as file, scratch.locked(self._stack):
             faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, exit=True, file=file)
             try:
                 return self._interruptible(function)
@@ -92,13 +91,3 @@ class TimeLimit:
             with lock:
                 over.set()
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)  # one that came when the call was over
-
-
-def _remove_left() -> None:
-    """The empty files of processes that were killed in a call: old ones, locked by nobody."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), path.open() as file:
-            left = path.stat()
-            if left.st_size == 0 and time.time() - left.st_mtime > YOUNG:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()

@@ -35,7 +35,7 @@ class VllmEngine:
             raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
         self.settings = settings
         self.adapter_mode = self._resolve_mode()
-        self.folder = scratch.claim()  # for the sockets of its processes, which outlive those that are killed
+        self.folder = scratch.claim()  # for adapters, and for the sockets of its processes, which outlive those that are killed
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
         try:
             self.llm: Any = LLM(**self._arguments())
@@ -45,7 +45,7 @@ class VllmEngine:
         files = checkpoint_files(settings.model)
         weights = MergedLoader(Checkpoint(partial(read_files, files), getattr(torch, settings.dtype)), self._install)
         lora = self.adapter_mode == "lora"
-        self.loader = LoraLoader(self.llm, weights, lora_slots(settings.lora_rank)) if lora else weights
+        self.loader = LoraLoader(self.llm, weights, lora_slots(settings.lora_rank), self.folder) if lora else weights
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters are loaded, all in one call to vLLM."""
@@ -74,12 +74,11 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine's processes, which leave shared memory behind if they are killed, and take its files away."""
-        self.loader.close()
+        scratch.release(self.folder)  # first: a stop that takes too long is cut short
         segments = _shared_memory_of([worker.proc.pid for worker in getattr(self.llm.llm_engine.model_executor, "workers", [])])
         self.llm.llm_engine.engine_core.shutdown()
         for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
             segment.unlink(missing_ok=True)
-        scratch.release(self.folder)
 
     def _sampling(self, seed: int) -> Any:
         from vllm import SamplingParams
