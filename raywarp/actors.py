@@ -154,7 +154,7 @@ class Actors:
         groups, need = self._reserve(self.plan.rollout, "rollout"), self.plan.rollout
         self.worker_names = [placement.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
         return [
-            self._make(self.kinds.worker, need, group, environment, {"max_restarts": -1, "name": name}, self.settings, n)
+            self._make(self.kinds.worker, need, group, environment, {"max_restarts": -1, "name": name}, self.settings, n, watched=True)
             for n, (name, group) in enumerate(zip(self.worker_names, groups, strict=True), 1)
         ]
 

@@ -276,18 +276,10 @@ def hang_of(place: Place, hang_seconds: float) -> str:
     except RayError:
         return ""  # it is dead, as whoever waits for its work is about to hear
     if process is not None and process.working > hang_seconds:
-        text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{_stack(place)}"
+        text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{watch.stack_of(place.actor)}"
     elif place.pulse.hangs(hang_seconds):
         text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
     else:
         return ""
     place.give_up()
     return text
-
-
-def _stack(place: Place) -> str:
-    try:
-        stack: str = ray.get(place.actor.stack.remote(), timeout=10)
-    except RayError as error:
-        return faults.explain(error)
-    return stack

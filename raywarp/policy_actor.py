@@ -5,10 +5,8 @@ While one policy updates, the shared rollout workers generate for another; withi
 
 import functools
 import re
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,7 @@ from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, sp
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl
-from raywarp.watch import GROUP, Process, Work
+from raywarp.watch import GROUP, Process, Work, stack_here
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
@@ -108,8 +106,7 @@ class PolicyActor:
     @ray.method(concurrency_group=GROUP)
     def stack(self) -> str:
         """Where fine_tune is."""
-        frame = sys._current_frames().get(self.thread)
-        return "".join(traceback.format_stack(frame)) if frame else "not at work"
+        return stack_here(self.thread)
 
     def start(self) -> AdapterDelta:
         """Load the base; returns the change of the SFT model, rank 0 in every adapted module.

@@ -3,18 +3,21 @@
 import contextlib
 import itertools
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ray
+
 from raywarp.engines import Engine, EngineSettings, start_engine
 from raywarp.rollout import Request, Rollout
-from raywarp.watch import Process
+from raywarp.watch import GROUP, Process, stack_here
 
 
 class RolloutWorker:
-    """One engine. Ray runs its methods one at a time, so a swap and the generation after it are one step.
+    """One engine. Ray runs its methods one at a time, but for `stack`, so a swap and the generation after it are one step.
 
     A call depends on nothing but itself: Ray may start a worker that died again, and repeat the call that it died of.
 
@@ -26,6 +29,12 @@ class RolloutWorker:
         self.settings, self.number = settings, number
         self.engine: Engine | None = None
         self.hasher = ThreadPoolExecutor(1)
+        self.thread = 0
+
+    @ray.method(concurrency_group=GROUP)
+    def stack(self) -> str:
+        """Where generate is."""
+        return stack_here(self.thread)
 
     def start(self) -> dict[str, Any]:
         """Load the engine; returns what a run's results depend on (`numerics`), and how many completions run at once (`capacity`).
@@ -38,6 +47,7 @@ class RolloutWorker:
 
     def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
         """This process, and the requests' Rollouts; those that the engine can hold at the same time run together."""
+        self.thread = threading.get_ident()
         engine = self._engine()
         try:
             return Process.here(), self._generate(engine, requests)

@@ -6,13 +6,15 @@ actor hangs when it does not answer, or works at one thing for `cluster.hang_sec
 
 import contextlib
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from raywarp import faults, out_of_memory
@@ -20,6 +22,7 @@ from raywarp import faults, out_of_memory
 GROUP = "watch"
 START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
 EVERY = 1.0  # seconds from an answer to the next question
+STACK_SECONDS = 5.0  # in which a process that still runs Python tells its stack
 DEATH_SECONDS = 30.0  # in which Ray notices that it has killed a process that does not react
 Report = Callable[..., None]
 
@@ -231,7 +234,7 @@ class PoolHelper(Helper):
         self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}
         for index, seconds in health.in_flight.items():
             if seconds > self.hang_seconds and index not in self.killed:
-                text = f"its call has not ended for {seconds:.0f} s, during which it cannot tell its stack; started again"
+                text = f"its call has not ended for {seconds:.0f} s; started again. It was at\n{stack_of(self.workers[index])}"
                 self.report("hang", what=_worker(index), cause=faults.HANG, message=text)
                 restart(self.workers[index])
                 self.killed[index] = now
@@ -242,6 +245,23 @@ class PoolHelper(Helper):
 
 def _worker(index: int) -> str:
     return f"rollout worker {index + 1}"
+
+
+def stack_of(actor: Any) -> str:
+    """Where an actor is that has a method `stack` in the group "watch"; or why it does not say so."""
+    try:
+        stack: str = ray.get(actor.stack.options(max_task_retries=0).remote(), timeout=STACK_SECONDS)
+    except GetTimeoutError:
+        return "an unknown place: its process does not answer"
+    except RayError as error:
+        return f"an unknown place: {faults.explain(error)}"
+    return stack
+
+
+def stack_here(thread: int) -> str:
+    """Where a thread of this process is."""
+    frame = sys._current_frames().get(thread)
+    return "".join(traceback.format_stack(frame)) if frame else "no work"
 
 
 def restart(actor: Any) -> None:

@@ -42,12 +42,14 @@ from raywarp.adapters import AdapterDelta, Factors, digest
 from raywarp.completion import Completion
 from raywarp.config import RewardConfig, parse_config
 from raywarp.data import Prompt
+from raywarp.engines import Engine
 from raywarp.faults import Failures, FaultError
 from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.reward_actor import RewardActor, Scorer
 from raywarp.rollout import Request, Rollout
 from raywarp.rollout_pool import RolloutPool
+from raywarp.rollout_worker import RolloutWorker
 from raywarp.run import Run
 from raywarp.session import Session
 from raywarp.storage import Storage
@@ -119,7 +121,8 @@ def test_every_actor_may_die_and_the_others_do_not_notice(project: Path, undistu
     ]
     first, second = told(command.run, "hang")
     assert "no answer for 1" in first["message"]
-    assert re.fullmatch("its call has not ended for 1. s, during which it cannot tell its stack; started again", second["message"])
+    unknown = "It was at\nan unknown place: its process does not answer"
+    assert re.fullmatch(f"its call has not ended for 1. s; started again. {unknown}", second["message"])
     (again,) = told(command.run, "continued")
     assert again["policy"] == events[0]["policy"]
     assert 0 <= again["steps_repeated"] < SETTINGS["checkpoint_every"] + 1
@@ -232,6 +235,39 @@ def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
     assert [row["cause"] for row in faults] == ["hang", "out of memory", "killed", "killed"]
     assert [row["step"] for row in faults] == [0, 1, 3, 3]
     assert "can't allocate memory" in faults[1]["message"]
+
+
+def test_a_rollout_worker_that_hangs_is_told_with_its_stack(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    class Stuck(RolloutWorker):
+        """Its first call never ends."""
+
+        def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
+            if not (mark := tmp_path / "slept").exists():
+                mark.touch()
+                self.sleep_for_ever()
+            return super()._generate(engine, requests)
+
+        def sleep_for_ever(self) -> None:
+            time.sleep(10**6)
+
+    tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
+    tree["cluster"] = {"policy_actors": 1, "threads": 1, "hang_seconds": 2}
+    prompts = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(3)]
+    events: list[dict[str, Any]] = []
+
+    def report(event: str, **details: Any) -> None:
+        events.append({"event": event, **details})
+
+    with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(worker=Stuck), report=report) as session:
+        (point,) = session.submit_points([None], prompts, range(3))
+        measured = point.wait()
+        assert session.submit_points([None], prompts, range(3))[0].wait() == measured
+    assert [(row["event"], row["what"], row["cause"]) for row in events[:2]] == [
+        ("hang", "rollout worker 1", "hang"),
+        ("fault", "rollout worker 1", "hang"),
+    ]
+    assert re.match(r"its call has not ended for \d s; started again\. It was at\n", events[0]["message"])
+    assert "in sleep_for_ever" in events[0]["message"]
 
 
 class Forgetful(RolloutPool):
