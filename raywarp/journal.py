@@ -34,6 +34,8 @@ class Journal:
         self.display.event(self.run.add_event(event, **details) if self.begun else {"event": event, **details})
 
     def __enter__(self) -> "Journal":
+        if lost := self.run.lost_events():
+            self.display.say(lost)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

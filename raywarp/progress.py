@@ -104,7 +104,7 @@ class Display:
 
     def faults(self, events: Sequence[dict[str, Any]]) -> None:
         """How much a finished run has survived."""
-        counts = Counter(row["cause"] for row in events if row["event"] == "fault")
+        counts = Counter(row.get("cause", "unknown") for row in events if row["event"] == "fault")
         if counts:
             kinds = ", ".join(f"{count} {cause}" for cause, count in counts.items())
             self.say(f"faults survived: {sum(counts.values())} ({kinds}); events.jsonl tells them")

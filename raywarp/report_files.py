@@ -73,8 +73,7 @@ class RunFiles:
         if data is None:
             return []
         rows = store.parse_jsonl(data)
-        lost = sum(1 for line in data.split(b"\n") if line.strip()) - len(rows)
-        if lost:
+        if lost := store.lost_rows(data):
             self.missing.append(f"{name}: {lost} of {lost + len(rows)} lines cannot be read.")
         return rows
 

@@ -11,6 +11,8 @@ from raywarp.store import read_jsonl
 
 POLL = 0.5  # seconds between two looks at the workers' metrics, whose own output does not reach this terminal
 
+VALIDATION = {"step", "validation_accuracy", "validation_loss"}  # what such a row has, unless it was damaged
+
 
 @contextmanager
 def following(metrics: Path, steps: int, display: Display) -> Iterator[None]:
@@ -37,7 +39,7 @@ class _Follower:
         self.metrics, self.steps, self.display = metrics, steps, display
         self.bar = bars(display.console, display.quiet)
         self.task = self.bar.add_task("  reward model", total=steps, note="starting")
-        self.validated = {row["step"] for row in read_jsonl(metrics) if "validation_accuracy" in row}
+        self.validated = {row["step"] for row in read_jsonl(metrics) if row.keys() >= VALIDATION}
         self.told: set[str] = set()
         self.accuracy = ""
 
@@ -47,7 +49,7 @@ class _Follower:
             if "fault" in row and row["fault"] not in self.told:
                 self.told.add(row["fault"])
                 self.display.say(f"reward model: {row['fault']}")
-            if "validation_accuracy" in row and row["step"] not in self.validated:
+            if row.keys() >= VALIDATION and row["step"] not in self.validated:
                 self._validation(row)
         if steps := [row for row in rows if "loss" in row and "step" in row]:
             self.bar.update(self.task, completed=steps[-1]["step"], note=f"loss {steps[-1]['loss']:.3f}{self.accuracy}")

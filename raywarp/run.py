@@ -183,7 +183,16 @@ class Run:
 
     def events(self) -> list[dict[str, Any]]:
         """What happened to the run, oldest first: see add_event."""
-        return store.read_jsonl(self.folder / EVENTS_FILE)
+        return [row for row in store.read_jsonl(self.folder / EVENTS_FILE) if "event" in row and "time" in row]
+
+    def lost_events(self) -> str:
+        """What damage has taken of them, as far as it shows; empty where nothing is amiss."""
+        path = self.folder / EVENTS_FILE
+        data = path.read_bytes() if path.is_file() else b""
+        lost = store.lost_rows(data)
+        if not data and self.metrics_file.is_file():
+            return f"{path} is missing or empty: what befell the run before is not known any more"
+        return f"{path}: {lost} of its lines cannot be read, and are left out" if lost else ""
 
     def add_event(self, event: str, **details: Any) -> dict[str, Any]:
         """One line of events.jsonl.

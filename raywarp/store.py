@@ -103,6 +103,11 @@ def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
     return rows
 
 
+def lost_rows(data: bytes) -> int:
+    """Lines of which `parse_jsonl` makes no row."""
+    return sum(1 for line in data.split(b"\n") if line.strip()) - len(parse_jsonl(data))
+
+
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Add a row, on a line of its own even where a kill cut the last one off."""
     with explained("write", path), path.open("ab+") as file:

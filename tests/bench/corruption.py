@@ -4,8 +4,9 @@
 
 Each file is halved, emptied, deleted, and gets one bit flipped: of a finished WARP run, of one that failed in its second iteration, of a
 reward model's folder, and of one whose training failed. A case is `recovered` if the command ends with the bytes of the run that nothing
-disturbed, or (a damaged reward model under a run) refuses with a message that says what to do; `wrong` if it ends with others; a
-`traceback` is any error that the command line does not explain. The last line is JSON.
+disturbed and says what was damaged, or (a damaged reward model under a run) refuses with a message that says what to do; `silent` if it
+says nothing; `wrong` if it ends with others; a `traceback` is any error that the command line does not explain. A flipped bit in a line of
+events.jsonl, for which nothing vouches, may go unnoticed where it leaves the line readable. The last line is JSON.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from raywarp.reward_training import train_reward
 from raywarp.warp import train
 
 RESULTS = ("adapter_", "geometry", "samples.json", "policies.json", "model.safetensors", "config.json", "tokenizer")
+ORDINARY = ("front:", "chosen:", "raywarp report ")  # lines that name the folder of a run that nothing disturbed, too
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def judge(stage: Stage, copy: Path) -> tuple[str, str]:
         name = path.relative_to(stage.expected)
         if path.name.startswith(RESULTS) and (copy / name).read_bytes() != path.read_bytes():
             return "wrong", str(name)
-    line = next((line for line in said.splitlines() if str(copy) in line and "front:" not in line and "chosen:" not in line), "")
-    return "recovered", " ".join(line.replace(str(copy), "").split())
+    line = next((line for line in said.splitlines() if str(copy) in line and not any(own in line for own in ORDINARY)), "")
+    return "recovered" if line else "silent", " ".join(line.replace(str(copy), "").split())
 
 
 def warp(config: Callable[[Path], Config]) -> Callable[[Path], str]:
@@ -186,7 +188,7 @@ def show(outcomes: list[tuple[str, str, str, str, str]]) -> None:
         table.add_row(stage, file, *(", ".join(f"{n} {outcome}" for outcome, n in counts.items()) for counts in row.values()))
     Console(width=160).print(table)
     totals = Counter(outcome for *_, outcome, _ in outcomes)
-    counts = {"recovered": totals["recovered"], "refused": totals["refused"], "wrong": totals["wrong"], "tracebacks": totals["traceback"]}
+    counts = {name: totals[name] for name in ("recovered", "silent", "refused", "wrong")} | {"tracebacks": totals["traceback"]}
     print(json.dumps({"cases": len(outcomes), **counts}))
 
 
