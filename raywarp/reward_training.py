@@ -153,13 +153,17 @@ def _finished(out: Path) -> dict[str, Any] | None:
 
 
 def _begun(out: Path) -> dict[str, Any] | None:
-    """The settings of a training under way; where they are damaged it starts over."""
+    """The settings of a training under way; where they are lost or damaged it starts over."""
+    path = out / WORK / SETTINGS_FILE
     try:
-        return read_record(out / WORK / SETTINGS_FILE)
+        if (settings := read_record(path)) or not (out / WORK / "run").is_dir():
+            return settings
+        problem = f"{path} is missing"
     except DamagedError as error:
-        print(f"reward model: {error}; its training starts over", flush=True)
-        shutil.rmtree(out / WORK)
-        return None
+        problem = str(error)
+    print(f"reward model: {problem}; its training starts over", flush=True)
+    shutil.rmtree(out / WORK)
+    return None
 
 
 def _snapshot_problem(run: Path) -> str | None:
@@ -226,7 +230,8 @@ def _train_worker(job: dict[str, Any]) -> None:
     metrics = out / "metrics.jsonl"
     if first:
         rows = [row for row in read_jsonl(metrics) if row.get("step", math.inf) <= trainer.step]
-        write_jsonl(metrics, [*rows, *([{"step": trainer.step, "fault": fault}] if fault else [])])
+        faults = [text for text in (fault, _lost_rows(metrics, rows, trainer.step)) if text]
+        write_jsonl(metrics, [*rows, *({"step": trainer.step, "fault": text} for text in faults)])
     while trainer.step < settings.steps:
         row = trainer.update()
         if first:
@@ -249,6 +254,12 @@ def _resume(trainer: PairTrainer) -> str | None:
     except (DamagedError, FileNotFoundError) as error:
         return f"{error}; the training starts over"
     return None
+
+
+def _lost_rows(metrics: Path, rows: Sequence[dict[str, Any]], steps: int) -> str:
+    """What the file lacks of the steps that were done, in words; empty where it has them all."""
+    lost = set(range(1, steps + 1)) - {row["step"] for row in rows if "loss" in row}
+    return f"{metrics} lacks {len(lost)} of the first {steps} steps; how the training went there is not known any more" if lost else ""
 
 
 def _parallel(model: Any) -> Any:

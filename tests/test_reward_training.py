@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate,
 from raywarp.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
 from raywarp.data import Preference
 from raywarp.embedded import Snippet
-from raywarp.reward_training import WORK, RewardSummary, train_reward
+from raywarp.reward_training import WORK, RewardSummary, prepare_reward, train_reward
 from raywarp.rewards import load_reward
 
 FILLER = ["the film", "a plot", "the plot was a film", "film", "was a"]
@@ -145,14 +146,26 @@ def test_a_killed_training_continues_to_the_same_weights(cluster, backbone, pref
         train_reward(config)
     killer.join()
     assert not (tmp_path / "killed" / "reward.json").exists()
-    steps_done = len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines())
+    rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    steps_done = len(rows)
+    (tmp_path / "killed" / "metrics.jsonl").write_text("".join(rows[1:]))
 
-    resumed = train_reward(config)
+    _, resumed, lines = train_and_listen(config)
+    assert re.search(r"metrics\.jsonl lacks 1 of the first \d+ steps; how the training went there is not known", " ".join(lines))
     assert 0 < steps_done < 48
     assert resumed.accuracy == uninterrupted.accuracy
     one, two = load_file(uninterrupted.folder / "model.safetensors"), load_file(resumed.folder / "model.safetensors")
     assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
-    assert _losses(uninterrupted.folder) == _losses(resumed.folder)
+    assert {step: loss for step, loss in _losses(uninterrupted.folder).items() if step > 1} == _losses(resumed.folder)
+
+
+def test_a_training_whose_settings_are_lost_starts_over(backbone, preferences, tmp_path, capsys):
+    """It may be another one's, whose checkpoints are of no use."""
+    config = make_config(tmp_path, backbone, preferences)
+    (checkpoint := tmp_path / WORK / "run" / "checkpoint_1").mkdir(parents=True)
+    prepare_reward(config)
+    assert f"reward model: {tmp_path / WORK / 'settings.json'} is missing; its training starts over" in capsys.readouterr().out
+    assert not checkpoint.exists()
 
 
 def test_impossible_requests_are_the_users_errors(cluster, backbone, preferences, tmp_path):

@@ -1,12 +1,13 @@
 """Damage every file of a run's folder, one at a time, and run the same command again.
 
-    .venv/bin/python tests/bench/corruption.py [--every N] [--stages finished,failed,reward,training]
+    .venv/bin/python tests/bench/corruption.py [--every N] [--stages finished,failed,reward,training] [--only TEXT]
 
 Each file is halved, emptied, deleted, and gets one bit flipped: of a finished WARP run, of one that failed in its second iteration, of a
 reward model's folder, and of one whose training failed. A case is `recovered` if the command ends with the bytes of the run that nothing
 disturbed and says what was damaged, or (a damaged reward model under a run) refuses with a message that says what to do; `silent` if it
 says nothing; `wrong` if it ends with others; a `traceback` is any error that the command line does not explain. A flipped bit in a line of
-events.jsonl, for which nothing vouches, may go unnoticed where it leaves the line readable. The last line is JSON.
+events.jsonl, for which nothing vouches, may go unnoticed where it leaves the line readable, and so does damage to what nobody reads: Ray
+Train's marker of its storage, and a checkpoint that its snapshot does not name yet. The last line is JSON.
 """
 
 import argparse
@@ -59,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="only every Nth case")
     parser.add_argument("--stages", default="finished,failed,reward,training")
+    parser.add_argument("--only", default="", help="only files whose path contains this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as temporary:
         work = Path(temporary)
@@ -68,13 +70,14 @@ def main() -> None:
         outcomes: list[tuple[str, str, str, str, str]] = []
         for name, make in {"finished": finished, "failed": failed, "reward": reward, "training": training}.items():
             if name in options.stages.split(","):
-                outcomes += run_cases(name, make(work), work, options.every)
+                outcomes += run_cases(name, make(work), work, options.every, options.only)
         ray.shutdown()
     show(outcomes)
 
 
-def run_cases(name: str, stage: Stage, work: Path, every: int) -> Iterator[tuple[str, str, str, str, str]]:
-    cases = [(path.relative_to(stage.folder), way) for path in files_of(stage.folder) for way in DAMAGE]
+def run_cases(name: str, stage: Stage, work: Path, every: int, only: str) -> Iterator[tuple[str, str, str, str, str]]:
+    files = {path: [way for way in DAMAGE if way == "deleted" or path.stat().st_size] for path in files_of(stage.folder)}
+    cases = [(path.relative_to(stage.folder), way) for path, ways in files.items() for way in ways if only in str(path)]
     for file, way in cases[::every]:
         copy = work / "case"
         shutil.rmtree(copy, ignore_errors=True)
