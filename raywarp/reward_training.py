@@ -24,7 +24,7 @@ from raywarp.hardware import CPU_ENV
 from raywarp.model_files import check_weights, read_model_config
 from raywarp.progress import Display
 from raywarp.reward_progress import following
-from raywarp.rewards import REWARD_FILE, RewardError, check_trained, statistics
+from raywarp.rewards import REWARD_FILE, check_trained
 from raywarp.storage import Storage
 from raywarp.store import (
     MANIFEST,
@@ -124,22 +124,6 @@ def train_reward(config: Config, inputs: RewardInputs | None = None, display: Di
     return _summary(out)
 
 
-def save_standardisation(folder: str | Path, scores: Sequence[float]) -> tuple[float, float]:
-    """Write mean and standard deviation of raw scores (of SFT completions) into a reward model's reward.json; returns both.
-
-    Raises:
-        RewardError: fewer than two scores, one that is not finite, or all (nearly) the same.
-    """
-    path = Path(folder) / REWARD_FILE
-    values = torch.tensor(list(scores), dtype=torch.float64)
-    mean, std = (values.mean().item(), values.std().item()) if len(values) > 1 else (0.0, 0.0)
-    if not 1e-8 < std < float("inf"):
-        raise RewardError(f"cannot standardise {folder}: {len(values)} scores of SFT completions deviate by {std:.2g}, it must be above 0")
-    known = read_record(path) or {}
-    write_record(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)})
-    return mean, std
-
-
 def _finished(out: Path) -> dict[str, Any] | None:
     """reward.json of a finished model; None where there is none, or where it is not whole: then it is said, and what marks it as
     finished goes."""
@@ -179,10 +163,6 @@ def _snapshot_problem(run: Path) -> str | None:
     except (ValueError, KeyError, TypeError):
         return f"{path} cannot be read"
     return next((f"{run / name} is missing" for name in named if name not in there), None)
-
-
-def is_standardised(folder: str | Path) -> bool:
-    return statistics(str(folder)) is not None
 
 
 def _fit(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -> None:
@@ -364,8 +344,6 @@ __all__ = [
     "RewardInputs",
     "RewardSummary",
     "TrainingFailedError",
-    "is_standardised",
     "prepare_reward",
-    "save_standardisation",
     "train_reward",
 ]

@@ -32,11 +32,11 @@ from raywarp.planning import check_cluster
 from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.report import plot_front
-from raywarp.reward_stage import reward_statistics
 from raywarp.rollout import spans_of
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session
+from raywarp.standardisation import reward_statistics
 from raywarp.stop import stoppable
 
 

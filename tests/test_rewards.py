@@ -15,7 +15,6 @@ from raywarp.classifier import ClassifierReward, classify, encode
 from raywarp.completion import Completion
 from raywarp.config import ConfigError, PromptsConfig, RewardConfig
 from raywarp.reward_actor import RewardActor
-from raywarp.reward_training import is_standardised, save_standardisation
 from raywarp.rewards import (
     REWARD_FILE,
     Reward,
@@ -26,6 +25,7 @@ from raywarp.rewards import (
     with_template,
 )
 from raywarp.rollout import Rollout
+from raywarp.standardisation import is_standardised, save_standardisation
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
 

@@ -1,0 +1,63 @@
+"""A reward model's mean and deviation over completions of the SFT model, by which its scores are standardised."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from raywarp.config import Config
+from raywarp.data import Prompt, resolve_model
+from raywarp.inputs import first_prompts
+from raywarp.rewards import REWARD_FILE, RewardError, statistics
+from raywarp.run import Run
+from raywarp.session import Session
+from raywarp.store import DamagedError, read_record, write_record
+
+
+def is_standardised(folder: str | Path) -> bool:
+    return statistics(str(folder)) is not None
+
+
+def save_standardisation(folder: str | Path, scores: Sequence[float]) -> tuple[float, float]:
+    """Write mean and standard deviation of raw scores (of SFT completions) into a reward model's reward.json; returns both.
+
+    Raises:
+        RewardError: fewer than two scores, one that is not finite, or all (nearly) the same.
+    """
+    path = Path(folder) / REWARD_FILE
+    values = torch.tensor(list(scores), dtype=torch.float64)
+    mean, std = (values.mean().item(), values.std().item()) if len(values) > 1 else (0.0, 0.0)
+    if not 1e-8 < std < float("inf"):
+        raise RewardError(f"cannot standardise {folder}: {len(values)} scores of SFT completions deviate by {std:.2g}, it must be above 0")
+    known = read_record(path) or {}
+    write_record(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)})
+    return mean, std
+
+
+def sft_scores(config: Config, model: str, prompts: Sequence[Prompt]) -> list[float]:
+    """Raw scores of `reward_training.sft_completions` completions of the SFT model on training prompts."""
+    chosen = first_prompts(prompts, config.reward_training.sft_completions)
+    with Session(config, model, max(len(prompt.token_ids) for prompt in chosen), policies=False) as session:
+        return session.sft_scores(chosen)
+
+
+def reward_statistics(session: Session, run: Run, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Mean and deviation that standardise the run's reward, for the keys of its policies; empty where it is not standardised.
+
+    A classifier that has none gets them from this run's SFT completions; a model that raywarp trained keeps them, else the run does.
+    """
+    if not config.reward.model or config.reward.standardise is False:
+        return {}
+    model = Path(resolve_model(config.reward.model))
+    home = model if (model / REWARD_FILE).is_file() else run.folder
+    try:
+        standardised = is_standardised(home)
+    except DamagedError as error:  # the run's own: a model's was checked before
+        run.say(f"{error}; measured again")
+        (home / REWARD_FILE).unlink()
+        standardised = False
+    if not standardised:
+        save_standardisation(home, session.sft_scores(first_prompts(prompts, config.reward_training.sft_completions)))
+    mean, deviation = statistics(str(home)) or (0.0, 1.0)
+    session.set_reward_statistics(mean, deviation)
+    return {"score_mean": mean, "score_std": deviation}
