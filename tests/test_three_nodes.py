@@ -124,10 +124,10 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(nodes: Nodes, t
     assert all(row["steps_repeated"] <= EVERY for row in again)
 
     moved = lose_one(nodes, nodes.ask("places"))
-    command.wait_until(lambda: {row["policy"] for row in told(command.run, "continued")[len(again) :]} == moved)
+    command.wait_until(lambda: {row["policy"] for row in told(command.run, "moved")} == moved)
     set_pace(project, 0)
     assert command.end() == 0, command.tail()
-    assert {row["policy"] for row in told(command.run, "moved")} == moved
+    assert {row["policy"] for row in told(command.run, "continued")[len(again) :]} == moved
     faults = told(command.run, "fault")
     assert {row["cause"] for row in faults} == {"node lost"}
     assert sum("policy" in row for row in faults) == len(lost) + len(moved)  # no second one for a node that Ray still counted on
