@@ -183,7 +183,7 @@ install_alone() {
 
 cluster_is_up() {
   local pid
-  pid=$(cat "$CLUSTER/pid" 2>/dev/null) && [[ $(ps -o args= -p "$pid" 2>/dev/null) == *"--temp-dir=$CLUSTER/ray"* ]]
+  pid=$(cat "$CLUSTER/pid" 2>/dev/null) && [[ $(ps -ww -o args= -p "$pid" 2>/dev/null) == *"--temp-dir=$CLUSTER/ray"* ]]
 }
 
 # Ray's own token file, ~/.ray/auth_token, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is set. Whoever may read it may use the cluster.

@@ -144,6 +144,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "RAYWARP_CACHE": os.environ["RAYWARP_CACHE"],
             "RAY_AUTH_MODE": "token",
             "RAY_metrics_report_interval_ms": "500",
+            "COLUMNS": "80",  # as some shells export it; ps cuts what it prints to that
         }
         there = Cluster(root / "cluster" / "local.sh", project, environment)
         try:
