@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -57,8 +58,9 @@ class Place:
     """
 
     name: str
-    make: Callable[[], Any]
+    make: Callable[[PlacementGroup | None], Any]
     group: PlacementGroup | None
+    ask_again: Callable[[], PlacementGroup | None]
     actor: Any = None
     pulse: watch.Pulse = field(init=False)
     hung: bool = False
@@ -100,14 +102,15 @@ class Place:
     def renew(self) -> None:
         """A new actor, after an end to the one before, whatever has become of that."""
         self.kill()
-        self.actor, self.hung, self.gone, self.process, self.at_work = self.make(), False, False, None, True
+        self.actor, self.hung, self.gone, self.process, self.at_work = self.make(self.group), False, False, None, True
         actor = self.actor
         self.pulse = watch.Pulse(lambda: actor.pulse.remote())
 
     def leave(self) -> None:
-        """There is no room for it; `renew` lets it come back."""
+        """There is no room for it; `renew` lets it come back when its group has a node again."""
         self.gone = True
         self.kill()
+        self.group = self.ask_again()
 
     def no_room(self, seconds: float) -> faults.FaultError:
         """Of a run that can't go on without it."""
@@ -150,13 +153,21 @@ class Actors:
 
     def workers(self) -> list[Any]:
         """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
-        environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
-        groups, need = self._reserve(self.plan.rollout, "rollout"), self.plan.rollout
+        groups = self._reserve(self.plan.rollout, "rollout")
         self.worker_names = [placement.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
-        return [
-            self._make(self.kinds.worker, need, group, environment, {"max_restarts": -1, "name": name}, self.settings, n, watched=True)
-            for n, (name, group) in enumerate(zip(self.worker_names, groups, strict=True), 1)
-        ]
+        return [self._worker(index) for index in range(len(groups))]
+
+    def worker_again(self, index: int) -> Any:
+        """Another rollout worker of the same name, for one that has lost its node and finds no other; it comes when there is room."""
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(ray.get_actor(self.worker_names[index]))
+        self._ask_again("rollout", index)
+        return self._worker(index)
+
+    def _worker(self, index: int) -> Any:
+        environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
+        group, options = self.groups["rollout"][index], {"max_restarts": -1, "name": self.worker_names[index]}
+        return self._make(self.kinds.worker, self.plan.rollout, group, environment, options, self.settings, index + 1, watched=True)
 
     def pool(self) -> Any:
         """Where the driver is, which no run survives: Ray takes any node for what needs nothing, and its loss would take the pool along.
@@ -170,14 +181,15 @@ class Actors:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
         arguments = (self.config, self.model, self.dtype, self.plan.threads)
 
-        def maker(n: int, group: PlacementGroup | None) -> Callable[[], Any]:
-            def make() -> Any:
+        def maker(n: int) -> Callable[[PlacementGroup | None], Any]:
+            def make(group: PlacementGroup | None) -> Any:
                 options = {"name": placement.unique_name("raywarp-policy", n)}
                 return self._make(self.kinds.policy, need, group, self.environment, options, *arguments, watched=True)
 
             return make
 
-        self.places = [Place(f"policy actor {n}", maker(n, group), group) for n, group in enumerate(groups, 1)]
+        again = partial(self._ask_again, "policy")
+        self.places = [Place(f"policy actor {n}", maker(n), group, partial(again, n - 1)) for n, group in enumerate(groups, 1)]
         for place in self.places:
             place.renew()
         return self.places
@@ -215,6 +227,10 @@ class Actors:
         groups = placement.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
         self.groups[name] = groups
         return groups
+
+    def _ask_again(self, name: str, index: int) -> PlacementGroup | None:
+        group = self.groups[name][index] = placement.ask_again(self.groups[name][index])
+        return group
 
     def _make(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raywarp.config import Config, ConfigError
@@ -151,7 +151,18 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
     )
 
 
-def unique_name(name: str, number: int) -> str:
+def ask_again(group: PlacementGroup | None) -> PlacementGroup | None:
+    """A group that asks for the same room as if for the first time, in the place of one that lost its node. For that one Ray (2.60) tries
+    again without a pause, which takes a core of the head node, and half of another, for as long as there is no room."""
+    if group is None:
+        return None
+    name, number, _ = placement_group_table(group)["name"].rsplit("-", 2)
+    release([group])
+    new: PlacementGroup = placement_group(group.bundle_specs, strategy="STRICT_PACK", name=unique_name(name, number))
+    return new
+
+
+def unique_name(name: str, number: int | str) -> str:
     """As the dashboard shows it. Ray refuses a second group or actor of a name, and sessions may overlap: raywarp-policy-1-5f0c2a9b."""
     return f"{name}-{number}-{uuid.uuid4().hex[:8]}"
 

@@ -1,6 +1,7 @@
 """The Ray actor that shares R rollout workers among all policies and the evaluation."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ class RolloutPool:
     """
 
     def __init__(self, workers: Sequence[Any], max_failures: int = 3):
+        self.names = [worker if isinstance(worker, str) else "" for worker in workers]
         self.workers = [ray.get_actor(worker) if isinstance(worker, str) else worker for worker in workers]
         self.max_failures = max_failures
         self.idle: asyncio.Queue[int] = asyncio.Queue()
@@ -133,6 +135,9 @@ class RolloutPool:
                 if not faults.is_restarting(error) and not (faults.is_survivable(error) and failures.again()):
                     return self._give_up(index, error)
                 await asyncio.sleep(failures.pause() or 0.5)
+                if self.names[index]:
+                    with contextlib.suppress(ValueError):  # there is none of that name for a moment, where another one takes its place
+                        self.workers[index] = ray.get_actor(self.names[index])
         self.restarts += 1
         self._tell("recovered", index, seconds_lost=time.monotonic() - self.down.pop(index))
         self.idle.put_nowait(index)

@@ -214,9 +214,13 @@ class Helper:
 
 @dataclass
 class PoolHelper(Helper):
-    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end."""
+    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end.
+
+    again: another worker in the place of one that has been without room for longest_wait.
+    """
 
     workers: list[Any] = field(default_factory=list)
+    again: Callable[[int], Any] = lambda index: None
     killed: dict[int, float] = field(default_factory=dict)
     down: dict[int, float] = field(default_factory=dict)
 
@@ -240,6 +244,8 @@ class PoolHelper(Helper):
                 self.killed[index] = now
         if len(self.down) == len(self.workers):
             self._check_room("rollout worker", min(self.down.values()))
+        for index in [index for index, seconds in self.down.items() if seconds > self.longest_wait and lost_node(self.groups[index])]:
+            self.workers[index] = self.again(index)
         return health
 
 
@@ -273,6 +279,11 @@ def restart(actor: Any) -> None:
 def has_room(group: PlacementGroup | None) -> bool:
     """Whether a placement group is on a node, and not waiting for one."""
     return group is None or placement_group_table(group)["state"] == "CREATED"
+
+
+def lost_node(group: PlacementGroup | None) -> bool:
+    """Whether Ray looks for a new node for it, since the one that it had is gone."""
+    return group is not None and placement_group_table(group)["state"] == "RESCHEDULING"
 
 
 def node_of(group: PlacementGroup | None) -> str:
