@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import time
 import urllib.request
@@ -24,6 +25,9 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_TRAIN_V2_ENABLED="1", RAY_AUTH_MODE="token"
 )
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # of two that run side by side, neither sees what the other's runs have there for a moment
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
+
 from raywarp.adapters import AdapterDelta, Factors, dense
 from raywarp.batch import Batch
 
@@ -31,6 +35,11 @@ WORDS = (
     *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
     *("very", "not", "movie", "this", "it", "I", "liked", "hated", "fine", "dull"),
 )
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
 
 
 def random_delta(
