@@ -145,7 +145,8 @@ def _rounded(value: Any) -> Any:
 
 
 OWN = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25)
-LONG = (0.15, 0.3, 0.5, 0.7, 1.0)
+LONG = (0.3, 0.5, 0.7, 0.85, 1.0)
+HALF = (0.15, 0.3, 0.5, 0.7)
 ROUGH = (0.3, 0.45, 0.6, 0.8, 1.0)
 
 _LONG_ARMS = {
@@ -179,7 +180,7 @@ CURVES = {
                 "ema-half",
                 "one run of 2T, EMA anchor, scaled",
                 "ema-long",
-                LONG[:-1],
+                HALF,
                 lambda trained: trained.kept_policy("ema-long", 1, 2),
             ),
             also=(SFT, "ema-training@2"),
