@@ -51,7 +51,8 @@ def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colo
     order = np.argsort(kl[0])
     low, high = np.percentile(value[1:], [2.5, 97.5], axis=0)
     trained = "training" in curve.name
-    axes.plot(kl[0][order], value[0][order], "--s" if trained else "-o", color=colour, markersize=4, linewidth=1.3, label=curve.label)
+    label = curve.label + (f" ({len(own)} of {len(of_seeds)} seeds)" if len(own) < len(of_seeds) else "")
+    axes.plot(kl[0][order], value[0][order], "--s" if trained else "-o", color=colour, markersize=4, linewidth=1.3, label=label)
     axes.fill_between(kl[0][order], low[order], high[order], color=colour, alpha=0.1, linewidth=0)
 
 
