@@ -73,7 +73,7 @@ class RunFiles:
         if data is None:
             return []
         rows = store.parse_jsonl(data)
-        if lost := store.lost_rows(data):
+        if lost := store.lost_rows(data, rows):
             self.missing.append(f"{name}: {lost} of {lost + len(rows)} lines cannot be read.")
         return rows
 

@@ -189,7 +189,7 @@ class Run:
         """What damage has taken of them, as far as it shows; empty where nothing is amiss."""
         path = self.folder / EVENTS_FILE
         data = path.read_bytes() if path.is_file() else b""
-        lost = store.lost_rows(data)
+        lost = store.lost_rows(data, store.parse_jsonl(data))
         if not data and self.metrics_file.is_file():
             return f"{path} is missing or empty: what befell the run before is not known any more"
         return f"{path}: {lost} of its lines cannot be read, and are left out" if lost else ""

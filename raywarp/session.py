@@ -284,9 +284,10 @@ class Session:
         self._started("the reward worker", scorers, rewards)
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
-        pool = PoolHelper("rollout pool", self.pool, hang, self.report, most, rooms["rollout"], wait)
-        pool.workers, pool.again = self.workers, actors.worker_again
-        self._helpers = [pool]
+        places = rooms["rollout"]
+        self._helpers = [
+            PoolHelper("rollout pool", self.pool, hang, self.report, most, places, wait, workers=self.workers, again=actors.worker_again)
+        ]
         for name, scorer, room in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
             self._helpers.append(Helper(name, scorer, hang, self.report, most, [room], wait))
 
