@@ -9,31 +9,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PREFIX = "raywarp-adapters-"
+PREFIX, NEW = "raywarp-adapters-", "raywarp-new-"
 YOUNG = 5.0  # seconds in which something may exist without its lock
 _held: dict[Path, int] = {}
 
 
 def claim() -> Path:
-    """A new folder, locked by this process; and an end to those that no process of this machine has locked."""
-    for folder in left(PREFIX):
-        shutil.rmtree(folder, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=PREFIX))
-    _held[new] = _lock(new)
-    return new
+    """A new folder, locked by this process before it has its name; and an end to those that no process of this machine has locked."""
+    _take_away()
+    unnamed = Path(tempfile.mkdtemp(prefix=NEW))
+    lock = _lock(unnamed)
+    folder = unnamed.rename(unnamed.with_name(PREFIX + unnamed.name.removeprefix(NEW)))
+    _held[folder] = lock
+    return folder
 
 
 def release(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if folder in _held:
         os.close(_held.pop(folder))
+    _take_away()
 
 
-def left(prefix: str) -> Iterator[Path]:
+def _take_away() -> None:
+    for prefix, young in ((PREFIX, 0.0), (NEW, YOUNG)):
+        for folder in left(prefix, young):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def left(prefix: str, young: float = YOUNG) -> Iterator[Path]:
     """What lies in the temporary folder under such a name and belongs to nobody any more; each is locked until the next is asked for."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         try:
-            if time.time() - path.stat().st_mtime < YOUNG:
+            if time.time() - path.stat().st_mtime < young:
                 continue
             lock = _lock(path)
         except OSError:  # it is gone, somebody else's, or in use

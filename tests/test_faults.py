@@ -165,7 +165,7 @@ def test_sigterm_saves_every_policy_and_sigkill_leaves_no_orphans(project: Path,
     command = Command(project, "driver", "checkpoint_every=100")
     command.wait_for_steps(7)
     command.process.send_signal(signal.SIGTERM)
-    command.wait_until(lambda: told(command.run, "stopped"), 5)  # 3 s, and what a busy machine adds
+    command.wait_until(lambda: told(command.run, "stopped"), 10)  # 3 s, and what a busy machine adds
     assert command.end(60) == 143
     message = command.log.read_text().splitlines()
     assert any(line.startswith("raywarp: stopped by SIGTERM; iteration 1 policy 1 is saved at step") for line in message)
@@ -214,7 +214,7 @@ def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
 ) -> None:
     tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
     tree["warp"] = {**tree["warp"], "policies": 1}
-    tree["cluster"] = {"policy_actors": 1, "threads": 1, "max_failures": 1, "hang_seconds": 2}
+    tree["cluster"] = {"policy_actors": 1, "threads": 1, "max_failures": 1, "hang_seconds": 10}
     events: list[dict[str, Any]] = []
 
     def report(event: str, **details: Any) -> None:
@@ -251,7 +251,7 @@ def test_a_rollout_worker_that_hangs_is_told_with_its_stack(ray_cluster: Any, ti
             time.sleep(10**6)
 
     tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
-    tree["cluster"] = {"policy_actors": 1, "threads": 1, "hang_seconds": 2}
+    tree["cluster"] = {"policy_actors": 1, "threads": 1, "hang_seconds": 10}
     prompts = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(3)]
     events: list[dict[str, Any]] = []
 
@@ -266,7 +266,7 @@ def test_a_rollout_worker_that_hangs_is_told_with_its_stack(ray_cluster: Any, ti
         ("hang", "rollout worker 1", "hang"),
         ("fault", "rollout worker 1", "hang"),
     ]
-    assert re.match(r"its call has not ended for \d s; started again\. It was at\n", events[0]["message"])
+    assert re.match(r"its call has not ended for \d+ s; started again\. It was at\n", events[0]["message"])
     assert "in sleep_for_ever" in events[0]["message"]
 
 
@@ -285,7 +285,7 @@ def test_a_call_that_ray_has_lost_is_made_again(ray_cluster: Any, tiny_llama: Pa
     """Nobody dies, nobody works, and one waits: once in training, once while a point is measured."""
     tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
     tree["warp"] = {**tree["warp"], "steps": 4}
-    tree["cluster"] = {"policy_actors": 2, "cpus_per_policy": 0.5, "cpus_per_rollout_worker": 0.5, "threads": 1, "hang_seconds": 8}
+    tree["cluster"] = {"policy_actors": 2, "cpus_per_policy": 0.5, "cpus_per_rollout_worker": 0.5, "threads": 1, "hang_seconds": 15}
     prompts = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)]
     events: list[dict[str, Any]] = []
 
