@@ -19,7 +19,7 @@ from bench.evidence.curves import CURVES, SFT
 from bench.evidence.fronts import Effect
 from bench.evidence.present_tense import score
 from bench.evidence.results import Measured, OtherSettingsError, Results
-from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, reward_configs
+from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, reward_configs, selected
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
@@ -115,6 +115,16 @@ def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.Monke
     assert configs["present-tense"].reward.function == "bench.evidence.present_tense:score"
     assert configs["present-tense"].warp == configs["reviews"].warp
     assert [len(reward_configs(Settings(task=task), 1, tmp_path)) for task in TASKS] == [2, 0]
+
+
+def test_another_task_has_the_learning_rate_of_the_first_until_it_has_its_own(tmp_path: Path) -> None:
+    (first := tmp_path / "first").mkdir()
+    (second := tmp_path / "second").mkdir()
+    assert selected(Settings(), second, first) == Settings()
+    (first / "selection.json").write_text('{"lr": 0.25}')
+    assert selected(Settings(), second, first).lr == 0.25
+    (second / "selection.json").write_text('{"lr": 0.125}')
+    assert selected(Settings(), second, first).lr == 0.125
 
 
 def test_peft_linear_is_what_peft_makes() -> None:

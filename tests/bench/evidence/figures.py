@@ -7,7 +7,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from bench.evidence.claims import Judged, Sample
+from bench.evidence.claims import Judged
+from bench.evidence.comparisons import Sample
 from bench.evidence.curves import CURVES, SFT, Curve
 
 from raywarp.store import write_bytes

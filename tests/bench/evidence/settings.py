@@ -57,10 +57,10 @@ TINY = Settings(
 )
 
 
-def selected(settings: Settings, folder: Path) -> Settings:
-    """With the learning rate that `--select` chose, if it was run."""
-    path = folder / SELECTION_FILE
-    return replace(settings, lr=json.loads(path.read_text())["lr"]) if path.is_file() else settings
+def selected(settings: Settings, *folders: Path) -> Settings:
+    """With the learning rate that `--select` chose: of the first of the results' folders for which it was run."""
+    found = [path for folder in folders if (path := folder / SELECTION_FILE).is_file()]
+    return replace(settings, lr=json.loads(found[0].read_text())["lr"]) if found else settings
 
 
 @dataclass(frozen=True)

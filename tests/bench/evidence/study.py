@@ -304,7 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, help="stop after so long; the same command continues")
     parser.add_argument("--redraw", action="store_true", help="verdicts and figures from the results; nothing is trained or measured")
     parser.add_argument("--select", action="store_true", help="choose the learning rate on a seed of its own, before anything else")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="the second one has a reward by function")
+    parser.add_argument(
+        "--task", choices=TASKS, default=TASKS[0], help="the second one has a reward by function, and the first one's rate unless selected"
+    )
     parser.add_argument("--out", type=Path, help="runs and policies; default: runs/evidence, and the task's name but for the first")
     parser.add_argument("--results", type=Path, help="numbers and figures; default: results beside this file, likewise")
     parser.add_argument("--tiny", action="store_true", help="a tiny model for seconds, for tests; wants --out and --results")
@@ -315,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--tiny wants a --results of its own")
     options.results = options.results or HERE / f"results{suffix}"
     _environment(options.out, options.tiny)
-    settings = TINY if options.tiny else selected(Settings(task=options.task), options.results)
+    settings = TINY if options.tiny else selected(Settings(task=options.task), options.results, HERE / "results")
     clock = Clock(options.hours)
     try:
         results = Results(options.results, settings.as_json())
