@@ -36,7 +36,8 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
     if extra:
         extra(all_axes[2], own)
     _forest(all_axes[-1], judged)
-    seeds = ", ".join(map(str, of_seeds)) or "none yet"
+    measured = [number for number, sample in of_seeds.items() if judged.claim.parts[0].is_measured(sample.seed)]
+    seeds = ", ".join(map(str, measured)) or "none yet"
     figure.suptitle(f"{judged.claim.name}: {judged.claim.text}  →  {judged.verdict} (seeds: {seeds})", fontsize=12)
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
