@@ -1,5 +1,6 @@
 """Where the actors go: one placement group each, checked against the cluster before anything starts."""
 
+import contextlib
 import math
 import time
 import uuid
@@ -7,7 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raywarp.config import Config, ConfigError
@@ -64,6 +71,7 @@ def await_plan(config: Config) -> Plan:
             make_plan(config, ray.cluster_resources())
             if time.monotonic() > deadline:
                 raise
+        take_back()
         time.sleep(0.5)
 
 
@@ -139,7 +147,7 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
     """
     if not need.bundle():
         return [None] * need.count
-    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=unique_name(name, i + 1)) for i in range(need.count)]
+    groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=group_name(name, i + 1)) for i in range(need.count)]
     refs = [group.ready() for group in groups]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
     if len(ready) == len(refs):
@@ -158,8 +166,31 @@ def ask_again(group: PlacementGroup | None) -> PlacementGroup | None:
         return None
     name, number, _ = placement_group_table(group)["name"].rsplit("-", 2)
     release([group])
-    new: PlacementGroup = placement_group(group.bundle_specs, strategy="STRICT_PACK", name=unique_name(name, number))
+    new: PlacementGroup = placement_group(group.bundle_specs, strategy="STRICT_PACK", name=group_name(name, number))
     return new
+
+
+def group_name(name: str, number: int | str) -> str:
+    """A unique name, and after a full stop the actor that asks, if it is one: raywarp-policy-1-5f0c2a9b.9d607ad8…"""
+    actor = ray.get_runtime_context().get_actor_id()
+    return unique_name(name, number) + (f".{actor}" if actor else "")
+
+
+def take_back() -> None:
+    """Remove the groups of actors that have died, a sweep's trials: Ray (2.60) keeps them until the actor's job is over, too, so that the
+    other trials would never have their room."""
+    for group in placement_group_table().values():
+        _, _, actor = group["name"].partition(".")
+        if actor and group["state"] != "REMOVED" and _is_dead(actor):
+            with contextlib.suppress(ValueError):  # somebody else was faster
+                remove_placement_group(get_placement_group(group["name"]))
+
+
+def _is_dead(actor: str) -> bool:
+    from ray._private.state import state  # there is no public way without a dashboard (2.60)
+
+    row: dict[str, Any] = state.actor_table(actor)
+    return bool(row.get("State") == "DEAD")
 
 
 def unique_name(name: str, number: int | str) -> str:

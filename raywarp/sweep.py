@@ -60,6 +60,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     display.progress(opening(space, concurrent))
     with run.mirrored():
         points = _fit(plan, run, concurrent, display)
+        placement.take_back()
         sweep = conclude(plan, files, points)
         save_sweep(sweep, plan, run)
         show_sweep(sweep, display)

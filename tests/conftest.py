@@ -37,16 +37,6 @@ WORDS = (
 )
 
 
-LONGEST_FIRST = ("sweep", "faults", "warp", "three_nodes", "jobs", "evidence", "reward_training", "rollout")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of files that run side by side, those of minutes first: a last one would run alone."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
-        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-
-
 def pytest_unconfigure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)

@@ -1,8 +1,12 @@
 """Fitting a run into a cluster: a simulated one with logical GPUs, so that no hardware is needed."""
 
+import os
+import signal
 from typing import Any
 
 import pytest
+from killing import Patience
+from ray.util.placement_group import placement_group_table
 
 from raywarp import placement
 from raywarp.config import Config, ConfigError, parse_config
@@ -95,3 +99,32 @@ def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:
     with pytest.raises(ConfigError, match=r"waited 1 s for 1 placement groups .*lower cluster\.\*_per_policy"):
         placement.reserve(placement.Need("policy", gpus=0, cpus=free + 1, count=1), "test", timeout=1)
     assert placement.reserve(placement.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
+
+
+def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any) -> None:
+    """And no other: neither the driver's own nor a living trial's."""
+
+    @ray_cluster.remote(num_cpus=0)
+    class Trial:
+        def take(self, cpus: float) -> int:
+            placement.reserve(placement.Need("policy", 0, cpus, 1), "raywarp-policy", 30)
+            return os.getpid()
+
+    def names() -> set[str]:
+        return {group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"}
+
+    before = names()
+    own = placement.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
+    living, dead = Trial.remote(), Trial.remote()
+    ray_cluster.get(living.take.remote(0.5))
+    kept = names()
+    os.kill(ray_cluster.get(dead.take.remote(2)), signal.SIGKILL)
+    config = parse_config({"cluster": {"policy_actors": 1, "cpus_per_policy": 1, "cpus_per_rollout_worker": 1, "timeout_seconds": 30}})
+    assert placement.await_plan(config).policy.count == 1
+    assert names() == kept
+    ray_cluster.kill(living)
+    patience = Patience(30)
+    while names() != before | {name for name in kept if "." not in name}:
+        placement.take_back()
+        assert patience.lasts()
+    placement.release(own)

@@ -20,6 +20,7 @@ import wandb
 import yaml
 from conftest import left_behind, logger_environment, save_tiny_llama, traces, write_prompts
 from killing import Command, Patience, descendants, set_pace, survivors
+from ray.util.placement_group import placement_group_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loggers import items, wandb_records
 from tiny_run import Listener
@@ -330,6 +331,7 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(grid: tuple[Sweep, Pat
     sweep = tune(config, Listener())
     killer.join()
     assert len(killed) == 1
+    assert not [group for group in placement_group_table().values() if group["state"] != "REMOVED"]  # the dead one's room, too
     assert [trial.state for trial in sweep.trials] == ["finished", "finished"]
     assert (sweep.asked, sweep.executed) == (8, 6)
     assert 6 * STEPS <= batches(project) - before <= 6 * STEPS + 4  # of both policies the step under way, and the one since a checkpoint

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -9,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from killing import Command, adapters, make_project, missing_lines, own_home, set_pace, told
 
 POLICIES, STEPS, EVERY = 4, 40, 5
 
-# In a process of its own, since the Ray of the other tests lives in this one. Each answer is a line of JSON.
+# In a process of its own, since the Ray of the other tests lives in this one. Each answer is a line of JSON, in a pipe of its own: Ray says
+# things on the standard output, and not always whole lines.
 NODES = """
 import json
 import sys
@@ -25,6 +27,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 ROOM = {"num_cpus": 4, "num_gpus": 2}
+answers = open(int(sys.argv[1]), "w")
 cluster = Cluster(initialize_head=True, head_node_args={**ROOM, "include_dashboard": False})
 nodes = {node.node_id: node for node in (cluster.add_node(**ROOM) for _ in range(2))}
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -44,7 +47,7 @@ def groups():
     return [row["state"] for row in ray.util.placement_group_table().values() if row["state"] != "REMOVED"]
 
 
-print("ANSWER", json.dumps([cluster.address, ray.get_runtime_context().get_node_id(), *nodes]), flush=True)
+print(json.dumps([cluster.address, ray.get_runtime_context().get_node_id(), *nodes]), file=answers, flush=True)
 for line in sys.stdin:
     command, *arguments = line.split()
     if command == "end":
@@ -54,7 +57,8 @@ for line in sys.stdin:
     if command == "add":
         node = cluster.add_node(**ROOM)
         nodes[node.node_id] = node
-    print("ANSWER", json.dumps({"places": places, "groups": groups, "lose": list, "add": lambda: [*nodes][-1]}[command]()), flush=True)
+    answer = {"places": places, "groups": groups, "lose": list, "add": lambda: [*nodes][-1]}[command]()
+    print(json.dumps(answer), file=answers, flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -65,6 +69,7 @@ class Nodes:
     """nodes: ids, the head's first."""
 
     process: "subprocess.Popen[str]"
+    answers: IO[str]
     address: str = ""
     nodes: list[str] = field(default_factory=list)
 
@@ -74,10 +79,10 @@ class Nodes:
         self.process.stdin.flush()
         return self.answer()
 
-    def answer(self) -> Any:
-        """The next one; Ray says things, too."""
-        assert self.process.stdout is not None
-        return json.loads(next(line for line in self.process.stdout if line.startswith("ANSWER ")).removeprefix("ANSWER "))
+    def answer(self, seconds: float = 240) -> Any:
+        ready, _, _ = select.select([self.answers], [], [], seconds)
+        assert ready, f"no answer for {seconds} s"
+        return json.loads(self.answers.readline())
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +91,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     slow = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}  # a loss is noticed after 5 s, not after 15
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:
         own_home(Path(folder))
-        process = subprocess.Popen(
-            [sys.executable, "-c", NODES], env={**os.environ, **slow}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        there = Nodes(process)
-        there.address, *there.nodes = there.answer()
-        yield there
+        ours, theirs = os.pipe()
+        command = [sys.executable, "-c", NODES, str(theirs)]
+        process = subprocess.Popen(command, env={**os.environ, **slow}, stdin=subprocess.PIPE, pass_fds=[theirs], text=True)
+        os.close(theirs)
+        with open(ours) as answers:
+            there = Nodes(process, answers)
+            there.address, *there.nodes = there.answer()
+            yield there
         with suppress(OSError):
             process.communicate("end\n", timeout=60)
         process.kill()
