@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raywarp.config import Config, ConfigError
+
+ACTORS_GROUP = re.compile(r"raywarp-.*\.(?P<actor>[0-9a-f]{32})")  # as group_name makes it; others' groups are none of our business
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,8 @@ def take_back() -> None:
     """Remove the groups of actors that have died, a sweep's trials: Ray (2.60) keeps them until the actor's job is over, too, so that the
     other trials would never have their room."""
     for group in placement_group_table().values():
-        _, _, actor = group["name"].partition(".")
-        if actor and group["state"] != "REMOVED" and _is_dead(actor):
+        asked = ACTORS_GROUP.fullmatch(group["name"])
+        if asked and group["state"] != "REMOVED" and _is_dead(asked["actor"]):
             with contextlib.suppress(ValueError):  # somebody else was faster
                 remove_placement_group(get_placement_group(group["name"]))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from killing import Patience
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table
 
 from raywarp import placement
 from raywarp.config import Config, ConfigError, parse_config
@@ -113,6 +113,7 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any) -> 
     def names() -> set[str]:
         return {group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"}
 
+    foreign = placement_group([{"CPU": 0.1}], name="another.program")
     before = names()
     own = placement.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
     living, dead = Trial.remote(), Trial.remote()
@@ -127,4 +128,4 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any) -> 
     while names() != before | {name for name in kept if "." not in name}:
         placement.take_back()
         assert patience.lasts()
-    placement.release(own)
+    placement.release([*own, foreign])
