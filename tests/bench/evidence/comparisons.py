@@ -66,38 +66,32 @@ class Part:
 
 
 def above(
-    curve: Curve, others: tuple[Curve, ...], name: str = "", upper: bool = False, score: str = "reward", decides: bool = False
+    curve: Curve,
+    others: tuple[Curve, ...],
+    name: str = "",
+    upper: bool = False,
+    score: str = "reward",
+    decides: bool = False,
+    rival: Callable[..., Any] = np.mean,
 ) -> Part:
-    """How far a front lies above the mean of others at fixed KL, as far as all of them reach."""
+    """How far a front lies above others at fixed KL, as far as all of them reach.
+
+    rival: of the others: their mean; or np.max, the best in each resample, chosen by the very numbers it is compared by, which favours it.
+    """
 
     def effect(sample: Sample) -> Array:
         kls = sample.settings.upper_kls if upper else sample.settings.kls
         at = sample.reached(kls, curve, *others)
         if not len(at):
             return np.full(len(sample.weights), np.nan)
-        rival = np.mean([fronts.reward_at(*sample.front(other, score), at).mean(-1) for other in others], axis=0)
-        gain: Array = fronts.reward_at(*sample.front(curve, score), at).mean(-1) - rival
+        theirs = rival([fronts.reward_at(*sample.front(other, score), at).mean(-1) for other in others], axis=0)
+        gain: Array = fronts.reward_at(*sample.front(curve, score), at).mean(-1) - theirs
         return gain
 
     what = name or f"{curve.label} over {others[0].label}"
     what += ", upper KL" if upper else ""
     what += {"reward": "", "control": ", control model", "vader": ", VADER"}[score]
     return Part(what, (curve, *others), effect, decides, f"SFT standard deviations of {score}")
-
-
-def above_best(curve: Curve, others: tuple[Curve, ...], name: str) -> Part:
-    """How far a front lies above the best of others, which is chosen in each resample by the very numbers it is compared by: a choice on
-    fresh prompts would be worse, so this favours the others."""
-
-    def effect(sample: Sample) -> Array:
-        at = sample.reached(sample.settings.kls, curve, *others)
-        if not len(at):
-            return np.full(len(sample.weights), np.nan)
-        best = np.max([fronts.reward_at(*sample.front(other), at).mean(-1) for other in others], axis=0)
-        gain: Array = fronts.reward_at(*sample.front(curve), at).mean(-1) - best
-        return gain
-
-    return Part(name, (curve, *others), effect)
 
 
 def in_all_ways(curve: Curve, others: tuple[Curve, ...], name: str = "", decides: bool = True) -> tuple[Part, ...]:
