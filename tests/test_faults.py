@@ -165,7 +165,7 @@ def test_sigterm_saves_every_policy_and_sigkill_leaves_no_orphans(project: Path,
     command = Command(project, "driver", "checkpoint_every=100")
     command.wait_for_steps(7)
     command.process.send_signal(signal.SIGTERM)
-    command.wait_until(lambda: told(command.run, "stopped"), 10)  # 3 s, and what a busy machine adds
+    command.wait_until(lambda: told(command.run, "stopped"), 5)  # 3 s, and what a busy machine adds
     assert command.end(60) == 143
     message = command.log.read_text().splitlines()
     assert any(line.startswith("raywarp: stopped by SIGTERM; iteration 1 policy 1 is saved at step") for line in message)
@@ -266,7 +266,7 @@ def test_a_rollout_worker_that_hangs_is_told_with_its_stack(ray_cluster: Any, ti
         ("hang", "rollout worker 1", "hang"),
         ("fault", "rollout worker 1", "hang"),
     ]
-    assert re.match(r"its call has not ended for \d+ s; started again\. It was at\n", events[0]["message"])
+    assert re.match(r"its call has not ended for 1\d s; started again\. It was at\n", events[0]["message"])
     assert "in sleep_for_ever" in events[0]["message"]
 
 
