@@ -75,7 +75,7 @@ class RolloutPool:
         failures = faults.Failures(self.max_failures)
         while True:
             index = await self._next_worker()
-            self.in_flight[index] = time.monotonic()
+            self.in_flight[index] = start = time.monotonic()
             try:
                 process, rollouts = await self.workers[index].generate.remote(requests)
                 break
@@ -90,9 +90,12 @@ class RolloutPool:
             finally:
                 del self.in_flight[index]
         self.idle.put_nowait(index)
-        self.processes[index] = process
         self.done += 1
-        self.busy_seconds += sum(rollout.seconds for rollout in rollouts)
+        self.busy_seconds += (seconds := sum(rollout.seconds for rollout in rollouts))
+        if index in self.processes and self.processes[index].id != process.id:  # it died between two calls; this one loaded its engine
+            self._tell("fault", index, cause=faults.KILLED, message="its process is a new one", process=self.processes[index])
+            self._recovered(index, time.monotonic() - start - seconds)
+        self.processes[index] = process
         rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in rollouts]
         return rollouts if len(requests) > 1 else rollouts[0]
 
@@ -117,7 +120,7 @@ class RolloutPool:
         return index
 
     def _lost(self, index: int, error: RayActorError) -> None:
-        known = self.processes.get(index)
+        known = self.processes.pop(index, None)
         self._tell("fault", index, cause=faults.kind_of(error), message=faults.explain(error), process=known)
         self.down[index] = time.monotonic()
         task = asyncio.get_running_loop().create_task(self._revive(index))
@@ -138,8 +141,7 @@ class RolloutPool:
                 if self.names[index]:
                     with contextlib.suppress(ValueError):  # there is none of that name for a moment, where another one takes its place
                         self.workers[index] = ray.get_actor(self.names[index])
-        self.restarts += 1
-        self._tell("recovered", index, seconds_lost=time.monotonic() - self.down.pop(index))
+        self._recovered(index, time.monotonic() - self.down.pop(index))
         self.idle.put_nowait(index)
 
     def _give_up(self, index: int, error: Exception) -> None:
@@ -147,6 +149,10 @@ class RolloutPool:
         self._tell("lost", index, cause=faults.kind_of(error), message=faults.explain(error))
         if len(self.gone) == len(self.workers):
             self.idle.put_nowait(NOBODY)
+
+    def _recovered(self, index: int, seconds: float) -> None:
+        self.restarts += 1
+        self._tell("recovered", index, seconds_lost=seconds)
 
     def _tell(self, event: str, index: int, **details: Any) -> None:
         self.events.append({"event": event, "what": f"rollout worker {index + 1}", **details})

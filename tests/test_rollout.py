@@ -1,7 +1,10 @@
 """The rollout pool for real: vLLM in both adapter modes and transformers, against the trainer's logits; and the checks around a swap."""
 
+import contextlib
 import os
 import re
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, left_behind, traces
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from raywarp import losses
 from raywarp.actors import Kinds
@@ -203,6 +206,54 @@ def test_a_worker_that_dies_again_and_again_is_named(ray_cluster: Any) -> None:
     assert "rollout worker 1 died again and again (2 deaths in one call)" in str(cause)
     ray_cluster.kill(pool)
     ray_cluster.kill(worker)
+
+
+class Known(RolloutWorker):
+    """Tells its process without an engine."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def nap(self) -> None:
+        time.sleep(1.0)
+
+
+def test_a_death_between_two_calls_is_told(ray_cluster: Any, tiny_llama: Path) -> None:
+    """No call fails of it, since the worker is back before the next one; its engine has to be loaded again."""
+    events: list[dict[str, Any]] = []
+    prompts = prompts_of(2)
+
+    def report(event: str, **details: Any) -> None:
+        events.append({"event": event, **details})
+
+    def sample(session: Session) -> list[Completion]:
+        ((ref,),) = submit(session.pool, [Request(prompts, [0, 1], SFT)])
+        return join([session.get(ref)], SFT)
+
+    def new_process(session: Session, old: int) -> int:
+        for _ in range(300):
+            with contextlib.suppress(RayActorError):
+                if (pid := ray_cluster.get(session.workers[0].pid.remote())) != old:
+                    return int(pid)
+            time.sleep(0.1)
+        raise AssertionError("not started again")
+
+    config = config_for(tiny_llama, "transformers", workers=1)
+    with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False, kinds=Kinds(worker=Known), report=report) as session:
+        first, pid = sample(session), new_process(session, 0)
+        for count in (1, 2):
+            os.kill(pid, signal.SIGKILL)
+            pid = new_process(session, pid)
+            assert sample(session) == first
+            assert session.get(session.pool.report.remote()).restarts == count
+        assert sample(session) == first
+        for _ in range(30):
+            session.get(session.workers[0].nap.remote())  # whoever waits looks after the actors
+            if len(events) >= 4:
+                break
+    assert [(row["event"], row["what"]) for row in events] == [("fault", "rollout worker 1"), ("recovered", "rollout worker 1")] * 2
+    assert [(row["cause"], row["message"]) for row in events[::2]] == [("killed", "its process is a new one")] * 2
+    assert all(0 < row["seconds_lost"] < 60 for row in events[1::2])
 
 
 def test_join_names_worker_and_version() -> None:
