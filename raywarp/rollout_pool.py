@@ -92,8 +92,8 @@ class RolloutPool:
         self.idle.put_nowait(index)
         self.done += 1
         self.busy_seconds += (seconds := sum(rollout.seconds for rollout in rollouts))
-        if index in self.processes and self.processes[index].id != process.id:  # it died between two calls; this one loaded its engine
-            self._tell("fault", index, cause=faults.KILLED, message="its process is a new one", process=self.processes[index])
+        if process.follows(known := self.processes.get(index)):  # it died between two calls; this one loaded its engine
+            self._tell("fault", index, cause=faults.KILLED, message="its process is a new one", process=known)
             self._recovered(index, time.monotonic() - start - seconds)
         self.processes[index] = process
         rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in rollouts]

@@ -48,6 +48,10 @@ class Process:
         busy = busy or working_since is not None
         return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done, busy, out_of_memory.kernel_kills())
 
+    def follows(self, other: "Process | None") -> bool:
+        """Whether it is there in another one's place. The same number on another node is another process: each container has its own."""
+        return other is not None and (self.id, self.node) != (other.id, other.node)
+
 
 def cause_of_death(kind: str, process: Process | None) -> str:
     """A closer word for what an error says (faults.kind_of), from what else is known.
@@ -200,9 +204,9 @@ class Helper:
             )
 
     def _answered(self, process: Process) -> None:
-        if self.down_since is None and self.process is not None and self.process.id != process.id:  # it died between two questions
+        if self.down_since is None and process.follows(self.process):  # it died between two questions
             self._died(cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard)
-        if self.down_since is not None and (self.process is None or self.process.id != process.id):
+        if self.down_since is not None and (self.process is None or process.follows(self.process)):
             self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
             self.down_since = None
         if self.down_since is None:

@@ -371,6 +371,18 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any
     ray_cluster.kill(actor)
 
 
+def test_the_same_number_on_another_node_is_a_new_process(ray_cluster: Any) -> None:
+    """Every container counts its processes from 1."""
+    told: list[tuple[str, Any]] = []
+    helper = watch.Helper("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
+    answers = iter([watch.Process(212, "first", done=3), watch.Process(212, "second", done=1)])
+    helper.pulse = watch.Pulse(lambda: ray_cluster.put(next(answers)))
+    for _ in range(2):
+        while helper.check() is None:
+            time.sleep(0.05)
+    assert told == [("fault", "node lost"), ("recovered", None)]
+
+
 def test_causes() -> None:
     node = ActorUnavailableError("The actor died because its node has died. Node Id: 4a", None)
     assert faults.kind_of(node) == faults.NODE_LOST
