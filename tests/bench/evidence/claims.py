@@ -177,13 +177,16 @@ def _claims() -> dict[str, Claim]:
         ),
     )
     ema, warp = c["ema-long"], c["slerp-i2"]
-    anchored = tuple(c[f"sft-{coef:g}-long"] for coef in SFT_COEFS if coef in H12_COEFS)
+    anchored = [(c[f"sft-{coef:g}-long"], c[f"sft-{coef:g}-training"]) for coef in H12_COEFS]
     h12 = Claim(
         "H12",
         "At equal compute WARP's front (M = 2, I = 2) lies above that of one run of M·I·T steps.",
         (
             *in_all_ways(warp, (ema,), "WARP over one run, EMA anchor, scaled"),
-            *(above(warp, (other,), f"WARP over {other.label}", decides=True) for other in anchored),
+            *(part for run, _ in anchored for part in in_all_ways(warp, (run,), f"WARP over {run.label}")),
+            *(above(run, (training,), f"{run.label}, over its own training") for run, training in anchored),
+            above(c["slerp-i2-init"], (warp,), "WARP anchored at each init over WARP with the EMA"),
+            above(c["slerp-i2-init"], (c["sft-0.1-long"],), "WARP anchored at each init over one run of 4T, SFT anchor, scaled"),
             above(warp, (c["ema-training"],), "WARP over one run, EMA anchor, as it trained"),
             above(warp, policies, "WARP over the policies of its first iteration, scaled"),
             above(warp, four, "WARP over the best of four policies of T steps, scaled", rival=np.max),
@@ -191,7 +194,6 @@ def _claims() -> dict[str, Claim]:
             above(c["slerp"], (c["ema-half"],), "I = 1 over one run of 2T, EMA anchor, scaled", upper=True),
             above(warp, (c["ema-half"],), "equal wall clock on M machines: WARP over one run of 2T, EMA anchor, scaled"),
         ),
-        shown=tuple(c[f"sft-{coef:g}-training"] for coef in H12_COEFS),
     )
     trained = tuple(c[f"sft-{coef:g}-training"] for coef in SFT_COEFS)
     h1 = Claim(

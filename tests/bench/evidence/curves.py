@@ -173,6 +173,7 @@ CURVES = {
         *(scaled(f"slerp-m{m}", f"SLERP of {m}", "warp-m4", ROUGH, lambda t, m=m: slerp(t.vectors("warp-m4")[:m])) for m in (3, 4)),
         *(_policy_line("warp-m4", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (3, 4)),
         *(_merge_line(f"warp-i{i}", f"slerp-i{i}", f"front after {i} iterations") for i in (2, 3)),
+        _merge_line("warp-i2-init", "slerp-i2-init", "front after 2 iterations, anchored at each init"),
         *(_policy_line(arm, 1, f"{short}-long", f"{label}, scaled", LONG) for arm, (label, short) in _LONG_ARMS.items()),
         *(along(f"{short}-training", f"{label}, training", arm, 1, (f"{short}-long@1",)) for arm, (label, short) in _LONG_ARMS.items()),
         replace(

@@ -93,6 +93,7 @@ ARMS = {
         Arm("warp-m4", policies=4, kept=EARLY),
         Arm("warp-i2", iterations=2, kept=EARLY),
         Arm("warp-i3", iterations=3, kept=EARLY),
+        Arm("warp-i2-init", iterations=2, ema_rate=0.0),
         Arm("shared", init="shared"),
         Arm("frozen", init="frozen"),
         Arm("ema-long", policies=1, length=4, kept=LATE),
