@@ -24,18 +24,19 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
     """Curves are means over the seeds that have them, bands 95 % over their prompts."""
     own, extra = list(of_seeds.values()), EXTRA.get(judged.claim.name)
     widths = (1, 1, *([1] if extra else []), 1.1)
-    size = (5.6 * sum(widths), 5.2)
+    rows = [name for name, effect in judged.effects.items() if effect.per_seed]
+    size = (5.6 * sum(widths), max(5.2, 0.9 + 0.34 * len(rows)))
     figure, all_axes = plt.subplots(1, len(widths), figsize=size, dpi=75, width_ratios=widths, layout="constrained")
-    curves = [curve for curve in judged.claim.curves if SFT in curve.also]
+    curves = [curve for curve in judged.claim.curves if SFT in curve.also and _with(own, curve.front)]
     for axes, score, label in zip(all_axes[:2], ("reward", "control"), ("reward", "control score"), strict=True):
-        for colour, curve in zip(COLOURS * 2, curves, strict=False):
-            _front(axes, curve, own, score, colour)
+        for n, curve in enumerate(curves):
+            _front(axes, curve, own, score, COLOURS[n % len(COLOURS)], "-o" if n < len(COLOURS) else "-.^")
         axes.set(xlabel="KL(policy ‖ SFT), nats per completion", ylabel=f"{label}, SFT standard deviations")
         axes.grid(alpha=0.3)
     all_axes[0].legend(fontsize=7.5, loc="lower right")
     if extra:
         extra(all_axes[2], own)
-    _forest(all_axes[-1], judged)
+    _forest(all_axes[-1], judged, rows)
     measured = [number for number, sample in of_seeds.items() if judged.claim.parts[0].is_measured(sample.seed)]
     seeds = ", ".join(map(str, measured)) or "none yet"
     figure.suptitle(f"{judged.claim.name}: {judged.claim.text}  →  {judged.verdict} (seeds: {seeds})", fontsize=12)
@@ -45,30 +46,26 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
     plt.close(figure)
 
 
-def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colour: str) -> None:
+def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colour: str, style: str) -> None:
     own = _with(of_seeds, curve.front)
-    if not own:
-        return
     kl, value = (np.mean(both, axis=0) for both in zip(*(sample.front(curve, score) for sample in own), strict=True))
     order = np.argsort(kl[0])
     low, high = np.percentile(value[1:], [2.5, 97.5], axis=0)
     trained = "training" in curve.name
     label = curve.label + (f" ({len(own)} of {len(of_seeds)} seeds)" if len(own) < len(of_seeds) else "")
-    axes.plot(kl[0][order], value[0][order], "--s" if trained else "-o", color=colour, markersize=4, linewidth=1.3, label=label)
+    axes.plot(kl[0][order], value[0][order], "--s" if trained else style, color=colour, markersize=4, linewidth=1.3, label=label)
     axes.fill_between(kl[0][order], low[order], high[order], color=colour, alpha=0.1, linewidth=0)
 
 
-def _forest(axes: Any, judged: Judged) -> None:
-    """A row per comparison, the deciding ones in black; a dot per seed."""
-    names = list(judged.effects)
-    for row, (name, effect) in enumerate(reversed(judged.effects.items())):
-        decides = name in judged.parts
-        if effect.per_seed:
-            axes.plot([effect.low, effect.high], [row, row], color="black" if decides else "#8a8a8a", linewidth=2)
-            axes.plot(effect.value, row, "D", color="black" if decides else "#8a8a8a", markersize=5)
-            axes.plot(effect.per_seed, [row + 0.25] * len(effect.per_seed), ".", color="#3b6fb6", markersize=4)
+def _forest(axes: Any, judged: Judged, names: Sequence[str]) -> None:
+    """A row per comparison that is measured, the deciding ones in black; a dot per seed."""
+    for row, name in enumerate(reversed(names)):
+        effect, decides = judged.effects[name], name in judged.parts
+        axes.plot([effect.low, effect.high], [row, row], color="black" if decides else "#8a8a8a", linewidth=2)
+        axes.plot(effect.value, row, "D", color="black" if decides else "#8a8a8a", markersize=5)
+        axes.plot(effect.per_seed, [row + 0.2] * len(effect.per_seed), ".", color="#3b6fb6", markersize=4)
         verdict = f"  [{judged.parts[name]}]" if decides else ""
-        axes.text(0.01, row + 0.42, name + verdict, transform=axes.get_yaxis_transform(), fontsize=7, va="bottom")
+        axes.text(0.01, row + 0.32, name + verdict, transform=axes.get_yaxis_transform(), fontsize=7, va="bottom")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(yticks=[], ylim=(-0.7, len(names)), xlabel="effect (units: evidence.json), 95 % interval, a dot per seed")
     axes.grid(alpha=0.3, axis="x")
