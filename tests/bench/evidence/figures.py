@@ -33,7 +33,8 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
             _front(axes, curve, own, score, COLOURS[n % len(COLOURS)], "-o" if n < len(COLOURS) else "-.^")
         axes.set(xlabel="KL(policy ‖ SFT), nats per completion", ylabel=f"{label}, SFT standard deviations")
         axes.grid(alpha=0.3)
-    all_axes[0].legend(fontsize=7.5, loc="lower right")
+    if curves:
+        all_axes[0].legend(fontsize=7.5, loc="lower right")
     if extra:
         extra(all_axes[2], own)
     _forest(all_axes[-1], judged, rows)
