@@ -182,7 +182,7 @@ class FineTuning:
         stop.check()
         others_work = self.tick()
         for stream in list(self.streams):
-            if stream.heard or watch.has_room(stream.place.group):
+            if stream.heard or watch.finds_room(stream.place.group):
                 if text := hang_of(stream.place, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
                         self._report_hang(stream.place, self.courses[job.key], text)

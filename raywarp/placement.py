@@ -152,7 +152,9 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
         return [None] * need.count
     groups = [placement_group([need.bundle()], strategy="STRICT_PACK", name=group_name(name, i + 1)) for i in range(need.count)]
     refs = [group.ready() for group in groups]
-    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
+    deadline = time.monotonic() + timeout
+    while len(ready := ray.wait(refs, num_returns=len(refs), timeout=0.5)[0]) < len(refs) and time.monotonic() < deadline:
+        take_back()
     if len(ready) == len(refs):
         return list(groups)
     release(groups)

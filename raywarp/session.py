@@ -198,7 +198,7 @@ class Session:
     def present(self) -> list[Place]:
         """The policy actors; one that was given up for want of room comes back once there is some."""
         for place in self.policies:
-            if place.gone and watch.has_room(place.group):
+            if place.gone and watch.finds_room(place.group):
                 place.renew()
         return [place for place in self.policies if not place.gone]
 

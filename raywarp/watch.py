@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from raywarp import faults, out_of_memory
+from raywarp import faults, out_of_memory, placement
 
 GROUP = "watch"
 START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
@@ -188,7 +188,7 @@ class Helper:
 
     def _check_room(self, what: str, seconds: float) -> None:
         """Raises FaultError where it has been away for too long because no node has room for it."""
-        if seconds > self.longest_wait and self.groups and not any(map(has_room, self.groups)):
+        if self.groups and not any(map(finds_room, self.groups)) and seconds > self.longest_wait:
             raise faults.FaultError(
                 f"there has been no room for the {what} for {seconds:.0f} s after a loss: {lack_of_room()}; add nodes, lower "
                 "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
@@ -248,8 +248,9 @@ class PoolHelper(Helper):
                 self.killed[index] = now
         if len(self.down) == len(self.workers):
             self._check_room("rollout worker", min(self.down.values()))
-        for index in [index for index, seconds in self.down.items() if seconds > self.longest_wait and lost_node(self.groups[index])]:
-            self.workers[index] = self.again(index)
+        for index, seconds in self.down.items():
+            if not finds_room(self.groups[index]) and seconds > self.longest_wait and lost_node(self.groups[index]):
+                self.workers[index] = self.again(index)
         return health
 
 
@@ -280,9 +281,12 @@ def restart(actor: Any) -> None:
         ray.kill(actor, no_restart=False)
 
 
-def has_room(group: PlacementGroup | None) -> bool:
-    """Whether a placement group is on a node, and not waiting for one."""
-    return group is None or placement_group_table(group)["state"] == "CREATED"
+def finds_room(group: PlacementGroup | None) -> bool:
+    """Whether a placement group is on a node. For one that waits, what dead trials still hold is taken back."""
+    found = group is None or placement_group_table(group)["state"] == "CREATED"
+    if not found:
+        placement.take_back()
+    return found
 
 
 def lost_node(group: PlacementGroup | None) -> bool:

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from killing import Patience
 from ray.util.placement_group import placement_group, placement_group_table
 
-from raywarp import placement
+from raywarp import placement, watch
+from raywarp.actors import Place
 from raywarp.config import Config, ConfigError, parse_config
+from raywarp.reward_actor import RewardActor
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> placement.Plan:
@@ -101,7 +105,44 @@ def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:
     assert placement.reserve(placement.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
 
 
-def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any) -> None:
+def planned(need: placement.Need) -> None:
+    """The wait that a run begins with."""
+    patience = Patience(30)
+    while placement.ray.available_resources()["CPU"] >= need.cpus:  # Ray tells what is free a moment later
+        assert patience.lasts()
+    cluster = {"policy_actors": 1, "cpus_per_policy": 1, "cpus_per_rollout_worker": need.cpus - 1, "timeout_seconds": 30}
+    assert placement.await_plan(parse_config({"cluster": cluster})).policy.count == 1
+
+
+def reserved(need: placement.Need) -> None:
+    """What follows it, should it have seen as free what is not."""
+    placement.release(placement.reserve(need, "raywarp-policy", 30))
+
+
+def regained(need: placement.Need) -> None:
+    """A policy actor's, whose group looks for another node."""
+    group = placement_group([need.bundle()], strategy="STRICT_PACK")
+    place = Place("policy actor 1", make=lambda _: None, group=group, ask_again=lambda: None)
+    assert place.await_room(time.monotonic() + 30)
+    placement.release([group])
+
+
+def helped(need: placement.Need) -> None:
+    """A reward worker's, which Ray starts again when its group has another node."""
+    group = placement_group([need.bundle()], strategy="STRICT_PACK")
+    kind = placement.ray.remote(concurrency_groups={watch.GROUP: 1})(RewardActor)
+    worker = kind.options(**placement.options(need, group)).remote(None, False, None, "reward worker")
+    placement.ray.kill(worker)
+    helper = watch.Helper("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
+    patience = Patience(30)
+    while placement_group_table(group)["state"] != "CREATED":
+        helper.check()
+        assert patience.lasts()
+    placement.release([group])
+
+
+@pytest.mark.parametrize("wait", [planned, reserved, regained, helped])
+def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wait: Callable[[placement.Need], None]) -> None:
     """And no other: neither the driver's own nor a living trial's."""
 
     @ray_cluster.remote(num_cpus=0)
@@ -113,19 +154,21 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any) -> 
     def names() -> set[str]:
         return {group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"}
 
-    foreign = placement_group([{"CPU": 0.1}], name="another.program")
     before = names()
-    own = placement.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
+    mine = [placement_group([{"CPU": 0.1}], name="another.program")]
     living, dead = Trial.remote(), Trial.remote()
-    ray_cluster.get(living.take.remote(0.5))
-    kept = names()
-    os.kill(ray_cluster.get(dead.take.remote(2)), signal.SIGKILL)
-    config = parse_config({"cluster": {"policy_actors": 1, "cpus_per_policy": 1, "cpus_per_rollout_worker": 1, "timeout_seconds": 30}})
-    assert placement.await_plan(config).policy.count == 1
-    assert names() == kept
-    ray_cluster.kill(living)
-    patience = Patience(30)
-    while names() != before | {name for name in kept if "." not in name}:
-        placement.take_back()
-        assert patience.lasts()
-    placement.release([*own, foreign])
+    try:
+        mine += placement.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
+        ray_cluster.get(living.take.remote(0.5))
+        kept = names()
+        os.kill(ray_cluster.get(dead.take.remote(2)), signal.SIGKILL)
+        wait(placement.Need("policy", 0, 2, 1))
+        assert names() == kept
+    finally:
+        ray_cluster.kill(living)
+        ray_cluster.kill(dead)
+        placement.release(mine)
+        patience = Patience(30)
+        while names() != before:
+            placement.take_back()
+            assert patience.lasts()
