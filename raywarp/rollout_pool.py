@@ -99,6 +99,11 @@ class RolloutPool:
         rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in rollouts]
         return rollouts if len(requests) > 1 else rollouts[0]
 
+    async def know(self, processes: Sequence[Process]) -> None:
+        """The workers' first processes, so that a death before the first call is seen, too."""
+        for index, process in enumerate(processes):
+            self.processes.setdefault(index, process)
+
     async def reset(self) -> None:
         """Start counting anew."""
         self.busy_seconds, self.start = 0.0, time.monotonic()
@@ -132,7 +137,7 @@ class RolloutPool:
         failures = faults.Failures(self.max_failures)
         while True:
             try:
-                await self.workers[index].start.remote()
+                started = await self.workers[index].start.remote()
                 break
             except Exception as error:
                 if not faults.is_restarting(error) and not (faults.is_survivable(error) and failures.again()):
@@ -141,6 +146,7 @@ class RolloutPool:
                 if self.names[index]:
                     with contextlib.suppress(ValueError):  # there is none of that name for a moment, where another one takes its place
                         self.workers[index] = ray.get_actor(self.names[index])
+        self.processes[index] = started["process"]
         self._recovered(index, time.monotonic() - self.down.pop(index))
         self.idle.put_nowait(index)
 

@@ -37,13 +37,15 @@ class RolloutWorker:
         return stack_here(self.thread)
 
     def start(self) -> dict[str, Any]:
-        """Load the engine; returns what a run's results depend on (`numerics`), and how many completions run at once (`capacity`).
+        """Load the engine; returns what a run's results depend on (`numerics`), how many completions run at once (`capacity`), and this
+        `process`.
 
         Raises:
             ConfigError: what the engine cannot do.
         """
         engine = self._engine()
-        return {"numerics": {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}, "capacity": engine.capacity()}
+        numerics = {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}
+        return {"numerics": numerics, "capacity": engine.capacity(), "process": Process.here()}
 
     def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
         """This process, and the requests' Rollouts; those that the engine can hold at the same time run together."""

@@ -276,6 +276,7 @@ class Session:
         self.reward, self.control = Scorer(scorers[0], self._statistics), Scorer(scorers[1]) if config.control else None
         engines, zeros, rewards = (_start(actors) for actors in (self.workers, [place.actor for place in self.policies], scorers))
         started = self._started("a rollout worker", self.workers, engines)
+        self.pool.know.remote([worker["process"] for worker in started])
         self.engine: dict[str, str] = started[0]["numerics"]
         self._check_capacity(started[0]["capacity"])
         if self._trains:

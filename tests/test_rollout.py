@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, left_behind, traces
+from killing import Patience
 from ray.exceptions import RayActorError, RayTaskError
 
 from raywarp import losses
@@ -27,6 +28,7 @@ from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, Rollout
 from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.session import Session
+from raywarp.watch import Process
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 
@@ -189,8 +191,8 @@ def test_no_room_for_one_completion_names_the_keys(ray_cluster: Any, tiny_llama:
 class Dying:
     """Every call is its last."""
 
-    def start(self) -> None:
-        pass
+    def start(self) -> dict[str, Any]:
+        return {"process": Process.here()}
 
     def generate(self, requests: Any) -> Any:
         os._exit(1)
@@ -214,46 +216,97 @@ class Known(RolloutWorker):
     def pid(self) -> int:
         return os.getpid()
 
-    def nap(self) -> None:
-        time.sleep(1.0)
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
-def test_a_death_between_two_calls_is_told(ray_cluster: Any, tiny_llama: Path) -> None:
-    """No call fails of it, since the worker is back before the next one; its engine has to be loaded again."""
+class Witnessed:
+    """A session of `Known` workers, and what it tells of them."""
+
+    def __init__(self, ray: Any, session: Session, events: list[dict[str, Any]]):
+        self.ray, self.session, self.events = ray, session, events
+        self.pids = [self.new_process(n, 0) for n in range(len(session.workers))]
+
+    def submit(self, calls: int = 1) -> list[Any]:
+        return [submit(self.session.pool, [Request(prompts_of(2), [0, 1], SFT)])[0][0] for _ in range(calls)]
+
+    def sample(self, calls: int = 1) -> list[list[Completion]]:
+        return [join([self.session.get(ref)], SFT) for ref in self.submit(calls)]
+
+    def new_process(self, worker: int, old: int) -> int:
+        patience = Patience(120)
+        while patience.lasts():
+            with contextlib.suppress(RayActorError):
+                if (pid := self.ray.get(self.session.workers[worker].pid.remote())) != old:
+                    return int(pid)
+        raise AssertionError("not started again")
+
+    def kill(self, worker: int) -> None:
+        """And wait until it is back."""
+        os.kill(old := self.pids[worker], signal.SIGKILL)
+        self.pids[worker] = self.new_process(worker, old)
+
+    def await_restarts(self, count: int) -> None:
+        patience = Patience(120)
+        while self.session.get(self.session.pool.report.remote()).restarts != count:
+            assert patience.lasts()
+
+    def told(self, count: int) -> list[dict[str, Any]]:
+        """The events, once there are so many."""
+        for _ in range(30):
+            self.session.get(self.session.workers[0].nap.remote(1.0))  # whoever waits looks after the actors
+            if len(self.events) >= count:
+                break
+        return self.events
+
+
+@contextlib.contextmanager
+def known_workers(ray: Any, model: Path, workers: int) -> Iterator[Witnessed]:
     events: list[dict[str, Any]] = []
-    prompts = prompts_of(2)
 
     def report(event: str, **details: Any) -> None:
         events.append({"event": event, **details})
 
-    def sample(session: Session) -> list[Completion]:
-        ((ref,),) = submit(session.pool, [Request(prompts, [0, 1], SFT)])
-        return join([session.get(ref)], SFT)
+    config, kinds = config_for(model, "transformers", workers=workers), Kinds(worker=Known)
+    with Session(config, str(model), PROMPT_TOKENS, policies=False, kinds=kinds, report=report) as session:
+        yield Witnessed(ray, session, events)
 
-    def new_process(session: Session, old: int) -> int:
-        for _ in range(300):
-            with contextlib.suppress(RayActorError):
-                if (pid := ray_cluster.get(session.workers[0].pid.remote())) != old:
-                    return int(pid)
-            time.sleep(0.1)
-        raise AssertionError("not started again")
 
-    config = config_for(tiny_llama, "transformers", workers=1)
-    with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False, kinds=Kinds(worker=Known), report=report) as session:
-        first, pid = sample(session), new_process(session, 0)
+def test_a_death_between_two_calls_is_told(ray_cluster: Any, tiny_llama: Path) -> None:
+    """No call fails of it, since the worker is back before the next one; its engine has to be loaded again."""
+    with known_workers(ray_cluster, tiny_llama, workers=1) as witnessed:
+        first = witnessed.sample()
         for count in (1, 2):
-            os.kill(pid, signal.SIGKILL)
-            pid = new_process(session, pid)
-            assert sample(session) == first
-            assert session.get(session.pool.report.remote()).restarts == count
-        assert sample(session) == first
-        for _ in range(30):
-            session.get(session.workers[0].nap.remote())  # whoever waits looks after the actors
-            if len(events) >= 4:
-                break
+            witnessed.kill(0)
+            assert witnessed.sample() == first
+            witnessed.await_restarts(count)
+        assert witnessed.sample() == first
+        events = witnessed.told(4)
     assert [(row["event"], row["what"]) for row in events] == [("fault", "rollout worker 1"), ("recovered", "rollout worker 1")] * 2
     assert [(row["cause"], row["message"]) for row in events[::2]] == [("killed", "its process is a new one")] * 2
     assert all(0 < row["seconds_lost"] < 60 for row in events[1::2])
+
+
+def test_a_death_before_the_first_call_is_told(ray_cluster: Any, tiny_llama: Path) -> None:
+    """Of a process that has only been started: at the beginning; and after the death of the one before, whose call another worker took."""
+    with known_workers(ray_cluster, tiny_llama, workers=2) as witnessed:
+        witnessed.kill(0)
+        first = witnessed.sample(calls=2)
+        witnessed.await_restarts(1)
+        nap = witnessed.session.workers[0].nap.remote(300.0)  # a call waits behind it
+        calls = witnessed.submit(2)
+        os.kill(old := witnessed.pids[0], signal.SIGKILL)
+        assert [join([witnessed.session.get(ref)], SFT) for ref in calls] == first
+        with pytest.raises(RayActorError):
+            ray_cluster.get(nap)
+        witnessed.await_restarts(2)
+        witnessed.pids[0] = witnessed.new_process(0, old)
+        witnessed.kill(0)
+        assert witnessed.sample(calls=4) == first * 2
+        witnessed.await_restarts(3)
+        events = witnessed.told(6)
+    assert [(row["event"], row["what"]) for row in events] == [("fault", "rollout worker 1"), ("recovered", "rollout worker 1")] * 3
+    assert [row["cause"] for row in events[::2]] == ["killed"] * 3
 
 
 def test_join_names_worker_and_version() -> None:
