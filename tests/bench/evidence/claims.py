@@ -195,11 +195,15 @@ def _claims() -> dict[str, Claim]:
             above(warp, (c["ema-half"],), "equal wall clock on M machines: WARP over one run of 2T, EMA anchor, scaled"),
         ),
     )
-    trained = tuple(c[f"sft-{coef:g}-training"] for coef in SFT_COEFS)
+    runs = [(c[f"sft-{coef:g}-long"], c[f"sft-{coef:g}-training"]) for coef in SFT_COEFS]
     h1 = Claim(
         "H1",
         "The front along training is better with the EMA as the anchor than with the SFT model, whatever β.",
-        tuple(above(c["ema-training"], (other,), f"EMA anchor over {other.label}", decides=True) for other in trained),
+        (
+            *(above(c["ema-training"], (training,), f"EMA anchor over {training.label}", decides=True) for _, training in runs),
+            *(above(c["ema-training"], (training,), f"EMA anchor over {training.label}", upper=True) for _, training in runs),
+            *(above(ema, (run,), f"EMA anchor, scaled, over {run.label}", upper=True) for run, _ in runs),
+        ),
     )
     h6 = Claim(
         "H6",
