@@ -322,6 +322,9 @@ class Session:
 
     def _stop(self, at_once: bool) -> None:
         """Engines first and by themselves, since a killed one may leave shared memory behind; then everything else."""
+        for helper in self._helpers:
+            with contextlib.suppress(Exception):
+                helper.last_check(0.25 if at_once else 5)
         with contextlib.suppress(Exception):
             ray.get([worker.shutdown.remote() for worker in self._living_workers()], timeout=0.5 if at_once else 20)
         if self._actors:

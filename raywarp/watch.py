@@ -186,6 +186,14 @@ class Helper:
             self._died(faults.HANG, "did not answer", time.monotonic())
         return answer
 
+    def last_check(self, seconds: float) -> None:
+        """Have told what has happened since the last answer, within that time."""
+        deadline = time.monotonic() + seconds
+        for _ in range(2):  # a question may be under way that was asked too early
+            self.pulse.due = 0.0
+            while self.check() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+
     def _check_room(self, what: str, seconds: float) -> None:
         """Raises FaultError where it has been away for too long because no node has room for it."""
         if self.groups and not any(map(finds_room, self.groups)) and seconds > self.longest_wait:

@@ -261,13 +261,13 @@ class Witnessed:
 
 
 @contextlib.contextmanager
-def known_workers(ray: Any, model: Path, workers: int) -> Iterator[Witnessed]:
+def known_workers(ray: Any, model: Path, workers: int, kind: type[RolloutWorker] = Known) -> Iterator[Witnessed]:
     events: list[dict[str, Any]] = []
 
     def report(event: str, **details: Any) -> None:
         events.append({"event": event, **details})
 
-    config, kinds = config_for(model, "transformers", workers=workers), Kinds(worker=Known)
+    config, kinds = config_for(model, "transformers", workers=workers), Kinds(worker=kind)
     with Session(config, str(model), PROMPT_TOKENS, policies=False, kinds=kinds, report=report) as session:
         yield Witnessed(ray, session, events)
 
@@ -307,6 +307,27 @@ def test_a_death_before_the_first_call_is_told(ray_cluster: Any, tiny_llama: Pat
         events = witnessed.told(6)
     assert [(row["event"], row["what"]) for row in events] == [("fault", "rollout worker 1"), ("recovered", "rollout worker 1")] * 3
     assert [row["cause"] for row in events[::2]] == ["killed"] * 3
+
+
+def test_a_worker_that_is_back_just_before_the_end_is_told_and_stops_by_itself(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """Else what its engine keeps on disk and in shared memory would stay."""
+
+    class Leaving(Known):
+        def shutdown(self) -> None:
+            super().shutdown()
+            (tmp_path / str(os.getpid())).touch()
+
+    with known_workers(ray_cluster, tiny_llama, workers=1, kind=Leaving) as witnessed:
+        first = witnessed.sample()
+        nap = witnessed.session.workers[0].nap.remote(300.0)
+        calls = witnessed.submit()
+        os.kill(old := witnessed.pids[0], signal.SIGKILL)
+        assert [join([witnessed.session.get(ref)], SFT) for ref in calls] == first
+        with pytest.raises(RayActorError):
+            ray_cluster.get(nap)
+        pid = witnessed.new_process(0, old)
+    assert [row["event"] for row in witnessed.events] == ["fault", "recovered"]
+    assert [path.name for path in tmp_path.iterdir()] == [str(pid)]
 
 
 def test_join_names_worker_and_version() -> None:
