@@ -56,7 +56,7 @@ def config_for(folder: Path, engine: str = "vllm", adapter: str = "auto", **roll
             "warp": {"iterations": 1, "policies": 2},
             "optim": {"batch_size": 8},
             "rollout": {"engine": engine, "adapter": adapter, "max_new_tokens": 12, "temperature": 0.8, "workers": 2, **rollout},
-            "cluster": {"threads": 1},
+            "cluster": {"threads": 1, "cpus_per_rollout_worker": 0.5},
         }
     )
 
