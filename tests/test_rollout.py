@@ -241,10 +241,21 @@ class Witnessed:
                     return int(pid)
         raise AssertionError("not started again")
 
-    def kill(self, worker: int) -> None:
-        """And wait until it is back."""
-        os.kill(old := self.pids[worker], signal.SIGKILL)
-        self.pids[worker] = self.new_process(worker, old)
+    def kill(self) -> None:
+        """The first worker; it is waited for until it is back."""
+        os.kill(old := self.pids[0], signal.SIGKILL)
+        self.pids[0] = self.new_process(0, old)
+
+    def sample_and_kill(self, calls: int) -> list[list[Completion]]:
+        """One of the calls waits for the first worker when that is killed."""
+        nap = self.session.workers[0].nap.remote(300.0)
+        refs = self.submit(calls)
+        os.kill(old := self.pids[0], signal.SIGKILL)
+        completions = [join([self.session.get(ref)], SFT) for ref in refs]
+        with pytest.raises(RayActorError):
+            self.ray.get(nap)
+        self.pids[0] = self.new_process(0, old)
+        return completions
 
     def await_restarts(self, count: int) -> None:
         patience = Patience(120)
@@ -277,7 +288,7 @@ def test_a_death_between_two_calls_is_told(ray_cluster: Any, tiny_llama: Path) -
     with known_workers(ray_cluster, tiny_llama, workers=1) as witnessed:
         first = witnessed.sample()
         for count in (1, 2):
-            witnessed.kill(0)
+            witnessed.kill()
             assert witnessed.sample() == first
             witnessed.await_restarts(count)
         assert witnessed.sample() == first
@@ -290,18 +301,12 @@ def test_a_death_between_two_calls_is_told(ray_cluster: Any, tiny_llama: Path) -
 def test_a_death_before_the_first_call_is_told(ray_cluster: Any, tiny_llama: Path) -> None:
     """Of a process that has only been started: at the beginning; and after the death of the one before, whose call another worker took."""
     with known_workers(ray_cluster, tiny_llama, workers=2) as witnessed:
-        witnessed.kill(0)
+        witnessed.kill()
         first = witnessed.sample(calls=2)
         witnessed.await_restarts(1)
-        nap = witnessed.session.workers[0].nap.remote(300.0)  # a call waits behind it
-        calls = witnessed.submit(2)
-        os.kill(old := witnessed.pids[0], signal.SIGKILL)
-        assert [join([witnessed.session.get(ref)], SFT) for ref in calls] == first
-        with pytest.raises(RayActorError):
-            ray_cluster.get(nap)
+        assert witnessed.sample_and_kill(calls=2) == first
         witnessed.await_restarts(2)
-        witnessed.pids[0] = witnessed.new_process(0, old)
-        witnessed.kill(0)
+        witnessed.kill()
         assert witnessed.sample(calls=4) == first * 2
         witnessed.await_restarts(3)
         events = witnessed.told(6)
@@ -319,15 +324,9 @@ def test_a_worker_that_is_back_just_before_the_end_is_told_and_stops_by_itself(r
 
     with known_workers(ray_cluster, tiny_llama, workers=1, kind=Leaving) as witnessed:
         first = witnessed.sample()
-        nap = witnessed.session.workers[0].nap.remote(300.0)
-        calls = witnessed.submit()
-        os.kill(old := witnessed.pids[0], signal.SIGKILL)
-        assert [join([witnessed.session.get(ref)], SFT) for ref in calls] == first
-        with pytest.raises(RayActorError):
-            ray_cluster.get(nap)
-        pid = witnessed.new_process(0, old)
+        assert witnessed.sample_and_kill(calls=1) == first
     assert [row["event"] for row in witnessed.events] == ["fault", "recovered"]
-    assert [path.name for path in tmp_path.iterdir()] == [str(pid)]
+    assert [path.name for path in tmp_path.iterdir()] == [str(witnessed.pids[0])]
 
 
 def test_join_names_worker_and_version() -> None:
