@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp import faults, placement, watch
+from raywarp import faults, placement, room, watch
 from raywarp.config import Config
 from raywarp.engines import EngineSettings, front_rank
 from raywarp.hardware import cpu_environment
@@ -91,11 +91,11 @@ class Place:
 
     def has_ground(self) -> bool:
         """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""
-        return not faults.unnoticed(watch.node_of(self.group))
+        return not faults.unnoticed(room.node_of(self.group))
 
     def await_room(self, deadline: float) -> bool:
         """Whether there is a living node for a new actor, after a wait until then at most."""
-        while not (found := watch.finds_room(self.group) and self.has_ground()) and time.monotonic() < deadline:
+        while not (found := room.is_found(self.group) and self.has_ground()) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 
@@ -116,7 +116,7 @@ class Place:
         """Of a run that can't go on without it."""
         return faults.FaultError(
             f"{self.name} has waited {seconds:.0f} s for {self.group.bundle_specs if self.group else {}} after a loss: "
-            f"{watch.lack_of_room()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
+            f"{room.lack()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
         )
 
     def kill(self) -> None:
@@ -154,7 +154,7 @@ class Actors:
     def workers(self) -> list[Any]:
         """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
         groups = self._reserve(self.plan.rollout, "rollout")
-        self.worker_names = [placement.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
+        self.worker_names = [room.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
         return [self._worker(index) for index in range(len(groups))]
 
     def worker_again(self, index: int) -> Any:
@@ -173,7 +173,7 @@ class Actors:
         """Where the driver is, which no run survives: Ray takes any node for what needs nothing, and its loss would take the pool along.
         With a soft affinity, too (2.60)."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        name = placement.unique_name("raywarp-pool", 1)
+        name = room.unique_name("raywarp-pool", 1)
         options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here, "name": name}
         return self._make(self.kinds.pool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
 
@@ -183,7 +183,7 @@ class Actors:
 
         def maker(n: int) -> Callable[[PlacementGroup | None], Any]:
             def make(group: PlacementGroup | None) -> Any:
-                options = {"name": placement.unique_name("raywarp-policy", n)}
+                options = {"name": room.unique_name("raywarp-policy", n)}
                 return self._make(self.kinds.policy, need, group, self.environment, options, *arguments, watched=True)
 
             return make
@@ -207,7 +207,7 @@ class Actors:
                 need,
                 group,
                 self.environment,
-                restart | {"name": placement.unique_name("raywarp-reward", n)},
+                restart | {"name": room.unique_name("raywarp-reward", n)},
                 source,
                 *common,
                 title,
@@ -221,15 +221,15 @@ class Actors:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
         for groups in self.groups.values():
-            placement.release(groups)
+            room.release(groups)
 
     def _reserve(self, need: placement.Need, name: str) -> list[PlacementGroup | None]:
-        groups = placement.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
+        groups = room.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
         self.groups[name] = groups
         return groups
 
     def _ask_again(self, name: str, index: int) -> PlacementGroup | None:
-        group = self.groups[name][index] = placement.ask_again(self.groups[name][index])
+        group = self.groups[name][index] = room.ask_again(self.groups[name][index])
         return group
 
     def _make(
@@ -246,7 +246,7 @@ class Actors:
         results, behind which Ray would hold back the question."""
         also: dict[str, Any] = {"concurrency_groups": {watch.GROUP: 1}, "allow_out_of_order_execution": True} if watched else {}
         remote: Any = ray.remote(**also)(kind) if also else ray.remote(kind)
-        where = placement.options(need, group) if need else {"num_cpus": 0}
+        where = room.options(need, group) if need else {"num_cpus": 0}
         actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(*arguments)
         self.made.append(actor)
         return actor

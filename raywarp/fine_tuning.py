@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from raywarp import faults, stop, watch
+from raywarp import faults, room, stop, watch
 from raywarp.actors import Place
 from raywarp.config import Config
 from raywarp.faults import Failures, FaultError
@@ -182,7 +182,7 @@ class FineTuning:
         stop.check()
         others_work = self.tick()
         for stream in list(self.streams):
-            if stream.heard or watch.finds_room(stream.place.group):
+            if stream.heard or room.is_found(stream.place.group):
                 if text := hang_of(stream.place, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
                         self._report_hang(stream.place, self.courses[job.key], text)
@@ -215,7 +215,7 @@ class FineTuning:
         self.streams.remove(stream)
         stream.place.leave()
         for job in stream.jobs:
-            self.report("moved", what=stream.place.name, **job.label, message=f"no room for it: {watch.lack_of_room()}; to {target.name}")
+            self.report("moved", what=stream.place.name, **job.label, message=f"no room for it: {room.lack()}; to {target.name}")
         self._give(target, stream.jobs)
 
     def _load(self, place: Place) -> int:

@@ -7,6 +7,7 @@ from raywarp.config import Config
 from raywarp.evaluation import wanted_etas
 from raywarp.inputs import Inputs
 from raywarp.node_check import PACKAGES, versions
+from raywarp.search_space import SearchSpace
 
 ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
 
@@ -60,3 +61,14 @@ def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
     """Of the front of an iteration whose policies have these keys. Which of its points is chosen is no part of it."""
     front = config.front.model_dump(exclude={"choose"}) | {"etas": sorted({*wanted_etas(config), 0.0, 1.0})}
     return store.content_key([keys, inputs.evaluation, front, config.cluster.threads])
+
+
+def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
+    """How many policy runs a sweep's trials ask for, and how many different ones these are; None where that is not known in advance."""
+    if not space.points or space.search == "asha":
+        return None
+    read = ("model", "dtype", "prompts", "reward")
+    chains = []
+    for config in map(space.config, space.points):
+        chains += key_chain(config, {key: str(getattr(config, key)) for key in read})
+    return sum(map(len, chains)), len({key for keys in chains for key in keys})

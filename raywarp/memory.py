@@ -153,3 +153,10 @@ def result_bytes(shapes: Shapes, config: Config) -> int:
             policies * shapes.adapter_numbers(init + rank) + shapes.adapter_numbers(init) + shapes.adapter_numbers(init + rank * policies)
         )
     return (total + shapes.adapter_numbers(rank * policies * config.warp.iterations)) * FLOAT32
+
+
+def in_units(size: float) -> str:
+    """Bytes as a person reads them."""
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"

@@ -13,19 +13,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp import node_check
 from raywarp.config import Config, ConfigError
-from raywarp.memory import checkpoint_bytes
+from raywarp.memory import checkpoint_bytes, in_units
 from raywarp.node_check import NodeReport
 from raywarp.run import CONFIG_FILE
 
 LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
-GIB = 2**30
 
 
 def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
     """Check the cluster for a run; Ray must be there.
 
     Args:
-        forecast: the run's planning.Forecast, or None for a stage without policies.
+        forecast: the run's forecast.Forecast, or None for a stage without policies.
         paths: local folders that the run's processes read.
 
     Raises:
@@ -120,8 +119,8 @@ def disk_problems(config: Config, bytes_each: int) -> list[str]:
         place = getattr(config, key, None)
         if place is not None and (free := free_bytes(place)) is not None and free < needed:
             problems.append(
-                f"too little room on the disk of {key}={place}: {_gib(free)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
-                f"{config.warp.policies} policies take {_gib(needed)}; free some, or choose another {key}"
+                f"too little room on the disk of {key}={place}: {in_units(free)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
+                f"{config.warp.policies} policies take {in_units(needed)}; free some, or choose another {key}"
             )
     return problems
 
@@ -161,7 +160,3 @@ def _nonce(out: str) -> Iterator[tuple[str | None, str]]:
 
 def _name(node: Mapping[str, Any]) -> str:
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**20:.1f} MiB" if size < GIB else f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"

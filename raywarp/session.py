@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from raywarp import faults, orphans, placement, stop, watch
+from raywarp import faults, orphans, room, stop, watch
 from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
@@ -198,7 +198,7 @@ class Session:
     def present(self) -> list[Place]:
         """The policy actors; one that was given up for want of room comes back once there is some."""
         for place in self.policies:
-            if place.gone and watch.finds_room(place.group):
+            if place.gone and room.is_found(place.group):
                 place.renew()
         return [place for place in self.policies if not place.gone]
 
@@ -254,7 +254,7 @@ class Session:
                     place.renew()
                 else:
                     place.leave()
-                    self.report("lost", what=place.name, message=f"no room for it: {watch.lack_of_room()}")
+                    self.report("lost", what=place.name, message=f"no room for it: {room.lack()}")
         if self.policies and all(place.gone for place in self.policies):
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
@@ -264,7 +264,7 @@ class Session:
 
     def _start(self) -> None:
         config = self.config
-        self.plan = plan = placement.await_plan(config)
+        self.plan = plan = room.await_plan(config)
         self._free_before = ray.available_resources()
         self.dtype = run_dtype(config.dtype, plan.uses_gpus)
         self._actors = actors = Actors(config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds)
@@ -289,8 +289,8 @@ class Session:
         self._helpers = [
             PoolHelper("rollout pool", self.pool, hang, self.report, most, places, wait, workers=self.workers, again=actors.worker_again)
         ]
-        for name, scorer, room in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
-            self._helpers.append(Helper(name, scorer, hang, self.report, most, [room], wait))
+        for name, scorer, group in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
+            self._helpers.append(Helper(name, scorer, hang, self.report, most, [group], wait))
 
     def _started(self, what: str, actors: list[Any], refs: list[Any]) -> list[Any]:
         """What the actors' starts returned, asked again of those that died; Ray starts them again."""
@@ -330,7 +330,7 @@ class Session:
         if self._actors:
             self._actors.stop()
         if not at_once and not self._shares:
-            placement.wait_until_free(self._free_before)
+            room.wait_until_free(self._free_before)
 
     def _living_workers(self) -> list[Any]:
         """Without those for which there is no room since a loss."""

@@ -13,12 +13,11 @@ from typing import Any
 
 import ray
 
-from raywarp import placement, stop, store
+from raywarp import placement, room, stop, store
 from raywarp.claims import Table
 from raywarp.config import Config
 from raywarp.inputs import Inputs, prepare
-from raywarp.keys import key_chain
-from raywarp.planning import check_cluster
+from raywarp.planning import check_cluster, opening
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.search_space import DIRECTIONS, Point, SearchSpace, encode, search_space
@@ -60,7 +59,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     display.progress(opening(space, concurrent))
     with run.mirrored():
         points = _fit(plan, run, concurrent, display)
-        placement.take_back()
+        room.take_back()
         sweep = conclude(plan, files, points)
         save_sweep(sweep, plan, run)
         show_sweep(sweep, display)
@@ -76,17 +75,6 @@ def check_inputs(space: SearchSpace) -> Inputs:
         different.setdefault(store.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
     first, *_ = [prepare(config) for config in list(different.values())[:MOST_PREPARED]]
     return first
-
-
-def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
-    """How many policy runs the trials ask for, and how many different ones these are; None where that is not known in advance."""
-    if not space.points or space.search == "asha":
-        return None
-    read = ("model", "dtype", "prompts", "reward")
-    chains = []
-    for config in map(space.config, space.points):
-        chains += key_chain(config, {key: str(getattr(config, key)) for key in read})
-    return sum(map(len, chains)), len({key for keys in chains for key in keys})
 
 
 def _plan(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
@@ -107,13 +95,6 @@ def _plan(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
 
 def _absolute(place: str | None) -> str | None:
     return os.path.abspath(place) if place is not None and "://" not in place else place
-
-
-def opening(space: SearchSpace, concurrent: int | None) -> str:
-    """How many trials there are, and how many policy runs that makes. concurrent: trials at the same time, if that is known."""
-    line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (f", {concurrent} at a time" if concurrent else "")
-    runs = policy_runs(space)
-    return line + (f"; they ask for {runs[0]} policy runs, of which {runs[1]} differ and are executed" if runs else "")
 
 
 def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[Point]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.placement_group import PlacementGroup
 
-from raywarp import faults, out_of_memory, placement
+from raywarp import faults, out_of_memory, room
 
 GROUP = "watch"
 START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
@@ -196,9 +196,9 @@ class Helper:
 
     def _check_room(self, what: str, seconds: float) -> None:
         """Raises FaultError where it has been away for too long because no node has room for it."""
-        if self.groups and not any(map(finds_room, self.groups)) and seconds > self.longest_wait:
+        if self.groups and not any(map(room.is_found, self.groups)) and seconds > self.longest_wait:
             raise faults.FaultError(
-                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {lack_of_room()}; add nodes, lower "
+                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {room.lack()}; add nodes, lower "
                 "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
             )
 
@@ -257,7 +257,7 @@ class PoolHelper(Helper):
         if len(self.down) == len(self.workers):
             self._check_room("rollout worker", min(self.down.values()))
         for index, seconds in self.down.items():
-            if not finds_room(self.groups[index]) and seconds > self.longest_wait and lost_node(self.groups[index]):
+            if not room.is_found(self.groups[index]) and seconds > self.longest_wait and room.lost_node(self.groups[index]):
                 self.workers[index] = self.again(index)
         return health
 
@@ -287,28 +287,3 @@ def restart(actor: Any) -> None:
     """Kill an actor that Ray then starts again."""
     with contextlib.suppress(RayError):
         ray.kill(actor, no_restart=False)
-
-
-def finds_room(group: PlacementGroup | None) -> bool:
-    """Whether a placement group is on a node. For one that waits, what dead trials still hold is taken back."""
-    found = group is None or placement_group_table(group)["state"] == "CREATED"
-    if not found:
-        placement.take_back()
-    return found
-
-
-def lost_node(group: PlacementGroup | None) -> bool:
-    """Whether Ray looks for a new node for it, since the one that it had is gone."""
-    return group is not None and placement_group_table(group)["state"] == "RESCHEDULING"
-
-
-def node_of(group: PlacementGroup | None) -> str:
-    """The node that Ray has chosen for it; empty while there is none."""
-    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"] if group else {}
-    return next(iter(nodes.values()), "")
-
-
-def lack_of_room() -> str:
-    """What the cluster has free of what."""
-    free, total = ray.available_resources(), ray.cluster_resources()
-    return "the cluster has " + ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("GPU", "CPU"))

@@ -10,7 +10,7 @@ import pytest
 from killing import Patience
 from ray.util.placement_group import placement_group, placement_group_table
 
-from raywarp import placement, watch
+from raywarp import placement, room, watch
 from raywarp.actors import Place
 from raywarp.config import Config, ConfigError, parse_config
 from raywarp.reward_actor import RewardActor
@@ -95,14 +95,14 @@ def test_threads_of_a_node_are_those_of_its_own_actors(monkeypatch: pytest.Monke
 def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:
     free = ray_cluster.available_resources()["CPU"]
     need = placement.Need("policy", gpus=0, cpus=1, count=2)
-    groups = placement.reserve(need, "test", timeout=30)
+    groups = room.reserve(need, "test", timeout=30)
     assert len(groups) == 2
-    options = placement.options(need, groups[0])
+    options = room.options(need, groups[0])
     assert options["scheduling_strategy"].placement_group == groups[0]
-    placement.release(groups)
+    room.release(groups)
     with pytest.raises(ConfigError, match=r"waited 1 s for 1 placement groups .*lower cluster\.\*_per_policy"):
-        placement.reserve(placement.Need("policy", gpus=0, cpus=free + 1, count=1), "test", timeout=1)
-    assert placement.reserve(placement.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
+        room.reserve(placement.Need("policy", gpus=0, cpus=free + 1, count=1), "test", timeout=1)
+    assert room.reserve(placement.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
 
 
 def planned(need: placement.Need) -> None:
@@ -111,12 +111,12 @@ def planned(need: placement.Need) -> None:
     while placement.ray.available_resources()["CPU"] >= need.cpus:  # Ray tells what is free a moment later
         assert patience.lasts()
     cluster = {"policy_actors": 1, "cpus_per_policy": 1, "cpus_per_rollout_worker": need.cpus - 1, "timeout_seconds": 30}
-    assert placement.await_plan(parse_config({"cluster": cluster})).policy.count == 1
+    assert room.await_plan(parse_config({"cluster": cluster})).policy.count == 1
 
 
 def reserved(need: placement.Need) -> None:
     """What follows it, should it have seen as free what is not."""
-    placement.release(placement.reserve(need, "raywarp-policy", 30))
+    room.release(room.reserve(need, "raywarp-policy", 30))
 
 
 def regained(need: placement.Need) -> None:
@@ -124,21 +124,21 @@ def regained(need: placement.Need) -> None:
     group = placement_group([need.bundle()], strategy="STRICT_PACK")
     place = Place("policy actor 1", make=lambda _: None, group=group, ask_again=lambda: None)
     assert place.await_room(time.monotonic() + 30)
-    placement.release([group])
+    room.release([group])
 
 
 def helped(need: placement.Need) -> None:
     """A reward worker's, which Ray starts again when its group has another node."""
     group = placement_group([need.bundle()], strategy="STRICT_PACK")
     kind = placement.ray.remote(concurrency_groups={watch.GROUP: 1})(RewardActor)
-    worker = kind.options(**placement.options(need, group)).remote(None, False, None, "reward worker")
+    worker = kind.options(**room.options(need, group)).remote(None, False, None, "reward worker")
     placement.ray.kill(worker)
     helper = watch.Helper("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
     patience = Patience(30)
     while placement_group_table(group)["state"] != "CREATED":
         helper.check()
         assert patience.lasts()
-    placement.release([group])
+    room.release([group])
 
 
 @pytest.mark.parametrize("wait", [planned, reserved, regained, helped])
@@ -148,7 +148,7 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wai
     @ray_cluster.remote(num_cpus=0)
     class Trial:
         def take(self, cpus: float) -> int:
-            placement.reserve(placement.Need("policy", 0, cpus, 1), "raywarp-policy", 30)
+            room.reserve(placement.Need("policy", 0, cpus, 1), "raywarp-policy", 30)
             return os.getpid()
 
     def names() -> set[str]:
@@ -158,7 +158,7 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wai
     mine = [placement_group([{"CPU": 0.1}], name="another.program")]
     living, dead = Trial.remote(), Trial.remote()
     try:
-        mine += placement.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
+        mine += room.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
         ray_cluster.get(living.take.remote(0.5))
         kept = names()
         os.kill(ray_cluster.get(dead.take.remote(2)), signal.SIGKILL)
@@ -167,8 +167,8 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wai
     finally:
         ray_cluster.kill(living)
         ray_cluster.kill(dead)
-        placement.release(mine)
+        room.release(mine)
         patience = Patience(30)
         while names() != before:
-            placement.take_back()
+            room.take_back()
             assert patience.lasts()
