@@ -19,10 +19,10 @@ from transformers.utils import logging as transformers_logging
 
 from raywarp.classifier import classify, load_tokenizer
 from raywarp.config import ConfigError, RewardTrainingConfig
-from raywarp.data import Preference
 from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
 from raywarp.model_files import first_line
+from raywarp.preferences import Preference
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.store import write_json
 

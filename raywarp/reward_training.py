@@ -19,9 +19,10 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from raywarp.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.classifier import load_tokenizer
 from raywarp.config import Config, ConfigError
-from raywarp.data import Preference, PreferenceSplits, load_preferences, resolve_model
+from raywarp.data import resolve_model
 from raywarp.hardware import CPU_ENV
 from raywarp.model_files import check_weights, read_model_config
+from raywarp.preferences import Preference, PreferenceSplits, load_preferences
 from raywarp.progress import Display
 from raywarp.reward_progress import following
 from raywarp.rewards import REWARD_FILE, check_trained

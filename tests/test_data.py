@@ -13,9 +13,10 @@ from conftest import WORDS
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from raywarp import data, embedded
+from raywarp import embedded
 from raywarp.config import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
-from raywarp.data import Preference, Prompt, _PromptRenderer, fingerprint, load_preferences, load_prompts, load_rows, resolve_model
+from raywarp.data import Prompt, _PromptRenderer, fingerprint, load_prompts, load_rows, resolve_model
+from raywarp.preferences import Preference, PreferenceSplits, load_preferences
 
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows, str], str]
@@ -251,11 +252,11 @@ def texts(pairs: list[Preference]) -> set[str]:
     return {text for pair in pairs for text in (pair.chosen, pair.rejected)}
 
 
-def sizes(splits: data.PreferenceSplits) -> list[int]:
+def sizes(splits: PreferenceSplits) -> list[int]:
     return [len(splits.train), len(splits.validation), len(splits.test)]
 
 
-def all_pairs(splits: data.PreferenceSplits) -> list[Preference]:
+def all_pairs(splits: PreferenceSplits) -> list[Preference]:
     return splits.train + splits.validation + splits.test
 
 

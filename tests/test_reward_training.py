@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
 from raywarp.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
-from raywarp.data import Preference
 from raywarp.embedded import Snippet
+from raywarp.preferences import Preference
 from raywarp.reward_training import WORK, RewardSummary, prepare_reward, train_reward
 from raywarp.rewards import load_reward
 
