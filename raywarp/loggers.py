@@ -15,7 +15,8 @@ from typing import Any
 from raywarp import store
 from raywarp.config import Config, ConfigError, to_yaml
 from raywarp.model_files import first_line
-from raywarp.run import CONFIG_FILE, PICTURE, Run, flat
+from raywarp.run import PICTURE, Run
+from raywarp.saved_config import CONFIG_FILE, flat
 from raywarp.store import DamagedError
 
 IDS_FILE = "loggers.json"  # the services' own ids of this run, by which a continued one goes on there

@@ -15,7 +15,7 @@ from raywarp import node_check
 from raywarp.config import Config, ConfigError
 from raywarp.memory import checkpoint_bytes, in_units
 from raywarp.node_check import NodeReport
-from raywarp.run import CONFIG_FILE
+from raywarp.saved_config import CONFIG_FILE
 
 LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
 

@@ -14,7 +14,8 @@ from raywarp.findings import findings, points_of
 from raywarp.page_json import plain
 from raywarp.report_files import RunFiles
 from raywarp.report_texts import clip, sample_texts, training_texts
-from raywarp.run import CONFIG_FILE, EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, flat
+from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
+from raywarp.saved_config import CONFIG_FILE, flat
 from raywarp.storage import Storage
 from raywarp.store import MANIFEST
 from raywarp.timeline import timeline

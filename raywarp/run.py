@@ -1,6 +1,5 @@
 """What a run's folder holds, and where: config, metrics, policies under their keys, iterations, front, and the chosen adapter."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,32 +9,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raywarp import store
 from raywarp.adapters import AdapterDelta
 from raywarp.averaging import geometry
-from raywarp.config import Config, ConfigError, to_yaml
+from raywarp.config import Config, ConfigError
 from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft
+from raywarp.saved_config import CONFIG_FILE, differing_keys, read_config, saved_form
 from raywarp.storage import Storage
 from raywarp.store import DamagedError
 
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
 EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
 FRONT_FILES = (PICTURE, "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-_CHECKSUM = "# sha256 of the lines below: "
-# Keys that change how a run is carried out or looked at, but not what it trains.
-_FREE_KEYS = {
-    *("out", "store", "cluster", "front", "control", "preferences", "reward_training"),
-    *("checkpoint_every", "kl_to_sft_every", "loggers", "tune"),
-    *("rollout.workers", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "reward.batch_size", "reward.timeout_seconds"),
-    *("optim.max_tokens_per_microbatch", "optim.gradient_checkpointing"),
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class Run:
                 raise ConfigError(f"{saved} cannot be read; choose another out, or delete the folder")
             if theirs is None:
                 self.say(f"{saved} is not what was written; written anew")
-            elif differing := _differing_keys(theirs, config):
+            elif differing := differing_keys(theirs, config):
                 raise ConfigError(
                     f"out={config.out} holds a different run ({', '.join(differing)}); choose another out, or delete the folder"
                 )
@@ -99,9 +88,7 @@ class Run:
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
 
     def save_config(self, config: Config) -> None:
-        """Behind a first line with its sha256, by which damage is told from another run's configuration."""
-        text = to_yaml(config)
-        store.write_text(self.folder / CONFIG_FILE, f"{_CHECKSUM}{_sha256(text)}\n{text}")
+        store.write_text(self.folder / CONFIG_FILE, saved_form(config))
         self.push()
 
     @contextmanager
@@ -308,38 +295,3 @@ class Run:
     def front(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads((self.folder / FRONT_FILE).read_text())
         return result
-
-
-def read_config(data: bytes) -> dict[str, Any] | None:
-    """A saved configuration, from its file's content; None if it is damaged."""
-    try:
-        text = data.decode()
-        first, _, rest = text.partition("\n")
-        if first.startswith(_CHECKSUM) and first != _CHECKSUM + _sha256(rest):
-            return None
-        theirs = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return theirs if isinstance(theirs, dict) else None
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
-    default, now = (dict(flat(one.model_dump(mode="json"))) for one in (Config(), config))
-    before = default | dict(flat(theirs))
-    return [
-        f"{key} is {before.get(key)!r} there and {value!r} here"
-        for key, value in now.items()
-        if not _FREE_KEYS & {key, key.partition(".")[0]} and before.get(key) != value
-    ]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
