@@ -13,35 +13,27 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval
-from raywarp.classifier import load_tokenizer
 from raywarp.config import Config, ConfigError
-from raywarp.data import resolve_model
 from raywarp.hardware import CPU_ENV
-from raywarp.model_files import check_weights, read_model_config
-from raywarp.preferences import Preference, PreferenceSplits, load_preferences
+from raywarp.preferences import Preference
 from raywarp.progress import Display
+from raywarp.reward_inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.reward_progress import following
-from raywarp.rewards import REWARD_FILE, check_trained
-from raywarp.storage import Storage
+from raywarp.rewards import REWARD_FILE
 from raywarp.store import (
     MANIFEST,
     DamagedError,
     append_jsonl,
     check_sealed,
     read_jsonl,
-    read_record,
     seal,
     write_jsonl,
     write_record,
 )
-
-SETTINGS_FILE = "settings.json"
-WORK = ".ray_train"  # inside the model's folder, removed at success
-FREE_KEYS = {"reward_training.num_workers", "reward_training.use_gpu", "reward_training.sft_completions"}  # another value is no other model
 
 
 @dataclass(frozen=True)
@@ -57,39 +49,6 @@ class RewardSummary:
     steps: int
     best_step: int
     already_complete: bool
-
-
-@dataclass(frozen=True)
-class RewardInputs:
-    """backbone: a hub id or an absolute folder, since Ray Train's workers run in a folder of their own."""
-
-    backbone: str
-    splits: PreferenceSplits
-
-
-def prepare_reward(config: Config) -> RewardInputs | None:
-    """Check all that the training reads; None where the folder config.out holds the finished model.
-
-    Raises:
-        ConfigError: wrong input, or a folder that holds another model.
-    """
-    out, settings, training = Storage(config.out).folder, _settings(config), config.reward_training
-    if out is None:
-        raise ConfigError(f"out={config.out}: a reward model is trained into a folder, which every node must reach; set out to one")
-    if (stored := _finished(out)) is not None:
-        _refuse_other(out, stored["settings"], settings)
-        return None
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={config.out} is a file; it must be a folder")
-    if (begun := _begun(out)) is not None:
-        _refuse_other(out, begun, settings)
-    elif (out / "config.json").exists():
-        raise ConfigError(f"out={config.out} holds a model that raywarp did not train; choose another folder")
-    if training.batch_size % training.num_workers:
-        raise ConfigError(
-            f"reward_training.batch_size={training.batch_size} is not a multiple of reward_training.num_workers={training.num_workers}"
-        )
-    return RewardInputs(_check_backbone(config), load_preferences(config.preferences, config.seed))
 
 
 def train_reward(config: Config, inputs: RewardInputs | None = None, display: Display | None = None) -> RewardSummary:
@@ -109,7 +68,7 @@ def train_reward(config: Config, inputs: RewardInputs | None = None, display: Di
         return _summary(out, already_complete=True)
     use_gpu, splits = _check_workers(config), inputs.splits
     test = splits.test[: training.test_pairs]
-    write_record(out / WORK / SETTINGS_FILE, _settings(config))
+    write_record(out / WORK / SETTINGS_FILE, settings_of(config))
     job = {
         "config": config.model_dump(mode="json"),
         "backbone": inputs.backbone,
@@ -123,32 +82,6 @@ def train_reward(config: Config, inputs: RewardInputs | None = None, display: Di
         _fit(job, training.num_workers, use_gpu, out / WORK)
     _publish(out)
     return _summary(out)
-
-
-def _finished(out: Path) -> dict[str, Any] | None:
-    """reward.json of a finished model; None where there is none, or where it is not whole: then it is said, and what marks it as
-    finished goes."""
-    try:
-        return check_trained(out)
-    except DamagedError as error:
-        print(f"reward model: {error}; trained again", flush=True)
-        for name in (MANIFEST, REWARD_FILE, "config.json"):
-            (out / name).unlink(missing_ok=True)
-        return None
-
-
-def _begun(out: Path) -> dict[str, Any] | None:
-    """The settings of a training under way; where they are lost or damaged it starts over."""
-    path = out / WORK / SETTINGS_FILE
-    try:
-        if (settings := read_record(path)) or not (out / WORK / "run").is_dir():
-            return settings
-        problem = f"{path} is missing"
-    except DamagedError as error:
-        problem = str(error)
-    print(f"reward model: {problem}; its training starts over", flush=True)
-    shutil.rmtree(out / WORK)
-    return None
 
 
 def _snapshot_problem(run: Path) -> str | None:
@@ -276,7 +209,7 @@ def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone:
         "steps": config.reward_training.steps,
         "best_step": trainer.best_step,
         "validation": trainer.history,
-        "settings": _settings(config),
+        "settings": settings_of(config),
     }
     write_record(folder / REWARD_FILE, report)
 
@@ -295,22 +228,6 @@ def _summary(out: Path, already_complete: bool = False) -> RewardSummary:
     return RewardSummary(out, stored["accuracy"], (low, high), stored["pairs"], stored["steps"], stored["best_step"], already_complete)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """What decides the trained weights, by dotted key, as JSON gives it back."""
-    sections = {"preferences": config.preferences, "reward_training": config.reward_training}
-    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump(mode="json").items()}
-    return {"seed": config.seed} | {key: value for key, value in flat.items() if key not in FREE_KEYS}
-
-
-def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise ConfigError(
-                f"{out} holds a reward model trained with {key}={old.get(key)}, and now {key}={new.get(key)}; "
-                "set out to another folder, or delete this one"
-            )
-
-
 def _check_workers(config: Config) -> bool:
     """Whether the workers get GPUs; raises ConfigError where the cluster cannot hold them."""
     training, cluster = config.reward_training, ray.cluster_resources()
@@ -325,26 +242,8 @@ def _check_workers(config: Config) -> bool:
     return use_gpu
 
 
-def _check_backbone(config: Config) -> str:
-    what = f"reward_training.backbone={config.reward_training.backbone}"
-    name = resolve_model(config.reward_training.backbone, what="reward_training.backbone")
-    read_model_config(name, config.trust_remote_code, what)
-    check_weights(name, what)
-    load_tokenizer(name, config.trust_remote_code)
-    return name
-
-
 def _config_error(failure: BaseException | None) -> ConfigError | None:
     """The ConfigError that a worker raised, inside whatever Ray put around it."""
     while failure is not None and not isinstance(failure, ConfigError):
         failure = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure.__cause__
     return failure
-
-
-__all__ = [
-    "RewardInputs",
-    "RewardSummary",
-    "TrainingFailedError",
-    "prepare_reward",
-    "train_reward",
-]

@@ -19,7 +19,8 @@ from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate,
 from raywarp.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
 from raywarp.embedded import Snippet
 from raywarp.preferences import Preference
-from raywarp.reward_training import WORK, RewardSummary, prepare_reward, train_reward
+from raywarp.reward_inputs import WORK, prepare_reward
+from raywarp.reward_training import RewardSummary, train_reward
 from raywarp.rewards import load_reward
 
 FILLER = ["the film", "a plot", "the plot was a film", "film", "was a"]

@@ -1,0 +1,103 @@
+"""What a reward model is trained from, and whether its folder holds one already, the same or another."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raywarp.classifier import load_tokenizer
+from raywarp.config import Config, ConfigError
+from raywarp.data import resolve_model
+from raywarp.model_files import check_weights, read_model_config
+from raywarp.preferences import PreferenceSplits, load_preferences
+from raywarp.rewards import REWARD_FILE, check_trained
+from raywarp.storage import Storage
+from raywarp.store import MANIFEST, DamagedError, read_record
+
+SETTINGS_FILE = "settings.json"
+WORK = ".ray_train"  # inside the model's folder, removed at success
+FREE_KEYS = {"reward_training.num_workers", "reward_training.use_gpu", "reward_training.sft_completions"}  # another value is no other model
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """backbone: a hub id or an absolute folder, since Ray Train's workers run in a folder of their own."""
+
+    backbone: str
+    splits: PreferenceSplits
+
+
+def prepare_reward(config: Config) -> RewardInputs | None:
+    """Check all that the training reads; None where the folder config.out holds the finished model.
+
+    Raises:
+        ConfigError: wrong input, or a folder that holds another model.
+    """
+    out, settings, training = Storage(config.out).folder, settings_of(config), config.reward_training
+    if out is None:
+        raise ConfigError(f"out={config.out}: a reward model is trained into a folder, which every node must reach; set out to one")
+    if (stored := _finished(out)) is not None:
+        _refuse_other(out, stored["settings"], settings)
+        return None
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={config.out} is a file; it must be a folder")
+    if (begun := _begun(out)) is not None:
+        _refuse_other(out, begun, settings)
+    elif (out / "config.json").exists():
+        raise ConfigError(f"out={config.out} holds a model that raywarp did not train; choose another folder")
+    if training.batch_size % training.num_workers:
+        raise ConfigError(
+            f"reward_training.batch_size={training.batch_size} is not a multiple of reward_training.num_workers={training.num_workers}"
+        )
+    return RewardInputs(_check_backbone(config), load_preferences(config.preferences, config.seed))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What decides the trained weights, by dotted key, as JSON gives it back."""
+    sections = {"preferences": config.preferences, "reward_training": config.reward_training}
+    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump(mode="json").items()}
+    return {"seed": config.seed} | {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{out} holds a reward model trained with {key}={old.get(key)}, and now {key}={new.get(key)}; "
+                "set out to another folder, or delete this one"
+            )
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """reward.json of a finished model; None where there is none, or where it is not whole: then it is said, and what marks it as
+    finished goes."""
+    try:
+        return check_trained(out)
+    except DamagedError as error:
+        print(f"reward model: {error}; trained again", flush=True)
+        for name in (MANIFEST, REWARD_FILE, "config.json"):
+            (out / name).unlink(missing_ok=True)
+        return None
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """The settings of a training under way; where they are lost or damaged it starts over."""
+    path = out / WORK / SETTINGS_FILE
+    try:
+        if (settings := read_record(path)) or not (out / WORK / "run").is_dir():
+            return settings
+        problem = f"{path} is missing"
+    except DamagedError as error:
+        problem = str(error)
+    print(f"reward model: {problem}; its training starts over", flush=True)
+    shutil.rmtree(out / WORK)
+    return None
+
+
+def _check_backbone(config: Config) -> str:
+    what = f"reward_training.backbone={config.reward_training.backbone}"
+    name = resolve_model(config.reward_training.backbone, what="reward_training.backbone")
+    read_model_config(name, config.trust_remote_code, what)
+    check_weights(name, what)
+    load_tokenizer(name, config.trust_remote_code)
+    return name
