@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = ["#3b6fb6", "#c76a2b", "#3f8f5b", "#8a56a3", "#b23a48", "#6b6b6b", "#b59b1f", "#3aa6a6", "#d47fa6", "#1f3a5f", "#8c564b"]
+TICKS = (0, 0.3, 1, 2, 4, 6, 10, 15, 20, 30, 40, 60)  # nats
 Panel = Callable[[Any, Sequence[Sample]], None]
 
 
@@ -28,10 +29,15 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
     size = (5.6 * sum(widths), max(5.2, 0.9 + 0.34 * len(rows)))
     figure, all_axes = plt.subplots(1, len(widths), figsize=size, dpi=75, width_ratios=widths, layout="constrained")
     curves = [curve for curve in judged.claim.curves if SFT in curve.also and _with(own, curve.front)]
+    runs = list(dict.fromkeys(map(_run, curves)))
     for axes, score, label in zip(all_axes[:2], ("reward", "control"), ("reward", "control score"), strict=True):
-        for n, curve in enumerate(curves):
+        for curve in curves:
+            n = runs.index(_run(curve))
             _front(axes, curve, own, score, COLOURS[n % len(COLOURS)], "-o" if n < len(COLOURS) else "-.^")
-        axes.set(xlabel="KL(policy ‖ SFT), nats per completion", ylabel=f"{label}, SFT standard deviations")
+        axes.set_xscale("function", functions=(_signed_root, _signed_square))  # in which fronts are straight between points: see reward_at
+        axes.set(xlabel="KL(policy ‖ SFT), nats per completion, √ scale", ylabel=f"{label}, SFT standard deviations")
+        axes.set(xticks=[tick for tick in TICKS if tick <= axes.dataLim.xmax], xlim=(-0.01, None))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     if curves:
         all_axes[0].legend(fontsize=7.5, loc="lower right")
@@ -56,6 +62,19 @@ def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colo
     label = curve.label + (f" ({len(own)} of {len(of_seeds)} seeds)" if len(own) < len(of_seeds) else "")
     axes.plot(kl[0][order], value[0][order], "--s" if trained else style, color=colour, markersize=4, linewidth=1.3, label=label)
     axes.fill_between(kl[0][order], low[order], high[order], color=colour, alpha=0.1, linewidth=0)
+
+
+def _run(curve: Curve) -> str:
+    """What has one colour: a policy's training, and its end scaled by η."""
+    return curve.name.removesuffix("-training").removesuffix("-long").replace("training-", "policy-")
+
+
+def _signed_root(x: Any) -> Any:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: Any) -> Any:
+    return np.sign(x) * np.square(x)
 
 
 def _forest(axes: Any, judged: Judged, names: Sequence[str]) -> None:
