@@ -177,7 +177,7 @@ def replace_targets(base: Any, lora: LoraConfig) -> tuple[tuple[str, ...], dict[
         model = get_peft_model(base, PeftLoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"), adapter_name=INIT)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules={wanted!r} does not fit the model: {error}") from None
-    resolved = model.peft_config[INIT].target_modules  # type: ignore[attr-defined]
+    resolved = model.peft_config[INIT].target_modules
     target_modules = tuple(sorted(resolved)) if isinstance(resolved, set | list) else (str(resolved),)
     layers = {}
     for name, layer in [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]:

@@ -31,7 +31,8 @@ def attend(
     unusual = options.get("dropout") or any(value is not None for name, value in options.items() if name not in plain)
     causal = attention_mask is not None or options.get("is_causal", getattr(module, "is_causal", True))
     if unusual or not causal or query.shape[2] != key.shape[2] or query.shape[2] > SHORT:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return result
     if attention_mask is None:
         length = query.shape[2]
         attention_mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
