@@ -111,10 +111,15 @@ def forecast(config: Config, source: Source, placed: placement.Plan) -> Forecast
     dtype, length = run_dtype(config.dtype, placed.uses_gpus), source.prompt_tokens + config.rollout.max_new_tokens
     rows = _rows(config, length)
     shapes = model_shapes(source.settings, config.lora, dtype, rows, length, placed.policy.gpus > 0, config.trust_remote_code)
-    return of_shapes(config, source.model, shapes, placed, source.prompt_tokens)
+    return forecast_of_shapes(config, source.model, shapes, placed, source.prompt_tokens)
 
 
-def of_shapes(config: Config, model: str, shapes: Shapes, placed: placement.Plan, prompt_tokens: int) -> Forecast:
+def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: placement.Plan, prompt_tokens: int) -> Forecast:
+    """The same from shapes that are known; activations are in it as far as the shapes have them.
+
+    Args:
+        model: a folder or hub id, whose weights may lie here. prompt_tokens: of the longest prompt.
+    """
     dtype, length = run_dtype(config.dtype, placed.uses_gpus), prompt_tokens + config.rollout.max_new_tokens
     held = -(-config.warp.policies // placed.policy.count)
     stored, gpu = stored_bytes(model), placed.policy.gpus > 0

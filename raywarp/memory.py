@@ -155,8 +155,6 @@ def result_bytes(shapes: Shapes, config: Config) -> int:
     return (total + shapes.adapter_numbers(rank * policies * config.warp.iterations)) * FLOAT32
 
 
-def in_units(size: float) -> str:
-    """Bytes as a person reads them."""
-    if size >= 2**30:
-        return f"{size / 2**30:.1f} GiB"
-    return f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"
+def in_units(size: float, more: int = 0) -> str:
+    """Bytes as a person reads them. more: digits, for sizes that are compared with each other."""
+    return f"{size / 2**30:.{1 + more}f} GiB" if size >= 2**30 else f"{size / 2**20:.{more}f} MiB"

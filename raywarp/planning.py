@@ -11,7 +11,7 @@ from typing import Any
 from raywarp import embedded, memory, placement, preflight
 from raywarp.config import Config, ConfigError
 from raywarp.data import HUB_ID
-from raywarp.forecast import Forecast, Process, Source, forecast, of_shapes
+from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Shapes, in_units
@@ -88,7 +88,7 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
             placed = placement.make_plan(config)
         except ConfigError:  # the session says so, after it has waited for what may become free
             placed = placement.wish(config, placement.cluster_gpus())
-        found = of_shapes(config, model, shapes, placed, prompt_tokens)
+        found = forecast_of_shapes(config, model, shapes, placed, prompt_tokens)
     preflight.preflight(config, found, local_paths(config, model) if found else [])
 
 

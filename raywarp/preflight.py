@@ -119,8 +119,8 @@ def disk_problems(config: Config, bytes_each: int) -> list[str]:
         place = getattr(config, key, None)
         if place is not None and (free := free_bytes(place)) is not None and free < needed:
             problems.append(
-                f"too little room on the disk of {key}={place}: {in_units(free)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
-                f"{config.warp.policies} policies take {in_units(needed)}; free some, or choose another {key}"
+                f"too little room on the disk of {key}={place}: {in_units(free, more=1)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
+                f"{config.warp.policies} policies take {in_units(needed, more=1)}; free some, or choose another {key}"
             )
     return problems
 

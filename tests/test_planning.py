@@ -149,7 +149,7 @@ def test_a_full_disk_is_said_with_what_and_where(tiny_llama: Path, monkeypatch: 
     monkeypatch.setattr(preflight, "free_bytes", lambda place: 5 << 30)
     assert preflight.disk_problems(config, (5 << 30) // 6) == []
     (problem,) = preflight.disk_problems(config, 1 << 30)
-    assert "disk of out=runs/x: 5.0 GiB free, 2 checkpoints of each of 3 policies take 6.0 GiB" in problem
+    assert "disk of out=runs/x: 5.00 GiB free, 2 checkpoints of each of 3 policies take 6.00 GiB" in problem
 
 
 def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
