@@ -65,8 +65,9 @@ def _front(axes: Any, curve: Curve, of_seeds: Sequence[Sample], score: str, colo
 
 
 def _run(curve: Curve) -> str:
-    """What has one colour: a policy's training, and its end scaled by η."""
-    return curve.name.removesuffix("-training").removesuffix("-long").replace("training-", "policy-")
+    """What has one colour: a policy's training, and its end scaled by η, which is a point of both."""
+    shared = [point for point in curve.also if point != SFT]
+    return shared[0].partition("@")[0] if shared else curve.name
 
 
 def _signed_root(x: Any) -> Any:
