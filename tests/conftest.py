@@ -37,9 +37,15 @@ WORDS = (
 )
 
 
+def pytest_configure() -> None:
+    """vLLM looks at a model's class in a process of its own, for ten seconds, and notes at home what it saw: one home is enough."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="rwvllm")
+
+
 def pytest_unconfigure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+    own = tempfile.gettempdir() if "PYTEST_XDIST_WORKER" in os.environ else os.environ["VLLM_CACHE_ROOT"]
+    shutil.rmtree(own, ignore_errors=True)
 
 
 def random_delta(
