@@ -225,7 +225,7 @@ start_cluster() {
   done
   say "the cluster is up: dashboard and job server at http://127.0.0.1:$port (RAY_AUTH_MODE=$RAY_AUTH_MODE)"
   say "  ./cluster/local.sh submit CONFIG     runs raywarp train there as a job"
-  say "  RAY_ADDRESS=$(cat "$CLUSTER/ray/ray_current_cluster") raywarp train CONFIG     runs it from here"
+  say "  RAY_AUTH_MODE=$RAY_AUTH_MODE RAY_ADDRESS=$(cat "$CLUSTER/ray/ray_current_cluster") $PWD/.venv/bin/raywarp train CONFIG     runs it from here"
 }
 
 stop_cluster() {

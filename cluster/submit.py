@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, for example warp.steps=20")
     result.add_argument("--command", default="train", help="raywarp's command: train (the default), reward, tune")
     result.add_argument("--address", help="of the job server (default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265)")
+    result.add_argument("--tunnel", action="store_true", help="the address leads to another machine, though it is 127.0.0.1")
     result.add_argument("--runtime-env", type=Path, default=Path(__file__).with_name("runtime_env.yaml"), metavar="FILE")
     result.add_argument("--no-wait", action="store_true", help="do not follow the job")
     return result
@@ -75,10 +76,10 @@ def submit(client: JobSubmissionClient, address: str, options: argparse.Namespac
     if path.parts[0] == "..":
         raise ConfigError(f"{options.config} is not in {os.getcwd()}, of which the job gets a copy; start this where the config lies")
     moved = absolute_paths(config)
-    if urlsplit(address).hostname not in LOOPBACK:
+    if options.tunnel or urlsplit(address).hostname not in LOOPBACK:
         if written := [override for override in moved if override.startswith(("out=", "store="))]:
             key, _, value = written[0].partition("=")
-            raise ConfigError(f"{key} is relative ({value} here), and {address} is elsewhere: give a path or URI that all its nodes see")
+            raise ConfigError(f"{key} is relative ({value} here), and the cluster is elsewhere: give a path or URI that all its nodes see")
         moved = []
     entrypoint = shlex.join(["raywarp", options.command, path.as_posix(), *options.overrides, *moved])
     environment = {**yaml.safe_load(options.runtime_env.read_text()), "working_dir": os.getcwd()}

@@ -22,6 +22,7 @@ SHOWN = 80  # characters of a wrong value in a message
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 MINILM = "embedded:all-minilm-l6-v2"
 SNIPPETS = "embedded:movie-snippets"
+DATASET = "hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets, whose parts have fixed sizes"
 
 
 class ConfigError(ValueError):
@@ -31,7 +32,7 @@ class ConfigError(ValueError):
 class PromptsConfig(Section):
     """What the policies complete, in training and in the evaluation."""
 
-    dataset: Text = Field(SNIPPETS, description="hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets")
+    dataset: Text = Field(SNIPPETS, description=DATASET)
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that training prompts come from")
     held_out_split: Text | None = Field(None, description="split for evaluation; without it held_out_fraction of split is kept back")
@@ -59,7 +60,7 @@ class PromptsConfig(Section):
 class PreferencesConfig(Section):
     """What people preferred, for `raywarp reward`: pairs of texts, or texts with ratings."""
 
-    dataset: Text = Field(SNIPPETS, description="hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets")
+    dataset: Text = Field(SNIPPETS, description=DATASET)
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that preferences come from")
     prompt: Text | None = Field(None, description="column with the prompt, which stands before chosen and rejected; not for rated data")

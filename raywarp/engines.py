@@ -13,7 +13,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA
 MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
 FRONT_RANK = 64  # slots are made this large for the front's points, if the policies' rank is below; see EngineSettings.lora_rank
 NO_VLLM = (
-    "vLLM {problem}: install it with pip install 'raywarp[cpu]' (or 'raywarp[gpu]' with a CUDA GPU), "
+    "vLLM {problem}: ./cluster/local.sh install has it (the extra gpu where there is a CUDA GPU, else cpu); "
     "or set rollout.engine=transformers, which is slower"
 )
 

@@ -91,8 +91,10 @@ def test_commands(page: Path) -> None:
             if word.endswith("cluster/local.sh"):
                 command, rest = words[place + 1], words[place + 2 :]
                 assert re.search(rf"local\.sh {re.escape(command)}\b", LOCAL_SH) or command == "--help", words
-                if command in ("quickstart", "submit"):
-                    _parsed(PARSER, [{"submit": "train"}.get(command, command), *rest])
+                if command == "quickstart":
+                    _parsed(PARSER, [command, *rest])
+                if command == "submit":
+                    _parsed(submit_parser(), rest)
                 break
             if word.endswith("cluster/submit.py"):
                 _parsed(submit_parser(), words[place + 1 :])

@@ -384,6 +384,7 @@ PATHS = (("out", "runs/x"), ("reward.model", "reward"), ("control.model", "runs/
     [
         (["warp.yaml", "warp.stepz=1"], "unknown key 'warp.stepz'; did you mean 'warp.steps'?"),
         (["../elsewhere.yaml"], "../elsewhere.yaml is not in"),
+        (["warp.yaml", "--tunnel"], "and the cluster is elsewhere: give a path or URI that all its nodes see"),
         (["--follow", "raysubmit_no"], "raysubmit_no does not exist"),
     ],
 )

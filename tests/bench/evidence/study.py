@@ -1,13 +1,15 @@
 """The paper's claims with LoRA, on human ratings, at equal compute: trains, measures, judges, draws. What is done is not done again.
 
     .venv/bin/python tests/bench/evidence --seeds 3 --hours 3                  # the first tier: H3, H5, H11, H12
-    .venv/bin/python tests/bench/evidence --claim H3 --seeds 1                 # one claim, one seed: less than an hour on two cores
+    .venv/bin/python tests/bench/evidence --claim H3 --seeds 1 --results runs/evidence-again    # one claim, one seed, from nothing:
+                                                                               # less than an hour on two cores
     .venv/bin/python tests/bench/evidence --redraw                             # verdicts and figures from the committed numbers
     .venv/bin/python tests/bench/evidence --select                             # learning rate, on a seed that is not reported
     .venv/bin/python tests/bench/evidence --task present-tense --claim H3      # the second task, with numbers of its own
 
 Policies lie in runs/evidence, under their keys; the numbers of every point (per prompt, no texts), verdicts and figures lie in results/
 beside this file, and tests/bench/evidence.json says in short what came out. Killed or out of its hours, the same command continues.
+What is committed there is not measured again: other --results, a folder that is made, begin from nothing.
 """
 
 import argparse
@@ -256,7 +258,7 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
             continue
         seeds = max(of_seeds)
         task = f" --task {settings.task}" if settings.task in TASKS[1:] else ""
-        command = f".venv/bin/python tests/bench/evidence{task} --claim {name} --seeds {seeds}"
+        command = f".venv/bin/python tests/bench/evidence{task} --claim {name} --seeds {seeds} --results runs/evidence-again"
         entries[name] = judged.as_json(command, claims.facts_of(claim, results))
         figures.draw(judged, of_seeds, where / f"{name}.png")
         first = entries[name]
