@@ -232,6 +232,10 @@ def _claims() -> dict[str, Claim]:
             *geometry_parts("warp", "A independent", decides=True),
             *geometry_parts("shared", "A shared at the start", decides=False),
             *geometry_parts("frozen", "A shared and frozen", decides=False),
+            *geometry_parts("half-lr", "half the learning rate", decides=False),
+            *geometry_parts("double-lr", "twice the learning rate", decides=False),
+            *in_all_ways(c["half-lr"], (c["slerp"],), "front with half the learning rate over that with all of it", decides=False),
+            *in_all_ways(c["double-lr"], (c["slerp"],), "front with twice the learning rate over that with once", decides=False),
         ),
         shown=(c["slerp"], c["shared"], c["frozen"]),
     )

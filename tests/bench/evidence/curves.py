@@ -170,6 +170,8 @@ CURVES = {
             "shared-factors", "SLERP of A and B apart, A shared", "shared", ROUGH, lambda t: merges.slerp_of_factors(t.vectors("shared"))
         ),
         _merge_line("frozen", "frozen", "SLERP, A shared and frozen", ROUGH),
+        _merge_line("half-lr", "half-lr", "SLERP, half the learning rate", (0.45, 0.7, 1.0)),
+        _merge_line("double-lr", "double-lr", "SLERP, twice the learning rate", (0.15, 0.3, 0.5)),
         *(scaled(f"slerp-m{m}", f"SLERP of {m}", "warp-m4", ROUGH, lambda t, m=m: slerp(t.vectors("warp-m4")[:m])) for m in (3, 4)),
         *(_policy_line("warp-m4", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (3, 4)),
         *(_merge_line(f"warp-i{i}", f"slerp-i{i}", f"front after {i} iterations") for i in (2, 3)),

@@ -18,15 +18,15 @@ import matplotlib.pyplot as plt
 
 COLOURS = ["#3b6fb6", "#c76a2b", "#3f8f5b", "#8a56a3", "#b23a48", "#6b6b6b", "#b59b1f", "#3aa6a6", "#d47fa6", "#1f3a5f", "#8c564b"]
 TICKS = (0, 0.3, 1, 2, 4, 6, 10, 15, 20, 30, 40, 60)  # nats
-Panel = Callable[[Any, Sequence[Sample]], None]
+Panel = Callable[[Any, Sequence[Sample], Sequence[Curve]], None]
 
 
 def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
     """Curves are means over the seeds that have them, bands 95 % over their prompts."""
-    own, extra = list(of_seeds.values()), EXTRA.get(judged.claim.name)
-    widths = (1, 1, *([1] if extra else []), 1.1)
+    own, extra = list(of_seeds.values()), EXTRA.get(judged.claim.name, ())
+    widths = (1, 1, *(1 for _ in extra), 1.1)
     rows = [name for name, effect in judged.effects.items() if effect.per_seed]
-    size = (5.6 * sum(widths), max(5.2, 0.9 + 0.34 * len(rows)))
+    size = (5.6 * sum(widths), max(5.2, 0.9 + 0.4 * len(rows)))
     figure, all_axes = plt.subplots(1, len(widths), figsize=size, dpi=75, width_ratios=widths, layout="constrained")
     curves = [curve for curve in judged.claim.curves if SFT in curve.also and _with(own, curve.front)]
     runs = list(dict.fromkeys(map(_run, curves)))
@@ -41,9 +41,9 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
         axes.grid(alpha=0.3)
     if curves:
         all_axes[0].legend(fontsize=7.5, loc="lower right")
-    if extra:
-        extra(all_axes[2], own)
-    _forest(all_axes[-1], judged, rows)
+    for axes, panel in zip(all_axes[2:], extra, strict=False):
+        panel(axes, own, curves)
+    _forests(figure, all_axes[-1], judged, rows)
     measured = [number for number, sample in of_seeds.items() if judged.claim.parts[0].is_measured(sample.seed)]
     seeds = ", ".join(map(str, measured)) or "none yet"
     figure.suptitle(f"{judged.claim.name}: {judged.claim.text}  →  {judged.verdict} (seeds: {seeds})", fontsize=12)
@@ -78,7 +78,17 @@ def _signed_square(x: Any) -> Any:
     return np.sign(x) * np.square(x)
 
 
-def _forest(axes: Any, judged: Judged, names: Sequence[str]) -> None:
+def _forests(figure: Any, axes: Any, judged: Judged, names: Sequence[str]) -> None:
+    """In the place of the axes a forest per unit, one below the other."""
+    units = {part.name: part.unit.partition(" of ")[0] for part in judged.claim.parts}
+    groups = {unit: [name for name in names if units[name] == unit] for unit in dict.fromkeys(units[name] for name in names)}
+    grid = axes.get_subplotspec().subgridspec(max(len(groups), 1), 1, height_ratios=[len(group) + 1 for group in groups.values()] or [1])
+    axes.remove()
+    for place, (unit, group) in zip(grid, groups.items(), strict=False):
+        _forest(figure.add_subplot(place), judged, group, unit)
+
+
+def _forest(axes: Any, judged: Judged, names: Sequence[str], unit: str) -> None:
     """A row per comparison that is measured, the deciding ones in black; a dot per seed."""
     for row, name in enumerate(reversed(names)):
         effect, decides = judged.effects[name], name in judged.parts
@@ -88,11 +98,11 @@ def _forest(axes: Any, judged: Judged, names: Sequence[str]) -> None:
         verdict = f"  [{judged.parts[name]}]" if decides else ""
         axes.text(0.01, row + 0.32, name + verdict, transform=axes.get_yaxis_transform(), fontsize=7, va="bottom")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(yticks=[], ylim=(-0.7, len(names)), xlabel="effect (units: evidence.json), 95 % interval, a dot per seed")
+    axes.set(yticks=[], ylim=(-0.7, len(names)), xlabel=f"{unit}, 95 % interval, a dot per seed")
     axes.grid(alpha=0.3, axis="x")
 
 
-def _unequal_weights(axes: Any, of_seeds: Sequence[Sample]) -> None:
+def _unequal_weights(axes: Any, of_seeds: Sequence[Sample], _: Sequence[Curve]) -> None:
     """H3: reward over λ at η = 1, from policy 1 to policy 2; not at equal KL."""
     for colour, name, middle in ((COLOURS[0], "slerp", "slerp@1"), (COLOURS[1], "lerp", "lerp@1")):
         points = ["policy-1@1", f"{name}-weights@0.25", middle, f"{name}-weights@0.75", "policy-2@1"]
@@ -106,7 +116,7 @@ def _unequal_weights(axes: Any, of_seeds: Sequence[Sample]) -> None:
     _finish(axes)
 
 
-def _along_eta(axes: Any, of_seeds: Sequence[Sample]) -> None:
+def _along_eta(axes: Any, of_seeds: Sequence[Sample], _: Sequence[Curve]) -> None:
     """H5: what η does to reward and KL."""
     curve = CURVES["slerp"]
     own, etas = _with(of_seeds, curve.front), [0.0, *curve.values]
@@ -120,17 +130,27 @@ def _along_eta(axes: Any, of_seeds: Sequence[Sample]) -> None:
     _finish(axes)
 
 
-def _geometry(axes: Any, of_seeds: Sequence[Sample]) -> None:
-    """H4: angles per block, a line per seed."""
-    for colour, arm in zip(COLOURS, ("warp", "shared", "frozen"), strict=False):
-        for sample in of_seeds:
-            blocks = sample.seed.facts.get(arm, {}).get("geometry", {}).values()
-            if angles := [np.mean(block["angles"]) for block in blocks]:
-                name = {"warp": "A independent", "shared": "A shared at the start", "frozen": "A shared and frozen"}[arm]
-                first = sample is of_seeds[0]
-                axes.plot(angles, color=colour, linewidth=1.2, alpha=0.8, label=name if first else None)
+def _angles(axes: Any, of_seeds: Sequence[Sample], curves: Sequence[Curve]) -> None:
+    """H4: between the task vectors of each block."""
+    _per_block(axes, of_seeds, curves, lambda block: np.mean(block["angles"]))
     axes.axhline(90, color="black", linewidth=0.8)
-    axes.set(xlabel="block", ylabel="angle between task vectors, degrees", title="angles per block, a line per seed")
+    axes.set(xlabel="block", ylabel="angle between task vectors, degrees", title="angles per block")
+
+
+def _norm_ratios(axes: Any, of_seeds: Sequence[Sample], curves: Sequence[Curve]) -> None:
+    """H4: of the task vectors of each block, the smaller norm over the larger one."""
+    _per_block(axes, of_seeds, curves, lambda block: min(block["norms"]) / max(block["norms"]))
+    axes.set(xlabel="block", ylabel="norm ratio of task vectors", title="norm ratios per block")
+
+
+def _per_block(axes: Any, of_seeds: Sequence[Sample], curves: Sequence[Curve], measure: Callable[[Any], float]) -> None:
+    """A line per curve's arm, in the curve's colour: the mean over seeds, in a band from the least to the largest."""
+    for n, curve in enumerate(curves):
+        facts = [sample.seed.facts[curve.arm]["geometry"].values() for sample in of_seeds if curve.arm in sample.seed.facts]
+        if facts:
+            values = np.array([[measure(block) for block in blocks] for blocks in facts])
+            axes.plot(values.mean(0), color=COLOURS[n], linewidth=1.2, label=curve.label)
+            axes.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=COLOURS[n], alpha=0.15, linewidth=0)
     _finish(axes)
 
 
@@ -144,4 +164,4 @@ def _with(of_seeds: Sequence[Sample], points: Sequence[str]) -> list[Sample]:
     return [sample for sample in of_seeds if all(point in sample.seed.points for point in points)]
 
 
-EXTRA: dict[str, Panel] = {"H3": _unequal_weights, "H5": _along_eta, "H4": _geometry}
+EXTRA: dict[str, tuple[Panel, ...]] = {"H3": (_unequal_weights,), "H5": (_along_eta,), "H4": (_angles, _norm_ratios)}

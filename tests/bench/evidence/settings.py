@@ -67,7 +67,7 @@ def selected(settings: Settings, *folders: Path) -> Settings:
 class Arm:
     """One run of raywarp.
 
-    length: its steps, in units of T. init: of A. ema_rate, kl_coef: None for the study's.
+    length: its steps, in units of T. lr: in units of the study's. init: of A. ema_rate, kl_coef: None for the study's.
     kept: points of training whose policies are kept, in units of T; the end is kept anyway.
     """
 
@@ -75,6 +75,7 @@ class Arm:
     policies: int = 2
     iterations: int = 1
     length: int = 1
+    lr: float = 1.0
     init: str = "independent"
     ema_rate: float | None = None
     kl_coef: float | None = None
@@ -96,6 +97,8 @@ ARMS = {
         Arm("warp-i2-init", iterations=2, ema_rate=0.0),
         Arm("shared", init="shared"),
         Arm("frozen", init="frozen"),
+        Arm("half-lr", lr=0.5),
+        Arm("double-lr", lr=2.0),
         Arm("ema-long", policies=1, length=4, kept=LATE),
         *(Arm(f"sft-{coef:g}-long", policies=1, length=4, ema_rate=0.0, kl_coef=coef, kept=LATE) for coef in SFT_COEFS),
     )
@@ -122,7 +125,7 @@ def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
             "liti_rate": settings.liti_rate,
             "kl_coef": settings.kl_coef if arm.kl_coef is None else arm.kl_coef,
         },
-        "optim": {"lr": settings.lr, "batch_size": settings.batch_size, "warmup_steps": 2},
+        "optim": {"lr": settings.lr * arm.lr, "batch_size": settings.batch_size, "warmup_steps": 2},
         "rollout": {"completions_per_prompt": settings.group, "max_new_tokens": settings.new_tokens},
         # Threads are part of a policy's key, and arms of different M share policies.
         "cluster": {"threads": cores if arm.policies == 1 else max(1, cores // 2)},
