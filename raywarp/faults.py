@@ -26,6 +26,8 @@ def cause_of(error: BaseException) -> BaseException:
 def kind_of(error: BaseException) -> str:
     """Out of memory, node lost, killed, or exception, as far as the error says it; see watch.cause_of_death."""
     cause, text = cause_of(error), str(error)
+    if type(cause).__module__.startswith("raywarp."):  # it says what was wrong elsewhere, and may quote anything
+        return EXCEPTION
     # By name, torch's as well as Ray's, since the pool has no torch.
     if type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError) or any(part in text for part in _MEMORY_TEXTS):
         return OUT_OF_MEMORY

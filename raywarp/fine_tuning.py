@@ -13,6 +13,7 @@ from raywarp.actors import Place
 from raywarp.config import Config
 from raywarp.faults import Failures, FaultError
 from raywarp.policy_actor import Job, task_name
+from raywarp.store import StoreError
 
 TICK = 0.25  # seconds between two looks at everything but the policies' events
 
@@ -21,13 +22,15 @@ TICK = 0.25  # seconds between two looks at everything but the policies' events
 class Course:
     """How far one policy has come.
 
-    step, furthest: finished steps, now and ever. lost_at, lost_step: when it was lost, and how far it was then.
+    step, furthest: finished steps, now and ever. resumed: the step of the checkpoint that it went on from. lost_at, lost_step: when it
+    was lost, and how far it was then.
     """
 
     job: Job
     failures: Failures
     step: int = 0
     furthest: int = 0
+    resumed: int = 0
     done: bool = False
     lost_at: float | None = None
     lost_step: int = 0
@@ -94,8 +97,8 @@ class FineTuning:
                 self._renew_what_is_due()
                 yield from self._next_event()
                 self._look_after()
-        except BaseException:
-            self._save()
+        except BaseException as error:
+            self._save(isinstance(error, KeyboardInterrupt) or stop.is_requested())
             raise
 
     def _give(self, place: Place, jobs: list[Job]) -> None:
@@ -118,8 +121,9 @@ class FineTuning:
         except RayError as error:
             if not faults.is_survivable(error):
                 self.streams.remove(stream)
-                self.saved |= {job.key for job in stream.jobs}  # by the actor, before it raised
-                raise faults.cause_of(error) from None
+                if not isinstance(cause := faults.cause_of(error), StoreError):
+                    self.saved |= {job.key for job in stream.jobs}  # by the actor, before it raised
+                raise cause from None
             self._lost(stream.place, error)
         else:
             stream.heard = True
@@ -136,7 +140,7 @@ class FineTuning:
             course.done = True
             return
         if event["event"] == "resumed":
-            course.step = event["step"]
+            course.step = course.resumed = event["step"]
             self.rows = [row for row in self.rows if row["key"] != event["key"] or row["step"] < course.step]
             if course.lost_at is not None:
                 self.report("continued", **course.job.label, step=course.step, steps_repeated=max(course.lost_step - course.step, 0))
@@ -236,9 +240,10 @@ class FineTuning:
             f"and the same command{' (these keys may change)' if hint else ''} continues"
         )
 
-    def _save(self) -> None:
-        """Every policy that is under way makes a checkpoint of its last finished step, in the little time that there may be."""
-        deadline = time.monotonic() + stop.SAVE_SECONDS
+    def _save(self, at_once: bool) -> None:
+        """Every policy that is under way makes a checkpoint of its last finished step: after a signal in the little time that there may
+        be, else when the step that is under way is over."""
+        deadline = time.monotonic() + (stop.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds)
         streams = [stream for stream in self.streams if stream.heard]
         open_jobs = [course for course in self.courses.values() if not course.done]
         for place in {id(stream.place): stream.place for stream in streams}.values():
@@ -265,7 +270,7 @@ class FineTuning:
         return (
             f"{name} is saved at step {course.step}"
             if saved
-            else f"{name} was busy: its last checkpoint is of step {course.step // every * every}"
+            else f"{name} was not saved: its last checkpoint is of step {max(course.resumed, course.step // every * every)}"
         )
 
 

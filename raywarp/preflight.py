@@ -5,7 +5,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from raywarp.config import Config, ConfigError
 from raywarp.memory import checkpoint_bytes, in_units
 from raywarp.node_check import NodeReport
 from raywarp.saved_config import CONFIG_FILE
+from raywarp.storage import Storage
 
 LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
 
@@ -32,7 +32,7 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
             memory than any node has. A run that only may need more memory than there is, or leaves GPUs idle, is warned of.
     """
     reports = node_reports(config, paths)
-    problems = [*access_problems(reports, config.out), *version_problems(reports)]
+    problems = [*access_problems(reports, config), *version_problems(reports)]
     if forecast is not None:
         problems += disk_problems(config, checkpoint_bytes(forecast.shapes, config))
         problems += forecast.impossible(reports)
@@ -46,7 +46,7 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
 def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
     """Of every node on which a process of the run may be placed; on a cluster of one node nothing is sent around."""
     nodes = [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
-    with _nonce(config.out) as (folder, nonce):
+    with _nonce("out", config.out), _nonce(*workplace(config)) as (folder, nonce):
         here = ray.get_runtime_context().get_node_id()
         if [node["NodeID"] for node in nodes] == [here]:
             return [node_check.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]
@@ -74,13 +74,18 @@ def _ask(nodes: Sequence[Mapping[str, Any]], folder: str | None, nonce: str, pat
     return reports
 
 
-def access_problems(reports: Sequence[NodeReport], out: str) -> list[str]:
+def workplace(config: Config) -> tuple[str, str]:
+    """Where policy actors write, on whatever node: the key and its value."""
+    return ("store", config.store) if config.store else ("out", config.out)
+
+
+def access_problems(reports: Sequence[NodeReport], config: Config) -> list[str]:
     """Nodes that cannot do their part of the run for want of files."""
-    problems = []
+    problems, place = [], "=".join(workplace(config))
     for report in reports:
         if report.unwritable:
             shared = "; several nodes need a shared folder, or a URI such as s3://bucket/prefix" if len(reports) > 1 else ""
-            problems.append(f"node {report.address} cannot use out={out}: it {report.unwritable}{shared}")
+            problems.append(f"node {report.address} cannot use {place}: it {report.unwritable}{shared}")
         if report.missing:
             problems.append(f"node {report.address} has no {', '.join(report.missing)}; put it on every node, or on a shared folder")
     return problems
@@ -110,52 +115,51 @@ def idle_gpus(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def disk_problems(config: Config, bytes_each: int) -> list[str]:
-    """Places that have no room for two checkpoints of every policy; a run that is to be continued has some already."""
-    if "://" not in config.out and (Path(config.out) / CONFIG_FILE).is_file():
+    """Whether there is room for two checkpoints of every policy; a run that is to be continued has some already."""
+    if (folder := Storage(config.out).folder) and (folder / CONFIG_FILE).is_file():
         return []
     needed = LEAST_CHECKPOINTS * config.warp.policies * bytes_each
-    problems = []
-    for key in ("out", "store"):
-        place = getattr(config, key, None)
-        if place is not None and (free := free_bytes(place)) is not None and free < needed:
-            problems.append(
-                f"too little room on the disk of {key}={place}: {in_units(free, more=1)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
-                f"{config.warp.policies} policies take {in_units(needed, more=1)}; free some, or choose another {key}"
-            )
-    return problems
+    key, place = workplace(config)
+    free = free_bytes(place)
+    if free is None or free >= needed:
+        return []
+    return [
+        f"too little room on the disk of {key}={place}: {in_units(free, more=1)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
+        f"{config.warp.policies} policies take {in_units(needed, more=1)}; free some, or choose another {key}"
+    ]
 
 
 def free_bytes(place: str) -> int | None:
     """Free room where a folder is or would be; None for a URI."""
-    if "://" in place:
+    folder = Storage(place).folder
+    if folder is None:
         return None
-    folder = Path(place).expanduser().absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 @contextmanager
-def _nonce(out: str) -> Iterator[tuple[str | None, str]]:
-    """A file in the run's folder that every node must see; afterwards the folder is as it was."""
+def _nonce(key: str, place: str) -> Iterator[tuple[str | None, str]]:
+    """A file in the place, if it is a folder, that every node must see; afterwards the folder is as it was."""
     nonce = f".preflight-{uuid.uuid4().hex}"
-    if "://" in out:
+    folder = Storage(place).folder
+    if folder is None:
         yield None, nonce
         return
-    folder = Path(out).absolute()
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / nonce).write_text(nonce)
     except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error.strerror or error}; choose another folder") from None
+        raise ConfigError(f"{key}={place} cannot be written: {error.strerror or error}; choose another folder") from None
     try:
         yield str(folder), nonce
     finally:
         with suppress(OSError):
             (folder / nonce).unlink()
-            for place in made:
-                place.rmdir()
+            for parent in made:
+                parent.rmdir()
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What a run's folder holds, and where: config, metrics, policies under their keys, iterations, front, and the chosen adapter."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ TIMING_FILE = "timing.json"
 EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
+# What is there before the configuration: policies for others, and what a start left that was killed or refused.
+_EARLY = re.compile(r"policies|tensorboard|wandb|(\.|)loggers\.json(\..*|)|\.config\.yaml\..*|\.preflight-.*|\.node-.*")
 FRONT_FILES = (PICTURE, "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
@@ -84,7 +87,7 @@ class Run:
                 )
         elif ours:
             self.say(f"{saved} is missing; written anew")
-        elif folder.exists() and (not folder.is_dir() or any(path.name != "policies" for path in folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(not _EARLY.fullmatch(path.name) for path in folder.iterdir())):
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
 
     def save_config(self, config: Config) -> None:
@@ -223,7 +226,7 @@ class Run:
     ) -> None:
         """init: θ_init that the policies started from; merged: θ_slerp; both as changes of the SFT model.
 
-        policies.json lists the folders of θ_1..θ_M in the order they were merged, relative to the run's folder;
+        policies.json lists the folders of θ_1..θ_M in the order they were merged, relative to the run's folder if they are there;
         geometry.json has each block's norms and angles of the task vectors θ_m − θ_init.
         """
         name = f"iterations/{iteration}"
@@ -232,7 +235,8 @@ class Run:
         with self._replacing(f"{name}/merged") as folder:
             save_peft(merged, folder)
         with self._replacing(name) as folder:
-            place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place and not self.mirror else ""
+            apart = self.place and not (self.mirror and self.place.uri == self.mirror.storage.uri)
+            place = f"{self.store.uri.partition('?')[0].rstrip('/')}/" if apart else ""
             store.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
             store.write_json(folder / "geometry.json", geometry(task_vectors))
         self.push()

@@ -68,6 +68,11 @@ def check() -> None:
         raise Stopped(_received[0])
 
 
+def is_requested() -> bool:
+    """Whether a signal has come."""
+    return bool(_received)
+
+
 def request(number: int) -> None:
     """As if the signal of this number had come: the next `check` raises."""
     if not _received:

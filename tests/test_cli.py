@@ -11,8 +11,9 @@ import yaml
 from conftest import WORDS
 
 from raywarp.cli import main
-from raywarp.config import load_config
+from raywarp.config import ConfigError, load_config
 from raywarp.quickstart import QUICKSTART
+from raywarp.run import Run
 
 
 @pytest.fixture
@@ -114,6 +115,17 @@ def test_a_folder_that_holds_something_else(project: Path, capsys: pytest.Captur
     (project / "run" / "config.yaml").write_text((project / "config.yaml").read_text())
     assert "holds a different run" in refused(capsys, "warp.steps=3")
     assert (project / "run" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["tensorboard/events", ".preflight-0f", ".node-0f", ".config.yaml.0f", "loggers.json", ".loggers.json.0f"])
+def test_a_start_that_failed_leaves_a_folder_that_can_be_started_in(tmp_path: Path, left: str) -> None:
+    """Loggers start before the configuration is written, and so do the checks, in which a process may be killed."""
+    (tmp_path / "run" / left).parent.mkdir(parents=True)
+    (tmp_path / "run" / left).write_text("")
+    Run.open(load_config({"out": str(tmp_path / "run")}))
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no run of raywarp"):
+        Run.open(load_config({"out": str(tmp_path / "run")}))
 
 
 def test_reward_stage_refuses_too(project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any) -> None:

@@ -33,7 +33,7 @@ from killing import (
     survivors,
     told,
 )
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from transformers import AutoModelForSequenceClassification
 
 from raywarp import faults, watch
@@ -46,13 +46,17 @@ from raywarp.engines import Engine
 from raywarp.faults import Failures, FaultError
 from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job, PolicyActor, Progress
+from raywarp.policy_files import PolicyFiles
 from raywarp.reward_actor import RewardActor, Scorer
+from raywarp.rewards import RewardError
 from raywarp.rollout import Request, Rollout
 from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.run import Run
 from raywarp.session import Session
+from raywarp.stop import SAVE_SECONDS
 from raywarp.storage import Storage
+from raywarp.store import StoreError
 
 STEPS = 24
 SECRETS = {name: f"sentinel-{n}-of-a-secret" for n, name in enumerate(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY"))}
@@ -237,6 +241,46 @@ def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
     assert "can't allocate memory" in faults[1]["message"]
 
 
+class Uneven(PolicyActor):
+    """Of two policies the first one's reward fails in its second step, after which it cannot save; the second one is in a long step."""
+
+    def _step(self, progress: Progress, scores: list[float], idle_seconds: float) -> dict[str, Any]:
+        mark = progress.files.storage.cache / "long"
+        if progress.policy.step == 1 and progress.job.index == 1:
+            while not mark.exists():
+                time.sleep(0.1)
+            raise RewardError("not a finite number")
+        if progress.policy.step == 1:
+            mark.touch()
+            time.sleep(2 * SAVE_SECONDS + 1)
+        return super()._step(progress, scores, idle_seconds)
+
+    def _checkpoint(self, progress: Progress) -> None:
+        if progress.job.index == 1:
+            raise StoreError("no space left on device")
+        super()._checkpoint(progress)
+
+
+def test_when_one_policy_fails_the_others_are_saved_however_long_their_steps(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
+    saved: dict[int, str] = {}
+
+    def report(event: str, **details: Any) -> None:
+        if event == "saved":
+            saved[details["policy"]] = details["message"]
+
+    prompts, storage = [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)], Storage(tmp_path)
+    with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(policy=Uneven), report=report) as session:
+        jobs = [Job(1, index, f"key-{index}", storage) for index in (1, 2)]
+        with pytest.raises(StoreError, match="no space left"):
+            list(session.fine_tune(jobs, session.zero, prompts))
+    assert saved == {
+        1: "iteration 1 policy 1 was not saved: its last checkpoint is of step 0",
+        2: "iteration 1 policy 2 is saved at step 2",
+    }
+    assert [name.rpartition("-")[2] for name in PolicyFiles(storage, "key-2").checkpoints()] == ["000002"]
+
+
 def test_a_rollout_worker_that_hangs_is_told_with_its_stack(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
     class Stuck(RolloutWorker):
         """Its first call never ends."""
@@ -390,6 +434,9 @@ def test_causes() -> None:
     assert faults.kind_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) == faults.OUT_OF_MEMORY
     assert faults.kind_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == faults.OUT_OF_MEMORY
     assert faults.kind_of(ValueError("mine")) == faults.EXCEPTION
+    quoting = RewardError("not a finite number for the prompt 'I am low on memory'")
+    assert faults.kind_of(quoting) == faults.kind_of(RayTaskError("score", "CUDA out of memory", quoting)) == faults.EXCEPTION
+    assert not faults.is_survivable(quoting)  # a new policy actor would not help
     assert [faults.is_survivable(error) for error in (node, MemoryError(), ValueError("mine"))] == [True, True, False]
 
 

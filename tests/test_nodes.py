@@ -27,7 +27,7 @@ def ask(name, out):
     config, start = load_config({"out": out, "cluster": {"timeout_seconds": 60}}), time.monotonic()
     try:
         reports = preflight.node_reports(config, [run])
-        problems = [*preflight.access_problems(reports, out), *preflight.version_problems(reports)]
+        problems = [*preflight.access_problems(reports, config), *preflight.version_problems(reports)]
         found[name] = [len(reports), len({report.address for report in reports}), problems, time.monotonic() - start]
     except ConfigError as error:
         found[name] = str(error)

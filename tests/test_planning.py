@@ -136,11 +136,13 @@ def test_gpus_that_torch_was_not_built_for_are_told(version: str, gpus: tuple[in
 
 
 def test_access_is_compared() -> None:
+    config, stored = parse_config({"out": "runs/x"}), parse_config({"out": "runs/x", "store": "shared"})
     sound, blind = NodeReport("a", {}, 0), NodeReport("b", {}, 0, missing=("/m/llama",), unwritable="does not see it")
-    assert preflight.access_problems([sound], "runs/x") == []
-    seen, missing = preflight.access_problems([sound, blind], "runs/x")
+    assert preflight.access_problems([sound], config) == []
+    seen, missing = preflight.access_problems([sound, blind], config)
     assert "node b cannot use out=runs/x: it does not see it; several nodes need a shared folder, or a URI" in seen
     assert "node b has no /m/llama" in missing
+    assert "node b cannot use store=shared: it does not see it" in preflight.access_problems([blind], stored)[0]
 
 
 def test_a_full_disk_is_said_with_what_and_where(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +152,10 @@ def test_a_full_disk_is_said_with_what_and_where(tiny_llama: Path, monkeypatch: 
     assert preflight.disk_problems(config, (5 << 30) // 6) == []
     (problem,) = preflight.disk_problems(config, 1 << 30)
     assert "disk of out=runs/x: 5.00 GiB free, 2 checkpoints of each of 3 policies take 6.00 GiB" in problem
+    monkeypatch.setattr(preflight, "free_bytes", lambda place: 7 << 30 if place == "store" else 5 << 30)
+    assert preflight.disk_problems(config.model_copy(update={"store": "store"}), 1 << 30) == []  # that is where they go
+    (problem,) = preflight.disk_problems(config.model_copy(update={"out": "store", "store": "full"}), 1 << 30)
+    assert "disk of store=full: 5.00 GiB free" in problem
 
 
 def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
@@ -354,5 +360,7 @@ def test_the_folder_is_as_it_was(project: Path, ray_cluster: Any) -> None:
     assert report.memory > 1 << 30
     assert {"python", "torch", "transformers"} <= report.versions.keys()
     assert not (project / "run").exists()
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="out=config.yaml cannot be written"):
         preflight.node_reports(config.model_copy(update={"out": "config.yaml"}))
+    with pytest.raises(ConfigError, match="store=config.yaml cannot be written"):
+        preflight.node_reports(config.model_copy(update={"store": "config.yaml"}))

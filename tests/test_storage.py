@@ -1,5 +1,6 @@
 """The store, on a local folder and on an S3 server run on loopback, with the same tests for both."""
 
+import json
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import S3Server
+from conftest import S3Server, random_delta
 
 from raywarp import store
 from raywarp.config import ConfigError, parse_config
@@ -231,6 +232,19 @@ def test_a_runs_folder_in_an_object_store(s3: S3Server, tmp_path: Path, monkeypa
     assert not (second.folder / "stray").exists()
     with pytest.raises(ConfigError, match="different run .seed is 0 there and 1 here"):
         Run.open(parse_config({"out": s3.uri("run"), "seed": 1}))
+
+
+def test_a_run_in_an_object_store_says_where_another_store_has_its_policies(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "cache"))
+    delta = random_delta(1)
+    listed = []
+    for config in ({"out": s3.uri("apart")}, {"out": s3.uri("apart"), "store": s3.uri("others")}, {"out": str(tmp_path / "run")}):
+        run = Run.open(parse_config(config))
+        run.save_iteration(1, delta, delta, ["k1", "k2"], [delta, delta])
+        listed.append(json.loads((run.folder / "iterations/1/policies.json").read_text())[0])
+    assert listed == ["policies/k1", "s3://bucket/others/policies/k1", "policies/k1"]
 
 
 def test_a_mirror_puts_what_changed_and_nothing_else(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
