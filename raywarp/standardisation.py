@@ -7,19 +7,22 @@ import torch
 
 from raywarp.config import Config
 from raywarp.data import Prompt, resolve_model
-from raywarp.inputs import first_prompts
+from raywarp.inputs import Inputs, first_prompts
 from raywarp.rewards import REWARD_FILE, RewardError, statistics
 from raywarp.run import Run
 from raywarp.session import Session
-from raywarp.store import DamagedError, read_record, write_record
+from raywarp.store import DamagedError, content_key, read_record, write_record
 
 
 def is_standardised(folder: str | Path) -> bool:
     return statistics(str(folder)) is not None
 
 
-def save_standardisation(folder: str | Path, scores: Sequence[float]) -> tuple[float, float]:
+def save_standardisation(folder: str | Path, scores: Sequence[float], of: str = "") -> tuple[float, float]:
     """Write mean and standard deviation of raw scores (of SFT completions) into a reward model's reward.json; returns both.
+
+    Args:
+        of: a fingerprint of what was scored, and by what.
 
     Raises:
         RewardError: fewer than two scores, one that is not finite, or all (nearly) the same.
@@ -30,7 +33,7 @@ def save_standardisation(folder: str | Path, scores: Sequence[float]) -> tuple[f
     if not 1e-8 < std < float("inf"):
         raise RewardError(f"cannot standardise {folder}: {len(values)} scores of SFT completions deviate by {std:.2g}, it must be above 0")
     known = read_record(path) or {}
-    write_record(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)})
+    write_record(path, known | {"score_mean": mean, "score_std": std, "score_count": len(values)} | ({"score_of": of} if of else {}))
     return mean, std
 
 
@@ -41,23 +44,28 @@ def sft_scores(config: Config, model: str, prompts: Sequence[Prompt]) -> list[fl
         return session.sft_scores(chosen)
 
 
-def reward_statistics(session: Session, run: Run, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:
+def reward_statistics(session: Session, run: Run, config: Config, inputs: Inputs) -> dict[str, float]:
     """Mean and deviation that standardise the run's reward, for the keys of its policies; empty where it is not standardised.
 
-    A classifier that has none gets them from this run's SFT completions; a model that raywarp trained keeps them, else the run does.
+    A classifier that has none gets them from this run's SFT completions; a model that raywarp trained keeps them, else the run does,
+    for as long as its models and prompts are the same.
     """
     if not config.reward.model or config.reward.standardise is False:
         return {}
     model = Path(resolve_model(config.reward.model))
-    home = model if (model / REWARD_FILE).is_file() else run.folder
+    home, completions = model if (model / REWARD_FILE).is_file() else run.folder, config.reward_training.sft_completions
+    of = content_key([inputs.fingerprints(), completions])
     try:
         standardised = is_standardised(home)
+        if standardised and home == run.folder and (read_record(home / REWARD_FILE) or {}).get("score_of", of) != of:
+            run.say(f"{home / REWARD_FILE} is of another model, reward or prompts; measured again")
+            standardised = False
     except DamagedError as error:  # the run's own: a model's was checked before
         run.say(f"{error}; measured again")
         (home / REWARD_FILE).unlink()
         standardised = False
     if not standardised:
-        save_standardisation(home, session.sft_scores(first_prompts(prompts, config.reward_training.sft_completions)))
+        save_standardisation(home, session.sft_scores(first_prompts(inputs.prompts.train, completions)), of)
     mean, deviation = statistics(str(home)) or (0.0, 1.0)
     session.set_reward_statistics(mean, deviation)
     return {"score_mean": mean, "score_std": deviation}

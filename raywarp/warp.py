@@ -123,7 +123,7 @@ class Driver:
             known: numerics of the same run before, with which actors need not be started to know them.
         """
         config, run = self.config, self.run
-        inputs_and_reward = {**self.inputs.fingerprints(), **reward_statistics(self.session, run, config, self.inputs.prompts.train)}
+        inputs_and_reward = {**self.inputs.fingerprints(), **reward_statistics(self.session, run, config, self.inputs)}
         is_whole = known is not None and run.has_policies(key_chain(config, {**inputs_and_reward, **known}))
         numerics = known if known and is_whole else self.session.numerics()
         determinants = {**inputs_and_reward, **numerics}

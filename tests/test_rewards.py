@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import pickle
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import make_project, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
@@ -14,6 +16,7 @@ from raywarp import store
 from raywarp.classifier import ClassifierReward, classify, encode
 from raywarp.completion import Completion
 from raywarp.config import ConfigError, PromptsConfig, RewardConfig
+from raywarp.inputs import prepare
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import (
     REWARD_FILE,
@@ -25,7 +28,9 @@ from raywarp.rewards import (
     with_template,
 )
 from raywarp.rollout import Rollout
-from raywarp.standardisation import is_standardised, save_standardisation
+from raywarp.run import Run
+from raywarp.session import Session
+from raywarp.standardisation import is_standardised, reward_statistics, save_standardisation
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
 
@@ -136,6 +141,25 @@ def test_a_model_is_standardised_by_what_its_folder_says(tmp_path):
     assert is_standardised(folder)
     assert load_reward(RewardConfig(model=folder)).score(["", ""], ["good", "bad"]) == pytest.approx([(r - 3) / 2 for r in raw])
     assert load_reward(RewardConfig(model=folder, standardise=False)).score(["", ""], ["good", "bad"]) == raw
+
+
+def test_a_run_standardises_again_once_what_it_reads_has_changed(ray_cluster, tiny_llama, tmp_path):
+    """A classifier that another one made has no statistics; they are the run's."""
+    reward = {"function": None, "model": str(build_bert(tmp_path / "bert"))}
+    project = make_project(tmp_path)
+    config = tiny_config(project, tiny_llama, tmp_path / "run", reward=reward, reward_training={"sft_completions": 8})
+    said, inputs = [], prepare(config)
+    run = Run.open(config, said.append)
+    with Session(config, inputs.model, inputs.longest_prompt, policies=False) as session:
+        measured = reward_statistics(session, run, config, inputs)
+        record = store.read_record(run.folder / REWARD_FILE)
+        store.write_record(run.folder / REWARD_FILE, record | {"score_mean": 123.0})
+        assert reward_statistics(session, run, config, inputs) == measured | {"score_mean": 123.0}  # not measured again
+        assert said == []
+        session.set_reward_statistics(0.0, 1.0)  # as a new session has it
+        retrained = dataclasses.replace(inputs, reward="other weights")
+        assert reward_statistics(session, run, config, retrained) == measured
+        assert said == [f"{run.folder / REWARD_FILE} is of another model, reward or prompts; measured again"]
 
 
 @pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan], [1.0, math.inf]])
