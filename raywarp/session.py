@@ -275,14 +275,14 @@ class Session:
         scorers = actors.rewards()
         self.reward, self.control = Scorer(scorers[0], self._statistics), Scorer(scorers[1]) if config.control else None
         engines, zeros, rewards = (_start(actors) for actors in (self.workers, [place.actor for place in self.policies], scorers))
-        started = self._started("a rollout worker", self.workers, engines)
+        started = self._started("a rollout worker", self.workers, engines, actors.groups["rollout"])
         self.pool.know.remote([worker["process"] for worker in started])
         self.engine: dict[str, str] = started[0]["numerics"]
         self._check_capacity(started[0]["capacity"])
         if self._trains:
             attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.present()]), None))
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
-        self._started("the reward worker", scorers, rewards)
+        self._started("the reward worker", scorers, rewards, actors.groups["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
         places = rooms["rollout"]
@@ -292,10 +292,11 @@ class Session:
         for name, scorer, group in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
             self._helpers.append(Helper(name, scorer, hang, self.report, most, [group], wait))
 
-    def _started(self, what: str, actors: list[Any], refs: list[Any]) -> list[Any]:
-        """What the actors' starts returned, asked again of those that died; Ray starts them again."""
-        failures, results = Failures(self.config.cluster.max_failures), []
-        for actor, ref in zip(actors, refs, strict=True):
+    def _started(self, what: str, actors: list[Any], refs: list[Any], groups: Sequence[Any]) -> list[Any]:
+        """What the actors' starts returned, asked again of those that died; Ray starts them again where their groups have a node."""
+        failures, results, wait = Failures(self.config.cluster.max_failures), [], self.config.cluster.timeout_seconds
+        for actor, ref, group in zip(actors, refs, groups, strict=False):
+            lost: float | None = None
             while True:
                 try:
                     results.append(self.get(ref))
@@ -303,7 +304,14 @@ class Session:
                 except RayError as error:
                     if not faults.is_survivable(error):
                         raise faults.cause_of(error) from None
-                    if not faults.is_restarting(error) and not failures.again():
+                    has_node = room.is_found(group) and not faults.unnoticed(room.node_of(group))
+                    lost = None if has_node else lost or time.monotonic()
+                    if lost and time.monotonic() - lost > wait:
+                        raise FaultError(
+                            f"{what} has waited {wait:.0f} s for another node after it lost its own while it started: {room.lack()}; "
+                            "add nodes, or raise cluster.timeout_seconds; the same command continues"
+                        ) from None
+                    if has_node and not faults.is_restarting(error) and not failures.again():
                         cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
                         raise FaultError(f"{what} died again and again while it started ({cause})") from None
                 time.sleep(failures.pause() or 0.5)

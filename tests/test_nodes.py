@@ -122,3 +122,52 @@ print("FOUND dashboard", bool(ray._private.worker._global_node.webui_url))
         )
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert found == ["FOUND own True", "FOUND other False", "FOUND dashboard False"], done.stdout[-1500:] + done.stderr[-1500:]
+
+
+# The only node with room for actors goes while the engine loads.
+LOST = """
+import sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+from raywarp.actors import Kinds
+from raywarp.config import parse_config
+from raywarp.faults import FaultError
+from raywarp.rollout_worker import RolloutWorker
+from raywarp.session import Session
+
+class Slow(RolloutWorker):
+    def start(self):
+        time.sleep(600)
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+node = cluster.add_node(num_cpus=2)
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+rollout = {"engine": "transformers"}
+tree = {"model": sys.argv[1], "reward": {"function": "raywarp.embedded:vader"}, "rollout": rollout, "cluster": {"timeout_seconds": 10}}
+
+def lose():
+    while [group["state"] for group in placement_group_table().values()] != ["CREATED"]:
+        time.sleep(0.2)
+    time.sleep(5)
+    cluster.remove_node(node, allow_graceful=False)
+
+threading.Thread(target=lose, daemon=True).start()
+try:
+    with Session(parse_config(tree), sys.argv[1], 3, kinds=Kinds(worker=Slow), policies=False):
+        pass
+except FaultError as error:
+    print("FOUND", error, flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_another_node_is_waited_for_while_an_engine_loads_but_not_without_end(tiny_llama: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as temporary:
+        own = {"RAY_TMPDIR": temporary, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        command = [sys.executable, "-c", LOST, str(tiny_llama)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **own})
+    (message,) = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert message.startswith("a rollout worker has waited 10 s for another node after it lost its own while it started: ")
+    assert "raise cluster.timeout_seconds; the same command continues" in message
