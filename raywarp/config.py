@@ -168,7 +168,7 @@ class WarpConfig(Section):
     kl_coef: NotNegative = Field(
         0.1,
         description="beta, reward taken per nat of KL to the anchor; higher: less KL and slower; with an anchor that stays, 0.1 had a "
-        "higher front than 0.03 and less on the embedded task up to 6 nats, and 0 ended in one word over and over (README, H1, one seed)",
+        "higher front than 0.03 and less on the embedded task up to 6 nats, and 0 ended in a few words over and over (README, H1)",
     )
     advantage: Literal["rloo", "mean", "none"] = Field(
         "rloo",
