@@ -13,8 +13,8 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA
 MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
 FRONT_RANK = 64  # slots are made this large for the front's points, if the policies' rank is below; see EngineSettings.lora_rank
 NO_VLLM = (
-    "vLLM {problem}: ./cluster/local.sh install has it (the extra gpu where there is a CUDA GPU, else cpu); "
-    "or set rollout.engine=transformers, which is slower"
+    "vLLM {problem}: it comes with raywarp[gpu] where there is a CUDA GPU, else raywarp[cpu], of which ./cluster/local.sh install takes "
+    "the right one; or set rollout.engine=transformers, which is slower"
 )
 
 

@@ -30,7 +30,7 @@ def test_slots_are_for_policies_and_for_the_front_up_to_64() -> None:
 
 def test_no_vllm_names_the_extra_and_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed: .*raywarp\[cpu\].*raywarp\[gpu\].*rollout\.engine=transformers"):
+    with pytest.raises(ConfigError, match=r"not installed: .*raywarp\[gpu\].*raywarp\[cpu\].*local\.sh.*rollout\.engine=transformers"):
         check_engine(parse_config({}))
     check_engine(parse_config({"rollout": {"engine": "transformers"}}))
 
