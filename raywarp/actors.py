@@ -95,7 +95,7 @@ class Place:
 
     def await_room(self, deadline: float) -> bool:
         """Whether there is a living node for a new actor, after a wait until then at most."""
-        while not (found := room.is_found(self.group) and self.has_ground()) and time.monotonic() < deadline:
+        while not (found := room.has_node(self.group)) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 

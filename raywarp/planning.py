@@ -46,11 +46,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         problems, placed = str(error).splitlines(), placement.wish(config, placement.cluster_gpus())
     result = forecast(config, source, placed)
     reports = preflight.node_reports(config, local_paths(config, source.model))
-    problems += [
-        *preflight.access_problems(reports, config),
-        *preflight.version_problems(reports),
-        *result.impossible(reports),
-    ]
+    problems += [*preflight.access_problems(reports, config), *preflight.version_problems(reports), *result.impossible(reports)]
     if result.shapes:
         problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
     warnings = [*source.warnings, *result.cautions(reports)]

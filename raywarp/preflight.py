@@ -4,7 +4,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
@@ -46,7 +46,7 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
 def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
     """Of every node on which a process of the run may be placed; on a cluster of one node nothing is sent around."""
     nodes = [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
-    with _nonce("out", config.out), _nonce(*workplace(config)) as (folder, nonce):
+    with _nonce("out", config.out) as out, _nonce("store", config.store) if config.store else nullcontext(out) as (folder, nonce):
         here = ray.get_runtime_context().get_node_id()
         if [node["NodeID"] for node in nodes] == [here]:
             return [node_check.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]

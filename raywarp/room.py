@@ -16,6 +16,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raywarp import faults
 from raywarp.config import Config, ConfigError
 from raywarp.placement import Need, Plan, make_plan
 
@@ -92,6 +93,11 @@ def is_found(group: PlacementGroup | None) -> bool:
     if not found:
         take_back()
     return found
+
+
+def has_node(group: PlacementGroup | None) -> bool:
+    """Whether it is on a node that lives, as far as that can be seen: Ray may still count on one that is gone."""
+    return is_found(group) and not faults.unnoticed(node_of(group))
 
 
 def take_back() -> None:

@@ -26,7 +26,7 @@ EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
 # What is there before the configuration: policies for others, and what a start left that was killed or refused.
-_EARLY = re.compile(r"policies|tensorboard|wandb|(\.|)loggers\.json(\..*|)|\.config\.yaml\..*|\.preflight-.*|\.node-.*")
+_EARLY = re.compile(r"policies|tensorboard|wandb|loggers\.json|\.(preflight-|node-|config\.yaml\.|loggers\.json\.).*")
 FRONT_FILES = (PICTURE, "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
@@ -35,7 +35,7 @@ class Run:
     """A run's folder. `train` returns it; its files are all plain.
 
     folder: on this machine; where `out` is an object store, a copy of what is there.
-    place: the store of its policies, where that is not the folder itself. mirror: what keeps an object store equal to the folder.
+    place: the store of its policies, where that is not `out` itself. mirror: what keeps an object store equal to the folder.
     say: gets a line for everything that was found damaged, and what becomes of it.
     """
 
@@ -47,7 +47,7 @@ class Run:
     @property
     def store(self) -> Storage:
         """Where its policies are."""
-        return self.place or Storage(self.folder)
+        return self.place or (self.mirror.storage if self.mirror else Storage(self.folder))
 
     @classmethod
     def open(cls, config: Config, say: Callable[[str], None] = print) -> "Run":
@@ -62,7 +62,7 @@ class Run:
         if out.folder is None:
             mirror = Mirror(out)
             mirror.pull()
-            run = cls(mirror.folder, place or out, mirror, say)
+            run = cls(mirror.folder, place, mirror, say)
         else:
             run = cls(out.folder, place, say=say)
         run._check(config)
@@ -235,8 +235,7 @@ class Run:
         with self._replacing(f"{name}/merged") as folder:
             save_peft(merged, folder)
         with self._replacing(name) as folder:
-            apart = self.place and not (self.mirror and self.place.uri == self.mirror.storage.uri)
-            place = f"{self.store.uri.partition('?')[0].rstrip('/')}/" if apart else ""
+            place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
             store.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
             store.write_json(folder / "geometry.json", geometry(task_vectors))
         self.push()

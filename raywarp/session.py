@@ -295,7 +295,7 @@ class Session:
     def _started(self, what: str, actors: list[Any], refs: list[Any], groups: Sequence[Any]) -> list[Any]:
         """What the actors' starts returned, asked again of those that died; Ray starts them again where their groups have a node."""
         failures, results, wait = Failures(self.config.cluster.max_failures), [], self.config.cluster.timeout_seconds
-        for actor, ref, group in zip(actors, refs, groups, strict=False):
+        for actor, ref, group in zip(actors, refs, groups, strict=True):
             lost: float | None = None
             while True:
                 try:
@@ -304,7 +304,7 @@ class Session:
                 except RayError as error:
                     if not faults.is_survivable(error):
                         raise faults.cause_of(error) from None
-                    has_node = room.is_found(group) and not faults.unnoticed(room.node_of(group))
+                    has_node = room.has_node(group)
                     lost = None if has_node else lost or time.monotonic()
                     if lost and time.monotonic() - lost > wait:
                         raise FaultError(

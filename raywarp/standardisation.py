@@ -56,16 +56,17 @@ def reward_statistics(session: Session, run: Run, config: Config, inputs: Inputs
     home, completions = model if (model / REWARD_FILE).is_file() else run.folder, config.reward_training.sft_completions
     of = content_key([inputs.fingerprints(), completions])
     try:
-        standardised = is_standardised(home)
-        if standardised and home == run.folder and (read_record(home / REWARD_FILE) or {}).get("score_of", of) != of:
-            run.say(f"{home / REWARD_FILE} is of another model, reward or prompts; measured again")
-            standardised = False
+        known = read_record(home / REWARD_FILE) or {}
     except DamagedError as error:  # the run's own: a model's was checked before
         run.say(f"{error}; measured again")
         (home / REWARD_FILE).unlink()
-        standardised = False
-    if not standardised:
-        save_standardisation(home, session.sft_scores(first_prompts(inputs.prompts.train, completions)), of)
-    mean, deviation = statistics(str(home)) or (0.0, 1.0)
+        known = {}
+    if home == run.folder and known.get("score_of", of) != of:
+        run.say(f"{home / REWARD_FILE} is of another model, reward or prompts; measured again")
+        known = {}
+    if "score_mean" in known:
+        mean, deviation = known["score_mean"], known["score_std"]
+    else:
+        mean, deviation = save_standardisation(home, session.sft_scores(first_prompts(inputs.prompts.train, completions)), of)
     session.set_reward_statistics(mean, deviation)
     return {"score_mean": mean, "score_std": deviation}

@@ -82,9 +82,9 @@ def _forests(figure: Any, axes: Any, judged: Judged, names: Sequence[str]) -> No
     """In the place of the axes a forest per unit, one below the other."""
     units = {part.name: part.unit.partition(" of ")[0] for part in judged.claim.parts}
     groups = {unit: [name for name in names if units[name] == unit] for unit in dict.fromkeys(units[name] for name in names)}
-    grid = axes.get_subplotspec().subgridspec(max(len(groups), 1), 1, height_ratios=[len(group) + 1 for group in groups.values()] or [1])
+    grid = axes.get_subplotspec().subgridspec(len(groups), 1, height_ratios=[len(group) + 1 for group in groups.values()])
     axes.remove()
-    for place, (unit, group) in zip(grid, groups.items(), strict=False):
+    for place, (unit, group) in zip(grid, groups.items(), strict=True):
         _forest(figure.add_subplot(place), judged, group, unit)
 
 
