@@ -1,10 +1,12 @@
 """`raywarp reward`: Bradley–Terry training, then the score's mean and deviation over SFT completions, by which rewards are standardised."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from raywarp.config import Config
 from raywarp.data import PromptSplits
 from raywarp.engines import check_engine
+from raywarp.folder_lock import alone
 from raywarp.inputs import prepare_prompts
 from raywarp.jobs import check_paths
 from raywarp.planning import check_cluster
@@ -43,6 +45,11 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
         ConfigError: the input is wrong; nothing was started.
     """
     display, inputs = display or Display(), inputs or prepare_stage(config)
+    with alone(Path(config.out), display.say) as waited:
+        return _reward(config, display, standardise, prepare_stage(config) if waited else inputs)
+
+
+def _reward(config: Config, display: Display, standardise: bool, inputs: StageInputs) -> RewardSummary:
     if inputs.training or (standardise and not is_standardised(config.out)):
         start_ray()
         check_cluster(config, inputs.model)

@@ -151,6 +151,7 @@ class RolloutPool:
         self.idle.put_nowait(index)
 
     def _give_up(self, index: int, error: Exception) -> None:
+        del self.down[index]  # it is waited for no more
         self.gone[index] = f"rollout worker {index + 1} cannot be started again: {faults.explain(error)}"
         self._tell("lost", index, cause=faults.kind_of(error), message=faults.explain(error))
         if len(self.gone) == len(self.workers):

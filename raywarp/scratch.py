@@ -1,13 +1,13 @@
 """Temporary files and folders for as long as their process lives, which has them locked: what a killed one leaves, others take away."""
 
-import fcntl
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from raywarp.folder_lock import lock
 
 PREFIX, NEW = "raywarp-adapters-", "raywarp-new-"
 YOUNG = 5.0  # seconds in which something may exist without its lock
@@ -18,9 +18,9 @@ def claim() -> Path:
     """A new folder, locked by this process before it has its name; and an end to those that no process of this machine has locked."""
     _take_away()
     unnamed = Path(tempfile.mkdtemp(prefix=NEW))
-    lock = _lock(unnamed)
+    held = lock(unnamed)
     folder = unnamed.rename(unnamed.with_name(PREFIX + unnamed.name.removeprefix(NEW)))
-    _held[folder] = lock
+    _held[folder] = held
     return folder
 
 
@@ -43,32 +43,11 @@ def left(prefix: str, young: float = YOUNG) -> Iterator[Path]:
         try:
             if time.time() - path.stat().st_mtime < young:
                 continue
-            lock = _lock(path)
+            held = lock(path)
         except OSError:  # it is gone, somebody else's, or in use
             continue
         try:
-            if os.fstat(lock).st_nlink:  # else somebody took it away meanwhile
+            if os.fstat(held).st_nlink:  # else somebody took it away meanwhile
                 yield path
         finally:
-            os.close(lock)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Ours meanwhile, so that nobody takes it away."""
-    lock = _lock(path, wait=True)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(path: Path, wait: bool = False) -> int:
-    """A descriptor that holds the lock until it is closed; raises OSError where another one does, or waits for that to end."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+            os.close(held)

@@ -16,6 +16,7 @@ import ray
 from raywarp import placement, room, stop, store
 from raywarp.claims import Table
 from raywarp.config import Config
+from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare
 from raywarp.planning import check_cluster, opening
 from raywarp.progress import Display
@@ -51,18 +52,19 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     space = search_space(config)
     inputs = check_inputs(space)
     run = Run.open(config, display.say)
-    start_ray()
-    files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
-    plan, concurrent = _plan(space, files)
-    check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
-    run.save_config(config)
-    display.progress(opening(space, concurrent))
-    with run.mirrored():
-        points = _fit(plan, run, concurrent, display)
-        room.take_back()
-        sweep = conclude(plan, files, points)
-        save_sweep(sweep, plan, run)
-        show_sweep(sweep, display)
+    with alone(run.folder, display.say):
+        start_ray()
+        files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
+        plan, concurrent = _plan(space, files)
+        check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
+        run.save_config(config)
+        display.progress(opening(space, concurrent))
+        with run.mirrored():
+            points = _fit(plan, run, concurrent, display)
+            room.take_back()
+            sweep = conclude(plan, files, points)
+            save_sweep(sweep, plan, run)
+            show_sweep(sweep, display)
     return sweep
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from raywarp import scratch
+from raywarp.folder_lock import locked
 
 Result = TypeVar("Result")
 PREFIX = "raywarp-stuck-"
@@ -56,7 +57,7 @@ class TimeLimit:
         if self._last_words:
             text = f"took longer than {self.seconds:g} s and could not be interrupted; its process was ended at\n{self._last_words}"
             raise TimeLimitError(text)
-        with self._stack.open("w") as file, scratch.locked(self._stack):
+        with self._stack.open("w") as file, locked(self._stack):
             faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, exit=True, file=file)
             try:
                 return self._interruptible(function)

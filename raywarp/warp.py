@@ -22,6 +22,7 @@ from raywarp.averaging import liti, slerp
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config import Config
 from raywarp.evaluation import Candidate, Point
+from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare
 from raywarp.journal import Journal
 from raywarp.keys import front_key, key_chain, key_of_numerics
@@ -85,7 +86,12 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
     """
     run = Run.open(config, display.say)
     gauges = RunMetrics(PurePosixPath(config.out).name)
-    with run.mirrored(), Journal(run, display, gauges) as journal, stoppable() if claims.alone else nullcontext():
+    with (
+        alone(run.folder, display.say) if claims.alone else nullcontext(),
+        run.mirrored(),
+        Journal(run, display, gauges) as journal,
+        stoppable() if claims.alone else nullcontext(),
+    ):
         known = run.numerics(key_of_numerics(config, inputs))
         session_of_run = Session(
             config,

@@ -147,7 +147,8 @@ class Helper:
 
     max_failures: deaths in a row, without a finished call in between, that do not end the run.
     groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
-    at_work: whether it was, when it was last heard; also while it is away.
+    at_work: whether it was, when it was last heard; also while it is away. ended: its process has been killed by us, and does not count
+    as back, whatever it still answers.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Helper:
     at_work: bool = True
     process: Process | None = None
     down_since: float | None = None
+    ended: bool = False
     heard: float = 0.0
     pulse: Pulse = field(init=False)
     failures: faults.Failures = field(init=False)
@@ -183,6 +185,7 @@ class Helper:
             self.report("hang", what=self.name, cause=faults.HANG, message=f"no answer for {self.pulse.silent:.0f} s; started again")
             restart(self.actor)
             self.pulse.forget(EVERY)
+            self.ended = True
             self._died(faults.HANG, "did not answer", time.monotonic())
         return answer
 
@@ -214,9 +217,9 @@ class Helper:
     def _answered(self, process: Process) -> None:
         if self.down_since is None and process.follows(self.process):  # it died between two questions
             self._died(cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard)
-        if self.down_since is not None and (self.process is None or process.follows(self.process)):
+        if self.down_since is not None and (not self.ended or self.process is None or process.follows(self.process)):
             self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
-            self.down_since = None
+            self.down_since, self.ended = None, False
         if self.down_since is None:
             if process.done:
                 self.failures.progressed()

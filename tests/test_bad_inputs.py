@@ -466,6 +466,38 @@ def test_the_sound_ones_pass(project: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(adapter(lambda folder: None)(project)) == 0
 
 
+AT_WORK = """
+import sys
+from pathlib import Path
+
+from raywarp.folder_lock import alone
+
+with alone(Path("run")):
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "reward", "tune"])
+def test_a_folder_in_which_another_command_is_at_work(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("raywarp.folder_lock.ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("raywarp.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
+    arguments = [command, "config.yaml", *(["tune={warp.ema_rate: {grid: [0.01, 0.1]}}"] if command == "tune" else [])]
+    with subprocess.Popen([sys.executable, "-c", AT_WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "at work\n"
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert "another command is at work in" in captured.out
+        assert "stop it or wait for its end, or choose another out" in message_of(captured.err)
+        assert not list((project / "run").iterdir())
+        other.kill()
+    with pytest.raises(pytest.fail.Exception, match="Ray would have started"):
+        main(arguments)
+
+
 @pytest.mark.parametrize("name", ["config: a duplicate key", "model: truncated weights", "adapter: NaN"])
 def test_malformed_input_in_a_process_of_its_own(project: Path, name: str) -> None:
     build, expected = TABLE[name]

@@ -427,6 +427,28 @@ def test_the_same_number_on_another_node_is_a_new_process(ray_cluster: Any) -> N
     assert told == [("fault", "node lost"), ("recovered", None)]
 
 
+def test_a_process_that_answers_again_was_only_out_of_reach(ray_cluster: Any) -> None:
+    """A connection breaks, and Ray makes another one: it is back, its standstill counts, and its death is told when it comes."""
+    told: list[tuple[str, Any]] = []
+    helper = watch.Helper("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
+    node, lost = ray_cluster.get_runtime_context().get_node_id(), ActorUnavailableError("Socket closed", None)
+    first, second = watch.Process(7, node, done=3), watch.Process(8, node, done=1)
+    answers: Iterator[Any] = iter([first, lost, first, first, lost, second])
+
+    def poll() -> Any:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    helper.pulse.poll = poll  # type: ignore[method-assign]
+    at_work = []
+    for _ in range(6):
+        helper.check()
+        at_work.append(helper.at_work)
+    assert told == [("fault", "killed"), ("recovered", None)] * 2
+    assert at_work == [True, True, False, False, True, True]
+
+
 def test_causes() -> None:
     node = ActorUnavailableError("The actor died because its node has died. Node Id: 4a", None)
     assert faults.kind_of(node) == faults.NODE_LOST

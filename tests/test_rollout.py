@@ -210,6 +210,27 @@ def test_a_worker_that_dies_again_and_again_is_named(ray_cluster: Any) -> None:
     ray_cluster.kill(worker)
 
 
+class Broken(Dying):
+    """It does not start again."""
+
+    def start(self) -> dict[str, Any]:
+        raise ValueError("no engine")
+
+
+def test_a_worker_that_is_given_up_is_waited_for_no_more(ray_cluster: Any) -> None:
+    worker = ray_cluster.remote(Broken).options(num_cpus=0, max_restarts=-1).remote()
+    pool = ray_cluster.remote(RolloutPool).options(num_cpus=0).remote([worker])
+    ((ref,),) = submit(pool, [Request([[1]], [0])])
+    with pytest.raises(RayTaskError, match="rollout worker 1 cannot be started again: .*no engine"):
+        ray_cluster.get(ref)
+    health = ray_cluster.get(pool.pulse.remote())
+    assert [event["event"] for event in health.events] == ["fault", "lost"]
+    assert not health.down
+    assert not health.in_flight
+    ray_cluster.kill(pool)
+    ray_cluster.kill(worker)
+
+
 class Known(RolloutWorker):
     """Tells its process without an engine."""
 
