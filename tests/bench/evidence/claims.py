@@ -59,6 +59,7 @@ class Judged:
                 **({"verdict": self.parts[part.name]} if part.decides else {}),
             }
             for part in self.claim.parts
+            if part.name in self.effects
         }
         return {
             "claim": self.claim.text,
@@ -93,10 +94,12 @@ def samples(settings: Settings, results: Results, resamples: int = RESAMPLES) ->
 
 
 def judge(claim: Claim, of_seeds: Mapping[int, Sample]) -> Judged:
-    """Effects with intervals, and the verdict: what all deciding parts say, else undecided."""
+    """Effects with intervals, and the verdict: what all deciding parts say, else undecided. Other parts are left out that no seed has."""
     effects: dict[str, Effect] = {}
     for part in claim.parts:
         values = [part.effect(sample) for sample in of_seeds.values() if part.is_measured(sample.seed)]
+        if not values and not part.decides:
+            continue
         stacked = np.stack(values) if values else np.zeros((0, 2))
         effects[part.name] = fronts.paired_bootstrap(stacked, np.random.default_rng(derive_seed(claim.name, part.name)))
     verdicts = {part.name: part.verdict(effects[part.name]) for part in claim.parts if part.decides}
