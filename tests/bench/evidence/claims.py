@@ -206,6 +206,7 @@ def _claims() -> dict[str, Claim]:
             *(above(c["ema-training"], (training,), f"EMA anchor over {training.label}", decides=True) for _, training in runs),
             *(above(c["ema-training"], (training,), f"EMA anchor over {training.label}", upper=True) for _, training in runs),
             *(above(ema, (run,), f"EMA anchor, scaled, over {run.label}", upper=True) for run, _ in runs),
+            above(c["sft-0.3-long"], (c["sft-0.1-long"],)),
         ),
     )
     h6 = Claim(
