@@ -14,11 +14,12 @@ ENDING_SECONDS = 30.0  # in which a command that was told to stop saves what it 
 POLL_SECONDS = 0.1
 
 
-def lock(path: Path, wait: bool = False) -> int:
-    """A descriptor that holds the lock until it is closed; raises OSError where another one does, or waits for that to end."""
+def lock(path: Path) -> int:
+    """A descriptor that holds the lock until it is closed. Raises BlockingIOError where another one does, and another OSError where the
+    file system cannot lock it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise
@@ -27,16 +28,18 @@ def lock(path: Path, wait: bool = False) -> int:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Ours meanwhile; waits for whoever has it."""
-    descriptor = lock(path, wait=True)
+    """One process at a time, where the file system can lock it (NFS cannot: then two may be in the body)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def alone(folder: Path, say: Callable[[str], None] = print) -> Iterator[bool]:
+def alone(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """In the body no other command of this machine is at work in the folder, which is made if need be, and goes again if nothing was
     written; yields whether one was just before. Where a file system cannot lock folders (NFS), nobody is kept out.
 

@@ -7,7 +7,6 @@ The first one to finish a name wins; whoever comes later throws the own files aw
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from pyarrow import ArrowInvalid, fs
 
 from raywarp import store
 from raywarp.config import ConfigError
+from raywarp.folder_lock import locked
 from raywarp.store import MANIFEST, DamagedError
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what is being written has the name that it will have, a dot before and 8 digits behind
@@ -174,7 +174,7 @@ class Storage:
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-            with _locked(target):  # it is there: with checkpoints, or finished by somebody else
+            with locked(target):  # it is there: with checkpoints, or finished by somebody else
                 if not store.is_sealed(target):
                     store.move_into(target, new, MANIFEST)
         finally:
@@ -272,15 +272,3 @@ def _below(folder: Path) -> Iterator[Path]:
 def _reopen(uri: str, credentials: dict[str, str]) -> Storage:
     os.environ.update(credentials)
     return Storage(uri)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system can lock a folder (NFS cannot: then two may move equal files at the same time)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -472,7 +472,7 @@ from pathlib import Path
 
 from raywarp.folder_lock import alone
 
-with alone(Path("run")):
+with alone(Path("run"), print):
     print("at work", flush=True)
     sys.stdin.read()
 """
