@@ -341,10 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _environment(out: Path, tiny: bool) -> None:
-    """For Ray and the actors, which find the second task's reward here; of a tiny study in its project."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """For the actors, which find the second task's reward here; of a tiny study in its project."""
     place = str(tiny_project(out) if tiny else HERE.parents[1])
     sys.path.insert(0, place)
     os.environ["PYTHONPATH"] = os.pathsep.join([place, os.environ.get("PYTHONPATH", "")])
