@@ -1,4 +1,4 @@
-"""Folders that a process has locked, at the longest for as long as it lives: the kernel takes a dead one's lock back."""
+"""Folders that a process writes, and has locked, at the longest for as long as it lives: the kernel takes a dead one's lock back."""
 
 import fcntl
 import os
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raywarp import store
 from raywarp.config import ConfigError
 
 ENDING_SECONDS = 30.0  # in which a command that was told to stop saves what it has
@@ -39,20 +38,61 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """In the body no other command of this machine is at work in the folder, which is made if need be, and goes again if nothing was
-    written; yields whether one was just before. Where a file system cannot lock folders (NFS), nobody is kept out.
+def made(key: str, place: str, folder: Path) -> Iterator[None]:
+    """In the body the folder is there; of what was made for that, what is empty then goes again.
 
     Raises:
-        ConfigError: one is, and does not end within ENDING_SECONDS.
-        StoreError: the folder cannot be made.
+        ConfigError: it cannot be made; place is what the configuration's key calls it.
     """
-    with store.explained("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    deadline, descriptor = None, None
-    while descriptor is None:
+    new: list[Path] = []
+    try:
+        with writable(key, place):
+            new += [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+@contextmanager
+def writable(key: str, place: str) -> Iterator[None]:
+    """Turns an OSError of the body into a ConfigError that says which key to change."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}={place} cannot be written: {error.strerror or error}; choose another folder") from None
+
+
+@contextmanager
+def alone(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """In the body no other command of this machine is at work in the folder of `out`, which is `made`; yields whether one was just
+    before. Where a file system cannot lock folders (NFS), nobody is kept out.
+
+    Raises:
+        ConfigError: one is, and does not end within ENDING_SECONDS; or the folder cannot be made.
+    """
+    descriptor = None
+    try:
+        with made("out", out, folder):
+            descriptor, waited = _lock_in_time(folder, say)
+            yield waited
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)  # after the folder, where that goes: else another command finds it before
+
+
+def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None, bool]:
+    deadline = None
+    while True:
         try:
             descriptor = lock(folder)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor, deadline is not None
+            os.close(descriptor)  # the other one took its empty folder away meanwhile
+        except FileNotFoundError:
+            folder.mkdir(parents=True, exist_ok=True)
         except BlockingIOError:
             if deadline is None:
                 say(f"another command is at work in {folder}; waiting {ENDING_SECONDS:g} s for its end")
@@ -61,11 +101,4 @@ def alone(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
                 raise ConfigError(f"another command is at work in {folder}; stop it or wait for its end, or choose another out") from None
             time.sleep(POLL_SECONDS)
         except OSError:
-            break
-    try:
-        yield deadline is not None
-    finally:
-        with suppress(OSError):
-            folder.rmdir()
-        if descriptor is not None:
-            os.close(descriptor)
+            return None, deadline is not None

@@ -3,9 +3,13 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from raywarp.config import Config, ConfigError
+from raywarp.folder_lock import writable
+from raywarp.saved_config import CONFIG_FILE
+from raywarp.storage import Storage
 
 _WRITTEN = ("out", "store")
 _MODELS = ("reward.model", "control.model")  # the score's standardisation is kept beside the weights
@@ -21,11 +25,17 @@ def in_job() -> bool:
 
 
 def check_paths(config: Config) -> None:
-    """Inside a job, what a run writes must not lie in the job's copy of the working directory, which goes away.
+    """What a run writes can lie where it is to, as far as names say; and inside a job not in the job's copy of the working directory,
+    which goes away.
 
     Raises:
-        ConfigError: `out`, `store`, or the folder of a reward model is relative.
+        ConfigError: `out` or `store` leads through a file, has too long a name or the like; in a job, also if it, or the folder of a
+            reward model, is relative.
     """
+    for key in _WRITTEN:
+        if (place := _value(config, key)) and (folder := Storage(place).folder):
+            with writable(key, place), suppress(FileNotFoundError):
+                (folder / CONFIG_FILE).stat()
     if not in_job():
         return
     for key, value in _relative(config, _WRITTEN, _MODELS):

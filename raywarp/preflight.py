@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp import node_check
 from raywarp.config import Config, ConfigError
+from raywarp.folder_lock import made, writable
 from raywarp.memory import checkpoint_bytes, in_units
 from raywarp.node_check import NodeReport
 from raywarp.saved_config import CONFIG_FILE
@@ -147,19 +148,14 @@ def _nonce(key: str, place: str) -> Iterator[tuple[str | None, str]]:
     if folder is None:
         yield None, nonce
         return
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / nonce).write_text(nonce)
-    except OSError as error:
-        raise ConfigError(f"{key}={place} cannot be written: {error.strerror or error}; choose another folder") from None
-    try:
-        yield str(folder), nonce
-    finally:
-        with suppress(OSError):
-            (folder / nonce).unlink()
-            for parent in made:
-                parent.rmdir()
+    with made(key, place, folder):
+        try:
+            with writable(key, place):
+                (folder / nonce).write_text(nonce)
+            yield str(folder), nonce
+        finally:
+            with suppress(OSError):
+                (folder / nonce).unlink()
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
         ConfigError: the input is wrong; nothing was started.
     """
     display, inputs = display or Display(), inputs or prepare_stage(config)
-    with alone(Path(config.out), display.say) as waited:
+    with alone(config.out, Path(config.out), display.say) as waited:
         return _reward(config, display, standardise, prepare_stage(config) if waited else inputs)
 
 

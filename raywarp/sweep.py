@@ -52,7 +52,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     space = search_space(config)
     inputs = check_inputs(space)
     run = Run.open(config, display.say)
-    with alone(run.folder, display.say):
+    with alone(config.out, run.folder, display.say):
         start_ray()
         files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
         plan, concurrent = _plan(space, files)

@@ -87,7 +87,7 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
     run = Run.open(config, display.say)
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with (
-        alone(run.folder, display.say) if claims.alone else nullcontext(),
+        alone(config.out, run.folder, display.say) if claims.alone else nullcontext(),
         run.mirrored(),
         Journal(run, display, gauges) as journal,
         stoppable() if claims.alone else nullcontext(),

@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from raywarp.cli import main
+from raywarp.folder_lock import alone, lock
 from raywarp.peft_files import save_peft
 
 Case = tuple[Callable[[Path], list[str] | None], str]
@@ -54,6 +57,12 @@ def override(*values: str, command: str = "train") -> Callable[[Path], list[str]
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{new}: &{new} [{','.join(['*' + old] * 10)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
 )
+
+
+def broken_link(folder: Path) -> list[str]:
+    (folder / "link").symlink_to(folder / "nothing")
+    return ["train", "config.yaml", "out=link"]
+
 
 CONFIGS: dict[str, Case] = {
     "missing file": (lambda folder: ["train", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
@@ -109,6 +118,12 @@ CONFIGS: dict[str, Case] = {
     "modules that are not linear": (override("lora.target_modules=[embed_tokens]"), "only linear layers are adapted"),
     "a password": (override("out=s3://key:hunter2@bucket/run"), "out holds credentials"),
     "a secret parameter": (override("prompts.dataset=https://x.org/a?secret_token=hunter2"), "prompts.dataset holds credentials"),
+    "an out inside a file": (override("out=config.yaml/run"), "out=config.yaml/run cannot be written: Not a directory"),
+    "a reward's out inside a file": (lambda folder: ["reward", "config.yaml", "out=config.yaml/run"], "cannot be written: Not a directory"),
+    "an out that is a file": (override("out=config.yaml"), "out=config.yaml cannot be written: Not a directory"),
+    "an out of 300 letters": (override(f"out={'a' * 300}"), "cannot be written: File name too long; choose another folder"),
+    "a store inside a file": (override("store=config.yaml/store"), "store=config.yaml/store cannot be written: Not a directory"),
+    "an out that is a link to nothing": (broken_link, "out=link cannot be written: File exists"),
     "a password without a key": (override("s3://key:hunter2@bucket/run"), "'s3://***@bucket/run' is not of the form"),
 }
 
@@ -472,7 +487,7 @@ from pathlib import Path
 
 from raywarp.folder_lock import alone
 
-with alone(Path("run"), print):
+with alone("run", Path("run"), print):
     print("at work", flush=True)
     sys.stdin.read()
 """
@@ -496,6 +511,26 @@ def test_a_folder_in_which_another_command_is_at_work(
         other.kill()
     with pytest.raises(pytest.fail.Exception, match="Ray would have started"):
         main(arguments)
+
+
+def test_an_empty_folder_that_the_first_command_takes_away_is_made_again_for_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    first, said = alone("run", folder, print), threading.Event()
+    first.__enter__()
+
+    def wait() -> bool:
+        with alone("run", folder, lambda text: said.set()) as waited:
+            with pytest.raises(BlockingIOError):
+                lock(folder)
+            (folder / "a").touch()
+            return waited
+
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(wait)
+        assert said.wait(10)
+        first.__exit__(None, None, None)
+        assert second.result(10)
+    assert (folder / "a").exists()
 
 
 @pytest.mark.parametrize("name", ["config: a duplicate key", "model: truncated weights", "adapter: NaN"])

@@ -350,6 +350,8 @@ def test_a_run_that_cannot_write_its_folder_is_refused(project: Path, ray_cluste
     (project / "file").write_text("")
     assert main(["train", "config.yaml", "out=file/run"]) == 2
     assert "out=file/run cannot be written: Not a directory" in capsys.readouterr().err
+    assert main(["train", "config.yaml", "out=new/run", "cluster.gpus_per_policy=9"]) == 2
+    assert not (project / "new").exists()
 
 
 def test_the_folder_is_as_it_was(project: Path, ray_cluster: Any) -> None:
