@@ -28,7 +28,7 @@ from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, sp
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl
-from raywarp.watch import GROUP, Process, Work, stack_here
+from raywarp.watch import GROUP, START_SECONDS, Process, Work, stack_here
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
@@ -139,8 +139,9 @@ class PolicyActor:
             RewardError: from the reward, after a checkpoint of every policy here.
             FaultError: the reward worker died again and again.
         """
-        self.thread, self.working_since = threading.get_ident(), time.monotonic()
+        self.thread, self.working_since = threading.get_ident(), time.monotonic() + START_SECONDS  # no hang before that
         self._load()
+        self.working_since = time.monotonic()
         initial = init.fetch()
         self.model.set_init(initial)
         under_way = []

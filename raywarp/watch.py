@@ -44,7 +44,7 @@ class Process:
 
     @classmethod
     def here(cls, working_since: float | None = None, done: int = 0, busy: bool = False) -> "Process":
-        working = time.monotonic() - working_since if working_since is not None else 0.0
+        working = max(0.0, time.monotonic() - working_since) if working_since is not None else 0.0
         busy = busy or working_since is not None
         return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done, busy, out_of_memory.kernel_kills())
 

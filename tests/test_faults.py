@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,36 @@ def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
     assert [row["cause"] for row in faults] == ["hang", "out of memory", "killed", "killed"]
     assert [row["step"] for row in faults] == [0, 1, 3, 3]
     assert "can't allocate memory" in faults[1]["message"]
+
+
+def test_a_policy_actor_that_loads_does_not_hang(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """One that takes another's place loads in fine_tune, where a busy machine or a slow disk may hold it up."""
+    loading, may_end = threading.Event(), threading.Event()
+
+    class Slow(PolicyActor):
+        def start(self) -> AdapterDelta:
+            loading.set()
+            may_end.wait(60)
+            return super().start()
+
+    class Init:
+        def fetch(self) -> AdapterDelta:
+            pulses.append(actor.pulse())
+            raise StoreError("enough is known")
+
+    tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
+    actor, pulses = Slow(parse_config(tree), str(tiny_llama), "float32", 1), []
+    with ThreadPoolExecutor() as pool:
+        training = pool.submit(next, actor.fine_tune([], Init(), [], None, None))  # type: ignore[arg-type]
+        assert loading.wait(60)
+        time.sleep(0.1)
+        pulses.append(actor.pulse())
+        may_end.set()
+        with pytest.raises(StoreError, match="enough is known"):
+            training.result(60)
+    assert [pulse.busy for pulse in pulses] == [True, True]
+    assert pulses[0].working == 0
+    assert pulses[1].working > 0
 
 
 class Uneven(PolicyActor):
