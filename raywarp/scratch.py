@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raywarp.folder_lock import lock
 
-PREFIX, NEW = "raywarp-adapters-", "raywarp-new-"
+PREFIX, NEW = "raywarp-scratch-", "raywarp-new-"
 YOUNG = 5.0  # seconds in which something may exist without its lock
 _held: dict[Path, int] = {}
 

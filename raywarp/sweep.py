@@ -3,17 +3,14 @@
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
 
-from raywarp import placement, room, stop, store
+from raywarp import placement, room, scratch, stop, store
 from raywarp.claims import Table
 from raywarp.config import Config
 from raywarp.folder_lock import alone
@@ -105,8 +102,8 @@ def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[P
     Nothing that Tune stores is ever read again: its files lie in a temporary folder.
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix="raywarp-tune-"))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = scratch.claim()
+        stack.callback(scratch.release, folder)
         stack.enter_context(_environment(_SETTINGS))
         from ray import tune as ray_tune
 

@@ -137,7 +137,7 @@ def traces() -> set[str]:
             names.append(process.name())
     found = {name for name in names if name.startswith(("ray::Rollout", "ray::Policy", "ray::Reward", "VLLM"))}
     found |= {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
-    return found | {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-adapters-*")}
+    return found | {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-scratch-*")}
 
 
 def left_behind(before: set[str], seconds: float = 15) -> set[str]:

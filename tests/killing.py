@@ -183,7 +183,7 @@ def _lives(pid: int) -> bool:
 
 
 def adapter_folders() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-adapters-*")}
+    return {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-scratch-*")}
 
 
 def adapters(run: Run) -> dict[str, str]:

@@ -340,10 +340,16 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(grid: tuple[Sweep, Pat
     assert len(digests(out)) == 6
 
 
-def test_a_killed_sweep_continues(grid: tuple[Sweep, Path, str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """SIGKILL for the real command in iteration 2 of the first trial, SIGTERM soon after, then to the end: equal to the grid's trials."""
+def test_a_killed_sweep_continues(
+    grid: tuple[Sweep, Path, str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL for the real command in iteration 2 of the first trial, SIGTERM soon after, then to the end: equal to the grid's trials, and
+    nothing is left in the temporary folder."""
     _, reference, _ = grid
     folder = make_project(tmp_path_factory.mktemp("killed"))
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("RAY_TMPDIR", os.environ.get("RAY_TMPDIR", "/tmp"))  # Ray's sockets need a short path
     search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings("x", search, front={"etas": [0.3, 0.6, 1.0]})))
     out = folder / "out"
@@ -374,6 +380,7 @@ def test_a_killed_sweep_continues(grid: tuple[Sweep, Path, str], tmp_path_factor
     points = fronts(reference)
     assert {name: front == points[name] for name, front in fronts(out).items()} == dict.fromkeys(fronts(out), True)
     assert len(fronts(out)) == 2
+    assert not list(temporary.glob("raywarp-*"))
 
 
 def test_a_claim_lives_as_long_as_its_owner() -> None:
