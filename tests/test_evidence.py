@@ -25,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 
 from raywarp.adapters import AdapterDelta, Factors, dense, scale
 from raywarp.averaging import lerp
+from raywarp.config import MINILM, SMOLLM2
 
 
 def test_reward_at_fixed_kl_is_linear_in_the_root_of_the_kl() -> None:
@@ -114,7 +115,9 @@ def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.Monke
     assert (configs["reviews"].reward.function, configs["present-tense"].reward.model) == (None, None)
     assert configs["present-tense"].reward.function == "bench.evidence.present_tense:score"
     assert configs["present-tense"].warp == configs["reviews"].warp
-    assert [len(reward_configs(Settings(task=task), 1, tmp_path)) for task in TASKS] == [2, 0]
+    backbones = {task: [one.reward_training.backbone for one in reward_configs(Settings(task=task), 1, tmp_path)] for task in TASKS}
+    assert backbones == {"reviews": [MINILM, MINILM], "present-tense": [], "smollm2-control": [MINILM, SMOLLM2]}
+    assert configs["smollm2-control"] == configs["reviews"]
 
 
 def test_another_task_has_the_learning_rate_of_the_first_until_it_has_its_own(tmp_path: Path) -> None:

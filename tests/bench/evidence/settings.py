@@ -12,7 +12,8 @@ from raywarp.config import MINILM, SMOLLM2, SNIPPETS, Config, load_config
 from raywarp.store import write_text
 
 SELECTION_FILE = "selection.json"
-TASKS = ("reviews", "present-tense")  # a reward model from human ratings; a reward by function, to rule out luck
+# A reward model from human ratings; a reward by function, to rule out luck; the first with another backbone for its control model.
+REVIEWS, PRESENT_TENSE, OTHER_CONTROL = TASKS = ("reviews", "present-tense", "smollm2-control")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Settings:
     upper_kls likewise, where they reach so far; reference_kl: of the hypervolume.
     """
 
-    task: str = "reviews"
+    task: str = REVIEWS
     steps: int = 32
     lr: float = 1e-3
     ema_rate: float = 0.1
@@ -145,7 +146,7 @@ def _checkpoint_every(settings: Settings, arm: Arm) -> int:
 
 def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
     """Of the reward models that the task needs: the reward, and a control from ratings of other snippets."""
-    if settings.task != "reviews":
+    if settings.task not in (REVIEWS, OTHER_CONTROL):
         return []
     own = seed_folder(folder, seed)
     ratings = own / "control.jsonl"
@@ -153,8 +154,11 @@ def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
         rows = [json.dumps({"text": snippet.text, "rating": snippet.rating}) for snippet in embedded.split_snippets(seed).control]
         write_text(ratings, "\n".join(rows) + "\n")
     task = {"seed": seed, **_task(settings.task, seed, folder), "control": None}
-    sources = {"reward": SNIPPETS, "control": str(ratings)}
-    return [load_config({**task, "out": str(own / name), "preferences": {"dataset": source}}) for name, source in sources.items()]
+    control = SMOLLM2 if settings.task == OTHER_CONTROL else MINILM
+    return [
+        load_config({**task, "out": str(own / name), "preferences": {"dataset": source}, "reward_training": {"backbone": backbone}})
+        for name, source, backbone in (("reward", SNIPPETS, MINILM), ("control", str(ratings), control))
+    ]
 
 
 def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -163,11 +167,10 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
     if name == "tiny":
         return _tiny_task(tiny_project(folder))
     model = {"model": SMOLLM2, "prompts": {"dataset": SNIPPETS, "max_words": 4}}
-    if name == "present-tense":
+    if name == PRESENT_TENSE:
         return {**model, "reward": {"function": "bench.evidence.present_tense:score"}, "control": {"function": "raywarp.embedded:vader"}}
     return {
         **model,
-        "reward_training": {"backbone": MINILM},
         "reward": {"model": str(own / "reward")},
         "control": {"model": str(own / "control")},
     }

@@ -6,6 +6,7 @@
     .venv/bin/python tests/bench/evidence --redraw                             # verdicts and figures from the committed numbers
     .venv/bin/python tests/bench/evidence --select                             # learning rate, on a seed that is not reported
     .venv/bin/python tests/bench/evidence --task present-tense --claim H3      # the second task, with numbers of its own
+    .venv/bin/python tests/bench/evidence --task smollm2-control --claim H3    # the first one, scored by a control of another backbone
 
 Policies lie in runs/evidence, under their keys; the numbers of every point (per prompt, no texts), verdicts and figures lie in results/
 beside this file, and tests/bench/evidence.json says in short what came out. Killed or out of its hours, the same command continues.
@@ -307,7 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--redraw", action="store_true", help="verdicts and figures from the results; nothing is trained or measured")
     parser.add_argument("--select", action="store_true", help="choose the learning rate on a seed of its own, before anything else")
     parser.add_argument(
-        "--task", choices=TASKS, default=TASKS[0], help="the second one has a reward by function, and the first one's rate unless selected"
+        "--task",
+        choices=TASKS,
+        default=TASKS[0],
+        help="the second one has a reward by function, the third one the first one's reward and another control; their rate is the first "
+        "one's unless selected",
     )
     parser.add_argument("--out", type=Path, help="runs and policies; default: runs/evidence, and the task's name but for the first")
     parser.add_argument("--results", type=Path, help="numbers and figures; default: results beside this file, likewise")
