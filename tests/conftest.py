@@ -35,12 +35,20 @@ WORDS = (
     *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
     *("very", "not", "movie", "this", "it", "I", "liked", "hated", "fine", "dull"),
 )
+SLOW = ("faults", "sweep", "rollout", "jobs", "warp", "stored_runs", "three_nodes", "reward_training", "evidence", "nodes")  # minutes
 
 
 def pytest_configure() -> None:
     """vLLM looks at a model's class in a process of its own, for ten seconds, and notes at home what it saw: one home is enough."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="rwvllm")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the files, the slow ones begin: else the last process to end has one of them alone."""
+    if hasattr(config, "workerinput"):
+        order = {f"test_{name}": n for n, name in enumerate(SLOW)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_unconfigure() -> None:
