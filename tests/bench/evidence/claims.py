@@ -238,8 +238,13 @@ def _claims() -> dict[str, Claim]:
             *geometry_parts("frozen", "A shared and frozen", decides=False),
             *geometry_parts("half-lr", "half the learning rate", decides=False),
             *geometry_parts("double-lr", "twice the learning rate", decides=False),
+            *geometry_parts("high-rank", "four times the rank", decides=False),
             *in_all_ways(c["half-lr"], (c["slerp"],), "front with half the learning rate over that with all of it", decides=False),
             *in_all_ways(c["double-lr"], (c["slerp"],), "front with twice the learning rate over that with once", decides=False),
+            *in_all_ways(c["high-rank"], (c["slerp"],), "front with four times the rank over that with once", decides=False),
+            *in_all_ways(
+                c["high-rank"], (c["high-rank-1"], c["high-rank-2"]), "four times the rank: SLERP over each policy, scaled", decides=False
+            ),
         ),
         shown=(c["slerp"], c["shared"], c["frozen"]),
     )

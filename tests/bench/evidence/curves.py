@@ -70,7 +70,7 @@ class Trained:
         facts["geometry"] = _rounded(geometry(vectors))
         if ARMS[arm].iterations == 1:
             exact, mean = slerp(vectors), lerp(vectors)
-            small, retained = truncate(exact, self.settings.rank)
+            small, retained = truncate(exact, self.settings.rank * ARMS[arm].rank)
             found = {
                 "slerp of factors": (merges.slerp_of_factors(vectors), exact),
                 "PEFT linear": (merges.peft_linear(vectors), mean),
@@ -172,6 +172,8 @@ CURVES = {
         _merge_line("frozen", "frozen", "SLERP, A shared and frozen", ROUGH),
         _merge_line("half-lr", "half-lr", "SLERP, half the learning rate", (0.45, 0.7, 1.0)),
         _merge_line("double-lr", "double-lr", "SLERP, twice the learning rate", (0.15, 0.3, 0.5)),
+        _merge_line("high-rank", "high-rank", "SLERP, four times the rank", (0.2, 0.3, 0.45, 0.6, 1.0)),
+        *(_policy_line("high-rank", m, f"high-rank-{m}", f"policy {m}, four times the rank, scaled", (0.3, 0.5, 0.7, 1.0)) for m in (1, 2)),
         *(scaled(f"slerp-m{m}", f"SLERP of {m}", "warp-m4", ROUGH, lambda t, m=m: slerp(t.vectors("warp-m4")[:m])) for m in (3, 4)),
         *(_policy_line("warp-m4", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (3, 4)),
         *(_merge_line(f"warp-i{i}", f"slerp-i{i}", f"front after {i} iterations") for i in (2, 3)),

@@ -68,7 +68,7 @@ def selected(settings: Settings, *folders: Path) -> Settings:
 class Arm:
     """One run of raywarp.
 
-    length: its steps, in units of T. lr: in units of the study's. init: of A. ema_rate, kl_coef: None for the study's.
+    length: its steps, in units of T. lr, rank: in units of the study's. init: of A. ema_rate, kl_coef: None for the study's.
     kept: points of training whose policies are kept, in units of T; the end is kept anyway.
     """
 
@@ -77,6 +77,7 @@ class Arm:
     iterations: int = 1
     length: int = 1
     lr: float = 1.0
+    rank: int = 1
     init: str = "independent"
     ema_rate: float | None = None
     kl_coef: float | None = None
@@ -100,6 +101,7 @@ ARMS = {
         Arm("frozen", init="frozen"),
         Arm("half-lr", lr=0.5),
         Arm("double-lr", lr=2.0),
+        Arm("high-rank", rank=4),
         Arm("ema-long", policies=1, length=4, kept=LATE),
         *(Arm(f"sft-{coef:g}-long", policies=1, length=4, ema_rate=0.0, kl_coef=coef, kept=LATE) for coef in SFT_COEFS),
     )
@@ -112,12 +114,12 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
     """The arm's configuration. Its own front is made small: the study measures with more prompts, and keeps what each gave."""
-    cores = os.cpu_count() or 2
+    cores, rank = os.cpu_count() or 2, settings.rank * arm.rank
     tree: dict[str, Any] = {
         "seed": seed,
         "out": str(seed_folder(folder, seed) / "arms" / f"{arm.name}-lr-{settings.lr:g}"),
         "store": str(folder / "store"),
-        "lora": {"rank": settings.rank, "alpha": float(settings.rank), "init": arm.init},
+        "lora": {"rank": rank, "alpha": float(rank), "init": arm.init},
         "warp": {
             "iterations": arm.iterations,
             "policies": arm.policies,
