@@ -13,11 +13,11 @@ import ray
 
 from raywarp.engines import Engine, EngineSettings, start_engine
 from raywarp.rollout import Request, Rollout
-from raywarp.watch import GROUP, Process, stack_here
+from raywarp.watch import GROUP, Process, Work, stack_here
 
 
 class RolloutWorker:
-    """One engine. Ray runs its methods one at a time, but for `stack`, so a swap and the generation after it are one step.
+    """One engine. Ray runs its methods one at a time, but for `stack` and `loads`, so a swap and the generation after it are one step.
 
     A call depends on nothing but itself: Ray may start a worker that died again, and repeat the call that it died of.
 
@@ -30,11 +30,17 @@ class RolloutWorker:
         self.engine: Engine | None = None
         self.hasher = ThreadPoolExecutor(1)
         self.thread = 0
+        self.loading = Work()
 
     @ray.method(concurrency_group=GROUP)
     def stack(self) -> str:
         """Where generate is."""
         return stack_here(self.thread)
+
+    @ray.method(concurrency_group=GROUP)
+    def loads(self) -> bool:
+        """Whether it starts its engine just now, be it in generate."""
+        return self.loading.busy
 
     def start(self) -> dict[str, Any]:
         """Load the engine; returns what a run's results depend on (`numerics`), how many completions run at once (`capacity`), and this
@@ -83,7 +89,8 @@ class RolloutWorker:
     def _engine(self) -> Engine:
         """The engine, started where it is not: also after a death of this process."""
         if self.engine is None:
-            self.engine = self._start_engine()
+            with self.loading:
+                self.engine = self._start_engine()
         return self.engine
 
     def _start_engine(self) -> Engine:

@@ -252,7 +252,7 @@ class PoolHelper(Helper):
         self.at_work |= bool(health.in_flight or health.down)
         self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}
         for index, seconds in health.in_flight.items():
-            if seconds > self.hang_seconds and index not in self.killed:
+            if seconds > self.hang_seconds and index not in self.killed and not (seconds < START_SECONDS and loads(self.workers[index])):
                 text = f"its call has not ended for {seconds:.0f} s; started again. It was at\n{stack_of(self.workers[index])}"
                 self.report("hang", what=_worker(index), cause=faults.HANG, message=text)
                 restart(self.workers[index])
@@ -267,6 +267,13 @@ class PoolHelper(Helper):
 
 def _worker(index: int) -> str:
     return f"rollout worker {index + 1}"
+
+
+def loads(worker: Any) -> bool:
+    """Whether a rollout worker is alive and starts its engine: in a call, if it took another's place before that."""
+    with contextlib.suppress(RayError):
+        return bool(ray.get(worker.loads.options(max_task_retries=0).remote(), timeout=STACK_SECONDS))
+    return False
 
 
 def stack_of(actor: Any) -> str:

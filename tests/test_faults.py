@@ -34,7 +34,7 @@ from killing import (
     survivors,
     told,
 )
-from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from transformers import AutoModelForSequenceClassification
 
 from raywarp import faults, watch
@@ -43,7 +43,7 @@ from raywarp.adapters import AdapterDelta, Factors, digest
 from raywarp.completion import Completion
 from raywarp.config import RewardConfig, parse_config
 from raywarp.data import Prompt
-from raywarp.engines import Engine
+from raywarp.engines import Engine, EngineSettings
 from raywarp.faults import Failures, FaultError
 from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job, PolicyActor, Progress
@@ -51,7 +51,7 @@ from raywarp.policy_files import PolicyFiles
 from raywarp.reward_actor import RewardActor, Scorer
 from raywarp.rewards import RewardError
 from raywarp.rollout import Request, Rollout
-from raywarp.rollout_pool import RolloutPool
+from raywarp.rollout_pool import PoolHealth, RolloutPool
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.run import Run
 from raywarp.session import Session
@@ -478,6 +478,35 @@ def test_a_process_that_answers_again_was_only_out_of_reach(ray_cluster: Any) ->
         at_work.append(helper.at_work)
     assert told == [("fault", "killed"), ("recovered", None)] * 2
     assert at_work == [True, True, False, False, True, True]
+
+
+def test_a_rollout_worker_that_loads_does_not_hang(ray_cluster: Any, tmp_path: Path) -> None:
+    """One that took another's place before its next call loads its engine in that call."""
+    ready = tmp_path / "ready"
+
+    class Slow(RolloutWorker):
+        def _start_engine(self) -> Any:
+            while not ready.exists():
+                time.sleep(0.02)
+            raise ValueError("no engine")
+
+    told: list[str] = []
+    settings = EngineSettings("nowhere", "float32", 16, 8, parse_config({}).rollout, gpu=False)
+    worker = ray_cluster.remote(concurrency_groups={watch.GROUP: 1})(Slow).options(num_cpus=0).remote(settings)
+    helper = watch.PoolHelper("rollout pool", None, 10, lambda event, **details: told.append(details["message"]), workers=[worker])
+    in_flight = iter([9.0, 11.0, watch.START_SECONDS + 1])
+    helper.pulse.poll = lambda: PoolHealth(watch.Process(7, "node"), {0: next(in_flight)}, {}, [])  # type: ignore[method-assign]
+    call = worker.generate.remote([])
+    while not ray_cluster.get(worker.loads.remote()):
+        time.sleep(0.02)
+    counts = []
+    for _ in range(3):
+        helper.check()
+        counts.append(len(told))
+    assert counts == [0, 0, 1]
+    assert told[0].startswith("its call has not ended for 301 s; started again")
+    with pytest.raises(RayError):
+        ray_cluster.get(call)
 
 
 def test_causes() -> None:
