@@ -1,5 +1,6 @@
 """Folders that a process writes, and has locked, at the longest for as long as it lives: the kernel takes a dead one's lock back."""
 
+import errno
 import fcntl
 import os
 import time
@@ -14,11 +15,13 @@ POLL_SECONDS = 0.1
 
 
 def lock(path: Path) -> int:
-    """A descriptor that holds the lock until it is closed. Raises BlockingIOError where another one does, and another OSError where the
-    file system cannot lock it."""
+    """A descriptor that holds the lock until it is closed. Raises BlockingIOError where another one does, FileNotFoundError where somebody
+    took it away meanwhile, too, and another OSError where the file system cannot lock it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(descriptor).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except OSError:
         os.close(descriptor)
         raise
@@ -87,11 +90,8 @@ def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None,
     deadline = None
     while True:
         try:
-            descriptor = lock(folder)
-            if os.fstat(descriptor).st_nlink:
-                return descriptor, deadline is not None
-            os.close(descriptor)  # the other one took its empty folder away meanwhile
-        except FileNotFoundError:
+            return lock(folder), deadline is not None
+        except FileNotFoundError:  # the other one took its empty folder away
             folder.mkdir(parents=True, exist_ok=True)
         except BlockingIOError:
             if deadline is None:

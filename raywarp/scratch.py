@@ -47,7 +47,6 @@ def left(prefix: str, young: float = YOUNG) -> Iterator[Path]:
         except OSError:  # it is gone, somebody else's, or in use
             continue
         try:
-            if os.fstat(held).st_nlink:  # else somebody took it away meanwhile
-                yield path
+            yield path
         finally:
             os.close(held)

@@ -28,6 +28,7 @@ os.environ.update(
 if "PYTEST_XDIST_WORKER" in os.environ:  # of two that run side by side, neither sees what the other's runs have there for a moment
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
 
+from raywarp import scratch
 from raywarp.adapters import AdapterDelta, Factors, dense
 from raywarp.batch import Batch
 
@@ -145,7 +146,7 @@ def traces() -> set[str]:
             names.append(process.name())
     found = {name for name in names if name.startswith(("ray::Rollout", "ray::Policy", "ray::Reward", "VLLM"))}
     found |= {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
-    return found | {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-scratch-*")}
+    return found | {path.name for path in Path(tempfile.gettempdir()).glob(f"{scratch.PREFIX}*")}
 
 
 def left_behind(before: set[str], seconds: float = 15) -> set[str]:

@@ -17,6 +17,7 @@ import psutil
 import yaml
 from conftest import save_tiny_llama, write_prompts
 
+from raywarp import scratch
 from raywarp.adapters import digest
 from raywarp.peft_files import load_peft
 from raywarp.run import Run
@@ -183,7 +184,7 @@ def _lives(pid: int) -> bool:
 
 
 def adapter_folders() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("raywarp-scratch-*")}
+    return {path.name for path in Path(tempfile.gettempdir()).glob(f"{scratch.PREFIX}*")}
 
 
 def adapters(run: Run) -> dict[str, str]:
