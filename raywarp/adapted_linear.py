@@ -1,5 +1,6 @@
 """A frozen linear layer with LoRA adapters on it: W·x + Σ s·B·(A·x) over the adapters that take part, as one pair of small products.
 
+The sum is rounded once: round(W·x + δ), never round(round(W·x) + δ), which loses every δ below half a unit in the last place of W·x.
 n tokens, d_in and d_out the layer's sizes, r an adapter's rank, R the sum of ranks that take part.
 """
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 # MKL's float32 product runs at half speed on AMD's CPUs (AVX2 code: 220 GFLOP/s on two Zen 5 cores against oneDNN's 480).
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass
@@ -93,18 +95,50 @@ class AdaptedLinear(Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x·weightᵀ + bias, for (n, d_in) and (d_out, d_in), by the fastest routine that the CPU has for float32."""
-    if _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    """Return x·weightᵀ + bias + added, summed in float32 and rounded once (in float64 for float64).
+
+    A sum after the product's own rounding would lose every change below half a unit in the last place of the product.
+
+    Args:
+        x: (n, d_in).
+        weight: (d_out, d_in).
+        bias: (d_out,).
+        added: (n, d_out), in x's dtype; not changed.
+    """
+    if _onednn_takes(x):
+        if added is None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        else:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
         return y
-    return torch.nn.functional.linear(x, weight, bias)
+    if added is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    if bias is None:
+        return torch.addmm(added, x, weight.T)
+    return (_wide_product(x, weight) + bias).add_(added).to(x.dtype)
+
+
+def _onednn_takes(x: Tensor) -> bool:
+    """Whether oneDNN's product with its sum in the accumulator can be used; autograd does not know it."""
+    if not _HAS_ONEDNN or x.device.type != "cpu" or not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16)
+
+
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x·weightᵀ before it is rounded to 16 bits."""
+    if x.dtype in (torch.float32, torch.float64):
+        return torch.nn.functional.linear(x, weight)
+    if x.device.type == "cuda" and not torch.is_grad_enabled():
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return torch.nn.functional.linear(x.float(), weight.float())
 
 
 def _adapted_product(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """(n, d_out) of the adapted layer and (n, R) of A alone."""
     low = product(x, A)
-    return product(x, weight, bias).addmm_(low, B.T), low
+    return product(x, weight, bias, added=product(low, B)), low
 
 
 class _TrainedProduct(torch.autograd.Function):
@@ -123,7 +157,7 @@ class _TrainedProduct(torch.autograd.Function):
         x, low, weight = ctx.saved_tensors
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         grad_low = product(grad, active.B.T)
-        grad_x = product(grad, weight.T).addmm_(grad_low, active.A) if needs_x else None
+        grad_x = product(grad, weight.T, added=product(grad_low, active.A.T)) if needs_x else None
         grad_A = (grad_low[:, active.trained].T @ x).to(active.adapter.A.dtype) if needs_A else None
         grad_B = (grad.T @ low).to(active.adapter.B.dtype) * active.adapter.scale if needs_B else None
         return grad_x, grad_A, grad_B, None, None, None

@@ -1,0 +1,103 @@
+"""What a layer computes in bfloat16, where a change below half a unit in the last place of the output must still count on average."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Linear
+from transformers.pytorch_utils import Conv1D
+
+from raywarp import adapted_linear
+from raywarp.adapted_linear import Active, AdaptedLinear, product
+
+TOKENS, D_IN, D_OUT, RANK = 600, 320, 448, 4
+LAYERS: dict[str, Callable[[], Linear | Conv1D]] = {
+    "linear": lambda: Linear(D_IN, D_OUT, bias=False),
+    "bias": lambda: Linear(D_IN, D_OUT),
+    "conv1d": lambda: Conv1D(D_OUT, D_IN),
+}
+
+
+def adapted(kind: str, change: float, dtype: torch.dtype = torch.bfloat16) -> AdaptedLinear:
+    """A layer of unit outputs, a bias of the same size where it has one, and an adapter `policy` of changes of this size."""
+    torch.manual_seed(0)
+    base = LAYERS[kind]()
+    base.weight.data.normal_(std=D_IN**-0.5)
+    if base.bias is not None:
+        base.bias.data.normal_()
+    layer = AdaptedLinear(base.to(dtype).requires_grad_(False))
+    adapter = layer.add("policy", RANK, 2.0)
+    adapter.A.data.normal_(std=D_IN**-0.5)
+    adapter.B.data.normal_(std=change / 2 * RANK**-0.5)
+    return layer
+
+
+def active(layer: AdaptedLinear) -> Active:
+    assert layer.active is not None
+    return layer.active
+
+
+def slope(measured: Tensor, expected: Tensor) -> float:
+    """Of the measured change on the exact one, through zero."""
+    measured, expected = measured.double(), expected.double()
+    return float((measured * expected).sum() / (expected**2).sum())
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("trained", ["policy", None])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_small_change_of_the_output_counts(kind: str, trained: str | None, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of a tenth of half an ulp (2⁻⁸ at 1): added after the rounding, a third of it is left."""
+    monkeypatch.setattr(adapted_linear, "_HAS_ONEDNN", onednn and adapted_linear._HAS_ONEDNN)
+    layer, x = adapted(kind, change=4e-4), torch.randn(TOKENS, D_IN).bfloat16()
+    layer.activate([])
+    plain = layer(x)
+    layer.activate(["policy"], trained)
+    if trained:
+        layer.adapters["policy"].A.requires_grad_()
+    changed = layer(x).detach()
+    exact = x.double() @ active(layer).A.double().T @ active(layer).B.double().T
+    assert slope(changed - plain, exact) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_small_change_of_the_gradient_counts(kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the input is grad·W + grad·B·A, rounded once."""
+    monkeypatch.setattr(adapted_linear, "_HAS_ONEDNN", onednn and adapted_linear._HAS_ONEDNN)
+    layer, grad = adapted(kind, change=4e-4), torch.randn(TOKENS, D_OUT).bfloat16()
+    x = torch.randn(TOKENS, D_IN).bfloat16().requires_grad_()
+    layer.activate(["policy"], "policy")
+    (with_adapter,) = torch.autograd.grad(layer(x), x, grad)
+    exact = grad.double() @ active(layer).B.double() @ active(layer).A.double()
+    layer.activate([])
+    (plain,) = torch.autograd.grad(layer(x), x, grad)
+    assert slope(with_adapter - plain, exact) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_wide_numbers_are_the_formula(kind: str, dtype: torch.dtype) -> None:
+    layer, x = adapted(kind, change=0.3, dtype=dtype), torch.randn(3, 5, D_IN, dtype=dtype)
+    layer.activate(["policy"])
+    adapter = layer.adapters["policy"]
+    expected = x.double() @ (layer.weight.double() + 2 * adapter.B.double() @ adapter.A.double()).T
+    if layer.base.bias is not None:
+        expected = expected + layer.base.bias.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(layer(x).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_sums_are_rounded_once_whatever_the_layout(tokens: int, dtype: torch.dtype) -> None:
+    """Few rows, none, and operands that are views: the result is the exact sum's nearest number, but for the order of a sum."""
+    torch.manual_seed(1)
+    x, added, bias = torch.randn(64, tokens).to(dtype).T, torch.randn(96, tokens).to(dtype).T, torch.randn(96).to(dtype)
+    weight = torch.randn(64, 96).to(dtype).T
+    exact = x.double() @ weight.double().T + bias.double() + added.double()
+    ours = product(x, weight, bias, added)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, exact.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+    assert (ours != exact.to(dtype)).double().sum() <= (0.02 if dtype == torch.bfloat16 else 1) * exact.numel()
