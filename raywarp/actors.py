@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp import faults, placement, room, watch
 from raywarp.config import Config
-from raywarp.engines import EngineSettings, front_rank
+from raywarp.engines import EngineSettings, largest_rank
 from raywarp.hardware import cpu_environment
 from raywarp.policy_actor import PolicyActor
 from raywarp.reward_actor import RewardActor
@@ -140,7 +140,7 @@ class Actors:
             model=model,
             dtype=dtype,
             max_model_len=prompt_tokens + config.rollout.max_new_tokens,
-            lora_rank=front_rank(config),
+            lora_rank=largest_rank(config),
             rollout=config.rollout,
             gpu=plan.rollout.gpus > 0,
             trust_remote_code=config.trust_remote_code,

@@ -9,44 +9,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, Factors, block_of
+from raywarp.adapters import AdapterDelta, Factors
 from raywarp.config import ConfigError
+from raywarp.module_names import match_names
 
 
 class CheckpointError(RuntimeError):
     """An adapter does not fit the checkpoint; the message names the module."""
 
 
+Read = Callable[[], Iterable[tuple[str, Tensor]]]
+
+
 class Checkpoint:
-    """Weights of one model; those of the blocks that adapters change are kept in memory after their first use.
+    """Weights of one model; those that adapters change are kept in memory after their first use.
 
     Args:
         read: hands out every pristine weight under its name.
         dtype: of the weights that `weights` hands out.
     """
 
-    def __init__(self, read: Callable[[], Iterable[tuple[str, Tensor]]], dtype: torch.dtype):
+    def __init__(self, read: Read, dtype: torch.dtype):
         self.read, self.dtype = read, dtype
         self._pristine: dict[str, Tensor] = {}
-        self._blocks: set[str] = set()
-        self._folded: dict[str, Tensor] = {}
-
-    def fold(self, delta: AdapterDelta | None) -> dict[str, Factors]:
-        """From now on W + ΔW, in float32, takes the place of W in `weights`; None goes back to the pristine weights.
-
-        Costs the adapted weights once more, in float32. Returns the factors that were added; raises as `weights` does.
-        """
-        self._folded = {}
-        taken: dict[str, Factors] = {}
-        if delta is not None:
-            folded = {name: weight for name, weight, module in self._changed(delta, taken) if module and delta.factors[module].rank}
-            self._folded = folded
-        return taken
+        self._names: dict[str, str] = {}
 
     def weights(self, delta: AdapterDelta, taken: dict[str, Factors]) -> Iterator[tuple[str, Tensor]]:
-        """The weights of all blocks that the adapter changes, under their names, with W + ΔW for W where it does.
+        """The weights that the adapter changes, under their names, as W + ΔW; and those beside them, as they are.
 
-        Whole blocks, since an engine may fuse weights of a block (q, k and v) and then wants all of them anew.
+        An engine may fuse a module with those of the same parent (q, k and v), and then needs all of them. No others are handed out: vLLM
+        0.32 packs experts on CPUs when it loads them, and a second time would spoil them.
 
         Args:
             taken: gets each module's factors as its weight is handed out, so that what is there at the end was taken by the caller.
@@ -54,30 +46,36 @@ class Checkpoint:
         Raises:
             CheckpointError: a module of the adapter has no weight in the checkpoint (nothing may be dropped in silence).
         """
-        for name, weight, _ in self._changed(delta, taken):
-            yield name, weight.to(self.dtype)
+        self._keep(delta.factors)
+        modules = {self._names[module]: module for module in delta.factors}
+        parents = {_parent(name) for name in modules}
+        for name, weight in self._pristine.items():
+            if name in modules:
+                taken[modules[name]] = delta.factors[modules[name]]
+                weight = _add_change(weight, taken[modules[name]], delta.fan_in_fan_out)
+            if _parent(name) in parents:
+                yield name, weight.to(self.dtype)
 
-    def _changed(self, delta: AdapterDelta, taken: dict[str, Factors]) -> Iterator[tuple[str, Tensor, str | None]]:
-        left = dict(delta.factors)
-        self._keep({block_of(module) for module in left})
-        for name, pristine in self._pristine.items():
-            weight, module = self._folded.get(name, pristine), _module_of(name, left)
-            if module is not None:
-                taken[module] = left.pop(module)
-                weight = _add_change(weight, taken[module], delta.fan_in_fan_out)
-            yield name, weight, module
-        if left:
-            raise CheckpointError(f"the checkpoint has no weight for the adapted module {next(iter(left))}")
+    def _keep(self, modules: Iterable[str]) -> None:
+        """Read the pristine weights of modules that are new. (Nobody has changed those yet, should `read` look at a live model.)"""
+        if new := [module for module in modules if module not in self._names]:
+            self._names |= weight_names(new, [name for name, _ in self.read()])
+            parents = {_parent(self._names[module]) for module in new}
+            for name, weight in self.read():
+                if name not in self._pristine and _parent(name) in parents:
+                    self._pristine[name] = weight.detach().clone()
 
-    def _keep(self, blocks: set[str]) -> None:
-        """Read the pristine weights of blocks that are new. (Nobody has changed those yet, should `read` look at a live model.)"""
-        if blocks <= self._blocks:
-            return
-        self._blocks |= blocks
-        wanted = self._blocks | {block.partition(".")[2] for block in self._blocks}  # bare backbones lack the model's own prefix
-        for name, weight in self.read():
-            if name not in self._pristine and (block_of(name) in wanted or name.rpartition(".")[0] in wanted):
-                self._pristine[name] = weight.detach().clone()
+
+def weight_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """Module → the name of its weight in the checkpoint; see match_names.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    found = match_names(modules, [name.removesuffix(".weight") for name in names if name.endswith(".weight")])
+    if lacking := [module for module in modules if module not in found]:
+        raise CheckpointError(f"the checkpoint has no weight for the adapted module {lacking[0]}")
+    return {module: f"{name}.weight" for module, name in found.items()}
 
 
 def read_files(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -107,14 +105,10 @@ def checkpoint_files(model: str) -> list[Path]:
     return files
 
 
-def _module_of(name: str, modules: dict[str, Factors]) -> str | None:
-    """The adapted module that a checkpoint's tensor belongs to; checkpoints of bare backbones lack the model's own prefix."""
-    if not name.endswith(".weight"):
-        return None
-    module = name.removesuffix(".weight")
-    if module in modules:
-        return module
-    return next((m for m in modules if m.partition(".")[2] == module), None)
+def _parent(name: str) -> str | None:
+    """`model.layers.0.mlp.up_proj.weight` → `model.layers.0.mlp`; None for what is no module's weight or bias."""
+    module, _, kind = name.rpartition(".")
+    return module.rpartition(".")[0] if kind in ("weight", "bias") else None
 
 
 def _add_change(weight: Tensor, factors: Factors, transposed: bool) -> Tensor:

@@ -213,8 +213,10 @@ class RolloutConfig(Section):
     temperature: Positive = Field(
         0.9, description="sampling temperature, of training and evaluation; log-probs and KL are taken at the same one"
     )
-    adapter: Literal["auto", "lora", "merged"] = Field(
-        "auto", description="how an adapter reaches vLLM: hot-swapped LoRA, or merged weights; auto is merged on CPU, LoRA on GPU"
+    adapter: Literal["auto", "unmerged", "lora", "merged"] = Field(
+        "auto",
+        description="how an engine applies an adapter: unmerged beside the weights (CPUs), as vLLM's LoRA (GPUs), or merged into float32 "
+        "weights; auto is unmerged on CPUs, lora on GPUs",
     )
     ignore_eos: bool = Field(False, description="sample past the end of text up to max_new_tokens; for benchmarks")
     missing_eos_penalty: NotNegative = Field(0.0, description="taken from the reward of a completion that max_new_tokens cut off")

@@ -1,9 +1,13 @@
 """What a rollout worker runs: vLLM, or transformers where vLLM does not exist; one interface."""
 
 import importlib.util
+import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
 
 from raywarp.completion import Completion
 from raywarp.config import Config, ConfigError, RolloutConfig
@@ -11,7 +15,8 @@ from raywarp.rollout import Adapter, Request
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)
 MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
-FRONT_RANK = 64  # slots are made this large for the front's points, if the policies' rank is below; see EngineSettings.lora_rank
+SLOT = "raywarp_adapter"  # the key of an unmerged adapter's slot among a vLLM request's extra arguments
+LARGE_RANK = 64  # above it vLLM has one slot, since a slot takes memory by its rank
 NO_VLLM = (
     "vLLM {problem}: it comes with raywarp[gpu] where there is a CUDA GPU, else raywarp[cpu], of which ./cluster/local.sh install takes "
     "the right one; or set rollout.engine=transformers, which is slower"
@@ -25,8 +30,7 @@ class EngineSettings:
     model: hub id or folder.
     dtype: float32 or bfloat16.
     max_model_len: tokens of the longest prompt and completion.
-    lora_rank: of adapters that are to be swapped as LoRA: a policy's, or of the front's points if that is at most FRONT_RANK,
-        so that the front is measured in one go; an adapter of higher rank is put into the weights, which takes longer.
+    lora_rank: the largest of any adapter that is sampled; see largest_rank.
     """
 
     model: str
@@ -45,6 +49,7 @@ class Loader(Protocol):
     def in_weights(self, adapter: Adapter) -> Hashable: ...
     def load(self, adapters: Sequence[Adapter]) -> None: ...
     def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]: ...
+    def request(self, adapter: Adapter) -> Any: ...
 
 
 class Engine(Protocol):
@@ -82,35 +87,89 @@ def check_engine(config: Config) -> None:
     """What can be known before anything is started.
 
     Raises:
-        ConfigError: vLLM is not installed, or the adapter mode does not go with engine or rank.
+        ConfigError: vLLM is not installed, or the adapter mode is not exact with this engine, precision or rank.
     """
     rollout = config.rollout
-    if rollout.engine == "transformers":
-        if rollout.adapter == "lora":
-            raise ConfigError("rollout.engine=transformers merges adapters into the weights; use rollout.adapter=auto or merged")
-        if rollout.tensor_parallel_size > 1:
-            raise ConfigError(f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs rollout.engine=vllm")
-        return
-    if importlib.util.find_spec("vllm") is None:
+    if rollout.engine == "transformers" and rollout.tensor_parallel_size > 1:
+        raise ConfigError(f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs rollout.engine=vllm")
+    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(NO_VLLM.format(problem="is not installed"))
-    if rollout.adapter == "lora":
-        lora_slots(config.lora.rank)
+    gpu = expects_gpu(config)
+    refusals = [mode_problem(config, on_gpu) for on_gpu in ((False, True) if gpu is None else (gpu,))]
+    if all(refusals):
+        raise ConfigError(refusals[0])
 
 
-def lora_slots(rank: int, refuse: bool = True) -> int:
-    """The smallest rank that vLLM has slots for.
+def expects_gpu(config: Config) -> bool | None:
+    """Whether rollout workers will have GPUs; None where only the cluster can tell."""
+    share = config.cluster.gpus_per_rollout_worker
+    if share is not None:
+        return share > 0
+    if ray.is_initialized():
+        return bool(ray.cluster_resources().get("GPU"))
+    if os.environ.get("RAY_ADDRESS") or Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").exists():
+        return None
+    import torch
 
-    Raises:
-        ConfigError: it has none that large (or, without `refuse`, the result is 0).
-    """
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    if refuse:
-        raise ConfigError(f"lora.rank={rank} exceeds vLLM's largest, {LORA_RANKS[-1]}; use rollout.adapter=merged or a smaller lora.rank")
-    return 0
+    return torch.cuda.is_available()
 
 
-def front_rank(config: Config) -> int:
-    """See EngineSettings.lora_rank."""
-    return max(config.lora.rank, min(FRONT_RANK, config.lora.rank * config.warp.policies * config.warp.iterations))
+def adapter_mode(rollout: RolloutConfig, gpu: bool) -> str:
+    """What rollout.adapter becomes: vLLM's LoRA on GPUs, factors beside the weights elsewhere."""
+    if rollout.adapter != "auto":
+        return rollout.adapter
+    return "lora" if gpu and rollout.engine == "vllm" else "unmerged"
+
+
+def check_mode(config: Config, gpu: bool) -> None:
+    """Raises ConfigError where the adapter mode is not exact on workers with GPUs, or without."""
+    if problem := mode_problem(config, gpu):
+        raise ConfigError(problem)
+
+
+def mode_problem(config: Config, gpu: bool) -> str:
+    """Why the adapter mode would not sample the trained policy, and which one does; empty where it does."""
+    from raywarp.hardware import run_dtype
+
+    rollout, mode, dtype = config.rollout, adapter_mode(config.rollout, gpu), run_dtype(config.dtype, gpu)
+    vllm, where = rollout.engine == "vllm", "GPUs" if gpu else "CPUs"
+    exact = "lora" if vllm and gpu else "unmerged"
+    if mode == "merged" and dtype != "float32":
+        return (
+            f"rollout.adapter=merged with dtype={dtype} rounds W + ΔW, and most of a small ΔW is lost; "
+            f"use rollout.adapter={exact} (or auto), or dtype=float32"
+        )
+    if mode == "lora" and not vllm:
+        return "rollout.adapter=lora is vLLM's; rollout.engine=transformers has rollout.adapter=unmerged (or auto)"
+    if mode == "lora" and not gpu and dtype != "float32":
+        return (
+            f"rollout.adapter=lora with dtype={dtype} on CPUs: vLLM adds an adapter's share after it has rounded the product, and "
+            "loses what is below half a step; use rollout.adapter=unmerged (or auto), or dtype=float32"
+        )
+    if mode == "unmerged" and vllm and gpu:
+        return f"rollout.adapter=unmerged is for CPUs; vLLM on {where} has rollout.adapter=lora (or auto)"
+    if mode == "lora" and not lora_slots(largest_rank(config)):
+        return (
+            f"the adapters of this run reach rank {largest_rank(config)} (lora.rank={config.lora.rank} for each of its "
+            f"{config.warp.policies} policies in {config.warp.iterations} iterations), and vLLM's largest is {LORA_RANKS[-1]}; lower "
+            "lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at lora.rank"
+        )
+    return ""
+
+
+def lora_slots(rank: int) -> int:
+    """The smallest rank that vLLM has slots for; 0 where none is that large."""
+    return next((allowed for allowed in LORA_RANKS if rank <= allowed), 0)
+
+
+def slot_count(rank: int) -> int:
+    """Adapters of this rank that one pass of vLLM's LoRA can mix."""
+    return MOST_LORAS if rank <= LARGE_RANK else 1
+
+
+def largest_rank(config: Config) -> int:
+    """Of any adapter that a run samples: a policy on top of its init, or the last merge. (With one frozen A, merges keep lora.rank.)"""
+    rank, warp = config.lora.rank, config.warp
+    if config.lora.init == "frozen":
+        return rank if warp.iterations == 1 else 2 * rank
+    return rank * warp.policies * warp.iterations

@@ -129,8 +129,9 @@ def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: place
     reward = _reward_process(config)
     processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout)]
     if placed.rollout.gpus:
-        slots = engines.lora_slots(engines.front_rank(config), refuse=False) if config.rollout.adapter != "merged" else 0
-        on_gpu = memory.rollout_gpu(shapes, config, dtype, slots, engines.MOST_LORAS, length)
+        lora = engines.adapter_mode(config.rollout, gpu=True) == "lora"
+        rank = engines.lora_slots(engines.largest_rank(config)) if lora else 0
+        on_gpu = memory.rollout_gpu(shapes, config, dtype, rank, engines.slot_count(rank), length)
         processes.append(Process(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization))
     processes.append(Process(placed.reward, reward, placed.reward.gpus > 0))
     return Forecast(config, placed, shapes, processes, dtype)

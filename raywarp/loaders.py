@@ -1,30 +1,128 @@
-"""Two ways to bring an adapter into an engine: as new weights, or as the engine's own LoRA on top of them.
+"""Three ways to bring adapters into an engine: beside its weights, as the engine's own LoRA, or merged into float32 weights.
 
-Both hash the tensors that were really taken, for the comparison in rollout.join. Hashing is a step of its own, which can be done
-while the engine already samples.
+Each hashes the tensors that were taken, for the comparison in rollout.join. Hashing is a step of its own, which can be done while the
+engine already samples. That what was taken also acts is proven by its effect (effect.py).
 """
 
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, Factors, digest, zeros_like
+from raywarp.adapters import AdapterDelta, Factors, add, digest, zeros_like
 from raywarp.checkpoint import Checkpoint
 from raywarp.peft_config import ADAPTER_FILE
 from raywarp.peft_files import save_peft
-from raywarp.rollout import Adapter, AdapterPart, RolloutError
+from raywarp.rollout import Adapter, RolloutError
 
 Install = Callable[[Iterable[tuple[str, Tensor]]], object]
+Versions = tuple[str, ...]
+
+
+class UnmergedLoader:
+    """Factors beside the engine's weights, several adapters at once; a swap copies the factors and nothing else.
+
+    Args:
+        take: hands the engine the adapters that it is to hold, in the order of their slots, each with its parts side by side; returns what
+            its layers took.
+    """
+
+    def __init__(self, take: Callable[[Sequence[AdapterDelta]], Sequence[AdapterDelta] | None]):
+        self._take = take
+        self._slots: dict[Versions, int] = {}
+        self._parts: dict[str, AdapterDelta | str] = {}  # version → what was taken of it, or its digest
+
+    def in_weights(self, adapter: Adapter) -> Hashable:
+        """Adapters with different answers cannot be in the engine at the same time."""
+        return None
+
+    def load(self, adapters: Sequence[Adapter]) -> None:
+        wanted = {adapter.versions: adapter for adapter in adapters if adapter.parts}
+        if wanted.keys() <= self._slots.keys():
+            return
+        self._slots, old = {}, self._parts  # until all is in place, nobody may take it for loaded
+        deltas = {part.version: part.fetch() for adapter in wanted.values() for part in adapter.parts}
+        taken = self._take([add(*(deltas[version] for version in versions)) for versions in wanted]) or []
+        self._parts = {}
+        for versions, whole in zip(wanted, taken, strict=False):
+            own = split(whole.factors, [deltas[version] for version in versions])
+            self._parts |= {v: known if isinstance(known := old.get(v), str) else part for v, part in zip(versions, own, strict=True)}
+        self._slots = {versions: slot for slot, versions in enumerate(wanted)}
+
+    def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
+        """Of what was taken, part by part, for each of the adapters that were just loaded."""
+        self._parts = {version: part if isinstance(part, str) else digest(part) for version, part in self._parts.items()}
+        return [tuple(str(self._parts.get(version, "")) for version in adapter.versions) for adapter in adapters]
+
+    def request(self, adapter: Adapter) -> int | None:
+        """The adapter's slot; None for the SFT model."""
+        return self._slots[adapter.versions] if adapter.parts else None
+
+
+class LoraLoader:
+    """vLLM's own LoRA, several adapters at once; init and policy as one adapter: an init in bfloat16 weights would be rounded.
+
+    Each version has a new id, name and path, since vLLM 0.32 silently takes an old id or name for the old adapter.
+
+    Args:
+        engine: vLLM's LLM.
+        names: the engine's names of modules, which are those of the checkpoint.
+        folder: for the files that vLLM reads.
+    """
+
+    def __init__(self, engine: Any, names: Callable[[Iterable[str]], Mapping[str, str]], folder: Path):
+        self.engine, self.names, self.folder, self.version = engine, names, folder, 0
+        self._held: dict[Versions, tuple[Any, Versions]] = {}  # vLLM's request, digests of what was written for it
+
+    def in_weights(self, adapter: Adapter) -> Hashable:
+        return None
+
+    def load(self, adapters: Sequence[Adapter]) -> None:
+        wanted = {adapter.versions: adapter for adapter in adapters if adapter.parts}
+        self._keep_only(set(wanted))
+        for versions, adapter in wanted.items():
+            if versions not in self._held:
+                self._held[versions] = self._add(adapter)
+
+    def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
+        """Of the files that vLLM read, part by part."""
+        return [self._held[adapter.versions][1] if adapter.parts else () for adapter in adapters]
+
+    def request(self, adapter: Adapter) -> Any:
+        """The LoRARequest that goes with every prompt of this adapter; None for the SFT model."""
+        return self._held[adapter.versions][0] if adapter.parts else None
+
+    def _add(self, adapter: Adapter) -> tuple[Any, Versions]:
+        from safetensors.torch import load_file
+        from vllm.lora.request import LoRARequest
+
+        self.version += 1
+        path, deltas = self.folder / f"v{self.version}", [part.fetch() for part in adapter.parts]
+        names = self.names(deltas[0].factors)
+        whole = add(*deltas)
+        save_peft(replace(whole, factors={names[module]: f for module, f in whole.factors.items()}, target_modules=()), path)
+        written, prefix = load_file(path / ADAPTER_FILE), "base_model.model."
+        request = LoRARequest(f"v{self.version}", self.version, str(path))
+        if not self.engine.llm_engine.add_lora(request):
+            raise RolloutError(f"vLLM did not load adapter version {'+'.join(adapter.versions)} (number {self.version})")
+        factors = {
+            module: Factors(written[f"{prefix}{name}.lora_B.weight"], written[f"{prefix}{name}.lora_A.weight"])
+            for module, name in names.items()
+        }
+        return request, tuple(digest(part) for part in split(factors, deltas))
+
+    def _keep_only(self, versions: set[Versions]) -> None:
+        for old in self._held.keys() - versions:
+            request, _ = self._held.pop(old)
+            self.engine.llm_engine.remove_lora(request.lora_int_id)
+            shutil.rmtree(request.lora_path, ignore_errors=True)
 
 
 class MergedLoader:
-    """Adapters as new weights W + ΔW, from pristine W each time and summed in float32; on CPUs 5 times the speed of vLLM's LoRA kernels.
-
-    The init is folded into W once, and kept; a swap then reads the policy's factors and writes the adapted blocks.
+    """Adapters as new float32 weights W + ΔW, from pristine W each time. (In bfloat16 most of a small ΔW would be rounded away.)
 
     Args:
         install: puts weights, by name, in the place of the engine's.
@@ -32,13 +130,11 @@ class MergedLoader:
 
     def __init__(self, checkpoint: Checkpoint, install: Install):
         self.checkpoint, self.install = checkpoint, install
-        self.loaded: tuple[str, ...] | None = ()  # what was asked for
+        self.loaded: Versions | None = ()  # what was asked for
         self._taken: list[AdapterDelta | str] = []  # what there was to take, or its digest
-        self._folded: tuple[str | None, list[AdapterDelta | str]] = (None, [])  # likewise, of the init
         self._changed: AdapterDelta | None = None  # the modules whose weights may differ from the pristine ones
 
     def in_weights(self, adapter: Adapter) -> Hashable:
-        """Adapters with different answers cannot be in the engine at the same time."""
         return adapter.versions
 
     def load(self, adapters: Sequence[Adapter]) -> None:
@@ -49,31 +145,24 @@ class MergedLoader:
             self._taken = self._load(adapter)
             self.loaded = adapter.versions
 
-    def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
+    def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
         """Of what the weights have taken, part by part, for each of the adapters that were just loaded."""
         self._taken = [part if isinstance(part, str) else digest(part) for part in self._taken]
         return [tuple(map(str, self._taken))] * len(adapters)
 
     def request(self, adapter: Adapter) -> None:
-        """What the engine has to be told with every request: nothing."""
+        """No per-request argument is needed."""
 
     def _load(self, adapter: Adapter) -> list[AdapterDelta | str]:
-        fold, change = (adapter.init, adapter.policy) if adapter.policy else (None, adapter.init)
-        if self._folded[0] != (fold.version if fold else None):
-            delta = fold.fetch() if fold else None
-            added = self.checkpoint.fold(delta)
-            self._folded = (fold.version, [digest(replace(delta, factors=added))]) if fold and delta else (None, [])
-        below = self._folded[1]
-        if change is None:
-            if self._changed is not None:
-                self._install(zeros_like(self._changed))
-            return below
-        delta = change.fetch()
-        if self._changed is not None and self._changed.blocks().keys() - delta.blocks().keys():
-            self._install(zeros_like(self._changed))  # an adapter of other modules: the former ones go back
-        if not delta.rank and not below and self._changed is None:
-            return [delta]  # no change to pristine weights
-        return [*below, replace(delta, factors=self._install(delta))]
+        deltas = [part.fetch() for part in adapter.parts]
+        modules = {module for delta in deltas for module in delta.factors}
+        if self._changed is not None and self._changed.factors.keys() - modules:
+            self._install(zeros_like(self._changed))  # the modules of the adapter before go back to pristine weights
+            self._changed = None
+        if not deltas or (self._changed is None and not any(delta.rank for delta in deltas)):
+            return [*deltas]  # no change to pristine weights
+        whole = add(*deltas)
+        return [*split(self._install(whole), deltas)]
 
     def _install(self, delta: AdapterDelta) -> dict[str, Factors]:
         taken: dict[str, Factors] = {}
@@ -82,71 +171,14 @@ class MergedLoader:
         return taken
 
 
-class LoraLoader:
-    """Policies as vLLM's own LoRA, several at once; the init in the weights below, so a policy comes at its own rank.
-
-    Each version has a new id, name and path, since vLLM 0.32 silently takes an old id or name for the old adapter.
-
-    Args:
-        engine: vLLM's LLM.
-        weights: for what goes into the weights.
-        largest: the rank that the engine has slots for; what is above goes into the weights, too.
-        folder: for the files that vLLM reads.
-    """
-
-    def __init__(self, engine: Any, weights: MergedLoader, largest: int, folder: Path):
-        self.engine, self.weights, self.largest, self.folder, self.version = engine, weights, largest, folder, 0
-        self._held: dict[str, tuple[Any, str]] = {}  # version → vLLM's request, digest of what was written for it
-
-    def in_weights(self, adapter: Adapter) -> Hashable:
-        return self._below(adapter).versions
-
-    def load(self, adapters: Sequence[Adapter]) -> None:
-        below = self._below(adapters[0])
-        if self.weights.loaded != below.versions:
-            self._keep_only(set())  # new weights void the LoRAs on them
-        self.weights.load([below])
-        on_top = {part.version: part for part in map(self._on_top, adapters) if part is not None}
-        self._keep_only(set(on_top))
-        for part in on_top.values():
-            if part.version not in self._held:
-                self._held[part.version] = self._add(part)
-
-    def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
-        """Of what the weights have taken, and of the files that vLLM read."""
-        (below,) = self.weights.digests(adapters[:1])
-        return [(*below, self._held[policy.version][1]) if (policy := self._on_top(adapter)) else below for adapter in adapters]
-
-    def request(self, adapter: Adapter) -> Any:
-        """The LoRARequest that goes with every prompt of this adapter; None for the weights alone."""
-        part = self._on_top(adapter)
-        return self._held[part.version][0] if part else None
-
-    def _below(self, adapter: Adapter) -> Adapter:
-        return Adapter(adapter.init) if self._on_top(adapter) or adapter.policy is None else adapter
-
-    def _on_top(self, adapter: Adapter) -> AdapterPart | None:
-        return adapter.policy if adapter.policy is not None and adapter.policy.rank <= self.largest else None
-
-    def _add(self, part: AdapterPart) -> tuple[Any, str]:
-        from safetensors.torch import load_file
-        from vllm.lora.request import LoRARequest
-
-        self.version += 1
-        path, delta = self.folder / f"v{self.version}", part.fetch()
-        save_peft(delta, path)
-        written, prefix = load_file(path / ADAPTER_FILE), "base_model.model."
-        request = LoRARequest(f"v{self.version}", self.version, str(path))
-        if not self.engine.llm_engine.add_lora(request):
-            raise RolloutError(f"vLLM did not load adapter version {part.version} (number {self.version})")
-        factors = {  # a module of rank 0 is written as one column of zeros
-            module: Factors(written[f"{prefix}{module}.lora_B.weight"], written[f"{prefix}{module}.lora_A.weight"]) if f.rank else f
-            for module, f in delta.factors.items()
-        }
-        return request, digest(replace(delta, factors=factors))
-
-    def _keep_only(self, versions: set[str]) -> None:
-        for old in self._held.keys() - versions:
-            request, _ = self._held.pop(old)
-            self.engine.llm_engine.remove_lora(request.lora_int_id)
-            shutil.rmtree(request.lora_path, ignore_errors=True)
+def split(factors: Mapping[str, Factors], deltas: Sequence[AdapterDelta]) -> list[AdapterDelta]:
+    """The parts that were put side by side, as they are found in `factors`: an adapter file may have a column of zeros for rank 0."""
+    parts, starts = [], dict.fromkeys(factors, 0)
+    for delta in deltas:
+        own = {}
+        for module, f in delta.factors.items():
+            start, end = starts[module], starts[module] + f.rank
+            own[module] = Factors(factors[module].B[:, start:end], factors[module].A[start:end])
+            starts[module] = end
+        parts.append(replace(delta, factors=own))
+    return parts

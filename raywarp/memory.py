@@ -22,7 +22,7 @@ class Shapes:
     """Of a model with adapters.
 
     parameters: numbers in the base, tied weights once. adapted: module → (d_out, d_in).
-    block_parameters: numbers in the blocks that have adapted modules, which a rollout worker keeps pristine.
+    block_parameters: numbers in the blocks that have adapted modules, which a rollout worker keeps pristine with rollout.adapter=merged.
     kv_numbers: of one token's keys and values in all layers.
     hidden, layers, vocabulary: as usual.
     saved_bytes: that autograd keeps of a micro-batch, at the run's precision.
@@ -45,10 +45,6 @@ class Shapes:
     def b_numbers(self) -> int:
         """B of every adapted module at rank 1."""
         return sum(d_out for d_out, _ in self.adapted.values())
-
-    @property
-    def adapted_numbers(self) -> int:
-        return sum(d_out * d_in for d_out, d_in in self.adapted.values())
 
 
 def trained_numbers(shapes: Shapes, config: Config) -> int:
@@ -97,10 +93,11 @@ def rollout_process(shapes: Shapes, config: Config, dtype: str, stored_bytes: in
     components = {} if gpu else {"base weights": shapes.parameters * width, "its file, mapped": shapes.parameters * stored_bytes}
     if not gpu and not transformers:
         components["copy that vLLM packs (estimate)"] = shapes.parameters * width
-    components |= {
-        "pristine weights of adapted blocks": shapes.block_parameters * (width if transformers else stored_bytes),
-        "weights with init folded in, float32": shapes.adapted_numbers * FLOAT32 if config.warp.iterations > 1 else 0,
-    }
+    if config.rollout.adapter == "merged":
+        components["pristine weights of adapted blocks"] = shapes.block_parameters * (width if transformers else stored_bytes)
+    elif not gpu:  # at the largest: the front's points. vLLM stacks up to three modules, whose B is zero outside their own rows
+        rank = config.lora.rank * config.warp.policies * config.warp.iterations
+        components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (width + FLOAT32 if transformers else 3 * width)
     if not gpu:
         components["KV cache"] = kv_cache(shapes, config, width, tokens)
     return {**components, "Python, torch, vLLM, Ray": ROLLOUT_RUNTIME}

@@ -102,11 +102,11 @@ def _use(config: Config, base: str | None, rank: int) -> str:
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
         'model = PeftModel.from_pretrained(model, "this folder")\n```'
     )
-    slots = lora_slots(rank, refuse=False)
+    slots = lora_slots(rank)
     serve = (
         f"```sh\nvllm serve {name} --enable-lora --max-lora-rank {slots} --lora-modules warp=/path/to/this/folder\n```"
         if slots
-        else "vLLM serves no LoRA of this rank: `model.merge_and_unload()`, or truncate it with `raywarp merge lerp FOLDER --rank 256`."
+        else "vLLM serves no LoRA of this rank: merge it into float32 weights, or truncate it with `raywarp merge lerp FOLDER --rank 256`."
     )
     return f"{load}\n\n{serve}"
 

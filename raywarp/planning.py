@@ -11,6 +11,7 @@ from typing import Any
 from raywarp import embedded, memory, placement, preflight
 from raywarp.config import Config, ConfigError
 from raywarp.data import HUB_ID
+from raywarp.engines import check_mode, mode_problem
 from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
@@ -44,6 +45,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         placed = placement.make_plan(config)
     except ConfigError as error:
         problems, placed = str(error).splitlines(), placement.wish(config, placement.cluster_gpus())
+    problems += filter(None, [mode_problem(config, placed.rollout.gpus > 0)])
     result = forecast(config, source, placed)
     reports = preflight.node_reports(config, local_paths(config, source.model))
     problems += [*preflight.access_problems(reports, config), *preflight.version_problems(reports), *result.impossible(reports)]
@@ -88,6 +90,7 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
             placed = placement.make_plan(config)
         except ConfigError:  # the session says so, after it has waited for what may become free
             placed = placement.wish(config, placement.cluster_gpus())
+        check_mode(config, placed.rollout.gpus > 0)
         found = forecast_of_shapes(config, model, shapes, placed, prompt_tokens)
     preflight.preflight(config, found, local_paths(config, model) if found else [])
 
@@ -151,6 +154,7 @@ def local_paths(config: Config, model: str) -> list[str]:
 
 def _offline(config: Config) -> Forecast:
     placed = placement.wish(config, 0)
+    check_mode(config, placed.rollout.gpus > 0)
     notes = ["offline: GPUs are counted where the config names them; a policy actor is counted for each policy"]
     source = shapes_only(config, weights=True)
     if source is None:

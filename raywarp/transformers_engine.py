@@ -1,34 +1,37 @@
 """transformers as the engine of a rollout worker, where vLLM does not exist: slower, and the same completions within sampling.
 
+Adapted layers are the trainer's own.
+
 Each completion draws its random numbers from its own seed, so they do not depend on what else is in the batch.
 N completions, P longest prompt, T longest completion, V vocabulary.
 """
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raywarp.adapted_linear import AdaptedLinear
+from raywarp.adapters import AdapterDelta, Factors
 from raywarp.checkpoint import Checkpoint
 from raywarp.completion import Completion
-from raywarp.engines import EngineSettings
-from raywarp.loaders import MergedLoader
-from raywarp.rollout import Request
+from raywarp.engines import EngineSettings, Loader, adapter_mode
+from raywarp.loaders import MergedLoader, UnmergedLoader
+from raywarp.rollout import Adapter, Request
 
 ROWS = 64  # completions that run at once
 
 
 class TransformersEngine:
-    """A causal language model whose weights take the adapters' changes."""
-
-    adapter_mode = "merged"
+    """A causal language model with adapters beside its weights, or (in float32) merged into them."""
 
     def __init__(self, settings: EngineSettings):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.settings = settings
+        self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
         self.device = torch.device("cuda" if settings.gpu and torch.cuda.is_available() else "cpu")  # a GPU may be a mere number to Ray
         remote = settings.trust_remote_code
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -37,16 +40,21 @@ class TransformersEngine:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.loader = MergedLoader(Checkpoint(self.parameters.items, getattr(torch, settings.dtype)), self._install)
+        self.layers: dict[str, AdaptedLinear] = {}
+        self.loader: Loader = UnmergedLoader(self._take)
+        if self.adapter_mode == "merged":
+            self.loader = MergedLoader(Checkpoint(self.parameters.items, getattr(torch, settings.dtype)), self._install)
         declared = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         self.end = set() if settings.rollout.ignore_eos else declared
         self._passes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Completions of requests whose adapter is loaded."""
-        return [
-            [completion for part in request.cut(ROWS) for completion in self._complete(part.prompts, part.seeds)] for request in requests
-        ]
+        """Completions of requests whose adapters are loaded."""
+        answers = []
+        for request in requests:
+            self.activate(request.adapter)
+            answers.append([completion for part in request.cut(ROWS) for completion in self._complete(part.prompts, part.seeds)])
+        return answers
 
     def capacity(self) -> int:
         return ROWS
@@ -56,6 +64,34 @@ class TransformersEngine:
 
     def close(self) -> None:
         """There is nothing to stop."""
+
+    def activate(self, adapter: Adapter) -> None:
+        """From now on this adapter, which is loaded, takes part."""
+        slot = self.loader.request(adapter)
+        for layer in self.layers.values():
+            layer.activate([str(slot)] if str(slot) in layer.adapters else [])
+
+    def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
+        """Hold these adapters, by the number of their slot, in the place of those before; returns what the layers hold."""
+        for layer in self.layers.values():
+            layer.adapters.clear()
+        for slot, delta in enumerate(adapters):
+            for module, f in delta.factors.items():
+                held = self._layer(module).add(str(slot), f.rank, 1.0)
+                held.A.data.copy_(f.A)
+                held.B.data.copy_(f.B)
+        return [replace(delta, factors=self._held(str(slot), delta.factors)) for slot, delta in enumerate(adapters)]
+
+    def _held(self, slot: str, modules: Iterable[str]) -> dict[str, Factors]:
+        held = {module: self.layers[module].adapters[slot] for module in modules}
+        return {module: Factors(adapter.B.data.cpu(), adapter.A.data.cpu()) for module, adapter in held.items()}
+
+    def _layer(self, module: str) -> AdaptedLinear:
+        if module not in self.layers:
+            base: Any = self.model.get_submodule(module)
+            self.layers[module] = AdaptedLinear(base)
+            self.model.set_submodule(module, self.layers[module])
+        return self.layers[module]
 
     def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for name, weight in weights:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor
 
 from raywarp import scratch
-from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
+from raywarp.adapters import AdapterDelta
+from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
 from raywarp.completion import Completion
 from raywarp.config import ConfigError
-from raywarp.engines import MOST_LORAS, NO_VLLM, EngineSettings, lora_slots
-from raywarp.loaders import LoraLoader, MergedLoader
+from raywarp.engines import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
+from raywarp.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout import Request
+from raywarp.row_signatures import ModuleRows
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
+CPU_TOKENS = 4096  # of prompts in one pass
 
 
 class VllmEngine:
@@ -33,8 +37,9 @@ class VllmEngine:
             from vllm import LLM
         except ImportError as error:
             raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
-        self.settings = settings
-        self.adapter_mode = self._resolve_mode()
+        self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
+        if self.adapter_mode == "lora":
+            _check_lora(settings)
         self.folder = scratch.claim()  # for adapters, and for the sockets of its processes, which outlive those that are killed
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
         try:
@@ -42,10 +47,9 @@ class VllmEngine:
         except ValueError as error:
             scratch.release(self.folder)
             raise _readable(error, settings) from None
-        files = checkpoint_files(settings.model)
-        weights = MergedLoader(Checkpoint(partial(read_files, files), getattr(torch, settings.dtype)), self._install)
-        lora = self.adapter_mode == "lora"
-        self.loader = LoraLoader(self.llm, weights, lora_slots(settings.lora_rank), self.folder) if lora else weights
+        self._read = partial(read_files, checkpoint_files(settings.model))
+        self._known: set[str] = set()  # adapted modules that have been found among the engine's layers
+        self.loader: Loader = self._loader()
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters are loaded, all in one call to vLLM."""
@@ -54,7 +58,7 @@ class VllmEngine:
         asked = [(prompt, seed, request) for request in requests for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
-            [self._sampling(seed) for _, seed, _ in asked],
+            [self._sampling(seed, self.loader.request(request.adapter)) for _, seed, request in asked],
             lora_request=[self.loader.request(request.adapter) for _, _, request in asked] if self.adapter_mode == "lora" else None,
             use_tqdm=False,
         )
@@ -80,7 +84,8 @@ class VllmEngine:
         for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
             segment.unlink(missing_ok=True)
 
-    def _sampling(self, seed: int) -> Any:
+    def _sampling(self, seed: int, slot: Any) -> Any:
+        """slot: of an unmerged adapter."""
         from vllm import SamplingParams
 
         rollout = self.settings.rollout
@@ -92,7 +97,48 @@ class VllmEngine:
             logprobs=0,
             seed=seed,
             ignore_eos=rollout.ignore_eos,
+            extra_args={SLOT: slot} if self.adapter_mode == "unmerged" and slot is not None else None,
         )
+
+    def _loader(self) -> Loader:
+        if self.adapter_mode == "unmerged":
+            return UnmergedLoader(self._take)
+        if self.adapter_mode == "lora":
+            return LoraLoader(self.llm, self._lora_names, self.folder)
+        return MergedLoader(Checkpoint(self._read, getattr(torch, self.settings.dtype)), self._install)
+
+    def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
+        """Give the model's layers these adapters in the place of those before; returns what they took."""
+        if new := {module for adapter in adapters for module in adapter.factors} - self._known:
+            self._find(sorted(new), adapters[0].fan_in_fan_out)
+        (taken, *_) = self.llm.collective_rpc("take_adapters", args=([dict(adapter.factors) for adapter in adapters],))
+        return [replace(delta, factors={module: f for module, f in delta.factors.items() if module in taken}) for delta in adapters]
+
+    def _find(self, new: list[str], transposed: bool) -> None:
+        """Let the layers look for the modules' rows. Raises ConfigError for a module that is not found whole."""
+        dtype, parts = getattr(torch, self.settings.dtype), self.settings.rollout.tensor_parallel_size
+        known = self._known | set(new)
+        modules = {name: module for module, name in weight_names(known, [name for name, _ in self._read()]).items()}
+        weights = {modules[name]: weight.to(dtype) for name, weight in self._read() if name in modules}
+        rows = {module: ModuleRows.of(weight.T if transposed else weight, parts) for module, weight in weights.items()}
+        found = self.llm.collective_rpc("find_adapted", args=(rows,))
+        for module in new:
+            if not torch.stack([one[module] for one in found]).any(0).all():
+                raise ConfigError(
+                    f"model={self.settings.model}: vLLM has no linear layer with the weights of {module}, and would ignore its adapter; "
+                    "leave it out of lora.target_modules, for example lora.target_modules=[q_proj, k_proj, v_proj, o_proj], "
+                    "or set rollout.engine=transformers"
+                )
+        self._known = known
+
+    def _lora_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """Module → the name by which vLLM's LoRA finds it."""
+        ours = list(modules)
+        theirs = weight_names(ours, [name for name, _ in self._read()])
+        (found, *_) = self.llm.collective_rpc(_known_to_lora, args=([(m, theirs[m].removesuffix(".weight")) for m in ours],))
+        if lacking := [module for module in ours if module not in found]:
+            raise CheckpointError(f"vLLM's LoRA has no module for {lacking[0]}")
+        return dict(found)
 
     def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are passed (and says so at level WARNING)."""
@@ -100,13 +146,6 @@ class VllmEngine:
             weights = list(weights)  # an iterator cannot go to other processes
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
-
-    def _resolve_mode(self) -> str:
-        settings = self.settings
-        if settings.rollout.adapter != "auto":
-            return settings.rollout.adapter
-        fits = settings.gpu and lora_slots(settings.lora_rank, refuse=False) and _supports_lora(settings)
-        return "lora" if fits else "merged"
 
     def _arguments(self) -> dict[str, Any]:
         settings, rollout = self.settings, self.settings.rollout
@@ -130,9 +169,14 @@ class VllmEngine:
         else:
             cache = int(rollout.kv_cache_gib * 2**30)
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache, "max_num_seqs": CPU_SEQUENCES}
+            # A prompt that is cut in two sets a seed's generator back, which CPU generators cannot do (vLLM 0.32).
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_TOKENS, settings.max_model_len)}
         if self.adapter_mode == "lora":
             rank = lora_slots(settings.lora_rank)
-            arguments |= {"enable_lora": True, "max_loras": MOST_LORAS, "max_cpu_loras": 4 * MOST_LORAS, "max_lora_rank": rank}
+            slots = slot_count(rank)
+            arguments |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": 4 * slots, "max_lora_rank": rank}
+        if self.adapter_mode == "unmerged":
+            arguments |= {"worker_extension_cls": "raywarp.vllm_layers.AdaptedWorker"}
         return arguments
 
 
@@ -162,11 +206,32 @@ def _readable(error: ValueError, settings: EngineSettings) -> Exception:
     )
 
 
-def _supports_lora(settings: EngineSettings) -> bool:
+def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Runs in vLLM's process: the first of each module's two names, its own and its file's, that leads vLLM 0.32 to one of its layers."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    model = worker.get_model()
+    packed, mapper = getattr(model, "packed_modules_mapping", {}), getattr(model, "hf_to_vllm_mapper", None)
+    layers = {name for name, _ in model.named_modules()}
+    for layer in list(layers):
+        parent, _, last = layer.rpartition(".")
+        layers |= {f"{parent}.{part}" for part in packed.get(last, ())}
+    found = {}
+    for pair in names:
+        for name in pair:
+            if pair[0] not in found and parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0] in layers:
+                found[pair[0]] = name
+    return found
+
+
+def _check_lora(settings: EngineSettings) -> None:
+    """Raises ConfigError where vLLM's class of this model takes no LoRA."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
 
     config = EngineArgs(model=settings.model, trust_remote_code=settings.trust_remote_code).create_model_config()
     model_class, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
-    return bool(supports_lora(model_class))
+    if not supports_lora(model_class):
+        exact = "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers" if settings.gpu else "rollout.adapter=unmerged"
+        raise ConfigError(f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set {exact}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,62 @@ import pytest
 import torch
 
 from raywarp.config import ConfigError, parse_config
-from raywarp.engines import check_engine, front_rank, lora_slots
+from raywarp.engines import check_engine, check_mode, largest_rank, lora_slots
 from raywarp.transformers_engine import draw, uniform_numbers
 
 
 def test_ranks_that_vllm_has_slots_for() -> None:
     assert [lora_slots(rank) for rank in (1, 8, 9, 65, 512)] == [8, 8, 16, 128, 512]
-    assert lora_slots(513, refuse=False) == 0
-    with pytest.raises(ConfigError, match=r"lora\.rank=513 exceeds vLLM's largest, 512; use rollout\.adapter=merged"):
-        check_engine(parse_config({"lora": {"rank": 513}, "rollout": {"adapter": "lora"}}))
-    check_engine(parse_config({"lora": {"rank": 513}, "rollout": {"adapter": "merged"}}))
+    assert lora_slots(513) == 0
+    settings = {"dtype": "float32", "lora": {"rank": 129}, "warp": {"iterations": 2, "policies": 2}, "rollout": {"adapter": "lora"}}
+    with pytest.raises(ConfigError, match=r"reach rank 516 \(lora\.rank=129 .* vLLM's largest is 512; lower .*lora\.init=frozen"):
+        check_engine(parse_config(settings))
+    check_engine(parse_config(settings | {"lora": {"rank": 128}}))
+    check_engine(parse_config(settings | {"lora": {"rank": 129, "init": "frozen"}}))
+    check_engine(parse_config(settings | {"rollout": {"adapter": "merged"}}))
 
 
-def test_slots_are_for_policies_and_for_the_front_up_to_64() -> None:
-    warp = {"iterations": 2, "policies": 2}
-    assert front_rank(parse_config({"lora": {"rank": 8}, "warp": warp})) == 32
-    assert front_rank(parse_config({"lora": {"rank": 32}, "warp": warp})) == 64  # not 128
-    assert front_rank(parse_config({"lora": {"rank": 128}, "warp": warp})) == 128
+def test_the_largest_rank_is_the_last_merges() -> None:
+    """Or, where a frozen A keeps merges small, that of a policy beside its init."""
+    warp = {"iterations": 3, "policies": 2}
+    assert largest_rank(parse_config({"lora": {"rank": 8}, "warp": warp})) == 48
+    assert largest_rank(parse_config({"lora": {"rank": 8, "init": "frozen"}, "warp": warp})) == 16
+    assert largest_rank(parse_config({"lora": {"rank": 8, "init": "frozen"}, "warp": warp | {"iterations": 1}})) == 8
+
+
+ON_CPUS, ON_GPUS = {"gpus_per_rollout_worker": 0}, {"gpus_per_rollout_worker": 1}
+
+
+@pytest.mark.parametrize(
+    ("rollout", "dtype", "cluster", "remedy"),
+    [
+        ({"adapter": "merged"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
+        ({"adapter": "merged"}, "bfloat16", ON_GPUS, "rollout.adapter=lora"),
+        ({"adapter": "merged"}, "bfloat16", {}, "rollout.adapter="),
+        ({"adapter": "merged", "engine": "transformers"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
+        ({"adapter": "lora"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
+        ({"adapter": "unmerged"}, "bfloat16", ON_GPUS, "rollout.adapter=lora"),
+        ({"adapter": "lora", "engine": "transformers"}, "float32", ON_GPUS, "rollout.adapter=unmerged"),
+        ({"adapter": "merged"}, "float32", ON_CPUS, None),
+        ({"adapter": "lora"}, "float32", ON_CPUS, None),
+        ({"adapter": "lora"}, "bfloat16", ON_GPUS, None),
+        ({"adapter": "unmerged"}, "bfloat16", ON_CPUS, None),
+        ({"adapter": "unmerged", "engine": "transformers"}, "bfloat16", ON_GPUS, None),
+        ({"adapter": "auto"}, "bfloat16", ON_CPUS, None),
+        ({"adapter": "auto"}, "bfloat16", ON_GPUS, None),
+    ],
+)
+def test_a_mode_that_is_not_exact_is_refused_with_the_one_that_is(
+    rollout: dict[str, Any], dtype: str, cluster: dict[str, Any], remedy: str | None
+) -> None:
+    config = parse_config({"rollout": rollout, "dtype": dtype, "cluster": cluster})
+    if remedy is None:
+        return check_engine(config)
+    with pytest.raises(ConfigError, match=rf"^rollout\.adapter={rollout['adapter']}.*{re.escape(remedy)}"):
+        check_engine(config)
+    if on_gpu := cluster.get("gpus_per_rollout_worker"):
+        with pytest.raises(ConfigError, match=re.escape(remedy)):
+            check_mode(config, bool(on_gpu))
 
 
 def test_no_vllm_names_the_extra_and_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

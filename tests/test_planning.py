@@ -220,13 +220,13 @@ def test_plan_on_a_cluster(project: Path, ray_cluster: Any, capsys: pytest.Captu
 EIGHT_BILLION = """
 meta-llama/Llama-3.1-8B-Instruct, bfloat16
 process        | count | GPUs each | CPUs each | memory each | on each GPU
-policy         | 4     | 1         | 1         |             | 34.9 GiB
-rollout worker | 3     | 1         | 1         | 40.0 GiB    | 32.2 GiB (of 90%)
+policy         | 4     | 1         | 1         |             | 31.1 GiB
+rollout worker | 3     | 1         | 1         | 1000 MiB    | 33.5 GiB (of 90%)
 reward worker  | 1     | 1         | 0         |             | 2.9 GiB
 what it holds
 memory of one               | component                            | bytes
 policy, on each GPU         | base weights                         | 15.0 GiB
-policy, on each GPU         | init adapter                         | 11.2 GiB
+policy, on each GPU         | init adapter                         | 7.5 GiB
 policy, on each GPU         | policy adapters                      | 640 MiB
 policy, on each GPU         | EMA adapters                         | 640 MiB
 policy, on each GPU         | gradients                            | 640 MiB
@@ -234,19 +234,17 @@ policy, on each GPU         | optimiser moments                    | 1.2 GiB
 policy, on each GPU         | activations (estimate)               | 4.7 GiB
 policy, on each GPU         | logits in chunks                     | 96 MiB
 policy, on each GPU         | Python, torch, Ray                   | 750 MiB
-rollout worker              | pristine weights of adapted blocks   | 13.0 GiB
-rollout worker              | weights with init folded in, float32 | 26.0 GiB
 rollout worker              | Python, torch, vLLM, Ray             | 1000 MiB
 rollout worker, on each GPU | base weights                         | 15.0 GiB
-rollout worker, on each GPU | adapter slots                        | 1.2 GiB
+rollout worker, on each GPU | adapter slots                        | 2.5 GiB
 rollout worker, on each GPU | KV cache of 128 completions          | 16.0 GiB
 reward worker, on each GPU  | classifier weights                   | 2.3 GiB
 reward worker, on each GPU  | Python, torch, Ray                   | 600 MiB
 """
 TRAFFIC = """
-disk of out=s3://bucket/run: checkpoints 2.5 GiB x 3 x 4 policies = 30.0 GiB while they train, results 67.5 GiB
+disk of out=s3://bucket/run: checkpoints 2.5 GiB x 3 x 4 policies = 30.0 GiB while they train, results 30.0 GiB
 adapters on the network: 640 MiB per policy and step, 2.5 GiB for all 4, to each node with a rollout worker
-and the init of an iteration once, to each node: at most 5.0 GiB
+and the init of an iteration once, to each node: at most 2.5 GiB
 """
 OFFLINE = "offline: GPUs are counted where the config names them; a policy actor is counted for each policy"
 SHAPES = """prompts are taken to have at most 512 tokens

@@ -68,21 +68,23 @@ def prompts_of(count: int) -> list[list[int]]:
 
 
 @pytest.fixture(
-    scope="module", params=[("vllm", "merged", 1), ("vllm", "lora", 2), ("transformers", "auto", 1)], ids=lambda p: f"{p[0]}-{p[1]}"
+    scope="module",
+    params=[("vllm", "auto", 1), ("vllm", "unmerged", 2), ("vllm", "merged", 1), ("vllm", "lora", 2), ("transformers", "auto", 1)],
+    ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def session(request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path) -> Iterator[Session]:
-    """Two workers; in lora mode each model is split over two processes."""
+    """Two workers; some with a model that is split over two processes."""
     before = traces()
     config = config_for(tiny_llama, *request.param[:2], tensor_parallel_size=request.param[2])
     with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False) as session:
         assert session.numerics()["engine"] == request.param[0]
-        assert session.numerics()["adapter"] == ("lora" if request.param[1] == "lora" else "merged")
+        assert session.numerics()["adapter"] == request.param[1].replace("auto", "unmerged")
         yield session
     assert not left_behind(before)
 
 
 def test_every_swap_samples_from_the_adapter_that_was_asked_for(ray_cluster: Any, tiny_llama: Path, session: Session) -> None:
-    """Adapters one after another, folded, swapped, both, several in one call: trainer and sampler agree each time, nothing is stale."""
+    """Adapters one after another, as init, as policy, both, several in one call: trainer and sampler agree each time, nothing is stale."""
     model = trained_model(tiny_llama, ("one", "two"))
     one, two = (AdapterPart.put(model.delta(name)) for name in ("one", "two"))
     both = AdapterPart.put(add(model.delta("one"), model.delta("two")))
@@ -151,12 +153,12 @@ class Skipping(RolloutWorker):
 
     def skip(self) -> None:
         loader: Any = self._engine().loader
-        install = loader.install
+        take = loader._take
 
-        def skip_once(weights: Any) -> None:
-            loader.install = install
+        def skip_once(adapters: Any) -> None:
+            loader._take = take
 
-        loader.install = skip_once
+        loader._take = skip_once
 
 
 def test_a_skipped_swap_stops_with_worker_and_version(ray_cluster: Any, tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -178,7 +178,7 @@ def test_a_killed_engine_is_started_again_and_the_adapters_are_the_same(finished
 
 
 def test_lora_mode_through_two_iterations_and_the_front(ray_cluster: Any, project: Path, tiny_llama: Path) -> None:
-    """Init folded into the engine's weights, policies as LoRA on top, the front's points side by side: the sampler follows the trainer."""
+    """Init and policy as one LoRA, the front's points side by side: the sampler follows the trainer."""
     warp, front = {"policies": 2, "steps": 2}, {"prompts": 4, "completions_per_prompt": 4}
     config = settings(project, tiny_llama, "lora_run", warp=warp, rollout={"adapter": "lora"}, front=front, cluster={"policy_actors": 1})
     run = train(config)

@@ -1,0 +1,117 @@
+"""One linear layer of an engine with several adapters beside its weight: y = round(x·Wᵀ + b + Σ B·(A·x)), token by token.
+
+Which rows of the layer an adapted module has become (engines stack q, k and v, and reorder heads) is found by the weights themselves.
+
+n tokens of a pass, d_in and d_out the layer's sizes in this process, R the sum of the ranks that are stacked.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raywarp.adapted_linear import pack, product
+from raywarp.adapters import Factors
+from raywarp.row_signatures import ModuleRows, row_signatures
+
+NO_ADAPTER = -1
+
+
+@dataclass
+class Pass:
+    """The forward pass under way. slots: (n,) the adapter of each token. only: the slot that all tokens share, or None."""
+
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    only: int | None = NO_ADAPTER
+
+
+PASS = Pass()
+
+
+class Stack(NamedTuple):
+    """Adapters of a layer side by side. A: (R, d_in). B: (d_out, R). slots: (R,) the adapter that each column of B belongs to."""
+
+    A: Tensor
+    B: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a layer has of an adapted module: rows `own` of the layer are rows `theirs` of the module, and its columns are `columns`."""
+
+    own: Tensor
+    theirs: Tensor
+    columns: slice
+
+
+class Product:
+    """A layer's product, with the adapters that it holds.
+
+    Args:
+        weight: (d_out, d_in).
+    """
+
+    def __init__(self, weight: Tensor):
+        self.d_out, self.d_in = weight.shape
+        self.dtype, self.packed = weight.dtype, pack(weight)
+        self.signatures = row_signatures(weight)
+        self.shares: dict[str, Share] = {}
+        self.stacks: dict[int, Stack] = {}
+        self.mixed: Stack | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(n, d_out) from (n, d_in). `weight` is what the engine has kept of its own: nothing."""
+        stack = self.mixed if PASS.only is None else self.stacks.get(PASS.only)
+        if stack is None:
+            return product(x, self.packed, bias)
+        low = product(x, stack.A)
+        if PASS.only is None:
+            low = low.masked_fill_(PASS.slots[:, None] != stack.slots, 0)
+        return product(x, self.packed, bias, added=product(low, stack.B))
+
+    def find(self, modules: Mapping[str, ModuleRows], part: int) -> None:
+        """Learn which rows of these modules the layer has.
+
+        Args:
+            part: of a layer whose input is split, the number of this process's share.
+        """
+        places: dict[int, deque[tuple[str, int]]] = defaultdict(deque)
+        columns = {}
+        for module, rows in modules.items():
+            if (known := rows.of_width(self.d_in, part)) is not None:
+                signatures, columns[module] = known
+                for row, signature in enumerate(signatures.tolist()):
+                    places[signature].append((module, row))
+        found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for own, signature in enumerate(self.signatures.tolist()):
+            if places.get(signature):
+                module, row = places[signature].popleft()
+                found[module].append((own, row))
+        self.shares = {}
+        for module, pairs in found.items():
+            ours, theirs = torch.tensor(pairs).unbind(1)
+            self.shares[module] = Share(ours, theirs, columns[module])
+
+    def take(self, adapters: Sequence[Mapping[str, Factors]]) -> None:
+        """Hold these adapters, and no others; an adapter's slot is its place among them."""
+        stacks = [self._stack(slot, factors) for slot, factors in enumerate(adapters)]
+        self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
+        own, self.mixed = list(self.stacks.values()), None
+        if own and len(adapters) > 1:
+            self.mixed = Stack(torch.cat([s.A for s in own]), torch.cat([s.B for s in own], 1), torch.cat([s.slots for s in own]))
+
+    def _stack(self, slot: int, factors: Mapping[str, Factors]) -> Stack | None:
+        """The modules that share this layer, as one pair: B is zero outside each module's own rows."""
+        shares = [(share, factors[module]) for module, share in self.shares.items() if module in factors and factors[module].rank]
+        if not shares:
+            return None
+        B, start = torch.zeros(self.d_out, sum(f.rank for _, f in shares), dtype=self.dtype), 0
+        for share, f in shares:
+            B[share.own, start : start + f.rank] = f.B[share.theirs].to(self.dtype)
+            start += f.rank
+        A = torch.cat([f.A[:, share.columns] for share, f in shares]).to(self.dtype)
+        return Stack(A, B, torch.full((len(A),), slot))
