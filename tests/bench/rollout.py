@@ -30,6 +30,8 @@ from raywarp.rollout import Adapter, AdapterPart, Request, join, submit
 from raywarp.session import Session
 
 PROMPTS, GROUP, TOKENS = 8, 4, 24
+UNMERGED = [("vllm", "unmerged"), ("transformers", "unmerged")]
+MODES = {"bfloat16": UNMERGED, "float32": [*UNMERGED, ("vllm", "merged"), ("vllm", "lora")]}  # those that are exact
 
 
 def changed(delta: AdapterDelta, seed: int) -> AdapterDelta:
@@ -75,7 +77,7 @@ def measure(model: str, trainer: AdaptedModel, engine: str, adapter: str, dtype:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--only", nargs="+", default=[], help="for example vllm-merged-bfloat16")
+    parser.add_argument("--only", nargs="+", default=[], help="for example vllm-unmerged-bfloat16")
     options = parser.parse_args()
     model = resolve_model(SMOLLM2)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -84,7 +86,7 @@ def main() -> None:
         lora = parse_config({}).lora
         trainer = AdaptedModel(model, lora, getattr(torch, dtype), torch.device("cpu"))
         trainer.add_policy("policy", 0)
-        for engine, adapter in (("vllm", "merged"), ("vllm", "lora"), ("transformers", "merged")):
+        for engine, adapter in MODES[dtype]:
             if options.only and f"{engine}-{adapter}-{dtype}" not in options.only:
                 continue
             rows.append(row := measure(model, trainer, engine, adapter, dtype, options.batches))
