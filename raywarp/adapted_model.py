@@ -22,7 +22,7 @@ from raywarp.backbone import checkpoint_blocks, find_head, last_states, pairs_pe
 from raywarp.batch import Batch
 from raywarp.config import ConfigError, LoraConfig
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
-from raywarp.model_files import first_line
+from raywarp.model_files import load_model
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.seeding import derive_seed
 
@@ -48,10 +48,7 @@ class AdaptedModel:
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
     ):
-        try:
-            base: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model={source} cannot be loaded: {first_line(error)}") from None
+        base = load_model(AutoModelForCausalLM, source, f"model={source}", dtype=dtype, trust_remote_code=trust_remote_code)
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self._base = base.to(device).eval()

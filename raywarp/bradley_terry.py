@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from raywarp.classifier import classify, load_tokenizer
 from raywarp.config import ConfigError, RewardTrainingConfig
 from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
-from raywarp.model_files import first_line
+from raywarp.model_files import load_model
 from raywarp.preferences import Preference
 from raywarp.seeding import batch_indices, derive_seed
 from raywarp.store import write_json
@@ -208,21 +207,9 @@ class PairTrainer:
 
 
 def _load_model(settings: RewardTrainingConfig, backbone: str, seed: int, trust_remote_code: bool) -> Any:
-    transformers_logging.set_verbosity_error()  # else it reports, as news, that the head is new
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(derive_seed(seed, "head"))
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            backbone,
-            num_labels=1,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        message = f"reward_training.backbone={backbone} cannot be loaded as a sequence classifier: {first_line(error)}"
-        raise ConfigError(message) from None
+    options = {"num_labels": 1, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    model = load_model(AutoModelForSequenceClassification, backbone, f"reward_training.backbone={backbone}", new_head=True, **options)
     if not (lora := settings.lora):
         return model
     import peft  # seconds to import, and full fine-tuning does without

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raywarp.adapters import AdapterDelta, Factors
-from raywarp.config import ConfigError
 from raywarp.module_names import match_names
+from raywarp.weight_files import download_weights, weight_files
 
 
 class CheckpointError(RuntimeError):
@@ -89,20 +89,13 @@ def read_files(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_files(model: str) -> list[Path]:
-    """The safetensors files of a folder or hub id.
+    """The files that hold a model's weights, of a folder or hub id: model.safetensors, or those that its index names.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or not all of them.
     """
     folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{model} has no *.safetensors weights; save it with save_pretrained, or use rollout.engine=transformers")
-    return files
+    return weight_files(folder if folder.is_dir() else download_weights(model), f"model={model}")
 
 
 def _parent(name: str) -> str | None:

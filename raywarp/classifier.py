@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raywarp.config import ConfigError
 from raywarp.hardware import supports_bf16
-from raywarp.model_files import check_one_label, first_line, read_model_config, read_tokenizer
+from raywarp.model_files import check_one_label, check_tensors, load_model, read_model_config, read_tokenizer
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, chat: bool = False) -> Any:
@@ -64,9 +64,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not exactly one label; loads no weights."""
+    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not exactly one label; reads no weights."""
     what = f"the reward model {name}"
-    check_one_label(name, read_model_config(name, trust_remote_code, what), trust_remote_code, what)
+    config = read_model_config(name, trust_remote_code, what)
+    check_one_label(name, config, trust_remote_code, what)
+    check_tensors(transformers.AutoModelForSequenceClassification, name, config, what, trust_remote_code=trust_remote_code)
 
 
 class ClassifierReward:
@@ -95,12 +97,8 @@ class ClassifierReward:
         self.max_length, self.batch_size, self.chat = max_length, batch_size, chat
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
-        try:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"the reward model {name} cannot be loaded: {first_line(error)}") from None
+        auto = transformers.AutoModelForSequenceClassification
+        model = load_model(auto, name, f"the reward model {name}", dtype=dtype, trust_remote_code=trust_remote_code)
         if model.config.pad_token_id is None:  # a decoder's classifier reads the last token that is not this one
             model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval()

@@ -10,8 +10,8 @@ from raywarp.config import Config
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units
-from raywarp.model_files import stored_bytes
 from raywarp.node_check import NodeReport
+from raywarp.weight_files import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def _reward_weights(config: Config) -> Components:
     name = embedded.cached(config.reward.model) if config.reward.model else None
     if name is None:
         return {}
-    from raywarp.model_files import weight_bytes
     from raywarp.model_shapes import classifier_parameters
+    from raywarp.weight_files import weight_bytes
 
     known = known_config(name)
     stored = weight_bytes(Path(name)) or (2 * classifier_parameters(known) if known is not None else 0)

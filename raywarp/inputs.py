@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers  # not `from`: its parts take seconds to import
+
 from raywarp import rewards, store
 from raywarp.classifier import check_classifier, load_tokenizer
 from raywarp.config import Config, ConfigError
@@ -13,7 +15,7 @@ from raywarp.engines import check_engine
 from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
-from raywarp.model_files import check_causal, read_model_config, read_tokenizer
+from raywarp.model_files import check_causal, check_tensors, read_model_config, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def prepare_prompts(config: Config) -> tuple[str, PromptSplits]:
         raise ConfigError(
             f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary}; they belong to different models"
         )
+    check_tensors(transformers.AutoModelForCausalLM, model, settings, what, trust_remote_code=config.trust_remote_code)
     return model, prompts
 
 

@@ -3,15 +3,17 @@
 Code that comes with a model is never run unless `trust_remote_code` asks for it.
 """
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raywarp.config import ConfigError
-from raywarp.tensor_files import TensorFile, TensorFileError
+import torch
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from raywarp.config import ConfigError
+from raywarp.weight_files import check_experts, stored_tensors
+
+ADAPTER = "adapter_config.json"
 _CAUSAL = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 _CLASSIFIER = ("SequenceClassification", "RewardModel")
 
@@ -68,73 +70,129 @@ def check_weights(name: str, what: str) -> None:
     """The safetensors files of a folder, by their headers; of a hub id nothing is known yet.
 
     Raises:
-        ConfigError: none, a pickle in their place, one that is cut off, or an index that names what is missing or outside the folder.
+        ConfigError: none, a pickle in their place, one that is cut off, an index that names what is missing or outside the folder, a
+            tensor that is there twice, or an adapter in the folder.
     """
     folder = Path(name)
     if not folder.is_dir():
         return
-    try:
-        for file in weight_files(folder, what):
-            TensorFile(file)
-    except TensorFileError as error:
-        raise ConfigError(f"{what}: {error}") from None
+    if (folder / ADAPTER).is_file():
+        raise ConfigError(_adapter_inside(what))
+    stored_tensors(folder, what)
 
 
-def weight_files(folder: Path, what: str) -> list[Path]:
-    """The files that hold a folder's weights: one, or those that its index names; see check_weights for the errors."""
-    index = folder / INDEX
-    if not (folder / WEIGHTS).is_file() and index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            files = [inside(folder, shard, what) for shard in sorted(shards)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{what}: {index} is corrupt: it does not map weights to files") from None
-    else:
-        files = [inside(folder, path.name, what) for path in sorted(folder.glob("*.safetensors"))]
-    if missing := [path.name for path in files if not path.is_file()]:
-        raise ConfigError(f"{what} lacks {missing[0]}, which {index} names")
-    if files:
-        return files
-    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise ConfigError(
-            f"{what} has no *.safetensors weights, only {pickles[0]}, a pickle, which may run code; save it with save_pretrained"
-        )
-    raise ConfigError(f"{what} has no weights: there is no {WEIGHTS} in {folder}")
+def load_model(auto: Any, name: str, what: str, *, new_head: bool = False, **options: Any) -> Any:
+    """A model whose every tensor comes from its files.
 
-
-def weight_bytes(folder: Path) -> int:
-    """Of a folder's safetensors files; 0 where there are none."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def stored_bytes(name: str) -> int:
-    """Of a number in a folder's checkpoint, by its first file; 2 where that is not known."""
-    first = next(iter(sorted(Path(name).glob("*.safetensors"))), None)
-    kinds = [kind.itemsize for kind in TensorFile(first).dtypes] if first else []
-    return max(kinds, default=2)
-
-
-def inside(folder: Path, name: str, what: str) -> Path:
-    """A file of a folder by the name that another file gives it.
+    Args:
+        auto: a class of transformers, such as AutoModelForCausalLM.
+        new_head: what is not of the backbone may be new, since it will be trained.
+        options: of from_pretrained.
 
     Raises:
-        ConfigError: the name, or a link of that name, leads out of the folder. (Into the blobs of the hub's cache it may.)
+        ConfigError: it cannot be loaded, a tensor is missing or has another shape (transformers would make it up at random), or its two
+            embeddings differ where its configuration says that they are one.
     """
-    path = folder / name
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise ConfigError(f"{what} names a file outside its folder: {name!r}; refused")
-    home, target = folder.resolve(), path.resolve()
-    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise ConfigError(f"{what}: {name} is a link that leads out of its folder, to {target}; put the file itself there")
-    return path
+    model = _load(auto, name, what, new_head, options)
+    head, tied = model.get_output_embeddings(), getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if head is not None and tied and head.weight is not model.get_input_embeddings().weight:  # transformers 5.19 does not tie what differs
+        raise ConfigError(_untied(what, "the embedding and the head"))
+    return model
+
+
+def check_tensors(auto: Any, name: str, config: Any, what: str, *, new_head: bool = False, **options: Any) -> None:
+    """Check that load_model will find every tensor in a folder. The loader itself is asked, on torch's meta device: no weight is read.
+
+    A quantised model is left to load_model, since its loader may want numbers; so is a hub id, of which nothing is known yet.
+
+    Args:
+        config: transformers' configuration.
+        new_head, options: of load_model.
+
+    Raises:
+        ConfigError: as load_model does, and for a tensor that is there under two names.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or getattr(config, "quantization_config", None):
+        return
+    tensors = stored_tensors(folder, what)
+    check_experts({tensor: file.shapes[tensor] for tensor, file in tensors.items()}, what)
+    try:
+        model = _load(auto, name, what, new_head, {**options, "device_map": "meta"})
+    except ConfigError:
+        raise
+    except Exception:  # a model's own code may want numbers, which are not there; load_model then says what is wrong
+        return
+    prefix = f"{model.base_model_prefix}."
+    for tensor, file in tensors.items():
+        if (other := tensors.get(prefix + tensor)) is not None:
+            places = f"{tensor} in {file.path.name} and {prefix}{tensor} in {other.path.name}"
+            raise ConfigError(f"{what} holds one tensor under two names: {places}; one must go")
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        stored = list(dict.fromkeys(key for name in pair for key in (name, name.removeprefix(prefix)) if key in tensors))
+        if len(stored) == 2 and not torch.equal(*(tensors[key].tensor(key) for key in stored)):
+            raise ConfigError(_untied(what, " and ".join(stored)))
 
 
 def first_line(error: BaseException) -> str:
     """What a library's long message comes to."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load(auto: Any, name: str, what: str, new_head: bool, options: dict[str, Any]) -> Any:
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True, **options}
+    try:
+        with _silence():
+            model, report = auto.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what} cannot be loaded: {first_line(error)}") from None
+    except RuntimeError as error:  # which of a fused tensor's parts it is, transformers 5.19 does not say
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ConfigError(
+            f"{what} cannot be loaded: tensors that belong together, such as a layer's experts, do not fit together"
+        ) from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(_adapter_inside(what))
+    ours = f"{model.base_model_prefix}." if new_head and model.base_model_prefix else ""
+    for tensor, found, wanted in sorted(report["mismatched_keys"]):
+        if tensor.startswith(ours):
+            raise ConfigError(f"{what}: the tensor {tensor} has the shape {tuple(found)}, and by its config.json {tuple(wanted)}")
+    tied = getattr(model, "all_tied_weights_keys", {})  # name → the other name of the same tensor, which is the one in the files
+    if missing := sorted({tied.get(tensor, tensor) for tensor in report["missing_keys"] if tensor.startswith(ours)}):
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ConfigError(f"{what} lacks the tensor {missing[0]}{others}; it would be made up at random")
+    return model
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What transformers has to say of a model's files is said by _load."""
+    from transformers.utils import logging
+
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
+def _adapter_inside(what: str) -> str:
+    return (
+        f"{what} has an adapter beside the model ({ADAPTER}), which transformers would put on it and vLLM would not; "
+        "move the adapter to a folder of its own, or merge it into the model"
+    )
+
+
+def _untied(what: str, names: str) -> str:
+    return (
+        f"{what}: {names} differ, and tie_word_embeddings in config.json says that they are one; transformers would use both and vLLM "
+        "one; set tie_word_embeddings to false, or save the model again"
+    )
 
 
 def _check_kind(config: Any, endings: tuple[str, ...], trust_remote_code: bool, what: str, wanted: str) -> None:

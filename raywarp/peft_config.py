@@ -13,7 +13,7 @@ from typing import Any
 
 from raywarp.adapters import AdapterDelta, AdapterError
 from raywarp.config import ConfigError
-from raywarp.model_files import inside
+from raywarp.weight_files import inside
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -19,6 +19,7 @@ from raywarp.memory import Shapes, in_units
 from raywarp.model_files import read_model_config
 from raywarp.rewards import own_file
 from raywarp.search_space import SearchSpace, search_space
+from raywarp.weight_files import weight_bytes
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 
@@ -125,7 +126,7 @@ def shapes_only(config: Config, weights: bool = False) -> Source | None:
         known = known_config(model)
         notes.append(f"the config.json of {what} is not in reach: these are the shapes that it had when raywarp was written")
         return Source(model, known, prompt, notes) if known is not None else None
-    whole = any(folder.glob("*.safetensors"))
+    whole = weight_bytes(folder) > 0
     if whole and not weights:
         return None
     if not whole:

@@ -8,7 +8,7 @@ from typing import Any
 from raywarp.classifier import load_tokenizer
 from raywarp.config import Config, ConfigError
 from raywarp.data import resolve_model
-from raywarp.model_files import check_weights, read_model_config
+from raywarp.model_files import check_tensors, check_weights, read_model_config
 from raywarp.preferences import PreferenceSplits, load_preferences
 from raywarp.rewards import REWARD_FILE, check_trained
 from raywarp.storage import Storage
@@ -97,7 +97,11 @@ def _begun(out: Path) -> dict[str, Any] | None:
 def _check_backbone(config: Config) -> str:
     what = f"reward_training.backbone={config.reward_training.backbone}"
     name = resolve_model(config.reward_training.backbone, what="reward_training.backbone")
-    read_model_config(name, config.trust_remote_code, what)
+    settings = read_model_config(name, config.trust_remote_code, what)
     check_weights(name, what)
+    from transformers import AutoModelForSequenceClassification
+
+    auto, options = AutoModelForSequenceClassification, {"num_labels": 1, "trust_remote_code": config.trust_remote_code}
+    check_tensors(auto, name, settings, what, new_head=True, **options)
     load_tokenizer(name, config.trust_remote_code)
     return name

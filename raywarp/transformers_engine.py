@@ -20,6 +20,7 @@ from raywarp.checkpoint import Checkpoint
 from raywarp.completion import Completion
 from raywarp.engines import EngineSettings, Loader, adapter_mode
 from raywarp.loaders import MergedLoader, UnmergedLoader
+from raywarp.model_files import load_model
 from raywarp.rollout import Adapter, Request
 
 ROWS = 64  # completions that run at once
@@ -34,9 +35,8 @@ class TransformersEngine:
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
         self.device = torch.device("cuda" if settings.gpu and torch.cuda.is_available() else "cpu")  # a GPU may be a mere number to Ray
         remote = settings.trust_remote_code
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=settings.dtype, trust_remote_code=remote, use_safetensors=True
-        )
+        what = f"model={settings.model}"
+        model = load_model(AutoModelForCausalLM, settings.model, what, dtype=settings.dtype, trust_remote_code=remote)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())

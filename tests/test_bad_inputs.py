@@ -20,7 +20,7 @@ import torch
 import yaml
 from conftest import WORDS, random_delta
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from raywarp.cli import main
 from raywarp.folder_lock import alone, lock
@@ -29,6 +29,8 @@ from raywarp.peft_files import save_peft
 Case = tuple[Callable[[Path], list[str] | None], str]
 TEXTS = [f"the film {a} {b}" for a in WORDS[:6] for b in WORDS[6:11]]
 NOT_WHOLE = "truncated"
+LAYER = "model.layers.1.mlp"
+HEADLESS = "lacks the tensor score.weight; it would be made up at random"
 
 
 def write(folder: Path, name: str, content: str | bytes) -> None:
@@ -247,6 +249,53 @@ def shards(**weight_map: str) -> Callable[[Path], None]:
     return change
 
 
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """The weights with some of them changed."""
+
+    def write_weights(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        change(held)
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write_weights
+
+
+def without_tensor(name: str) -> Callable[[Path], None]:
+    return weights(lambda held: held.pop(name))
+
+
+def another_shape(name: str) -> Callable[[Path], None]:
+    return weights(lambda held: held.update({name: held[name][:-1].clone()}))
+
+
+def apart(index: bool, lost: str = "", repeated: str = "") -> Callable[[Path], None]:
+    """The weights in two files: one tensor in none of them, which the index has all the same, or one in both."""
+
+    def change(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        places = {name: f"model-{n % 2}.safetensors" for n, name in enumerate(sorted(held))}
+        for file in sorted(set(places.values())):
+            part = {name: held[name] for name in held if name != lost and (places[name] == file or name == repeated)}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        if index:
+            write(folder, "model.safetensors.index.json", json.dumps({"weight_map": places}))
+
+    return change
+
+
+def two_models(folder: Path) -> None:
+    """One file, and an index of two others."""
+    shutil.copy(folder / "model.safetensors", folder / "single")
+    apart(index=True)(folder)
+    (folder / "single").rename(folder / "model.safetensors")
+
+
+def untied(folder: Path) -> None:
+    """Two embeddings that differ, where the configuration says that they are one."""
+    edit("config.json", tie_word_embeddings=True)(folder)
+
+
 def linked(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).rename(folder.parent / "elsewhere")
@@ -297,6 +346,39 @@ MODELS: dict[str, Case] = {
     "an absolute shard": (model(shards(a="/etc/passwd")), "names a file outside its folder"),
     "a broken index": (model(shards()), "has no weights"),
     "a link out of the folder": (model(linked("model.safetensors")), "is a link that leads out of its folder"),
+    "no head": (model(without_tensor("lm_head.weight")), "model=./model lacks the tensor lm_head.weight; it would be made up at random"),
+    "a layer without a weight": (model(without_tensor(f"{LAYER}.up_proj.weight")), f"lacks the tensor {LAYER}.up_proj.weight;"),
+    "a layer without weights": (
+        model(weights(lambda held: [held.pop(name) for name in list(held) if LAYER in name])),
+        f"lacks the tensor {LAYER}.down_proj.weight and 2 more",
+    ),
+    "a weight of another shape": (
+        model(another_shape("model.norm.weight")),
+        "the tensor model.norm.weight has the shape (63,), and by its config.json (64,)",
+    ),
+    "a tensor of two files": (
+        model(apart(index=True, repeated="model.norm.weight")),
+        "holds the tensor model.norm.weight twice, in model-0.safetensors and in model-1.safetensors",
+    ),
+    "a tensor of two files, and no index": (
+        model(apart(index=False, repeated="model.norm.weight")),
+        "holds the tensor model.norm.weight twice, in model-0.safetensors and in model-1.safetensors, and no model.safetensors.index.json",
+    ),
+    "two files, and no index": (model(apart(index=False)), "model-0.safetensors is not read, since there is neither model.safetensors nor"),
+    "an index of a tensor that is not there": (
+        model(apart(index=True, lost="lm_head.weight")),
+        "lacks the tensor lm_head.weight: model.safetensors.index.json says that it is in model-0.safetensors",
+    ),
+    "two models": (
+        model(two_models),
+        "model.safetensors.index.json says that lm_head.weight is in model-0.safetensors, and model.safetensors",
+    ),
+    "a tensor under two names": (
+        model(weights(lambda held: held.update({"norm.weight": held["model.norm.weight"] + 1}))),
+        "norm.weight in model.safetensors and model.norm.weight in model.safetensors",
+    ),
+    "two embeddings that are one": (model(untied), "tie_word_embeddings in config.json says that they are one"),
+    "an adapter beside the model": (model(replaced("adapter_config.json", "{}")), "has an adapter beside the model (adapter_config.json)"),
     "code of its own": (model(with_code), "it comes with code of its own, which is not run unless trust_remote_code=true"),
     "a tokenizer's code": (model(tokenizer_with_code), "it comes with code of its own, which is not run unless trust_remote_code=true"),
     "no chat template": (
@@ -324,6 +406,24 @@ def reward_model(change: Callable[[Path], object]) -> Callable[[Path], list[str]
     return build
 
 
+def classifier(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """The tiny Llama as a sound classifier with one label, and then changed."""
+
+    def build(folder: Path) -> None:
+        LlamaForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
+        change(folder)
+
+    return build
+
+
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    return weights(lambda held: held.update({new: held.pop(old)}))
+
+
+def backbone(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    return lambda folder: (model(change)(folder), ["reward", "config.yaml", "reward_training.backbone=./model"])[1]
+
+
 ONE_LABEL = {"id2label": {"0": "score"}, "architectures": ["LlamaForSequenceClassification"]}
 REWARDS: dict[str, Case] = {
     "none": (override("reward={}"), "there is no reward: set reward.model"),
@@ -344,6 +444,23 @@ REWARDS: dict[str, Case] = {
         reward_model(lambda folder: (edit("config.json", **ONE_LABEL)(folder), without("model.safetensors")(folder))),
         "has no weights",
     ),
+    "a head of another name": (reward_model(classifier(renamed("score.weight", "value_head.weight"))), HEADLESS),
+    "a language model in a classifier's clothes": (reward_model(edit("config.json", **ONE_LABEL)), HEADLESS),
+    "a classifier without a layer's weight": (
+        reward_model(classifier(without_tensor("model.layers.0.mlp.up_proj.weight"))),
+        "lacks the tensor model.layers.0.mlp.up_proj.weight",
+    ),
+    "a classifier of another shape": (reward_model(classifier(another_shape("model.norm.weight"))), "has the shape (63,)"),
+    "a classifier's tensor of two files": (
+        reward_model(classifier(apart(index=True, repeated="score.weight"))),
+        "holds the tensor score.weight twice, in model-0.safetensors and in model-1.safetensors",
+    ),
+    "a control without a head": (
+        lambda folder: [*reward_model(classifier(without_tensor("score.weight")))(folder)[:2], "control={model: ./reward}"],
+        HEADLESS,
+    ),
+    "a backbone without a weight": (backbone(without_tensor("model.norm.weight")), "lacks the tensor model.norm.weight"),
+    "a backbone of another shape": (backbone(another_shape("model.norm.weight")), "has the shape (63,)"),
     "a classifier's code": (reward_model(with_code), "it comes with code of its own"),
     "no control": (override("control={}"), "control has neither a model nor a function"),
 }

@@ -1,0 +1,158 @@
+"""The safetensors files of a model, and which tensors they hold, by their headers: what the index names is read, and nothing else."""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from raywarp.config import ConfigError
+from raywarp.tensor_files import TensorFile, TensorFileError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+
+
+def weight_files(folder: Path, what: str) -> list[Path]:
+    """The files that hold a folder's weights: model.safetensors, or those that its index names. Other safetensors files are not read.
+
+    See check_weights for the errors.
+    """
+    weight_map = _weight_map(folder, what)
+    names = sorted(set(weight_map.values())) or [WEIGHTS] * (folder / WEIGHTS).is_file()
+    files = [inside(folder, name, what) for name in names]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise ConfigError(f"{what} lacks {missing[0]}, which {folder / INDEX} names")
+    if (folder / WEIGHTS).is_file() and names != [WEIGHTS]:
+        tensor = next(name for name, file in weight_map.items() if file != WEIGHTS)
+        raise ConfigError(
+            f"{what} holds two models: {INDEX} says that {tensor} is in {weight_map[tensor]}, and {WEIGHTS} is there, too; "
+            "transformers reads one and vLLM the other; remove what is not meant"
+        )
+    if not files:
+        raise ConfigError(f"{what} has no weights: {_what_instead(folder, what)}")
+    return files
+
+
+def stored_tensors(folder: Path, what: str) -> dict[str, TensorFile]:
+    """Name → file of every tensor of a folder's model, by the files' headers; see check_weights for the errors."""
+    tensors: dict[str, TensorFile] = {}
+    for path in weight_files(folder, what):
+        file = _open(path, what)
+        for name in file.shapes:
+            if name in tensors:
+                raise ConfigError(f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in {path.name}; one must go")
+            tensors[name] = file
+    for name, place in _weight_map(folder, what).items():
+        if name not in tensors or tensors[name].path.name != place:
+            raise ConfigError(f"{what} lacks the tensor {name}: {INDEX} says that it is in {place}, which does not hold it")
+    return tensors
+
+
+def check_experts(shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises ConfigError where the files hold each expert apart and one lacks a tensor that the others have, or has it in another shape.
+
+    transformers puts them together into one tensor per layer, and does not say which of them it could not use.
+    """
+    layers: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if found := _EXPERT.fullmatch(name):
+            layers.setdefault((found[1], found[3]), {})[int(found[2])] = shape
+    everyone = {layer: set[int]() for layer, _ in layers}
+    for (layer, _), experts in layers.items():
+        everyone[layer] |= experts.keys()
+    for (layer, part), experts in layers.items():
+        for expert in sorted(everyone[layer] | set(range(max(everyone[layer])))):
+            name, usual = f"{layer}{expert}{part}", statistics.mode(experts.values())
+            if expert not in experts:
+                raise ConfigError(f"{what} lacks the tensor {name}")
+            if experts[expert] != usual:
+                raise ConfigError(f"{what}: the tensor {name} has the shape {experts[expert]}, and the other experts' {usual}")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of a model's files; 0 where there are none."""
+    return sum(path.stat().st_size for path in _present(folder))
+
+
+def stored_bytes(name: str) -> int:
+    """Of a number in a folder's checkpoint, by its first file; 2 where that is not known."""
+    first = next(iter(_present(Path(name))), None)
+    kinds = [kind.itemsize for kind in TensorFile(first).dtypes] if first else []
+    return max(kinds, default=2)
+
+
+def download_weights(name: str) -> Path:
+    """The folder in the hub's cache with a hub id's config and weights: the files that transformers reads, and no others."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=[WEIGHTS, "*.json"]))
+    if shards := sorted(set(_weight_map(folder, name).values())):
+        folder = Path(snapshot_download(name, allow_patterns=shards))
+    return folder
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """A file of a folder by the name that another file gives it.
+
+    Raises:
+        ConfigError: the name, or a link of that name, leads out of the folder. (Into the blobs of the hub's cache it may.)
+    """
+    path = folder / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ConfigError(f"{what} names a file outside its folder: {name!r}; refused")
+    home, target = folder.resolve(), path.resolve()
+    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ConfigError(f"{what}: {name} is a link that leads out of its folder, to {target}; put the file itself there")
+    return path
+
+
+def _weight_map(folder: Path, what: str) -> dict[str, str]:
+    """Tensor → file, as a folder's index has it; empty where there is no index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if all(isinstance(file, str) for file in weight_map.values()):
+            return dict(weight_map)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ConfigError(f"{what}: {index} is corrupt: it does not map weights to files")
+
+
+def _present(folder: Path) -> list[Path]:
+    """Those of a model's files that are there."""
+    names = sorted({WEIGHTS, *_weight_map(folder, str(folder)).values()})
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _open(path: Path, what: str) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except TensorFileError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _what_instead(folder: Path, what: str) -> str:
+    """What a folder without weights holds in their place.
+
+    Raises:
+        ConfigError: files that repeat a tensor.
+    """
+    others = sorted(folder.glob("*.safetensors"))
+    seen: dict[str, str] = {}
+    for path in others:
+        for name in _open(path, what).shapes:
+            if name in seen:
+                raise ConfigError(
+                    f"{what} holds the tensor {name} twice, in {seen[name]} and in {path.name}, and no {INDEX} says which counts"
+                )
+            seen[name] = path.name
+    if others:
+        return f"{others[0].name} is not read, since there is neither {WEIGHTS} nor a {INDEX} that names it; save it with save_pretrained"
+    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        return f"no *.safetensors, only {pickles[0]}, a pickle, which may run code; save it with save_pretrained"
+    return f"there is no *.safetensors in {folder}, neither {WEIGHTS} nor what {INDEX} names"
