@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench.evidence import claims, figures, fronts, merges, study
 from bench.evidence.claims import CLAIMS
-from bench.evidence.curves import CURVES, SFT
+from bench.evidence.curves import CURVES, SFT, Trained
 from bench.evidence.fronts import Effect
 from bench.evidence.present_tense import score
 from bench.evidence.results import Measured, OtherSettingsError, Results
@@ -23,9 +23,11 @@ from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, rew
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
-from raywarp.adapters import AdapterDelta, Factors, dense, scale
-from raywarp.averaging import lerp
+from raywarp.adapters import AdapterDelta, Factors, add, dense, scale
+from raywarp.averaging import geometry, lerp
 from raywarp.config import MINILM, SMOLLM2
+from raywarp.peft_files import save_peft
+from raywarp.run import Run
 
 
 def test_reward_at_fixed_kl_is_linear_in_the_root_of_the_kl() -> None:
@@ -179,6 +181,29 @@ def test_every_curve_has_its_arm_and_its_ends() -> None:
         if curve.name.endswith("-training"):
             assert arm.kept == curve.values
     assert len(points) == 1 + sum(len(curve.values) for curve in CURVES.values())
+
+
+@pytest.mark.parametrize("arm", ["high-rank", "warp", "warp-i2"])
+def test_task_vectors_have_all_the_columns_of_their_arm(tmp_path: Path, arm: str) -> None:
+    """Policies as a run leaves them, behind an init of rank 3 where there was an iteration before: a vector is what is behind it."""
+    settings, own = TINY, TINY.rank * ARMS[arm].rank
+    before = 3 if ARMS[arm].iterations > 1 else 0
+    vectors = [random_delta(seed, (own,) * 4) for seed in (1, 2)]
+    init = random_delta(3, (before,) * 4)
+    folder = tmp_path / "iterations" / str(ARMS[arm].iterations)
+    folder.mkdir(parents=True)
+    for m, vector in enumerate(vectors):
+        save_peft(add(init, vector), tmp_path / "policies" / str(m))
+    (folder / "policies.json").write_text(json.dumps(["policies/0", "policies/1"]))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(("rollout_seconds", "request_seconds", "update_seconds"), 1.0)) + "\n")
+    trained = Trained(settings, lambda _: Run(tmp_path), tmp_path)
+    for found, vector in zip(trained.vectors(arm), vectors, strict=True):
+        assert_same_change(found.map(lambda _, f: Factors(f.B.double(), f.A.double())), vector, tolerance=1e-5)
+    facts, expected = trained.facts(arm), geometry(vectors)
+    assert facts["geometry"].keys() == expected.keys()
+    for block, one in expected.items():
+        np.testing.assert_allclose(facts["geometry"][block]["norms"], one["norms"], rtol=1e-4)
+        np.testing.assert_allclose(facts["geometry"][block]["angles"], one["angles"], atol=1e-2)
 
 
 def made_up(seed: int, gains: dict[str, float], prompts: int = 60) -> dict[str, Measured]:

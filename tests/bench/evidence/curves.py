@@ -36,11 +36,15 @@ class Trained:
         names = json.loads((run.folder / "iterations" / str(iteration or ARMS[arm].iterations) / "policies.json").read_text())
         return [run.folder / name for name in names]
 
+    def rank(self, arm: str) -> int:
+        """Of each policy of an arm."""
+        return self.settings.rank * ARMS[arm].rank
+
     def policy(self, arm: str, m: int) -> AdapterDelta:
         return load_peft(self.folders(arm)[m - 1])
 
     def vectors(self, arm: str, iteration: int | None = None) -> list[AdapterDelta]:
-        return [trailing(load_peft(folder), self.settings.rank) for folder in self.folders(arm, iteration)]
+        return [trailing(load_peft(folder), self.rank(arm)) for folder in self.folders(arm, iteration)]
 
     def merged(self, arm: str) -> AdapterDelta:
         """θ_slerp of the last iteration, as the run saved it."""
@@ -70,7 +74,7 @@ class Trained:
         facts["geometry"] = _rounded(geometry(vectors))
         if ARMS[arm].iterations == 1:
             exact, mean = slerp(vectors), lerp(vectors)
-            small, retained = truncate(exact, self.settings.rank * ARMS[arm].rank)
+            small, retained = truncate(exact, self.rank(arm))
             found = {
                 "slerp of factors": (merges.slerp_of_factors(vectors), exact),
                 "PEFT linear": (merges.peft_linear(vectors), mean),
@@ -164,7 +168,7 @@ CURVES = {
         *(along(f"training-{m}", f"training of policy {m}", "warp", m, (f"policy-{m}@1",)) for m in (1, 2)),
         scaled("factors", "SLERP of A and B apart", "warp", ROUGH, lambda trained: merges.slerp_of_factors(trained.vectors("warp"))),
         scaled("peft", "PEFT linear", "warp", (0.35, 0.6, 1.0, 1.4), lambda trained: merges.peft_linear(trained.vectors("warp"))),
-        scaled("svd", "SLERP, SVD back to r", "warp", ROUGH, lambda t: truncate(t.merged("warp"), t.settings.rank)[0]),
+        scaled("svd", "SLERP, SVD back to r", "warp", ROUGH, lambda t: truncate(t.merged("warp"), t.rank("warp"))[0]),
         _merge_line("shared", "shared", "SLERP, A shared at the start"),
         scaled(
             "shared-factors", "SLERP of A and B apart, A shared", "shared", ROUGH, lambda t: merges.slerp_of_factors(t.vectors("shared"))
