@@ -8,6 +8,7 @@ from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
+from raywarp.saved_config import SAMPLER_VERSION
 from raywarp.stop import Stopped
 
 ENDS = {"finished", "failed", "stopped"}
@@ -25,7 +26,7 @@ class Journal:
         self.begun = True
         if last and last["event"] == "started":
             self.report("fault", what="driver", cause="killed", message=f"the run that started at {last['time']} did not come to its end")
-        self.report("started", versions=versions((*PACKAGES, "ray", "peft", "datasets", "numpy")))
+        self.report("started", versions=versions((*PACKAGES, "ray", "peft", "datasets", "numpy")), sampler=SAMPLER_VERSION)
 
     def report(self, event: str, **details: Any) -> None:
         """See Run.add_event."""

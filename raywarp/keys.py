@@ -9,7 +9,7 @@ from raywarp.inputs import Inputs
 from raywarp.node_check import PACKAGES, versions
 from raywarp.search_space import SearchSpace
 
-ALGORITHM_VERSION = 2  # part of every key: raise it when the same settings no longer give the same policy
+ALGORITHM_VERSION = 3  # part of every key: raise it when the same settings no longer give the same policy
 
 
 def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:

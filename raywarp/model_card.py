@@ -1,6 +1,7 @@
 """README.md of a run's chosen adapter: what it is, what it was made from, how good and how far it is, and how to use it."""
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from raywarp.engines import lora_slots
 from raywarp.evaluation import Point
 from raywarp.report import FRONT_HEADINGS, front_cells
 from raywarp.run import PICTURE
+from raywarp.sampler_mark import Mark
 from raywarp.storage import is_uri
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of what comes in a package
@@ -55,6 +57,13 @@ def card(config: Config, points: Sequence[Point], chosen: Point, rank: int, modu
         _limits(config, chosen),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def marked(text: str, mark: Mark) -> str:
+    """The card of an earlier version's run, with its mark below the title."""
+    title = re.search(r"^# .*$", text, re.MULTILINE)
+    place = title.end() if title else len(text)
+    return f"{text[:place]}\n\n> **{mark.title}.** {mark.text}{text[place:]}"
 
 
 def hub_name(model: str) -> str | None:

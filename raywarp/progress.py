@@ -16,8 +16,9 @@ from raywarp.averaging import geometry
 from raywarp.evaluation import Point
 from raywarp.policy_actor import Job
 from raywarp.report import front_table, print_samples
-from raywarp.run import Run
+from raywarp.run import Run, read_mark
 from raywarp.run_metrics import step_seconds
+from raywarp.storage import Storage
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
 PRINTED_SAMPLES = 8  # prompts; the report has all
@@ -146,6 +147,8 @@ class Display:
         points = [Point(**point) for point in front["points"]]
         chosen = next(point for point in points if point.name == front["chosen"])
         self.console.print(front_table(points, chosen))
+        if mark := read_mark(Storage(run.folder)):
+            self.say(f"{mark.level}: {mark.title.lower()}. {mark.text}")
         if not self.quiet:
             print_samples(self.console, run.samples()[:PRINTED_SAMPLES], list(dict.fromkeys(["sft", chosen.name, "slerp"])))
         self.progress(f"front: {run.folder / 'front.png'}")

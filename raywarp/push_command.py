@@ -1,11 +1,14 @@
 """`raywarp push`: the chosen adapter of a run to a model hub, with its card and picture."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from raywarp.config import ConfigError
 from raywarp.storage import Storage
 from raywarp.store import MANIFEST, DamagedError, StoreError
+
+CARD = "README.md"
 
 
 def add_push(commands: Any) -> None:
@@ -22,6 +25,20 @@ def add_push(commands: Any) -> None:
     parser.set_defaults(command=_push)
 
 
+def _operations(folder: Path, mark: Any) -> list[Any]:
+    """One for each file of the adapter's folder; the card says what marks the run, if it was sampled by an earlier version."""
+    from huggingface_hub import CommitOperationAdd
+
+    from raywarp.model_card import marked
+
+    contents = {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.name != MANIFEST
+    }
+    if mark and CARD in contents:
+        contents[CARD] = marked(contents[CARD].decode(errors="replace"), mark).encode()
+    return [CommitOperationAdd(name, content) for name, content in contents.items()]
+
+
 def _push(options: argparse.Namespace) -> None:
     print(push(options.run, options.repo, options.private, options.revision))
 
@@ -36,6 +53,8 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    from raywarp.run import read_mark
+
     http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx, or of what took its place
     try:
         folder = Storage(run).fetch("adapter")
@@ -48,9 +67,8 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
         repo = hub.create_repo(repo, private=private, exist_ok=True).repo_id
         if revision:
             hub.create_branch(repo, branch=revision, exist_ok=True)
-        files = [path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != MANIFEST]
         message = "Adapter aligned with WARP by raywarp"
-        done = hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, revision=revision, commit_message=message)
+        done = hub.create_commit(repo, _operations(folder, read_mark(Storage(run))), revision=revision, commit_message=message)
     except HFValidationError as error:
         raise ConfigError(f"{repo} is no repository's name: {error}") from None
     except LocalTokenNotFoundError:

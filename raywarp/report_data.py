@@ -10,11 +10,12 @@ from raywarp.config import Config
 from raywarp.credentials import redact
 from raywarp.curves import Curve, curves, number, summary, trajectory
 from raywarp.evaluation import Point
-from raywarp.findings import findings, points_of
+from raywarp.findings import Finding, findings, points_of
 from raywarp.page_json import plain
 from raywarp.report_files import RunFiles
 from raywarp.report_texts import clip, sample_texts, training_texts
-from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
+from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, read_mark
+from raywarp.sampler_mark import Mark
 from raywarp.saved_config import CONFIG_FILE, flat
 from raywarp.storage import Storage
 from raywarp.store import MANIFEST
@@ -49,15 +50,18 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     moments = [_seconds(event.get("time")) for event in events]
     times: Mapping[str, Any] = part("Where the time went", lambda: files.record(TIMING_FILE) or {}, {})
     timing: Rows = times.get("iterations", [])
-    chosen = front.get("chosen")
+    chosen, mark = front.get("chosen"), part("Which sampler it had", lambda: read_mark(files.storage), None)
     data = {
         "name": redact(files.storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]) or "run",
         "place": redact(files.storage.uri),
         "state": part("Whether it is finished", lambda: _state(events, moments, rows, bool(points)), {"word": "unknown"}),
+        "mark": mark and mark.title,
         "planned": part("What was asked for", lambda: _planned(config), None),
         "front": {**front, "points": [asdict(point) for point in points]} if points else None,
         "findings": part(
-            "What to look at", lambda: [asdict(one) for one in findings(points, chosen, _gaps(rows), _last(geometry))], Rows()
+            "What to look at",
+            lambda: [asdict(one) for one in [*_earlier(mark), *findings(points, chosen, _gaps(rows), _last(geometry))]],
+            Rows(),
         ),
         "trajectories": [{"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)} for curve in found],
         "curves": summary(found, share) if found else None,
@@ -80,6 +84,11 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     }
     shown: dict[str, Any] = plain(data)
     return shown
+
+
+def _earlier(mark: Mark | None) -> list[Finding]:
+    """What marks a run as one of an earlier sampler comes first."""
+    return [Finding(mark.level, mark.title, mark.text)] if mark else []
 
 
 def _evaluation(times: Mapping[str, Any]) -> Rows:

@@ -16,7 +16,8 @@ from raywarp.averaging import geometry
 from raywarp.config import Config, ConfigError
 from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft
-from raywarp.saved_config import CONFIG_FILE, differing_keys, read_config, saved_form
+from raywarp.sampler_mark import Mark, sampler_mark
+from raywarp.saved_config import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_config, saved_form
 from raywarp.storage import Storage
 from raywarp.store import DamagedError
 
@@ -28,6 +29,11 @@ PICTURE = "front.png"
 # What is there before the configuration: policies for others, and what a start left that was killed or refused.
 _EARLY = re.compile(r"policies|tensorboard|wandb|loggers\.json|\.(preflight-|node-|config\.yaml\.|loggers\.json\.).*")
 FRONT_FILES = (PICTURE, "samples.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
+def read_mark(place: Storage) -> Mark | None:
+    """What marks the run of a folder or object store as one of an earlier sampler; None where it is one of this version."""
+    return sampler_mark(*map(place.read, (CONFIG_FILE, FRONT_FILE, EVENTS_FILE)))
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Run:
         """The place `out`, new or with this same run in it.
 
         Raises:
-            ConfigError: it holds a different run (the keys that differ are named), or files that no run wrote.
+            ConfigError: it holds a different run (the keys that differ are named), one that an earlier version sampled, or files that no
+                run wrote.
             StoreError: an object store cannot be reached.
         """
         out = Storage(config.out)
@@ -69,12 +76,14 @@ class Run:
         return run
 
     def _check(self, config: Config) -> None:
-        """Raises ConfigError where the folder holds another run, or files that no run wrote.
+        """Raises ConfigError where the folder holds another run, one of an earlier sampler, or files that no run wrote.
 
         A configuration that is lost or damaged is written anew: policies are found by their keys, whatever it said.
         """
         folder = self.folder
         saved, ours = folder / CONFIG_FILE, any((folder / name).exists() for name in (METRICS_FILE, TIMING_FILE, "iterations"))
+        if ours and (mark := read_mark(Storage(folder))):
+            raise ConfigError(f"out={config.out} cannot be continued: {mark.reason}; choose another out, or delete the folder")
         if saved.is_file():
             theirs = read_config(saved.read_bytes())
             if theirs is None and not ours:
@@ -190,8 +199,8 @@ class Run:
         Args:
             event: started, finished, failed or stopped (the run); fault, hang, recovered, continued, lost or moved (a piece of it);
                 resumed or saved (a policy).
-            details: versions (of packages, where a run has started), what (the process), iteration, policy, key, step, cause (out of
-                memory, killed, node lost, hang, exception), message, seconds_lost, steps_repeated; whichever apply.
+            details: versions (of packages) and sampler (its version), where a run has started; what (the process), iteration, policy, key,
+                step, cause (out of memory, killed, node lost, hang, exception), message, seconds_lost, steps_repeated; whichever apply.
         """
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
         store.append_jsonl(self.folder / EVENTS_FILE, row)
@@ -265,7 +274,7 @@ class Run:
     def save_front(self, front: Mapping[str, Any]) -> None:
         """front.json, last of what belongs to it: it vouches for the others."""
         files = {name: store.file_entry(self.folder / name) for name in FRONT_FILES}
-        store.write_record(self.folder / FRONT_FILE, {**front, "files": files})
+        store.write_record(self.folder / FRONT_FILE, {**front, "sampler": SAMPLER_VERSION, "files": files})
         self.push()
 
     def has_front(self, key: str) -> bool:

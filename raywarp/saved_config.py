@@ -1,6 +1,7 @@
 """A run's config.yaml: how it is written, read again, and told from another run's."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ import yaml
 from raywarp.config import Config, to_yaml
 
 CONFIG_FILE = "config.yaml"
+SAMPLER_VERSION = 1  # raise it when what is sampled is another policy than before: older runs are then marked, and not continued
 _CHECKSUM = "# sha256 of the lines below: "
+_SAMPLER = "# sampler version: "
 # Keys that change how a run is carried out or looked at, but not what it trains.
 _FREE_KEYS = {
     *("out", "store", "cluster", "front", "control", "preferences", "reward_training"),
@@ -20,8 +23,8 @@ _FREE_KEYS = {
 
 
 def saved_form(config: Config) -> str:
-    """Behind a first line with its sha256, by which damage is told from another run's configuration."""
-    text = to_yaml(config)
+    """Behind a first line with its sha256, by which damage is told from another run's configuration, and one with its sampler's version."""
+    text = f"{_SAMPLER}{SAMPLER_VERSION}\n{to_yaml(config)}"
     return f"{_CHECKSUM}{_sha256(text)}\n{text}"
 
 
@@ -36,6 +39,12 @@ def read_config(data: bytes) -> dict[str, Any] | None:
     except (UnicodeDecodeError, yaml.YAMLError):
         return None
     return theirs if isinstance(theirs, dict) else None
+
+
+def saved_sampler(data: bytes) -> int | None:
+    """The version of the sampler that a saved configuration names; None where it names none, as it did before there was a version."""
+    found = re.search(rf"^{_SAMPLER}(\d+)$".encode(), data, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _sha256(text: str) -> str:

@@ -12,15 +12,16 @@ import ray
 
 from raywarp import placement, room, scratch, stop, store
 from raywarp.claims import Table
-from raywarp.config import Config
+from raywarp.config import Config, ConfigError
 from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare
 from raywarp.planning import check_cluster, opening
 from raywarp.progress import Display
-from raywarp.run import Run
+from raywarp.run import Run, read_mark
 from raywarp.search_space import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.session import start_ray
 from raywarp.stop import stoppable
+from raywarp.storage import Storage
 from raywarp.sweep_files import SweepFiles
 from raywarp.sweep_loggers import SweepLoggers
 from raywarp.sweep_progress import SweepProgress
@@ -49,9 +50,10 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     space = search_space(config)
     inputs = check_inputs(space)
     run = Run.open(config, display.say)
+    files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
+    _refuse_earlier(files)
     with alone(config.out, run.folder, display.say):
         start_ray()
-        files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
         plan, concurrent = _plan(space, files)
         check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
         run.save_config(config)
@@ -63,6 +65,13 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
             save_sweep(sweep, plan, run)
             show_sweep(sweep, display)
     return sweep
+
+
+def _refuse_earlier(files: SweepFiles) -> None:
+    """Raises ConfigError where a trial was sampled by an earlier version: its front and a new one's cannot be compared."""
+    for name in files.begun():
+        if mark := read_mark(Storage(files.trial_folder(name))):
+            raise ConfigError(f"the sweep in out={files.out} cannot be continued: of trial {name}, {mark.reason}; choose another out")
 
 
 def check_inputs(space: SearchSpace) -> Inputs:

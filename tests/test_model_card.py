@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny_run import as_of_before
 
 from raywarp.config import SMOLLM2, load_config
 from raywarp.evaluation import Point
@@ -147,6 +148,16 @@ def test_push_uploads_the_adapter_with_card_and_picture(tiny_finished: Run, hub:
     again = push(hub, tmp_path, str(folder), "me/warped", "--revision", "longer")  # it is there already
     assert again.returncode == 0, again.stderr
     assert (hub.branches, hub.commits[1][0]) == (["longer"], "longer")
+
+
+def test_an_old_run_is_pushed_with_a_mark_on_its_card(tiny_finished: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = as_of_before(Path(shutil.copytree(tiny_finished.folder, tmp_path / "run")))
+    done = push(hub, tmp_path, str(folder), "me/warped")
+    assert done.returncode == 0, done.stderr
+    files = hub.commits[-1][1]
+    assert "> **Sampled from rounded weights.** An earlier version of raywarp made this run" in files.pop("README.md").decode()
+    assert all(content == (folder / "adapter" / name).read_bytes() for name, content in files.items())
+    assert len(files) == 3
 
 
 def test_what_cannot_be_pushed_is_one_message(tiny_finished: Run, hub: Hub, tmp_path: Path) -> None:

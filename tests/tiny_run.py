@@ -1,5 +1,6 @@
 """A WARP run of seconds (tiny Llama, transformers engine), for tests and benchmarks that need many."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 from conftest import WORDS
 from rich.console import Console
 
+from raywarp import store
 from raywarp.config import Config, parse_config
 from raywarp.progress import Display
 
@@ -78,6 +80,24 @@ DAMAGE: dict[str, Callable[[Path], None]] = {"halved": halve, "flipped": flip, "
 
 def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def as_of_before(run: Path, dtype: str | None = "bfloat16", adapter: str = "merged") -> Path:
+    """Make a run one of the earlier sampler, by taking out what says that it is not.
+
+    Args:
+        dtype, adapter: what it says that its engine had; dtype None: nothing.
+    """
+    text = "".join(line for line in (run / "config.yaml").read_text().splitlines(keepends=True) if not line.startswith("#"))
+    text = text.replace("dtype: float32\n", f"dtype: {dtype or 'auto'}\n")
+    (run / "config.yaml").write_text(f"# sha256 of the lines below: {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    rows = [{key: value for key, value in row.items() if key != "sampler"} for row in store.read_jsonl(run / "events.jsonl")]
+    store.write_jsonl(run / "events.jsonl", rows)
+    if (front := store.read_record(run / "front.json")) is not None:
+        del front["sampler"]
+        found = {key: {**numerics, "dtype": dtype, "adapter": adapter} for key, numerics in front["numerics"].items()}
+        store.write_record(run / "front.json", {**front, "numerics": found if dtype else {}})
+    return run
 
 
 class Listener(Display):

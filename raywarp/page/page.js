@@ -49,7 +49,7 @@ function summarySection(run) {
   if (run.events.length) tiles.push([String(faults), faults === 1 ? "fault" : "faults"]);
   const words = { finished: "finished", running: "under way", silent: "no sign of life", stopped: "stopped", failed: "failed", unknown: "unknown" };
   const about = [planned.model, planned.reward && `reward ${planned.reward}`, run.state.since && `started ${clock(run.state.since, true)}`].filter(Boolean).join("  ·  ");
-  const heading = h("div", { class: "title" }, h("h1", {}, visible(run.name)), h("span", { class: `pill ${run.state.word}`, id: "state" }, words[run.state.word] || run.state.word));
+  const heading = h("div", { class: "title" }, h("h1", {}, visible(run.name)), h("span", { class: `pill ${run.state.word}`, id: "state" }, words[run.state.word] || run.state.word), run.mark && h("span", { class: "pill silent", id: "mark" }, run.mark));
   const parts = [heading, h("p", { class: "sub" }, visible(about)), h("div", { class: "tiles" }, tiles.map(([value, name]) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, name))))];
   if (run.state.message) parts.push(notice({ level: "warning", title: `The run ${run.state.word}`, text: visible(run.state.message) }));
   if (run.state.word === "silent") parts.push(notice({ level: "warning", title: "The run started and has not said how it ended", text: `Its last sign of life is of ${clock(run.state.last_sign, true)}. If no process works on it any more, the same command continues it.` }));
@@ -60,7 +60,7 @@ function summarySection(run) {
 
 function runChooser() {
   if (page.runs.length < 2) return null;
-  const select = h("select", { id: "run", "aria-label": "Run" }, page.runs.map((run, n) => h("option", { value: String(n), selected: n === state.run }, `${run.name} (${run.place})`)));
+  const select = h("select", { id: "run", "aria-label": "Run" }, page.runs.map((run, n) => h("option", { value: String(n), selected: n === state.run }, `${run.name} (${run.place})${run.mark ? `, ${run.mark.toLowerCase()}` : ""}`)));
   select.addEventListener("change", () => {
     Object.assign(state, { run: Number(select.value), point: null, texts: null, curves: null, strip: null });
     draw();
