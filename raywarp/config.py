@@ -134,15 +134,13 @@ class LoraConfig(Section):
 
     rank: Count = Field(
         16,
-        description="rank r of every policy's adapter; memory and traffic grow with it; as measured (README, H3-rank), in two seeds the "
-        "front with 64 is higher at small KL, and merging gains more there",
+        description="rank r of every policy's adapter; memory and traffic grow with it",
     )
     alpha: Positive = Field(16.0, description="an adapter's change is scaled by alpha / rank; higher acts much like a higher optim.lr")
     target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
     init: Literal["independent", "shared", "frozen"] = Field(
         "independent",
-        description="the initial A: one per policy, one for all, or one for all that is never trained, by which merges stay at rank r "
-        "and, as measured (README, H11), the front is better at small KL, with less KL in the same steps",
+        description="the initial A: one per policy, one for all, or one for all that is never trained, by which merges stay at rank r",
     )
 
 
@@ -151,28 +149,25 @@ class WarpConfig(Section):
 
     iterations: Count = Field(
         2,
-        description="I, iterations of the whole loop, one after another, each from where LITI left the one before; a second one left the "
-        "front where it was on the embedded task (README, H8)",
+        description="I, iterations of the whole loop, one after another, each from where LITI left the one before",
     )
     policies: Count = Field(2, description="M, policies trained in parallel and merged; each costs as much again")
     steps: Count = Field(
         40,
-        description="T, optimiser steps per policy and iteration; on the embedded task one policy of four times as many has a higher front "
-        "than two policies and two iterations (README, H12)",
+        description="T, optimiser steps per policy and iteration; more: further from SFT, and longer",
     )
     ema_rate: Rate = Field(
         0.01,
         description="mu, rate at which the anchor follows the policy after every step, the paper's by default; higher: the policy gets "
-        "further, and less of it is taken back; 0 keeps the anchor at the iteration's init, with which WARP, and one long run even more, "
-        "have a higher front than with 0.1 on the embedded task (README, H12)",
+        "further, and less of it is taken back; 0 keeps the anchor at the iteration's init",
     )
     liti_rate: Rate = Field(
         0.3, description="eta, how far the next iteration's init goes towards the merge; lower: each iteration starts nearer to SFT"
     )
     kl_coef: NotNegative = Field(
         0.1,
-        description="beta, reward taken per nat of KL to the anchor; higher: less KL and slower; with an anchor that stays, 0.1 had a "
-        "higher front than 0.03 and less on the embedded task up to 6 nats, and 0 ended in a few words over and over (README, H1)",
+        description="beta, reward taken per nat of KL to the anchor, the paper's by default; higher: less KL and slower; 0: nothing holds "
+        "the policy back",
     )
     advantage: Literal["rloo", "mean", "none"] = Field(
         "rloo",
@@ -185,8 +180,7 @@ class OptimConfig(Section):
 
     lr: Positive = Field(
         5e-4,
-        description="AdamW's learning rate, constant after warm-up; higher: more reward and more KL per step, until texts break; scaled "
-        "back to the same KL by eta, policies of 1e-3 had a higher front than of 5e-4 on the embedded task (README, H4)",
+        description="AdamW's learning rate, constant after warm-up; higher: more reward and more KL per step, until texts break",
     )
     batch_size: Count = Field(64, description="completions per optimiser step of a policy; more: less noise, longer steps")
     max_tokens_per_microbatch: Count = Field(

@@ -19,6 +19,13 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
     assert PAGE.read_text() == capsys.readouterr().out, "make it anew: raywarp config --docs > docs/configuration.md"
 
 
+def test_no_key_advises_from_the_evidence() -> None:
+    """Its figures are to be measured again; a description says what a key is."""
+    page = docs(schema())
+    for word in ("README", "as measured", "embedded task", "higher front", *(f"H{n}" for n in range(1, 13))):
+        assert not re.search(rf"\b{word}\b", page), word
+
+
 def test_it_has_every_key_once_with_its_place_in_the_contents() -> None:
     page = docs(schema())
     headings = re.findall(r"^##+ (.*)$", page, re.MULTILINE)
