@@ -1,15 +1,15 @@
-"""Whether the sampler samples what the trainer holds, at small adapters, too; and what that costs.
+"""Whether the sampler samples what the trainer holds, small adapters included; and what that costs.
 
     .venv/bin/python tests/bench/fidelity.py
 
-The adapters are η times the merge of a finished run on the embedded model (the quickstart, which is run where it is not there). At each η:
-completions are sampled from vLLM; log-ratios (adapter over SFT, per token, in nats) are taken of the sampler's own log-probs, of the trainer's in
-the same precision, and of a float32 model, which is the instrument of every slope, since bfloat16's noise biases a plain regression. KLs are over
-the whole vocabulary: the sampler's from the logits of vLLM's own passes, the reported one from the trainer's; the texts' own log-ratio is the
-third, independent one. Standard errors are jackknifed over completions.
+The adapters are η times the merge of a finished run on the embedded model (the quickstart, which is run first where it is not there).
+At each η completions are sampled from vLLM. Log-ratios (adapter over SFT, nats per token) are taken of the sampler's own log-probs, of the
+trainer's in the same precision, and of a float32 model. The latter are the instrument of every slope, since bfloat16's noise biases a plain
+regression. KLs are over the whole vocabulary: the sampler's from the logits of vLLM's own passes, the reported one from the trainer's. The
+texts' own mean log-ratio in float32 is the third, independent one. Standard errors are jackknifed over completions.
 
-Seconds are medians of turns: 32 completions of 24 tokens from a new adapter of rank 16 each, unmerged and merged (which rounds, and is here for
-its speed alone) in processes of their own. The last line is JSON.
+Seconds are medians of turns: 32 completions of 24 tokens, from another adapter of rank 16 each time, unmerged and merged in a process each.
+(Merged in bfloat16 rounds; it is here for its speed alone.) The last line is JSON.
 """
 
 import argparse
@@ -24,11 +24,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raywarp.actors import VLLM_CPU_ENV, VLLM_ENV
-from raywarp.hardware import cpu_environment
-
-THREADS = os.cpu_count() or 1
-os.environ.update(VLLM_ENV | VLLM_CPU_ENV | cpu_environment(THREADS, crowded=False) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(os.cpu_count()), GOMP_SPINCOUNT="20000")
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind")
+os.environ.update(TORCHDYNAMO_DISABLE="1", MALLOC_MMAP_THRESHOLD_=str(8 << 30), MALLOC_TRIM_THRESHOLD_=str(8 << 30))
 
 import torch
 from torch import Tensor
@@ -43,6 +41,7 @@ from raywarp.model_files import read_tokenizer
 from raywarp.peft_files import load_peft
 from raywarp.rollout import SFT, Adapter, Request
 
+THREADS = os.cpu_count() or 1
 ETAS = (1.0, 0.5, 0.2, 0.1)
 PROMPTS, TOKENS = 96, 24
 GENERATED = 32
@@ -221,8 +220,12 @@ def turns(model: str, dtype: str, policy: AdapterDelta, prompts: Sequence[Sequen
         pipe.send(None)
         process.join()
     ratio = statistics.median(a[1] / b[1] for a, b in zip(seconds["unmerged"], seconds["merged"], strict=True))
-    found = {mode: dict(zip(("swap", "generation"), map(statistics.median, zip(*rows, strict=True)), strict=True)) for mode, rows in seconds.items()}
+    found = {mode: {"swap": _median(rows, 0), "generation": _median(rows, 1)} for mode, rows in seconds.items()}
     return {**found, "ratio": {"generation": ratio}}
+
+
+def _median(rows: Sequence[tuple[float, float]], column: int) -> float:
+    return statistics.median(row[column] for row in rows)
 
 
 def main() -> None:
