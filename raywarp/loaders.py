@@ -69,45 +69,49 @@ class LoraLoader:
 
     Args:
         engine: vLLM's LLM.
-        names: the engine's names of modules, which are those of the checkpoint.
+        names: of modules → those by which the engine finds them.
         folder: for the files that vLLM reads.
+        zero: the SFT model's prompts get an adapter of zeros. (On CPUs vLLM 0.32 gives a prompt without an adapter its last slot's.)
     """
 
-    def __init__(self, engine: Any, names: Callable[[Iterable[str]], Mapping[str, str]], folder: Path):
-        self.engine, self.names, self.folder, self.version = engine, names, folder, 0
+    def __init__(self, engine: Any, names: Callable[[Iterable[str]], Mapping[str, str]], folder: Path, zero: bool = False):
+        self.engine, self.names, self.folder, self.version, self.zero = engine, names, folder, 0, zero
         self._held: dict[Versions, tuple[Any, Versions]] = {}  # vLLM's request, digests of what was written for it
+        self._like: AdapterDelta | None = None  # an adapter that was loaded; before the first one, all slots are zero
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         return None
 
     def load(self, adapters: Sequence[Adapter]) -> None:
-        wanted = {adapter.versions: adapter for adapter in adapters if adapter.parts}
+        wanted = {adapter.versions: adapter for adapter in adapters}
         self._keep_only(set(wanted))
         for versions, adapter in wanted.items():
-            if versions not in self._held:
-                self._held[versions] = self._add(adapter)
+            if adapter.parts and versions not in self._held:
+                self._held[versions] = self._add(versions, [part.fetch() for part in adapter.parts])
+        if () in wanted and () not in self._held and self.zero and self._like:
+            self._held[()] = (self._add((), [zeros_like(self._like)])[0], ())
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
         """Of the files that vLLM read, part by part."""
         return [self._held[adapter.versions][1] if adapter.parts else () for adapter in adapters]
 
     def request(self, adapter: Adapter) -> Any:
-        """The LoRARequest that goes with every prompt of this adapter; None for the SFT model."""
-        return self._held[adapter.versions][0] if adapter.parts else None
+        """The LoRARequest that goes with every prompt of this adapter; None where there is none for the SFT model."""
+        return self._held.get(adapter.versions, (None, ()))[0]
 
-    def _add(self, adapter: Adapter) -> tuple[Any, Versions]:
+    def _add(self, versions: Versions, deltas: Sequence[AdapterDelta]) -> tuple[Any, Versions]:
         from safetensors.torch import load_file
         from vllm.lora.request import LoRARequest
 
         self.version += 1
-        path, deltas = self.folder / f"v{self.version}", [part.fetch() for part in adapter.parts]
+        self._like, path = deltas[0], self.folder / f"v{self.version}"
         names = self.names(deltas[0].factors)
         whole = add(*deltas)
         save_peft(replace(whole, factors={names[module]: f for module, f in whole.factors.items()}, target_modules=()), path)
         written, prefix = load_file(path / ADAPTER_FILE), "base_model.model."
         request = LoRARequest(f"v{self.version}", self.version, str(path))
         if not self.engine.llm_engine.add_lora(request):
-            raise RolloutError(f"vLLM did not load adapter version {'+'.join(adapter.versions)} (number {self.version})")
+            raise RolloutError(f"vLLM did not load adapter version {'+'.join(versions)} (number {self.version})")
         factors = {
             module: Factors(written[f"{prefix}{name}.lora_B.weight"], written[f"{prefix}{name}.lora_A.weight"])
             for module, name in names.items()

@@ -104,7 +104,7 @@ class VllmEngine:
         if self.adapter_mode == "unmerged":
             return UnmergedLoader(self._take)
         if self.adapter_mode == "lora":
-            return LoraLoader(self.llm, self._lora_names, self.folder)
+            return LoraLoader(self.llm, self._lora_names, self.folder, zero=not self.settings.gpu)
         return MergedLoader(Checkpoint(self._read, getattr(torch, self.settings.dtype)), self._install)
 
     def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
