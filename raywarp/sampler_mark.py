@@ -45,7 +45,7 @@ _LORA = Mark(
 _UNKNOWN = Mark(
     "warning",
     "Perhaps sampled from rounded weights",
-    "An earlier version of raywarp made this run, and does not say in which dtype. If it sampled from W + ΔW in bfloat16, as on CPUs: "
+    "An earlier version of raywarp made this run, and how it sampled is not known. If it did so from W + ΔW in bfloat16, as on CPUs: "
     f"{_LOST}{_AGAIN}",
     f"{_EARLIER}, whose policies may have been rounded to bfloat16 when they were sampled",
 )
@@ -59,13 +59,17 @@ _EXACT = Mark(
 
 
 def sampler_mark(config: bytes | None, front: bytes | None, events: bytes | None) -> Mark | None:
-    """The mark of a run by the content of its config.yaml, front.json and events.jsonl (None: not there); None where it needs none."""
-    record = _record(front)
-    said = [saved_sampler(config or b""), record.get("sampler"), *(row.get("sampler") for row in store.parse_jsonl(events or b""))]
+    """The mark of a run by the content of its config.yaml, front.json and events.jsonl (None: not there); None where it needs none.
+
+    What is damaged says nothing. Where nothing is left that could say it, there is no mark: no policy of such a run is taken anyway.
+    """
+    tree, record = read_config(config or b"") or {}, _record(front)
+    starts = [row for row in store.parse_jsonl(events or b"") if row.get("event") == "started"]
+    said = [saved_sampler(config) if config and tree else None, *(row.get("sampler") for row in (record, *starts))]
     known = [version for version in said if isinstance(version, int)]
-    if known and min(known) >= SAMPLER_VERSION:
+    if (known and min(known) >= SAMPLER_VERSION) or not (known or tree or record or starts):
         return None
-    return _earlier(record.get("numerics") or {}, read_config(config or b"") or {})
+    return _earlier(record.get("numerics") or {}, tree)
 
 
 def _earlier(numerics: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Mark:

@@ -9,7 +9,7 @@ from tiny_run import Listener, as_of_before, tiny_config
 
 from raywarp import store
 from raywarp.cli import main
-from raywarp.config import Config, ConfigError, to_yaml
+from raywarp.config import Config, ConfigError, parse_config, to_yaml
 from raywarp.model_card import marked
 from raywarp.report_command import build
 from raywarp.report_data import report_data
@@ -78,6 +78,19 @@ def test_an_old_run_that_never_came_to_a_front_is_marked_by_its_configuration(ti
         assert report_data(str(folder))["findings"][0]["title"] == title
     (folder / "config.yaml").unlink()
     assert report_data(str(folder))["findings"][0]["title"] == "Perhaps sampled from rounded weights"
+    (folder / "events.jsonl").unlink()
+    assert read_mark(Storage(folder)) is None  # nothing is left that could say so
+
+
+def test_a_flipped_bit_makes_no_old_run(tmp_path: Path) -> None:
+    config, said = parse_config({"out": str(tmp_path)}), list[str]()
+    run = Run(tmp_path)
+    run.save_config(config)
+    run.add_metrics({"step": 0})
+    path = tmp_path / "config.yaml"
+    path.write_bytes(path.read_bytes().replace(b"# sampler version: 1", b"# sampler version: 0"))
+    Run.open(config, said.append)
+    assert "is not what was written; written anew" in said[0]
 
 
 def test_several_runs_are_marked_each_by_itself(tiny_finished: Run, tmp_path: Path) -> None:
