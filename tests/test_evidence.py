@@ -251,6 +251,38 @@ def test_results_are_read_back_and_others_refused(results: Results) -> None:
         Results(results.folder, {**results.settings, "lr": 1.0})
 
 
+def test_numbers_of_an_earlier_sampler_are_shown_with_a_warning_and_nothing_is_added_to_them(results: Results, tmp_path: Path) -> None:
+    assert not results.are_earlier
+    assert study.EARLIER not in study.page({})
+    results.seeds[2].sampler = 0
+    results.save(2)
+    again = Results(results.folder, results.settings)
+    assert [seed.sampler for seed in again.seeds.values()] == [1, 0, 1]
+    assert again.are_earlier
+    assert study.EARLIER in study.page({}, again.are_earlier)
+    del again.seeds[2].points["slerp@1"]
+    mine = study.Study(Settings(), tmp_path / "out", again, study.Clock(None))
+    with pytest.raises(OtherSettingsError, match="the numbers of seed 2 in .* were sampled by an earlier version, from rounded weights"):
+        mine.run([2], ["H3"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_of_an_earlier_sampler_is_not_used(results: Results, tmp_path: Path) -> None:
+    mine = study.Study(TINY, tmp_path / "out", results, study.Clock(None))
+    folder = mine.arm_run(1, ARMS["warp"]).folder
+    folder.mkdir(parents=True)
+    (folder / "front.json").write_text("{}")
+    with pytest.raises(OtherSettingsError, match="cannot be used: it was sampled by an earlier version of raywarp"):
+        mine.train(1, ARMS["warp"])
+
+
+def test_the_committed_numbers_are_of_an_earlier_sampler_and_say_so() -> None:
+    for page in Path(study.__file__).parent.glob("results*/README.md"):
+        found = Results(page.parent, {})
+        assert found.seeds
+        assert (study.EARLIER in page.read_text()) == found.are_earlier
+
+
 def test_verdicts_and_figures_of_made_up_results(results: Results, tmp_path: Path) -> None:
     of_seeds = claims.samples(Settings(), Results(results.folder, results.settings), resamples=50)
     judged = {name: claims.judge(claim, of_seeds) for name, claim in CLAIMS.items()}

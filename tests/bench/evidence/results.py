@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raywarp.saved_config import SAMPLER_VERSION
 from raywarp.store import write_bytes
 
 DIGITS = 3  # of scores
@@ -38,14 +39,18 @@ SCORES = ("reward", "control", "vader", "kl")
 
 @dataclass
 class Seed:
-    """points: name → what was measured. facts: what else is known of the arms: geometry, timing, errors of merges."""
+    """points: name → what was measured. facts: what else is known of the arms: geometry, timing, errors of merges.
+
+    sampler: the version that sampled them; 0 before there was one, when policies were sampled from rounded weights.
+    """
 
     points: dict[str, Measured]
     facts: dict[str, Any]
+    sampler: int = SAMPLER_VERSION
 
 
 class OtherSettingsError(ValueError):
-    """The results are of other settings; the message says which."""
+    """The results are of other settings, or of an earlier sampler; the message says which."""
 
 
 class Results:
@@ -64,6 +69,19 @@ class Results:
     def seed(self, number: int) -> Seed:
         return self.seeds.setdefault(number, Seed({}, {}))
 
+    def check_sampler(self, seed: int) -> None:
+        """Raises OtherSettingsError where nothing may be added to a seed: its points were sampled by an earlier version."""
+        if self.seed(seed).sampler < SAMPLER_VERSION:
+            raise OtherSettingsError(
+                f"the numbers of seed {seed} in {self.folder} were sampled by an earlier version, from rounded weights; "
+                "choose another --results, or move them away"
+            )
+
+    @property
+    def are_earlier(self) -> bool:
+        """Whether any of them were sampled by an earlier version."""
+        return any(seed.sampler < SAMPLER_VERSION for seed in self.seeds.values())
+
     def add(self, seed: int, name: str, measured: Measured) -> None:
         """As it will be read back."""
         rounded = {column: np.round(getattr(measured, column), DIGITS) for column in SCORES}
@@ -78,7 +96,7 @@ class Results:
             columns[column] = np.round(values * (SCALE if column in SCORES else 1)).astype(np.int32)
         columns["distinct_2"] = np.array([own.points[name].distinct_2 for name in names])
         content = io.BytesIO()
-        about = json.dumps({"settings": self.settings, "points": names, "facts": own.facts})
+        about = json.dumps({"settings": self.settings, "points": names, "facts": own.facts, "sampler": own.sampler})
         np.savez_compressed(content, about=np.frombuffer(about.encode(), dtype=np.uint8), **columns)
         write_bytes(self.folder / f"seed-{seed}.npz", content.getvalue())
 
@@ -94,4 +112,4 @@ class Results:
         for n, name in enumerate(about["points"]):
             row = {column: columns[column][n] / (SCALE if column in SCORES else 1) for column in PER_PROMPT}
             points[name] = Measured(**row, distinct_2=float(columns["distinct_2"][n]))
-        return Seed(points, about["facts"])
+        return Seed(points, about["facts"], about.get("sampler", 0))

@@ -55,7 +55,7 @@ from raywarp.points import Scored
 from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.progress import Bars, Display
 from raywarp.reward_stage import prepare_stage, reward
-from raywarp.run import Run
+from raywarp.run import Run, read_mark
 from raywarp.seeding import derive_seed
 from raywarp.session import Session, start_ray
 from raywarp.storage import Storage
@@ -152,6 +152,7 @@ class Study:
             missing.insert(0, (None, 0.0))
         if not missing:
             return
+        self.results.check_sampler(seed)
         self.clock.say(f"seed {seed}, {why}: {len(missing)} points to measure")
         for arm in dict.fromkeys(curve.arm if curve else "warp" for curve, _ in missing):
             self.train(seed, ARMS[arm])
@@ -171,6 +172,8 @@ class Study:
         """The arm's run, unless it is finished; before the first one the reward models."""
         run = self.arm_run(seed, arm)
         if (run.folder / "front.json").is_file():
+            if mark := read_mark(Storage(run.folder)):
+                raise OtherSettingsError(f"{run.folder} cannot be used: {mark.reason}; choose another --out, or delete it")
             return
         self.clock.check()
         for config in reward_configs(self.settings, seed, self.folder):
@@ -267,16 +270,27 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
         for part, row in first["parts"].items():
             print(f"    {part}: {row['effect']} {row['interval']} {row.get('verdict', '')}")
     store.write_json(summary, {"settings": settings.as_json(), **entries})
-    store.write_text(where / "README.md", page(entries))
+    store.write_text(where / "README.md", page(entries, results.are_earlier))
     print(f"{summary}, figures in {where}")
 
 
-def page(entries: dict[str, Any]) -> str:
-    """All figures and comparisons, in Markdown."""
+EARLIER = (
+    "**Warning: sampled from rounded weights.** An earlier version of raywarp measured these numbers; "
+    "[the README](../../../../README.md#does-it-hold-with-lora) says what is likely to change."
+)
+
+
+def page(entries: dict[str, Any], are_earlier: bool = False) -> str:
+    """All figures and comparisons, in Markdown.
+
+    Args:
+        are_earlier: some were sampled by an earlier version.
+    """
     lines = ["# The claims, on this project's own numbers", ""]
     lines += [
         "Effects are differences between fronts at equal KL unless they say otherwise, with 95 % intervals; written by `--redraw`.",
         "",
+        *([EARLIER, ""] if are_earlier else []),
     ]
     for name, entry in entries.items():
         lines += [
@@ -337,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not options.redraw:
             Study(settings, options.out, results, clock).run(range(1, options.seeds + 1), options.claim)
+    except OtherSettingsError as error:
+        parser.error(str(error))
     except OutOfTime:
         clock.say("the hours are over; the same command continues")
     except KeyboardInterrupt as stopped:
