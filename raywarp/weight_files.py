@@ -44,10 +44,32 @@ def stored_tensors(folder: Path, what: str) -> dict[str, TensorFile]:
             if name in tensors:
                 raise ConfigError(f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in {path.name}; one must go")
             tensors[name] = file
-    for name, place in _weight_map(folder, what).items():
+    weight_map = _weight_map(folder, what)
+    for name, place in weight_map.items():
         if name not in tensors or tensors[name].path.name != place:
             raise ConfigError(f"{what} lacks the tensor {name}: {INDEX} says that it is in {place}, which does not hold it")
+    if not weight_map:
+        _refuse_copies(tensors, folder, what)
     return tensors
+
+
+def own_files_only(folder: Path, place: Path) -> Path:
+    """The folder itself; where it has other safetensors files beside the model's, a new folder of links to all but those.
+
+    For vLLM 0.32, which reads every one of them where no index says which, and of Mistral's folders only the consolidated ones.
+
+    Args:
+        place: of the new folder.
+    """
+    own = {path.name for path in weight_files(folder, f"model={folder}")}
+    others = {path.name for path in folder.glob("*.safetensors")} - own
+    if not others:
+        return folder
+    place.mkdir()
+    for path in folder.iterdir():
+        if path.name not in others:
+            (place / path.name).symlink_to(path.resolve())
+    return place
 
 
 def check_experts(shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -134,6 +156,19 @@ def _open(path: Path, what: str) -> TensorFile:
         return TensorFile(path)
     except TensorFileError as error:
         raise ConfigError(f"{what}: {error}") from None
+
+
+def _refuse_copies(tensors: Mapping[str, TensorFile], folder: Path, what: str) -> None:
+    """Raises ConfigError where no index says which file counts, and another one than the model's holds one of its tensors, too."""
+    for path in sorted(set(folder.glob("*.safetensors")) - {file.path for file in tensors.values()}):
+        try:
+            names = TensorFile(path).shapes
+        except TensorFileError:
+            continue
+        if name := next((name for name in names if name in tensors), None):
+            raise ConfigError(
+                f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in {path.name}, and no {INDEX} says which counts"
+            )
 
 
 def _what_instead(folder: Path, what: str) -> str:

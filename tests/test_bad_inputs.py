@@ -364,6 +364,10 @@ MODELS: dict[str, Case] = {
         model(apart(index=False, repeated="model.norm.weight")),
         "holds the tensor model.norm.weight twice, in model-0.safetensors and in model-1.safetensors, and no model.safetensors.index.json",
     ),
+    "a copy beside the model": (
+        model(lambda folder: shutil.copy(folder / "model.safetensors", folder / "old.safetensors") and None),
+        "holds the tensor lm_head.weight twice, in model.safetensors and in old.safetensors, and no model.safetensors.index.json",
+    ),
     "two files, and no index": (model(apart(index=False)), "model-0.safetensors is not read, since there is neither model.safetensors nor"),
     "an index of a tensor that is not there": (
         model(apart(index=True, lost="lm_head.weight")),

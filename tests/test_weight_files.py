@@ -25,7 +25,7 @@ from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
 from raywarp.config import MINILM, SMOLLM2, ConfigError
 from raywarp.inputs import model_fingerprint
 from raywarp.model_files import check_tensors, check_weights, load_model
-from raywarp.weight_files import stored_bytes, weight_bytes, weight_files
+from raywarp.weight_files import own_files_only, stored_bytes, weight_bytes, weight_files
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -166,6 +166,7 @@ def test_what_the_index_names_is_read_and_nothing_beside_it(tiny_llama: Path, tm
     single = Path(shutil.copytree(tiny_llama, tmp_path / "single"))
     plain = load_file(single / "model.safetensors")
     for folder in (single, sharded(tiny_llama, tmp_path / "sharded")):
+        assert own_files_only(folder, tmp_path / "none") == folder
         size, width, files = weight_bytes(folder), stored_bytes(str(folder)), [path.name for path in weight_files(folder, "model")]
         for name in BESIDE:
             save_file({f"theirs.{key}": weight.double() for key, weight in plain.items()}, folder / name, metadata={"format": "pt"})
@@ -175,6 +176,9 @@ def test_what_the_index_names_is_read_and_nothing_beside_it(tiny_llama: Path, tm
         read = dict(read_files(checkpoint_files(str(folder))))
         assert read.keys() == plain.keys()
         assert all(torch.equal(read[name], plain[name]) for name in plain)
+        only = own_files_only(folder, tmp_path / f"own-{folder.name}")
+        assert sorted(path.name for path in only.glob("*.safetensors")) == files
+        assert {path.name for path in only.iterdir()} == {path.name for path in folder.iterdir()} - set(BESIDE)
         delta, checkpoint = trained_model(folder, ("one",)).delta("one"), Checkpoint(read.items, torch.float32)
         assert {name for name, _ in checkpoint.weights(delta, {})} <= plain.keys()
 
