@@ -21,6 +21,7 @@ from raywarp.attention import use_short_rows
 from raywarp.backbone import checkpoint_blocks, find_head, last_states, pairs_per_token
 from raywarp.batch import Batch
 from raywarp.config import ConfigError, LoraConfig
+from raywarp.float32_pass import in_float32, widened
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
 from raywarp.model_files import load_model
 from raywarp.packing import MicroBatch, micro_batches
@@ -142,6 +143,23 @@ class AdaptedModel:
     def completion_kl(self, part: MicroBatch, states: Tensor, reference_states: Tensor, temperature: float) -> Tensor:
         """(C,) full-vocabulary KL in nats per completion, from two (n, D) `states`."""
         return part.padded(full_vocabulary_kl(states, reference_states, self._head, temperature)).sum(-1)
+
+    @torch.no_grad()
+    def exact_logprobs(self, part: MicroBatch, adapters: Sequence[str]) -> Tensor:
+        """(C, T) log π at temperature 1 in float32, whatever the model's own precision, zero on padding. Not for shared rows."""
+        with in_float32(self._base, adapters):
+            states = last_states(self._base, part, self._head)
+        return part.padded(token_logprobs(states, widened(self._head), part.tokens, 1.0))
+
+    def weight_norms(self) -> dict[str, float]:
+        """Adapted module → ‖W‖, Frobenius."""
+        return {name: float(layer.weight.float().norm()) for name, layer in self._layers.items()}
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        size: int = self._base.config.get_text_config().vocab_size
+        return size
 
     def states(self, part: MicroBatch, adapters: Sequence[str], train: str | None = None) -> Tensor:
         """(n, D) last hidden states, from which the head predicts the response tokens.

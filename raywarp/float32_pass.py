@@ -1,0 +1,85 @@
+"""Forward passes in float32 of a model that is loaded in a narrower precision, without a second copy of it in memory.
+
+One block's weights at a time are widened before its forward and put back after it. bfloat16 widens exactly, so the pass is what the same
+files give when they are loaded in float32 (but for files that are stored wider than the model is loaded).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from raywarp.adapted_linear import AdaptedLinear
+from raywarp.logit_head import LogitHead
+
+
+@contextmanager
+def in_float32(base: Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Within the body the model's forward passes are float32, with these adapters in its layers; afterwards no adapter is active.
+
+    Not for passes with gradients: what autograd would keep is put back too early.
+    """
+    units = [_Wide(module, adapters) for module in _units(base)]
+    handles = [handle for unit in units for handle in unit.hook()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for unit in units:
+            unit.narrow()
+
+
+def widened(head: LogitHead) -> LogitHead:
+    """The same head in float32; a model's own head (no weight here) is one of its modules."""
+    if head.weight is None:
+        return head
+    return replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
+
+
+class _Wide:
+    """A module whose weights are float32 while its forward runs."""
+
+    def __init__(self, module: Module, adapters: Sequence[str]):
+        self.module, self.adapters = module, adapters
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def hook(self) -> list[Any]:
+        return [
+            self.module.register_forward_pre_hook(lambda module, inputs: self.widen()),
+            self.module.register_forward_hook(lambda module, inputs, output: self.narrow()),
+        ]
+
+    def widen(self) -> None:
+        for tensor in chain(self.module.parameters(), self.module.buffers()):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                self.kept.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        for layer in self._layers():
+            layer.activate(self.adapters)  # in the precision that the weight has now
+
+    def narrow(self) -> None:
+        for tensor, data in self.kept:
+            tensor.data = data
+        self.kept = []
+        for layer in self._layers():
+            layer.active = None
+
+    def _layers(self) -> list[AdaptedLinear]:
+        return [layer for layer in self.module.modules() if isinstance(layer, AdaptedLinear)]
+
+
+def _units(module: Module) -> Iterator[Module]:
+    """Blocks and adapted layers, whole, since a block's code may use a layer's weight without calling it; elsewhere, what owns weights."""
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    if isinstance(module, GradientCheckpointingLayer | AdaptedLinear) or next(own, None) is not None:
+        yield module
+        return
+    for child in module.children():
+        yield from _units(child)

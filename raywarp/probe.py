@@ -1,0 +1,152 @@
+"""The trainer's side of the proof by effect: the sequences, a synthetic adapter that is large enough, and the trainer's log-probs."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+
+from raywarp.adapted_model import INIT, AdaptedModel
+from raywarp.adapters import AdapterDelta, Factors, add, norm, scale
+from raywarp.batch import collate
+from raywarp.completion import Completion
+from raywarp.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
+from raywarp.packing import micro_batches
+from raywarp.seeding import derive_seed
+
+WANTED_RMS, LARGEST_RMS = 0.65, 0.9  # nats; beyond, log-ratios are not of the kind that a policy has
+FIRST_SIZE, LARGEST_SIZE, TRIES = 0.02, 1.0, 16  # ‖ΔW‖ / ‖W‖ to begin with, and at most; and how many sizes are tried
+NO_EFFECT = 0.01  # nats: an RMS below which an adapter of the largest size does nothing
+USUAL = 64  # tokens of each sequence but the first
+LOGITS = 2**28  # of one sequence at most: vLLM holds them all at once, in float32
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an engine is compared with. init, policy: two halves of a synthetic adapter, of which the policy alone is large enough.
+
+    Where the model cannot be moved so far (its logits are scaled down, say), the policy is as large as the base's own weights.
+
+    none, both, alone: the trainer without an adapter, with both halves, and with the policy.
+    """
+
+    probe: Probe
+    init: AdapterDelta
+    policy: AdapterDelta
+    none: Trainer
+    both: Trainer
+    alone: Trainer
+
+
+def reference(model: AdaptedModel, probe: Probe, seed: int, budget: int | None = None) -> Reference:
+    """Make the synthetic adapter and score the probe. Replaces the model's init.
+
+    Args:
+        budget: tokens of a micro-batch at most.
+
+    Raises:
+        EffectError: no size of the adapter changes the log-probs.
+    """
+    none = score(model, probe, [], budget)
+    init, policy = (synthetic(model, derive_seed(seed, "effect", part)) for part in ("init", "policy"))
+    size, exact = _sized(model, probe, policy, none, budget)
+    init, policy = scale(init, size), scale(policy, size)
+    alone = Trainer(exact if model.dtype == torch.float32 else logprobs(model, probe, [INIT], budget), exact)
+    model.set_init(add(init, policy))
+    return Reference(probe, init, policy, none, score(model, probe, [INIT], budget), alone)
+
+
+def make_probe(texts: Sequence[Sequence[int]], vocabulary: int, longest: int, tokens: int, seed: int) -> Probe:
+    """Sequences with at least so many scored tokens, from the texts' own tokens, or from the whole vocabulary where there are no texts.
+
+    The first is as long as sequences of the run can be, so that it goes beyond each window that they do. The others come in pairs with
+    the same head, which the trainer may lay out in one row. Half of them are running text, half are tokens in random order; all begin
+    as a text does.
+
+    Args:
+        longest: tokens that the engine can score.
+    """
+    generator = random.Random(derive_seed(seed, "probe"))
+    texts = [tuple(text) for text in texts if text]
+    pool = sorted({token for text in texts for token in text}) or range(vocabulary)
+    beginnings = [text[0] for text in texts] or pool
+    noise: Iterator[int] = iter(lambda: generator.choice(pool), -1)
+    text = _running(texts, generator) if texts else noise
+    first = max(2, min(longest, LOGITS // vocabulary))
+    sequences, heads = [(generator.choice(beginnings), *_take(text, first - 1))], [1]
+    for source in cycle((noise, text)):
+        if sum(map(len, sequences)) - sum(heads) >= tokens:
+            return Probe(tuple(sequences), tuple(heads))
+        length = generator.randint(max(2, min(first, USUAL) // 2), min(first, USUAL))
+        head = (generator.choice(beginnings), *_take(source, max(0, length // 4 - 1)))
+        sequences += [head + _take(source, length - len(head)) for _ in range(2)]
+        heads += [len(head)] * 2
+    raise AssertionError("a cycle has no end")
+
+
+def _running(texts: Sequence[Sequence[int]], generator: random.Random) -> Iterator[int]:
+    """The texts in random order, again and again."""
+    while True:
+        yield from generator.choice(texts)
+
+
+def _take(tokens: Iterator[int], count: int) -> tuple[int, ...]:
+    return tuple(next(tokens) for _ in range(count))
+
+
+def synthetic(model: AdaptedModel, seed: int) -> AdapterDelta:
+    """Random factors of the run's rank in every adapted module, both non-zero, with ‖ΔW‖ = ‖W‖."""
+    wanted = model.weight_norms()
+
+    def factors(module: str, zero: Factors) -> Factors:
+        generator = torch.Generator().manual_seed(derive_seed(seed, module))
+        B = torch.randn(len(zero.B), model.lora.rank, generator=generator)
+        A = torch.randn(model.lora.rank, zero.A.shape[1], generator=generator)
+        return Factors(B * ((wanted[module] or 1.0) / norm(Factors(B, A))), A)
+
+    return model.zero_delta().map(factors)
+
+
+def score(model: AdaptedModel, probe: Probe, adapters: Sequence[str], budget: int | None = None) -> Trainer:
+    """The trainer's log-probs, in its own precision and in float32."""
+    own = logprobs(model, probe, adapters, budget)
+    return Trainer(own, own if model.dtype == torch.float32 else logprobs(model, probe, adapters, budget, exact=True))
+
+
+def logprobs(model: AdaptedModel, probe: Probe, adapters: Sequence[str], budget: int | None = None, exact: bool = False) -> list[float]:
+    """(n,) log-probs at temperature 1 of the probe's scored tokens, with these of the model's adapters.
+
+    Args:
+        exact: in float32, and each sequence in a row of its own; else as in training.
+    """
+    split = [(row[:head], row[head:]) for row, head in zip(probe.sequences, probe.heads, strict=True)]
+    completions = [Completion(rest, (0.0,) * len(rest), "", False) for _, rest in split]
+    batch = collate([head for head, _ in split], completions).to(model.device)
+    values = torch.zeros_like(batch.mask)
+    for part in micro_batches(batch, budget, None if exact else model.pairs_per_token):
+        values[part.completions] = (
+            model.exact_logprobs(part, adapters) if exact else model.logprobs(part, model.states(part, adapters), temperature=1.0)
+        )
+    return [value for row, (_, rest) in zip(values.tolist(), split, strict=True) for value in row[: len(rest)]]
+
+
+def _sized(model: AdaptedModel, probe: Probe, unit: AdapterDelta, none: Trainer, budget: int | None) -> tuple[float, list[float]]:
+    """A factor for the adapter with which its float32 log-ratios are large enough, by secants within a bracket; and the log-probs then."""
+    size, low, high = FIRST_SIZE, 0.0, math.inf
+    for _ in range(TRIES):
+        model.set_init(scale(unit, size))
+        exact = logprobs(model, probe, [INIT], budget, exact=model.dtype != torch.float32)
+        rms = root_mean_square(differences(exact, none.exact))
+        if RMS <= rms <= LARGEST_RMS or (NO_EFFECT < rms < RMS and size == LARGEST_SIZE):
+            return size, exact
+        if rms < RMS and size == LARGEST_SIZE:
+            break
+        low, high = (size, high) if rms < RMS else (low, size)
+        guess = size * min(WANTED_RMS / max(rms, 1e-6), 10.0) if math.isfinite(rms) else 0.0
+        size = min(guess if low < guess < high else (low + min(high, 10 * low or high)) / 2, LARGEST_SIZE)
+    raise EffectError(
+        f"no adapter on lora.target_modules={model.lora.target_modules!r} could be found that changes the log-probs of {model.source} by "
+        f"{RMS} to {LARGEST_RMS} nats, so it cannot be proven that adapters act: do these modules take part in a forward pass?"
+    )
