@@ -32,6 +32,7 @@ VLLM_CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
 }
+FEWEST_TOKENS = 8  # that an engine takes, so that shorter runs' engines can be proven, too
 REWARD_TITLES = ("reward worker", "control worker")
 
 
@@ -139,7 +140,7 @@ class Actors:
         self.settings = EngineSettings(
             model=model,
             dtype=dtype,
-            max_model_len=prompt_tokens + config.rollout.max_new_tokens,
+            max_model_len=max(prompt_tokens + config.rollout.max_new_tokens, FEWEST_TOKENS),
             lora_rank=largest_rank(config),
             rollout=config.rollout,
             gpu=plan.rollout.gpus > 0,

@@ -63,6 +63,13 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters the loader has loaded."""
 
+    def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+        """For each prompt of requests whose adapters are loaded, the log-prob at temperature 1 of every token but the first.
+
+        Args:
+            requests: of prompts of at least 2 tokens, and fewer than max_model_len.
+        """
+
     def capacity(self) -> int:
         """Completions of full length that run at the same time."""
 

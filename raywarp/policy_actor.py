@@ -20,9 +20,11 @@ from raywarp.batch import collate
 from raywarp.completion import Completion
 from raywarp.config import Config
 from raywarp.data import Prompt
+from raywarp.effect import effect
 from raywarp.faults import FaultError, explain
 from raywarp.packing import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
+from raywarp.proof import EVERY, Proof, requests
 from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
 from raywarp.seeding import batch_indices, derive_seed
@@ -32,6 +34,7 @@ from raywarp.watch import GROUP, START_SECONDS, Process, Work, stack_here
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.policy import Policy
+    from raywarp.probe import Reference
 
 STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
@@ -60,7 +63,8 @@ def task_name(jobs: Sequence[Job]) -> str:
 class Progress:
     """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it waits for.
 
-    requested: when it asked for them, in Unix seconds. saved_step: of its last checkpoint. discarded: why older ones could not be used.
+    requested: when it asked for them, in Unix seconds. probed: the sampler's log-probs of the probe without and with its adapter, where
+    they were asked for. saved_step: of its last checkpoint. discarded: why older ones could not be used.
     """
 
     job: Job
@@ -72,6 +76,7 @@ class Progress:
     rollouts: list[Any] = field(default_factory=list)
     request_seconds: float = 0.0
     requested: float = 0.0
+    probed: Any = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     saved_step: int = 0
     discarded: list[str] = field(default_factory=list)
@@ -129,13 +134,26 @@ class PolicyActor:
         )
         return self.model.zero_delta()
 
+    def reference(self, texts: Sequence[Sequence[int]], longest: int, tokens: int) -> "Reference":
+        """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for the arguments."""
+        from raywarp.probe import make_probe, reference
+
+        with self.work:
+            self._load()
+            probe = make_probe(texts, self.model.vocabulary, longest, tokens, self.config.seed)
+            return reference(self.model, probe, self.config.seed, self.config.optim.max_tokens_per_microbatch)
+
     def fine_tune(
-        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer
+        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer, proof: Proof | None = None
     ) -> Iterator[dict[str, Any]]:
         """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was of no use), resumed (with the metrics so
         far), step, done; or stopped.
 
+        Args:
+            proof: by which the sampler is examined again every EVERY steps; None leaves that out.
+
         Raises:
+            EffectError: the sampler does not run a policy as it is here, after a checkpoint of every policy here.
             RewardError: from the reward, after a checkpoint of every policy here.
             FaultError: the reward worker died again and again.
         """
@@ -144,6 +162,7 @@ class PolicyActor:
         self.working_since = time.monotonic()
         initial = init.fetch()
         self.model.set_init(initial)
+        self.proof = proof
         under_way = []
         for job in jobs:
             if (metrics := _finished_metrics(job)) is None:
@@ -260,6 +279,9 @@ class PolicyActor:
         progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
+        progress.probed = None
+        if self.proof and step and step % EVERY == 0:
+            progress.probed = pool.logprobs.remote(requests(self.proof.probe, [SFT, progress.adapter]))
         scores = reward.submit(progress.prompts, progress.rollouts)
         progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()
         return scores
@@ -269,11 +291,13 @@ class PolicyActor:
         rollouts = ray.get(progress.rollouts)
         completions = join(rollouts, progress.adapter)
         batch = collate([p.token_ids for p in progress.prompts], completions)
+        effect_in_engine = self._effect(progress)
         measured = progress.policy.update(batch, torch.tensor(scores), completions, step % self.config.kl_to_sft_every == 0)
         row = {
             **progress.job.label,
             "step": step,
             **measured,
+            **effect_in_engine,
             "tokens": sum(len(c.token_ids) for c in completions),
             "rollout_seconds": max(r.seconds for r in rollouts),
             "swap_seconds": max(r.swap_seconds for r in rollouts),
@@ -290,6 +314,25 @@ class PolicyActor:
         if progress.policy.step % self.config.checkpoint_every == 0:
             self._checkpoint(progress)
         return row
+
+    def _effect(self, progress: Progress) -> dict[str, float]:
+        """Metrics of what the adapter of the step did in the engine; before the first step, of the synthetic one at the start."""
+        if not self.proof or not self.proof.found or (progress.probed is None and progress.policy.step):
+            return {}
+        if progress.probed is None:
+            return self.proof.found.metrics()
+        from raywarp.adapted_model import INIT
+        from raywarp.probe import score
+
+        self.working_since = None  # the pool may have other work before this
+        before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))
+        self.working_since = time.monotonic()
+        ours = score(self.model, self.proof.probe, [INIT, progress.policy.name], self.config.optim.max_tokens_per_microbatch)
+        found = effect(self.proof.none, ours, before, adapted)
+        if fault := found.fault():
+            job = progress.job
+            raise self.proof.sampler.refusal(f"iteration {job.iteration} policy {job.index} step {progress.policy.step}", fault)
+        return found.metrics()
 
     def _checkpoint(self, progress: Progress) -> None:
         """Everything up to the last finished step."""

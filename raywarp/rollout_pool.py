@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from raywarp import faults
+from raywarp.proof import Proof
 from raywarp.rollout import Request, RolloutError
 from raywarp.watch import Process
 
@@ -65,19 +66,33 @@ class RolloutPool:
         self.gone: dict[int, str] = {}
         self.events: list[dict[str, Any]] = []
         self.revivals: set[asyncio.Task[None]] = set()
+        self.proof: Proof | None = None
 
     async def generate(self, requests: Sequence[Request]) -> Any:
         """The Rollouts of one call, a list (or, where num_returns is 1, the Rollout itself).
 
         Raises:
             RolloutError: workers died of this call again and again, or none is left.
+            EffectError: the worker had been started again, and does not run the trainer's policies.
         """
+        rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in await self._call("generate", requests)]
+        return rollouts if len(requests) > 1 else rollouts[0]
+
+    async def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+        """What Engine.logprobs of the next idle worker says. Raises as `generate` does."""
+        scores: list[list[tuple[float, ...]]] = await self._call("logprobs", requests)
+        return scores
+
+    async def _call(self, method: str, requests: Sequence[Request]) -> Any:
         failures = faults.Failures(self.max_failures)
         while True:
             index = await self._next_worker()
             self.in_flight[index] = start = time.monotonic()
             try:
-                process, rollouts = await self.workers[index].generate.remote(requests)
+                process, answer = await getattr(self.workers[index], method).remote(requests)
+                seconds = time.monotonic() - start if method == "logprobs" else sum(rollout.seconds for rollout in answer)
+                if process.follows(self.processes.get(index)):
+                    await self._prove(index)
                 break
             except RayActorError as error:
                 self._lost(index, error)
@@ -91,18 +106,21 @@ class RolloutPool:
                 del self.in_flight[index]
         self.idle.put_nowait(index)
         self.done += 1
-        self.busy_seconds += (seconds := sum(rollout.seconds for rollout in rollouts))
+        self.busy_seconds += seconds
         if process.follows(known := self.processes.get(index)):  # it died between two calls; this one loaded its engine
             self._tell("fault", index, cause=faults.KILLED, message="its process is a new one", process=known)
             self._recovered(index, time.monotonic() - start - seconds)
         self.processes[index] = process
-        rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in rollouts]
-        return rollouts if len(requests) > 1 else rollouts[0]
+        return answer
 
     async def know(self, processes: Sequence[Process]) -> None:
         """The workers' first processes, so that a death before the first call is seen, too."""
         for index, process in enumerate(processes):
             self.processes.setdefault(index, process)
+
+    async def prove_with(self, proof: Proof) -> None:
+        """From now on a worker that was started again has to pass this before it gets work, or what it has done is handed on."""
+        self.proof = proof
 
     async def reset(self) -> None:
         """Start counting anew."""
@@ -138,6 +156,7 @@ class RolloutPool:
         while True:
             try:
                 started = await self.workers[index].start.remote()
+                await self._prove(index)
                 break
             except Exception as error:
                 if not faults.is_restarting(error) and not (faults.is_survivable(error) and failures.again()):
@@ -149,6 +168,11 @@ class RolloutPool:
         self.processes[index] = started["process"]
         self._recovered(index, time.monotonic() - self.down.pop(index))
         self.idle.put_nowait(index)
+
+    async def _prove(self, index: int) -> None:
+        if self.proof:
+            _, answers = await self.workers[index].logprobs.remote(self.proof.requests())
+            self.proof.examine(answers, index + 1)
 
     def _give_up(self, index: int, error: Exception) -> None:
         del self.down[index]  # it is waited for no more

@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,10 +55,22 @@ class RolloutWorker:
 
     def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
         """This process, and the requests' Rollouts; those that the engine can hold at the same time run together."""
+        return self._answer(self._generate, requests)
+
+    def logprobs(self, requests: Sequence[Request]) -> tuple[Process, list[list[tuple[float, ...]]]]:
+        """This process, and for each prompt of the requests what Engine.logprobs says of it."""
+        return self._answer(self._logprobs, requests)
+
+    def shutdown(self) -> None:
+        """Stop the engine and take its temporary files away."""
+        if self.engine is not None:
+            self.engine.close()
+
+    def _answer(self, work: Callable[[Engine, Sequence[Request]], Any], requests: Sequence[Request]) -> tuple[Process, Any]:
         self.thread = threading.get_ident()
         engine = self._engine()
         try:
-            return Process.here(), self._generate(engine, requests)
+            return Process.here(), work(engine, requests)
         except Exception:
             if engine.lost():
                 with contextlib.suppress(Exception):
@@ -66,10 +78,13 @@ class RolloutWorker:
                 os._exit(1)  # Ray starts this worker again, and repeats the call
             raise
 
-    def shutdown(self) -> None:
-        """Stop the engine and take its temporary files away."""
-        if self.engine is not None:
-            self.engine.close()
+    def _logprobs(self, engine: Engine, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+        found = []
+        for _, group in itertools.groupby(requests, key=lambda request: engine.loader.in_weights(request.adapter)):
+            together = list(group)
+            engine.loader.load([request.adapter for request in together])
+            found += engine.logprobs(together)
+        return found
 
     def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
         rollouts = []

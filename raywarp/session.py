@@ -16,11 +16,13 @@ from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
 from raywarp.adapters import AdapterDelta
 from raywarp.config import Config
 from raywarp.data import Prompt
+from raywarp.effect import Sampler
 from raywarp.faults import Failures, FaultError
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.hardware import run_dtype
 from raywarp.points import PendingPoint
 from raywarp.policy_actor import Job
+from raywarp.proof import Proof, prove
 from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, submit
 from raywarp.rollout_pool import PoolReport
@@ -60,6 +62,9 @@ class Session:
         report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see Run.add_event.
         check: is called when Ray is there, before anything is started.
         lazy: the actors are started when something is first asked of them.
+        texts: token ids of some of the run's texts, on which the sampler is proven to run the trainer's policies before anything else;
+            tokens of the whole vocabulary take their place. Without policies there is nothing to prove.
+        proves: whether that is done.
     """
 
     def __init__(
@@ -73,9 +78,13 @@ class Session:
         shares: bool = False,
         check: Callable[[], None] = lambda: None,
         lazy: bool = False,
+        texts: Sequence[Sequence[int]] = (),
+        proves: bool = True,
     ):
         self.config, self.model, self.prompt_tokens, self._trains, self._kinds = config, model, prompt_tokens, policies, kinds
         self.report, self._shares, self._check, self._lazy = report, shares, check, lazy
+        self._texts, self._proves = texts, proves and policies
+        self.proof: Proof | None = None
         self.is_started = False
         self._statistics: tuple[float, float] | None = None
         self.timing: Timing | None = None
@@ -134,7 +143,7 @@ class Session:
             self.timing = None
             return
         self.start()
-        work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward)
+        work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward, self.proof)
         self.get(self.pool.reset.remote())
         start, before = time.monotonic(), self._reward_seconds()
         fine_tuning = FineTuning(self.config, self.present(), work, self._tick, self.report)
@@ -291,9 +300,41 @@ class Session:
         ]
         for name, scorer, group in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
             self._helpers.append(Helper(name, scorer, hang, self.report, most, [group], wait))
+        if self._proves:
+            self.examine_workers()
 
-    def _started(self, what: str, actors: list[Any], refs: list[Any], groups: Sequence[Any]) -> list[Any]:
-        """What the actors' starts returned, asked again of those that died; Ray starts them again where their groups have a node."""
+    def examine_workers(self) -> None:
+        """Compare a synthetic adapter's effect in each worker's engine and in the trainer; see proof.py. Part of the start.
+
+        Raises:
+            EffectError: an engine does not run the trainer's policies.
+        """
+        assert self._actors
+        longest, groups, texts = self._actors.settings.max_model_len - 1, self._actors.groups["rollout"], ray.put(list(self._texts))
+
+        def reference(tokens: int) -> Any:
+            return self.persist(lambda: self.get(self.next_policy().actor.reference.remote(texts, longest, tokens)))
+
+        def score(requests: Sequence[Request]) -> list[Any]:
+            asked = ray.put(list(requests))
+
+            def ask(worker: Any) -> Any:
+                return worker.logprobs.remote(asked)
+
+            return [scores for _, scores in self._started("a rollout worker", self.workers, list(map(ask, self.workers)), groups, ask)]
+
+        sampler = Sampler(self.model, self.engine["engine"], self.engine["adapter"], self.dtype)
+        self.proof = prove(sampler, reference, score)
+        self.get(self.pool.prove_with.remote(self.proof))
+
+    def _started(
+        self, what: str, actors: list[Any], refs: list[Any], groups: Sequence[Any], ask: Callable[[Any], Any] = lambda a: _start([a])[0]
+    ) -> list[Any]:
+        """What the actors' starts returned, asked again of those that died; Ray starts them again where their groups have a node.
+
+        Args:
+            ask: what was asked, where that was not `start`.
+        """
         failures, results, wait = Failures(self.config.cluster.max_failures), [], self.config.cluster.timeout_seconds
         for actor, ref, group in zip(actors, refs, groups, strict=True):
             lost: float | None = None
@@ -315,7 +356,7 @@ class Session:
                         cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
                         raise FaultError(f"{what} died again and again while it started ({cause})") from None
                 time.sleep(failures.pause() or 0.5)
-                (ref,) = _start([actor])
+                ref = ask(actor)
         return results
 
     def _check_capacity(self, capacity: int) -> None:

@@ -24,6 +24,7 @@ from raywarp.model_files import load_model
 from raywarp.rollout import Adapter, Request
 
 ROWS = 64  # completions that run at once
+SCORED = 1024  # tokens that are scored at once, or one sequence: their logits are held
 
 
 class TransformersEngine:
@@ -55,6 +56,11 @@ class TransformersEngine:
             self.activate(request.adapter)
             answers.append([completion for part in request.cut(ROWS) for completion in self._complete(part.prompts, part.seeds)])
         return answers
+
+    def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+        """See Engine.logprobs."""
+        rows = max(1, SCORED // max(len(prompt) for request in requests for prompt in request.prompts))
+        return [[row for part in request.cut(rows) for row in self._score(part.prompts)] for request in requests]
 
     def capacity(self) -> int:
         return ROWS
@@ -119,6 +125,18 @@ class TransformersEngine:
             attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
         rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
         return [self._completion(*row) for row in rows]
+
+    @torch.inference_mode()
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """One pass over whole sequences, laid out as prompts are."""
+        ids, attention = _left_padded(prompts, self.device)
+        arguments: dict[str, Any] = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self._passes_positions else {}
+        logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False, **arguments).logits
+        scored = []
+        for row, tokens, prompt in zip(logits, ids, prompts, strict=True):
+            logprobs = row[-len(prompt) : -1].float().log_softmax(-1)
+            scored.append(tuple(logprobs.gather(-1, tokens[1 - len(prompt) :, None])[:, 0].tolist()))
+        return scored
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         """What comes after the first EOS is not part of the completion; the EOS is."""

@@ -65,6 +65,22 @@ class VllmEngine:
         completions = iter([_completion(output.outputs[0]) for output in outputs])
         return [[next(completions) for _ in request.prompts] for request in requests]
 
+    def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+        """See Engine.logprobs. vLLM 0.32 scores prompts before its processing of logits, so at temperature 1 in each logprobs_mode."""
+        from vllm import SamplingParams, TokensPrompt
+
+        if self.adapter_mode == "lora":
+            self.llm.collective_rpc(_leave_logits_alone)
+        asked = [(prompt, request) for request in requests for prompt in request.prompts]
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in asked],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            lora_request=[self.loader.request(request.adapter) for _, request in asked] if self.adapter_mode == "lora" else None,
+            use_tqdm=False,
+        )
+        rows = iter([_prompt_logprobs(output) for output in outputs])
+        return [[next(rows) for _ in request.prompts] for request in requests]
+
     def capacity(self) -> int:
         """Completions of full length that run at the same time; more than these wait for each other."""
         config: Any = self.llm.llm_engine.vllm_config
@@ -193,6 +209,28 @@ def _shared_memory_of(processes: Sequence[int]) -> set[Path]:
 def _completion(output: Any) -> Completion:
     logprobs = tuple(float(entry[token].logprob) for token, entry in zip(output.token_ids, output.logprobs, strict=True))
     return Completion(tuple(output.token_ids), logprobs, output.text, output.finish_reason == "stop")
+
+
+class _NoLora:
+    """Takes the place of vLLM's LoRA kernels at the logits, where raywarp has no adapter."""
+
+    def add_lora_logits(self, y: Tensor, *_: Any, **__: Any) -> Tensor:
+        return y
+
+
+def _leave_logits_alone(worker: Any) -> None:
+    """vLLM 0.32's kernels take as many rows of logits as there are sequences, and fail over those of a whole prompt."""
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+
+    for module in worker.get_model().modules():
+        if isinstance(module, LogitsProcessorWithLoRA) and not bool(module.lora_b_stacked.any()):
+            module.punica_wrapper = _NoLora()
+
+
+def _prompt_logprobs(output: Any) -> tuple[float, ...]:
+    """Of all tokens but the first; an entry holds the most likely token, too."""
+    entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return tuple(float(entry[token].logprob) for token, entry in entries)
 
 
 def _readable(error: ValueError, settings: EngineSettings) -> Exception:

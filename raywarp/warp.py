@@ -40,6 +40,8 @@ from raywarp.session import Session
 from raywarp.standardisation import reward_statistics
 from raywarp.stop import stoppable
 
+TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer's policies
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -101,6 +103,7 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
             shares=not claims.alone,
             check=lambda: check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt),
             lazy=known is not None,
+            texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
         )
         with Loggers(config, run, lazy=known is not None) as loggers, session_of_run as session:
             run.save_config(config)
