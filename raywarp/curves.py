@@ -29,6 +29,8 @@ METRICS = (
     Metric("length", "Length", "tokens", "mean length of a completion"),
     Metric("eos_rate", "Ended by itself", "share", "completions that ended before max_new_tokens"),
     Metric("sampler_gap", "Sampler–trainer gap", "nats per token", "how far the log-probs of the two are apart; should stay small"),
+    Metric("adapter_effect", "Adapter's effect in the sampler", "", "over that in the trainer, at steps 0, 25, 50, …; should be 1"),
+    Metric("engine_gap", "Engine gap", "nats per token", "sampler and trainer apart without an adapter, at the same steps"),
     Metric("grad_norm", "Gradient norm", "", "before clipping"),
 )
 

@@ -11,6 +11,7 @@ from raywarp.evaluation import Point
 REPETITIVE = 0.75  # of SFT's distinct-2, below which texts repeat themselves
 LONGER, SHORTER = 1.5, 0.67  # of SFT's length
 GAP = 0.1  # nats per token, beyond which importance weights do more than correct the last bits
+EFFECT = 0.1  # beyond 1 ± this, and twice its standard error, the sampler runs an adapter too weakly or too strongly
 NARROW = 45.0  # degrees, below which the policies went much the same way
 
 
@@ -23,12 +24,19 @@ class Finding:
     text: str
 
 
-def findings(points: Sequence[Point], chosen: str | None, gaps: Sequence[float], angles: Sequence[float]) -> list[Finding]:
+def findings(
+    points: Sequence[Point],
+    chosen: str | None,
+    gaps: Sequence[float],
+    angles: Sequence[float],
+    effects: Sequence[tuple[float, float]] = (),
+) -> list[Finding]:
     """Everything that can be said of a run.
 
     Args:
         points: of the front. chosen: name of one of them.
         gaps: sampler_gap of the steps, nats per token. angles: of the last iteration, degrees, of all blocks and pairs.
+        effects: adapter_effect of the steps where it was measured, and its standard error.
     """
     found = [*over_optimisation(points), *_gain(points), *_texts(points, chosen)]
     gaps, angles = [g for g in gaps if math.isfinite(g)], [a for a in angles if math.isfinite(a)]
@@ -37,6 +45,13 @@ def findings(points: Sequence[Point], chosen: str | None, gaps: Sequence[float],
             f"Their log-probs are {median(gaps):.2f} nats per token apart (median). Rollouts are not quite from the policy that is updated."
         )
         found.append(Finding("warning", "Sampler and trainer disagree", text))
+    if off := [(value, error) for value, error in effects if abs(value - 1) - 2 * error > EFFECT]:
+        value, error = max(off, key=lambda one: abs(one[0] - 1))
+        text = (
+            f"An adapter's effect in the sampler was {value:.2f} ± {error:.2f} times that in the trainer, {len(off)} of {len(effects)} "
+            "times that it was measured (± is the standard error). Rollouts and rewards are of another policy than KL and gradients."
+        )
+        found.append(Finding("warning", "The sampler runs another policy", text))
     if angles and median(angles) < NARROW:
         text = f"The median angle between task vectors is {median(angles):.0f}°. Near 90° averaging gains most; near 0° it gains nothing."
         found.append(Finding("note", "The policies went much the same way", text))

@@ -1,5 +1,6 @@
 """What the report page shows of one run, as plain values: of a run that is finished, under way, or broken, whatever there is."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -60,7 +61,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
         "front": {**front, "points": [asdict(point) for point in points]} if points else None,
         "findings": part(
             "What to look at",
-            lambda: [asdict(one) for one in [*_earlier(mark), *findings(points, chosen, _gaps(rows), _last(geometry))]],
+            lambda: [asdict(one) for one in [*_earlier(mark), *findings(points, chosen, _gaps(rows), _last(geometry), _effects(rows))]],
             Rows(),
         ),
         "trajectories": [{"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)} for curve in found],
@@ -217,6 +218,11 @@ def _block_geometry(files: RunFiles, folder: str) -> Any:
 
 def _last(geometry: Sequence[Mapping[str, Any]]) -> list[float]:
     return [number(angle) for row in (geometry[-1]["angles"] if geometry else []) for angle in row]
+
+
+def _effects(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    found = [(number(row.get("adapter_effect")), number(row.get("adapter_effect_error"))) for row in rows]
+    return [(value, error) for value, error in found if math.isfinite(value) and math.isfinite(error)]
 
 
 def _gaps(rows: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -16,6 +16,8 @@ GAUGES = {
     "raywarp_reward": ("reward", "mean reward of the step's completions"),
     "raywarp_kl_anchor_nats": ("kl_anchor", "KL to the EMA anchor, nats per completion"),
     "raywarp_kl_sft_nats": ("kl_sft", "KL to the SFT model, nats per completion, where it was measured"),
+    "raywarp_adapter_effect": ("adapter_effect", "an adapter's effect in the sampler over that in the trainer, where it was measured"),
+    "raywarp_engine_gap_nats": ("engine_gap", "sampler and trainer apart without an adapter, nats per token, where it was measured"),
     "raywarp_rollout_seconds": ("rollout_seconds", "seconds of generation"),
     "raywarp_update_seconds": ("update_seconds", "seconds of the optimiser step"),
     "raywarp_trainer_busy_ratio": ("trainer_busy", "share of the time that the policy's trainer worked, 0 to 1"),

@@ -31,6 +31,8 @@ def test_tensorboard_has_metrics_config_picture_and_texts(tiny_finished: Run) ->
     events = EventAccumulator(str(tiny_finished.folder / "tensorboard")).Reload()
     curve = [(event.step, event.value) for event in events.Scalars("reward/iteration_2_policy_1")]
     assert curve == metric_of(tiny_finished, "reward", 2, 1)
+    (effect,) = events.Scalars("adapter_effect/iteration_1_policy_2")
+    assert (effect.step, effect.value) == (0, pytest.approx(1, abs=1e-3))
 
     def text(name: str) -> str:
         return events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()

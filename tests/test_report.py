@@ -40,7 +40,18 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
     assert data["front"]["points"] == tiny_finished.front()["points"]
     assert [(c["iteration"], c["policy"], c["last"]) for c in data["curves"]["curves"]] == [(i, m, 5) for i in (1, 2) for m in (1, 2)]
     drawn = {metric["name"] for metric in data["curves"]["metrics"]}
-    assert drawn == {"reward", "kl_anchor", "kl_sft", "entropy", "length", "eos_rate", "sampler_gap", "grad_norm"}
+    assert drawn == {
+        "reward",
+        "kl_anchor",
+        "kl_sft",
+        "entropy",
+        "length",
+        "eos_rate",
+        "sampler_gap",
+        "adapter_effect",
+        "engine_gap",
+        "grad_norm",
+    }
     assert all(len(way["points"]) == 2 for way in data["trajectories"])  # the KL to SFT is measured at steps 0 and 3
     assert [(row["iteration"], len(row["blocks"]), row["pairs"]) for row in data["geometry"]] == [(1, 2, ["1–2"]), (2, 2, ["1–2"])]
     assert [one["total"] for one in data["training_texts"]] == [6] * 4
@@ -249,6 +260,10 @@ def test_other_findings() -> None:
         "The policies went much the same way",
     ]
     assert findings([], None, [], []) == []
+    assert findings([], None, [], [], [(1.0, 0.01), (0.7, 0.2), (1.12, 0.02)]) == []  # none is off by more than 0.1 and two errors
+    (weak,) = findings([], None, [], [], [(1.0, 0.01), (0.7, 0.05), (0.6, 0.3)])
+    assert (weak.level, weak.title) == ("warning", "The sampler runs another policy")
+    assert "was 0.70 ± 0.05 times that in the trainer, 1 of 3 times" in weak.text
     assert findings([point("sft", 0.0, 0.0, None), point("slerp", 1.0, 1.0, None)], "slerp", [0.01], [90.0]) == []
 
 
