@@ -60,7 +60,11 @@ class TransformersEngine:
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
         """See Engine.logprobs."""
         rows = max(1, SCORED // max(len(prompt) for request in requests for prompt in request.prompts))
-        return [[row for part in request.cut(rows) for row in self._score(part.prompts)] for request in requests]
+        answers = []
+        for request in requests:
+            self.activate(request.adapter)
+            answers.append([row for part in request.cut(rows) for row in self._score(part.prompts)])
+        return answers
 
     def capacity(self) -> int:
         return ROWS

@@ -58,7 +58,7 @@ class VllmEngine:
         asked = [(prompt, seed, request) for request in requests for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
-            [self._sampling(seed, self.loader.request(request.adapter)) for _, seed, request in asked],
+            [self._sampling(seed, request) for _, seed, request in asked],
             lora_request=[self.loader.request(request.adapter) for _, _, request in asked] if self.adapter_mode == "lora" else None,
             use_tqdm=False,
         )
@@ -74,7 +74,10 @@ class VllmEngine:
         asked = [(prompt, request) for request in requests for prompt in request.prompts]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in asked],
-            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            [
+                SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=self._slot(request))
+                for _, request in asked
+            ],
             lora_request=[self.loader.request(request.adapter) for _, request in asked] if self.adapter_mode == "lora" else None,
             use_tqdm=False,
         )
@@ -100,8 +103,7 @@ class VllmEngine:
         for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
             segment.unlink(missing_ok=True)
 
-    def _sampling(self, seed: int, slot: Any) -> Any:
-        """slot: of an unmerged adapter."""
+    def _sampling(self, seed: int, request: Request) -> Any:
         from vllm import SamplingParams
 
         rollout = self.settings.rollout
@@ -113,8 +115,13 @@ class VllmEngine:
             logprobs=0,
             seed=seed,
             ignore_eos=rollout.ignore_eos,
-            extra_args={SLOT: slot} if self.adapter_mode == "unmerged" and slot is not None else None,
+            extra_args=self._slot(request),
         )
+
+    def _slot(self, request: Request) -> dict[str, Any] | None:
+        """What tells the layers which unmerged adapter a request's tokens have."""
+        slot = self.loader.request(request.adapter)
+        return {SLOT: slot} if self.adapter_mode == "unmerged" and slot is not None else None
 
     def _loader(self) -> Loader:
         if self.adapter_mode == "unmerged":

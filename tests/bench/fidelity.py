@@ -99,7 +99,7 @@ class Sampler:
         from vllm import SamplingParams, TokensPrompt
 
         self.engine.loader.load([wanted])
-        extra = self.engine._sampling(0, self.engine.loader.request(wanted)).extra_args
+        extra = self.engine._slot(Request((), (), wanted))
         rows = []
         for prompt, response in zip(prompts, batch.responses.tolist(), strict=True):
             self._seen.clear()
