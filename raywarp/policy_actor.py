@@ -33,8 +33,8 @@ from raywarp.store import DamagedError, read_jsonl
 from raywarp.watch import GROUP, START_SECONDS, Process, Work, stack_here
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
+    from raywarp.effect_probe import Reference
     from raywarp.policy import Policy
-    from raywarp.probe import Reference
 
 STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
@@ -136,7 +136,7 @@ class PolicyActor:
 
     def reference(self, texts: Sequence[Sequence[int]], longest: int, tokens: int) -> "Reference":
         """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for the arguments."""
-        from raywarp.probe import make_probe, reference
+        from raywarp.effect_probe import make_probe, reference
 
         with self.work:
             self._load()
@@ -322,7 +322,7 @@ class PolicyActor:
         if progress.probed is None:
             return self.proof.found.metrics()
         from raywarp.adapted_model import INIT
-        from raywarp.probe import score
+        from raywarp.effect_probe import score
 
         self.working_since = None  # the pool may have other work before this
         before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))

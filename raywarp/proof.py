@@ -14,7 +14,7 @@ from raywarp.effect import Effect, Probe, Sampler, Trainer, distance, effect
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request
 
 if TYPE_CHECKING:  # the pool judges, too, and has no torch
-    from raywarp.probe import Reference
+    from raywarp.effect_probe import Reference
 
 Scores = Sequence[Sequence[Sequence[float]]]  # for each request and each of its prompts, the log-prob of every token but the first
 

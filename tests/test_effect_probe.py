@@ -12,7 +12,7 @@ from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters import add, norm
 from raywarp.config import LoraConfig
 from raywarp.effect import EffectError, effect
-from raywarp.probe import logprobs, make_probe, reference, score
+from raywarp.effect_probe import logprobs, make_probe, reference, score
 
 
 def test_probe_sequences() -> None:
