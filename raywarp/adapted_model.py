@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from raywarp.adapted_linear import AdaptedLinear
 from raywarp.adapters import AdapterDelta, Factors
-from raywarp.attention import use_short_rows
-from raywarp.backbone import checkpoint_blocks, find_head, last_states, pairs_per_token
+from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
 from raywarp.batch import Batch
 from raywarp.config import ConfigError, LoraConfig
 from raywarp.float32_pass import in_float32, widened
+from raywarp.lengths import Lengths
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
 from raywarp.model_files import load_model
 from raywarp.packing import MicroBatch, micro_batches
@@ -55,9 +55,11 @@ class AdaptedModel:
         self._base = base.to(device).eval()
         self.target_modules, self._layers = replace_targets(self._base, lora)
         self.set_init(self.zero_delta())
-        use_short_rows(self._base)
-        self._head = find_head(self._base)
-        self.pairs_per_token = pairs_per_token(self._base, self._head)
+        keep_layers_unscaled(self._base)
+        self._lengths = Lengths(self._base)
+        self._head = find_head(self._base, self._lengths)
+        set_attention(self._base, source, self._head, self._lengths)
+        self.pairs_per_token = pairs_per_token(self._base, self._head, self._lengths)
         if gradient_checkpointing:
             checkpoint_blocks(self._base)
 
@@ -174,7 +176,7 @@ class AdaptedModel:
             for tensor in self.trainable(train):
                 tensor.requires_grad_()
         with torch.set_grad_enabled(train is not None):
-            return last_states(self._base, part, self._head)
+            return last_states(self._base, part, self._head, self._lengths)
 
 
 def replace_targets(base: Any, lora: LoraConfig) -> tuple[tuple[str, ...], dict[str, AdaptedLinear]]:

@@ -15,20 +15,17 @@ from transformers.masking_utils import sdpa_mask
 
 SHORT = 256
 NAME = "raywarp_short_rows"
-
-
-def use_short_rows(model: Any) -> None:
-    """Let a model on a CPU use it; one that does not look its attention up in transformers' registry keeps its own."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
-        model.set_attn_implementation(NAME)
+_PLAIN = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache"}  # sliding_window is in the mask
+KNOWN_OPTIONS = _PLAIN | {"position_bias", "cache", "output_attentions"}  # those that torch's kernel, as transformers 5.19 calls it, minds
 
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' interface: (R, H, L, E) queries, (R, K, L, E) keys and values → (R, L, H, E)."""
-    plain = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache"}
-    unusual = options.get("dropout") or any(value is not None for name, value in options.items() if name not in plain)
+    unusual = options.get("dropout") or any(value is not None for name, value in options.items() if name not in _PLAIN)
+    if attention_mask is not None:  # one for each head, or a trained one: Doge's
+        unusual = unusual or attention_mask.shape[1] > 1 or attention_mask.requires_grad
     causal = attention_mask is not None or options.get("is_causal", getattr(module, "is_causal", True))
     if unusual or not causal or query.shape[2] != key.shape[2] or query.shape[2] > SHORT:
         result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -1,6 +1,6 @@
 """What a causal LM of transformers lets us do: take its hidden states before the vocabulary's product, and let completions share a prompt.
 
-Neither can be read off a model's class, so both are tried on a few tokens when it is loaded; where one fails, the plain way is taken.
+Neither can be read off a model's class, so both are tried when it is loaded; where one fails, the plain way is taken.
 """
 
 import functools
@@ -11,18 +11,29 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from raywarp.batch import collate
-from raywarp.completion import Completion
+from raywarp.attention_choice import choose_attention
+from raywarp.lengths import Lengths
 from raywarp.logit_head import LogitHead
 from raywarp.packing import MicroBatch, micro_batches
+from raywarp.probe import alone, close, is_local, probe
 
 _PLAIN = LogitHead(None)
-_TOLERANCE = 0.02  # relative: far above bfloat16's rounding, far below what an ignored mask or scale does
 _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's large ones
 
 
-def last_states(model: Any, part: MicroBatch, head: LogitHead) -> Tensor:
+def last_states(model: Any, part: MicroBatch, head: LogitHead, lengths: Lengths) -> Tensor:
     """(n, D) states that the head turns into the logits of the response tokens; the logits themselves where the head is the plain one."""
+    if lengths.limits.lowest is None:
+        return _pass(model, part, head)
+    chosen, found = [], []
+    for tokens, piece in lengths.passes(part):
+        lengths.restore()
+        chosen.append(tokens)
+        found.append(_pass(model, piece, head))
+    return torch.cat(found)[torch.cat(chosen).argsort()]
+
+
+def _pass(model: Any, part: MicroBatch, head: LogitHead) -> Tensor:
     arguments: dict[str, Any] = {}
     if part.visible is not None:
         hidden = torch.zeros(part.visible.shape, dtype=model.dtype, device=part.visible.device)
@@ -37,7 +48,7 @@ def last_states(model: Any, part: MicroBatch, head: LogitHead) -> Tensor:
 
 
 @torch.no_grad()
-def find_head(model: Any) -> LogitHead:
+def find_head(model: Any, lengths: Lengths) -> LogitHead:
     """The model's head on its backbone's last hidden states, or the plain one (the whole model gives the logits, all positions of a
     micro-batch at once) where it does more than a product with a scale or a soft cap."""
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -45,29 +56,53 @@ def find_head(model: Any) -> LogitHead:
         return _PLAIN
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere's, Granite's
     head = LogitHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
-    (part,) = micro_batches(_probe(model))
+    (part,) = micro_batches(alone(probe(model), 2))
     try:
-        states = last_states(model, part, head)
+        states = last_states(model, part, head, lengths)
     except (AttributeError, TypeError):
         return _PLAIN
-    return head if _close(head.logits(states), last_states(model, part, _PLAIN)) else _PLAIN
+    return head if close(head.logits(states), last_states(model, part, _PLAIN, lengths)) else _PLAIN
+
+
+def set_attention(model: Any, name: str, head: LogitHead, lengths: Lengths) -> None:
+    """The fastest attention that gives what the model's eager code gives, one sequence at a time; see choose_attention."""
+    batch = probe(model)
+    (part,) = micro_batches(batch)
+
+    def one_by_one() -> Tensor:
+        return torch.cat([last_states(model, micro_batches(alone(batch, n))[0], head, lengths) for n in part.completions.tolist()])
+
+    choose_attention(model, name, one_by_one, lambda: last_states(model, part, head, lengths))
 
 
 @torch.no_grad()
-def pairs_per_token(model: Any, head: LogitHead) -> float | None:
+def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | None:
     """How many query–key pairs of attention cost as much as one token of everything else; None where completions cannot share a row."""
     config = model.config.get_text_config()
-    if getattr(config, "sliding_window", None):  # a mask of our own would take the place of the window
+    if is_local(model.config) or lengths.limits.lowest is not None:  # a mask of our own would take the place of a window
         return None
     weights = sum(p.numel() for name, p in model.base_model.named_parameters() if p.ndim > 1 and "embed" not in name and "wte" not in name)
     cost = weights / config.num_hidden_layers / (2 * config.hidden_size) * _ATTENTION_SPEED
-    batch = _probe(model)
+    batch = probe(model)
     (apart,), (together,) = micro_batches(batch), micro_batches(batch, pairs_per_token=1e9)
     try:
-        shared = last_states(model, together, head)
+        shared = last_states(model, together, head, lengths)
     except Exception:  # a model's own code meets a mask that it may not know: whatever it raises means no
         return None
-    return cost if _close(shared, last_states(model, apart, head)) else None
+    separate = last_states(model, apart, head, lengths)
+    return cost if close(_in_order(together, shared), _in_order(apart, separate)) else None
+
+
+def _in_order(part: MicroBatch, states: Tensor) -> Tensor:
+    """(n, D) states of a micro-batch with those of the batch's first completion first."""
+    rows = torch.repeat_interleave(part.completions, part.padded(torch.ones(len(states), device=states.device)).sum(-1).long())
+    return states[rows.argsort(stable=True)]
+
+
+def keep_layers_unscaled(model: Any) -> None:
+    """RWKV divides some weights in place in evaluation, against overflow in float16, and would leave out what is added to them."""
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
 
 
 def checkpoint_blocks(model: torch.nn.Module) -> None:
@@ -76,15 +111,3 @@ def checkpoint_blocks(model: torch.nn.Module) -> None:
         if isinstance(block, GradientCheckpointingLayer):
             forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             block.forward = forward
-
-
-def _probe(model: Any) -> Any:
-    """Two completions of one prompt, from whichever tokens the model has."""
-    count = model.config.get_text_config().vocab_size
-    ids = [n * 7919 % count for n in range(1, 12)]
-    completions = [Completion(tuple(part), (0.0,) * len(part), "", False) for part in (ids[3:7], ids[7:])]
-    return collate([ids[:3]] * 2, completions).to(model.device)
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max())

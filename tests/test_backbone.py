@@ -42,7 +42,7 @@ def batch_of(*responses: int) -> Batch:
 def test_logprobs_and_gradients_are_the_models_own(tmp_path: Path, name: str, settings: dict[str, Any], shares: bool) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    plain = transformers.AutoModelForCausalLM.from_config(config).eval()
+    plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     plain.save_pretrained(tmp_path)
     model = AdaptedModel(str(tmp_path), LoraConfig(rank=2), torch.float32, torch.device("cpu"))
     assert model._head.weight is not None
@@ -62,6 +62,40 @@ def test_logprobs_and_gradients_are_the_models_own(tmp_path: Path, name: str, se
     (wanted,) = torch.autograd.grad(naive.square().sum(), free)
     (got,) = torch.autograd.grad(model.logprobs(part, free, 0.7).square().sum(), free)
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+REAL = {**LLAMA_LIKE, "max_position_embeddings": 8192}
+DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kernel", "shares"),
+    [
+        ("Llama", REAL, attention.NAME, True),
+        ("Mistral", {**REAL, "sliding_window": 4096}, attention.NAME, False),
+        ("Mistral", {**REAL, "sliding_window": None}, attention.NAME, True),
+        ("Gemma2", {**REAL, "attn_logit_softcapping": 1e6, "sliding_window": 4096}, "eager", False),  # too weak to be measured
+        ("Llama4Text", {**REAL, "attention_chunk_size": 8192, "moe_layers": [], "intermediate_size_mlp": 48}, attention.NAME, False),
+        (
+            "DeepseekV32",
+            {**REAL, **DEEPSEEK, "num_key_value_heads": 4, "index_topk": 2048, "index_n_heads": 2, "n_group": 1, "topk_group": 1},
+            "sdpa",
+            False,
+        ),
+        ("Llama", {**REAL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, attention.NAME, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_limits_beyond_any_probe_are_decided_by_the_configuration(
+    tmp_path: Path, name: str, settings: dict[str, Any], kernel: str, shares: bool, dtype: torch.dtype
+) -> None:
+    """As real models have them: no row is shared where a layer is local, and a model that knows attentions by name keeps torch's."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = AdaptedModel(str(tmp_path), LoraConfig(rank=2), dtype, torch.device("cpu"))
+    assert model._base.config._attn_implementation == kernel
+    assert (model.pairs_per_token is not None) == shares
 
 
 def test_a_head_of_another_kind_takes_the_plain_way(tmp_path: Path, tiny_llama: Path) -> None:
