@@ -8,9 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +23,7 @@ from raywarp.logit_head import full_vocabulary_kl, token_logprobs
 from raywarp.model_files import load_model
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.seeding import derive_seed
+from raywarp.targets import Targets, find_targets
 
 INIT = "init"
 
@@ -53,7 +51,7 @@ class AdaptedModel:
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self._base = base.to(device).eval()
-        self.target_modules, self._layers = replace_targets(self._base, lora)
+        self.targets, self._layers = replace_targets(self._base, lora)
         self.set_init(self.zero_delta())
         keep_layers_unscaled(self._base)
         self._lengths = Lengths(self._base)
@@ -70,7 +68,7 @@ class AdaptedModel:
             d_out, d_in = layer.weight.shape
             factors[name] = Factors(torch.zeros(d_out, 0), torch.zeros(0, d_in))
         conv1d = any(isinstance(layer.base, Conv1D) for layer in self._layers.values())
-        return AdapterDelta(factors, self.target_modules, self.source, fan_in_fan_out=conv1d)
+        return AdapterDelta(factors, self.targets.names, self.source, fan_in_fan_out=conv1d)
 
     def add_policy(self, name: str, seed: int) -> None:
         """A new trainable adapter: A Kaiming-uniform from the seed, B zero, as PEFT starts them; ΔW = 0."""
@@ -179,30 +177,17 @@ class AdaptedModel:
             return last_states(self._base, part, self._head, self._lengths)
 
 
-def replace_targets(base: Any, lora: LoraConfig) -> tuple[tuple[str, ...], dict[str, AdaptedLinear]]:
-    """Put our layer in the place of each module that `lora.target_modules` means: PEFT says which these are, all-linear included.
+def replace_targets(base: Any, lora: LoraConfig) -> tuple[Targets, dict[str, AdaptedLinear]]:
+    """Put our layer in the place of each module that `lora.target_modules` means.
 
     Returns:
-        the targets as PEFT names them, and module → the layer that now stands there.
+        what that is, and module → the layer that now stands there.
 
     Raises:
         ConfigError: they do not fit the model.
     """
-    wanted = lora.target_modules
-    targets = wanted if isinstance(wanted, str) else list(wanted)
-    try:
-        model = get_peft_model(base, PeftLoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"), adapter_name=INIT)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules={wanted!r} does not fit the model: {error}") from None
-    resolved = model.peft_config[INIT].target_modules
-    target_modules = tuple(sorted(resolved)) if isinstance(resolved, set | list) else (str(resolved),)
-    layers = {}
-    for name, layer in [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]:
-        inner: Any = layer.get_base_layer()
-        if not isinstance(inner, torch.nn.Linear | Conv1D):
-            raise ConfigError(f"lora.target_modules={wanted!r} names {name}, a {type(inner).__name__}; only linear layers are adapted")
-        inner.requires_grad_(False)
-        layers[name] = AdaptedLinear(inner)
-        base.set_submodule(name, layers[name])
-    del base.peft_config
-    return target_modules, layers
+    targets = find_targets(base, lora)
+    layers = {name: AdaptedLinear(base.get_submodule(name)) for name in targets.modules}
+    for name, layer in layers.items():
+        base.set_submodule(name, layer)
+    return targets, layers

@@ -26,6 +26,7 @@ class Shapes:
     kv_numbers: of one token's keys and values in all layers.
     hidden, layers, vocabulary: as usual.
     saved_bytes: that autograd keeps of a micro-batch, at the run's precision.
+    left: what lora.target_modules=all-linear does not adapt, in words.
     """
 
     parameters: int
@@ -36,6 +37,14 @@ class Shapes:
     layers: int
     vocabulary: int
     saved_bytes: int
+    left: tuple[str, ...] = ()
+
+    @property
+    def scope(self) -> str:
+        """What all-linear comes to for a model in which something stays as it is, as a line for users; else nothing."""
+        if not self.left:
+            return ""
+        return f"lora.target_modules=all-linear adapts {len(self.adapted)} linear layers; as they are stay {', '.join(self.left)}"
 
     def adapter_numbers(self, rank: int) -> int:
         """A and B of every adapted module, or its whole change where the rank would be more than that has."""

@@ -1,5 +1,6 @@
 """The shapes of a model and its adapters without its weights: transformers' own model, on torch's meta device."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from raywarp.adapted_model import replace_targets
 from raywarp.adapters import block_of
 from raywarp.attention import NAME as SHORT_ROWS
 from raywarp.attention import SHORT
+from raywarp.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention
 from raywarp.config import LoraConfig
 from raywarp.memory import Shapes
 
@@ -35,17 +37,16 @@ def model_shapes(
         base: Any = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     base.requires_grad_(False).eval()
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    _, layers = replace_targets(base, lora)
+    targets, layers = replace_targets(base, lora)
     adapted = {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()}
     blocks = {block_of(name) for name in adapted}
     in_blocks = sum(p.numel() for name, p in base.named_parameters() if block_of(name.rpartition(".")[0]) in blocks)
     text = model_config.get_text_config()
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none, and a state that is small beside a cache
+    size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     saved = 0
     if rows:
-        if not gpu and length <= SHORT and getattr(base, "_supports_attention_backend", False):
-            base.set_attn_implementation(SHORT_ROWS)
+        _set_attention(base, gpu, length)
         saved = _saved_bytes(base, layers, lora, rows, length)
     return Shapes(
         parameters=parameters,
@@ -56,6 +57,7 @@ def model_shapes(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         saved_bytes=saved,
+        left=targets.left,
     )
 
 
@@ -66,8 +68,47 @@ def classifier_parameters(model_config: Any) -> int:
         return sum(parameter.numel() for parameter in AutoModelForSequenceClassification.from_config(model_config).parameters())
 
 
+def _set_attention(base: Any, gpu: bool, length: int) -> None:
+    """What choose_attention would take, as far as it can be known without weights."""
+    if base.config._attn_implementation != "sdpa":
+        return
+    dropped: set[str] = set()
+    with options_that_sdpa_drops(dropped), torch.device("meta"), contextlib.suppress(Exception):  # as in _saved_bytes
+        _forward(base, 1, 2)
+    if dropped:
+        set_attention(base, "eager")
+    elif not gpu and length <= SHORT and may_use_short_rows(base):
+        set_attention(base, SHORT_ROWS)
+
+
+def _forward(base: Any, rows: int, length: int) -> None:
+    """A pass through the backbone on the meta device, where code that looks at values, of which there are none, fails."""
+    for module in base.modules():
+        if isinstance(kind := getattr(module, "rope_type", None), str):
+            module.rope_type = "default"  # others look at the positions; the sizes are the same
+        elif isinstance(kind, dict):  # of layer type → its rope
+            module.rope_type = dict.fromkeys(kind, "default")
+    ids, positions = torch.zeros(2, rows, length, dtype=torch.long)
+    mask = torch.zeros(rows, 1, length, length, dtype=base.dtype)  # given, so that none is made from values
+    try:
+        base.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    except Exception:  # a model that takes no such mask
+        base.base_model(input_ids=ids, use_cache=False)
+
+
 def _saved_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of one trained pass through the backbone: each storage once, weights not counted."""
+    """Bytes that autograd keeps of one trained pass through the backbone: each storage once, weights not counted.
+
+    Where a model's code does not run without data: input and output of every adapted layer, twice.
+    """
+    size: int = base.dtype.itemsize
+    for dtype in (base.dtype, torch.bfloat16):  # fused experts run on the meta device in bfloat16 alone (torch 2.13)
+        with contextlib.suppress(Exception):  # whatever the code of any model raises there
+            return _kept_bytes(base.to(dtype), layers, lora, rows, length) * size // dtype.itemsize
+    return 2 * rows * length * sum(sum(layer.weight.shape) for layer in layers.values()) * size
+
+
+def _kept_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int) -> int:
     weights = {parameter.untyped_storage()._cdata for parameter in base.parameters()}
     storages: dict[int, tuple[Any, int]] = {}
 
@@ -83,7 +124,5 @@ def _saved_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: in
         layer.adapters["policy"].A.requires_grad_(lora.init != "frozen")
         layer.adapters["policy"].B.requires_grad_()
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ids, positions = torch.zeros(2, rows, length, dtype=torch.long)
-        mask = torch.zeros(rows, 1, length, length, dtype=base.dtype)  # given, so that no code looks at values, of which there are none
-        base.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        _forward(base, rows, length)
     return sum(size for _, size in storages.values())

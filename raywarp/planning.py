@@ -213,6 +213,8 @@ def _summary(found: Forecast, shapes: Shapes | None) -> list[str]:
         lines.append(f"node {report.address}: {in_units(report.memory)} of memory{gpus}; {listed}")
     if shapes is None:
         return lines
+    if shapes.scope:
+        lines.append(shapes.scope)
     from raywarp.policy_files import KEPT_CHECKPOINTS
 
     each, results = memory.checkpoint_bytes(shapes, config), memory.result_bytes(shapes, config)

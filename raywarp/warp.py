@@ -87,6 +87,8 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
         Elsewhere: another run is at work on policies that this one needs, and all that could be done without them is.
     """
     run = Run.open(config, display.say)
+    if inputs.shapes.scope:
+        display.say(inputs.shapes.scope)
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with (
         alone(config.out, run.folder, display.say) if claims.alone else nullcontext(),
