@@ -126,8 +126,9 @@ class Policy:
             for name, tensor in self.model.tensors(adapter).items():
                 tensor.data.copy_(saved[f"{kind}/{name}"])
         for index, parameter in enumerate(self.trained):
-            moments: dict[str, Any] = {name: saved[f"adamw/{index}/{name}"].to(parameter.device) for name in _MOMENTS}
-            self.optimiser.state[parameter] = moments
+            if f"adamw/{index}/step" in saved:
+                moments: dict[str, Any] = {name: saved[f"adamw/{index}/{name}"].to(parameter.device) for name in _MOMENTS}
+                self.optimiser.state[parameter] = moments
         self.rng = {name: saved[f"rng/{name}"] for name in self.rng}
         self.step = int(saved["step"])
 
@@ -136,9 +137,11 @@ class Policy:
         expected = {"step": torch.tensor(0), **{f"rng/{name}": states for name, states in self.rng.items()}}
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
             expected |= {f"{kind}/{name}": tensor for name, tensor in self.model.tensors(adapter).items()}
+        untouched = self._without_gradients(saved)
         for index, parameter in enumerate(self.trained):
-            expected |= {f"adamw/{index}/{name}": parameter for name in _MOMENTS if name != "step"}
-            expected[f"adamw/{index}/step"] = torch.tensor(0.0)
+            if index not in untouched:
+                expected |= {f"adamw/{index}/{name}": parameter for name in _MOMENTS if name != "step"}
+                expected[f"adamw/{index}/step"] = torch.tensor(0.0)
         if differing := sorted(expected.keys() ^ saved.keys()):
             raise DamagedError(f"the state and the model differ in {len(differing)} tensors, the first is {differing[0]}")
         for name, tensor in expected.items():
@@ -147,6 +150,14 @@ class Policy:
                 raise DamagedError(f"{name} is {theirs[0]} {theirs[1]} in the state and {ours[0]} {ours[1]} in the model")
         if not 0 < int(saved["step"]) <= self.config.warp.steps:
             raise DamagedError(f"the state is of step {int(saved['step'])}, and the policy takes {self.config.warp.steps}")
+
+    def _without_gradients(self, saved: Mapping[str, Tensor]) -> set[int]:
+        """Which trained tensors have never had a gradient, since no token reached them (a router's choice has none): AdamW keeps nothing of
+        them, and they are what they were at the start."""
+        names = [name for name, tensor in self.model.tensors(self.name).items() if any(tensor is trained for trained in self.trained)]
+        absent = {n for n in range(len(names)) if not any(f"adamw/{n}/{moment}" in saved for moment in _MOMENTS)}
+        now = self.model.tensors(self.name)
+        return {n for n in absent if (theirs := saved.get(f"policy/{names[n]}")) is not None and torch.equal(theirs, now[names[n]].cpu())}
 
     def close(self) -> None:
         """Take both adapters off the base."""
