@@ -16,6 +16,7 @@ from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
 from raywarp.model_files import check_causal, check_tensors, read_model_config, read_tokenizer
+from raywarp.supported import refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def prepare(config: Config) -> Inputs:
 
     Raises:
         ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion; target
-            modules that the model has not.
+            modules that the model has not; a model that the engine would run as another one.
     """
     from raywarp.model_shapes import model_shapes
 
@@ -52,9 +53,10 @@ def prepare(config: Config) -> Inputs:
     check_engine(config)
     model, prompts = prepare_prompts(config)
     check_reward(config, prompts.train[0].columns)
-    shapes = model_shapes(
-        read_model_config(model, config.trust_remote_code, "model"), config.lora, trust_remote_code=config.trust_remote_code
-    )
+    settings = read_model_config(model, config.trust_remote_code, "model")
+    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out]) + config.rollout.max_new_tokens
+    refuse_unsupported(config.model, settings, config.rollout, longest)
+    shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
     reward = rewards.with_template(config.reward, config.prompts, config.trust_remote_code)
     control = config.control and rewards.with_template(config.control, config.prompts, config.trust_remote_code)
     return Inputs(

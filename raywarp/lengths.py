@@ -36,11 +36,11 @@ class LengthLimits:
         return (*(int(length > switch) for switch in self.switches), grown)
 
 
-def length_limits(config: Any) -> LengthLimits:
+def length_limits(config: Any, ropes_only: bool = False) -> LengthLimits:
     """Read off transformers' configuration of a language model, whichever of its layers are meant."""
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or 0
-    switches, growing = set(), [value for name, value in text.to_dict().items() if _TOP_K.search(name) and isinstance(value, int)]
+    switches, growing = set(), [] if ropes_only else [n for key, n in text.to_dict().items() if _TOP_K.search(key) and isinstance(n, int)]
     for rope in _ropes(text.to_dict()):
         kind = str(rope.get("rope_type") or rope.get("type") or "")
         original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or most

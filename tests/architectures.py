@@ -18,8 +18,10 @@ from raywarp.adapted_model import AdaptedModel
 from raywarp.adapters import AdapterDelta, dense
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
-from raywarp.config import LoraConfig
+from raywarp.config import LoraConfig, parse_config
+from raywarp.lengths import length_limits
 from raywarp.packing import micro_batches
+from raywarp.policy import Policy
 
 VOCABULARY = 3 + len(WORDS)
 LIMIT, LONG = 32, 80  # tokens: the largest window and rope limit of the matrix; a sequence longer than twice that
@@ -271,14 +273,49 @@ def mixed_batch(lengths: Sequence[tuple[int, Sequence[int]]] = MIXED) -> Batch:
     return collate(prompts, completions)
 
 
-def trainer(folder: Path, family: Family) -> AdaptedModel:
-    """The trainer's model in float32 with one policy, `policy`, whose factors are random and not small."""
-    model = AdaptedModel(str(folder), LoraConfig(rank=2, alpha=4.0, target_modules=family.targets), torch.float32, torch.device("cpu"))
-    model.add_policy("policy", 0)
-    generator = torch.Generator().manual_seed(3)
-    for tensor in model.tensors("policy").values():
-        tensor.data.normal_(0, 0.12, generator=generator)
+def engine_prompts(config: Any, new_tokens: int) -> list[list[int]]:
+    """Short and long, past every window, but with their completions below the limit where a rope changes."""
+    most = length_limits(config, ropes_only=True).lowest
+    lengths = (3, 9, LONG, LIMIT - 4) if most is None else (3, 9, most - new_tokens)
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCABULARY - 4, (length,), generator=generator).tolist() for length in lengths]
+
+
+def trainer(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+    """The trainer's model with one policy, `policy`, whose factors are random and not small."""
+    model = AdaptedModel(str(folder), LoraConfig(rank=2, alpha=4.0, target_modules=family.targets), dtype, torch.device("cpu"))
+    random_policy(model, "policy", seed=3)
     return model
+
+
+def random_policy(model: AdaptedModel, name: str, seed: int) -> None:
+    model.add_policy(name, 0)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.tensors(name).values():
+        tensor.data.normal_(0, 0.12, generator=generator)
+
+
+def resumes_exactly(folder: Path, family: Family) -> bool:
+    """Whether two steps, and two with a new process between them, end in the same state, bit for bit."""
+    whole, first, second = (_policy(folder, family) for _ in range(3))
+    for policy in (whole, whole, first):
+        _step(policy)
+    second.load_state(first.state())
+    _step(second)
+    ours, theirs = whole.state(), second.state()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def _policy(folder: Path, family: Family) -> Policy:
+    settings = {"lora": {"rank": 2, "target_modules": family.targets}, "optim": {"batch_size": 4, "lr": 0.01, "warmup_steps": 0}}
+    config = parse_config({**settings, "rollout": {"completions_per_prompt": 2}})
+    return Policy(AdaptedModel(str(folder), config.lora, torch.float32, torch.device("cpu")), config, 1, 1)
+
+
+def _step(policy: Policy) -> None:
+    batch = mixed_batch(((5, (4, 2)), (40, (3, 6))))
+    completions = [Completion((), (), "", True)] * len(batch)
+    policy.update(batch, torch.tensor([1.0, -1.0, 0.5, 2.0]), completions, with_sft_kl=False)
 
 
 @dataclass(frozen=True)

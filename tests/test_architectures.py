@@ -4,17 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import FAMILIES, Family, compare, mixed_batch, save_model, trainer
+from architectures import FAMILIES, Family, compare, mixed_batch, resumes_exactly, save_model, trainer
 
 from raywarp.adapted_model import AdaptedModel
-from raywarp.completion import Completion
-from raywarp.config import ConfigError, LoraConfig, parse_config
+from raywarp.config import ConfigError, LoraConfig
 from raywarp.model_shapes import model_shapes
-from raywarp.policy import Policy
 
 RIGHT = [family for family in FAMILIES.values() if not family.refused]
 REFUSED = [family for family in FAMILIES.values() if family.refused]
-FOUR = ((5, (4, 2)), (40, (3, 6)))
 
 
 @pytest.mark.parametrize("family", RIGHT, ids=lambda family: family.name)
@@ -41,25 +38,4 @@ def test_what_is_not_right_is_refused(family: Family, tmp_path: Path) -> None:
 def test_a_resumed_policy_goes_on_as_it_would_have(family: Family, tmp_path: Path) -> None:
     """Bit for bit, also where some adapters never have a gradient (DeepSeek-V3.2's indexer)."""
     save_model(family, tmp_path)
-    whole, first, second = (_policy(tmp_path, family) for _ in range(3))
-    for _ in range(2):
-        _step(whole)
-    _step(first)
-    second.load_state(first.state())
-    _step(second)
-    assert second.step == 2
-    states = whole.state(), second.state()
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-
-
-def _policy(folder: Path, family: Family) -> Policy:
-    settings = {"lora": {"rank": 2, "target_modules": family.targets}, "optim": {"batch_size": 4, "lr": 0.01, "warmup_steps": 0}}
-    config = parse_config({**settings, "rollout": {"completions_per_prompt": 2}})
-    return Policy(AdaptedModel(str(folder), config.lora, torch.float32, torch.device("cpu")), config, 1, 1)
-
-
-def _step(policy: Policy) -> None:
-    batch = mixed_batch(FOUR)
-    completions = [Completion((), (), "", True)] * len(batch)
-    policy.update(batch, torch.tensor([1.0, -1.0, 0.5, 2.0]), completions, with_sft_kl=False)
+    assert resumes_exactly(tmp_path, family)
