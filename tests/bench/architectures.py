@@ -1,0 +1,223 @@
+"""Every family of tests/architectures.py: trainer against the model's own eager code, and each sampler against the trainer.
+
+    python tests/bench/architectures.py                               # everything; writes docs/architectures.md
+    python tests/bench/architectures.py --families Llama --columns trainer "vLLM, unmerged"    # some cells, printed only
+
+A cell is a process of its own, since an engine may end it. The trainer's: log-probs and gradients on mixed lengths, without an adapter and
+with one, and that a resumed step is the same step. A sampler's: its log-probs of its own completions, against the trainer's of the same
+tokens, without an adapter, with one, without it again, with another one, and with both in one call where that is offered.
+
+A cell is right, refused (a message says why, before anything is trained), or not measurable here: the engine does not run this tiny model
+on this machine. Anything else is wrong. The last line is JSON: the number of each, and the wrong cells.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+SAMPLERS = {
+    "transformers, unmerged": ("transformers", "unmerged", "float32"),
+    "transformers, merged": ("transformers", "merged", "float32"),
+    "vLLM, unmerged": ("vllm", "unmerged", "float32"),
+    "vLLM, merged": ("vllm", "merged", "float32"),
+    "vLLM, LoRA": ("vllm", "lora", "float32"),
+    "vLLM, unmerged, bfloat16": ("vllm", "unmerged", "bfloat16"),
+}
+COLUMNS = ["trainer", *SAMPLERS]
+SECONDS = 400  # of a cell
+NEW_TOKENS = 12
+LARGEST_GAP = {"float32": 2e-3, "bfloat16": 0.15}  # nats of the worst token, and in bfloat16 of the mean one
+VLLM = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+NOT_HERE = {  # of vLLM 0.32 on CPUs, part of an error's text → what it means
+    "triton": "vLLM's LoRA for experts asks for triton",
+    "MLA": "vLLM's MLA refuses heads as small as these",
+    "head_size": "vLLM's attention refuses heads of this size",
+    "head size": "vLLM's attention refuses heads of this size",
+    "bfloat16": "vLLM runs this in bfloat16 only",
+    "bf16": "vLLM runs this in bfloat16 only",
+    "not supported": "vLLM has no such model on CPUs",
+    "no vLLM implementation": "vLLM has no such model",
+}
+
+
+def main() -> None:
+    from architectures import FAMILIES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        return print(json.dumps(cell(*options.cell)), flush=True)
+    cells = {}
+    for family in options.families:
+        for column in options.columns:
+            cells[family, column] = run(family, column)
+            print(f"{family}; {column}: {' '.join(map(str, cells[family, column].values()))}", flush=True)
+    if (options.families, options.columns) == (list(FAMILIES), COLUMNS):
+        (ROOT / "docs" / "architectures.md").write_text(page(cells))
+    wrong = [f"{family}; {column}" for (family, column), found in cells.items() if found["verdict"] == "wrong"]
+    print(json.dumps({**Counter(found["verdict"] for found in cells.values()), "wrong_cells": wrong}))
+
+
+def run(family: str, column: str) -> dict[str, Any]:
+    """A cell in a process of its own: verdict and why."""
+    environment = os.environ | VLLM | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as home:
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--cell", family, column],
+                env=environment | {"HOME": home},
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                cwd=ROOT,
+            )
+        except subprocess.TimeoutExpired:
+            return {"verdict": "wrong", "why": f"no result within {SECONDS} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"verdict"')]
+    if lines:
+        return dict(json.loads(lines[-1]))
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"verdict": "wrong", "why": f"the process ended with code {done.returncode}: {last[:200]}"}
+
+
+def cell(name: str, column: str) -> dict[str, Any]:
+    from architectures import FAMILIES, save_model
+
+    from raywarp.config import ConfigError
+
+    family = FAMILIES[name]
+    with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as folder:
+        save_model(family, Path(folder))
+        try:
+            return trainer_cell(family, Path(folder)) if column == "trainer" else sampler_cell(family, Path(folder), *SAMPLERS[column])
+        except ConfigError as error:
+            return {"verdict": "refused", "why": str(error).replace(folder, "…")}
+        except Exception as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            for part, meaning in NOT_HERE.items():
+                if part in text:
+                    return {"verdict": "not measurable here", "why": f"{meaning} ({text[:160]})"}
+            return {"verdict": "wrong", "why": text[:300].replace(folder, "…")}
+
+
+def trainer_cell(family: Any, folder: Path) -> dict[str, Any]:
+    from architectures import compare, mixed_batch, resumes_exactly, trainer
+
+    found = compare(trainer(folder, family), folder, mixed_batch())
+    resumed = resumes_exactly(folder, family)
+    why = f"log-probs within {max(found.plain, found.adapted):.0e} nats, gradients within {found.gradient:.0e}"
+    return {"verdict": "right" if found.is_right and resumed else "wrong", "why": why if resumed else f"{why}; a resumed step differs"}
+
+
+def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) -> dict[str, Any]:
+    """Sampled log-probs against the trainer's, in the phases that the module's docstring lists."""
+    import torch
+    from architectures import engine_prompts, random_policy, trainer
+
+    from raywarp.config import parse_config
+    from raywarp.engines import EngineSettings, start_engine
+    from raywarp.rollout import SFT, Adapter, Request
+    from raywarp.supported import refuse_unsupported
+
+    tree = {"engine": engine, "adapter": mode, "max_new_tokens": NEW_TOKENS, "temperature": 1.0, "kv_cache_gib": 0.5, "ignore_eos": True}
+    rollout = parse_config({"rollout": tree}).rollout
+    config = family.build()
+    prompts = engine_prompts(config, NEW_TOKENS)
+    longest = max(map(len, prompts)) + NEW_TOKENS
+    refuse_unsupported(str(folder), config, rollout, longest)
+    model = trainer(folder, family, getattr(torch, dtype))
+    random_policy(model, "other", seed=7)
+    first, second = (Adapter(policy=Part(name, model.delta(name))) for name in ("policy", "other"))
+    sampler = start_engine(EngineSettings(str(folder), dtype, longest, 2, rollout, gpu=False))
+    phases: list[list[Adapter]] = [[SFT], [first], [SFT], [second], [SFT]]
+    if mode != "merged":
+        phases.insert(3, [first, SFT, second])
+    gaps = {}
+    for adapters in phases:
+        sampler.loader.load(adapters)
+        answers = sampler.sample([Request(prompts, list(range(len(prompts))), adapter) for adapter in adapters])
+        for adapter, completions in zip(adapters, answers, strict=True):
+            gap = gap_of(model, [part.version for part in adapter.parts], prompts, completions, dtype)
+            gaps["+".join(part.version for part in adapter.parts) or "none"] = gap
+    worst, kind = max(gaps.values()), "worst" if dtype == "float32" else "mean"
+    if worst < LARGEST_GAP[dtype]:
+        return {"verdict": "right", "why": f"{kind} token within {worst:.0e} nats of the trainer's, up to {longest} tokens"}
+    return {"verdict": "wrong", "why": f"{kind} token, nats: {', '.join(f'{name} {gap:.1e}' for name, gap in gaps.items())}"}
+
+
+def gap_of(model: Any, adapters: list[str], prompts: list[list[int]], completions: Any, dtype: str) -> float:
+    """Nats between the sampler's and the trainer's log-probs: of the worst token in float32, of the mean one in bfloat16."""
+    from raywarp.batch import collate
+    from raywarp.packing import micro_batches
+
+    batch = collate(prompts, completions)
+    (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)
+    own = model.logprobs(part, model.states(part, adapters), 1.0)[part.completions.argsort()]
+    gaps = (own - batch.sampler_logprobs).abs()[batch.mask.bool()]
+    return float(gaps.max() if dtype == "float32" else gaps.mean())
+
+
+class Part:
+    """An AdapterPart without Ray."""
+
+    def __init__(self, version: str, delta: Any):
+        self.version, self.delta, self.rank = version, delta, delta.rank
+
+    def fetch(self) -> Any:
+        return self.delta
+
+
+def page(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """docs/architectures.md."""
+    import importlib.metadata as metadata
+
+    families = list(dict.fromkeys(family for family, _ in cells))
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "peft", "vllm-cpu", "torch"))
+    notes: dict[str, int] = {}
+    lines = [INTRODUCTION.format(versions=versions), "| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for family in families:
+        row = []
+        for column in COLUMNS:
+            found = cells[family, column]
+            if found["verdict"] == "right":
+                row.append("right")
+            else:
+                row.append(f"{found['verdict']} [{notes.setdefault(found['why'], len(notes) + 1)}]")
+        lines.append(f"| {family} | " + " | ".join(row) + " |")
+    lines += ["", *(f"{number}. {why}" for why, number in notes.items())]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """# Architectures
+
+Written by `python tests/bench/architectures.py` ({versions}, on CPUs). Every model is tiny and random, with windows, chunks and rope limits
+of 16 to 64 tokens, and each row was measured below and above them.
+
+- **trainer**: log-probs and gradients against the model's own eager code, one sequence at a time, in float32; and that a resumed step is
+  the same step.
+- the others: log-probs of a sampler's own completions against the trainer's, before, with, between and after adapters.
+- **refused**: the run ends before its first step, with the message below the table. **not measurable here**: the engine does not run this
+  tiny model on this machine, so nothing is known about it.
+"""
+
+
+if __name__ == "__main__":
+    main()
