@@ -16,7 +16,7 @@ from raywarp.adapted_linear import AdaptedLinear
 from raywarp.adapters import AdapterDelta, Factors
 from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
 from raywarp.batch import Batch
-from raywarp.config import ConfigError, LoraConfig
+from raywarp.config import LoraConfig
 from raywarp.float32_pass import in_float32, widened
 from raywarp.lengths import Lengths
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
@@ -148,7 +148,7 @@ class AdaptedModel:
     def exact_logprobs(self, part: MicroBatch, adapters: Sequence[str]) -> Tensor:
         """(C, T) log π at temperature 1 in float32, whatever the model's own precision, zero on padding. Not for shared rows."""
         with in_float32(self._base, adapters):
-            states = last_states(self._base, part, self._head)
+            states = last_states(self._base, part, self._head, self._lengths)
         return part.padded(token_logprobs(states, widened(self._head), part.tokens, 1.0))
 
     def weight_norms(self) -> dict[str, float]:
