@@ -1,5 +1,8 @@
 """Trainer against the model's own eager code, for every family of the table in docs/architectures.md."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,13 @@ def test_a_resumed_policy_goes_on_as_it_would_have(family: Family, tmp_path: Pat
     """Bit for bit, also where some adapters never have a gradient (DeepSeek-V3.2's indexer)."""
     save_model(family, tmp_path)
     assert resumes_exactly(tmp_path, family)
+
+
+def test_vllm_is_the_trainer() -> None:
+    """Six families: fused and reordered rows, experts, soft caps, Conv1D; before, with, between and after adapters."""
+    families = ["Llama", "GPT-NeoX", "Qwen3-MoE", "Gemma-2", "Phi-3", "GPT-2"]
+    assert set(families) <= FAMILIES.keys()
+    bench = Path(__file__).parent / "bench" / "architectures.py"
+    command = [sys.executable, str(bench), "--jobs", "1", "--columns", "vLLM, unmerged", "--families", *families]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"right": len(families), "wrong_cells": []}, done.stdout + done.stderr
