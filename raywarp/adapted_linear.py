@@ -106,7 +106,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor
         bias: (d_out,).
         added: (n, d_out), in x's dtype; not changed.
     """
-    if _onednn_takes(x):
+    if _onednn_takes(x, weight):
         if added is None:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         else:
@@ -121,13 +121,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor
 
 def pack(weight: Tensor) -> Tensor:
     """Return a (d_out, d_in) weight in the layout that `product` reads fastest; only for a weight that nothing else reads."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None) if _onednn_takes(weight) else weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None) if _onednn_takes(weight, weight) else weight
     return packed
 
 
-def _onednn_takes(x: Tensor) -> bool:
-    """Whether oneDNN's product with its sum in the accumulator can be used; autograd does not know it."""
+def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product with its sum in the accumulator can be used.
+
+    Autograd does not know it, and it multiplies with a part of a larger matrix a thousand times as slowly (torch 2.13).
+    """
     if not _HAS_ONEDNN or x.device.type != "cpu" or not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if not (weight.is_mkldnn or weight.is_contiguous() or weight.T.is_contiguous()):
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16)
 

@@ -1,5 +1,6 @@
 """What a layer computes in bfloat16, where a change below half a unit in the last place of the output must still count on average."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -101,3 +102,14 @@ def test_sums_are_rounded_once_whatever_the_layout(tokens: int, dtype: torch.dty
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, exact.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7)
     assert (ours != exact.to(dtype)).double().sum() <= (0.02 if dtype == torch.bfloat16 else 1) * exact.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_part_of_a_larger_matrix_is_no_slower(dtype: torch.dtype) -> None:
+    """oneDNN's own operator takes a second for it, not a millisecond."""
+    x, added, larger = torch.randn(400, 512).to(dtype), torch.randn(400, 384).to(dtype), torch.randn(400, 600).to(dtype)
+    start = time.process_time()
+    ours = product(x, larger[:384, :512], added=added)
+    assert time.process_time() - start < 0.5
+    tolerance = 0.5 if dtype == torch.bfloat16 else 1e-3  # a unit in the last place of the largest
+    torch.testing.assert_close(ours, product(x, larger[:384, :512].contiguous(), added=added), atol=tolerance, rtol=0)
