@@ -91,13 +91,19 @@ def _chunk_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature
     logprobs = []
     rows = max(1, SLICE_BYTES // (4 * logits.shape[-1]))
     for part, chosen in zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True):
-        normalised = (part.to(torch.promote_types(part.dtype, torch.float32)) / temperature).log_softmax(-1)
-        logprobs.append(normalised.gather(-1, chosen).squeeze(-1).float())
-        if slopes:
-            slope = normalised.exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(normalised[:, :1]))
-            if head.softcap is not None:
-                slope *= 1 - (part.to(slope.dtype) / head.softcap) ** 2
-            part.copy_(slope.mul_(head.scale / temperature))  # in place of the logits, which nobody needs any more
+        scaled = part.to(torch.promote_types(part.dtype, torch.float32), copy=True).div_(temperature)
+        if not slopes:
+            logprobs.append(scaled.log_softmax(-1).gather(-1, chosen).squeeze(-1).float())
+            continue
+        probabilities = scaled.softmax(-1)
+        # The largest probability is 1 / Σ exp(x − max x): no second pass of exponentials is needed for its logarithm.
+        own = scaled.gather(-1, chosen) - scaled.amax(-1, keepdim=True) + probabilities.amax(-1, keepdim=True).log()
+        logprobs.append(own.squeeze(-1).float())
+        factor = head.scale / temperature
+        slope = probabilities.mul_(-factor).scatter_add_(-1, chosen, torch.full_like(own, factor))
+        if head.softcap is not None:
+            slope *= 1 - (part.to(slope.dtype) / head.softcap) ** 2
+        part.copy_(slope)  # in place of the logits, which nobody needs any more
     return torch.cat(logprobs), head.pull_back(logits) if slopes else logits
 
 
