@@ -5,8 +5,8 @@
     python tests/bench/step.py --timed 5 --block 5 --cases m2   # fewer steps, for trying it out
 
 SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 8 prompts × 4 completions × 24 new tokens (forced: EOS does not end a
-completion; natural: it does), reward = VADER of prompt + completion. raywarp runs as in a real run: driver, vLLM rollout worker with
-merged weights, reward worker and policy actor in processes of their own; a step is what passes between two "step" events of
+completion; natural: it does), reward = VADER of prompt + completion. raywarp runs as in a real run: driver, vLLM rollout worker, reward
+worker and policy actor in processes of their own; a step is what passes between two "step" events of
 Session.fine_tune: swap, generation, scoring, update, and the KL to SFT in every fifth. TRL's step is what passes between its trainer's
 step callbacks. Both sides take turns, `--block` steps each after one that is discarded. The seconds of a step are the median, since
 other programs' bursts hit either side.
@@ -20,6 +20,12 @@ transformers.
 
 Part m2: two policies of `--m2-steps` steps, from the start of the process to the merged adapter on disk, Ray's own start (listed) taken
 off; TRL's two runs from process start to saved adapters, one after the other with two threads, and both at once with one thread each.
+
+limit_share: how near our update comes to the machine's speed of matrix products. It is the update's FLOPs (see update_flops) at the speed
+of torch's product of two matrices of 2048 × 2048 in the run's precision, over the update's seconds. The product is timed in the same run,
+after each of our turns, with the same number of threads; speed and seconds are medians.
+
+`--alone` leaves TRL out: for limit_share, and to compare two versions of raywarp in turns.
 
 The last line is JSON; ratios above 1 are in raywarp's favour, but for rss_ratio: peak memory of our trainer process over TRL's.
 """
@@ -41,6 +47,7 @@ from typing import Any
 import psutil
 import torch
 from environment import python_with
+from transformers import AutoConfig
 
 import raywarp
 from raywarp import store
@@ -49,6 +56,7 @@ from raywarp.averaging import slerp
 from raywarp.config import Config, load_config
 from raywarp.hardware import CPU_ENV
 from raywarp.inputs import prepare_prompts
+from raywarp.model_shapes import model_shapes
 from raywarp.policy_actor import Job
 from raywarp.quickstart import QUICKSTART
 from raywarp.session import Session, start_ray
@@ -65,6 +73,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--timed", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--block", type=int, default=5, help="timed steps before the other side has its turn")
+    parser.add_argument("--alone", action="store_true", help="without TRL")
     parser.add_argument("--m2-steps", type=int, default=20)
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -79,6 +88,7 @@ def main() -> None:
             "ratio_eager_fp32",
             "ratio_shipped_bf16",
             "rss_ratio",
+            "limit_share",
             "m2_speedup_sequential",
             "m2_speedup_concurrent",
         ]
@@ -100,13 +110,16 @@ def steps(case: str, options: argparse.Namespace) -> dict[str, float]:
     """Both sides in turns; prints a row for each, returns the ratios of this case."""
     dtype, length, *rivals = case.split("/")
     rivals = rivals or ["tuned", "eager"][: 1 if dtype == "float32" else 2]  # three sides of float32 take more than 24 GiB
+    rivals = [] if options.alone else rivals
     shared = {"dtype": dtype, "forced": length == "forced", "block": options.block + 1}
     print(f"\n{case}: seconds are medians of {options.timed} steps, memory is MiB\n{'':14}{'tokens/s':>9}{'step':>7}  by phase")
     with contextlib.ExitStack() as stack:
         sides = {name if name == "raywarp" else f"TRL {name}": stack.enter_context(Side(name, shared)) for name in ("raywarp", *rivals)}
+        products = []
         for _ in range(-(-options.timed // options.block)):
             for side in sides.values():
                 side.run_block()
+            products.append(product_speed(getattr(torch, dtype)))
         memory = {name: (side.trainer_rss(), side.pss()) for name, side in sides.items()}
     speed = {}
     for name, side in sides.items():
@@ -117,14 +130,50 @@ def steps(case: str, options: argparse.Namespace) -> dict[str, float]:
         peak, everything = memory[name]
         print(f"{name:14}{speed[name]:9.0f}{seconds:7.2f}  {listed}; trainer's peak RSS {peak:.0f}, all PSS {everything:.0f}")
     ratios = {name: speed["raywarp"] / value for name, value in speed.items() if name != "raywarp"}
-    print("raywarp is " + ", ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in ratios.items()))
+    print("".join(f"raywarp is {ratio:.2f} times as fast as {name}\n" for name, ratio in ratios.items()), end="")
+    update, product = statistics.median(row["update"] for row in sides["raywarp"].rows), statistics.median(products)
+    flops = update_flops(config(shared))
+    share = flops / product / update
+    print(
+        f"update: {flops / 1e12:.3f} TFLOP at {product / 1e12:.3f} TFLOP/s are {flops / product:.2f} s, {share:.2f} of its {update:.2f} s"
+    )
     if length == "natural":
         return {}
     short = "bf16" if dtype == "bfloat16" else "fp32"
     result = {f"ratio_{name}_{short}": ratios[f"TRL {name}"] for name in rivals}
+    if short == "bf16":
+        result["limit_share"] = share
     if short == "bf16" and "TRL tuned" in memory:
         result["rss_ratio"] = memory["raywarp"][0] / memory["TRL tuned"][0]
     return result
+
+
+def product_speed(dtype: torch.dtype, size: int = 2048, repeats: int = 9) -> float:
+    """FLOP/s of torch's product of two square matrices."""
+    left, right = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def update_flops(chosen: Config) -> float:
+    """FLOPs of the matrix products that an update without the KL to SFT cannot do without.
+
+    n tokens: each prompt once, and each completion but for its last token. t response tokens. P numbers in the adapted weights, a in the
+    adapter, V·D in the head. The anchor's and the policy's forward pass take 2·2·n·(P + a), the gradients of the activations
+    2·n·(P + a), those of the adapter 2·n·a, and the head 3·2·t·V·D: both forward passes, and the gradient of the states.
+    Padding, attention's own products (3 % more) and whatever is no product count as nothing.
+    """
+    model, prompts = prepare_prompts(chosen)
+    shapes = model_shapes(AutoConfig.from_pretrained(model), chosen.lora)
+    prompt = statistics.mean(len(p.token_ids) for p in prompts.train)
+    n = PROMPTS * (prompt + COMPLETIONS * (NEW_TOKENS - 1))
+    P, a = shapes.adapted_numbers, shapes.adapter_numbers(chosen.lora.rank)
+    head = PROMPTS * COMPLETIONS * NEW_TOKENS * shapes.vocabulary * shapes.hidden
+    return 2 * n * (3 * (P + a) + a) + 3 * 2 * head
 
 
 class Side:
@@ -234,7 +283,6 @@ def config(settings: dict[str, Any], **changes: Any) -> Config:
         "optim.batch_size": PROMPTS * COMPLETIONS,
         "rollout.max_new_tokens": NEW_TOKENS,
         "rollout.ignore_eos": str(settings["forced"]).lower(),
-        "rollout.adapter": "merged",
         "reward.function": "raywarp.embedded:vader",
         "control": "null",
         "checkpoint_every": 1000,
