@@ -75,11 +75,14 @@ def config_of(folder: Path, model: Path, **changes: Any) -> Config:
     return tiny_config(make_project(folder), model, folder / "run", warp=warp, reward={"function": "raywarp.embedded:vader"}, **changes)
 
 
-@pytest.fixture(scope="module")
-def session(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+@pytest.fixture(scope="module", params=[("merged", "float32"), ("unmerged", "bfloat16")], ids="-".join)
+def session(
+    request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Session]:
     """vLLM, which passed at the start."""
-    before, rollout = traces(), {"engine": "vllm", "adapter": "merged", "max_new_tokens": 12, "temperature": TEMPERATURE}
-    config = config_of(tmp_path_factory.mktemp("effect"), tiny_llama, rollout=rollout)
+    mode, dtype = request.param
+    before, rollout = traces(), {"engine": "vllm", "adapter": mode, "max_new_tokens": 12, "temperature": TEMPERATURE}
+    config = config_of(tmp_path_factory.mktemp("effect"), tiny_llama, rollout=rollout, dtype=dtype)
     texts = [(3, 4, 5, 6), (7, 8, 9), (10, 11, 12, 13, 14)]
     with Session(config, str(tiny_llama), PROMPT_TOKENS, kinds=Kinds(worker=Meddling), texts=texts) as session:
         yield session
@@ -90,9 +93,10 @@ def test_a_healthy_engine_passes(session: Session) -> None:
     assert session.proof is not None
     found = session.proof.found
     assert found is not None
-    assert found.slope == pytest.approx(1, abs=1e-3)
-    assert found.error < 1e-3
-    assert found.engine_gap < 1e-3
+    exact = session.dtype == "float32"
+    assert found.slope == pytest.approx(1, abs=1e-3 if exact else 0.03)
+    assert found.error < (1e-3 if exact else 0.01)
+    assert found.engine_gap < (1e-3 if exact else 0.05)
     assert found.rms >= 0.5
     assert {token for row in session.proof.probe.sequences for token in row} == set(range(3, 15))
 
@@ -108,9 +112,10 @@ def test_an_engine_with_the_wrong_adapter_is_refused(session: Session, ray_clust
         session.examine_workers()
     ray_cluster.get(worker.meddle.remote(""))
     message = str(refusal.value)
-    assert f"model={session.model}, rollout.engine=vllm, rollout.adapter=merged, dtype=float32, rollout worker 1: " in message
+    assert f"model={session.model}, rollout.engine=vllm, rollout.adapter={session.engine['adapter']}, " in message
+    assert f"dtype={session.dtype}, rollout worker 1: " in message
     assert re.search(r"adapter its log-probs are 0?\.\d+ nats|[\d.]+ ± [\d.]+ times what it is in the trainer", message)
-    assert "try rollout.engine=transformers or lora.target_modules=" in message
+    assert "try rollout.engine=transformers" in message
     session.examine_workers()
 
 
@@ -142,8 +147,9 @@ def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(session: Sess
     for prompt, completion in zip(prompts, completions, strict=True):
         ours, theirs = (plain_logprobs(model, prompt.token_ids, completion) for model in (policy, sft))
         ratios.append(float((ours - theirs).sum()))
-        gaps.append(float((ours - torch.tensor(completion.logprobs)).abs().max()))
-    assert max(gaps) < 1e-3  # what was sampled from is W + ΔW
+        gaps.append(float((ours - torch.tensor(completion.logprobs)).abs().mean()))
+    assert max(gaps) < (1e-3 if session.dtype == "float32" else 0.2)  # what was sampled from is W + ΔW
+    assert sum(gaps) / len(gaps) < (1e-4 if session.dtype == "float32" else 0.03)
     beyond = torch.tensor(ratios) - torch.tensor(scored.kl)
     assert abs(float(beyond.mean())) < 3 * float(beyond.std()) / len(prompts) ** 0.5
     assert float(torch.tensor(scored.kl).mean()) > 5 * float(beyond.std()) / len(prompts) ** 0.5  # so that 3 errors could tell
