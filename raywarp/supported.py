@@ -22,7 +22,7 @@ def refuse_unsupported(model: str, settings: Any, rollout: RolloutConfig, longes
     Raises:
         ConfigError: says what, and what would do.
     """
-    for rule in (_alibi_of_falcon, _changing_rope, _window_of_cohere2, _wrapper_without_torchvision):
+    for rule in (_alibi_of_falcon, _changing_rope, _kept_keys_of_doge, _window_of_cohere2, _wrapper_without_torchvision):
         if problem := rule(settings, rollout, longest):
             raise ConfigError(f"model={model} ({settings.model_type}) {problem}")
 
@@ -44,6 +44,16 @@ def _changing_rope(settings: Any, rollout: RolloutConfig, longest: int) -> str:
     return (
         f"changes its rotary frequencies for sequences of more than {limits.lowest} tokens, and this run's have up to {longest}: the "
         f"trainer and the sampler would choose differently; {_SHORTER.format(most=limits.lowest)}"
+    )
+
+
+def _kept_keys_of_doge(settings: Any, rollout: RolloutConfig, longest: int) -> str:
+    kept = getattr(settings, "keep_window_size", None)
+    if not kept or longest <= kept:
+        return ""
+    return (
+        f"keeps the {kept} keys with the largest scores, and this run's sequences have up to {longest}: a word that is repeated has equal "
+        f"scores, and which of them are kept depends on what comes later; {_SHORTER.format(most=kept)}"
     )
 
 

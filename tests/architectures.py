@@ -26,6 +26,7 @@ from raywarp.policy import Policy
 VOCABULARY = 3 + len(WORDS)
 LIMIT, LONG = 32, 80  # tokens: the largest window and rope limit of the matrix; a sequence longer than twice that
 MIXED = ((5, (4, 1, 7)), (20, (10, 3)), (LONG - 6, (6, 9, 2)), (LIMIT - 2, (2, 3, 5)))  # prompts with completions, on both sides of it
+INSIDE = ((5, (4, 1, 7)), (20, (10, 3)), (22, (2, 9)))  # the same on one side
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 DENSE = {**IDS, **SHAPE, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 2}
@@ -60,6 +61,7 @@ class Family:
     targets: lora.target_modules of the row.
     refused: what the refusal says where the trainer has to refuse it; empty where it has to be right.
     wrapper: the saved model is this class, not the causal language model of the configuration.
+    lengths: of prompts and completions of the trainer's comparison; shorter ones where longer sequences are refused.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Family:
     targets: str | list[str] = "all-linear"
     refused: str = ""
     wrapper: str = ""
+    lengths: Sequence[tuple[int, Sequence[int]]] = MIXED
 
     def build(self) -> Any:
         """transformers' configuration."""
@@ -177,7 +180,7 @@ FAMILIES = {
             mlp_layer_types=["dense", "sparse"],
             index_topk=16,
             index_head_dim=64,
-            index_n_heads=2,
+            index_n_heads=16,  # of few, all scores of a token may be 0, and which of equal ones are chosen depends on the width of a pass
         ),
         _family("Falcon, rotary", "Falcon", **IDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, alibi=False),
         _family(
@@ -191,7 +194,7 @@ FAMILIES = {
             refused="with eager attention and with sdpa",
         ),
         _family("Bloom", "Bloom", **IDS, hidden_size=64, n_layer=2, n_head=2),
-        _family("Doge", "Doge", **DENSE, keep_window_size=16),
+        Family("Doge", "DogeConfig", {**DENSE, "keep_window_size": LIMIT}, lengths=INSIDE),
         _family(
             "Jamba",
             "Jamba",
@@ -218,6 +221,8 @@ def save_model(family: Family, folder: Path, seed: int = 0) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("self_attn.A"):  # Doge's: zeros would make all keys equal
             parameter.data.normal_(0, 1)
+        elif name.endswith("self_attn.dt_proj.weight"):  # likewise: large ones end in the same number
+            parameter.data.normal_(0, 0.02)
         elif parameter.ndim > 1 and not any(part in name for part in ("conv1d", "A_log", "time_", "vision", "visual")):
             parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder)
@@ -274,8 +279,8 @@ def mixed_batch(lengths: Sequence[tuple[int, Sequence[int]]] = MIXED) -> Batch:
 
 
 def engine_prompts(config: Any, new_tokens: int) -> list[list[int]]:
-    """Short and long, past every window, but with their completions below the limit where a rope changes."""
-    most = length_limits(config, ropes_only=True).lowest
+    """Short and long, past every window; with their completions up to the limit where longer ones are refused."""
+    most = getattr(config, "keep_window_size", None) or length_limits(config, ropes_only=True).lowest
     lengths = (3, 9, LONG, LIMIT - 4) if most is None else (3, 9, most - new_tokens)
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(3, VOCABULARY - 4, (length,), generator=generator).tolist() for length in lengths]

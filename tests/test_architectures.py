@@ -22,7 +22,7 @@ def test_the_trainer_is_the_model(family: Family, tmp_path: Path) -> None:
     """Log-probs with an adapter and without, and gradients; and planning counts the same modules."""
     save_model(family, tmp_path)
     model = trainer(tmp_path, family)
-    found = compare(model, tmp_path, mixed_batch())
+    found = compare(model, tmp_path, mixed_batch(family.lengths))
     assert found.is_right, found
     shapes = model_shapes(family.build(), LoraConfig(rank=2, target_modules=family.targets), rows=2, length=12)
     assert shapes.adapted == {name: tuple(layer.weight.shape) for name, layer in model._layers.items()}

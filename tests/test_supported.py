@@ -23,6 +23,7 @@ SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at
         ("Phi-3, longrope", VLLM, LIMIT + 1, rf"more than 32 tokens, and this run's have up to 33.*{SHORTER}"),
         ("Llama, dynamic NTK", TRANSFORMERS, LIMIT + 1, SHORTER),
         ("Phi-MoE", VLLM, LIMIT + 1, SHORTER),
+        ("Doge", TRANSFORMERS, LIMIT + 1, rf"keeps the 32 keys with the largest scores.*{SHORTER}"),
         ("Cohere-2", VLLM, LIMIT + 1, rf"has a window of 32 tokens.*{SHORTER}, or set rollout.engine=transformers"),
     ],
 )
@@ -39,6 +40,7 @@ def test_refused(name: str, rollout: RolloutConfig, longest: int, message: str) 
         ("Phi-3, longrope", VLLM, LIMIT),
         ("Llama, dynamic NTK", TRANSFORMERS, LIMIT),
         ("Cohere-2", TRANSFORMERS, 100),
+        ("Doge", TRANSFORMERS, LIMIT),
         ("DeepSeek-V3.2", TRANSFORMERS, 100),
         ("Gemma-3, wrapper", TRANSFORMERS, 100),
         ("Gemma-3, text", VLLM, 100),

@@ -129,7 +129,7 @@ def cell(name: str, column: str) -> dict[str, Any]:
 def trainer_cell(family: Any, folder: Path) -> dict[str, Any]:
     from architectures import compare, mixed_batch, resumes_exactly, trainer
 
-    found = compare(trainer(folder, family), folder, mixed_batch())
+    found = compare(trainer(folder, family), folder, mixed_batch(family.lengths))
     resumed = resumes_exactly(folder, family)
     why = f"log-probs within {max(found.plain, found.adapted):.0e} nats, gradients within {found.gradient:.0e}"
     return {"verdict": "right" if found.is_right and resumed else "wrong", "why": why if resumed else f"{why}; a resumed step differs"}
