@@ -16,13 +16,17 @@ from torch import Tensor
 
 from raywarp.adapted_linear import AdaptedLinear
 from raywarp.adapters import AdapterDelta, Factors
+from raywarp.backbone import find_head, keep_layers_unscaled, set_attention
 from raywarp.checkpoint import Checkpoint
 from raywarp.completion import Completion
 from raywarp.engines import EngineSettings, Loader, adapter_mode
+from raywarp.lengths import Lengths
 from raywarp.loaders import MergedLoader, UnmergedLoader
 from raywarp.model_files import load_model
+from raywarp.probe import close, probe
 from raywarp.rollout import Adapter, Request
 
+_FORCED = 3  # tokens of a probe that are fed through the cache
 ROWS = 64  # completions that run at once
 SCORED = 1024  # tokens that are scored at once, or one sequence: their logits are held
 
@@ -48,6 +52,10 @@ class TransformersEngine:
         declared = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         self.end = set() if settings.rollout.ignore_eos else declared
         self._passes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        keep_layers_unscaled(self.model)
+        self._lengths = Lengths(self.model)
+        set_attention(self.model, settings.model, find_head(self.model, self._lengths), self._lengths)
+        self.cached = self._may_cache()
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters are loaded."""
@@ -108,18 +116,53 @@ class TransformersEngine:
             self.parameters[name].copy_(weight)
 
     @torch.inference_mode()
+    def _may_cache(self) -> bool:
+        """Whether padded prompts and a cache give the model's own logits, as whole sequences alone do: measured on the probe."""
+        batch = probe(self.model)
+        answers = batch.responses[:, :_FORCED]
+        try:
+            ids, attention = _left_padded(batch.prompts, self.device)
+            logits, cache = self._pass(ids, attention, None)
+            for n in range(_FORCED):
+                attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
+                logits, cache = self._pass(answers[:, n : n + 1], attention, cache)
+        except Exception:  # a model's own code meets a cache or a mask that it may not know: whatever it raises means no
+            return False
+        whole = [[*prompt, *answer] for prompt, answer in zip(batch.prompts, answers.tolist(), strict=True)]
+        return close(logits, torch.stack([logits[-1] for logits in self._alone(whole)]))
+
+    def _pass(self, ids: Tensor, attention: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """(N, V) logits of each row's next token, and the cache with these ids in it."""
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        arguments: dict[str, Any] = {"position_ids": positions} if self._passes_positions else {}
+        output = self.model(input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, **arguments)
+        return output.logits[:, -1], output.past_key_values
+
+    def _alone(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """(L, V) logits of each whole sequence: no cache, no padding; those of equal length share a pass."""
+        found: dict[int, Tensor] = {}
+        for length in {len(sequence) for sequence in sequences}:
+            chosen = [n for n, sequence in enumerate(sequences) if len(sequence) == length]
+            self._lengths.restore()
+            logits = self.model(input_ids=torch.tensor([sequences[n] for n in chosen], device=self.device), use_cache=False).logits
+            found |= dict(zip(chosen, logits, strict=True))
+        return [found[n] for n in range(len(sequences))]
+
+    @torch.inference_mode()
     def _complete(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), dtype=torch.long, device=self.device)
         uniform = uniform_numbers(seeds, rollout.max_new_tokens).to(self.device)
         ids, attention = _left_padded(prompts, self.device)
+        sequences = [list(prompt) for prompt in prompts]
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         tokens, logprobs, cache = [], [], None
+        self._lengths.restore()
         for step in range(rollout.max_new_tokens):
-            positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            arguments: dict[str, Any] = {"position_ids": positions} if self._passes_positions else {}
-            output = self.model(input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, **arguments)
-            cache = output.past_key_values
-            chosen, logprob = draw(output.logits[:, -1], rollout.temperature, uniform[:, step])
+            if self.cached:
+                logits, cache = self._pass(ids, attention, cache)
+            else:
+                logits = torch.stack([logits[-1] for logits in self._alone(sequences)])
+            chosen, logprob = draw(logits, rollout.temperature, uniform[:, step])
             tokens.append(chosen)
             logprobs.append(logprob)
             finished |= torch.isin(chosen, end)
@@ -127,20 +170,25 @@ class TransformersEngine:
                 break
             ids = chosen[:, None]
             attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
+            sequences = [[*sequence, token] for sequence, token in zip(sequences, chosen.tolist(), strict=True)]
         rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
         return [self._completion(*row) for row in rows]
 
     @torch.inference_mode()
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """One pass over whole sequences, laid out as prompts are."""
+        """Whole sequences, laid out as prompts are where that gives the same."""
+        scored = []
+        for logits, prompt in zip(self._padded(prompts) if self.cached else self._alone(prompts), prompts, strict=True):
+            logprobs, tokens = logits[:-1].float().log_softmax(-1), torch.tensor(prompt[1:], device=self.device)
+            scored.append(tuple(logprobs.gather(-1, tokens[:, None])[:, 0].tolist()))
+        return scored
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """(L, V) logits of each whole sequence, from one padded pass."""
         ids, attention = _left_padded(prompts, self.device)
         arguments: dict[str, Any] = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self._passes_positions else {}
         logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False, **arguments).logits
-        scored = []
-        for row, tokens, prompt in zip(logits, ids, prompts, strict=True):
-            logprobs = row[-len(prompt) : -1].float().log_softmax(-1)
-            scored.append(tuple(logprobs.gather(-1, tokens[1 - len(prompt) :, None])[:, 0].tolist()))
-        return scored
+        return [row[-len(prompt) :] for row, prompt in zip(logits, prompts, strict=True)]
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         """What comes after the first EOS is not part of the completion; the EOS is."""
