@@ -48,8 +48,8 @@ class _Attention(torch.autograd.Function):
         (rows, heads, length, _), groups = query.shape, key.shape[1]
         wide = torch.promote_types(query.dtype, torch.float32)
         # The heads that share a key are taken as one long query, so keys are not repeated.
-        scores = mask.new_empty(rows, groups, heads // groups, length, length, dtype=wide).copy_(mask.unsqueeze(2))
-        scores.view(rows * groups, -1, length).baddbmm_(_stacked(query, groups, wide), _stacked(key, groups, wide).mT, alpha=scale)
+        scores = torch.bmm(_stacked(query, groups).to(wide) * scale, _stacked(key, groups).to(wide).transpose(1, 2))
+        scores = scores.view(rows, groups, heads // groups, length, length).add_(mask.unsqueeze(2))
         probabilities = scores.softmax(-1).to(value.dtype).view(rows * groups, -1, length)
         ctx.save_for_backward(query, key, value, probabilities)
         ctx.scale = scale
@@ -62,21 +62,15 @@ class _Attention(torch.autograd.Function):
         grad = _stacked(gradients[0], groups)
         grad_value = torch.bmm(probabilities.transpose(1, 2), grad)
         grad_probabilities = torch.bmm(grad, _stacked(value, groups).transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
-        grad_query = _scaled_bmm(grad_scores, _stacked(key, groups), ctx.scale)
-        grad_key = _scaled_bmm(grad_scores.transpose(1, 2), _stacked(query, groups), ctx.scale)
+        grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype) * ctx.scale
+        grad_query = torch.bmm(grad_scores, _stacked(key, groups))
+        grad_key = torch.bmm(grad_scores.transpose(1, 2), _stacked(query, groups))
         return grad_query.view(query.shape), grad_key.view(key.shape), grad_value.view(value.shape), None, None
 
 
-def _stacked(heads: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(R, H, L, E) → (R·K, H/K·L, E), in one copy at most."""
-    heads = heads.to(dtype or heads.dtype, memory_format=torch.contiguous_format)
+def _stacked(heads: Tensor, groups: int) -> Tensor:
+    """(R, H, L, E) → (R·K, H/K·L, E)."""
     return heads.reshape(heads.shape[0] * groups, -1, heads.shape[-1])
-
-
-def _scaled_bmm(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale·left·right, batched, scaled before it is rounded."""
-    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 AttentionInterface.register(NAME, attend)
