@@ -20,6 +20,7 @@ from raywarp.engines import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode,
 from raywarp.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout import Request
 from raywarp.row_signatures import ModuleRows
+from raywarp.weight_files import own_files_only
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 CPU_TOKENS = 4096  # of prompts in one pass
@@ -163,6 +164,11 @@ class VllmEngine:
             raise CheckpointError(f"vLLM's LoRA has no module for {lacking[0]}")
         return dict(found)
 
+    def _files(self) -> str | Path:
+        """What vLLM is to load: a folder without files that are not the model's, or a hub id."""
+        folder = Path(self.settings.model)
+        return own_files_only(folder, self.folder / "model") if folder.is_dir() else self.settings.model
+
     def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are passed (and says so at level WARNING)."""
         if self.settings.rollout.tensor_parallel_size > 1:
@@ -173,7 +179,7 @@ class VllmEngine:
     def _arguments(self) -> dict[str, Any]:
         settings, rollout = self.settings, self.settings.rollout
         arguments: dict[str, Any] = {
-            "model": settings.model,
+            "model": str(self._files()),
             "dtype": settings.dtype,
             "seed": settings.seed,
             "max_model_len": settings.max_model_len,

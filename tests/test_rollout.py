@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, left_behind, traces
+from conftest import WORDS, left_behind, save_tiny_llama, traces
 from killing import Patience
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -67,16 +68,28 @@ def prompts_of(count: int) -> list[list[int]]:
     return [torch.randint(3, len(WORDS), (PROMPT_TOKENS if n else 3,), generator=generator).tolist() for n in range(count)]
 
 
+def with_another_models_file(model: Path, folder: Path) -> Path:
+    """vLLM 0.32 would read consolidated.safetensors and nothing else."""
+    shutil.copytree(model, folder)
+    other = save_tiny_llama(folder.parent / "other", seed=1)
+    shutil.copy(other / "model.safetensors", folder / "consolidated.safetensors")
+    return folder
+
+
 @pytest.fixture(
     scope="module",
     params=[("vllm", "auto", 1), ("vllm", "unmerged", 2), ("vllm", "merged", 1), ("vllm", "lora", 2), ("transformers", "auto", 1)],
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
-def session(request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path) -> Iterator[Session]:
-    """Two workers; some with a model that is split over two processes."""
-    before = traces()
-    config = config_for(tiny_llama, *request.param[:2], tensor_parallel_size=request.param[2])
-    with Session(config, str(tiny_llama), PROMPT_TOKENS, policies=False) as session:
+def session(
+    request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Session]:
+    """Two workers; some with a model that is split over two processes, and in one case with files beside it that are not its own."""
+    before, folder = traces(), tiny_llama
+    if request.param[1] == "unmerged":
+        folder = with_another_models_file(tiny_llama, tmp_path_factory.mktemp("beside") / "model")
+    config = config_for(folder, *request.param[:2], tensor_parallel_size=request.param[2])
+    with Session(config, str(folder), PROMPT_TOKENS, policies=False) as session:
         assert session.numerics()["engine"] == request.param[0]
         assert session.numerics()["adapter"] == request.param[1].replace("auto", "unmerged")
         yield session
