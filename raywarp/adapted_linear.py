@@ -181,11 +181,6 @@ class _TrainedProduct(torch.autograd.Function):
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         grad_low = product(grad, active.B.T)
         grad_x = product(grad, weight.T, added=product(grad_low, active.A.T)) if needs_x else None
-        grad_A = _outer(grad_low[:, active.trained], x).to(active.adapter.A.dtype) if needs_A else None
-        grad_B = _scaled(_outer(grad, low).to(active.adapter.B.dtype), active.adapter.scale) if needs_B else None
+        grad_A = (grad_low[:, active.trained].T @ x).to(active.adapter.A.dtype) if needs_A else None
+        grad_B = _scaled((grad.T @ low).to(active.adapter.B.dtype), active.adapter.scale) if needs_B else None
         return grad_x, grad_A, grad_B, None, None, None
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ·right, for (n, a) and (n, b): a wide right side comes first, since torch 2.13 takes twice as long for a few rows by many."""
-    return (right.T @ left).T if left.shape[1] < right.shape[1] else left.T @ right
