@@ -129,9 +129,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return a (d_out, d_in) weight in the layout that `product` reads fastest; only for a weight that nothing else reads."""
+    """Return a (d_out, d_in) weight in the layout that `packed_product` reads fastest, for a weight that nothing else reads."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None) if _onednn_takes(weight, weight, True) else weight
     return packed
+
+
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+    """Return what `product` does, with a weight from `pack`. Without gradients."""
+    if not weight.is_mkldnn:
+        return product(x, weight, bias, added)
+    if added is None:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
+    return y
 
 
 def _onednn_takes(x: Tensor, weight: Tensor, biased_sum: bool) -> bool:
@@ -140,8 +151,6 @@ def _onednn_takes(x: Tensor, weight: Tensor, biased_sum: bool) -> bool:
     In bfloat16 torch's own calls reach oneDNN, too, and take 5 % less in an update; only a bias besides the sum is beyond them.
     Autograd does not know it, and it multiplies with a part of a larger matrix a thousand times as slowly (torch 2.13).
     """
-    if weight.is_mkldnn:  # see `pack`
-        return True
     if not _HAS_ONEDNN or x.device.type != "cpu" or not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
         return False
     if not (weight.is_contiguous() or weight.T.is_contiguous()):

@@ -6,18 +6,24 @@ n tokens of a pass, d_in and d_out the layer's sizes in this process, R the sum 
 """
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from raywarp.adapted_linear import pack, product
+from raywarp.adapted_linear import pack, packed_product, product
 from raywarp.adapters import Factors
 from raywarp.row_signatures import ModuleRows, row_signatures
 
 NO_ADAPTER = -1
+Multiply = Callable[[Tensor], Tensor]
+
+
+def by_product(weight: Tensor) -> Multiply:
+    """x → x·Wᵀ"""
+    return lambda x: product(x, weight)
 
 
 @dataclass
@@ -32,11 +38,17 @@ PASS = Pass()
 
 
 class Stack(NamedTuple):
-    """Adapters of a layer side by side. A: (R, d_in). B: (d_out, R). slots: (R,) the adapter that each column of B belongs to."""
+    """Adapters of a layer side by side.
+
+    A: (R, d_in). B: (d_out, R). slots: (R,) the adapter that each column of B belongs to.
+    down, up: (n, R) from (n, d_in), and (n, d_out) from (n, R): products with A and with B.
+    """
 
     A: Tensor
     B: Tensor
     slots: Tensor
+    down: Multiply
+    up: Multiply
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,11 @@ class Product:
 
     Args:
         weight: (d_out, d_in).
+        multiply: makes an engine's fastest product with a small weight that stays as it is until the next swap.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, multiply: Callable[[Tensor], Multiply] = by_product):
+        self.multiply = multiply
         self.d_out, self.d_in = weight.shape
         self.dtype, self.packed = weight.dtype, pack(weight)
         self.signatures = row_signatures(weight)
@@ -67,11 +81,11 @@ class Product:
         """(n, d_out) from (n, d_in). `weight` is what the engine has kept of its own: nothing."""
         stack = self.mixed if PASS.only is None else self.stacks.get(PASS.only)
         if stack is None:
-            return product(x, self.packed, bias)
-        low = product(x, stack.A)
+            return packed_product(x, self.packed, bias)
+        low = stack.down(x)
         if PASS.only is None:
             low = low.masked_fill_(PASS.slots[:, None] != stack.slots, 0)
-        return product(x, self.packed, bias, added=product(low, stack.B))
+        return packed_product(x, self.packed, bias, added=stack.up(low))
 
     def find(self, modules: Mapping[str, ModuleRows], part: int) -> None:
         """Learn which rows of these modules the layer has.
@@ -102,7 +116,10 @@ class Product:
         self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
         own, self.mixed = list(self.stacks.values()), None
         if own and len(adapters) > 1:
-            self.mixed = Stack(torch.cat([s.A for s in own]), torch.cat([s.B for s in own], 1), torch.cat([s.slots for s in own]))
+            self.mixed = self._stacked(*(torch.cat([s[n] for s in own], dim) for n, dim in ((0, 0), (1, 1), (2, 0))))
+
+    def _stacked(self, A: Tensor, B: Tensor, slots: Tensor) -> Stack:
+        return Stack(A, B, slots, self.multiply(A), self.multiply(B))
 
     def _stack(self, slot: int, factors: Mapping[str, Factors]) -> Stack | None:
         """The modules that share this layer, as one pair: B is zero outside each module's own rows."""
@@ -114,4 +131,4 @@ class Product:
             B[share.own, start : start + f.rank] = f.B[share.theirs].to(self.dtype)
             start += f.rank
         A = torch.cat([f.A[:, share.columns] for share, f in shares]).to(self.dtype)
-        return Stack(A, B, torch.full((len(A),), slot))
+        return self._stacked(A, B, torch.full((len(A),), slot))
