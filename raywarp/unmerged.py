@@ -116,7 +116,8 @@ class Product:
         self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
         own, self.mixed = list(self.stacks.values()), None
         if own and len(adapters) > 1:
-            self.mixed = self._stacked(*(torch.cat([s[n] for s in own], dim) for n, dim in ((0, 0), (1, 1), (2, 0))))
+            A, B = torch.cat([stack.A for stack in own]), torch.cat([stack.B for stack in own], 1)
+            self.mixed = self._stacked(A, B, torch.cat([stack.slots for stack in own]))
 
     def _stacked(self, A: Tensor, B: Tensor, slots: Tensor) -> Stack:
         return Stack(A, B, slots, self.multiply(A), self.multiply(B))
