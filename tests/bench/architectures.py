@@ -14,8 +14,8 @@ on this machine. Anything else is wrong. The last line is JSON: the number of ea
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -36,6 +36,7 @@ SAMPLERS = {
     "vLLM, unmerged, bfloat16": ("vllm", "unmerged", "bfloat16"),
 }
 COLUMNS = ["trainer", *SAMPLERS]
+PROCESSES = multiprocessing.get_context("forkserver")
 SECONDS = 400  # of a cell
 NEW_TOKENS = 12
 LARGEST_GAP = {"float32": 2e-3, "bfloat16": 0.15}  # nats of the worst token, and in bfloat16 of the mean one
@@ -65,13 +66,12 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
-    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        return print(json.dumps(cell(*options.cell)), flush=True)
     places = list(itertools.product(options.families, options.columns))
     with ThreadPoolExecutor(options.jobs) as pool, tempfile.TemporaryDirectory(prefix="raywarp-bench-") as cache:
-        os.environ["VLLM_CACHE_ROOT"] = cache  # where vLLM notes what it knows of a model's class, for ten seconds each
+        # vLLM notes there what it knows of a model's class, which takes it ten seconds.
+        os.environ.update(VLLM | {"VLLM_CACHE_ROOT": cache, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}"})
+        PROCESSES.set_forkserver_preload(["torch", "transformers", "peft", "vllm.entrypoints.llm", "raywarp.adapted_model"])
         cells = dict(zip(places, pool.map(run, *zip(*places, strict=True)), strict=True))
     if (options.families, options.columns) == (list(FAMILIES), COLUMNS):
         (ROOT / "docs" / "architectures.md").write_text(page(cells))
@@ -87,24 +87,28 @@ def run(family: str, column: str) -> dict[str, Any]:
 
 
 def _run(family: str, column: str) -> dict[str, Any]:
-    environment = os.environ | VLLM | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}", "HF_HUB_OFFLINE": "1"}
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=answer, args=(theirs, family, column))
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(SECONDS):
+            return dict(ours.recv())
+        return {"verdict": "wrong", "why": f"no result within {SECONDS} s"}
+    except EOFError:
+        process.join()
+        return {"verdict": "wrong", "why": f"the process ended with code {process.exitcode}"}
+    finally:
+        process.kill()
+
+
+def answer(pipe: Any, family: str, column: str) -> None:
+    """Runs in the cell's process, which an engine's threads would keep alive."""
     with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as home:
-        try:
-            done = subprocess.run(
-                [sys.executable, __file__, "--cell", family, column],
-                env=environment | {"HOME": home},
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-                cwd=ROOT,
-            )
-        except subprocess.TimeoutExpired:
-            return {"verdict": "wrong", "why": f"no result within {SECONDS} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"verdict"')]
-    if lines:
-        return dict(json.loads(lines[-1]))
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"verdict": "wrong", "why": f"the process ended with code {done.returncode}: {last[:200]}"}
+        os.environ["HOME"] = home
+        pipe.send(cell(family, column))
+    pipe.close()
+    os._exit(0)
 
 
 def cell(name: str, column: str) -> dict[str, Any]:
