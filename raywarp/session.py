@@ -313,7 +313,7 @@ class Session:
         longest, groups, texts = self._actors.settings.max_model_len - 1, self._actors.groups["rollout"], ray.put(list(self._texts))
 
         def reference(tokens: int) -> Any:
-            return self.persist(lambda: self.get(self.next_policy().actor.reference.remote(texts, longest, tokens)))
+            return self.persist(lambda: self.get(self.present()[0].actor.reference.remote(texts, longest, tokens)))
 
         def score(requests: Sequence[Request]) -> list[Any]:
             asked = ray.put(list(requests))
