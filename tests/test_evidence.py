@@ -271,7 +271,7 @@ def test_an_arm_of_an_earlier_sampler_is_not_used(results: Results, tmp_path: Pa
     mine = study.Study(TINY, tmp_path / "out", results, study.Clock(None))
     folder = mine.arm_run(1, ARMS["warp"]).folder
     folder.mkdir(parents=True)
-    (folder / "front.json").write_text("{}")
+    (folder / "front.json").write_text('{"chosen": "slerp"}')
     with pytest.raises(OtherSettingsError, match="cannot be used: it was sampled by an earlier version of raywarp"):
         mine.train(1, ARMS["warp"])
 
