@@ -61,6 +61,8 @@ def find_head(model: Any, lengths: Lengths) -> LogitHead:
         states = last_states(model, part, head, lengths)
     except (AttributeError, TypeError):
         return _PLAIN
+    if states.dtype != linear.weight.dtype:  # Mamba's, which are float32 beside a bfloat16 head
+        return _PLAIN
     return head if close(head.logits(states), last_states(model, part, _PLAIN, lengths)) else _PLAIN
 
 

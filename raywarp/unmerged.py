@@ -79,7 +79,7 @@ class Product:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(n, d_out) from (n, d_in). `weight` is what the engine has kept of its own: nothing."""
-        stack = self.mixed if PASS.only is None else self.stacks.get(PASS.only)
+        stack, x = self.mixed if PASS.only is None else self.stacks.get(PASS.only), x.contiguous()
         if stack is None:
             return packed_product(x, self.packed, bias)
         low = stack.down(x)

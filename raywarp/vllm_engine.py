@@ -24,6 +24,7 @@ from raywarp.weight_files import own_files_only
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 CPU_TOKENS = 4096  # of prompts in one pass
+NOT_THIS_MODEL = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)  # by which vLLM says so
 
 
 class VllmEngine:
@@ -39,18 +40,26 @@ class VllmEngine:
         except ImportError as error:
             raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
-        if self.adapter_mode == "lora":
-            _check_lora(settings)
         self.folder = scratch.claim()  # for adapters, and for the sockets of its processes, which outlive those that are killed
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
+        refusals = NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)  # a GPU's faults are RuntimeErrors, too
         try:
+            if self.adapter_mode == "lora":
+                _check_lora(settings)
             self.llm: Any = LLM(**self._arguments())
-        except ValueError as error:
+            self._try_out()
+        except refusals as error:
             scratch.release(self.folder)
-            raise _readable(error, settings) from None
+            raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
         self._known: set[str] = set()  # adapted modules that have been found among the engine's layers
         self.loader: Loader = self._loader()
+
+    def _try_out(self) -> None:
+        """One pass: what vLLM cannot compute here (a kernel that CPUs lack, say) shows at once."""
+        from vllm import SamplingParams, TokensPrompt
+
+        self.llm.generate([TokensPrompt(prompt_token_ids=[0, 0])], SamplingParams(max_tokens=1), use_tqdm=False)
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters are loaded, all in one call to vLLM."""
@@ -246,14 +255,21 @@ def _prompt_logprobs(output: Any) -> tuple[float, ...]:
     return tuple(float(entry[token].logprob) for token, entry in entries)
 
 
-def _readable(error: ValueError, settings: EngineSettings) -> Exception:
-    """vLLM's word on a KV cache that is too small, with the names of our keys."""
-    if "KV cache" not in str(error) and "cache blocks" not in str(error):
+def _refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigError:
+    """What vLLM's error comes to, with the names of our keys."""
+    text = str(error)
+    if isinstance(error, ConfigError):
         return error
-    more = "rollout.gpu_memory_utilization" if settings.gpu else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
+    if "KV cache" in text or "cache blocks" in text:
+        more = "rollout.gpu_memory_utilization" if settings.gpu else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
+        return ConfigError(
+            f"the KV cache has no room for one completion of {settings.max_model_len} tokens with its prompt: raise {more}, or lower "
+            f"rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens (vLLM: {text.splitlines()[0]})"
+        )
     return ConfigError(
-        f"the KV cache has no room for one completion of {settings.max_model_len} tokens with its prompt: raise {more}, or lower "
-        f"rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens (vLLM: {str(error).splitlines()[0]})"
+        f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and dtype={settings.dtype} "
+        f"({type(error).__name__}: {' '.join(text.split())[:200]}); set rollout.engine=transformers"
+        + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import FAMILIES, save_model, trainer
 from conftest import WORDS, plain_logits
 
 from raywarp import attention
@@ -136,3 +137,9 @@ def test_long_rows_are_torchs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(attention, "SHORT", 0)
     monkeypatch.setattr(attention, "_Attention", None)
     torch.testing.assert_close(model.logits(batch, []), short)
+
+
+def test_states_of_another_precision_than_the_head_take_the_plain_way(tmp_path: Path) -> None:
+    """Mamba keeps float32 states beside a bfloat16 head."""
+    save_model(FAMILIES["Mamba"], tmp_path)
+    assert trainer(tmp_path, FAMILIES["Mamba"], torch.bfloat16)._head.weight is None

@@ -24,6 +24,7 @@ SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at
         ("Llama, dynamic NTK", TRANSFORMERS, LIMIT + 1, SHORTER),
         ("Phi-MoE", VLLM, LIMIT + 1, SHORTER),
         ("Doge", TRANSFORMERS, LIMIT + 1, rf"keeps the 32 keys with the largest scores.*{SHORTER}"),
+        ("Doge", VLLM, LIMIT, r"has other log-probs in vLLM 0\.32.*set rollout\.engine=transformers"),
         ("Cohere-2", VLLM, LIMIT + 1, rf"has a window of 32 tokens.*{SHORTER}, or set rollout.engine=transformers"),
     ],
 )

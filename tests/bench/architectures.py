@@ -47,15 +47,9 @@ VLLM = {
     "TORCHDYNAMO_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
 }
-NOT_HERE = {  # of vLLM 0.32 on CPUs, part of an error's text → what it means
-    "triton": "vLLM's LoRA for experts asks for triton",
-    "MLA": "vLLM's MLA refuses heads as small as these",
-    "head_size": "vLLM's attention refuses heads of this size",
-    "head size": "vLLM's attention refuses heads of this size",
-    "bfloat16": "vLLM runs this in bfloat16 only",
-    "bf16": "vLLM runs this in bfloat16 only",
-    "not supported": "vLLM has no such model on CPUs",
-    "no vLLM implementation": "vLLM has no such model",
+NOT_HERE = {  # part of a refusal's text → why it says nothing of the family
+    "triton": "vLLM's LoRA for experts asks for triton, which CPUs lack",
+    "is not supported on CPU": "vLLM runs it on GPUs only",
 }
 
 
@@ -122,13 +116,13 @@ def cell(name: str, column: str) -> dict[str, Any]:
         try:
             return trainer_cell(family, Path(folder)) if column == "trainer" else sampler_cell(family, Path(folder), *SAMPLERS[column])
         except ConfigError as error:
-            return {"verdict": "refused", "why": str(error).replace(folder, "…")}
-        except Exception as error:
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            text = str(error).replace(folder, "…")
             for part, meaning in NOT_HERE.items():
                 if part in text:
-                    return {"verdict": "not measurable here", "why": f"{meaning} ({text[:160]})"}
-            return {"verdict": "wrong", "why": text[:300].replace(folder, "…")}
+                    return {"verdict": "not measurable here", "why": f"{meaning}: {text}"}
+            return {"verdict": "refused", "why": text}
+        except Exception as error:
+            return {"verdict": "wrong", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def trainer_cell(family: Any, folder: Path) -> dict[str, Any]:
