@@ -78,15 +78,15 @@ def with_another_models_file(model: Path, folder: Path) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[("vllm", "auto", 1), ("vllm", "unmerged", 2), ("vllm", "merged", 1), ("vllm", "lora", 2), ("transformers", "auto", 1)],
+    params=[("vllm", "auto", 1), ("vllm", "merged", 1), ("vllm", "lora", 2), ("transformers", "auto", 1)],
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def session(
     request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Session]:
-    """Two workers; some with a model that is split over two processes, and in one case with files beside it that are not its own."""
+    """Two workers; in lora mode each model is split over two processes, and in one case there are files beside it that are not its own."""
     before, folder = traces(), tiny_llama
-    if request.param[1] == "unmerged":
+    if request.param[:2] == ("vllm", "auto"):
         folder = with_another_models_file(tiny_llama, tmp_path_factory.mktemp("beside") / "model")
     config = config_for(folder, *request.param[:2], tensor_parallel_size=request.param[2])
     with Session(config, str(folder), PROMPT_TOKENS, policies=False) as session:
