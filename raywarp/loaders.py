@@ -5,7 +5,7 @@ engine already samples. That what was taken also acts is proven by its effect (e
 """
 
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class LoraLoader:
         zero: the SFT model's prompts get an adapter of zeros. (On CPUs vLLM 0.32 gives a prompt without an adapter its last slot's.)
     """
 
-    def __init__(self, engine: Any, names: Callable[[Iterable[str]], Mapping[str, str]], folder: Path, zero: bool = False):
+    def __init__(self, engine: Any, names: Callable[[Collection[str]], Mapping[str, str]], folder: Path, zero: bool = False):
         self.engine, self.names, self.folder, self.version, self.zero = engine, names, folder, 0, zero
         self._held: dict[Versions, tuple[Any, Versions]] = {}  # vLLM's request, digests of what was written for it
         self._like: AdapterDelta | None = None  # an adapter that was loaded; before the first one, all slots are zero

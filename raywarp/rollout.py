@@ -70,8 +70,7 @@ class AdapterPart:
 class Adapter:
     """What to sample from: base + init + policy; neither gives the SFT model.
 
-    init: is folded into the base weights, and stays there for as long as the requests agree on it (an iteration's θ_init).
-    policy: is swapped on top, at its own rank.
+    init: an iteration's θ_init. policy: the change on top of it. Engines hold both beside the weights, each at its own rank.
     """
 
     init: AdapterPart | None = None

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class VllmEngine:
             raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
         self._known: set[str] = set()  # adapted modules that have been found among the engine's layers
+        self._names: dict[str, str] = {}  # of modules → by which vLLM's LoRA finds them; a model's files are read for them once
         self.loader: Loader = self._loader()
 
     def _try_out(self) -> None:
@@ -164,14 +165,16 @@ class VllmEngine:
                 )
         self._known = known
 
-    def _lora_names(self, modules: Iterable[str]) -> dict[str, str]:
+    def _lora_names(self, modules: Collection[str]) -> dict[str, str]:
         """Module → the name by which vLLM's LoRA finds it."""
-        ours = list(modules)
-        theirs = weight_names(ours, [name for name, _ in self._read()])
-        (found, *_) = self.llm.collective_rpc(_known_to_lora, args=([(m, theirs[m].removesuffix(".weight")) for m in ours],))
-        if lacking := [module for module in ours if module not in found]:
-            raise CheckpointError(f"vLLM's LoRA has no module for {lacking[0]}")
-        return dict(found)
+        if new := [module for module in modules if module not in self._names]:
+            theirs = weight_names(new, [name for name, _ in self._read()])
+            pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
+            (found, *_) = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
+            if lacking := [module for module in new if module not in found]:
+                raise CheckpointError(f"vLLM's LoRA has no module for {lacking[0]}")
+            self._names |= found
+        return {module: self._names[module] for module in modules}
 
     def _files(self) -> str | Path:
         """What vLLM is to load: a folder without files that are not the model's, or a hub id."""
