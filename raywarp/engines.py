@@ -139,7 +139,7 @@ def mode_problem(config: Config, gpu: bool) -> str:
     from raywarp.hardware import run_dtype
 
     rollout, mode, dtype = config.rollout, adapter_mode(config.rollout, gpu), run_dtype(config.dtype, gpu)
-    vllm, where = rollout.engine == "vllm", "GPUs" if gpu else "CPUs"
+    vllm = rollout.engine == "vllm"
     exact = "lora" if vllm and gpu else "unmerged"
     if mode == "merged" and dtype != "float32":
         return (
@@ -154,7 +154,7 @@ def mode_problem(config: Config, gpu: bool) -> str:
             "loses what is below half a step; use rollout.adapter=unmerged (or auto), or dtype=float32"
         )
     if mode == "unmerged" and vllm and gpu:
-        return f"rollout.adapter=unmerged is for CPUs; vLLM on {where} has rollout.adapter=lora (or auto)"
+        return "rollout.adapter=unmerged is for CPUs; vLLM on GPUs has rollout.adapter=lora (or auto)"
     if mode == "lora" and not lora_slots(largest_rank(config)):
         return (
             f"the adapters of this run reach rank {largest_rank(config)} (lora.rank={config.lora.rank} for each of its "
