@@ -18,11 +18,11 @@ from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled,
 from raywarp.batch import Batch
 from raywarp.config import LoraConfig
 from raywarp.float32_pass import in_float32, widened
+from raywarp.identity import derive_seed
 from raywarp.lengths import Lengths
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
 from raywarp.model_files import load_model
 from raywarp.packing import MicroBatch, micro_batches
-from raywarp.seeding import derive_seed
 from raywarp.targets import Targets, find_targets
 
 INIT = "init"

@@ -20,9 +20,9 @@ from raywarp.classifier import classify, load_tokenizer
 from raywarp.config import ConfigError, RewardTrainingConfig
 from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
+from raywarp.identity import batch_indices, derive_seed
 from raywarp.model_files import load_model
 from raywarp.preferences import Preference
-from raywarp.seeding import batch_indices, derive_seed
 from raywarp.store import write_json
 
 CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do

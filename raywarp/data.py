@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raywarp import embedded
 from raywarp.config import SNIPPETS, ConfigError, PromptsConfig
-from raywarp.seeding import derive_seed
+from raywarp.identity import derive_seed
 
 if TYPE_CHECKING:
     import datasets

@@ -25,7 +25,7 @@ from typing import IO, Any
 from platformdirs import user_cache_dir
 
 from raywarp.config import MINILM, SMOLLM2, SNIPPETS, ConfigError
-from raywarp.seeding import derive_seed
+from raywarp.identity import derive_seed
 
 PREFIX = "embedded:"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -13,8 +13,8 @@ from raywarp.adapters import AdapterDelta, add, compress, scale
 from raywarp.averaging import lerp, slerp
 from raywarp.config import ChooseConfig, Config, FrontConfig
 from raywarp.data import Prompt
+from raywarp.identity import derive_seed
 from raywarp.points import Scored
-from raywarp.seeding import derive_seed
 from raywarp.session import Session
 
 

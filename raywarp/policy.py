@@ -14,8 +14,8 @@ from raywarp.averaging import ema_update
 from raywarp.batch import Batch
 from raywarp.completion import Completion
 from raywarp.config import Config
+from raywarp.identity import derive_seed
 from raywarp.packing import MicroBatch, micro_batches
-from raywarp.seeding import derive_seed
 from raywarp.store import DamagedError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter

@@ -22,12 +22,12 @@ from raywarp.config import Config
 from raywarp.data import Prompt
 from raywarp.effect import effect
 from raywarp.faults import FaultError, explain
+from raywarp.identity import batch_indices, derive_seed
 from raywarp.packing import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.proof import EVERY, Proof, requests
 from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
-from raywarp.seeding import batch_indices, derive_seed
 from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl
 from raywarp.watch import GROUP, START_SECONDS, Process, Work, stack_here

@@ -13,7 +13,7 @@ from raywarp import embedded
 from raywarp.config import SNIPPETS, ConfigError, PreferencesConfig
 from raywarp.data import load_rows
 from raywarp.embedded import Snippet
-from raywarp.seeding import derive_seed
+from raywarp.identity import derive_seed
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
 PAIRINGS = 16  # how many others each rated text is at most compared with

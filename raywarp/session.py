@@ -20,13 +20,13 @@ from raywarp.effect import Sampler
 from raywarp.faults import Failures, FaultError
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.hardware import run_dtype
+from raywarp.identity import derive_seed
 from raywarp.points import PendingPoint
 from raywarp.policy_actor import Job
 from raywarp.proof import Proof, prove
 from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, submit
 from raywarp.rollout_pool import PoolReport
-from raywarp.seeding import derive_seed
 from raywarp.timing import Timing, measure
 from raywarp.watch import Helper, PoolHelper, Report
 

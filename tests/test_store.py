@@ -7,9 +7,9 @@ from conftest import random_delta
 from raywarp import store
 from raywarp.adapters import Factors
 from raywarp.config import ConfigError, parse_config
+from raywarp.identity import batch_indices, derive_seed
 from raywarp.keys import policy_keys
 from raywarp.run import Run
-from raywarp.seeding import batch_indices, derive_seed
 
 
 def test_a_folder_counts_only_with_its_manifest_and_every_byte(tmp_path: Path) -> None:

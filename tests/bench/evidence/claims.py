@@ -22,7 +22,7 @@ from bench.evidence.fronts import Effect, Verdict
 from bench.evidence.results import Results
 from bench.evidence.settings import ARMS, SFT_COEFS, Settings
 
-from raywarp.seeding import derive_seed
+from raywarp.identity import derive_seed
 
 RESAMPLES = 1000
 

@@ -49,6 +49,7 @@ from raywarp import embedded, rewards, store
 from raywarp.adapters import AdapterDelta, Factors
 from raywarp.config import Config
 from raywarp.evaluation import distinct_2
+from raywarp.identity import derive_seed
 from raywarp.inputs import prepare_prompts
 from raywarp.peft_files import save_peft
 from raywarp.points import Scored
@@ -56,7 +57,6 @@ from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.progress import Bars, Display
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.run import Run, read_mark
-from raywarp.seeding import derive_seed
 from raywarp.session import Session, start_ray
 from raywarp.storage import Storage
 from raywarp.warp import train
