@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from raywarp.adapted_linear import AdaptedLinear
-from raywarp.adapters import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
 from raywarp.batch import Batch
 from raywarp.config import LoraConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.module_names import match_names
 from raywarp.weight_files import download_weights, weight_files
 

@@ -40,7 +40,7 @@ def _exit_code(error: Exception) -> int | None:
     """For errors whose message says all that a user can act on; others are bugs and keep their traceback."""
     if isinstance(error, ConfigError):
         return 2
-    from raywarp.adapters import AdapterError
+    from raywarp.algorithm.deltas import AdapterError
 
     if isinstance(error, AdapterError):
         return 2

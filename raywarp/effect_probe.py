@@ -9,7 +9,7 @@ from itertools import cycle
 import torch
 
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import AdapterDelta, Factors, add, norm, scale
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, norm, scale
 from raywarp.batch import collate
 from raywarp.completion import Completion
 from raywarp.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from raywarp.adapters import AdapterDelta, add, compress, scale
-from raywarp.averaging import lerp, slerp
+from raywarp.algorithm.averaging import lerp, slerp
+from raywarp.algorithm.deltas import AdapterDelta, add, compress, scale
 from raywarp.config import ChooseConfig, Config, FrontConfig
 from raywarp.data import Prompt
 from raywarp.identity import derive_seed

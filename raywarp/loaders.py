@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, Factors, add, digest, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, zeros_like
 from raywarp.checkpoint import Checkpoint
 from raywarp.peft_config import ADAPTER_FILE
 from raywarp.peft_files import save_peft

@@ -61,7 +61,7 @@ def token_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature:
 @torch.no_grad()
 def full_vocabulary_kl(states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float) -> Tensor:
     """(n,) KL(π ‖ π_ref) in nats at each token; see losses.full_vocabulary_kl."""
-    from raywarp import losses
+    from raywarp.algorithm import losses
 
     pairs = _chunks(head, states, reference_states)
     return torch.cat([losses.full_vocabulary_kl(head.logits(h), head.logits(ref), temperature).float() for h, ref in pairs])

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from raywarp import averaging
-from raywarp.adapters import Granularity
+from raywarp.algorithm import averaging
+from raywarp.algorithm.deltas import Granularity
 from raywarp.config import ConfigError
 
 Method = Literal["slerp", "lerp", "karcher", "ema", "liti"]

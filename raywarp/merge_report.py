@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group as Lines
 from rich.table import Table
 
-from raywarp.adapters import grouped
+from raywarp.algorithm.deltas import grouped
 from raywarp.merge_recipe import Recipe
 from raywarp.merging import Group, Merge
 from raywarp.peft_files import AdapterFile

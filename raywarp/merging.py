@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raywarp import averaging, store
-from raywarp.adapters import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
+from raywarp import store
+from raywarp.algorithm import averaging
+from raywarp.algorithm.deltas import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
 from raywarp.merge_recipe import Recipe
 from raywarp.peft_config import CONFIG_FILE
 from raywarp.peft_files import AdapterFile, AdapterWriter

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raywarp.adapted_model import replace_targets
-from raywarp.adapters import block_of
+from raywarp.algorithm.deltas import block_of
 from raywarp.attention import NAME as SHORT_ROWS
 from raywarp.attention import SHORT
 from raywarp.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention

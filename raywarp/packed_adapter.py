@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raywarp.adapters import AdapterDelta, Factors, begin_digest
+from raywarp.algorithm.deltas import AdapterDelta, Factors, begin_digest
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raywarp.adapters import AdapterDelta, AdapterError
+from raywarp.algorithm.deltas import AdapterDelta, AdapterError
 from raywarp.config import ConfigError
 from raywarp.weight_files import inside
 

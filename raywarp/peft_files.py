@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raywarp.adapters import AdapterDelta, AdapterError, Factors
+from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors
 from raywarp.peft_config import ADAPTER_FILE, CONFIG_FILE, configuration, read_config, scaling_of, without_factors
 from raywarp.tensor_files import TensorFile, TensorFileError, TensorWriter
 

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp import losses, rng
+from raywarp import rng
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import AdapterDelta
-from raywarp.advantages import advantages
-from raywarp.averaging import ema_update
+from raywarp.algorithm import losses
+from raywarp.algorithm.advantages import advantages
+from raywarp.algorithm.averaging import ema_update
+from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.batch import Batch
 from raywarp.completion import Completion
 from raywarp.config import Config

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from raywarp.adapters import AdapterDelta, add, digest
+from raywarp.algorithm.deltas import AdapterDelta, add, digest
 from raywarp.batch import collate
 from raywarp.completion import Completion
 from raywarp.config import Config

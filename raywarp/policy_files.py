@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta
+from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.peft_files import save_peft
 from raywarp.storage import Storage
 from raywarp.store import DamagedError, read_jsonl, write_json, write_jsonl

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from raywarp import terminal
-from raywarp.adapters import AdapterDelta
-from raywarp.averaging import geometry
+from raywarp.algorithm.averaging import geometry
+from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.evaluation import Point
 from raywarp.policy_actor import Job
 from raywarp.report import front_table, print_samples

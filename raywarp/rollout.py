@@ -19,7 +19,7 @@ import ray
 from raywarp.completion import Completion
 
 if TYPE_CHECKING:  # torch is imported where an adapter is put or fetched: the pool, which does neither, saves its seconds and megabytes
-    from raywarp.adapters import AdapterDelta
+    from raywarp.algorithm.deltas import AdapterDelta
     from raywarp.packed_adapter import PackedAdapter
 
 _HASHER = ThreadPoolExecutor(1, thread_name_prefix="hash")
@@ -56,7 +56,7 @@ class AdapterPart:
     @property
     def digest(self) -> str:
         """Of the content as it was put; somebody to whom this was sent has to look at the content itself."""
-        from raywarp.adapters import digest
+        from raywarp.algorithm.deltas import digest
 
         return self.hashed.result() if self.hashed else digest(self.fetch())
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import store
-from raywarp.adapters import AdapterDelta
-from raywarp.averaging import geometry
+from raywarp.algorithm.averaging import geometry
+from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config import Config, ConfigError
 from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft

@@ -10,9 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from raywarp import store
+from raywarp.algorithm.hypervolume import pareto
 from raywarp.config import to_yaml
 from raywarp.evaluation import Point
-from raywarp.hypervolume import pareto
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.search_space import DIRECTIONS, describe, name_of, show

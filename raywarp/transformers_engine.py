@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raywarp.adapted_linear import AdaptedLinear
-from raywarp.adapters import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.backbone import find_head, keep_layers_unscaled, set_attention
 from raywarp.checkpoint import Checkpoint
 from raywarp.completion import Completion

@@ -17,11 +17,11 @@ from typing import Any
 from ray.tune import Trainable
 
 from raywarp import evaluation, placement, stop, store, warp
+from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.claims import FOLDER, Elsewhere, SharedClaims, Table
 from raywarp.config import Config
 from raywarp.evaluation import Point
 from raywarp.hardware import run_dtype
-from raywarp.hypervolume import hypervolume
 from raywarp.inputs import Inputs, prepare
 from raywarp.keys import front_key, key_chain
 from raywarp.node_check import PACKAGES, versions

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raywarp.adapted_linear import pack, packed_product, product
-from raywarp.adapters import Factors
+from raywarp.algorithm.deltas import Factors
 from raywarp.row_signatures import ModuleRows, row_signatures
 
 NO_ADAPTER = -1

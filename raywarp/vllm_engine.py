@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raywarp import scratch
-from raywarp.adapters import AdapterDelta
+from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
 from raywarp.completion import Completion
 from raywarp.config import ConfigError

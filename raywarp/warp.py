@@ -17,8 +17,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raywarp import evaluation, store
-from raywarp.adapters import AdapterDelta, add, scale, trailing, zeros_like
-from raywarp.averaging import liti, slerp
+from raywarp.algorithm.averaging import liti, slerp
+from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config import Config
 from raywarp.evaluation import Candidate, Point

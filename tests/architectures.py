@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from raywarp.adapted_model import AdaptedModel
-from raywarp.adapters import AdapterDelta, dense
+from raywarp.algorithm.deltas import AdapterDelta, dense
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
 from raywarp.config import LoraConfig, parse_config

@@ -18,7 +18,7 @@ import yaml
 from conftest import save_tiny_llama, write_prompts
 
 from raywarp import scratch
-from raywarp.adapters import digest
+from raywarp.algorithm.deltas import digest
 from raywarp.peft_files import load_peft
 from raywarp.run import Run
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import assert_same_change, random_delta
 
-from raywarp.adapters import (
+from raywarp.algorithm.deltas import (
     AdapterDelta,
     AdapterError,
     Factors,

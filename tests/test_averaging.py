@@ -7,8 +7,7 @@ from conftest import random_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raywarp.adapters import AdapterDelta, AdapterError, Factors, Granularity, add, dense, scale, zeros_like
-from raywarp.averaging import (
+from raywarp.algorithm.averaging import (
     AntipodalError,
     ema,
     ema_coefficients,
@@ -24,6 +23,7 @@ from raywarp.averaging import (
     task_vectors,
     towards,
 )
+from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors, Granularity, add, dense, scale, zeros_like
 
 
 def flat(delta: AdapterDelta, block: str | None = None) -> torch.Tensor:

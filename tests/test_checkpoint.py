@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_rollout import trained_model
 
-from raywarp.adapters import AdapterDelta, Factors, dense, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, Factors, dense, zeros_like
 from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files
 from raywarp.config import ConfigError
 

@@ -9,7 +9,7 @@ import torch
 from conftest import save_tiny_gpt2, save_tiny_llama
 
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import add, norm
+from raywarp.algorithm.deltas import add, norm
 from raywarp.config import LoraConfig
 from raywarp.effect import EffectError, effect
 from raywarp.effect_probe import logprobs, make_probe, reference, score

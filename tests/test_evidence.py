@@ -24,8 +24,8 @@ from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
 from raywarp import store
-from raywarp.adapters import AdapterDelta, Factors, add, dense, scale
-from raywarp.averaging import geometry, lerp
+from raywarp.algorithm.averaging import geometry, lerp
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
 from raywarp.config import MINILM, SMOLLM2
 from raywarp.peft_files import save_peft
 from raywarp.run import Run

@@ -39,7 +39,7 @@ from transformers import AutoModelForSequenceClassification
 
 from raywarp import faults, watch
 from raywarp.actors import Kinds
-from raywarp.adapters import AdapterDelta, Factors, digest
+from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
 from raywarp.completion import Completion
 from raywarp.config import RewardConfig, parse_config
 from raywarp.data import Prompt

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from raywarp.hypervolume import dominates, hypervolume, pareto
+from raywarp.algorithm.hypervolume import dominates, hypervolume, pareto
 
 
 def test_one_point_is_a_rectangle() -> None:

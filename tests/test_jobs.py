@@ -27,7 +27,7 @@ import yaml
 from conftest import installed_in, save_tiny_llama, write_prompts
 from ray.job_submission import JobSubmissionClient
 
-from raywarp.adapters import digest
+from raywarp.algorithm.deltas import digest
 from raywarp.config import ConfigError, load_config
 from raywarp.jobs import absolute_paths, check_paths
 from raywarp.peft_files import load_peft

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from raywarp import losses
-from raywarp.advantages import advantages, batch_mean, rloo
+from raywarp.algorithm import losses
+from raywarp.algorithm.advantages import advantages, batch_mean, rloo
 
 VOCABULARY, LENGTH, TEMPERATURE = 3, 2, 0.7
 SEQUENCES = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))

@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from raywarp import averaging
-from raywarp.adapters import AdapterDelta, Factors, add, dense, grouped, scale, zeros_like
+from raywarp.algorithm import averaging
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, grouped, scale, zeros_like
 from raywarp.cli import main
 from raywarp.merge_recipe import Recipe
 from raywarp.merging import inspect, merge

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from conftest import random_delta
 
-from raywarp.adapters import digest, zeros_like
+from raywarp.algorithm.deltas import digest, zeros_like
 from raywarp.packed_adapter import PackedAdapter
 
 

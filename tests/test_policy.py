@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import WORDS, plain_logits
 
-from raywarp import losses, rng
+from raywarp import rng
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import dense, zeros_like
-from raywarp.averaging import liti
+from raywarp.algorithm import losses
+from raywarp.algorithm.averaging import liti
+from raywarp.algorithm.deltas import dense, zeros_like
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
 from raywarp.config import Config, LoraConfig, parse_config

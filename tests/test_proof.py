@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from tiny_run import make_project, tiny_config
 
 from raywarp.actors import Kinds
-from raywarp.adapters import scale
+from raywarp.algorithm.deltas import scale
 from raywarp.completion import Completion
 from raywarp.config import Config
 from raywarp.data import Prompt

@@ -10,7 +10,7 @@ import torch
 from conftest import random_delta
 
 import raywarp
-from raywarp.adapters import Factors
+from raywarp.algorithm.deltas import Factors
 from raywarp.peft_files import save_peft
 from raywarp.rewards import check_call
 

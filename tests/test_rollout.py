@@ -17,10 +17,10 @@ from conftest import WORDS, left_behind, save_tiny_llama, traces
 from killing import Patience
 from ray.exceptions import RayActorError, RayTaskError
 
-from raywarp import losses
 from raywarp.actors import Kinds
 from raywarp.adapted_model import AdaptedModel
-from raywarp.adapters import add
+from raywarp.algorithm import losses
+from raywarp.algorithm.deltas import add
 from raywarp.batch import collate
 from raywarp.completion import Completion
 from raywarp.config import Config, ConfigError, LoraConfig, parse_config

@@ -5,7 +5,7 @@ import pytest
 from conftest import random_delta
 
 from raywarp import store
-from raywarp.adapters import Factors
+from raywarp.algorithm.deltas import Factors
 from raywarp.config import ConfigError, parse_config
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.keys import policy_keys

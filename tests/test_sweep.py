@@ -25,10 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loggers import items, wandb_records
 from tiny_run import Listener
 
-from raywarp.adapters import digest
+from raywarp.algorithm.deltas import digest
+from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.claims import ClaimTable, Table
 from raywarp.config import load_config
-from raywarp.hypervolume import hypervolume
 from raywarp.peft_files import load_peft
 from raywarp.planning import plan, render
 from raywarp.report_command import read, save_report

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raywarp.adapters import Factors
+from raywarp.algorithm.deltas import Factors
 from raywarp.row_signatures import ModuleRows, row_signatures
 from raywarp.unmerged import NO_ADAPTER, PASS, Product
 

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raywarp import logit_head, losses
+from raywarp import logit_head
 from raywarp.adapted_linear import AdaptedLinear
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import AdapterDelta, Factors
-from raywarp.advantages import advantages
+from raywarp.algorithm import losses
+from raywarp.algorithm.advantages import advantages
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
 from raywarp.config import Config, LoraConfig, parse_config

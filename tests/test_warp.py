@@ -18,7 +18,7 @@ from tiny_run import make_project, tiny_config
 from transformers import AutoModelForCausalLM
 
 from raywarp import store
-from raywarp.adapters import dense, digest, subtract
+from raywarp.algorithm.deltas import dense, digest, subtract
 from raywarp.config import Config
 from raywarp.peft_files import load_peft
 from raywarp.rewards import RewardError

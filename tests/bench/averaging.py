@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from peft import LoraConfig, get_peft_model
 
-from raywarp.adapters import AdapterDelta, Factors, dense
-from raywarp.averaging import lerp, slerp
+from raywarp.algorithm.averaging import lerp, slerp
+from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
 
 RANK, BLOCKS, REPEATS = 16, 30, 5
 SIZES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}

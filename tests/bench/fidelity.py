@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from raywarp.adapted_model import INIT, AdaptedModel
-from raywarp.adapters import AdapterDelta, Factors, scale
+from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
 from raywarp.batch import Batch, collate
 from raywarp.config import Config, load_config
 from raywarp.data import load_prompts, resolve_model

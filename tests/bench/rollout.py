@@ -20,9 +20,9 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", HF_HUB_OFF
 import ray
 import torch
 
-from raywarp import losses
 from raywarp.adapted_model import AdaptedModel
-from raywarp.adapters import AdapterDelta, Factors, add
+from raywarp.algorithm import losses
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add
 from raywarp.batch import collate
 from raywarp.config import SMOLLM2, parse_config
 from raywarp.data import resolve_model

@@ -38,8 +38,8 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 import ray
 
 from raywarp.actors import Kinds
-from raywarp.adapters import AdapterDelta, Factors, add, digest, trailing, zeros_like
-from raywarp.averaging import liti, slerp
+from raywarp.algorithm.averaging import liti, slerp
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.batch import Batch
 from raywarp.completion import Completion
 from raywarp.config import Config, parse_config

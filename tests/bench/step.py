@@ -51,8 +51,8 @@ from transformers import AutoConfig
 
 import raywarp
 from raywarp import store
-from raywarp.adapters import add, trailing
-from raywarp.averaging import slerp
+from raywarp.algorithm.averaging import slerp
+from raywarp.algorithm.deltas import add, trailing
 from raywarp.config import Config, load_config
 from raywarp.hardware import CPU_ENV
 from raywarp.inputs import prepare_prompts

@@ -10,8 +10,8 @@ from typing import Any
 from bench.evidence import merges
 from bench.evidence.settings import ARMS, SFT_COEFS, Settings
 
-from raywarp.adapters import AdapterDelta, compress, scale, trailing, truncate
-from raywarp.averaging import geometry, lerp, slerp
+from raywarp.algorithm.averaging import geometry, lerp, slerp
+from raywarp.algorithm.deltas import AdapterDelta, compress, scale, trailing, truncate
 from raywarp.peft_files import load_peft
 from raywarp.run import Run
 from raywarp.store import check_sealed

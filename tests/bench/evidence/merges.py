@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raywarp.adapters import AdapterDelta, Factors, inner
-from raywarp.averaging import slerp_coefficients
+from raywarp.algorithm.averaging import slerp_coefficients
+from raywarp.algorithm.deltas import AdapterDelta, Factors, inner
 
 
 def slerp_of_factors(deltas: Sequence[AdapterDelta]) -> AdapterDelta:

@@ -46,7 +46,7 @@ from bench.evidence.settings import (
 from rich.console import Console
 
 from raywarp import embedded, rewards, store
-from raywarp.adapters import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config import Config
 from raywarp.evaluation import distinct_2
 from raywarp.identity import derive_seed

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from raywarp.adapters import (
+from raywarp.algorithm.deltas import (
     AdapterDelta,
     AdapterError,
     Granularity,
