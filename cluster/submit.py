@@ -20,7 +20,7 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raywarp.config import ConfigError, load_config
+from raywarp.config.schema import ConfigError, load_config
 from raywarp.jobs import absolute_paths
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

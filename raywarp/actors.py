@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp import faults, placement, room, watch
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.engines import EngineSettings, largest_rank
 from raywarp.hardware import cpu_environment
 from raywarp.policy_actor import PolicyActor

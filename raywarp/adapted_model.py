@@ -16,7 +16,7 @@ from raywarp.adapted_linear import AdaptedLinear
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
 from raywarp.batch import Batch
-from raywarp.config import LoraConfig
+from raywarp.config.schema import LoraConfig
 from raywarp.float32_pass import in_float32, widened
 from raywarp.identity import derive_seed
 from raywarp.lengths import Lengths

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raywarp.attention import KNOWN_OPTIONS, NAME
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.probe import LONGEST, close, contradictory, local_limits, source_of
 
 _REFUSED = (

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 from raywarp.classifier import classify, load_tokenizer
-from raywarp.config import ConfigError, RewardTrainingConfig
+from raywarp.config.schema import ConfigError, RewardTrainingConfig
 from raywarp.embedded import Snippet
 from raywarp.hardware import supports_bf16
 from raywarp.identity import batch_indices, derive_seed

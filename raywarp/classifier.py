@@ -7,7 +7,7 @@ import torch
 import transformers  # not `from`: its parts take seconds to import, which a check need not wait for
 from torch import Tensor
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.hardware import supports_bf16
 from raywarp.model_files import check_one_label, check_tensors, load_model, read_model_config, read_tokenizer
 

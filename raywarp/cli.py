@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raywarp.config import Config, ConfigError, config_help, load_config
+from raywarp.config.schema import Config, ConfigError, config_help, load_config
+from raywarp.config.secrets import redact
 from raywarp.config_command import add_config
-from raywarp.credentials import redact
 from raywarp.merge_command import add_merge
 from raywarp.push_command import add_push
 from raywarp.report_command import add_report

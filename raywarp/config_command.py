@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raywarp import store
-from raywarp.config import Config, ConfigError, compact, section_types
+from raywarp.config.schema import Config, ConfigError, compact, section_types
 
 SCHEMA_FILE = "raywarp.schema.json"
 WIDTH = 110  # columns of a comment
@@ -42,7 +42,7 @@ def _config(options: argparse.Namespace) -> None:
     if options.schema:
         return print(json.dumps(schema(), indent=2, ensure_ascii=False))
     if options.docs:
-        from raywarp.config_docs import docs
+        from raywarp.config.reference import docs
 
         return print(docs(schema()), end="")
     if options.init == "-":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raywarp import embedded
-from raywarp.config import SNIPPETS, ConfigError, PromptsConfig
+from raywarp.config.schema import SNIPPETS, ConfigError, PromptsConfig
 from raywarp.identity import derive_seed
 
 if TYPE_CHECKING:

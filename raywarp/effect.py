@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 
 SLOPES = (0.9, 1.1)  # of an engine that runs the trainer's policy
 PRECISE = 0.03  # standard error up to which a slope is judged

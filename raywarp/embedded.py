@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from platformdirs import user_cache_dir
 
-from raywarp.config import MINILM, SMOLLM2, SNIPPETS, ConfigError
+from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, ConfigError
 from raywarp.identity import derive_seed
 
 PREFIX = "embedded:"

@@ -11,7 +11,7 @@ from typing import Any
 
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, compress, scale
-from raywarp.config import ChooseConfig, Config, FrontConfig
+from raywarp.config.schema import ChooseConfig, Config, FrontConfig
 from raywarp.data import Prompt
 from raywarp.identity import derive_seed
 from raywarp.points import Scored

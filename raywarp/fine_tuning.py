@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from raywarp import faults, room, stop, watch
 from raywarp.actors import Place
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.faults import Failures, FaultError
 from raywarp.policy_actor import Job, task_name
 from raywarp.store import StoreError

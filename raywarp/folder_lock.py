@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 
 ENDING_SECONDS = 30.0  # in which a command that was told to stop saves what it has
 POLL_SECONDS = 0.1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import embedded, engines, memory, placement, preflight
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units

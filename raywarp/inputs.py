@@ -9,7 +9,7 @@ import transformers  # not `from`: its parts take seconds to import
 
 from raywarp import rewards, store
 from raywarp.classifier import check_classifier, load_tokenizer
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
 from raywarp.jobs import check_paths

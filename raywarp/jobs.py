@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.folder_lock import writable
 from raywarp.saved_config import CONFIG_FILE
 from raywarp.storage import Storage

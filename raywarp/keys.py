@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from raywarp import store
-from raywarp.config import Config
+from raywarp.config.schema import Config
+from raywarp.config.search import SearchSpace
 from raywarp.evaluation import wanted_etas
 from raywarp.inputs import Inputs
 from raywarp.node_check import PACKAGES, versions
-from raywarp.search_space import SearchSpace
 
 ALGORITHM_VERSION = 3  # part of every key: raise it when the same settings no longer give the same policy
 

@@ -7,7 +7,7 @@ RUNTIME is what Python, torch, transformers and Ray take, measured.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.logit_head import CHUNK_BYTES
 
 FLOAT32 = 4

@@ -85,7 +85,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Any:
-    from raywarp.config import ConfigError
+    from raywarp.config.schema import ConfigError
     from raywarp.merge_recipe import Recipe
 
     adapters, init = tuple(options.adapters), options.init
@@ -108,7 +108,7 @@ def _recipe(options: argparse.Namespace) -> Any:
 
 
 def _numbers(words: list[str] | None) -> tuple[float, ...] | None:
-    from raywarp.config import ConfigError
+    from raywarp.config.schema import ConfigError
 
     if words is None:
         return None

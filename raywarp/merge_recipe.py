@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import Granularity
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 
 Method = Literal["slerp", "lerp", "karcher", "ema", "liti"]
 _COEFFICIENTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from raywarp.config import SMOLLM2, Config, RewardConfig
+from raywarp.config.schema import SMOLLM2, Config, RewardConfig
 from raywarp.engines import lora_slots
 from raywarp.evaluation import Point
 from raywarp.report import FRONT_HEADINGS, front_cells

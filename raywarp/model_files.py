@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.weight_files import check_experts, stored_tensors
 
 ADAPTER = "adapter_config.json"

@@ -11,7 +11,7 @@ from raywarp.algorithm.deltas import block_of
 from raywarp.attention import NAME as SHORT_ROWS
 from raywarp.attention import SHORT
 from raywarp.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention
-from raywarp.config import LoraConfig
+from raywarp.config.schema import LoraConfig
 from raywarp.memory import Shapes
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.algorithm.deltas import AdapterDelta, AdapterError
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.weight_files import inside
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 
 
 @dataclass(frozen=True)

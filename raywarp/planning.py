@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import embedded, memory, placement, preflight
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
+from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import HUB_ID
 from raywarp.engines import check_mode, mode_problem
 from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
@@ -18,7 +19,6 @@ from raywarp.known_models import known_config
 from raywarp.memory import Shapes, in_units
 from raywarp.model_files import read_model_config
 from raywarp.rewards import own_file
-from raywarp.search_space import SearchSpace, search_space
 from raywarp.weight_files import weight_bytes
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen

@@ -14,7 +14,7 @@ from raywarp.algorithm.averaging import ema_update
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.batch import Batch
 from raywarp.completion import Completion
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.identity import derive_seed
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.store import DamagedError

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from raywarp.algorithm.deltas import AdapterDelta, add, digest
 from raywarp.batch import collate
 from raywarp.completion import Completion
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.data import Prompt
 from raywarp.effect import effect
 from raywarp.faults import FaultError, explain

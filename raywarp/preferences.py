@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raywarp import embedded
-from raywarp.config import SNIPPETS, ConfigError, PreferencesConfig
+from raywarp.config.schema import SNIPPETS, ConfigError, PreferencesConfig
 from raywarp.data import load_rows
 from raywarp.embedded import Snippet
 from raywarp.identity import derive_seed

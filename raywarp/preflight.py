@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp import node_check
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.folder_lock import made, writable
 from raywarp.memory import checkpoint_bytes, in_units
 from raywarp.node_check import NodeReport

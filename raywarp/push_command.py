@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.storage import Storage
 from raywarp.store import MANIFEST, DamagedError, StoreError
 

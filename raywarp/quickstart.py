@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raywarp.config import MINILM, SMOLLM2, SNIPPETS, load_config
+from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, load_config
 from raywarp.progress import Display
 from raywarp.run import Run
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from raywarp import store
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.storage import Storage, is_uri
 
 REPORT_FILE = "report.html"
@@ -94,7 +94,7 @@ def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
 
 def _members(run: str) -> list[tuple[str, str]]:
     """The places of a sweep's trials, each with its values; of a run itself, and no name but its own."""
-    from raywarp.search_space import describe
+    from raywarp.config.search import describe
     from raywarp.sweep_files import SweepFiles
 
     files = SweepFiles(run)

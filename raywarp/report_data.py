@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from raywarp.config import Config
-from raywarp.credentials import redact
+from raywarp.config.schema import Config
+from raywarp.config.secrets import redact
 from raywarp.curves import Curve, curves, number, summary, trajectory
 from raywarp.evaluation import Point
 from raywarp.findings import Finding, findings, points_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from raywarp import store
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.saved_config import CONFIG_FILE, read_config
 from raywarp.storage import Storage

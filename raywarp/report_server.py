@@ -8,7 +8,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.report_command import read
 from raywarp.report_page import render
 from raywarp.store import StoreError

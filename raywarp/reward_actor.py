@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from raywarp.config import RewardConfig
+from raywarp.config.schema import RewardConfig
 from raywarp.data import Prompt
 from raywarp.rewards import Reward, RewardError, load_reward
 from raywarp.rollout import Rollout, Scores

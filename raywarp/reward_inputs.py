@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.classifier import load_tokenizer
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.data import resolve_model
 from raywarp.model_files import check_tensors, check_weights, read_model_config
 from raywarp.preferences import PreferenceSplits, load_preferences

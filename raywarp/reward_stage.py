@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.data import PromptSplits
 from raywarp.engines import check_engine
 from raywarp.folder_lock import alone

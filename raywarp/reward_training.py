@@ -17,7 +17,7 @@ from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.hardware import CPU_ENV
 from raywarp.preferences import Preference
 from raywarp.progress import Display

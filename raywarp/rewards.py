@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from raywarp.config import ConfigError, PromptsConfig, RewardConfig
+from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data import resolve_model
 from raywarp.store import DamagedError, check_sealed, content_key, folder_fingerprint, is_sealed, read_record
 

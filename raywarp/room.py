@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raywarp import faults
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.placement import Need, Plan, make_plan
 
 ACTORS_GROUP = re.compile(r"raywarp-.*\.(?P<actor>[0-9a-f]{32})")  # as group_name makes it; others' groups are none of our business

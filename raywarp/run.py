@@ -13,7 +13,7 @@ from typing import Any
 from raywarp import store
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft
 from raywarp.sampler_mark import Mark, sampler_mark

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from raywarp import faults, orphans, room, stop, watch
 from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.data import Prompt
 from raywarp.effect import Sampler
 from raywarp.faults import Failures, FaultError

@@ -26,7 +26,7 @@ from platformdirs import user_cache_dir
 from pyarrow import ArrowInvalid, fs
 
 from raywarp import store
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.folder_lock import locked
 from raywarp.store import MANIFEST, DamagedError
 

@@ -6,7 +6,7 @@ Each rule was measured (docs/architectures.md). What cannot be known from the co
 import importlib.util
 from typing import Any
 
-from raywarp.config import ConfigError, RolloutConfig
+from raywarp.config.schema import ConfigError, RolloutConfig
 from raywarp.lengths import length_limits
 
 _SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at most {most} together"

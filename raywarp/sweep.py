@@ -12,13 +12,13 @@ import ray
 
 from raywarp import placement, room, scratch, stop, store
 from raywarp.claims import Table
-from raywarp.config import Config, ConfigError
+from raywarp.config.schema import Config, ConfigError
+from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare
 from raywarp.planning import check_cluster, opening
 from raywarp.progress import Display
 from raywarp.run import Run, read_mark
-from raywarp.search_space import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.session import start_ray
 from raywarp.stop import stoppable
 from raywarp.storage import Storage

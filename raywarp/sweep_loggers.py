@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
+from raywarp.config.search import DIRECTIONS, name_of
 from raywarp.loggers import Loggers, run_name, was_logged
 from raywarp.progress import Display
 from raywarp.run import FRONT_FILE, Run
-from raywarp.search_space import DIRECTIONS, name_of
 from raywarp.trial import SweepPlan
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.progress import TimeElapsedColumn
 
+from raywarp.config.search import describe
 from raywarp.progress import Display, bars
-from raywarp.search_space import describe
 from raywarp.trial import SweepPlan
 
 

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from raywarp import store
 from raywarp.algorithm.hypervolume import pareto
-from raywarp.config import to_yaml
+from raywarp.config.schema import to_yaml
+from raywarp.config.search import DIRECTIONS, describe, name_of, show
 from raywarp.evaluation import Point
 from raywarp.progress import Display
 from raywarp.run import Run
-from raywarp.search_space import DIRECTIONS, describe, name_of, show
 from raywarp.storage import Storage
 from raywarp.store import DamagedError
 from raywarp.sweep_files import SWEEP_FILE, SweepFiles

@@ -17,7 +17,7 @@ from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from raywarp.config import ConfigError, LoraConfig
+from raywarp.config.schema import ConfigError, LoraConfig
 from raywarp.probe import source_of
 
 ALL_LINEAR = "all-linear"

@@ -19,7 +19,8 @@ from ray.tune import Trainable
 from raywarp import evaluation, placement, stop, store, warp
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.claims import FOLDER, Elsewhere, SharedClaims, Table
-from raywarp.config import Config
+from raywarp.config.schema import Config
+from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
 from raywarp.evaluation import Point
 from raywarp.hardware import run_dtype
 from raywarp.inputs import Inputs, prepare
@@ -27,7 +28,6 @@ from raywarp.keys import front_key, key_chain
 from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
-from raywarp.search_space import DIRECTIONS, SearchSpace, decode, name_of
 from raywarp.storage import Storage
 from raywarp.store import DamagedError
 from raywarp.sweep_files import Record, SweepFiles, within

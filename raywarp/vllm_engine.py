@@ -15,7 +15,7 @@ from raywarp import scratch
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
 from raywarp.completion import Completion
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.engines import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
 from raywarp.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout import Request

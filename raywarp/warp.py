@@ -20,7 +20,7 @@ from raywarp import evaluation, store
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.evaluation import Candidate, Point
 from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare

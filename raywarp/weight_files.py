@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 from raywarp.tensor_files import TensorFile, TensorFileError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,7 +10,7 @@ import torch
 from architectures import FAMILIES, Family, compare, mixed_batch, resumes_exactly, save_model, trainer
 
 from raywarp.adapted_model import AdaptedModel
-from raywarp.config import ConfigError, LoraConfig
+from raywarp.config.schema import ConfigError, LoraConfig
 from raywarp.model_shapes import model_shapes
 
 RIGHT = [family for family in FAMILIES.values() if not family.refused]

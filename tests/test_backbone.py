@@ -13,7 +13,7 @@ from raywarp import attention
 from raywarp.adapted_model import AdaptedModel
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
-from raywarp.config import LoraConfig
+from raywarp.config.schema import LoraConfig
 from raywarp.packing import micro_batches
 
 VOCABULARY = 3 + len(WORDS)

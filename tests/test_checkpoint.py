@@ -11,7 +11,7 @@ from test_rollout import trained_model
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense, zeros_like
 from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files
-from raywarp.config import ConfigError
+from raywarp.config.schema import ConfigError
 
 
 def checkpoint_of(folder: Path) -> Checkpoint:

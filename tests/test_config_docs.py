@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from raywarp.cli import main
-from raywarp.config import known_keys
+from raywarp.config.reference import anchor, docs
+from raywarp.config.schema import known_keys
 from raywarp.config_command import schema
-from raywarp.config_docs import anchor, docs
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

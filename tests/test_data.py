@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from raywarp import embedded
-from raywarp.config import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
+from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
 from raywarp.data import Prompt, _PromptRenderer, fingerprint, load_prompts, load_rows, resolve_model
 from raywarp.preferences import Preference, PreferenceSplits, load_preferences
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from raywarp import cli
-from raywarp.config import Config, known_keys, parse_config
-from raywarp.config_docs import anchor
+from raywarp.config.reference import anchor
+from raywarp.config.schema import Config, known_keys, parse_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]

@@ -16,7 +16,7 @@ import pytest
 from tiny_run import Listener, files_of, tiny_config
 
 from raywarp import rewards
-from raywarp.config import Config, RewardConfig
+from raywarp.config.schema import Config, RewardConfig
 from raywarp.run import Run
 from raywarp.warp import train
 

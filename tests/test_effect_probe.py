@@ -10,7 +10,7 @@ from conftest import save_tiny_gpt2, save_tiny_llama
 
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm.deltas import add, norm
-from raywarp.config import LoraConfig
+from raywarp.config.schema import LoraConfig
 from raywarp.effect import EffectError, effect
 from raywarp.effect_probe import logprobs, make_probe, reference, score
 

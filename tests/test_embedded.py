@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raywarp import embedded
-from raywarp.config import MINILM, SMOLLM2, ConfigError
+from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
 from raywarp.embedded import FetchError, Snippet, Source, assign_splits, split_snippets
 
 

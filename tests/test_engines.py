@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raywarp.config import ConfigError, parse_config
+from raywarp.config.schema import ConfigError, parse_config
 from raywarp.engines import check_engine, check_mode, largest_rank, lora_slots
 from raywarp.transformers_engine import draw, uniform_numbers
 

@@ -6,7 +6,7 @@ from conftest import random_delta
 
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, dense, zeros_like
-from raywarp.config import ChooseConfig
+from raywarp.config.schema import ChooseConfig
 from raywarp.evaluation import Point, candidates, choose, distinct_2, mean_interval, summarise
 from raywarp.points import Scored
 

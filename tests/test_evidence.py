@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from raywarp import store
 from raywarp.algorithm.averaging import geometry, lerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
-from raywarp.config import MINILM, SMOLLM2
+from raywarp.config.schema import MINILM, SMOLLM2
 from raywarp.peft_files import save_peft
 from raywarp.run import Run
 

@@ -41,7 +41,7 @@ from raywarp import faults, watch
 from raywarp.actors import Kinds
 from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
 from raywarp.completion import Completion
-from raywarp.config import RewardConfig, parse_config
+from raywarp.config.schema import RewardConfig, parse_config
 from raywarp.data import Prompt
 from raywarp.engines import Engine, EngineSettings
 from raywarp.faults import Failures, FaultError

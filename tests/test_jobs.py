@@ -28,7 +28,7 @@ from conftest import installed_in, save_tiny_llama, write_prompts
 from ray.job_submission import JobSubmissionClient
 
 from raywarp.algorithm.deltas import digest
-from raywarp.config import ConfigError, load_config
+from raywarp.config.schema import ConfigError, load_config
 from raywarp.jobs import absolute_paths, check_paths
 from raywarp.peft_files import load_peft
 from raywarp.run_metrics import GAUGES

@@ -16,7 +16,7 @@ import json, os, subprocess, sys, time
 import ray
 from ray.cluster_utils import Cluster
 from raywarp import preflight
-from raywarp.config import ConfigError, load_config
+from raywarp.config.schema import ConfigError, load_config
 
 run, tmp = sys.argv[1:3]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -131,7 +131,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 from raywarp.actors import Kinds
-from raywarp.config import parse_config
+from raywarp.config.schema import parse_config
 from raywarp.faults import FaultError
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.session import Session

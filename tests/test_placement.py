@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group, placement_group_table
 
 from raywarp import placement, room, watch
 from raywarp.actors import Place
-from raywarp.config import Config, ConfigError, parse_config
+from raywarp.config.schema import Config, ConfigError, parse_config
 from raywarp.reward_actor import RewardActor
 
 

@@ -20,7 +20,7 @@ from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.batch import collate
 from raywarp.cli import main
 from raywarp.completion import Completion
-from raywarp.config import Config, ConfigError, LoraConfig, parse_config
+from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
 from raywarp.forecast import Forecast, Process
 from raywarp.model_shapes import model_shapes
 from raywarp.node_check import NodeReport
@@ -337,7 +337,7 @@ def test_plan_offline_starts_and_reads_nothing(project: Path, capsys: pytest.Cap
 
 def test_a_config_that_is_too_large_for_every_disk_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda place: 1000)
-    from raywarp.config import load_config
+    from raywarp.config.schema import load_config
 
     found = plan(load_config("config.yaml"), offline=True)
     assert not found.fits

@@ -16,7 +16,7 @@ from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import dense, zeros_like
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
-from raywarp.config import Config, LoraConfig, parse_config
+from raywarp.config.schema import Config, LoraConfig, parse_config
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy
 from raywarp.policy_files import Checkpoint, PolicyFiles

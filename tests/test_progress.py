@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raywarp.config import parse_config
+from raywarp.config.schema import parse_config
+from raywarp.config.search import search_space
 from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.run import Run
-from raywarp.search_space import search_space
 from raywarp.sweep_progress import SweepProgress
 from raywarp.trial import SweepPlan
 from raywarp.tune_callback import callback

@@ -17,7 +17,7 @@ from tiny_run import make_project, tiny_config
 from raywarp.actors import Kinds
 from raywarp.algorithm.deltas import scale
 from raywarp.completion import Completion
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.data import Prompt
 from raywarp.effect import EffectError
 from raywarp.engines import Engine

@@ -16,7 +16,7 @@ from test_rewards import build_bert
 from transformers import AutoModelForSequenceClassification
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
-from raywarp.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
+from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
 from raywarp.embedded import Snippet
 from raywarp.preferences import Preference
 from raywarp.reward_inputs import WORK, prepare_reward

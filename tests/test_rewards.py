@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from raywarp import store
 from raywarp.classifier import ClassifierReward, classify, encode
 from raywarp.completion import Completion
-from raywarp.config import ConfigError, PromptsConfig, RewardConfig
+from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.inputs import prepare
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import (
@@ -283,7 +283,7 @@ def test_processes_without_a_model_do_without_torch():
     """It is more than a second and 200 MB of each of them."""
     lines = (
         "import sys, raywarp.rollout_pool",
-        "from raywarp.config import RewardConfig",
+        "from raywarp.config.schema import RewardConfig",
         "from raywarp.reward_actor import RewardActor",
         "RewardActor(RewardConfig(function='raywarp.embedded:vader')).start()",
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])",

@@ -23,7 +23,7 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import add
 from raywarp.batch import collate
 from raywarp.completion import Completion
-from raywarp.config import Config, ConfigError, LoraConfig, parse_config
+from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
 from raywarp.faults import cause_of
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
 from raywarp.rollout_pool import RolloutPool

@@ -9,7 +9,7 @@ from tiny_run import Listener, as_of_before, tiny_config
 
 from raywarp import store
 from raywarp.cli import main
-from raywarp.config import Config, ConfigError, parse_config, to_yaml
+from raywarp.config.schema import Config, ConfigError, parse_config, to_yaml
 from raywarp.model_card import marked
 from raywarp.report_command import build
 from raywarp.report_data import report_data

@@ -18,7 +18,7 @@ import pytest
 from conftest import S3Server, random_delta
 
 from raywarp import store
-from raywarp.config import ConfigError, parse_config
+from raywarp.config.schema import ConfigError, parse_config
 from raywarp.mirror import Mirror
 from raywarp.run import Run
 from raywarp.storage import Storage

@@ -6,7 +6,7 @@ from conftest import random_delta
 
 from raywarp import store
 from raywarp.algorithm.deltas import Factors
-from raywarp.config import ConfigError, parse_config
+from raywarp.config.schema import ConfigError, parse_config
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.keys import policy_keys
 from raywarp.run import Run

@@ -8,7 +8,7 @@ import pytest
 from architectures import FAMILIES, LIMIT, save_model
 from tiny_run import make_project, tiny_config
 
-from raywarp.config import ConfigError, RolloutConfig
+from raywarp.config.schema import ConfigError, RolloutConfig
 from raywarp.inputs import prepare
 from raywarp.supported import refuse_unsupported
 

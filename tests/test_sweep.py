@@ -28,11 +28,11 @@ from tiny_run import Listener
 from raywarp.algorithm.deltas import digest
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.claims import ClaimTable, Table
-from raywarp.config import load_config
+from raywarp.config.schema import load_config
+from raywarp.config.search import describe, name_of
 from raywarp.peft_files import load_peft
 from raywarp.planning import plan, render
 from raywarp.report_command import read, save_report
-from raywarp.search_space import describe, name_of
 from raywarp.storage import Storage
 from raywarp.sweep import tune
 from raywarp.sweep_report import Sweep

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raywarp.config import RewardConfig
+from raywarp.config.schema import RewardConfig
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import RewardError
 from raywarp.time_limit import TimeLimit, TimeLimitError

@@ -7,7 +7,7 @@ import torch
 from architectures import FAMILIES, engine_prompts, save_model, trainer
 
 from raywarp.batch import collate
-from raywarp.config import parse_config
+from raywarp.config.schema import parse_config
 from raywarp.engines import EngineSettings
 from raywarp.packing import micro_batches
 from raywarp.rollout import SFT, Request

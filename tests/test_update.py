@@ -23,7 +23,7 @@ from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.batch import Batch, collate
 from raywarp.completion import Completion
-from raywarp.config import Config, LoraConfig, parse_config
+from raywarp.config.schema import Config, LoraConfig, parse_config
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from raywarp import store
 from raywarp.algorithm.deltas import dense, digest, subtract
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.peft_files import load_peft
 from raywarp.rewards import RewardError
 from raywarp.run import Run

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from raywarp import embedded
 from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
-from raywarp.config import MINILM, SMOLLM2, ConfigError
+from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
 from raywarp.inputs import model_fingerprint
 from raywarp.model_files import check_tensors, check_weights, load_model
 from raywarp.weight_files import own_files_only, stored_bytes, weight_bytes, weight_files

@@ -11,7 +11,7 @@ from conftest import WORDS
 from rich.console import Console
 
 from raywarp import store
-from raywarp.config import Config, parse_config
+from raywarp.config.schema import Config, parse_config
 from raywarp.progress import Display
 
 REWARD = '''

@@ -108,7 +108,7 @@ def answer(pipe: Any, family: str, column: str) -> None:
 def cell(name: str, column: str) -> dict[str, Any]:
     from architectures import FAMILIES, save_model
 
-    from raywarp.config import ConfigError
+    from raywarp.config.schema import ConfigError
 
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as folder:
@@ -139,7 +139,7 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     import torch
     from architectures import engine_prompts, random_policy, trainer
 
-    from raywarp.config import parse_config
+    from raywarp.config.schema import parse_config
     from raywarp.engines import EngineSettings, start_engine
     from raywarp.rollout import SFT, Adapter, Request
     from raywarp.supported import refuse_unsupported

@@ -38,7 +38,7 @@ from test_rewards import build_bert
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp.cli import _exit_code
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.inputs import check_reward
 from raywarp.reward_training import train_reward
 from raywarp.warp import train

@@ -34,7 +34,7 @@ from torch import Tensor
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
 from raywarp.batch import Batch, collate
-from raywarp.config import Config, load_config
+from raywarp.config.schema import Config, load_config
 from raywarp.data import load_prompts, resolve_model
 from raywarp.engines import EngineSettings, start_engine
 from raywarp.model_files import read_tokenizer

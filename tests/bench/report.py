@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import store
-from raywarp.config import load_config
+from raywarp.config.schema import load_config
 from raywarp.report_command import build
 from raywarp.run import Run
 

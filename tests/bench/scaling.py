@@ -42,7 +42,7 @@ from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.batch import Batch
 from raywarp.completion import Completion
-from raywarp.config import Config, parse_config
+from raywarp.config.schema import Config, parse_config
 from raywarp.data import Prompt
 from raywarp.peft_files import load_peft, save_peft
 from raywarp.policy_actor import Job, PolicyActor

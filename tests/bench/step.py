@@ -53,7 +53,7 @@ import raywarp
 from raywarp import store
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
-from raywarp.config import Config, load_config
+from raywarp.config.schema import Config, load_config
 from raywarp.hardware import CPU_ENV
 from raywarp.inputs import prepare_prompts
 from raywarp.model_shapes import model_shapes

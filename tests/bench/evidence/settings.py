@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import embedded
-from raywarp.config import MINILM, SMOLLM2, SNIPPETS, Config, load_config
+from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, Config, load_config
 from raywarp.store import write_text
 
 SELECTION_FILE = "selection.json"

@@ -47,7 +47,7 @@ from rich.console import Console
 
 from raywarp import embedded, rewards, store
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.config import Config
+from raywarp.config.schema import Config
 from raywarp.evaluation import distinct_2
 from raywarp.identity import derive_seed
 from raywarp.inputs import prepare_prompts

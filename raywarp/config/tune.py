@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raywarp.values import Count, Integer, Number, Positive, Section, Seed
+from raywarp.config.field_types import Count, Integer, Number, Positive, Section, Seed
 
 Objective = Literal["hypervolume", "reward", "kl", "control"]
 Range = tuple[Number, Number]

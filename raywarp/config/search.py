@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from raywarp import store
-from raywarp.config import Config, ConfigError, known_keys, parse_config, unknown
-from raywarp.tune_config import Domain, TuneConfig
+from raywarp.config.schema import Config, ConfigError, known_keys, parse_config, unknown
+from raywarp.config.tune import Domain, TuneConfig
 
 Point = dict[str, Any]
 MOST_TRIALS = 10_000

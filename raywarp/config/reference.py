@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raywarp.config import compact
-from raywarp.values import LARGEST
+from raywarp.config.field_types import LARGEST
+from raywarp.config.schema import compact
 
 WIDTH = 140  # columns of a paragraph
 RUN = "The run"  # heading of the keys that are in no section

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from raywarp.credentials import keys_with_secrets, redact
-from raywarp.strict_yaml import StrictYamlError, load_yaml
-from raywarp.tune_config import TuneConfig
-from raywarp.values import Count, Gpus, Modules, NotNegative, Number, Positive, Rate, Section, Seed, Text, Whole
+from raywarp.config.field_types import Count, Gpus, Modules, NotNegative, Number, Positive, Rate, Section, Seed, Text, Whole
+from raywarp.config.secrets import keys_with_secrets, redact
+from raywarp.config.strict_yaml import StrictYamlError, load_yaml
+from raywarp.config.tune import TuneConfig
 
 SHOWN = 80  # characters of a wrong value in a message
 
