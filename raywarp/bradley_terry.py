@@ -23,7 +23,7 @@ from raywarp.hardware import supports_bf16
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.model_files import load_model
 from raywarp.preferences import Preference
-from raywarp.store import write_json
+from raywarp.storage.sealed import write_json
 
 CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
 GPU_GROUP = 256

@@ -48,7 +48,7 @@ def _exit_code(error: Exception) -> int | None:
     from raywarp.faults import FaultError
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
-    from raywarp.store import DamagedError, StoreError
+    from raywarp.storage.sealed import DamagedError, StoreError
 
     return 1 if isinstance(error, CheckpointError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None
 

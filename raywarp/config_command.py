@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raywarp import store
 from raywarp.config.schema import Config, ConfigError, compact, section_types
+from raywarp.storage import sealed
 
 SCHEMA_FILE = "raywarp.schema.json"
 WIDTH = 110  # columns of a comment
@@ -50,7 +50,7 @@ def _config(options: argparse.Namespace) -> None:
     path = Path(options.init)
     if path.exists():
         raise ConfigError(f"{path} is there already, and is not written over")
-    store.write_text(path, commented())
+    sealed.write_text(path, commented())
     print(f"{path}; next: raywarp plan {path}", file=sys.stderr)
 
 

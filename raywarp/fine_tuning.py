@@ -13,7 +13,7 @@ from raywarp.actors import Place
 from raywarp.config.schema import Config
 from raywarp.faults import Failures, FaultError
 from raywarp.policy_actor import Job, task_name
-from raywarp.store import StoreError
+from raywarp.storage.sealed import StoreError
 
 TICK = 0.25  # seconds between two looks at everything but the policies' events
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers  # not `from`: its parts take seconds to import
 
-from raywarp import rewards, store
+from raywarp import rewards
 from raywarp.classifier import check_classifier, load_tokenizer
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
@@ -16,6 +16,7 @@ from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
 from raywarp.model_files import check_causal, check_tensors, read_model_config, read_tokenizer
+from raywarp.storage import sealed
 from raywarp.supported import refuse_unsupported
 
 
@@ -66,7 +67,7 @@ def prepare(config: Config) -> Inputs:
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=fingerprint(prompts.train),
         reward=rewards.fingerprint(reward),
-        evaluation=store.content_key([fingerprint(prompts.held_out), rewards.fingerprint(control) if control else None]),
+        evaluation=sealed.content_key([fingerprint(prompts.held_out), rewards.fingerprint(control) if control else None]),
     )
 
 
@@ -108,7 +109,7 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
             model = resolve_model(scorer.model, what=f"{key} model")
             try:
                 rewards.check_trained(Path(model))
-            except store.DamagedError as error:
+            except sealed.DamagedError as error:
                 raise ConfigError(
                     f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with out={model} trains it anew"
                 ) from None
@@ -122,7 +123,7 @@ def model_fingerprint(model: str, trust_remote_code: bool = False) -> str:
     """Of a folder's weights, config and tokenizer; of a hub id, its commit."""
     folder = Path(model)
     if folder.is_dir():
-        return store.folder_fingerprint(folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"])
+        return sealed.folder_fingerprint(folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"])
     commit: Any = getattr(read_model_config(model, trust_remote_code, f"model={model}"), "_commit_hash", None)
     return f"{model}@{commit or 'unknown'}"
 

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from raywarp.config.schema import Config, ConfigError
-from raywarp.folder_lock import writable
 from raywarp.saved_config import CONFIG_FILE
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
+from raywarp.storage.locks import writable
 
 _WRITTEN = ("out", "store")
 _MODELS = ("reward.model", "control.model")  # the score's standardisation is kept beside the weights

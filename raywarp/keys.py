@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from raywarp import store
 from raywarp.config.schema import Config
 from raywarp.config.search import SearchSpace
 from raywarp.evaluation import wanted_etas
 from raywarp.inputs import Inputs
 from raywarp.node_check import PACKAGES, versions
+from raywarp.storage import sealed
 
 ALGORITHM_VERSION = 3  # part of every key: raise it when the same settings no longer give the same policy
 
@@ -35,7 +35,7 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         "seed": config.seed,
         "iteration": iteration,
     }
-    return [store.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
+    return [sealed.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
 
 
 def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
@@ -47,20 +47,20 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
     chain, init_key = list[list[str]](), "sft"
     for iteration in range(1, config.warp.iterations + 1):
         chain.append(policy_keys(config, inputs, iteration, init_key))
-        init_key = store.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
+        init_key = sealed.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
     return chain
 
 
 def key_of_numerics(config: Config, inputs: Inputs) -> str:
     """Of all that a session's numerics follow from, but for the machines: what a finished run found holds wherever its folder is read."""
     sections = config.model_dump(include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"})
-    return store.content_key([ALGORITHM_VERSION, sections, inputs.fingerprints(), versions((*PACKAGES, "peft"))])
+    return sealed.content_key([ALGORITHM_VERSION, sections, inputs.fingerprints(), versions((*PACKAGES, "peft"))])
 
 
 def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
     """Of the front of an iteration whose policies have these keys. Which of its points is chosen is no part of it."""
     front = config.front.model_dump(exclude={"choose"}) | {"etas": sorted({*wanted_etas(config), 0.0, 1.0})}
-    return store.content_key([keys, inputs.evaluation, front, config.cluster.threads])
+    return sealed.content_key([keys, inputs.evaluation, front, config.cluster.threads])
 
 
 def policy_runs(space: SearchSpace) -> tuple[int, int] | None:

@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raywarp import store
 from raywarp.config.schema import Config, ConfigError, to_yaml
 from raywarp.model_files import first_line
 from raywarp.run import PICTURE, Run
 from raywarp.saved_config import CONFIG_FILE, flat
-from raywarp.store import DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.sealed import DamagedError
 
 IDS_FILE = "loggers.json"  # the services' own ids of this run, by which a continued one goes on there
 TENSORBOARD = "tensorboard"  # a folder
@@ -140,7 +140,7 @@ def was_logged(folder: Path) -> bool:
 
 def _known_ids(folder: Path) -> dict[str, str]:
     try:
-        ids: dict[str, str] = (store.read_record(folder / IDS_FILE) or {"ids": {}})["ids"]
+        ids: dict[str, str] = (sealed.read_record(folder / IDS_FILE) or {"ids": {}})["ids"]
         return ids
     except DamagedError:
         return {}
@@ -149,7 +149,7 @@ def _known_ids(folder: Path) -> dict[str, str]:
 def _save_id(folder: Path, name: str, own: str) -> None:
     ids = _known_ids(folder)
     if ids.get(name) != own:
-        store.write_record(folder / IDS_FILE, {"ids": {**ids, name: own}})
+        sealed.write_record(folder / IDS_FILE, {"ids": {**ids, name: own}})
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

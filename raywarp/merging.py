@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raywarp import store
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
 from raywarp.merge_recipe import Recipe
 from raywarp.peft_config import CONFIG_FILE
 from raywarp.peft_files import AdapterFile, AdapterWriter
+from raywarp.storage import sealed
 
 _READERS = 2  # threads that read the next block while one is written
 
@@ -243,7 +243,7 @@ def _new_adapter(out: Path, overwrite: bool) -> Iterator[Path]:
     if not overwrite and out.exists() and any(out.iterdir()):
         raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
     try:
-        with store.new_files(out, last=CONFIG_FILE) as folder:
+        with sealed.new_files(out, last=CONFIG_FILE) as folder:
             yield folder
     except OSError as error:
         raise AdapterError(f"cannot write {out}: {error.strerror or error}") from None

@@ -15,7 +15,7 @@ from raywarp.evaluation import Point
 from raywarp.report import FRONT_HEADINGS, front_cells
 from raywarp.run import PICTURE
 from raywarp.sampler_mark import Mark
-from raywarp.storage import is_uri
+from raywarp.storage.location import is_uri
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of what comes in a package
 

@@ -17,7 +17,7 @@ from raywarp.completion import Completion
 from raywarp.config.schema import Config
 from raywarp.identity import derive_seed
 from raywarp.packing import MicroBatch, micro_batches
-from raywarp.store import DamagedError
+from raywarp.storage.sealed import DamagedError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 

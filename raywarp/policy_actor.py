@@ -28,8 +28,8 @@ from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.proof import EVERY, Proof, requests
 from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
-from raywarp.storage import Storage
-from raywarp.store import DamagedError, read_jsonl
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import DamagedError, read_jsonl
 from raywarp.watch import GROUP, START_SECONDS, Process, Work, stack_here
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on

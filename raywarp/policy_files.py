@@ -23,8 +23,8 @@ from torch import Tensor
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.peft_files import save_peft
-from raywarp.storage import Storage
-from raywarp.store import DamagedError, read_jsonl, write_json, write_jsonl
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import DamagedError, read_jsonl, write_json, write_jsonl
 
 KEPT_CHECKPOINTS = 2
 

@@ -12,11 +12,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp import node_check
 from raywarp.config.schema import Config, ConfigError
-from raywarp.folder_lock import made, writable
 from raywarp.memory import checkpoint_bytes, in_units
 from raywarp.node_check import NodeReport
 from raywarp.saved_config import CONFIG_FILE
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
+from raywarp.storage.locks import made, writable
 
 LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
 

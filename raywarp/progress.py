@@ -18,7 +18,7 @@ from raywarp.policy_actor import Job
 from raywarp.report import front_table, print_samples
 from raywarp.run import Run, read_mark
 from raywarp.run_metrics import step_seconds
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
 PRINTED_SAMPLES = 8  # prompts; the report has all

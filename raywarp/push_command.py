@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.config.schema import ConfigError
-from raywarp.storage import Storage
-from raywarp.store import MANIFEST, DamagedError, StoreError
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import MANIFEST, DamagedError, StoreError
 
 CARD = "README.md"
 

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from raywarp import store
 from raywarp.evaluation import Point
+from raywarp.storage import sealed
 
 FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS")
 
@@ -39,7 +39,7 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
     axes.margins(x=0.12, y=0.12)
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    store.write_bytes(path, image.getvalue())
+    sealed.write_bytes(path, image.getvalue())
     plt.close(figure)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from raywarp import store
 from raywarp.config.schema import ConfigError
-from raywarp.storage import Storage, is_uri
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage, is_uri
 
 REPORT_FILE = "report.html"
 
@@ -64,7 +64,7 @@ def save_report(runs: Sequence[str], out: str | None = None) -> tuple[str, int]:
     path = Path(out).absolute()
     if path.is_dir():
         raise ConfigError(f"--out={out} is a folder; name a file in it, for example {path / REPORT_FILE}")
-    store.write_bytes(path, page)
+    sealed.write_bytes(path, page)
     return str(path), len(page)
 
 

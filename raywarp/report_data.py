@@ -18,8 +18,8 @@ from raywarp.report_texts import clip, sample_texts, training_texts
 from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, read_mark
 from raywarp.sampler_mark import Mark
 from raywarp.saved_config import CONFIG_FILE, flat
-from raywarp.storage import Storage
-from raywarp.store import MANIFEST
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import MANIFEST
 from raywarp.timeline import timeline
 
 SILENT = 120.0  # seconds without a step after which a run that says nothing of its end may be dead

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from raywarp import store
 from raywarp.config.schema import ConfigError
 from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.saved_config import CONFIG_FILE, read_config
-from raywarp.storage import Storage
-from raywarp.store import MANIFEST, DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import MANIFEST, DamagedError
 
 Value = TypeVar("Value")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
@@ -66,15 +66,15 @@ class RunFiles:
     def record(self, name: str) -> dict[str, Any] | None:
         """A JSON object with its own sha256; None where there is none. Raises DamagedError."""
         data = self.storage.read(name)
-        return None if data is None else store.parse_record(data, name)
+        return None if data is None else sealed.parse_record(data, name)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A JSONL file's rows, without what cannot be read."""
         data = self.storage.read(name)
         if data is None:
             return []
-        rows = store.parse_jsonl(data)
-        if lost := store.lost_rows(data, rows):
+        rows = sealed.parse_jsonl(data)
+        if lost := sealed.lost_rows(data, rows):
             self.missing.append(f"{name}: {lost} of {lost + len(rows)} lines cannot be read.")
         return rows
 
@@ -100,10 +100,10 @@ class RunFiles:
             manifest = storage.read(f"{folder}/{MANIFEST}")
             if manifest is None:
                 continue
-            path = store.parse_manifest(manifest, f"{folder}/{MANIFEST}")["samples.jsonl"].get("path", "samples.jsonl")
+            path = sealed.parse_manifest(manifest, f"{folder}/{MANIFEST}")["samples.jsonl"].get("path", "samples.jsonl")
             data = storage.read(f"{folder}/{path}")
             if data is not None:
-                return store.parse_jsonl(data)
+                return sealed.parse_jsonl(data)
         return []
 
     def _is_config(self) -> bool:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from raywarp.page_json import to_json
-from raywarp.store import content_key
+from raywarp.storage.sealed import content_key
 
 SCRIPTS = ("dom.js", "charts.js", "front.js", "texts.js", "curves.js", "geometry.js", "timeline.js", "page.js")
 PLAIN = 1_000_000  # characters of JSON that stand in the page as they are, for whoever wants to read or parse them there

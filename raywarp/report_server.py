@@ -11,7 +11,7 @@ from typing import Any
 from raywarp.config.schema import ConfigError
 from raywarp.report_command import read
 from raywarp.report_page import render
-from raywarp.store import StoreError
+from raywarp.storage.sealed import StoreError
 
 HOST = "127.0.0.1"
 FRESH = 2.0  # seconds for which what was read is good enough, and at least this many times what the reading takes:

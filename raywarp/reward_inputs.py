@@ -11,8 +11,8 @@ from raywarp.data import resolve_model
 from raywarp.model_files import check_tensors, check_weights, read_model_config
 from raywarp.preferences import PreferenceSplits, load_preferences
 from raywarp.rewards import REWARD_FILE, check_trained
-from raywarp.storage import Storage
-from raywarp.store import MANIFEST, DamagedError, read_record
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import MANIFEST, DamagedError, read_record
 
 SETTINGS_FILE = "settings.json"
 WORK = ".ray_train"  # inside the model's folder, removed at success

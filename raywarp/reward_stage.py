@@ -6,7 +6,6 @@ from pathlib import Path
 from raywarp.config.schema import Config
 from raywarp.data import PromptSplits
 from raywarp.engines import check_engine
-from raywarp.folder_lock import alone
 from raywarp.inputs import prepare_prompts
 from raywarp.jobs import check_paths
 from raywarp.planning import check_cluster
@@ -15,6 +14,7 @@ from raywarp.reward_inputs import RewardInputs, prepare_reward
 from raywarp.reward_training import RewardSummary, train_reward
 from raywarp.session import start_ray
 from raywarp.standardisation import is_standardised, save_standardisation, sft_scores
+from raywarp.storage.locks import alone
 
 
 @dataclass(frozen=True)

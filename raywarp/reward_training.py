@@ -24,7 +24,7 @@ from raywarp.progress import Display
 from raywarp.reward_inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.reward_progress import following
 from raywarp.rewards import REWARD_FILE
-from raywarp.store import (
+from raywarp.storage.sealed import (
     MANIFEST,
     DamagedError,
     append_jsonl,

@@ -10,16 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raywarp import store
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config, ConfigError
-from raywarp.mirror import Mirror
 from raywarp.peft_files import save_peft
 from raywarp.sampler_mark import Mark, sampler_mark
 from raywarp.saved_config import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_config, saved_form
-from raywarp.storage import Storage
-from raywarp.store import DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.mirror import Mirror
+from raywarp.storage.sealed import DamagedError
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
@@ -100,7 +100,7 @@ class Run:
             raise ConfigError(f"out={config.out} exists and holds no run of raywarp; choose another out, or empty it")
 
     def save_config(self, config: Config) -> None:
-        store.write_text(self.folder / CONFIG_FILE, saved_form(config))
+        sealed.write_text(self.folder / CONFIG_FILE, saved_form(config))
         self.push()
 
     @contextmanager
@@ -109,14 +109,14 @@ class Run:
         try:
             yield
         except BaseException:
-            with suppress(store.StoreError):  # the body's error says more
+            with suppress(sealed.StoreError):  # the body's error says more
                 self.push()
             raise
         self.push()
 
     def clean(self) -> None:
         """Remove what interrupted writers left: at once where only this run writes, else after a day."""
-        self.store.clean("policies", store.DAY if self.place or self.mirror else 0)
+        self.store.clean("policies", sealed.DAY if self.place or self.mirror else 0)
         if not self.mirror:
             Storage(self.folder).clean("iterations", 0)
 
@@ -151,7 +151,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row per policy and optimiser step."""
-        return store.read_jsonl(self.metrics_file)
+        return sealed.read_jsonl(self.metrics_file)
 
     def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
         """Make an iteration's rows anew: those of its finished policies are in their folders, and those of the others come with their
@@ -162,33 +162,33 @@ class Run:
             finished: keys of the iteration's policies that are.
         """
         before = self.metrics()
-        rows = [row for key in finished for row in store.read_jsonl(self.policy_folder(key) / METRICS_FILE)]
+        rows = [row for key in finished for row in sealed.read_jsonl(self.policy_folder(key) / METRICS_FILE)]
         known = {json.dumps(row) for row in before}
         if self.metrics_file.is_file() and any(json.dumps(row) not in known for row in rows):
             self.say(f"{self.metrics_file} lacked rows of iteration {iteration} or had others; taken from the policies' folders")
         earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
         kept = [[row for row in before if row.get("iteration") in some] for some in (earlier, later)]
-        store.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
+        sealed.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
 
     def set_policy_metrics(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
         """Replace a policy's rows by what its folder says, so that after a resume each step stands there once."""
         others = [row for row in self.metrics() if row.get("key") != key]
-        store.write_jsonl(self.metrics_file, [*others, *rows])
+        sealed.write_jsonl(self.metrics_file, [*others, *rows])
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        store.append_jsonl(self.metrics_file, row)
+        sealed.append_jsonl(self.metrics_file, row)
         if self.mirror:
             self.mirror.push_now_and_then()
 
     def events(self) -> list[dict[str, Any]]:
         """What happened to the run, oldest first: see add_event."""
-        return [row for row in store.read_jsonl(self.folder / EVENTS_FILE) if "event" in row and "time" in row]
+        return [row for row in sealed.read_jsonl(self.folder / EVENTS_FILE) if "event" in row and "time" in row]
 
     def lost_events(self) -> str:
         """What damage has taken of them, as far as it shows; empty where nothing is amiss."""
         path = self.folder / EVENTS_FILE
         data = path.read_bytes() if path.is_file() else b""
-        lost = store.lost_rows(data, store.parse_jsonl(data))
+        lost = sealed.lost_rows(data, sealed.parse_jsonl(data))
         if not data and self.metrics_file.is_file():
             return f"{path} is missing or empty: what befell the run before is not known any more"
         return f"{path}: {lost} of its lines cannot be read, and are left out" if lost else ""
@@ -203,18 +203,18 @@ class Run:
                 step, cause (out of memory, killed, node lost, hang, exception), message, seconds_lost, steps_repeated; whichever apply.
         """
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
-        store.append_jsonl(self.folder / EVENTS_FILE, row)
+        sealed.append_jsonl(self.folder / EVENTS_FILE, row)
         return row
 
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""
         times = self._times()
         rows = [old for old in times["iterations"] if old["iteration"] != iteration]
-        store.write_record(self.folder / TIMING_FILE, {**times, "iterations": [*rows, {"iteration": iteration, **row}]})
+        sealed.write_record(self.folder / TIMING_FILE, {**times, "iterations": [*rows, {"iteration": iteration, **row}]})
 
     def save_evaluation_work(self, spans: Mapping[str, Any]) -> None:
         """Who was at the front when, in timing.json; as the spans of a step."""
-        store.write_record(self.folder / TIMING_FILE, {**self._times(), "evaluation": {"spans": spans}})
+        sealed.write_record(self.folder / TIMING_FILE, {**self._times(), "evaluation": {"spans": spans}})
 
     def timing(self) -> list[dict[str, Any]]:
         """A row per iteration that was trained."""
@@ -224,7 +224,7 @@ class Run:
     def _times(self) -> dict[str, Any]:
         path = self.folder / TIMING_FILE
         try:
-            return store.read_record(path) or {"iterations": []}
+            return sealed.read_record(path) or {"iterations": []}
         except DamagedError as error:
             self.say(f"{error}; where the time went so far is lost")
             path.unlink()
@@ -245,8 +245,8 @@ class Run:
             save_peft(merged, folder)
         with self._replacing(name) as folder:
             place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
-            store.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
-            store.write_json(folder / "geometry.json", geometry(task_vectors))
+            sealed.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
+            sealed.write_json(folder / "geometry.json", geometry(task_vectors))
         self.push()
 
     @contextmanager
@@ -256,9 +256,9 @@ class Run:
             Storage(self.folder).fetch(name)
         except DamagedError as error:
             self.say(f"{error}; made anew")
-        with store.explained("write", self.folder / name), store.new_files(self.folder / name, store.MANIFEST) as folder:
+        with sealed.explained("write", self.folder / name), sealed.new_files(self.folder / name, sealed.MANIFEST) as folder:
             yield folder
-            store.seal(folder)
+            sealed.seal(folder)
 
     def save_adapter(self, delta: AdapterDelta, card: str) -> None:
         """The chosen point of the front, as a plain PEFT adapter, with its card and the front's picture."""
@@ -273,19 +273,19 @@ class Run:
 
     def save_front(self, front: Mapping[str, Any]) -> None:
         """front.json, last of what belongs to it: it vouches for the others."""
-        files = {name: store.file_entry(self.folder / name) for name in FRONT_FILES}
-        store.write_record(self.folder / FRONT_FILE, {**front, "sampler": SAMPLER_VERSION, "files": files})
+        files = {name: sealed.file_entry(self.folder / name) for name in FRONT_FILES}
+        sealed.write_record(self.folder / FRONT_FILE, {**front, "sampler": SAMPLER_VERSION, "files": files})
         self.push()
 
     def has_front(self, key: str) -> bool:
         """Whether front.json is of exactly these policies and this evaluation, and all that belongs to it is whole."""
         try:
-            front = store.read_record(self.folder / FRONT_FILE)
+            front = sealed.read_record(self.folder / FRONT_FILE)
             if front is None or front["key"] != key:
                 return False
             for name in FRONT_FILES:
-                store.check_file(self.folder / name, front["files"][name])
-            store.check_sealed(self.folder / "adapter")
+                sealed.check_file(self.folder / name, front["files"][name])
+            sealed.check_sealed(self.folder / "adapter")
         except DamagedError as error:
             self.say(f"{error}; the front is measured again")
             return False
@@ -298,7 +298,7 @@ class Run:
             key: of what they follow from.
         """
         try:
-            front = store.read_record(self.folder / FRONT_FILE) or {}
+            front = sealed.read_record(self.folder / FRONT_FILE) or {}
         except DamagedError:
             return None
         found: dict[str, Any] | None = front.get("numerics", {}).get(key)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raywarp import store
 from raywarp.saved_config import SAMPLER_VERSION, read_config, saved_sampler
-from raywarp.store import DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.sealed import DamagedError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sampler_mark(config: bytes | None, front: bytes | None, events: bytes | None
     What is damaged says nothing. Where nothing is left that could say it, there is no mark: no policy of such a run is taken anyway.
     """
     tree, record = read_config(config or b"") or {}, _record(front)
-    starts = [row for row in store.parse_jsonl(events or b"") if row.get("event") == "started"]
+    starts = [row for row in sealed.parse_jsonl(events or b"") if row.get("event") == "started"]
     said = [saved_sampler(config) if config and tree else None, *(row.get("sampler") for row in (record, *starts))]
     known = [version for version in said if isinstance(version, int)]
     if (known and min(known) >= SAMPLER_VERSION) or not (known or tree or record or starts):
@@ -84,6 +84,6 @@ def _earlier(numerics: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any
 
 def _record(front: bytes | None) -> dict[str, Any]:
     try:
-        return store.parse_record(front, "front.json") if front is not None else {}
+        return sealed.parse_record(front, "front.json") if front is not None else {}
     except DamagedError:
         return {}

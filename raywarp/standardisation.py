@@ -11,7 +11,7 @@ from raywarp.inputs import Inputs, first_prompts
 from raywarp.rewards import REWARD_FILE, RewardError, statistics
 from raywarp.run import Run
 from raywarp.session import Session
-from raywarp.store import DamagedError, content_key, read_record, write_record
+from raywarp.storage.sealed import DamagedError, content_key, read_record, write_record
 
 
 def is_standardised(folder: str | Path) -> bool:

@@ -10,18 +10,19 @@ from typing import Any
 
 import ray
 
-from raywarp import placement, room, scratch, stop, store
+from raywarp import placement, room, stop
 from raywarp.claims import Table
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
-from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare
 from raywarp.planning import check_cluster, opening
 from raywarp.progress import Display
 from raywarp.run import Run, read_mark
 from raywarp.session import start_ray
 from raywarp.stop import stoppable
-from raywarp.storage import Storage
+from raywarp.storage import scratch, sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.locks import alone
 from raywarp.sweep_files import SweepFiles
 from raywarp.sweep_loggers import SweepLoggers
 from raywarp.sweep_progress import SweepProgress
@@ -80,7 +81,7 @@ def check_inputs(space: SearchSpace) -> Inputs:
     for point in space.points or [space.first()]:
         config = space.config(point)
         read = config.model_dump(include={"model", "prompts", "reward", "control", "lora", "trust_remote_code"})
-        different.setdefault(store.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
+        different.setdefault(sealed.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
     first, *_ = [prepare(config) for config in list(different.values())[:MOST_PREPARED]]
     return first
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
 
 SWEEP_FILE = "sweep.json"
 

@@ -9,15 +9,15 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from raywarp import store
 from raywarp.algorithm.hypervolume import pareto
 from raywarp.config.schema import to_yaml
 from raywarp.config.search import DIRECTIONS, describe, name_of, show
 from raywarp.evaluation import Point
 from raywarp.progress import Display
 from raywarp.run import Run
-from raywarp.storage import Storage
-from raywarp.store import DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import DamagedError
 from raywarp.sweep_files import SWEEP_FILE, SweepFiles
 from raywarp.trial import SweepPlan, front_line, measures
 
@@ -153,12 +153,12 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
         "best": sweep.best,
         "trials": rows,
     }
-    store.write_json(run.folder / SWEEP_FILE, tree)
+    sealed.write_json(run.folder / SWEEP_FILE, tree)
     if any(trial.front for trial in sweep.trials):
         plot_sweep(sweep, run.folder / "sweep.png", f"{len(sweep.trials)} trials: {plan.space.base.model}")
     if best := next((trial for trial in sweep.trials if trial.name == sweep.best), None):
         text = f"# The best of {len(sweep.trials)} trials by {', '.join(sweep.objectives)}: {describe(best.point)}\n"
-        store.write_text(run.folder / "best.yaml", text + to_yaml(plan.config(best.point)))
+        sealed.write_text(run.folder / "best.yaml", text + to_yaml(plan.config(best.point)))
     run.push()
 
 
@@ -229,7 +229,7 @@ def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
     bars.set_xlabel(f"hypervolume ({where}), nats × reward")
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    store.write_bytes(path, image.getvalue())
+    sealed.write_bytes(path, image.getvalue())
     plt.close(figure)
 
 
@@ -241,7 +241,7 @@ def _seconds(place: str, keys: set[str]) -> float:
             folder = storage.fetch(f"policies/{key}")
         except DamagedError:
             continue
-        rows = store.read_jsonl(folder / "metrics.jsonl") if folder else []
+        rows = sealed.read_jsonl(folder / "metrics.jsonl") if folder else []
         if rows:
             spent.append(sum(row["rollout_seconds"] + row["request_seconds"] + row["update_seconds"] for row in rows))
     return sum(spent) / len(spent) if spent else 0.0

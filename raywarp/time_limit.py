@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from raywarp import scratch
-from raywarp.folder_lock import locked
+from raywarp.storage import scratch
+from raywarp.storage.locks import locked
 
 Result = TypeVar("Result")
 PREFIX = "raywarp-stuck-"

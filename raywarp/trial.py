@@ -16,7 +16,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from raywarp import evaluation, placement, stop, store, warp
+from raywarp import evaluation, placement, stop, warp
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.claims import FOLDER, Elsewhere, SharedClaims, Table
 from raywarp.config.schema import Config
@@ -28,8 +28,9 @@ from raywarp.keys import front_key, key_chain
 from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
-from raywarp.storage import Storage
-from raywarp.store import DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import DamagedError
 from raywarp.sweep_files import Record, SweepFiles, within
 
 STOP_POLL = 0.25  # seconds between two looks at whether the sweep is to stop
@@ -218,7 +219,7 @@ class Trial(Trainable):
         except DamagedError as error:
             self.display.say(f"{error}; measured again")
             return None
-        return store.read_jsonl(folder / "front.jsonl") if folder else None
+        return sealed.read_jsonl(folder / "front.jsonl") if folder else None
 
     def _measure_front(self, stage: warp.Stage, key: str) -> list[dict[str, Any]]:
         candidates = evaluation.candidates(stage.init, stage.policies, evaluation.wanted_etas(self.own))
@@ -227,7 +228,7 @@ class Trial(Trainable):
             results = evaluation.evaluate(stage.session, self.own, wanted, self.inputs.prompts.held_out, done)
         points = [asdict(point) for point, _ in results]
         with Storage(self.plan.store).writing(f"fronts/{key}") as folder:
-            store.write_jsonl(folder / "front.jsonl", points)
+            sealed.write_jsonl(folder / "front.jsonl", points)
         return points
 
     def _leave(self) -> None:
@@ -256,4 +257,4 @@ def _numerics_key(config: Config, inputs: Inputs) -> str:
     sections = config.model_dump(include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"})
     machine = [run_dtype(config.dtype, placement.cluster_gpus() > 0), placement.cluster_gpus() > 0]
     completions = config.reward_training.sft_completions
-    return store.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])
+    return sealed.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from raywarp import evaluation, store
+from raywarp import evaluation
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.config.schema import Config
 from raywarp.evaluation import Candidate, Point
-from raywarp.folder_lock import alone
 from raywarp.inputs import Inputs, prepare
 from raywarp.journal import Journal
 from raywarp.keys import front_key, key_chain, key_of_numerics
@@ -39,6 +38,8 @@ from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session
 from raywarp.standardisation import reward_statistics
 from raywarp.stop import stoppable
+from raywarp.storage import sealed
+from raywarp.storage.locks import alone
 
 TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer's policies
 
@@ -157,7 +158,7 @@ class Driver:
         """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has to be started to know them."""
         try:
             folder = None if self.session.is_started else self.run.find_policy(key)
-        except store.DamagedError:
+        except sealed.DamagedError:
             folder = None
         zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else self.session.zero
         return replace(zero, factors=dict(sorted(zero.factors.items())))  # in one order, wherever it comes from
@@ -192,7 +193,7 @@ class Driver:
         """Whether the policy is in the store, and whole."""
         try:
             return self.run.find_policy(job.key) is not None
-        except store.DamagedError as error:
+        except sealed.DamagedError as error:
             self.display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
             return False
 
@@ -236,5 +237,5 @@ class Driver:
         with self.display.evaluation(len(points)) as done:
             results = evaluation.evaluate(self.session, self.config, points, held_out, done)
         self.run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
-        store.write_json(self.run.folder / "samples.json", evaluation.sample_rows(results, held_out, front))
+        sealed.write_json(self.run.folder / "samples.json", evaluation.sample_rows(results, held_out, front))
         return [point for point, _ in results]

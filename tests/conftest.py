@@ -28,9 +28,9 @@ os.environ.update(
 if "PYTEST_XDIST_WORKER" in os.environ:  # of two that run side by side, neither sees what the other's runs have there for a moment
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
 
-from raywarp import scratch
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
 from raywarp.batch import Batch
+from raywarp.storage import scratch
 
 WORDS = (
     *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),

@@ -17,10 +17,10 @@ import psutil
 import yaml
 from conftest import save_tiny_llama, write_prompts
 
-from raywarp import scratch
 from raywarp.algorithm.deltas import digest
 from raywarp.peft_files import load_peft
 from raywarp.run import Run
+from raywarp.storage import scratch
 
 REWARD = '''
 """Counts good words; takes as many seconds per call as the file `pace` says."""

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from raywarp.cli import main
-from raywarp.folder_lock import alone, lock
 from raywarp.peft_files import save_peft
+from raywarp.storage.locks import alone, lock
 
 Case = tuple[Callable[[Path], list[str] | None], str]
 TEXTS = [f"the film {a} {b}" for a in WORDS[:6] for b in WORDS[6:11]]
@@ -607,7 +607,7 @@ AT_WORK = """
 import sys
 from pathlib import Path
 
-from raywarp.folder_lock import alone
+from raywarp.storage.locks import alone
 
 with alone("run", Path("run"), print):
     print("at work", flush=True)
@@ -619,7 +619,7 @@ with alone("run", Path("run"), print):
 def test_a_folder_in_which_another_command_is_at_work(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr("raywarp.folder_lock.ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("raywarp.storage.locks.ENDING_SECONDS", 0.2)
     monkeypatch.setattr("raywarp.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
     arguments = [command, "config.yaml", *(["tune={warp.ema_rate: {grid: [0.01, 0.1]}}"] if command == "tune" else [])]
     with subprocess.Popen([sys.executable, "-c", AT_WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

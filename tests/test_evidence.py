@@ -23,12 +23,12 @@ from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, rew
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
-from raywarp import store
 from raywarp.algorithm.averaging import geometry, lerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
 from raywarp.config.schema import MINILM, SMOLLM2
 from raywarp.peft_files import save_peft
 from raywarp.run import Run
+from raywarp.storage import sealed
 
 
 def test_reward_at_fixed_kl_is_linear_in_the_root_of_the_kl() -> None:
@@ -272,7 +272,7 @@ def test_an_arm_of_an_earlier_sampler_is_not_used(results: Results, tmp_path: Pa
     mine = study.Study(TINY, tmp_path / "out", results, study.Clock(None))
     folder = mine.arm_run(1, ARMS["warp"]).folder
     folder.mkdir(parents=True)
-    store.write_record(folder / "front.json", {"chosen": "slerp"})
+    sealed.write_record(folder / "front.json", {"chosen": "slerp"})
     with pytest.raises(OtherSettingsError, match="cannot be used: it was sampled by an earlier version of raywarp"):
         mine.train(1, ARMS["warp"])
 

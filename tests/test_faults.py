@@ -56,8 +56,8 @@ from raywarp.rollout_worker import RolloutWorker
 from raywarp.run import Run
 from raywarp.session import Session
 from raywarp.stop import SAVE_SECONDS
-from raywarp.storage import Storage
-from raywarp.store import StoreError
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import StoreError
 
 STEPS = 24
 SECRETS = {name: f"sentinel-{n}-of-a-secret" for n, name in enumerate(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY"))}

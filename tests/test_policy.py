@@ -20,8 +20,8 @@ from raywarp.config.schema import Config, LoraConfig, parse_config
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy
 from raywarp.policy_files import Checkpoint, PolicyFiles
-from raywarp.storage import Storage
-from raywarp.store import DamagedError
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import DamagedError
 
 CPU = torch.device("cpu")
 

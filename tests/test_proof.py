@@ -26,7 +26,7 @@ from raywarp.proof import EVERY
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.session import Session
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
 
 PROMPT_TOKENS, TEMPERATURE = 6, 0.8
 

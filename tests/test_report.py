@@ -11,7 +11,6 @@ import pytest
 from conftest import S3Server
 from tiny_run import DAMAGE, files_of
 
-from raywarp import store
 from raywarp.cli import main
 from raywarp.curves import METRICS, curves, stretches, summary, trajectory
 from raywarp.evaluation import Point
@@ -22,7 +21,8 @@ from raywarp.report_data import report_data
 from raywarp.report_page import page_data, render
 from raywarp.report_texts import clip, departure, sample_texts
 from raywarp.run import Run
-from raywarp.storage import Storage
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
 from raywarp.timeline import SLICES, timeline
 
 READ = ("config.yaml", "metrics.jsonl", "events.jsonl", "timing.json", "front.json", "samples.json", "iterations/1/geometry.json")
@@ -120,7 +120,7 @@ def test_files_of_another_kind_are_survived(tiny_finished: Run, tmp_path: Path, 
         )
     value = json.loads(content)
     for name in ("front.json", "timing.json"):
-        store.write_record(folder / name, value if isinstance(value, dict) else {"points": value, "iterations": value})
+        sealed.write_record(folder / name, value if isinstance(value, dict) else {"points": value, "iterations": value})
     render(page_data([report_data(str(folder))], "strange"))
 
 
@@ -130,8 +130,8 @@ def test_a_run_under_way_says_what_is_not_there_yet(tiny_finished: Run, tmp_path
         (folder / name).unlink()
     shutil.rmtree(folder / "iterations" / "2")
     rows = [row for row in tiny_finished.metrics() if row["iteration"] == 1 or row["step"] < 2]
-    store.write_jsonl(folder / "metrics.jsonl", rows)
-    store.write_jsonl(folder / "events.jsonl", tiny_finished.events()[:1])
+    sealed.write_jsonl(folder / "metrics.jsonl", rows)
+    sealed.write_jsonl(folder / "events.jsonl", tiny_finished.events()[:1])
     data = report_data(str(folder))
     assert data["state"]["word"] in ("running", "silent")
     assert data["missing"] == [
@@ -139,8 +139,8 @@ def test_a_run_under_way_says_what_is_not_there_yet(tiny_finished: Run, tmp_path
         "Iteration 2: 2, 2 of 6 steps of its policies are done.",
     ]
     assert len(data["curves"]["curves"]) == 4
-    store.write_jsonl(folder / "events.jsonl", [{"time": "2020-01-01T00:00:00+00:00", "event": "started"}])
-    store.write_jsonl(folder / "metrics.jsonl", [])
+    sealed.write_jsonl(folder / "events.jsonl", [{"time": "2020-01-01T00:00:00+00:00", "event": "started"}])
+    sealed.write_jsonl(folder / "metrics.jsonl", [])
     assert report_data(str(folder))["state"]["word"] == "silent"
 
 
@@ -149,8 +149,10 @@ def test_a_policy_under_way_shows_the_texts_of_its_newest_checkpoint(tmp_path: P
     for step in (2, 4):
         with storage.writing(f"policies/abc/checkpoint-{step:06d}") as folder:
             rows = [{"step": n, "prompt": "p", "completion": f"text {n}", "reward": 1.0} for n in range(step)]
-            store.write_jsonl(folder / "samples.jsonl", rows)
-    store.write_jsonl(tmp_path / "metrics.jsonl", [{"iteration": 1, "policy": 1, "step": n, "key": "abc", "reward": 0.5} for n in range(5)])
+            sealed.write_jsonl(folder / "samples.jsonl", rows)
+    sealed.write_jsonl(
+        tmp_path / "metrics.jsonl", [{"iteration": 1, "policy": 1, "step": n, "key": "abc", "reward": 0.5} for n in range(5)]
+    )
     (texts,) = report_data(str(tmp_path))["training_texts"]
     assert [row["completion"] for row in texts["rows"]] == ["text 0", "text 1", "text 2", "text 3"]
 

@@ -17,10 +17,10 @@ from urllib.error import HTTPError
 
 import pytest
 
-from raywarp import store
 from raywarp.report_command import save_report
 from raywarp.report_server import ReportServer
 from raywarp.run import Run
+from raywarp.storage import sealed
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
@@ -296,10 +296,10 @@ def test_no_text_becomes_anything_but_text(browser: Browser, tiny_finished: Run,
     folder = Path(shutil.copytree(tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")))
     names = [point["name"] for point in tiny_finished.front()["points"]]
     rows = [{"prompt": text, **dict.fromkeys(names, text), "rewards": dict.fromkeys(names, 1.0)} for text in HOSTILE]
-    store.write_json(folder / "samples.json", rows)
+    sealed.write_json(folder / "samples.json", rows)
     for text in HOSTILE:
         event = dict.fromkeys(("time", "event", "what", "cause", "message", "policy"), text)
-        store.append_jsonl(folder / "events.jsonl", event)
+        sealed.append_jsonl(folder / "events.jsonl", event)
     model, out = json.dumps(HOSTILE[1]), json.dumps(HOSTILE[0])
     (folder / "config.yaml").write_text(f"model: {model}\nout: {out}\nwarp: {{steps: 6, policies: 2, iterations: 2}}\n")
     page = tmp_path / "page.html"
@@ -330,7 +330,7 @@ def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_pa
     folder = Path(shutil.copytree(tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")))
     names = [point["name"] for point in tiny_finished.front()["points"]]
     rows = [{"prompt": f"prompt {n}", **{name: f"{name} says {n * n} ו 🎬" * 8 for name in names}} for n in range(1000)]
-    store.write_json(folder / "samples.json", rows)
+    sealed.write_json(folder / "samples.json", rows)
     save_report([str(folder)], str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").stat().st_size < 1.5e6
     browser.open(tmp_path / "page.html")
@@ -358,7 +358,7 @@ def test_several_runs_share_one_front(browser: Browser, tiny_finished: Run, tmp_
     front = tiny_finished.front()
     for point in front["points"]:
         point["reward"] -= 1
-    store.write_record(other / "front.json", {name: value for name, value in front.items() if name != "sha256"})
+    sealed.write_record(other / "front.json", {name: value for name, value in front.items() if name != "sha256"})
     save_report([str(tiny_finished.folder), str(other)], str(tmp_path / "both.html"))
     browser.open(tmp_path / "both.html")
     assert browser.wait(lambda: "other" in browser.text("#front-chart"))

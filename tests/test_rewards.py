@@ -12,7 +12,6 @@ from tiny_run import make_project, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-from raywarp import store
 from raywarp.classifier import ClassifierReward, classify, encode
 from raywarp.completion import Completion
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
@@ -31,6 +30,7 @@ from raywarp.rollout import Rollout
 from raywarp.run import Run
 from raywarp.session import Session
 from raywarp.standardisation import is_standardised, reward_statistics, save_standardisation
+from raywarp.storage import sealed
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
 
@@ -90,7 +90,7 @@ def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: P
     (other,) = load_reward(with_template(config, plain)).score(["a film"], ["the plot"])
     assert score == same != other
 
-    store.write_record(model / REWARD_FILE, {"score_mean": 0.0, "score_std": 1.0})
+    sealed.write_record(model / REWARD_FILE, {"score_mean": 0.0, "score_std": 1.0})
     assert with_template(config, chat).template == "none"  # raywarp trains on plain texts
 
 
@@ -152,8 +152,8 @@ def test_a_run_standardises_again_once_what_it_reads_has_changed(ray_cluster, ti
     run = Run.open(config, said.append)
     with Session(config, inputs.model, inputs.longest_prompt, policies=False) as session:
         measured = reward_statistics(session, run, config, inputs)
-        record = store.read_record(run.folder / REWARD_FILE)
-        store.write_record(run.folder / REWARD_FILE, record | {"score_mean": 123.0})
+        record = sealed.read_record(run.folder / REWARD_FILE)
+        sealed.write_record(run.folder / REWARD_FILE, record | {"score_mean": 123.0})
         assert reward_statistics(session, run, config, inputs) == measured | {"score_mean": 123.0}  # not measured again
         assert said == []
         session.set_reward_statistics(0.0, 1.0)  # as a new session has it
@@ -164,10 +164,10 @@ def test_a_run_standardises_again_once_what_it_reads_has_changed(ray_cluster, ti
 
 @pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan], [1.0, math.inf]])
 def test_scores_that_cannot_standardise_are_refused(tmp_path, scores):
-    store.write_record(tmp_path / "reward.json", {"accuracy": 0.8})
+    sealed.write_record(tmp_path / "reward.json", {"accuracy": 0.8})
     with pytest.raises(RewardError, match="cannot standardise"):
         save_standardisation(tmp_path, scores)
-    assert store.read_record(tmp_path / "reward.json") == {"accuracy": 0.8}
+    assert sealed.read_record(tmp_path / "reward.json") == {"accuracy": 0.8}
 
 
 def test_a_function_gets_the_columns_and_may_return_numpy_or_tensors():

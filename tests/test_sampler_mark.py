@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from tiny_run import Listener, as_of_before, tiny_config
 
-from raywarp import store
 from raywarp.cli import main
 from raywarp.config.schema import Config, ConfigError, parse_config, to_yaml
 from raywarp.model_card import marked
@@ -15,7 +14,8 @@ from raywarp.report_command import build
 from raywarp.report_data import report_data
 from raywarp.run import Run, read_mark
 from raywarp.saved_config import saved_form, saved_sampler
-from raywarp.storage import Storage
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
 
 ROUNDED = "Sampled from rounded weights"
 
@@ -33,7 +33,7 @@ def config_of(run: Run, out: Path, model: Path) -> Config:
 def test_a_run_of_this_version_says_so_in_three_places_and_has_no_mark(tiny_finished: Run, tmp_path: Path) -> None:
     assert saved_sampler((tiny_finished.folder / "config.yaml").read_bytes()) == 1
     assert saved_sampler(saved_form(Config()).encode()) == 1
-    assert store.read_record(tiny_finished.folder / "front.json")["sampler"] == 1  # type: ignore[index]
+    assert sealed.read_record(tiny_finished.folder / "front.json")["sampler"] == 1  # type: ignore[index]
     assert [row["sampler"] for row in tiny_finished.events() if row["event"] == "started"] == [1]
     assert read_mark(Storage(tiny_finished.folder)) is None
     assert report_data(str(tiny_finished.folder))["mark"] is None

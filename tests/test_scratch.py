@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from raywarp import scratch
+from raywarp.storage import scratch
 
 CLAIM = """
 import sys
-from raywarp import scratch
+from raywarp.storage import scratch
 
 folder = scratch.claim()
 (folder / "a").touch()

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import S3Server, random_delta
 
-from raywarp import store
 from raywarp.config.schema import ConfigError, parse_config
-from raywarp.mirror import Mirror
 from raywarp.run import Run
-from raywarp.storage import Storage
-from raywarp.store import DamagedError, StoreError
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.mirror import Mirror
+from raywarp.storage.sealed import DamagedError, StoreError
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -97,12 +97,12 @@ def damage(storage: Storage, name: str, change: Callable[[bytes], bytes], file: 
     assert content is not None
     storage.write(path, change(content))
     if storage.folder is None:
-        store.remove(storage.cache / name)
+        sealed.remove(storage.cache / name)
 
 
 @pytest.mark.parametrize("change", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: bytes([c[0] ^ 1]) + c[1:], lambda c: c + b"x"])
 def test_no_damage_goes_unnoticed(storage: Storage, change: Callable[[bytes], bytes]) -> None:
-    for file in ("weights", store.MANIFEST):
+    for file in ("weights", sealed.MANIFEST):
         fill(storage, f"p/{file}", weights=b"0123456789")
         damage(storage, f"p/{file}", change, file)
         assert not storage.has(f"p/{file}")
@@ -128,7 +128,7 @@ def test_what_no_manifest_names_does_not_count(storage: Storage) -> None:
 def test_a_manifest_cannot_name_what_lies_outside(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"123")
     fill(storage, "p/k", weights=b"123")
-    damage(storage, "p/k", lambda manifest: manifest.replace(b'"weights"', b'"../../../secret"'), store.MANIFEST)
+    damage(storage, "p/k", lambda manifest: manifest.replace(b'"weights"', b'"../../../secret"'), sealed.MANIFEST)
     with pytest.raises(DamagedError, match="is no manifest"):
         storage.fetch("p/k")
 
@@ -137,7 +137,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     """SIGKILL at many moments of writing, over and over: every name that is there is whole."""
     program = """
 import sys
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
 storage = Storage(sys.argv[1])
 for n in range(10_000):
     with storage.writing(f"p/{n % 7}") as folder:
@@ -165,14 +165,14 @@ for n in range(10_000):
 def test_a_full_disk_leaves_what_is_there(tmp_path: Path) -> None:
     """The system refuses to write any further, in the middle of a file: an explained error, and the old content."""
     fill(Storage(tmp_path), "p/old", weights=b"old")
-    store.write_text(tmp_path / "front.json", "old")
+    sealed.write_text(tmp_path / "front.json", "old")
     program = """
 import resource, sys, torch
 from pathlib import Path
-from raywarp import store
+from raywarp.storage import sealed
 from raywarp.policy_files import Checkpoint, PolicyFiles
-from raywarp.storage import Storage
-from raywarp.store import StoreError
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import StoreError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 folder = Path(sys.argv[1])
 checkpoint = Checkpoint({"x": torch.zeros(100_000)}, {"step": 1}, [{}], [{}])
@@ -253,10 +253,10 @@ def test_a_mirror_puts_what_changed_and_nothing_else(s3: S3Server, tmp_path: Pat
     mirror.pull()
     monkeypatch.setattr(mirror.storage, "put", lambda path, name: put.append(name))
     for name in ("b/manifest.json", "b/weights", "a.json", "policies/k/weights", ".a.json.12345678"):
-        store.write_text(mirror.folder / name, "1")
+        sealed.write_text(mirror.folder / name, "1")
     mirror.push()
     assert put == ["a.json", "b/weights", "b/manifest.json"]
-    store.write_text(mirror.folder / "a.json", "2")
+    sealed.write_text(mirror.folder / "a.json", "2")
     mirror.push_now_and_then()  # too early
     assert put[3:] == []
     mirror.push()

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 from conftest import random_delta
 
-from raywarp import store
 from raywarp.algorithm.deltas import Factors
 from raywarp.config.schema import ConfigError, parse_config
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.keys import policy_keys
 from raywarp.run import Run
+from raywarp.storage import sealed
 
 
 def test_a_folder_counts_only_with_its_manifest_and_every_byte(tmp_path: Path) -> None:
@@ -17,36 +17,36 @@ def test_a_folder_counts_only_with_its_manifest_and_every_byte(tmp_path: Path) -
     folder.mkdir()
     (folder / "weights").write_bytes(b"12345")
     (folder / "metrics").write_text("{}")
-    assert not store.is_sealed(folder)
-    store.seal(folder)
-    assert store.is_sealed(folder)
+    assert not sealed.is_sealed(folder)
+    sealed.seal(folder)
+    assert sealed.is_sealed(folder)
     for damage in (b"1234", b"12346", b""):
         (folder / "weights").write_bytes(damage)
-        assert not store.is_sealed(folder)
+        assert not sealed.is_sealed(folder)
     (folder / "weights").write_bytes(b"12345")
-    assert store.is_sealed(folder)
+    assert sealed.is_sealed(folder)
     for manifest in ("{", "[]", "{}", '{"weights": 3}', '{"missing": {"size": 1, "sha256": ""}}'):
-        (folder / store.MANIFEST).write_text(manifest)
-        assert not store.is_sealed(folder)
-    store.remove(folder)
+        (folder / sealed.MANIFEST).write_text(manifest)
+        assert not sealed.is_sealed(folder)
+    sealed.remove(folder)
     assert not folder.exists()
 
 
 def test_replacing_a_file_leaves_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file.json"
-    store.write_json(path, {"x": 1})
-    store.write_json(path, {"x": 2})
+    sealed.write_json(path, {"x": 1})
+    sealed.write_json(path, {"x": 2})
     assert json.loads(path.read_text()) == {"x": 2}
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_line_cut_off_by_a_kill_is_no_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert store.read_jsonl(path) == []
-    store.append_jsonl(path, {"step": 1})
-    store.append_jsonl(path, {"step": 2})
+    assert sealed.read_jsonl(path) == []
+    sealed.append_jsonl(path, {"step": 1})
+    sealed.append_jsonl(path, {"step": 2})
     path.write_text(path.read_text()[:-4])
-    assert store.read_jsonl(path) == [{"step": 1}]
+    assert sealed.read_jsonl(path) == [{"step": 1}]
 
 
 def test_fingerprints_are_of_contents(tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_fingerprints_are_of_contents(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "notes.txt").write_text(name)
-    one, two = (store.folder_fingerprint(tmp_path / name, ["*.json"]) for name in ("one", "two"))
+    one, two = (sealed.folder_fingerprint(tmp_path / name, ["*.json"]) for name in ("one", "two"))
     assert one == two
     (tmp_path / "two" / "config.json").write_text("{} ")
-    assert store.folder_fingerprint(tmp_path / "two", ["*.json"]) != one
-    assert store.content_key({"a": 1, "b": 2}) == store.content_key({"b": 2, "a": 1}) != store.content_key({"a": 1, "b": 3})
+    assert sealed.folder_fingerprint(tmp_path / "two", ["*.json"]) != one
+    assert sealed.content_key({"a": 1, "b": 2}) == sealed.content_key({"b": 2, "a": 1}) != sealed.content_key({"a": 1, "b": 3})
 
 
 def test_keys_change_with_what_decides_a_policy_and_with_nothing_else() -> None:
@@ -94,28 +94,28 @@ def test_keys_change_with_what_decides_a_policy_and_with_nothing_else() -> None:
 
 def test_a_record_notices_every_changed_byte(tmp_path: Path) -> None:
     path = tmp_path / "front.json"
-    assert store.read_record(path) is None
-    store.write_record(path, {"points": [1, 2.5], "key": "a"})
-    assert store.read_record(path) == {"points": [1, 2.5], "key": "a"}
+    assert sealed.read_record(path) is None
+    sealed.write_record(path, {"points": [1, 2.5], "key": "a"})
+    assert sealed.read_record(path) == {"points": [1, 2.5], "key": "a"}
     content = path.read_bytes()
     for place in range(len(content)):
         for bit in (0, 4):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
-            with pytest.raises(store.DamagedError):
-                store.read_record(path)
+            with pytest.raises(sealed.DamagedError):
+                sealed.read_record(path)
     path.write_bytes(content)
-    store.write_record(path, {"kl": 18.944862365722656})
+    sealed.write_record(path, {"kl": 18.944862365722656})
     path.write_bytes(path.read_bytes().replace(b"656", b"657"))  # the same float
-    with pytest.raises(store.DamagedError):
-        store.read_record(path)
+    with pytest.raises(sealed.DamagedError):
+        sealed.read_record(path)
 
 
 def test_a_row_after_a_cut_off_line_is_a_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"ste')
-    store.append_jsonl(path, {"step": 2})
+    sealed.append_jsonl(path, {"step": 2})
     path.write_bytes(path.read_bytes() + b'\xff{"step": 3}\n[1]\n')
-    assert store.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    assert sealed.read_jsonl(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_metrics_are_made_anew_from_the_policies_folders(tmp_path: Path) -> None:
@@ -123,13 +123,13 @@ def test_metrics_are_made_anew_from_the_policies_folders(tmp_path: Path) -> None
     run = Run(tmp_path, say=said.append)
     rows = [{"key": f"k{i}", "iteration": i, "policy": 1, "step": t} for i in (1, 2) for t in (0, 1)]
     for i in (1, 2):
-        store.write_jsonl(run.policy_folder(f"k{i}") / "metrics.jsonl", [row for row in rows if row["iteration"] == i])
+        sealed.write_jsonl(run.policy_folder(f"k{i}") / "metrics.jsonl", [row for row in rows if row["iteration"] == i])
     stray = [{"key": "k0", "iteration": 3}, {"key": "other", "iteration": 1, "policy": 1, "step": 0}, {"step": 1}]
-    store.write_jsonl(run.metrics_file, [*stray, *rows])
+    sealed.write_jsonl(run.metrics_file, [*stray, *rows])
     run.restore_metrics(1, 2, ["k1"])
     assert run.metrics() == rows
     assert said == []
-    store.write_jsonl(run.metrics_file, [rows[0], {**rows[2], "step": 7}])
+    sealed.write_jsonl(run.metrics_file, [rows[0], {**rows[2], "step": 7}])
     for i in (1, 2):
         run.restore_metrics(i, 2, [f"k{i}"])
     assert run.metrics() == rows

@@ -16,14 +16,15 @@ import pytest
 from conftest import S3Server, assert_same_change
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
-from raywarp import rewards, store
+from raywarp import rewards
 from raywarp.config.schema import Config
 from raywarp.peft_files import load_peft
 from raywarp.policy_files import PolicyFiles
 from raywarp.rewards import RewardError
 from raywarp.run import Run
-from raywarp.storage import Storage
-from raywarp.store import DamagedError, StoreError
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import DamagedError, StoreError
 from raywarp.warp import train
 
 
@@ -256,8 +257,8 @@ def test_each_file_of_the_front_and_of_a_reward_model_counts(project: Project, t
 
     model = tmp_path / "reward"
     shutil.copytree(project.model, model)
-    store.seal(model)
-    store.write_record(model / rewards.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0})
+    sealed.seal(model)
+    sealed.write_record(model / rewards.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0})
     for path in files_of(model):
         assert rewards.check_trained(model)
         kept = path.read_bytes()

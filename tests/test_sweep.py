@@ -33,7 +33,7 @@ from raywarp.config.search import describe, name_of
 from raywarp.peft_files import load_peft
 from raywarp.planning import plan, render
 from raywarp.report_command import read, save_report
-from raywarp.storage import Storage
+from raywarp.storage.location import Storage
 from raywarp.sweep import tune
 from raywarp.sweep_report import Sweep
 from raywarp.terminal import console

@@ -17,12 +17,12 @@ from peft import PeftModel
 from tiny_run import make_project, tiny_config
 from transformers import AutoModelForCausalLM
 
-from raywarp import store
 from raywarp.algorithm.deltas import dense, digest, subtract
 from raywarp.config.schema import Config
 from raywarp.peft_files import load_peft
 from raywarp.rewards import RewardError
 from raywarp.run import Run
+from raywarp.storage import sealed
 from raywarp.warp import train
 
 
@@ -198,7 +198,7 @@ def test_what_is_stored_is_not_trained_again(finished: Run, project: Path, tiny_
     lost, damaged = policies_of(finished, 2)[1:]
     before = {name: digest(load_peft(finished.folder / name)) for name in (lost, damaged)}
     metrics = finished.metrics()
-    store.remove(finished.folder / lost)
+    sealed.remove(finished.folder / lost)
     weights = finished.folder / damaged / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     kept = finished.folder / policies_of(finished, 1)[0] / "manifest.json"

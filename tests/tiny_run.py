@@ -10,9 +10,9 @@ from typing import Any
 from conftest import WORDS
 from rich.console import Console
 
-from raywarp import store
 from raywarp.config.schema import Config, parse_config
 from raywarp.progress import Display
+from raywarp.storage import sealed
 
 REWARD = '''
 """Counts good words; returns NaN from its Nth call on while the file `broken` says N."""
@@ -91,12 +91,12 @@ def as_of_before(run: Path, dtype: str | None = "bfloat16", adapter: str = "merg
     text = "".join(line for line in (run / "config.yaml").read_text().splitlines(keepends=True) if not line.startswith("#"))
     text = text.replace("dtype: float32\n", f"dtype: {dtype or 'auto'}\n")
     (run / "config.yaml").write_text(f"# sha256 of the lines below: {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    rows = [{key: value for key, value in row.items() if key != "sampler"} for row in store.read_jsonl(run / "events.jsonl")]
-    store.write_jsonl(run / "events.jsonl", rows)
-    if (front := store.read_record(run / "front.json")) is not None:
+    rows = [{key: value for key, value in row.items() if key != "sampler"} for row in sealed.read_jsonl(run / "events.jsonl")]
+    sealed.write_jsonl(run / "events.jsonl", rows)
+    if (front := sealed.read_record(run / "front.json")) is not None:
         del front["sampler"]
         found = {key: {**numerics, "dtype": dtype, "adapter": adapter} for key, numerics in front["numerics"].items()}
-        store.write_record(run / "front.json", {**front, "numerics": found if dtype else {}})
+        sealed.write_record(run / "front.json", {**front, "numerics": found if dtype else {}})
     return run
 
 

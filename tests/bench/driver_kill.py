@@ -31,7 +31,7 @@ from ray.cluster_utils import Cluster
 
 from raywarp.policy_files import PolicyFiles
 from raywarp.run import Run
-from raywarp.store import MANIFEST, DamagedError, check_sealed
+from raywarp.storage.sealed import MANIFEST, DamagedError, check_sealed
 
 ITERATIONS, POLICIES, STEPS = 2, 2, 8
 KILLS_PER_RUN = 5

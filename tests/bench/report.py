@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raywarp import store
 from raywarp.config.schema import load_config
 from raywarp.report_command import build
 from raywarp.run import Run
+from raywarp.storage import sealed
 
 WORDS = (
     "the",
@@ -69,7 +69,7 @@ def make_run(folder: Path, iterations: int, policies: int, steps: int, samples: 
             rows += own
             with run.store.writing(f"policies/{key}") as target:
                 kept = [{"step": n, "prompt": text(g, 8), "completion": text(g, 24), "reward": g.gauss(0, 1)} for n in range(steps)]
-                store.write_jsonl(target / "samples.jsonl", kept)
+                sealed.write_jsonl(target / "samples.jsonl", kept)
         place = folder / "iterations" / str(iteration)
         place.mkdir(parents=True)
         pairs = policies * (policies - 1) // 2
@@ -77,9 +77,9 @@ def make_run(folder: Path, iterations: int, policies: int, steps: int, samples: 
             f"model.layers.{n}": {"norms": [g.uniform(0.8, 1.2) for _ in range(policies)], "angles": [g.gauss(89, 3) for _ in range(pairs)]}
             for n in range(32)
         }
-        store.write_json(place / "geometry.json", blocks)
+        sealed.write_json(place / "geometry.json", blocks)
         run.save_timing(iteration, {"seconds": steps * 4.0, "steps": steps * policies, "bound": "rollouts bound"})
-    store.write_jsonl(folder / "metrics.jsonl", sorted(rows, key=lambda row: row["spans"]["reward worker"]))
+    sealed.write_jsonl(folder / "metrics.jsonl", sorted(rows, key=lambda row: row["spans"]["reward worker"]))
     for n in range(200):
         run.add_event("fault", what=f"policy actor {1 + n % policies}", cause="killed", message=text(g, 12), iteration=1, policy=1, step=n)
     names = ["sft", *(f"policy {m}" for m in range(1, policies + 1)), "lerp", "liti 0.25", "liti 0.5", "liti 0.75", "slerp"]
@@ -89,8 +89,8 @@ def make_run(folder: Path, iterations: int, policies: int, steps: int, samples: 
     for _ in range(samples):
         values = {kind: {name: g.gauss(0, 1) for name in names} for kind in ("rewards", "kl", "control")}
         rows.append({"prompt": text(g, 8), **{name: text(g, 24) for name in names}, **values})
-    store.write_json(folder / "samples.json", rows)
-    store.write_record(folder / "front.json", {"chosen": "liti 0.5", "points": points})
+    sealed.write_json(folder / "samples.json", rows)
+    sealed.write_record(folder / "front.json", {"chosen": "liti 0.5", "points": points})
 
 
 def step_row(g: random.Random, iteration: int, policy: int, key: str, step: int, now: float) -> dict[str, Any]:

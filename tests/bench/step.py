@@ -50,7 +50,6 @@ from environment import python_with
 from transformers import AutoConfig
 
 import raywarp
-from raywarp import store
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
 from raywarp.config.schema import Config, load_config
@@ -60,7 +59,8 @@ from raywarp.model_shapes import model_shapes
 from raywarp.policy_actor import Job
 from raywarp.quickstart import QUICKSTART
 from raywarp.session import Session, start_ray
-from raywarp.storage import Storage
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
 
 HERE = Path(__file__).parent
 PROMPTS, COMPLETIONS, NEW_TOKENS, TEMPERATURE = 8, 4, 24, 0.9
@@ -326,7 +326,7 @@ def block_of_steps(session: Session, job: Job, prompts: Any) -> Iterator[dict[st
             phases = {"weights": event["swap_seconds"], "generation": generation, "update": event["update_seconds"]}
             yield {"event": "step", "seconds": now - last, "tokens": event["tokens"], **phases}
         last = now
-    store.remove(folder_of(job))
+    sealed.remove(folder_of(job))
 
 
 def folder_of(job: Job) -> Path:

@@ -14,7 +14,7 @@ from raywarp.algorithm.averaging import geometry, lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, compress, scale, trailing, truncate
 from raywarp.peft_files import load_peft
 from raywarp.run import Run
-from raywarp.store import check_sealed
+from raywarp.storage.sealed import check_sealed
 
 SFT = "sft"
 

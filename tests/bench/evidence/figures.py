@@ -11,7 +11,7 @@ from bench.evidence.claims import Judged
 from bench.evidence.comparisons import Sample
 from bench.evidence.curves import CURVES, SFT, Curve
 
-from raywarp.store import write_bytes
+from raywarp.storage.sealed import write_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raywarp.saved_config import SAMPLER_VERSION
-from raywarp.store import write_bytes
+from raywarp.storage.sealed import write_bytes
 
 DIGITS = 3  # of scores
 SCALE = 10**DIGITS

@@ -9,7 +9,7 @@ from typing import Any
 
 from raywarp import embedded
 from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, Config, load_config
-from raywarp.store import write_text
+from raywarp.storage.sealed import write_text
 
 SELECTION_FILE = "selection.json"
 # A reward model from human ratings; a reward by function, to rule out luck; the first with another backbone for its control model.

@@ -45,7 +45,7 @@ from bench.evidence.settings import (
 )
 from rich.console import Console
 
-from raywarp import embedded, rewards, store
+from raywarp import embedded, rewards
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import Config
 from raywarp.evaluation import distinct_2
@@ -58,7 +58,8 @@ from raywarp.progress import Bars, Display
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.run import Run, read_mark
 from raywarp.session import Session, start_ray
-from raywarp.storage import Storage
+from raywarp.storage import sealed
+from raywarp.storage.location import Storage
 from raywarp.warp import train
 
 HERE = Path(__file__).parent
@@ -204,7 +205,7 @@ class Study:
                     name, pending, start = under_way.popleft()
                     scored = pending.wait()
                     self.results.add(seed, name, self.measured(scored, [prompt.text for prompt in prompts]))
-                    store.write_json(seed_folder(self.folder, seed) / "texts" / f"{name}.json", scored.texts)
+                    sealed.write_json(seed_folder(self.folder, seed) / "texts" / f"{name}.json", scored.texts)
                     self.say_point(seed, name, time.monotonic() - start)
         self.clock.check()
 
@@ -248,7 +249,7 @@ def select(settings: Settings, folder: Path, results_folder: Path, clock: Clock,
             break
     chosen = max(rows, key=lambda row: row["policy_kl"])
     rule = f"the least learning rate at which the policies' mean KL reaches {ENOUGH_KL:g} nats; seed {SELECTION_SEED}, 200 prompts"
-    store.write_json(results_folder / SELECTION_FILE, {"lr": chosen["lr"], "rule": rule, "tried": rows})
+    sealed.write_json(results_folder / SELECTION_FILE, {"lr": chosen["lr"], "rule": rule, "tried": rows})
     clock.say(f"learning rate {chosen['lr']:g}: {results_folder / SELECTION_FILE}")
 
 
@@ -269,8 +270,8 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
         print(f"{name}: {first['verdict']}: {first['effect']} {first['interval']} over {first['seeds']} seeds; {claim.text}")
         for part, row in first["parts"].items():
             print(f"    {part}: {row['effect']} {row['interval']} {row.get('verdict', '')}")
-    store.write_json(summary, {"settings": settings.as_json(), **entries})
-    store.write_text(where / "README.md", page(entries, results.are_earlier))
+    sealed.write_json(summary, {"settings": settings.as_json(), **entries})
+    sealed.write_text(where / "README.md", page(entries, results.are_earlier))
     print(f"{summary}, figures in {where}")
 
 

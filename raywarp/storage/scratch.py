@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raywarp.folder_lock import lock
+from raywarp.storage.locks import lock
 
 PREFIX, NEW = "raywarp-scratch-", "raywarp-new-"
 YOUNG = 5.0  # seconds in which something may exist without its lock

@@ -4,8 +4,8 @@ import shutil
 import time
 from pathlib import Path
 
-from raywarp.storage import Storage
-from raywarp.store import MANIFEST
+from raywarp.storage.location import Storage
+from raywarp.storage.sealed import MANIFEST
 
 EVERY = 5.0  # seconds between looks at files that grow
 SHARE = 0.05  # of the driver's time at most goes into that

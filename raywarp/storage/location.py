@@ -25,10 +25,10 @@ from typing import Any
 from platformdirs import user_cache_dir
 from pyarrow import ArrowInvalid, fs
 
-from raywarp import store
 from raywarp.config.schema import ConfigError
-from raywarp.folder_lock import locked
-from raywarp.store import MANIFEST, DamagedError
+from raywarp.storage import sealed
+from raywarp.storage.locks import locked
+from raywarp.storage.sealed import MANIFEST, DamagedError
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what is being written has the name that it will have, a dot before and 8 digits behind
 _CREDENTIALS = ("AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
@@ -64,7 +64,7 @@ class Storage:
     def cache(self) -> Path:
         """The folder of this machine that holds what was fetched."""
         base = Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
-        return self.folder or base / "stores" / store.content_key(self.uri)
+        return self.folder or base / "stores" / sealed.content_key(self.uri)
 
     def read(self, name: str) -> bytes | None:
         """One file; None if there is none."""
@@ -82,7 +82,7 @@ class Storage:
         """Replace one file at once."""
         with self._explained("write"):
             if self.folder:
-                return store.write_bytes(self.folder / name, data)
+                return sealed.write_bytes(self.folder / name, data)
             with self._fs.open_output_stream(self._path(name)) as stream:
                 stream.write(data)
 
@@ -107,8 +107,8 @@ class Storage:
         """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks finished."""
         with self._explained("write"):
             if self.folder:
-                return store.remove(self.folder / name)
-            store.remove(self.cache / name)
+                return sealed.remove(self.folder / name)
+            sealed.remove(self.cache / name)
             with suppress(FileNotFoundError):
                 self._fs.delete_file(self._path(f"{name}/{MANIFEST}"))
             with suppress(FileNotFoundError):
@@ -125,7 +125,7 @@ class Storage:
             folder = self.folder / name
             if not folder.is_dir() or not any(path.is_file() and not path.name.startswith(".") for path in folder.iterdir()):
                 return None
-            store.check_sealed(folder)
+            sealed.check_sealed(folder)
             return folder
         data = self.read(f"{name}/{MANIFEST}")
         return self._download(name, data) if data is not None else None
@@ -150,7 +150,7 @@ class Storage:
                 yield folder
                 self._upload(folder, name)
 
-    def clean(self, name: str, age: float = store.DAY) -> None:
+    def clean(self, name: str, age: float = sealed.DAY) -> None:
         """Remove what interrupted writers left under a name longer than `age` seconds ago; a day leaves room for clocks that differ."""
         with self._explained("write"):
             if self.folder:
@@ -167,7 +167,7 @@ class Storage:
         new.mkdir(parents=True)
         try:
             yield new
-            store.seal(new)
+            sealed.seal(new)
             try:
                 new.rename(target)
                 return
@@ -175,15 +175,15 @@ class Storage:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
             with locked(target):  # it is there: with checkpoints, or finished by somebody else
-                if not store.is_sealed(target):
-                    store.move_into(target, new, MANIFEST)
+                if not sealed.is_sealed(target):
+                    sealed.move_into(target, new, MANIFEST)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
     def _upload(self, folder: Path, name: str) -> None:
         if self.has(name):
             return
-        unique, manifest = f".{uuid.uuid4().hex}", store.manifest_of(folder)
+        unique, manifest = f".{uuid.uuid4().hex}", sealed.manifest_of(folder)
         for file, entry in manifest.items():
             entry["path"] = f"{unique}/{file}"
             self.put(folder / file, f"{name}/{unique}/{file}")
@@ -213,18 +213,18 @@ class Storage:
 
     def _download(self, name: str, data: bytes) -> Path:
         folder, where = self.cache / name, f"{name}/{MANIFEST} in {self.uri}"
-        for file, entry in store.parse_manifest(data, where).items():
+        for file, entry in sealed.parse_manifest(data, where).items():
             prefix, _, last = str(entry.get("path", "")).rpartition("/")
             if last != file or not prefix.startswith(".") or not prefix[1:].isalnum():
                 raise DamagedError(f"{where} is no manifest")
             with suppress(DamagedError):
-                store.check_file(folder / file, entry)
+                sealed.check_file(folder / file, entry)
                 continue
             try:
                 self.get(f"{name}/{entry['path']}", folder / file)
             except FileNotFoundError:
                 raise DamagedError(f"{name}/{file} is missing in {self.uri}") from None
-            store.check_file(folder / file, entry)
+            sealed.check_file(folder / file, entry)
         return folder
 
     def _clean_prefixes(self, name: str, before: datetime) -> None:
@@ -260,7 +260,7 @@ class Storage:
         return listed
 
     def _explained(self, verb: str) -> AbstractContextManager[None]:
-        return store.explained(verb, self.uri)
+        return sealed.explained(verb, self.uri)
 
 
 def _below(folder: Path) -> Iterator[Path]:
