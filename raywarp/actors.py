@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp import faults, placement, room, watch
+from raywarp.cluster import faults, health, placement_groups, resources
 from raywarp.config.schema import Config
 from raywarp.engines import EngineSettings, largest_rank
 from raywarp.hardware import cpu_environment
@@ -63,16 +63,16 @@ class Place:
     group: PlacementGroup | None
     ask_again: Callable[[], PlacementGroup | None]
     actor: Any = None
-    pulse: watch.Pulse = field(init=False)
+    pulse: health.Pulse = field(init=False)
     hung: bool = False
     gone: bool = False
     at_work: bool = True
-    process: watch.Process | None = None
+    process: health.Process | None = None
 
-    def poll(self) -> watch.Process | None:
+    def poll(self) -> health.Process | None:
         """See Pulse.poll."""
         try:
-            answer: watch.Process | None = self.pulse.poll()
+            answer: health.Process | None = self.pulse.poll()
         except RayError:
             self.at_work = False
             raise
@@ -84,19 +84,19 @@ class Place:
         """Kill it since it does not get on; whoever waits for its work hears of its death."""
         self.hung, self.at_work = True, False
         self.kill()
-        self.pulse.forget(watch.DEATH_SECONDS)
+        self.pulse.forget(health.DEATH_SECONDS)
 
     def cause(self, death: RayError) -> str:
         """What its actor died of."""
-        return faults.HANG if self.hung else watch.cause_of_death(faults.kind_of(death), self.process)
+        return faults.HANG if self.hung else health.cause_of_death(faults.kind_of(death), self.process)
 
     def has_ground(self) -> bool:
         """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""
-        return not faults.unnoticed(room.node_of(self.group))
+        return not faults.unnoticed(placement_groups.node_of(self.group))
 
     def await_room(self, deadline: float) -> bool:
         """Whether there is a living node for a new actor, after a wait until then at most."""
-        while not (found := room.has_node(self.group)) and time.monotonic() < deadline:
+        while not (found := placement_groups.has_node(self.group)) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 
@@ -105,7 +105,7 @@ class Place:
         self.kill()
         self.actor, self.hung, self.gone, self.process, self.at_work = self.make(self.group), False, False, None, True
         actor = self.actor
-        self.pulse = watch.Pulse(lambda: actor.pulse.remote())
+        self.pulse = health.Pulse(lambda: actor.pulse.remote())
 
     def leave(self) -> None:
         """There is no room for it; `renew` lets it come back when its group has a node again."""
@@ -117,7 +117,7 @@ class Place:
         """Of a run that can't go on without it."""
         return faults.FaultError(
             f"{self.name} has waited {seconds:.0f} s for {self.group.bundle_specs if self.group else {}} after a loss: "
-            f"{room.lack()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
+            f"{placement_groups.lack()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
         )
 
     def kill(self) -> None:
@@ -133,7 +133,7 @@ class Actors:
         model: folder or hub id. dtype: of the base. prompt_tokens: the longest prompt.
     """
 
-    def __init__(self, config: Config, plan: placement.Plan, model: str, dtype: str, prompt_tokens: int, kinds: Kinds):
+    def __init__(self, config: Config, plan: resources.Plan, model: str, dtype: str, prompt_tokens: int, kinds: Kinds):
         self.config, self.plan, self.model, self.dtype, self.kinds = config, plan, model, dtype, kinds
         cpu_env = cpu_environment(plan.threads, plan.crowded) if plan.threads and not plan.uses_gpus else {}
         self.environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
@@ -155,7 +155,7 @@ class Actors:
     def workers(self) -> list[Any]:
         """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
         groups = self._reserve(self.plan.rollout, "rollout")
-        self.worker_names = [room.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
+        self.worker_names = [placement_groups.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
         return [self._worker(index) for index in range(len(groups))]
 
     def worker_again(self, index: int) -> Any:
@@ -174,7 +174,7 @@ class Actors:
         """Where the driver is, which no run survives: Ray takes any node for what needs nothing, and its loss would take the pool along.
         With a soft affinity, too (2.60)."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        name = room.unique_name("raywarp-pool", 1)
+        name = placement_groups.unique_name("raywarp-pool", 1)
         options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here, "name": name}
         return self._make(self.kinds.pool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
 
@@ -184,7 +184,7 @@ class Actors:
 
         def maker(n: int) -> Callable[[PlacementGroup | None], Any]:
             def make(group: PlacementGroup | None) -> Any:
-                options = {"name": room.unique_name("raywarp-policy", n)}
+                options = {"name": placement_groups.unique_name("raywarp-policy", n)}
                 return self._make(self.kinds.policy, need, group, self.environment, options, *arguments, watched=True)
 
             return make
@@ -208,7 +208,7 @@ class Actors:
                 need,
                 group,
                 self.environment,
-                restart | {"name": room.unique_name("raywarp-reward", n)},
+                restart | {"name": placement_groups.unique_name("raywarp-reward", n)},
                 source,
                 *common,
                 title,
@@ -222,21 +222,21 @@ class Actors:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
         for groups in self.groups.values():
-            room.release(groups)
+            placement_groups.release(groups)
 
-    def _reserve(self, need: placement.Need, name: str) -> list[PlacementGroup | None]:
-        groups = room.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
+    def _reserve(self, need: resources.Need, name: str) -> list[PlacementGroup | None]:
+        groups = placement_groups.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
         self.groups[name] = groups
         return groups
 
     def _ask_again(self, name: str, index: int) -> PlacementGroup | None:
-        group = self.groups[name][index] = room.ask_again(self.groups[name][index])
+        group = self.groups[name][index] = placement_groups.ask_again(self.groups[name][index])
         return group
 
     def _make(
         self,
         kind: type,
-        need: placement.Need | None,
+        need: resources.Need | None,
         group: PlacementGroup | None,
         environment: dict[str, str],
         options: dict[str, Any],
@@ -245,9 +245,9 @@ class Actors:
     ) -> Any:
         """watched: it answers while it works, in a thread of the concurrency group `watch`; and while it has calls that wait for others'
         results, behind which Ray would hold back the question."""
-        also: dict[str, Any] = {"concurrency_groups": {watch.GROUP: 1}, "allow_out_of_order_execution": True} if watched else {}
+        also: dict[str, Any] = {"concurrency_groups": {health.GROUP: 1}, "allow_out_of_order_execution": True} if watched else {}
         remote: Any = ray.remote(**also)(kind) if also else ray.remote(kind)
-        where = room.options(need, group) if need else {"num_cpus": 0}
+        where = placement_groups.options(need, group) if need else {"num_cpus": 0}
         actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(*arguments)
         self.made.append(actor)
         return actor

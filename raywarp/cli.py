@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from raywarp.cluster.runtime import Stopped
 from raywarp.config.schema import Config, ConfigError, config_help, load_config
 from raywarp.config.secrets import redact
 from raywarp.config_command import add_config
 from raywarp.merge_command import add_merge
 from raywarp.push_command import add_push
 from raywarp.report_command import add_report
-from raywarp.stop import Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, AdapterError):
         return 2
     from raywarp.checkpoint import CheckpointError
-    from raywarp.faults import FaultError
+    from raywarp.cluster.faults import FaultError
     from raywarp.rewards import RewardError
     from raywarp.rollout import RolloutError
     from raywarp.storage.sealed import DamagedError, StoreError

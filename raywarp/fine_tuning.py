@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from raywarp import faults, room, stop, watch
 from raywarp.actors import Place
+from raywarp.cluster import faults, health, placement_groups, runtime
+from raywarp.cluster.faults import Failures, FaultError
 from raywarp.config.schema import Config
-from raywarp.faults import Failures, FaultError
 from raywarp.policy_actor import Job, task_name
 from raywarp.storage.sealed import StoreError
 
@@ -70,7 +70,7 @@ class FineTuning:
         tick: looks after everything but the policy actors, and raises what ends the run; returns whether any of that is at work.
     """
 
-    def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], bool], report: watch.Report):
+    def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], bool], report: health.Report):
         self.config, self.places, self.work, self.tick, self.report = config, places, work, tick, report
         self.streams: list[Stream] = []
         self.waiting: list[Lost] = []
@@ -78,7 +78,7 @@ class FineTuning:
         self.saved: set[str] = set()
         self.rows: list[dict[str, Any]] = []
         self.trainers = 0
-        self.standstill = watch.Standstill()
+        self.standstill = health.Standstill()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         """Yields the policies' events: resumed (also after a death: the steps behind it are done again), step, done.
@@ -98,7 +98,7 @@ class FineTuning:
                 yield from self._next_event()
                 self._look_after()
         except BaseException as error:
-            self._save(isinstance(error, KeyboardInterrupt) or stop.is_requested())
+            self._save(isinstance(error, KeyboardInterrupt) or runtime.is_requested())
             raise
 
     def _give(self, place: Place, jobs: list[Job]) -> None:
@@ -183,10 +183,10 @@ class FineTuning:
                 self._give(lost.place, lost.jobs)
 
     def _look_after(self) -> None:
-        stop.check()
+        runtime.check()
         others_work = self.tick()
         for stream in list(self.streams):
-            if stream.heard or room.is_found(stream.place.group):
+            if stream.heard or placement_groups.is_found(stream.place.group):
                 if text := hang_of(stream.place, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
                         self._report_hang(stream.place, self.courses[job.key], text)
@@ -219,7 +219,9 @@ class FineTuning:
         self.streams.remove(stream)
         stream.place.leave()
         for job in stream.jobs:
-            self.report("moved", what=stream.place.name, **job.label, message=f"no room for it: {room.lack()}; to {target.name}")
+            self.report(
+                "moved", what=stream.place.name, **job.label, message=f"no room for it: {placement_groups.lack()}; to {target.name}"
+            )
         self._give(target, stream.jobs)
 
     def _load(self, place: Place) -> int:
@@ -243,7 +245,7 @@ class FineTuning:
     def _save(self, at_once: bool) -> None:
         """Every policy that is under way makes a checkpoint of its last finished step: after a signal in the little time that there may
         be, else when the step that is under way is over."""
-        deadline = time.monotonic() + (stop.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds)
+        deadline = time.monotonic() + (runtime.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds)
         streams = [stream for stream in self.streams if stream.heard]
         open_jobs = [course for course in self.courses.values() if not course.done]
         for place in {id(stream.place): stream.place for stream in streams}.values():
@@ -260,7 +262,7 @@ class FineTuning:
                     course.step = event["step"] + (event["event"] == "step") if "step" in event else course.step
                     self.saved |= {event["key"]} if event["event"] in ("stopped", "done") else set()
         lines = [self._saved_line(course, course.job.key in self.saved) for course in open_jobs]
-        stop.note(lines)
+        runtime.note(lines)
         for course, line in zip(open_jobs, lines, strict=True):
             self.report("saved", **course.job.label, step=course.step, message=line)
 
@@ -281,7 +283,7 @@ def hang_of(place: Place, hang_seconds: float) -> str:
     except RayError:
         return ""  # it is dead, as whoever waits for its work is about to hear
     if process is not None and process.working > hang_seconds:
-        text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{watch.stack_of(place.actor)}"
+        text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{health.stack_of(place.actor)}"
     elif place.pulse.hangs(hang_seconds):
         text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
     else:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raywarp import embedded, engines, memory, placement, preflight
+from raywarp import embedded, engines, memory, preflight
+from raywarp.cluster import resources
+from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units
-from raywarp.node_check import NodeReport
 from raywarp.weight_files import stored_bytes
 
 
@@ -21,7 +22,7 @@ class Process:
     share: of a GPU that it may take.
     """
 
-    need: placement.Need
+    need: resources.Need
     components: Components
     on_gpu: bool = False
     share: float = 1.0
@@ -44,7 +45,7 @@ class Forecast:
     """
 
     config: Config
-    plan: placement.Plan
+    plan: resources.Plan
     shapes: Shapes | None
     processes: Sequence[Process]
     dtype: str
@@ -104,7 +105,7 @@ class Source:
     warnings: list[str] = field(default_factory=list)
 
 
-def forecast(config: Config, source: Source, placed: placement.Plan) -> Forecast:
+def forecast(config: Config, source: Source, placed: resources.Plan) -> Forecast:
     """The needs of a run on its placement, activations included."""
     from raywarp.model_shapes import model_shapes
 
@@ -114,7 +115,7 @@ def forecast(config: Config, source: Source, placed: placement.Plan) -> Forecast
     return forecast_of_shapes(config, source.model, shapes, placed, source.prompt_tokens)
 
 
-def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: placement.Plan, prompt_tokens: int) -> Forecast:
+def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: resources.Plan, prompt_tokens: int) -> Forecast:
     """The same from shapes that are known; activations are in it as far as the shapes have them.
 
     Args:

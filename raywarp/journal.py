@@ -3,13 +3,13 @@
 from types import TracebackType
 from typing import Any
 
-from raywarp.claims import Elsewhere
-from raywarp.node_check import PACKAGES, versions
+from raywarp.cluster.claims import Elsewhere
+from raywarp.cluster.node_report import PACKAGES, versions
+from raywarp.cluster.runtime import Stopped
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 from raywarp.saved_config import SAMPLER_VERSION
-from raywarp.stop import Stopped
 
 ENDS = {"finished", "failed", "stopped"}
 

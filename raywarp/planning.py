@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raywarp import embedded, memory, placement, preflight
+from raywarp import embedded, memory, preflight
+from raywarp.cluster import resources
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import HUB_ID
@@ -43,9 +44,9 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     start_ray()
     problems = []
     try:
-        placed = placement.make_plan(config)
+        placed = resources.make_plan(config)
     except ConfigError as error:
-        problems, placed = str(error).splitlines(), placement.wish(config, placement.cluster_gpus())
+        problems, placed = str(error).splitlines(), resources.wish(config, resources.cluster_gpus())
     problems += filter(None, [mode_problem(config, placed.rollout.gpus > 0)])
     result = forecast(config, source, placed)
     reports = preflight.node_reports(config, local_paths(config, source.model))
@@ -62,7 +63,7 @@ def _plan_sweep(config: Config, offline: bool) -> Forecast:
     found = plan(space.largest(), offline)
     concurrent = None
     if not offline and found.fits:
-        concurrent = placement.fit_several(space.largest(), min(space.settings.max_concurrent or space.trials, space.trials))[1]
+        concurrent = resources.fit_several(space.largest(), min(space.settings.max_concurrent or space.trials, space.trials))[1]
     return replace(found, notes=[f"the sweep has {opening(space, concurrent)}; the figures are of its largest trial", *found.notes])
 
 
@@ -88,9 +89,9 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
     found = None
     if shapes is not None:
         try:
-            placed = placement.make_plan(config)
+            placed = resources.make_plan(config)
         except ConfigError:  # the session says so, after it has waited for what may become free
-            placed = placement.wish(config, placement.cluster_gpus())
+            placed = resources.wish(config, resources.cluster_gpus())
         check_mode(config, placed.rollout.gpus > 0)
         found = forecast_of_shapes(config, model, shapes, placed, prompt_tokens)
     preflight.preflight(config, found, local_paths(config, model) if found else [])
@@ -154,7 +155,7 @@ def local_paths(config: Config, model: str) -> list[str]:
 
 
 def _offline(config: Config) -> Forecast:
-    placed = placement.wish(config, 0)
+    placed = resources.wish(config, 0)
     check_mode(config, placed.rollout.gpus > 0)
     notes = ["offline: GPUs are counted where the config names them; a policy actor is counted for each policy"]
     source = shapes_only(config, weights=True)
@@ -195,7 +196,7 @@ def render(found: Forecast, console: Any) -> None:
     console.print("it fits" if found.fits else "it does not fit", highlight=False, markup=False)
 
 
-def _sizes(processes: Sequence[Process], need: placement.Need, on_gpu: bool) -> str:
+def _sizes(processes: Sequence[Process], need: resources.Need, on_gpu: bool) -> str:
     """What one of a kind holds in memory, or on a GPU."""
     for process in processes:
         if (process.need, process.on_gpu) == (need, on_gpu):

@@ -17,11 +17,12 @@ from ray.exceptions import RayActorError
 
 from raywarp.algorithm.deltas import AdapterDelta, add, digest
 from raywarp.batch import collate
+from raywarp.cluster.faults import FaultError, explain
+from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.completion import Completion
 from raywarp.config.schema import Config
 from raywarp.data import Prompt
 from raywarp.effect import effect
-from raywarp.faults import FaultError, explain
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.packing import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
@@ -30,7 +31,6 @@ from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError, read_jsonl
-from raywarp.watch import GROUP, START_SECONDS, Process, Work, stack_here
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.effect_probe import Reference

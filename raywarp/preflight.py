@@ -10,10 +10,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp import node_check
+from raywarp.cluster import node_report
+from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config, ConfigError
 from raywarp.memory import checkpoint_bytes, in_units
-from raywarp.node_check import NodeReport
 from raywarp.saved_config import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import made, writable
@@ -50,16 +50,16 @@ def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
     with _nonce("out", config.out) as out, _nonce("store", config.store) if config.store else nullcontext(out) as (folder, nonce):
         here = ray.get_runtime_context().get_node_id()
         if [node["NodeID"] for node in nodes] == [here]:
-            return [node_check.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]
-        ray.cloudpickle.register_pickle_by_value(node_check)  # so that the answer of a node without raywarp is not a ModuleNotFoundError
+            return [node_report.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]
+        ray.cloudpickle.register_pickle_by_value(node_report)  # so that the answer of a node without raywarp is not a ModuleNotFoundError
         try:
             return _ask(nodes, folder, nonce, paths, config.cluster.timeout_seconds)
         finally:
-            ray.cloudpickle.unregister_pickle_by_value(node_check)
+            ray.cloudpickle.unregister_pickle_by_value(node_report)
 
 
 def _ask(nodes: Sequence[Mapping[str, Any]], folder: str | None, nonce: str, paths: Sequence[str], timeout: float) -> list[NodeReport]:
-    task = ray.remote(node_check.check_node)
+    task = ray.remote(node_report.check_node)
     refs = {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

@@ -9,12 +9,12 @@ from typing import Any
 
 import ray
 
+from raywarp.cluster.health import GROUP, Process, Work
 from raywarp.config.schema import RewardConfig
 from raywarp.data import Prompt
 from raywarp.rewards import Reward, RewardError, load_reward
 from raywarp.rollout import Rollout, Scores
 from raywarp.time_limit import TimeLimit, TimeLimitError
-from raywarp.watch import GROUP, Process, Work
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from raywarp import faults
+from raywarp.cluster import faults
+from raywarp.cluster.health import Process
 from raywarp.proof import Proof
 from raywarp.rollout import Request, RolloutError
-from raywarp.watch import Process
 
 NOBODY = -1  # stands in the queue of idle workers when all of them are lost for good
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 
+from raywarp.cluster.health import GROUP, Process, Work, stack_here
 from raywarp.engines import Engine, EngineSettings, start_engine
 from raywarp.rollout import Request, Rollout
-from raywarp.watch import GROUP, Process, Work, stack_here
 
 
 class RolloutWorker:

@@ -11,13 +11,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from raywarp import faults, orphans, room, stop, watch
 from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.cluster import faults, health, orphans, placement_groups, runtime
+from raywarp.cluster.faults import Failures, FaultError
+from raywarp.cluster.health import Helper, PoolHelper, Report
 from raywarp.config.schema import Config
 from raywarp.data import Prompt
 from raywarp.effect import Sampler
-from raywarp.faults import Failures, FaultError
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.hardware import run_dtype
 from raywarp.identity import derive_seed
@@ -28,7 +29,6 @@ from raywarp.reward_actor import Scorer
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, submit
 from raywarp.rollout_pool import PoolReport
 from raywarp.timing import Timing, measure
-from raywarp.watch import Helper, PoolHelper, Report
 
 
 def start_ray() -> None:
@@ -43,7 +43,7 @@ def start_ray() -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except ConnectionError:  # the last `ray start` is gone
             ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    stop.keep_listening()
+    runtime.keep_listening()
 
 
 def log_event(event: str, **details: Any) -> None:
@@ -207,7 +207,7 @@ class Session:
     def present(self) -> list[Place]:
         """The policy actors; one that was given up for want of room comes back once there is some."""
         for place in self.policies:
-            if place.gone and room.is_found(place.group):
+            if place.gone and placement_groups.is_found(place.group):
                 place.renew()
         return [place for place in self.policies if not place.gone]
 
@@ -228,9 +228,9 @@ class Session:
         Raises:
             GetTimeoutError: everybody waits, and nobody works; what was asked for is to be asked for again.
         """
-        wanted, standstill, seconds = refs if isinstance(refs, list) else [refs], watch.Standstill(), self.config.cluster.hang_seconds
+        wanted, standstill, seconds = refs if isinstance(refs, list) else [refs], health.Standstill(), self.config.cluster.hang_seconds
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
-            stop.check()
+            runtime.check()
             at_work = self._tick() or not self._helpers
             for place in self.policies:
                 if text := hang_of(place, seconds):
@@ -263,7 +263,7 @@ class Session:
                     place.renew()
                 else:
                     place.leave()
-                    self.report("lost", what=place.name, message=f"no room for it: {room.lack()}")
+                    self.report("lost", what=place.name, message=f"no room for it: {placement_groups.lack()}")
         if self.policies and all(place.gone for place in self.policies):
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
@@ -273,7 +273,7 @@ class Session:
 
     def _start(self) -> None:
         config = self.config
-        self.plan = plan = room.await_plan(config)
+        self.plan = plan = placement_groups.await_plan(config)
         self._free_before = ray.available_resources()
         self.dtype = run_dtype(config.dtype, plan.uses_gpus)
         self._actors = actors = Actors(config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds)
@@ -345,11 +345,11 @@ class Session:
                 except RayError as error:
                     if not faults.is_survivable(error):
                         raise faults.cause_of(error) from None
-                    has_node = room.has_node(group)
+                    has_node = placement_groups.has_node(group)
                     lost = None if has_node else lost or time.monotonic()
                     if lost and time.monotonic() - lost > wait:
                         raise FaultError(
-                            f"{what} has waited {wait:.0f} s for another node after it lost its own while it started: {room.lack()}; "
+                            f"{what} has waited {wait:.0f} s for another node after it lost its own while it started: {placement_groups.lack()}; "
                             "add nodes, or raise cluster.timeout_seconds; the same command continues"
                         ) from None
                     if has_node and not faults.is_restarting(error) and not failures.again():
@@ -379,7 +379,7 @@ class Session:
         if self._actors:
             self._actors.stop()
         if not at_once and not self._shares:
-            room.wait_until_free(self._free_before)
+            placement_groups.wait_until_free(self._free_before)
 
     def _living_workers(self) -> list[Any]:
         """Without those for which there is no room since a loss."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import ray
 
-from raywarp import placement, room, stop
-from raywarp.claims import Table
+from raywarp.cluster import placement_groups, resources, runtime
+from raywarp.cluster.claims import Table
+from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.inputs import Inputs, prepare
@@ -19,7 +20,6 @@ from raywarp.planning import check_cluster, opening
 from raywarp.progress import Display
 from raywarp.run import Run, read_mark
 from raywarp.session import start_ray
-from raywarp.stop import stoppable
 from raywarp.storage import scratch, sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import alone
@@ -61,7 +61,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
         display.progress(opening(space, concurrent))
         with run.mirrored():
             points = _fit(plan, run, concurrent, display)
-            room.take_back()
+            placement_groups.take_back()
             sweep = conclude(plan, files, points)
             save_sweep(sweep, plan, run)
             show_sweep(sweep, display)
@@ -93,7 +93,7 @@ def _plan(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
     results depend: a continued sweep's are those that it began with.
     """
     largest, settings = space.largest(), space.settings
-    each, concurrent = placement.fit_several(largest, min(settings.max_concurrent or space.trials, space.trials))
+    each, concurrent = resources.fit_several(largest, min(settings.max_concurrent or space.trials, space.trials))
     before = files.plan().get("threads") if largest.cluster.threads is None else None
     threads = before or each.threads
     cluster = space.base.cluster.model_copy(update={"threads": threads, "policy_actors": each.policy.count})
@@ -191,7 +191,7 @@ def _resources() -> Any:
 
 def _end_trials(plan: SweepPlan) -> None:
     """Whatever still runs saves its policies and ends: after a signal, within the 3 s that Ray leaves a job."""
-    table, deadline = Table(plan.store), time.monotonic() + stop.SAVE_SECONDS
+    table, deadline = Table(plan.store), time.monotonic() + runtime.SAVE_SECONDS
     handles, busy = table.ask("trials", plan.id)
     if not handles:
         return
@@ -200,7 +200,7 @@ def _end_trials(plan: SweepPlan) -> None:
     while busy and time.monotonic() < deadline:
         time.sleep(0.05)
         _, busy = table.ask("trials", plan.id)
-    stop.note([f"{total - busy} of {total} policies under way are saved where they were, the others at their last checkpoint"])
+    runtime.note([f"{total - busy} of {total} policies under way are saved where they were, the others at their last checkpoint"])
     for handle in handles:
         ray.kill(handle)
 

@@ -16,16 +16,17 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from raywarp import evaluation, placement, stop, warp
+from raywarp import evaluation, warp
 from raywarp.algorithm.hypervolume import hypervolume
-from raywarp.claims import FOLDER, Elsewhere, SharedClaims, Table
+from raywarp.cluster import resources, runtime
+from raywarp.cluster.claims import FOLDER, Elsewhere, SharedClaims, Table
+from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
 from raywarp.evaluation import Point
 from raywarp.hardware import run_dtype
 from raywarp.inputs import Inputs, prepare
 from raywarp.keys import front_key, key_chain
-from raywarp.node_check import PACKAGES, versions
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.storage import sealed
@@ -241,7 +242,7 @@ class Trial(Trainable):
         table = Table(self.plan.store)
         while not table.ask("stopping", self.plan.id):
             time.sleep(STOP_POLL)
-        stop.request(SIGTERM)
+        runtime.request(SIGTERM)
 
 
 def _move_to(folder: str) -> None:
@@ -255,6 +256,6 @@ def _move_to(folder: str) -> None:
 def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Of everything that a session's numerics and a reward's statistics may follow from."""
     sections = config.model_dump(include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"})
-    machine = [run_dtype(config.dtype, placement.cluster_gpus() > 0), placement.cluster_gpus() > 0]
+    machine = [run_dtype(config.dtype, resources.cluster_gpus() > 0), resources.cluster_gpus() > 0]
     completions = config.reward_training.sft_completions
     return sealed.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])

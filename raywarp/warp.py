@@ -19,7 +19,8 @@ from typing import Any
 from raywarp import evaluation
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
-from raywarp.claims import NO_CLAIMS, Claims, Elsewhere
+from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
+from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
 from raywarp.evaluation import Candidate, Point
 from raywarp.inputs import Inputs, prepare
@@ -37,7 +38,6 @@ from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session
 from raywarp.standardisation import reward_statistics
-from raywarp.stop import stoppable
 from raywarp.storage import sealed
 from raywarp.storage.locks import alone
 

@@ -37,14 +37,15 @@ from killing import (
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from transformers import AutoModelForSequenceClassification
 
-from raywarp import faults, watch
 from raywarp.actors import Kinds
 from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
+from raywarp.cluster import faults, health
+from raywarp.cluster.faults import Failures, FaultError
+from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.completion import Completion
 from raywarp.config.schema import RewardConfig, parse_config
 from raywarp.data import Prompt
 from raywarp.engines import Engine, EngineSettings
-from raywarp.faults import Failures, FaultError
 from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.policy_files import PolicyFiles
@@ -55,7 +56,6 @@ from raywarp.rollout_pool import PoolHealth, RolloutPool
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.run import Run
 from raywarp.session import Session
-from raywarp.stop import SAVE_SECONDS
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import StoreError
 
@@ -433,7 +433,7 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any
     folder = save_tiny_llama(tmp_path / "model")
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
     options = {"max_restarts": -1, "max_task_retries": 3, "num_cpus": 0}
-    actor = ray_cluster.remote(concurrency_groups={watch.GROUP: 1})(RewardActor).options(**options).remote(RewardConfig(model=str(folder)))
+    actor = ray_cluster.remote(concurrency_groups={health.GROUP: 1})(RewardActor).options(**options).remote(RewardConfig(model=str(folder)))
     scorer, prompts = Scorer(actor, (0.5, 0.25)), [Prompt("the film was", (3,), {})]
     rollouts = [ray_cluster.put(Rollout([Completion((3,), (0.0,), "good", True)], ()))]
     raw = ray_cluster.get(Scorer(actor).submit(prompts, rollouts))
@@ -449,9 +449,9 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any
 def test_the_same_number_on_another_node_is_a_new_process(ray_cluster: Any) -> None:
     """Every container counts its processes from 1."""
     told: list[tuple[str, Any]] = []
-    helper = watch.Helper("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
-    answers = iter([watch.Process(212, "first", done=3), watch.Process(212, "second", done=1)])
-    helper.pulse = watch.Pulse(lambda: ray_cluster.put(next(answers)))
+    helper = health.Helper("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
+    answers = iter([health.Process(212, "first", done=3), health.Process(212, "second", done=1)])
+    helper.pulse = health.Pulse(lambda: ray_cluster.put(next(answers)))
     for _ in range(2):
         while helper.check() is None:
             time.sleep(0.05)
@@ -461,9 +461,9 @@ def test_the_same_number_on_another_node_is_a_new_process(ray_cluster: Any) -> N
 def test_a_process_that_answers_again_was_only_out_of_reach(ray_cluster: Any) -> None:
     """A connection breaks, and Ray makes another one: it is back, its standstill counts, and its death is told when it comes."""
     told: list[tuple[str, Any]] = []
-    helper = watch.Helper("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
+    helper = health.Helper("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
     node, lost = ray_cluster.get_runtime_context().get_node_id(), ActorUnavailableError("Socket closed", None)
-    first, second = watch.Process(7, node, done=3), watch.Process(8, node, done=1)
+    first, second = health.Process(7, node, done=3), health.Process(8, node, done=1)
     answers: Iterator[Any] = iter([first, lost, first, first, lost, second])
 
     def poll() -> Any:
@@ -489,10 +489,10 @@ def test_a_rollout_worker_that_loads_does_not_hang(ray_cluster: Any) -> None:
 
     told: list[str] = []
     settings = EngineSettings("nowhere", "float32", 16, 8, parse_config({}).rollout, gpu=False)
-    worker = ray_cluster.remote(concurrency_groups={watch.GROUP: 1})(Slow).options(num_cpus=0).remote(settings)
-    helper = watch.PoolHelper("rollout pool", None, 10, lambda event, **details: told.append(details["message"]), workers=[worker])
-    in_flight = iter([9.0, 11.0, watch.START_SECONDS + 1])
-    helper.pulse.poll = lambda: PoolHealth(watch.Process(7, "node"), {0: next(in_flight)}, {}, [])  # type: ignore[method-assign]
+    worker = ray_cluster.remote(concurrency_groups={health.GROUP: 1})(Slow).options(num_cpus=0).remote(settings)
+    helper = health.PoolHelper("rollout pool", None, 10, lambda event, **details: told.append(details["message"]), workers=[worker])
+    in_flight = iter([9.0, 11.0, health.START_SECONDS + 1])
+    helper.pulse.poll = lambda: PoolHealth(health.Process(7, "node"), {0: next(in_flight)}, {}, [])  # type: ignore[method-assign]
     call = worker.generate.remote([])
     while not ray_cluster.get(worker.loads.remote()):
         time.sleep(0.02)

@@ -132,7 +132,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 from raywarp.actors import Kinds
 from raywarp.config.schema import parse_config
-from raywarp.faults import FaultError
+from raywarp.cluster.faults import FaultError
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.session import Session
 

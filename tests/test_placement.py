@@ -10,18 +10,18 @@ import pytest
 from killing import Patience
 from ray.util.placement_group import placement_group, placement_group_table
 
-from raywarp import placement, room, watch
 from raywarp.actors import Place
+from raywarp.cluster import health, placement_groups, resources
 from raywarp.config.schema import Config, ConfigError, parse_config
 from raywarp.reward_actor import RewardActor
 
 
-def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> placement.Plan:
+def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> resources.Plan:
     total = {name: amount * nodes for name, amount in resources.items()}
-    monkeypatch.setattr(placement.ray, "available_resources", lambda: total)
-    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: total)
-    monkeypatch.setattr(placement.ray, "nodes", lambda: [{"Alive": True, "Resources": resources} for _ in range(nodes)])
-    return placement.make_plan(config)
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: total)
+    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True, "Resources": resources} for _ in range(nodes)])
+    return resources.make_plan(config)
 
 
 def test_two_cores_hold_two_trainers_and_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,61 +94,61 @@ def test_threads_of_a_node_are_those_of_its_own_actors(monkeypatch: pytest.Monke
 
 def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:
     free = ray_cluster.available_resources()["CPU"]
-    need = placement.Need("policy", gpus=0, cpus=1, count=2)
-    groups = room.reserve(need, "test", timeout=30)
+    need = resources.Need("policy", gpus=0, cpus=1, count=2)
+    groups = placement_groups.reserve(need, "test", timeout=30)
     assert len(groups) == 2
-    options = room.options(need, groups[0])
+    options = placement_groups.options(need, groups[0])
     assert options["scheduling_strategy"].placement_group == groups[0]
-    room.release(groups)
+    placement_groups.release(groups)
     with pytest.raises(ConfigError, match=r"waited 1 s for 1 placement groups .*lower cluster\.\*_per_policy"):
-        room.reserve(placement.Need("policy", gpus=0, cpus=free + 1, count=1), "test", timeout=1)
-    assert room.reserve(placement.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
+        placement_groups.reserve(resources.Need("policy", gpus=0, cpus=free + 1, count=1), "test", timeout=1)
+    assert placement_groups.reserve(resources.Need("reward_worker", gpus=0, cpus=0, count=2), "test", timeout=1) == [None, None]
 
 
-def planned(need: placement.Need) -> None:
+def planned(need: resources.Need) -> None:
     """The wait that a run begins with."""
     patience = Patience(30)
-    while placement.ray.available_resources()["CPU"] >= need.cpus:  # Ray tells what is free a moment later
+    while resources.ray.available_resources()["CPU"] >= need.cpus:  # Ray tells what is free a moment later
         assert patience.lasts()
     cluster = {"policy_actors": 1, "cpus_per_policy": 1, "cpus_per_rollout_worker": need.cpus - 1, "timeout_seconds": 30}
-    assert room.await_plan(parse_config({"cluster": cluster})).policy.count == 1
+    assert placement_groups.await_plan(parse_config({"cluster": cluster})).policy.count == 1
 
 
-def reserved(need: placement.Need) -> None:
+def reserved(need: resources.Need) -> None:
     """What follows it, should it have seen as free what is not."""
-    room.release(room.reserve(need, "raywarp-policy", 30))
+    placement_groups.release(placement_groups.reserve(need, "raywarp-policy", 30))
 
 
-def regained(need: placement.Need) -> None:
+def regained(need: resources.Need) -> None:
     """A policy actor's, whose group looks for another node."""
     group = placement_group([need.bundle()], strategy="STRICT_PACK")
     place = Place("policy actor 1", make=lambda _: None, group=group, ask_again=lambda: None)
     assert place.await_room(time.monotonic() + 30)
-    room.release([group])
+    placement_groups.release([group])
 
 
-def helped(need: placement.Need) -> None:
+def helped(need: resources.Need) -> None:
     """A reward worker's, which Ray starts again when its group has another node."""
     group = placement_group([need.bundle()], strategy="STRICT_PACK")
-    kind = placement.ray.remote(concurrency_groups={watch.GROUP: 1})(RewardActor)
-    worker = kind.options(**room.options(need, group)).remote(None, False, None, "reward worker")
-    placement.ray.kill(worker)
-    helper = watch.Helper("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
+    kind = resources.ray.remote(concurrency_groups={health.GROUP: 1})(RewardActor)
+    worker = kind.options(**placement_groups.options(need, group)).remote(None, False, None, "reward worker")
+    resources.ray.kill(worker)
+    helper = health.Helper("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
     patience = Patience(30)
     while placement_group_table(group)["state"] != "CREATED":
         helper.check()
         assert patience.lasts()
-    room.release([group])
+    placement_groups.release([group])
 
 
 @pytest.mark.parametrize("wait", [planned, reserved, regained, helped])
-def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wait: Callable[[placement.Need], None]) -> None:
+def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wait: Callable[[resources.Need], None]) -> None:
     """And no other: neither the driver's own nor a living trial's."""
 
     @ray_cluster.remote(num_cpus=0)
     class Trial:
         def take(self, cpus: float) -> int:
-            room.reserve(placement.Need("policy", 0, cpus, 1), "raywarp-policy", 30)
+            placement_groups.reserve(resources.Need("policy", 0, cpus, 1), "raywarp-policy", 30)
             return os.getpid()
 
     def names() -> set[str]:
@@ -158,17 +158,17 @@ def test_the_room_of_a_trial_that_was_killed_is_taken_back(ray_cluster: Any, wai
     mine = [placement_group([{"CPU": 0.1}], name="another.program")]
     living, dead = Trial.remote(), Trial.remote()
     try:
-        mine += room.reserve(placement.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
+        mine += placement_groups.reserve(resources.Need("policy", 0, 0.5, 1), "raywarp-policy", 30)
         ray_cluster.get(living.take.remote(0.5))
         kept = names()
         os.kill(ray_cluster.get(dead.take.remote(2)), signal.SIGKILL)
-        wait(placement.Need("policy", 0, 2, 1))
+        wait(resources.Need("policy", 0, 2, 1))
         assert names() == kept
     finally:
         ray_cluster.kill(living)
         ray_cluster.kill(dead)
-        room.release(mine)
+        placement_groups.release(mine)
         patience = Patience(30)
         while names() != before:
-            room.take_back()
+            placement_groups.take_back()
             assert patience.lasts()

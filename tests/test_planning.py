@@ -15,15 +15,16 @@ import yaml
 from conftest import WORDS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raywarp import memory, placement, preflight
+from raywarp import memory, preflight
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.batch import collate
 from raywarp.cli import main
+from raywarp.cluster import resources
+from raywarp.cluster.node_report import NodeReport
 from raywarp.completion import Completion
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
 from raywarp.forecast import Forecast, Process
 from raywarp.model_shapes import model_shapes
-from raywarp.node_check import NodeReport
 from raywarp.packing import micro_batches
 from raywarp.planning import plan
 from raywarp.policy import Policy
@@ -164,10 +165,10 @@ def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
 
 
 def test_memory_is_compared_with_the_largest_node_and_gpu(tiny_llama: Path) -> None:
-    need = placement.Need("policy", gpus=1, cpus=1, count=1)
+    need = resources.Need("policy", gpus=1, cpus=1, count=1)
     config = settings(tiny_llama)
     process = Process(need, {"base weights": 6 << 30, "activations (estimate)": 4 << 30})
-    found = Forecast(config, placement.wish(config, 0), None, [process], "float32")
+    found = Forecast(config, resources.wish(config, 0), None, [process], "float32")
     sizes = {"small": 5 << 30, "middle": 8 << 30, "large": 16 << 30}
     reports = {name: [NodeReport(name, {}, size)] for name, size in sizes.items()}
     assert "a policy needs 6.0 GiB (weights alone), the largest node has 5.0 GiB: lower" in found.impossible(reports["small"])[0]

@@ -22,14 +22,14 @@ from raywarp.adapted_model import AdaptedModel
 from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import add
 from raywarp.batch import collate
+from raywarp.cluster.faults import cause_of
+from raywarp.cluster.health import Process
 from raywarp.completion import Completion
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
-from raywarp.faults import cause_of
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
 from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker
 from raywarp.session import Session
-from raywarp.watch import Process
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 

@@ -27,7 +27,7 @@ from tiny_run import Listener
 
 from raywarp.algorithm.deltas import digest
 from raywarp.algorithm.hypervolume import hypervolume
-from raywarp.claims import ClaimTable, Table
+from raywarp.cluster.claims import ClaimTable, Table
 from raywarp.config.schema import load_config
 from raywarp.config.search import describe, name_of
 from raywarp.peft_files import load_peft

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from raywarp.cluster.health import GROUP
 from raywarp.config.schema import RewardConfig
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import RewardError
 from raywarp.time_limit import TimeLimit, TimeLimitError
-from raywarp.watch import GROUP
 
 SLOW = """
 import ctypes, time

@@ -16,9 +16,9 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raywarp import faults
+from raywarp.cluster import faults
+from raywarp.cluster.resources import Need, Plan, make_plan
 from raywarp.config.schema import Config, ConfigError
-from raywarp.placement import Need, Plan, make_plan
 
 ACTORS_GROUP = re.compile(r"raywarp-.*\.(?P<actor>[0-9a-f]{32})")  # as group_name makes it; others' groups are none of our business
 

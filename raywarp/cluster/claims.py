@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from raywarp import stop
+from raywarp.cluster import runtime
 from raywarp.storage import sealed
 
 NAMESPACE = "raywarp"
@@ -232,7 +232,7 @@ class SharedClaims(Claims):
     def wait(self, keys: Sequence[str]) -> None:
         """Until nobody else is at work on any of the keys: they are finished, or whoever was has died or given up."""
         while self.held(keys):
-            stop.check()
+            runtime.check()
             time.sleep(POLL_SECONDS)
 
     def held(self, keys: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup
 
-from raywarp import faults, out_of_memory, room
+from raywarp.cluster import faults, out_of_memory, placement_groups
 
 GROUP = "watch"
 START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
@@ -199,9 +199,9 @@ class Helper:
 
     def _check_room(self, what: str, seconds: float) -> None:
         """Raises FaultError where it has been away for too long because no node has room for it."""
-        if self.groups and not any(map(room.is_found, self.groups)) and seconds > self.longest_wait:
+        if self.groups and not any(map(placement_groups.is_found, self.groups)) and seconds > self.longest_wait:
             raise faults.FaultError(
-                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {room.lack()}; add nodes, lower "
+                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {placement_groups.lack()}; add nodes, lower "
                 "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
             )
 
@@ -260,7 +260,11 @@ class PoolHelper(Helper):
         if len(self.down) == len(self.workers):
             self._check_room("rollout worker", min(self.down.values()))
         for index, seconds in self.down.items():
-            if not room.is_found(self.groups[index]) and seconds > self.longest_wait and room.lost_node(self.groups[index]):
+            if (
+                not placement_groups.is_found(self.groups[index])
+                and seconds > self.longest_wait
+                and placement_groups.lost_node(self.groups[index])
+            ):
                 self.workers[index] = self.again(index)
         return health
 
