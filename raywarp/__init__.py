@@ -29,17 +29,17 @@ _WHERE = {
     "concatenate": "algorithm.deltas",
     "compress": "algorithm.deltas",
     "truncate": "algorithm.deltas",
-    "load_peft": "peft_files",
-    "save_peft": "peft_files",
+    "load_peft": "adapters.peft",
+    "save_peft": "adapters.peft",
     "slerp": "algorithm.averaging",
     "lerp": "algorithm.averaging",
     "karcher": "algorithm.averaging",
     "ema": "algorithm.averaging",
     "liti": "algorithm.averaging",
     "geometry": "algorithm.averaging",
-    "merge": "merging",
-    "inspect": "merging",
-    "Recipe": "merge_recipe",
+    "merge": "adapters.merging",
+    "inspect": "adapters.merging",
+    "Recipe": "adapters.recipe",
 }
 __all__ = sorted(_WHERE)
 

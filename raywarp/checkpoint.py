@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from raywarp.adapters.weight_files import download_weights, weight_files
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.module_names import match_names
-from raywarp.weight_files import download_weights, weight_files
 
 
 class CheckpointError(RuntimeError):

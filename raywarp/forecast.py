@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import embedded, engines, memory, preflight
+from raywarp.adapters.weight_files import stored_bytes
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units
-from raywarp.weight_files import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _reward_weights(config: Config) -> Components:
     name = embedded.cached(config.reward.model) if config.reward.model else None
     if name is None:
         return {}
+    from raywarp.adapters.weight_files import weight_bytes
     from raywarp.model_shapes import classifier_parameters
-    from raywarp.weight_files import weight_bytes
 
     known = known_config(name)
     stored = weight_bytes(Path(name)) or (2 * classifier_parameters(known) if known is not None else 0)

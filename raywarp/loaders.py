@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from raywarp.adapters.peft import save_peft
+from raywarp.adapters.peft_config import ADAPTER_FILE
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, zeros_like
 from raywarp.checkpoint import Checkpoint
-from raywarp.peft_config import ADAPTER_FILE
-from raywarp.peft_files import save_peft
 from raywarp.rollout import Adapter, RolloutError
 
 Install = Callable[[Iterable[tuple[str, Tensor]]], object]

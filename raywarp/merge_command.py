@@ -72,8 +72,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from raywarp.merge_report import merge_json, merge_table
-    from raywarp.merging import merge
+    from raywarp.adapters.merging import merge
+    from raywarp.adapters.report import merge_json, merge_table
     from raywarp.terminal import console
 
     done = merge(_recipe(options), options.out, options.overwrite, options.allow_different_bases)
@@ -85,8 +85,8 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Any:
+    from raywarp.adapters.recipe import Recipe
     from raywarp.config.schema import ConfigError
-    from raywarp.merge_recipe import Recipe
 
     adapters, init = tuple(options.adapters), options.init
     if options.method == "liti" and len(adapters) == 2:
@@ -119,8 +119,8 @@ def _numbers(words: list[str] | None) -> tuple[float, ...] | None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from raywarp.merge_report import adapter_facts, groups_json, inspect_table
-    from raywarp.merging import inspect
+    from raywarp.adapters.merging import inspect
+    from raywarp.adapters.report import adapter_facts, groups_json, inspect_table
     from raywarp.terminal import console
 
     count = len(options.adapters)

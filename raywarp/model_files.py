@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from raywarp.adapters.weight_files import check_experts, stored_tensors
 from raywarp.config.schema import ConfigError
-from raywarp.weight_files import check_experts, stored_tensors
 
 ADAPTER = "adapter_config.json"
 _CAUSAL = ("CausalLM", "LMHeadModel", "ConditionalGeneration")

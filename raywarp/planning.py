@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp import embedded, memory, preflight
+from raywarp.adapters.weight_files import weight_bytes
 from raywarp.cluster import resources
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
@@ -20,7 +21,6 @@ from raywarp.known_models import known_config
 from raywarp.memory import Shapes, in_units
 from raywarp.model_files import read_model_config
 from raywarp.rewards import own_file
-from raywarp.weight_files import weight_bytes
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 

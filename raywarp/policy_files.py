@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.peft_files import save_peft
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError, read_jsonl, write_json, write_jsonl
 

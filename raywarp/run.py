@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config, ConfigError
-from raywarp.peft_files import save_peft
 from raywarp.sampler_mark import Mark, sampler_mark
 from raywarp.saved_config import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_config, saved_form
 from raywarp.storage import sealed

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
 from raywarp.completion import Completion
@@ -20,7 +21,6 @@ from raywarp.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout import Request
 from raywarp.row_signatures import ModuleRows
 from raywarp.storage import scratch
-from raywarp.weight_files import own_files_only
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 CPU_TOKENS = 4096  # of prompts in one pass

@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raywarp import evaluation
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
@@ -28,7 +29,6 @@ from raywarp.journal import Journal
 from raywarp.keys import front_key, key_chain, key_of_numerics
 from raywarp.loggers import Loggers
 from raywarp.model_card import card
-from raywarp.peft_files import load_peft
 from raywarp.planning import check_cluster
 from raywarp.policy_actor import Job
 from raywarp.progress import Display

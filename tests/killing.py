@@ -17,8 +17,8 @@ import psutil
 import yaml
 from conftest import save_tiny_llama, write_prompts
 
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
-from raywarp.peft_files import load_peft
 from raywarp.run import Run
 from raywarp.storage import scratch
 

@@ -22,8 +22,8 @@ from conftest import WORDS, random_delta
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, LlamaForSequenceClassification
 
+from raywarp.adapters.peft import save_peft
 from raywarp.cli import main
-from raywarp.peft_files import save_peft
 from raywarp.storage.locks import alone, lock
 
 Case = tuple[Callable[[Path], list[str] | None], str]

@@ -23,10 +23,10 @@ from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, rew
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
+from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.averaging import geometry, lerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
 from raywarp.config.schema import MINILM, SMOLLM2
-from raywarp.peft_files import save_peft
 from raywarp.run import Run
 from raywarp.storage import sealed
 

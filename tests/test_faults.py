@@ -38,6 +38,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from transformers import AutoModelForSequenceClassification
 
 from raywarp.actors import Kinds
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
 from raywarp.cluster import faults, health
 from raywarp.cluster.faults import Failures, FaultError
@@ -46,7 +47,6 @@ from raywarp.completion import Completion
 from raywarp.config.schema import RewardConfig, parse_config
 from raywarp.data import Prompt
 from raywarp.engines import Engine, EngineSettings
-from raywarp.peft_files import load_peft
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.policy_files import PolicyFiles
 from raywarp.reward_actor import RewardActor, Scorer

@@ -27,10 +27,10 @@ import yaml
 from conftest import installed_in, save_tiny_llama, write_prompts
 from ray.job_submission import JobSubmissionClient
 
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
 from raywarp.config.schema import ConfigError, load_config
 from raywarp.jobs import absolute_paths, check_paths
-from raywarp.peft_files import load_peft
 from raywarp.run_metrics import GAUGES
 
 REPOSITORY = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from conftest import logger_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import Listener
 
+from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config, ConfigError, load_config, parse_config
 from raywarp.loggers import Loggers, check_loggers, front_rows, sample_rows
-from raywarp.peft_files import load_peft
 from raywarp.run import Run
 
 

@@ -17,13 +17,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from raywarp.adapters.merging import inspect, merge
+from raywarp.adapters.peft import load_peft, save_peft
+from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE
+from raywarp.adapters.recipe import Recipe
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, grouped, scale, zeros_like
 from raywarp.cli import main
-from raywarp.merge_recipe import Recipe
-from raywarp.merging import inspect, merge
-from raywarp.peft_config import ADAPTER_FILE, CONFIG_FILE
-from raywarp.peft_files import load_peft, save_peft
 
 RANKS = ((3, 2, 4, 1), (1, 4, 2, 3), (2, 2, 2, 2), (4, 1, 3, 2), (2, 3, 1, 4))
 
@@ -299,7 +299,7 @@ import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
-from raywarp.peft_files import load_peft
+from raywarp.adapters.peft import load_peft
 
 model, adapter, mode, ids = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 lora = {"enable_lora": True, "max_lora_rank": 8} if mode == "lora" else {}

@@ -16,10 +16,10 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny_run import as_of_before
 
+from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import SMOLLM2, load_config
 from raywarp.evaluation import Point
 from raywarp.model_card import card
-from raywarp.peft_files import load_peft
 from raywarp.run import Run
 
 TOKEN = "hf_" + "t" * 34

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from raywarp.adapters.peft import AdapterFile, AdapterWriter, load_peft, save_peft
+from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE
 from raywarp.algorithm.deltas import AdapterError, Factors, concatenate, dense, digest, zeros_like
-from raywarp.peft_config import ADAPTER_FILE, CONFIG_FILE
-from raywarp.peft_files import AdapterFile, AdapterWriter, load_peft, save_peft
 
 
 def peft_reference(folder: Path, model: Path, **config: object) -> dict[str, torch.Tensor]:

@@ -98,7 +98,7 @@ def test_activations_are_counted_as_autograd_keeps_them(tiny_llama: Path) -> Non
 
 def test_results_are_the_files_that_a_run_leaves(tiny_llama: Path, tmp_path: Path) -> None:
     """I = 1, M = 2: two policies of rank r, an empty init (a column of zeros), a merge and the chosen adapter of rank 2r."""
-    from raywarp.peft_files import save_peft
+    from raywarp.adapters.peft import save_peft
 
     config = settings(tiny_llama, warp={"iterations": 1, "policies": 2})
     model = AdaptedModel(str(tiny_llama), config.lora, torch.float32, torch.device("cpu"))

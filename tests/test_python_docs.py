@@ -10,8 +10,8 @@ import torch
 from conftest import random_delta
 
 import raywarp
+from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import Factors
-from raywarp.peft_files import save_peft
 from raywarp.rewards import check_call
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"

@@ -17,8 +17,8 @@ from conftest import S3Server, assert_same_change
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp import rewards
+from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config
-from raywarp.peft_files import load_peft
 from raywarp.policy_files import PolicyFiles
 from raywarp.rewards import RewardError
 from raywarp.run import Run

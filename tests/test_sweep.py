@@ -25,12 +25,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loggers import items, wandb_records
 from tiny_run import Listener
 
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster.claims import ClaimTable, Table
 from raywarp.config.schema import load_config
 from raywarp.config.search import describe, name_of
-from raywarp.peft_files import load_peft
 from raywarp.planning import plan, render
 from raywarp.report_command import read, save_report
 from raywarp.storage.location import Storage

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raywarp.tensor_files import TensorFile, TensorFileError, TensorWriter
+from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.randn(3, 1), "empty": torch.zeros(0, 4), "narrow": torch.randn(5).bfloat16()}
 

@@ -17,9 +17,9 @@ from peft import PeftModel
 from tiny_run import make_project, tiny_config
 from transformers import AutoModelForCausalLM
 
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import dense, digest, subtract
 from raywarp.config.schema import Config
-from raywarp.peft_files import load_peft
 from raywarp.rewards import RewardError
 from raywarp.run import Run
 from raywarp.storage import sealed

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from raywarp.adapted_model import INIT, AdaptedModel
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
 from raywarp.batch import Batch, collate
 from raywarp.config.schema import Config, load_config
 from raywarp.data import load_prompts, resolve_model
 from raywarp.engines import EngineSettings, start_engine
 from raywarp.model_files import read_tokenizer
-from raywarp.peft_files import load_peft
 from raywarp.rollout import SFT, Adapter, Request
 
 THREADS = os.cpu_count() or 1

@@ -38,13 +38,13 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 import ray
 
 from raywarp.actors import Kinds
+from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.batch import Batch
 from raywarp.completion import Completion
 from raywarp.config.schema import Config, parse_config
 from raywarp.data import Prompt
-from raywarp.peft_files import load_peft, save_peft
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout import Adapter, Request
 from raywarp.rollout_worker import RolloutWorker

@@ -10,9 +10,9 @@ from typing import Any
 from bench.evidence import merges
 from bench.evidence.settings import ARMS, SFT_COEFS, Settings
 
+from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import geometry, lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, compress, scale, trailing, truncate
-from raywarp.peft_files import load_peft
 from raywarp.run import Run
 from raywarp.storage.sealed import check_sealed
 

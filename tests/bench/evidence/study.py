@@ -46,12 +46,12 @@ from bench.evidence.settings import (
 from rich.console import Console
 
 from raywarp import embedded, rewards
+from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import Config
 from raywarp.evaluation import distinct_2
 from raywarp.identity import derive_seed
 from raywarp.inputs import prepare_prompts
-from raywarp.peft_files import save_peft
 from raywarp.points import Scored
 from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.progress import Bars, Display

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from raywarp.adapters.tensor_file import TensorFile, TensorFileError
 from raywarp.config.schema import ConfigError
-from raywarp.tensor_files import TensorFile, TensorFileError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raywarp.adapters.weight_files import inside
 from raywarp.algorithm.deltas import AdapterDelta, AdapterError
 from raywarp.config.schema import ConfigError
-from raywarp.weight_files import inside
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Group as Lines
 from rich.table import Table
 
+from raywarp.adapters.merging import Group, Merge
+from raywarp.adapters.peft import AdapterFile
+from raywarp.adapters.recipe import Recipe
 from raywarp.algorithm.deltas import grouped
-from raywarp.merge_recipe import Recipe
-from raywarp.merging import Group, Merge
-from raywarp.peft_files import AdapterFile
 
 _PAIRS_SHOWN = 10  # of M = 5 adapters; the angles of more are put together
 _METHODS = {

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raywarp.adapters.peft import AdapterFile, AdapterWriter
+from raywarp.adapters.peft_config import CONFIG_FILE
+from raywarp.adapters.recipe import Recipe
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
-from raywarp.merge_recipe import Recipe
-from raywarp.peft_config import CONFIG_FILE
-from raywarp.peft_files import AdapterFile, AdapterWriter
 from raywarp.storage import sealed
 
 _READERS = 2  # threads that read the next block while one is written
@@ -65,7 +65,7 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
         AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each other, vectors without a mean,
             or an `out` that is in use. Nothing is left half-written.
     """
-    from raywarp.merge_report import card
+    from raywarp.adapters.report import card
 
     files = open_adapters([*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases)
     with _new_adapter(Path(out), overwrite) as folder:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE, configuration, read_config, scaling_of, without_factors
+from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
 from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors
-from raywarp.peft_config import ADAPTER_FILE, CONFIG_FILE, configuration, read_config, scaling_of, without_factors
-from raywarp.tensor_files import TensorFile, TensorFileError, TensorWriter
 
 _PREFIX = "base_model.model."
 _ODD_TENSORS = {
