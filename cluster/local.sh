@@ -122,7 +122,7 @@ check_imports() {
 # They are cached in the user's cache folder; tests and quickstart need no network after this.
 fetch_embedded_default() {
   say "fetching the embedded models and ratings, unless they are cached (half a minute) ..."
-  logged .venv/bin/python -m raywarp.embedded || fail_with_log "the embedded models and ratings could not be fetched"
+  logged .venv/bin/python -m raywarp.data.embedded || fail_with_log "the embedded models and ratings could not be fetched"
 }
 
 # .venv/raywarp-install says what is installed, or "unfinished".

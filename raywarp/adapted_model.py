@@ -17,11 +17,11 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
 from raywarp.batch import Batch
 from raywarp.config.schema import LoraConfig
+from raywarp.data.models import load_model
 from raywarp.float32_pass import in_float32, widened
 from raywarp.identity import derive_seed
 from raywarp.lengths import Lengths
 from raywarp.logit_head import full_vocabulary_kl, token_logprobs
-from raywarp.model_files import load_model
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.targets import Targets, find_targets
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raywarp.completion import Completion
+from raywarp.data.completion import Completion
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import transformers  # not `from`: its parts take seconds to import, which a che
 from torch import Tensor
 
 from raywarp.config.schema import ConfigError
+from raywarp.data.models import check_one_label, check_tensors, load_model, read_model_config, read_tokenizer
 from raywarp.hardware import supports_bf16
-from raywarp.model_files import check_one_label, check_tensors, load_model, read_model_config, read_tokenizer
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, chat: bool = False) -> Any:

@@ -11,7 +11,7 @@ import torch
 from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, norm, scale
 from raywarp.batch import collate
-from raywarp.completion import Completion
+from raywarp.data.completion import Completion
 from raywarp.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 from raywarp.identity import derive_seed
 from raywarp.packing import micro_batches

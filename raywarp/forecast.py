@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raywarp import embedded, engines, memory, preflight
+from raywarp import engines, memory, preflight
 from raywarp.adapters.weight_files import stored_bytes
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config
+from raywarp.data import embedded
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units

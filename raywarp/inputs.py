@@ -10,12 +10,12 @@ import transformers  # not `from`: its parts take seconds to import
 from raywarp import rewards
 from raywarp.classifier import check_classifier, load_tokenizer
 from raywarp.config.schema import Config, ConfigError
-from raywarp.data import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
+from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
+from raywarp.data.prompts import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.engines import check_engine
 from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
-from raywarp.model_files import check_causal, check_tensors, read_model_config, read_tokenizer
 from raywarp.storage import sealed
 from raywarp.supported import refuse_unsupported
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raywarp.config.schema import Config, ConfigError, to_yaml
-from raywarp.model_files import first_line
+from raywarp.data.models import first_line
 from raywarp.run import PICTURE, Run
 from raywarp.saved_config import CONFIG_FILE, flat
 from raywarp.storage import sealed

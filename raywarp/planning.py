@@ -8,18 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raywarp import embedded, memory, preflight
+from raywarp import memory, preflight
 from raywarp.adapters.weight_files import weight_bytes
 from raywarp.cluster import resources
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
-from raywarp.data import HUB_ID
+from raywarp.data import embedded
+from raywarp.data.models import read_model_config
+from raywarp.data.prompts import HUB_ID
 from raywarp.engines import check_mode, mode_problem
 from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
 from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Shapes, in_units
-from raywarp.model_files import read_model_config
 from raywarp.rewards import own_file
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen

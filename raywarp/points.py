@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raywarp.data import Prompt
+from raywarp.data.prompts import Prompt
 from raywarp.rollout import Request, join, submit, work_of
 
 if TYPE_CHECKING:

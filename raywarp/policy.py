@@ -13,8 +13,8 @@ from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.averaging import ema_update
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.batch import Batch
-from raywarp.completion import Completion
 from raywarp.config.schema import Config
+from raywarp.data.completion import Completion
 from raywarp.identity import derive_seed
 from raywarp.packing import MicroBatch, micro_batches
 from raywarp.storage.sealed import DamagedError

@@ -19,9 +19,9 @@ from raywarp.algorithm.deltas import AdapterDelta, add, digest
 from raywarp.batch import collate
 from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
-from raywarp.completion import Completion
 from raywarp.config.schema import Config
-from raywarp.data import Prompt
+from raywarp.data.completion import Completion
+from raywarp.data.prompts import Prompt
 from raywarp.effect import effect
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.packing import micro_batches

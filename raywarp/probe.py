@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raywarp.batch import Batch, collate
-from raywarp.completion import Completion
+from raywarp.data.completion import Completion
 from raywarp.lengths import length_limits
 
 LONGEST = 320  # tokens of a probe's prompt; one pass of it costs about a second for 1e9 parameters on two cores

@@ -11,7 +11,7 @@ import ray
 
 from raywarp.cluster.health import GROUP, Process, Work
 from raywarp.config.schema import RewardConfig
-from raywarp.data import Prompt
+from raywarp.data.prompts import Prompt
 from raywarp.rewards import Reward, RewardError, load_reward
 from raywarp.rollout import Rollout, Scores
 from raywarp.time_limit import TimeLimit, TimeLimitError

@@ -7,9 +7,9 @@ from typing import Any
 
 from raywarp.classifier import load_tokenizer
 from raywarp.config.schema import Config, ConfigError
-from raywarp.data import resolve_model
-from raywarp.model_files import check_tensors, check_weights, read_model_config
-from raywarp.preferences import PreferenceSplits, load_preferences
+from raywarp.data.models import check_tensors, check_weights, read_model_config
+from raywarp.data.preferences import PreferenceSplits, load_preferences
+from raywarp.data.prompts import resolve_model
 from raywarp.rewards import REWARD_FILE, check_trained
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError, read_record

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raywarp.config.schema import Config
-from raywarp.data import PromptSplits
+from raywarp.data.prompts import PromptSplits
 from raywarp.engines import check_engine
 from raywarp.inputs import prepare_prompts
 from raywarp.jobs import check_paths

@@ -17,7 +17,7 @@ from raywarp.cluster import faults, health, orphans, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Helper, PoolHelper, Report
 from raywarp.config.schema import Config
-from raywarp.data import Prompt
+from raywarp.data.prompts import Prompt
 from raywarp.effect import Sampler
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.hardware import run_dtype

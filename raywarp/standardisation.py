@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from raywarp.config.schema import Config
-from raywarp.data import Prompt, resolve_model
+from raywarp.data.prompts import Prompt, resolve_model
 from raywarp.inputs import Inputs, first_prompts
 from raywarp.rewards import REWARD_FILE, RewardError, statistics
 from raywarp.run import Run

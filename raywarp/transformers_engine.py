@@ -18,11 +18,11 @@ from raywarp.adapted_linear import AdaptedLinear
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.backbone import find_head, keep_layers_unscaled, set_attention
 from raywarp.checkpoint import Checkpoint
-from raywarp.completion import Completion
+from raywarp.data.completion import Completion
+from raywarp.data.models import load_model
 from raywarp.engines import EngineSettings, Loader, adapter_mode
 from raywarp.lengths import Lengths
 from raywarp.loaders import MergedLoader, UnmergedLoader
-from raywarp.model_files import load_model
 from raywarp.probe import close, probe
 from raywarp.rollout import Adapter, Request
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
-from raywarp.completion import Completion
 from raywarp.config.schema import ConfigError
+from raywarp.data.completion import Completion
 from raywarp.engines import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
 from raywarp.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout import Request

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from raywarp.adapted_model import AdaptedModel
 from raywarp.algorithm.deltas import AdapterDelta, dense
 from raywarp.batch import Batch, collate
-from raywarp.completion import Completion
 from raywarp.config.schema import LoraConfig, parse_config
+from raywarp.data.completion import Completion
 from raywarp.lengths import length_limits
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy

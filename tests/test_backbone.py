@@ -12,8 +12,8 @@ from conftest import WORDS, plain_logits
 from raywarp import attention
 from raywarp.adapted_model import AdaptedModel
 from raywarp.batch import Batch, collate
-from raywarp.completion import Completion
 from raywarp.config.schema import LoraConfig
+from raywarp.data.completion import Completion
 from raywarp.packing import micro_batches
 
 VOCABULARY = 3 + len(WORDS)

@@ -13,10 +13,10 @@ from conftest import WORDS
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from raywarp import embedded
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
-from raywarp.data import Prompt, _PromptRenderer, fingerprint, load_prompts, load_rows, resolve_model
-from raywarp.preferences import Preference, PreferenceSplits, load_preferences
+from raywarp.data import embedded
+from raywarp.data.preferences import Preference, PreferenceSplits, load_preferences
+from raywarp.data.prompts import Prompt, _PromptRenderer, fingerprint, load_prompts, load_rows, resolve_model
 
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows, str], str]

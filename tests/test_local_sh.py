@@ -52,7 +52,7 @@ MODULES = {
     "transformers.py": "LlamaForCausalLM = None",
     "vllm.py": "LLM = None",
     "raywarp/__init__.py": "",
-    "raywarp/embedded.py": "",
+    "raywarp/data/embedded.py": "",
 }
 
 

@@ -21,8 +21,8 @@ from raywarp.batch import collate
 from raywarp.cli import main
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
-from raywarp.completion import Completion
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
+from raywarp.data.completion import Completion
 from raywarp.forecast import Forecast, Process
 from raywarp.model_shapes import model_shapes
 from raywarp.packing import micro_batches

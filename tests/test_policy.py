@@ -15,8 +15,8 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import dense, zeros_like
 from raywarp.batch import Batch, collate
-from raywarp.completion import Completion
 from raywarp.config.schema import Config, LoraConfig, parse_config
+from raywarp.data.completion import Completion
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy
 from raywarp.policy_files import Checkpoint, PolicyFiles

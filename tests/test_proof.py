@@ -16,9 +16,9 @@ from tiny_run import make_project, tiny_config
 
 from raywarp.actors import Kinds
 from raywarp.algorithm.deltas import scale
-from raywarp.completion import Completion
 from raywarp.config.schema import Config
-from raywarp.data import Prompt
+from raywarp.data.completion import Completion
+from raywarp.data.prompts import Prompt
 from raywarp.effect import EffectError
 from raywarp.engines import Engine
 from raywarp.policy_actor import Job

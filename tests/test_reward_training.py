@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
 from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
-from raywarp.embedded import Snippet
-from raywarp.preferences import Preference
+from raywarp.data.embedded import Snippet
+from raywarp.data.preferences import Preference
 from raywarp.reward_inputs import WORK, prepare_reward
 from raywarp.reward_training import RewardSummary, train_reward
 from raywarp.rewards import load_reward

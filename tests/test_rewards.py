@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from raywarp.classifier import ClassifierReward, classify, encode
-from raywarp.completion import Completion
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
+from raywarp.data.completion import Completion
 from raywarp.inputs import prepare
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import (

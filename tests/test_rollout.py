@@ -24,8 +24,8 @@ from raywarp.algorithm.deltas import add
 from raywarp.batch import collate
 from raywarp.cluster.faults import cause_of
 from raywarp.cluster.health import Process
-from raywarp.completion import Completion
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
+from raywarp.data.completion import Completion
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
 from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker

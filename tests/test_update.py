@@ -22,8 +22,8 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.batch import Batch, collate
-from raywarp.completion import Completion
 from raywarp.config.schema import Config, LoraConfig, parse_config
+from raywarp.data.completion import Completion
 from raywarp.packing import micro_batches
 from raywarp.policy import Policy
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_rollout import trained_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from raywarp import embedded
 from raywarp.adapters.weight_files import own_files_only, stored_bytes, weight_bytes, weight_files
 from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
+from raywarp.data import embedded
+from raywarp.data.models import check_tensors, check_weights, load_model
 from raywarp.inputs import model_fingerprint
-from raywarp.model_files import check_tensors, check_weights, load_model
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,

@@ -36,9 +36,9 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
 from raywarp.batch import Batch, collate
 from raywarp.config.schema import Config, load_config
-from raywarp.data import load_prompts, resolve_model
+from raywarp.data.models import read_tokenizer
+from raywarp.data.prompts import load_prompts, resolve_model
 from raywarp.engines import EngineSettings, start_engine
-from raywarp.model_files import read_tokenizer
 from raywarp.rollout import SFT, Adapter, Request
 
 THREADS = os.cpu_count() or 1

@@ -25,7 +25,7 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add
 from raywarp.batch import collate
 from raywarp.config.schema import SMOLLM2, parse_config
-from raywarp.data import resolve_model
+from raywarp.data.prompts import resolve_model
 from raywarp.rollout import Adapter, AdapterPart, Request, join, submit
 from raywarp.session import Session
 

@@ -42,9 +42,9 @@ from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
 from raywarp.batch import Batch
-from raywarp.completion import Completion
 from raywarp.config.schema import Config, parse_config
-from raywarp.data import Prompt
+from raywarp.data.completion import Completion
+from raywarp.data.prompts import Prompt
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout import Adapter, Request
 from raywarp.rollout_worker import RolloutWorker

@@ -45,10 +45,11 @@ from bench.evidence.settings import (
 )
 from rich.console import Console
 
-from raywarp import embedded, rewards
+from raywarp import rewards
 from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import Config
+from raywarp.data import embedded
 from raywarp.evaluation import distinct_2
 from raywarp.identity import derive_seed
 from raywarp.inputs import prepare_prompts

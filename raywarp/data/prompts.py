@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raywarp import embedded
 from raywarp.config.schema import SNIPPETS, ConfigError, PromptsConfig
+from raywarp.data import embedded
 from raywarp.identity import derive_seed
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raywarp import embedded
 from raywarp.config.schema import SNIPPETS, ConfigError, PreferencesConfig
-from raywarp.data import load_rows
-from raywarp.embedded import Snippet
+from raywarp.data import embedded
+from raywarp.data.embedded import Snippet
+from raywarp.data.prompts import load_rows
 from raywarp.identity import derive_seed
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
