@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raywarp.cluster import faults, health, placement_groups, resources
 from raywarp.config.schema import Config
 from raywarp.engines import EngineSettings, largest_rank
-from raywarp.hardware import cpu_environment
+from raywarp.model.device import cpu_environment
 from raywarp.policy_actor import PolicyActor
 from raywarp.reward_actor import RewardActor
 from raywarp.rewards import with_template

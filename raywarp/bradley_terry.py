@@ -21,8 +21,8 @@ from raywarp.config.schema import ConfigError, RewardTrainingConfig
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import load_model
 from raywarp.data.preferences import Preference
-from raywarp.hardware import supports_bf16
 from raywarp.identity import batch_indices, derive_seed
+from raywarp.model.device import supports_bf16
 from raywarp.storage.sealed import write_json
 
 CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import check_one_label, check_tensors, load_model, read_model_config, read_tokenizer
-from raywarp.hardware import supports_bf16
+from raywarp.model.device import supports_bf16
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, chat: bool = False) -> Any:

@@ -136,7 +136,7 @@ def check_mode(config: Config, gpu: bool) -> None:
 
 def mode_problem(config: Config, gpu: bool) -> str:
     """Why the adapter mode would not sample the trained policy, and which one does; empty where it does."""
-    from raywarp.hardware import run_dtype
+    from raywarp.model.device import run_dtype
 
     rollout, mode, dtype = config.rollout, adapter_mode(config.rollout, gpu), run_dtype(config.dtype, gpu)
     vllm = rollout.engine == "vllm"

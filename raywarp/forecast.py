@@ -11,9 +11,9 @@ from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config
 from raywarp.data import embedded
-from raywarp.hardware import run_dtype
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units
+from raywarp.model.device import run_dtype
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from raywarp.engines import check_engine
 from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
+from raywarp.model.supported import refuse_unsupported
 from raywarp.storage import sealed
-from raywarp.supported import refuse_unsupported
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raywarp.config.schema import Config
-from raywarp.logit_head import CHUNK_BYTES
+from raywarp.model.head import CHUNK_BYTES
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from raywarp.adapted_model import replace_targets
 from raywarp.algorithm.deltas import block_of
-from raywarp.attention import NAME as SHORT_ROWS
-from raywarp.attention import SHORT
-from raywarp.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention
 from raywarp.config.schema import LoraConfig
 from raywarp.memory import Shapes
+from raywarp.model.adapted import replace_targets
+from raywarp.model.attention import NAME as SHORT_ROWS
+from raywarp.model.attention import SHORT
+from raywarp.model.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention
 
 
 def model_shapes(

@@ -16,7 +16,6 @@ import torch
 from ray.exceptions import RayActorError
 
 from raywarp.algorithm.deltas import AdapterDelta, add, digest
-from raywarp.batch import collate
 from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
@@ -24,7 +23,8 @@ from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.effect import effect
 from raywarp.identity import batch_indices, derive_seed
-from raywarp.packing import micro_batches
+from raywarp.model.batch import collate
+from raywarp.model.batches import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.proof import EVERY, Proof, requests
 from raywarp.reward_actor import Scorer
@@ -34,7 +34,7 @@ from raywarp.storage.sealed import DamagedError, read_jsonl
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
     from raywarp.effect_probe import Reference
-    from raywarp.policy import Policy
+    from raywarp.model.policy import Policy
 
 STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
@@ -119,7 +119,7 @@ class PolicyActor:
         Raises:
             ConfigError: lora.target_modules does not fit the model.
         """
-        from raywarp.adapted_model import AdaptedModel
+        from raywarp.model.adapted import AdaptedModel
 
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -218,7 +218,7 @@ class PolicyActor:
             prompts: token ids of N prompts.
             rollouts: the workers' Rollouts for them, in order.
         """
-        from raywarp.adapted_model import INIT
+        from raywarp.model.adapted import INIT
 
         start, completions = time.time(), join(rollouts, adapter)
         if not adapter.parts:
@@ -247,7 +247,7 @@ class PolicyActor:
             self.start()
 
     def _new_policy(self, job: Job) -> "Policy":
-        from raywarp.policy import Policy
+        from raywarp.model.policy import Policy
 
         return Policy(self.model, self.config, job.iteration, job.index)
 
@@ -321,8 +321,8 @@ class PolicyActor:
             return {}
         if progress.probed is None:
             return self.proof.found.metrics()
-        from raywarp.adapted_model import INIT
         from raywarp.effect_probe import score
+        from raywarp.model.adapted import INIT
 
         self.working_since = None  # the pool may have other work before this
         before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))

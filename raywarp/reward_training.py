@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from raywarp.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.preferences import Preference
-from raywarp.hardware import CPU_ENV
+from raywarp.model.device import CPU_ENV
 from raywarp.progress import Display
 from raywarp.reward_inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.reward_progress import following

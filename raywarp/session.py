@@ -20,8 +20,8 @@ from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
 from raywarp.effect import Sampler
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
-from raywarp.hardware import run_dtype
 from raywarp.identity import derive_seed
+from raywarp.model.device import run_dtype
 from raywarp.points import PendingPoint
 from raywarp.policy_actor import Job
 from raywarp.proof import Proof, prove

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.adapted_linear import AdaptedLinear
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.backbone import find_head, keep_layers_unscaled, set_attention
 from raywarp.checkpoint import Checkpoint
 from raywarp.data.completion import Completion
 from raywarp.data.models import load_model
 from raywarp.engines import EngineSettings, Loader, adapter_mode
-from raywarp.lengths import Lengths
 from raywarp.loaders import MergedLoader, UnmergedLoader
-from raywarp.probe import close, probe
+from raywarp.model.backbone import find_head, keep_layers_unscaled, set_attention
+from raywarp.model.lengths import Lengths
+from raywarp.model.linear import AdaptedLinear
+from raywarp.model.probe import close, probe
 from raywarp.rollout import Adapter, Request
 
 _FORCED = 3  # tokens of a probe that are fed through the cache

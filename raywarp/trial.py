@@ -24,9 +24,9 @@ from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
 from raywarp.evaluation import Point
-from raywarp.hardware import run_dtype
 from raywarp.inputs import Inputs, prepare
 from raywarp.keys import front_key, key_chain
+from raywarp.model.device import run_dtype
 from raywarp.progress import Display
 from raywarp.run import Run
 from raywarp.storage import sealed

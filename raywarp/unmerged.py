@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raywarp.adapted_linear import pack, packed_product, product
 from raywarp.algorithm.deltas import Factors
+from raywarp.model.linear import pack, packed_product, product
 from raywarp.row_signatures import ModuleRows, row_signatures
 
 NO_ADAPTER = -1

@@ -14,14 +14,14 @@ from conftest import WORDS, save_tokenizer
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from raywarp.adapted_model import AdaptedModel
 from raywarp.algorithm.deltas import AdapterDelta, dense
-from raywarp.batch import Batch, collate
 from raywarp.config.schema import LoraConfig, parse_config
 from raywarp.data.completion import Completion
-from raywarp.lengths import length_limits
-from raywarp.packing import micro_batches
-from raywarp.policy import Policy
+from raywarp.model.adapted import AdaptedModel
+from raywarp.model.batch import Batch, collate
+from raywarp.model.batches import micro_batches
+from raywarp.model.lengths import length_limits
+from raywarp.model.policy import Policy
 
 VOCABULARY = 3 + len(WORDS)
 LIMIT, LONG = 32, 80  # tokens: the largest window and rope limit of the matrix; a sequence longer than twice that

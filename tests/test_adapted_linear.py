@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Linear
 from transformers.pytorch_utils import Conv1D
 
-from raywarp import adapted_linear
-from raywarp.adapted_linear import Active, AdaptedLinear, product
+from raywarp.model import linear
+from raywarp.model.linear import Active, AdaptedLinear, product
 
 TOKENS, D_IN, D_OUT, RANK = 600, 320, 448, 4
 LAYERS: dict[str, Callable[[], Linear | Conv1D]] = {
@@ -50,7 +50,7 @@ def slope(measured: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_small_change_of_the_output_counts(kind: str, trained: str | None, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of a tenth of half an ulp (2⁻⁸ at 1): added after the rounding, a third of it is left."""
-    monkeypatch.setattr(adapted_linear, "_HAS_ONEDNN", onednn and adapted_linear._HAS_ONEDNN)
+    monkeypatch.setattr(linear, "_HAS_ONEDNN", onednn and linear._HAS_ONEDNN)
     layer, x = adapted(kind, change=4e-4), torch.randn(TOKENS, D_IN).bfloat16()
     layer.activate([])
     plain = layer(x)
@@ -66,7 +66,7 @@ def test_a_small_change_of_the_output_counts(kind: str, trained: str | None, one
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_small_change_of_the_gradient_counts(kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the input is grad·W + grad·B·A, rounded once."""
-    monkeypatch.setattr(adapted_linear, "_HAS_ONEDNN", onednn and adapted_linear._HAS_ONEDNN)
+    monkeypatch.setattr(linear, "_HAS_ONEDNN", onednn and linear._HAS_ONEDNN)
     layer, grad = adapted(kind, change=4e-4), torch.randn(TOKENS, D_OUT).bfloat16()
     x = torch.randn(TOKENS, D_IN).bfloat16().requires_grad_()
     layer.activate(["policy"], "policy")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from architectures import FAMILIES, Family, compare, mixed_batch, resumes_exactly, save_model, trainer
 
-from raywarp.adapted_model import AdaptedModel
 from raywarp.config.schema import ConfigError, LoraConfig
+from raywarp.model.adapted import AdaptedModel
 from raywarp.model_shapes import model_shapes
 
 RIGHT = [family for family in FAMILIES.values() if not family.refused]

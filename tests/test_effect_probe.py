@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import save_tiny_gpt2, save_tiny_llama
 
-from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm.deltas import add, norm
 from raywarp.config.schema import LoraConfig
 from raywarp.effect import EffectError, effect
 from raywarp.effect_probe import logprobs, make_probe, reference, score
+from raywarp.model.adapted import INIT, AdaptedModel
 
 
 def test_probe_sequences() -> None:

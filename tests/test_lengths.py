@@ -7,8 +7,8 @@ import torch
 import transformers
 from architectures import DENSE, LIMIT, LONGROPE, mixed_batch
 
-from raywarp.lengths import LengthLimits, Lengths, length_limits
-from raywarp.packing import micro_batches
+from raywarp.model.batches import micro_batches
+from raywarp.model.lengths import LengthLimits, Lengths, length_limits
 
 
 @pytest.mark.parametrize(

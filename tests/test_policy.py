@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import WORDS, plain_logits
 
-from raywarp import rng
-from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm import losses
 from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import dense, zeros_like
-from raywarp.batch import Batch, collate
 from raywarp.config.schema import Config, LoraConfig, parse_config
 from raywarp.data.completion import Completion
-from raywarp.packing import micro_batches
-from raywarp.policy import Policy
+from raywarp.model import rng
+from raywarp.model.adapted import INIT, AdaptedModel
+from raywarp.model.batch import Batch, collate
+from raywarp.model.batches import micro_batches
+from raywarp.model.policy import Policy
 from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError

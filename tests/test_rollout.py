@@ -18,14 +18,14 @@ from killing import Patience
 from ray.exceptions import RayActorError, RayTaskError
 
 from raywarp.actors import Kinds
-from raywarp.adapted_model import AdaptedModel
 from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import add
-from raywarp.batch import collate
 from raywarp.cluster.faults import cause_of
 from raywarp.cluster.health import Process
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
 from raywarp.data.completion import Completion
+from raywarp.model.adapted import AdaptedModel
+from raywarp.model.batch import collate
 from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
 from raywarp.rollout_pool import RolloutPool
 from raywarp.rollout_worker import RolloutWorker

@@ -11,7 +11,7 @@ from torch.nn import Linear
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
 from raywarp.config.schema import ConfigError, LoraConfig
-from raywarp.targets import find_targets, is_linear
+from raywarp.model.targets import find_targets, is_linear
 
 ATTENTION = r"set lora.target_modules: \[q_proj, k_proj, v_proj, o_proj\], or all-linear"
 

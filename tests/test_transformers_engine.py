@@ -6,10 +6,10 @@ import pytest
 import torch
 from architectures import FAMILIES, engine_prompts, save_model, trainer
 
-from raywarp.batch import collate
 from raywarp.config.schema import parse_config
 from raywarp.engines import EngineSettings
-from raywarp.packing import micro_batches
+from raywarp.model.batch import collate
+from raywarp.model.batches import micro_batches
 from raywarp.rollout import SFT, Request
 from raywarp.transformers_engine import TransformersEngine
 

@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raywarp import logit_head
-from raywarp.adapted_linear import AdaptedLinear
-from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.batch import Batch, collate
 from raywarp.config.schema import Config, LoraConfig, parse_config
 from raywarp.data.completion import Completion
-from raywarp.packing import micro_batches
-from raywarp.policy import Policy
+from raywarp.model import head
+from raywarp.model.adapted import INIT, AdaptedModel
+from raywarp.model.batch import Batch, collate
+from raywarp.model.batches import micro_batches
+from raywarp.model.linear import AdaptedLinear
+from raywarp.model.policy import Policy
 
 TEMPERATURE, KL_COEF = 0.8, 0.3
 REWARDS = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, 1.5, -0.5, 1.0])
@@ -126,7 +126,7 @@ def test_gradients_are_the_plain_formulas(
     tiny_llama: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int
 ) -> None:
     """Whatever the micro-batches (everything, a prompt, some of a prompt's completions, one) and with three logits rows at a time."""
-    monkeypatch.setattr(logit_head, "CHUNK_BYTES", 3 * 4 * (3 + len(WORDS)))
+    monkeypatch.setattr(head, "CHUNK_BYTES", 3 * 4 * (3 + len(WORDS)))
     for folder in (tiny_llama, tiny_gpt2):
         policy = prepared(folder, config(tokens=tokens), dtype)
         expected = plain_gradients(folder, policy, dtype)
@@ -200,7 +200,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_of_all_tokens_are_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update with KL to SFT: three rows of logits at a time, forward and backward; the plain way has them all."""
     vocabulary = 3 + len(WORDS)  # no other axis of the tiny model is this long
-    monkeypatch.setattr(logit_head, "CHUNK_BYTES", 3 * 4 * vocabulary)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 3 * 4 * vocabulary)
     policy = prepared(save_tiny_llama(tmp_path), config(), torch.float32)
     batch, completions = some_batch()
     weight = policy.model._head.weight

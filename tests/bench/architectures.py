@@ -65,7 +65,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool, tempfile.TemporaryDirectory(prefix="raywarp-bench-") as cache:
         # vLLM notes there what it knows of a model's class, which takes it ten seconds.
         os.environ.update(VLLM | {"VLLM_CACHE_ROOT": cache, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}"})
-        PROCESSES.set_forkserver_preload(["torch", "transformers", "peft", "vllm.entrypoints.llm", "raywarp.adapted_model"])
+        PROCESSES.set_forkserver_preload(["torch", "transformers", "peft", "vllm.entrypoints.llm", "raywarp.model.adapted"])
         cells = dict(zip(places, pool.map(run, *zip(*places, strict=True)), strict=True))
     if (options.families, options.columns) == (list(FAMILIES), COLUMNS):
         (ROOT / "docs" / "architectures.md").write_text(page(cells))
@@ -141,8 +141,8 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
 
     from raywarp.config.schema import parse_config
     from raywarp.engines import EngineSettings, start_engine
+    from raywarp.model.supported import refuse_unsupported
     from raywarp.rollout import SFT, Adapter, Request
-    from raywarp.supported import refuse_unsupported
 
     tree = {"engine": engine, "adapter": mode, "max_new_tokens": NEW_TOKENS, "temperature": 1.0, "kv_cache_gib": 0.5, "ignore_eos": True}
     rollout = parse_config({"rollout": tree}).rollout
@@ -174,8 +174,8 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
 
 def gap_of(model: Any, adapters: list[str], prompts: list[list[int]], completions: Any, dtype: str) -> float:
     """Nats between the sampler's and the trainer's log-probs: of the worst token in float32, of the mean one in bfloat16."""
-    from raywarp.batch import collate
-    from raywarp.packing import micro_batches
+    from raywarp.model.batch import collate
+    from raywarp.model.batches import micro_batches
 
     batch = collate(prompts, completions)
     (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)

@@ -31,14 +31,14 @@ os.environ.update(TORCHDYNAMO_DISABLE="1", MALLOC_MMAP_THRESHOLD_=str(8 << 30), 
 import torch
 from torch import Tensor
 
-from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
-from raywarp.batch import Batch, collate
 from raywarp.config.schema import Config, load_config
 from raywarp.data.models import read_tokenizer
 from raywarp.data.prompts import load_prompts, resolve_model
 from raywarp.engines import EngineSettings, start_engine
+from raywarp.model.adapted import INIT, AdaptedModel
+from raywarp.model.batch import Batch, collate
 from raywarp.rollout import SFT, Adapter, Request
 
 THREADS = os.cpu_count() or 1

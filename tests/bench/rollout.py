@@ -20,12 +20,12 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", HF_HUB_OFF
 import ray
 import torch
 
-from raywarp.adapted_model import AdaptedModel
 from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add
-from raywarp.batch import collate
 from raywarp.config.schema import SMOLLM2, parse_config
 from raywarp.data.prompts import resolve_model
+from raywarp.model.adapted import AdaptedModel
+from raywarp.model.batch import collate
 from raywarp.rollout import Adapter, AdapterPart, Request, join, submit
 from raywarp.session import Session
 

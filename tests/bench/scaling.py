@@ -41,10 +41,10 @@ from raywarp.actors import Kinds
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
-from raywarp.batch import Batch
 from raywarp.config.schema import Config, parse_config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
+from raywarp.model.batch import Batch
 from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout import Adapter, Request
 from raywarp.rollout_worker import RolloutWorker

@@ -53,8 +53,8 @@ import raywarp
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
 from raywarp.config.schema import Config, load_config
-from raywarp.hardware import CPU_ENV
 from raywarp.inputs import prepare_prompts
+from raywarp.model.device import CPU_ENV
 from raywarp.model_shapes import model_shapes
 from raywarp.policy_actor import Job
 from raywarp.quickstart import QUICKSTART

@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 from raywarp.config.schema import ConfigError, RolloutConfig
-from raywarp.lengths import length_limits
+from raywarp.model.lengths import length_limits
 
 _SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at most {most} together"
 

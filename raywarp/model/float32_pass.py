@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from raywarp.adapted_linear import AdaptedLinear
-from raywarp.logit_head import LogitHead
+from raywarp.model.head import LogitHead
+from raywarp.model.linear import AdaptedLinear
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from raywarp.attention import KNOWN_OPTIONS, NAME
 from raywarp.config.schema import ConfigError
-from raywarp.probe import LONGEST, close, contradictory, local_limits, source_of
+from raywarp.model.attention import KNOWN_OPTIONS, NAME
+from raywarp.model.probe import LONGEST, close, contradictory, local_limits, source_of
 
 _REFUSED = (
     "model={model} ({kind}) gives a sequence different log-probs {what}; which of them it was trained with cannot be known, so it is "

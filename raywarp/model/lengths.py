@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.packing import MicroBatch
+from raywarp.model.batches import MicroBatch
 
 _TOP_K = re.compile(r"(index|sparse|attn|attention).*top_?k$|keep_window")  # DeepSeek-V3.2's, Doge's
 

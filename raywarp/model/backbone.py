@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from raywarp.attention_choice import choose_attention
-from raywarp.lengths import Lengths
-from raywarp.logit_head import LogitHead
-from raywarp.packing import MicroBatch, micro_batches
-from raywarp.probe import alone, close, is_local, probe
+from raywarp.model.attention_choice import choose_attention
+from raywarp.model.batches import MicroBatch, micro_batches
+from raywarp.model.head import LogitHead
+from raywarp.model.lengths import Lengths
+from raywarp.model.probe import alone, close, is_local, probe
 
 _PLAIN = LogitHead(None)
 _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's large ones

@@ -12,18 +12,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raywarp.adapted_linear import AdaptedLinear
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
-from raywarp.batch import Batch
 from raywarp.config.schema import LoraConfig
 from raywarp.data.models import load_model
-from raywarp.float32_pass import in_float32, widened
 from raywarp.identity import derive_seed
-from raywarp.lengths import Lengths
-from raywarp.logit_head import full_vocabulary_kl, token_logprobs
-from raywarp.packing import MicroBatch, micro_batches
-from raywarp.targets import Targets, find_targets
+from raywarp.model.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
+from raywarp.model.batch import Batch
+from raywarp.model.batches import MicroBatch, micro_batches
+from raywarp.model.float32_pass import in_float32, widened
+from raywarp.model.head import full_vocabulary_kl, token_logprobs
+from raywarp.model.lengths import Lengths
+from raywarp.model.linear import AdaptedLinear
+from raywarp.model.targets import Targets, find_targets
 
 INIT = "init"
 

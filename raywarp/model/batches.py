@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from raywarp.batch import Batch
+from raywarp.model.batch import Batch
 
 
 @dataclass(frozen=True)

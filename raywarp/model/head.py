@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.adapted_linear import product
+from raywarp.model.linear import product
 
 CHUNK_BYTES = 32 << 20  # of float32 logits in one product: about what the last-level cache holds
 SLICE_BYTES = 4 << 20  # of them that are normalised at a time, so that each pass over them finds them in the cache

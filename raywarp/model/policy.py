@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp import rng
-from raywarp.adapted_model import INIT, AdaptedModel
 from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.averaging import ema_update
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.batch import Batch
 from raywarp.config.schema import Config
 from raywarp.data.completion import Completion
 from raywarp.identity import derive_seed
-from raywarp.packing import MicroBatch, micro_batches
+from raywarp.model import rng
+from raywarp.model.adapted import INIT, AdaptedModel
+from raywarp.model.batch import Batch
+from raywarp.model.batches import MicroBatch, micro_batches
 from raywarp.storage.sealed import DamagedError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raywarp.config.schema import ConfigError, LoraConfig
-from raywarp.probe import source_of
+from raywarp.model.probe import source_of
 
 ALL_LINEAR = "all-linear"
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|img|audio|speech|video)")
