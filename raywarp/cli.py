@@ -44,10 +44,10 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, AdapterError):
         return 2
-    from raywarp.checkpoint import CheckpointError
     from raywarp.cluster.faults import FaultError
     from raywarp.rewards import RewardError
-    from raywarp.rollout import RolloutError
+    from raywarp.rollout.base_weights import CheckpointError
+    from raywarp.rollout.protocol import RolloutError
     from raywarp.storage.sealed import DamagedError, StoreError
 
     return 1 if isinstance(error, CheckpointError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None

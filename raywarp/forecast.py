@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raywarp import engines, memory, preflight
+from raywarp import memory, preflight
 from raywarp.adapters.weight_files import stored_bytes
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
@@ -14,6 +14,7 @@ from raywarp.data import embedded
 from raywarp.known_models import known_config
 from raywarp.memory import Components, Shapes, in_units
 from raywarp.model.device import run_dtype
+from raywarp.rollout import engine
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: resou
     reward = _reward_process(config)
     processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout)]
     if placed.rollout.gpus:
-        lora = engines.adapter_mode(config.rollout, gpu=True) == "lora"
-        rank = engines.lora_slots(engines.largest_rank(config)) if lora else 0
-        on_gpu = memory.rollout_gpu(shapes, config, dtype, rank, engines.slot_count(rank), length)
+        lora = engine.adapter_mode(config.rollout, gpu=True) == "lora"
+        rank = engine.lora_slots(engine.largest_rank(config)) if lora else 0
+        on_gpu = memory.rollout_gpu(shapes, config, dtype, rank, engine.slot_count(rank), length)
         processes.append(Process(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization))
     processes.append(Process(placed.reward, reward, placed.reward.gpus > 0))
     return Forecast(config, placed, shapes, processes, dtype)

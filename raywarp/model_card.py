@@ -10,9 +10,9 @@ from pathlib import Path
 import yaml
 
 from raywarp.config.schema import SMOLLM2, Config, RewardConfig
-from raywarp.engines import lora_slots
 from raywarp.evaluation import Point
 from raywarp.report import FRONT_HEADINGS, front_cells
+from raywarp.rollout.engine import lora_slots
 from raywarp.run import PICTURE
 from raywarp.sampler_mark import Mark
 from raywarp.storage.location import is_uri

@@ -16,12 +16,12 @@ from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
 from raywarp.data.models import read_model_config
 from raywarp.data.prompts import HUB_ID
-from raywarp.engines import check_mode, mode_problem
 from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
 from raywarp.known_models import known_config
 from raywarp.memory import Shapes, in_units
 from raywarp.model.device import run_dtype
 from raywarp.rewards import own_file
+from raywarp.rollout.engine import check_mode, mode_problem
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 

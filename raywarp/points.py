@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raywarp.data.prompts import Prompt
-from raywarp.rollout import Request, join, submit, work_of
+from raywarp.rollout.protocol import Request, join, submit, work_of
 
 if TYPE_CHECKING:
     from raywarp.session import Session

@@ -21,20 +21,20 @@ from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_he
 from raywarp.config.schema import Config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
-from raywarp.effect import effect
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
 from raywarp.policy_files import Checkpoint, PolicyFiles
-from raywarp.proof import EVERY, Proof, requests
 from raywarp.reward_actor import Scorer
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
+from raywarp.rollout.effect import effect
+from raywarp.rollout.proof import EVERY, Proof, requests
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError, read_jsonl
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
-    from raywarp.effect_probe import Reference
     from raywarp.model.policy import Policy
+    from raywarp.rollout.effect_probe import Reference
 
 STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
@@ -136,7 +136,7 @@ class PolicyActor:
 
     def reference(self, texts: Sequence[Sequence[int]], longest: int, tokens: int) -> "Reference":
         """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for the arguments."""
-        from raywarp.effect_probe import make_probe, reference
+        from raywarp.rollout.effect_probe import make_probe, reference
 
         with self.work:
             self._load()
@@ -321,8 +321,8 @@ class PolicyActor:
             return {}
         if progress.probed is None:
             return self.proof.found.metrics()
-        from raywarp.effect_probe import score
         from raywarp.model.adapted import INIT
+        from raywarp.rollout.effect_probe import score
 
         self.working_since = None  # the pool may have other work before this
         before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))

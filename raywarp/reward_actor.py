@@ -13,7 +13,7 @@ from raywarp.cluster.health import GROUP, Process, Work
 from raywarp.config.schema import RewardConfig
 from raywarp.data.prompts import Prompt
 from raywarp.rewards import Reward, RewardError, load_reward
-from raywarp.rollout import Rollout, Scores
+from raywarp.rollout.protocol import Rollout, Scores
 from raywarp.time_limit import TimeLimit, TimeLimitError
 
 

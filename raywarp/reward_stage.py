@@ -5,13 +5,13 @@ from pathlib import Path
 
 from raywarp.config.schema import Config
 from raywarp.data.prompts import PromptSplits
-from raywarp.engines import check_engine
 from raywarp.inputs import prepare_prompts
 from raywarp.jobs import check_paths
 from raywarp.planning import check_cluster
 from raywarp.progress import Display
 from raywarp.reward_inputs import RewardInputs, prepare_reward
 from raywarp.reward_training import RewardSummary, train_reward
+from raywarp.rollout.engine import check_engine
 from raywarp.session import start_ray
 from raywarp.standardisation import is_standardised, save_standardisation, sft_scores
 from raywarp.storage.locks import alone

@@ -18,16 +18,16 @@ from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Helper, PoolHelper, Report
 from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
-from raywarp.effect import Sampler
 from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.identity import derive_seed
 from raywarp.model.device import run_dtype
 from raywarp.points import PendingPoint
 from raywarp.policy_actor import Job
-from raywarp.proof import Proof, prove
 from raywarp.reward_actor import Scorer
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, submit
-from raywarp.rollout_pool import PoolReport
+from raywarp.rollout.effect import Sampler
+from raywarp.rollout.pool import PoolReport
+from raywarp.rollout.proof import Proof, prove
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, submit
 from raywarp.timing import Timing, measure
 
 

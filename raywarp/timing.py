@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raywarp.rollout_pool import PoolReport
+from raywarp.rollout.pool import PoolReport
 
 PHASES = ("rollout_seconds", "swap_seconds", "wait_seconds", "request_seconds", "update_seconds")
 SATURATED = 0.85  # busier than this, more of the same kind is what helps

@@ -33,7 +33,7 @@ from raywarp.planning import check_cluster
 from raywarp.policy_actor import Job
 from raywarp.progress import Display
 from raywarp.report import plot_front
-from raywarp.rollout import spans_of
+from raywarp.rollout.protocol import spans_of
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 from raywarp.session import Session

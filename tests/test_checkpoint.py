@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_rollout import trained_model
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense, zeros_like
-from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files
 from raywarp.config.schema import ConfigError
+from raywarp.rollout.base_weights import Checkpoint, CheckpointError, checkpoint_files, read_files
 
 
 def checkpoint_of(folder: Path) -> Checkpoint:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from raywarp import cli
-from raywarp.effect import Effect, Probe, Sampler, slope
+from raywarp.rollout.effect import Effect, Probe, Sampler, slope
 
 GOOD = Effect(slope=1.0, error=0.01, rms=0.6, engine_gap=0.05, adapted_gap=0.06, noise=0.04, adapted_noise=0.05)
 

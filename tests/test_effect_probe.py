@@ -10,9 +10,9 @@ from conftest import save_tiny_gpt2, save_tiny_llama
 
 from raywarp.algorithm.deltas import add, norm
 from raywarp.config.schema import LoraConfig
-from raywarp.effect import EffectError, effect
-from raywarp.effect_probe import logprobs, make_probe, reference, score
 from raywarp.model.adapted import INIT, AdaptedModel
+from raywarp.rollout.effect import EffectError, effect
+from raywarp.rollout.effect_probe import logprobs, make_probe, reference, score
 
 
 def test_probe_sequences() -> None:

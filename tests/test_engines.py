@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from raywarp.config.schema import ConfigError, parse_config
-from raywarp.engines import check_engine, check_mode, largest_rank, lora_slots
-from raywarp.transformers_engine import draw, uniform_numbers
+from raywarp.rollout.engine import check_engine, check_mode, largest_rank, lora_slots
+from raywarp.rollout.transformers_engine import draw, uniform_numbers
 
 
 def test_ranks_that_vllm_has_slots_for() -> None:
@@ -99,7 +99,7 @@ def test_random_numbers_depend_on_the_own_seed_alone() -> None:
 
 def test_a_vllm_that_cannot_be_imported_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Installed, but broken: found out when the engine starts."""
-    from raywarp.engines import EngineSettings, start_engine
+    from raywarp.rollout.engine import EngineSettings, start_engine
 
     (tmp_path / "vllm.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -46,14 +46,14 @@ from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.config.schema import RewardConfig, parse_config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
-from raywarp.engines import Engine, EngineSettings
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.policy_files import PolicyFiles
 from raywarp.reward_actor import RewardActor, Scorer
 from raywarp.rewards import RewardError
-from raywarp.rollout import Request, Rollout
-from raywarp.rollout_pool import PoolHealth, RolloutPool
-from raywarp.rollout_worker import RolloutWorker
+from raywarp.rollout.engine import Engine, EngineSettings
+from raywarp.rollout.pool import PoolHealth, RolloutPool
+from raywarp.rollout.protocol import Request, Rollout
+from raywarp.rollout.worker import RolloutWorker
 from raywarp.run import Run
 from raywarp.session import Session
 from raywarp.storage.location import Storage

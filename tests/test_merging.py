@@ -298,7 +298,7 @@ import json, sys
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
-from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
+from raywarp.rollout.base_weights import Checkpoint, checkpoint_files, read_files
 from raywarp.adapters.peft import load_peft
 
 model, adapter, mode, ids = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])

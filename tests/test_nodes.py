@@ -133,7 +133,7 @@ from ray.util import placement_group_table
 from raywarp.actors import Kinds
 from raywarp.config.schema import parse_config
 from raywarp.cluster.faults import FaultError
-from raywarp.rollout_worker import RolloutWorker
+from raywarp.rollout.worker import RolloutWorker
 from raywarp.session import Session
 
 class Slow(RolloutWorker):

@@ -3,7 +3,7 @@ from dataclasses import replace
 from conftest import random_delta
 
 from raywarp.algorithm.deltas import digest, zeros_like
-from raywarp.packed_adapter import PackedAdapter
+from raywarp.rollout.packed_adapter import PackedAdapter
 
 
 def test_packed_adapters_come_back_bit_for_bit() -> None:

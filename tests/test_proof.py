@@ -19,12 +19,12 @@ from raywarp.algorithm.deltas import scale
 from raywarp.config.schema import Config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
-from raywarp.effect import EffectError
-from raywarp.engines import Engine
 from raywarp.policy_actor import Job
-from raywarp.proof import EVERY
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, join, submit
-from raywarp.rollout_worker import RolloutWorker
+from raywarp.rollout.effect import EffectError
+from raywarp.rollout.engine import Engine
+from raywarp.rollout.proof import EVERY
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit
+from raywarp.rollout.worker import RolloutWorker
 from raywarp.session import Session
 from raywarp.storage.location import Storage
 

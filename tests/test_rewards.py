@@ -26,7 +26,7 @@ from raywarp.rewards import (
     load_reward,
     with_template,
 )
-from raywarp.rollout import Rollout
+from raywarp.rollout.protocol import Rollout
 from raywarp.run import Run
 from raywarp.session import Session
 from raywarp.standardisation import is_standardised, reward_statistics, save_standardisation
@@ -282,7 +282,7 @@ def test_the_actor_scores_the_workers_rollouts_with_their_columns(ray_cluster, u
 def test_processes_without_a_model_do_without_torch():
     """It is more than a second and 200 MB of each of them."""
     lines = (
-        "import sys, raywarp.rollout_pool",
+        "import sys, raywarp.rollout.pool",
         "from raywarp.config.schema import RewardConfig",
         "from raywarp.reward_actor import RewardActor",
         "RewardActor(RewardConfig(function='raywarp.embedded:vader')).start()",

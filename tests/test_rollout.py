@@ -26,9 +26,9 @@ from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
 from raywarp.data.completion import Completion
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batch import collate
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
-from raywarp.rollout_pool import RolloutPool
-from raywarp.rollout_worker import RolloutWorker
+from raywarp.rollout.pool import RolloutPool
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
+from raywarp.rollout.worker import RolloutWorker
 from raywarp.session import Session
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raywarp.rollout_pool import PoolReport
+from raywarp.rollout.pool import PoolReport
 from raywarp.timing import Timing, measure
 
 

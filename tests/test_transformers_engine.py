@@ -7,11 +7,11 @@ import torch
 from architectures import FAMILIES, engine_prompts, save_model, trainer
 
 from raywarp.config.schema import parse_config
-from raywarp.engines import EngineSettings
 from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
-from raywarp.rollout import SFT, Request
-from raywarp.transformers_engine import TransformersEngine
+from raywarp.rollout.engine import EngineSettings
+from raywarp.rollout.protocol import SFT, Request
+from raywarp.rollout.transformers_engine import TransformersEngine
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from raywarp.algorithm.deltas import Factors
-from raywarp.row_signatures import ModuleRows, row_signatures
-from raywarp.unmerged import NO_ADAPTER, PASS, Product
+from raywarp.rollout.row_signatures import ModuleRows, row_signatures
+from raywarp.rollout.unmerged import NO_ADAPTER, PASS, Product
 
 TOKENS, D_IN = 7, 32
 

@@ -21,11 +21,11 @@ from test_rollout import trained_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raywarp.adapters.weight_files import own_files_only, stored_bytes, weight_bytes, weight_files
-from raywarp.checkpoint import Checkpoint, checkpoint_files, read_files
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
 from raywarp.data import embedded
 from raywarp.data.models import check_tensors, check_weights, load_model
 from raywarp.inputs import model_fingerprint
+from raywarp.rollout.base_weights import Checkpoint, checkpoint_files, read_files
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -253,7 +253,7 @@ def hub(tmp_path: Path, tiny_llama: Path) -> Iterator[Hub]:
 
 
 def test_of_a_hub_id_only_what_the_index_names_is_fetched(hub: Hub, tmp_path: Path) -> None:
-    code = "from raywarp.checkpoint import checkpoint_files; print(*[path.name for path in checkpoint_files('me/model')])"
+    code = "from raywarp.rollout.base_weights import checkpoint_files; print(*[path.name for path in checkpoint_files('me/model')])"
     endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
     environment = {
         **os.environ,

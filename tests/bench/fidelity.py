@@ -36,10 +36,10 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
 from raywarp.config.schema import Config, load_config
 from raywarp.data.models import read_tokenizer
 from raywarp.data.prompts import load_prompts, resolve_model
-from raywarp.engines import EngineSettings, start_engine
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batch import Batch, collate
-from raywarp.rollout import SFT, Adapter, Request
+from raywarp.rollout.engine import EngineSettings, start_engine
+from raywarp.rollout.protocol import SFT, Adapter, Request
 
 THREADS = os.cpu_count() or 1
 ETAS = (1.0, 0.5, 0.2, 0.1)

@@ -26,7 +26,7 @@ from raywarp.config.schema import SMOLLM2, parse_config
 from raywarp.data.prompts import resolve_model
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batch import collate
-from raywarp.rollout import Adapter, AdapterPart, Request, join, submit
+from raywarp.rollout.protocol import Adapter, AdapterPart, Request, join, submit
 from raywarp.session import Session
 
 PROMPTS, GROUP, TOKENS = 8, 4, 24

@@ -4,7 +4,7 @@
 
 **Steps.** Ray with logical GPUs on this machine; Session, placement, PolicyActor.fine_tune, the pool, the rewards, the adapters on
 their way (of SmolLM2-135M at rank 16, 19 MB) and the check of every swap are the real ones. Only the work in them is replaced by waits
-of the given lengths: the engine's generation and the policy's update. A batch goes to one worker as a whole (raywarp/rollout.py says why),
+of the given lengths: the engine's generation and the policy's update. A batch goes to one worker as a whole (raywarp/rollout/protocol.py says why),
 so R workers serve R policies at a time: that keeps the pool full as soon as M ≥ 2R, costs one swap per batch, and keeps the results the
 same for every R.
 
@@ -46,8 +46,8 @@ from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.model.batch import Batch
 from raywarp.policy_actor import Job, PolicyActor
-from raywarp.rollout import Adapter, Request
-from raywarp.rollout_worker import RolloutWorker
+from raywarp.rollout.protocol import Adapter, Request
+from raywarp.rollout.worker import RolloutWorker
 from raywarp.session import Session
 from raywarp.storage.location import Storage
 

@@ -12,8 +12,8 @@ from ray.exceptions import RayActorError
 
 from raywarp.cluster import faults
 from raywarp.cluster.health import Process
-from raywarp.proof import Proof
-from raywarp.rollout import Request, RolloutError
+from raywarp.rollout.proof import Proof
+from raywarp.rollout.protocol import Request, RolloutError
 
 NOBODY = -1  # stands in the queue of idle workers when all of them are lost for good
 

@@ -12,8 +12,8 @@ from typing import Any
 import ray
 
 from raywarp.cluster.health import GROUP, Process, Work, stack_here
-from raywarp.engines import Engine, EngineSettings, start_engine
-from raywarp.rollout import Request, Rollout
+from raywarp.rollout.engine import Engine, EngineSettings, start_engine
+from raywarp.rollout.protocol import Request, Rollout
 
 
 class RolloutWorker:

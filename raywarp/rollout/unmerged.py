@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raywarp.algorithm.deltas import Factors
 from raywarp.model.linear import pack, packed_product, product
-from raywarp.row_signatures import ModuleRows, row_signatures
+from raywarp.rollout.row_signatures import ModuleRows, row_signatures
 
 NO_ADAPTER = -1
 Multiply = Callable[[Tensor], Tensor]

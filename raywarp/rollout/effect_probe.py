@@ -10,11 +10,11 @@ import torch
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, norm, scale
 from raywarp.data.completion import Completion
-from raywarp.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 from raywarp.identity import derive_seed
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
+from raywarp.rollout.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 
 WANTED_RMS, LARGEST_RMS = 0.65, 0.9  # nats; beyond, log-ratios are not of the kind that a policy has
 FIRST_SIZE, LARGEST_SIZE, TRIES = 0.02, 1.0, 16  # ‖ΔW‖ / ‖W‖ to begin with, and at most; and how many sizes are tried

@@ -11,7 +11,7 @@ import ray
 
 from raywarp.config.schema import Config, ConfigError, RolloutConfig
 from raywarp.data.completion import Completion
-from raywarp.rollout import Adapter, Request
+from raywarp.rollout.protocol import Adapter, Request
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)
 MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
@@ -82,10 +82,10 @@ class Engine(Protocol):
 def start_engine(settings: EngineSettings) -> Engine:
     """The engine that rollout.engine names; raises ConfigError as the engine does."""
     if settings.rollout.engine == "transformers":
-        from raywarp.transformers_engine import TransformersEngine
+        from raywarp.rollout.transformers_engine import TransformersEngine
 
         return TransformersEngine(settings)
-    from raywarp.vllm_engine import VllmEngine
+    from raywarp.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(settings)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from raywarp.adapters.peft import save_peft
 from raywarp.adapters.peft_config import ADAPTER_FILE
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, zeros_like
-from raywarp.checkpoint import Checkpoint
-from raywarp.rollout import Adapter, RolloutError
+from raywarp.rollout.base_weights import Checkpoint
+from raywarp.rollout.protocol import Adapter, RolloutError
 
 Install = Callable[[Iterable[tuple[str, Tensor]]], object]
 Versions = tuple[str, ...]

@@ -20,7 +20,7 @@ from raywarp.data.completion import Completion
 
 if TYPE_CHECKING:  # torch is imported where an adapter is put or fetched: the pool, which does neither, saves its seconds and megabytes
     from raywarp.algorithm.deltas import AdapterDelta
-    from raywarp.packed_adapter import PackedAdapter
+    from raywarp.rollout.packed_adapter import PackedAdapter
 
 _HASHER = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
@@ -43,7 +43,7 @@ class AdapterPart:
 
     @classmethod
     def put(cls, delta: "AdapterDelta") -> "AdapterPart":
-        from raywarp.packed_adapter import PackedAdapter
+        from raywarp.rollout.packed_adapter import PackedAdapter
 
         packed = PackedAdapter.pack(delta)
         hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, in which the adapter is on its way

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from raywarp.effect import Effect, Probe, Sampler, Trainer, distance, effect
-from raywarp.rollout import SFT, Adapter, AdapterPart, Request
+from raywarp.rollout.effect import Effect, Probe, Sampler, Trainer, distance, effect
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request
 
 if TYPE_CHECKING:  # the pool judges, too, and has no torch
-    from raywarp.effect_probe import Reference
+    from raywarp.rollout.effect_probe import Reference
 
 Scores = Sequence[Sequence[Sequence[float]]]  # for each request and each of its prompts, the log-prob of every token but the first
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raywarp.adapters.weight_files import download_weights, weight_files
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.module_names import match_names
+from raywarp.rollout.module_names import match_names
 
 
 class CheckpointError(RuntimeError):

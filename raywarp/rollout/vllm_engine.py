@@ -13,13 +13,13 @@ from torch import Tensor
 
 from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
 from raywarp.config.schema import ConfigError
 from raywarp.data.completion import Completion
-from raywarp.engines import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
-from raywarp.loaders import LoraLoader, MergedLoader, UnmergedLoader
-from raywarp.rollout import Request
-from raywarp.row_signatures import ModuleRows
+from raywarp.rollout.base_weights import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
+from raywarp.rollout.engine import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
+from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
+from raywarp.rollout.protocol import Request
+from raywarp.rollout.row_signatures import ModuleRows
 from raywarp.storage import scratch
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
@@ -217,7 +217,7 @@ class VllmEngine:
             slots = slot_count(rank)
             arguments |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": 4 * slots, "max_lora_rank": rank}
         if self.adapter_mode == "unmerged":
-            arguments |= {"worker_extension_cls": "raywarp.vllm_layers.AdaptedWorker"}
+            arguments |= {"worker_extension_cls": "raywarp.rollout.vllm_layers.AdaptedWorker"}
         return arguments
 
 

@@ -14,9 +14,9 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from raywarp.algorithm.deltas import Factors
-from raywarp.engines import SLOT
-from raywarp.row_signatures import ModuleRows
-from raywarp.unmerged import NO_ADAPTER, PASS, Multiply, Product, by_product
+from raywarp.rollout.engine import SLOT
+from raywarp.rollout.row_signatures import ModuleRows
+from raywarp.rollout.unmerged import NO_ADAPTER, PASS, Multiply, Product, by_product
 
 
 class AdaptedWorker:

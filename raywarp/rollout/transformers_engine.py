@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.checkpoint import Checkpoint
 from raywarp.data.completion import Completion
 from raywarp.data.models import load_model
-from raywarp.engines import EngineSettings, Loader, adapter_mode
-from raywarp.loaders import MergedLoader, UnmergedLoader
 from raywarp.model.backbone import find_head, keep_layers_unscaled, set_attention
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.probe import close, probe
-from raywarp.rollout import Adapter, Request
+from raywarp.rollout.base_weights import Checkpoint
+from raywarp.rollout.engine import EngineSettings, Loader, adapter_mode
+from raywarp.rollout.loaders import MergedLoader, UnmergedLoader
+from raywarp.rollout.protocol import Adapter, Request
 
 _FORCED = 3  # tokens of a probe that are fed through the cache
 ROWS = 64  # completions that run at once
