@@ -17,8 +17,8 @@ from raywarp.cluster import faults, health, placement_groups, resources
 from raywarp.config.schema import Config
 from raywarp.model.device import cpu_environment
 from raywarp.policy_actor import PolicyActor
-from raywarp.reward_actor import RewardActor
-from raywarp.rewards import with_template
+from raywarp.rewards.actor import RewardActor
+from raywarp.rewards.score import with_template
 from raywarp.rollout.engine import EngineSettings, largest_rank
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.worker import RolloutWorker

@@ -45,7 +45,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, AdapterError):
         return 2
     from raywarp.cluster.faults import FaultError
-    from raywarp.rewards import RewardError
+    from raywarp.rewards.score import RewardError
     from raywarp.rollout.base_weights import CheckpointError
     from raywarp.rollout.protocol import RolloutError
     from raywarp.storage.sealed import DamagedError, StoreError

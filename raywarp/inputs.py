@@ -7,8 +7,6 @@ from typing import Any
 
 import transformers  # not `from`: its parts take seconds to import
 
-from raywarp import rewards
-from raywarp.classifier import check_classifier, load_tokenizer
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
 from raywarp.data.prompts import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
@@ -16,6 +14,8 @@ from raywarp.jobs import check_paths
 from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
 from raywarp.model.supported import refuse_unsupported
+from raywarp.rewards import score
+from raywarp.rewards.classifier import check_classifier, load_tokenizer
 from raywarp.rollout.engine import check_engine
 from raywarp.storage import sealed
 
@@ -58,16 +58,16 @@ def prepare(config: Config) -> Inputs:
     longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out]) + config.rollout.max_new_tokens
     refuse_unsupported(config.model, settings, config.rollout, longest)
     shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
-    reward = rewards.with_template(config.reward, config.prompts, config.trust_remote_code)
-    control = config.control and rewards.with_template(config.control, config.prompts, config.trust_remote_code)
+    reward = score.with_template(config.reward, config.prompts, config.trust_remote_code)
+    control = config.control and score.with_template(config.control, config.prompts, config.trust_remote_code)
     return Inputs(
         model=model,
         shapes=shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=fingerprint(prompts.train),
-        reward=rewards.fingerprint(reward),
-        evaluation=sealed.content_key([fingerprint(prompts.held_out), rewards.fingerprint(control) if control else None]),
+        reward=score.fingerprint(reward),
+        evaluation=sealed.content_key([fingerprint(prompts.held_out), score.fingerprint(control) if control else None]),
     )
 
 
@@ -104,11 +104,11 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
         if scorer is None:
             continue
         if scorer.function:
-            rewards.check_call(scorer.function, rewards.load_function(scorer.function), columns)
+            score.check_call(scorer.function, score.load_function(scorer.function), columns)
         elif scorer.model:
             model = resolve_model(scorer.model, what=f"{key} model")
             try:
-                rewards.check_trained(Path(model))
+                score.check_trained(Path(model))
             except sealed.DamagedError as error:
                 raise ConfigError(
                     f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with out={model} trains it anew"

@@ -20,7 +20,7 @@ from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_sh
 from raywarp.known_models import known_config
 from raywarp.memory import Shapes, in_units
 from raywarp.model.device import run_dtype
-from raywarp.rewards import own_file
+from raywarp.rewards.score import own_file
 from raywarp.rollout.engine import check_mode, mode_problem
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen

@@ -23,7 +23,7 @@ from raywarp.identity import derive_seed
 from raywarp.model.device import run_dtype
 from raywarp.points import PendingPoint
 from raywarp.policy_actor import Job
-from raywarp.reward_actor import Scorer
+from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof, prove

@@ -48,8 +48,8 @@ from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.policy_files import PolicyFiles
-from raywarp.reward_actor import RewardActor, Scorer
-from raywarp.rewards import RewardError
+from raywarp.rewards.actor import RewardActor, Scorer
+from raywarp.rewards.score import RewardError
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.pool import PoolHealth, RolloutPool
 from raywarp.rollout.protocol import Request, Rollout

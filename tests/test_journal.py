@@ -8,7 +8,7 @@ import pytest
 from tiny_run import DAMAGE, Listener
 
 from raywarp.journal import Journal
-from raywarp.reward_progress import following
+from raywarp.rewards.progress import following
 from raywarp.run import Run
 from raywarp.run_metrics import RunMetrics
 

@@ -12,7 +12,7 @@ from conftest import random_delta
 import raywarp
 from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import Factors
-from raywarp.rewards import check_call
+from raywarp.rewards.score import check_call
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 RUN = ("Averages", "From folder to folder", "Configurations")  # sections whose examples need no training

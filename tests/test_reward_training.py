@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from test_rewards import build_bert
 from transformers import AutoModelForSequenceClassification
 
-from raywarp.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
 from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse_config
 from raywarp.data.embedded import Snippet
 from raywarp.data.preferences import Preference
-from raywarp.reward_inputs import WORK, prepare_reward
-from raywarp.reward_training import RewardSummary, train_reward
-from raywarp.rewards import load_reward
+from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
+from raywarp.rewards.inputs import WORK, prepare_reward
+from raywarp.rewards.score import load_reward
+from raywarp.rewards.training import RewardSummary, train_reward
 
 FILLER = ["the film", "a plot", "the plot was a film", "film", "was a"]
 

@@ -12,12 +12,12 @@ from tiny_run import make_project, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-from raywarp.classifier import ClassifierReward, classify, encode
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data.completion import Completion
 from raywarp.inputs import prepare
-from raywarp.reward_actor import RewardActor
-from raywarp.rewards import (
+from raywarp.rewards.actor import RewardActor
+from raywarp.rewards.classifier import ClassifierReward, classify, encode
+from raywarp.rewards.score import (
     REWARD_FILE,
     Reward,
     RewardError,
@@ -284,7 +284,7 @@ def test_processes_without_a_model_do_without_torch():
     lines = (
         "import sys, raywarp.rollout.pool",
         "from raywarp.config.schema import RewardConfig",
-        "from raywarp.reward_actor import RewardActor",
+        "from raywarp.rewards.actor import RewardActor",
         "RewardActor(RewardConfig(function='raywarp.embedded:vader')).start()",
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])",
     )

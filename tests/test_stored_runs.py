@@ -16,11 +16,11 @@ import pytest
 from conftest import S3Server, assert_same_change
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
-from raywarp import rewards
 from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config
 from raywarp.policy_files import PolicyFiles
-from raywarp.rewards import RewardError
+from raywarp.rewards import score
+from raywarp.rewards.score import RewardError
 from raywarp.run import Run
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
@@ -258,11 +258,11 @@ def test_each_file_of_the_front_and_of_a_reward_model_counts(project: Project, t
     model = tmp_path / "reward"
     shutil.copytree(project.model, model)
     sealed.seal(model)
-    sealed.write_record(model / rewards.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0})
+    sealed.write_record(model / score.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0})
     for path in files_of(model):
-        assert rewards.check_trained(model)
+        assert score.check_trained(model)
         kept = path.read_bytes()
         DAMAGE[way](path)
         with pytest.raises(DamagedError, match=str(model)):
-            rewards.check_trained(model)
+            score.check_trained(model)
         path.write_bytes(kept)

@@ -12,9 +12,9 @@ import pytest
 
 from raywarp.cluster.health import GROUP
 from raywarp.config.schema import RewardConfig
-from raywarp.reward_actor import RewardActor
-from raywarp.rewards import RewardError
-from raywarp.time_limit import TimeLimit, TimeLimitError
+from raywarp.rewards.actor import RewardActor
+from raywarp.rewards.score import RewardError
+from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 
 SLOW = """
 import ctypes, time

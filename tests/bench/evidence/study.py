@@ -45,7 +45,6 @@ from bench.evidence.settings import (
 )
 from rich.console import Console
 
-from raywarp import rewards
 from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import Config
@@ -57,6 +56,7 @@ from raywarp.points import Scored
 from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.progress import Bars, Display
 from raywarp.reward_stage import prepare_stage, reward
+from raywarp.rewards import score
 from raywarp.run import Run, read_mark
 from raywarp.session import Session, start_ray
 from raywarp.storage import sealed
@@ -179,7 +179,7 @@ class Study:
             return
         self.clock.check()
         for config in reward_configs(self.settings, seed, self.folder):
-            if rewards.check_trained(Path(config.out)) is None:
+            if score.check_trained(Path(config.out)) is None:
                 summary = reward(config, standardise=False, inputs=prepare_stage(config))
                 self.clock.say(f"seed {seed}: {Path(config.out).name} model, pairwise accuracy {summary.accuracy:.3f}")
         start = time.monotonic()

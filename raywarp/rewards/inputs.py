@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raywarp.classifier import load_tokenizer
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_tensors, check_weights, read_model_config
 from raywarp.data.preferences import PreferenceSplits, load_preferences
 from raywarp.data.prompts import resolve_model
-from raywarp.rewards import REWARD_FILE, check_trained
+from raywarp.rewards.classifier import load_tokenizer
+from raywarp.rewards.score import REWARD_FILE, check_trained
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError, read_record
 

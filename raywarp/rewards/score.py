@@ -129,7 +129,7 @@ def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: s
         return Reward(config.function, function, source=_source_file(function))
     if not config.model:
         raise ConfigError("there is no reward: set reward.model or reward.function")
-    from raywarp.classifier import ClassifierReward
+    from raywarp.rewards.classifier import ClassifierReward
 
     name = resolve_model(config.model, what="reward model")
     stored = statistics(name)
@@ -148,7 +148,7 @@ def with_template(config: RewardConfig, prompts: PromptsConfig, trust_remote_cod
     """
     if not config.model or config.template == "none" or (config.template == "auto" and prompts.template != "chat"):
         return config.model_copy(update={"template": "none"})
-    from raywarp.classifier import load_tokenizer
+    from raywarp.rewards.classifier import load_tokenizer
 
     name = resolve_model(config.model, what="reward model")
     has_one = bool(load_tokenizer(name, trust_remote_code).chat_template)

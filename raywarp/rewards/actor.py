@@ -12,9 +12,9 @@ import ray
 from raywarp.cluster.health import GROUP, Process, Work
 from raywarp.config.schema import RewardConfig
 from raywarp.data.prompts import Prompt
-from raywarp.rewards import Reward, RewardError, load_reward
+from raywarp.rewards.score import Reward, RewardError, load_reward
+from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 from raywarp.rollout.protocol import Rollout, Scores
-from raywarp.time_limit import TimeLimit, TimeLimitError
 
 
 @dataclass(frozen=True)

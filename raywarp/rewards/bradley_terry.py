@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from raywarp.classifier import classify, load_tokenizer
 from raywarp.config.schema import ConfigError, RewardTrainingConfig
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import load_model
 from raywarp.data.preferences import Preference
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.model.device import supports_bf16
+from raywarp.rewards.classifier import classify, load_tokenizer
 from raywarp.storage.sealed import write_json
 
 CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do

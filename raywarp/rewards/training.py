@@ -16,14 +16,14 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from raywarp.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.preferences import Preference
 from raywarp.model.device import CPU_ENV
 from raywarp.progress import Display
-from raywarp.reward_inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
-from raywarp.reward_progress import following
-from raywarp.rewards import REWARD_FILE
+from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval
+from raywarp.rewards.inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
+from raywarp.rewards.progress import following
+from raywarp.rewards.score import REWARD_FILE
 from raywarp.storage.sealed import (
     MANIFEST,
     DamagedError,
