@@ -16,7 +16,7 @@ _WHERE = {
     "reward": "reward_stage",
     "tune": "sweep",
     "plan": "planning",
-    "Run": "run",
+    "Run": "run.folder",
     "Stopped": "cluster.runtime",
     "FaultError": "cluster.faults",
     "Config": "config.schema",

@@ -91,7 +91,7 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _display(options: argparse.Namespace) -> Any:
-    from raywarp.progress import Display
+    from raywarp.run.display import Display
 
     return Display(quiet=options.quiet)
 
@@ -122,7 +122,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from raywarp.planning import plan, render
-    from raywarp.terminal import console
+    from raywarp.run.terminal import console
 
     found = plan(_config(options), options.offline)
     render(found, console())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from raywarp.evaluation import Point
+from raywarp.run.front import Point
 
 REPETITIVE = 0.75  # of SFT's distinct-2, below which texts repeat themselves
 LONGER, SHORTER = 1.5, 0.67  # of SFT's length

@@ -11,12 +11,12 @@ from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
 from raywarp.data.prompts import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
 from raywarp.jobs import check_paths
-from raywarp.loggers import check_loggers
 from raywarp.memory import Shapes
 from raywarp.model.supported import refuse_unsupported
 from raywarp.rewards import score
 from raywarp.rewards.classifier import check_classifier, load_tokenizer
 from raywarp.rollout.engine import check_engine
+from raywarp.run.loggers import check_loggers
 from raywarp.storage import sealed
 
 

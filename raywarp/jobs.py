@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from raywarp.config.schema import Config, ConfigError
-from raywarp.saved_config import CONFIG_FILE
+from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import writable
 

@@ -74,7 +74,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from raywarp.adapters.merging import merge
     from raywarp.adapters.report import merge_json, merge_table
-    from raywarp.terminal import console
+    from raywarp.run.terminal import console
 
     done = merge(_recipe(options), options.out, options.overwrite, options.allow_different_bases)
     if options.json:
@@ -121,7 +121,7 @@ def _numbers(words: list[str] | None) -> tuple[float, ...] | None:
 def _inspect(options: argparse.Namespace) -> None:
     from raywarp.adapters.merging import inspect
     from raywarp.adapters.report import adapter_facts, groups_json, inspect_table
-    from raywarp.terminal import console
+    from raywarp.run.terminal import console
 
     count = len(options.adapters)
     files, groups = inspect(options.adapters, options.init, options.granularity, options.allow_different_bases)

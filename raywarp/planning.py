@@ -70,7 +70,7 @@ def _plan_sweep(config: Config, offline: bool) -> Forecast:
 
 def opening(space: SearchSpace, concurrent: int | None) -> str:
     """How many trials a sweep has, and how many policy runs that makes. concurrent: trials at the same time, if that is known."""
-    from raywarp.keys import policy_runs
+    from raywarp.run.keys import policy_runs
 
     line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (f", {concurrent} at a time" if concurrent else "")
     runs = policy_runs(space)
@@ -217,7 +217,7 @@ def _summary(found: Forecast, shapes: Shapes | None) -> list[str]:
         return lines
     if shapes.scope:
         lines.append(shapes.scope)
-    from raywarp.policy_files import KEPT_CHECKPOINTS
+    from raywarp.run.policy_files import KEPT_CHECKPOINTS
 
     each, results = memory.checkpoint_bytes(shapes, config), memory.result_bytes(shapes, config)
     kept = (KEPT_CHECKPOINTS + 1) * config.warp.policies * each  # the new one is written before the oldest goes

@@ -24,11 +24,11 @@ from raywarp.data.prompts import Prompt
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
-from raywarp.policy_files import Checkpoint, PolicyFiles
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import effect
 from raywarp.rollout.proof import EVERY, Proof, requests
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
+from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError, read_jsonl
 

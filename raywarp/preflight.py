@@ -14,7 +14,7 @@ from raywarp.cluster import node_report
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config, ConfigError
 from raywarp.memory import checkpoint_bytes, in_units
-from raywarp.saved_config import CONFIG_FILE
+from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import made, writable
 

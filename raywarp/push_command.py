@@ -29,7 +29,7 @@ def _operations(folder: Path, mark: Any) -> list[Any]:
     """One for each file of the adapter's folder; the card says what marks the run, if it was sampled by an earlier version."""
     from huggingface_hub import CommitOperationAdd
 
-    from raywarp.model_card import marked
+    from raywarp.run.card import marked
 
     contents = {
         path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.name != MANIFEST
@@ -53,7 +53,7 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    from raywarp.run import read_mark
+    from raywarp.run.folder import read_mark
 
     http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx, or of what took its place
     try:

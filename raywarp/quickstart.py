@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, load_config
-from raywarp.progress import Display
-from raywarp.run import Run
+from raywarp.run.display import Display
+from raywarp.run.folder import Run
 
 QUICKSTART: dict[str, Any] = {
     "model": SMOLLM2,

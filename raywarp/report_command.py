@@ -34,7 +34,7 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from raywarp.terminal import console
+    from raywarp.run.terminal import console
 
     if options.serve:
         from raywarp.report_server import serve

@@ -10,14 +10,14 @@ from typing import Any
 from raywarp.config.schema import Config
 from raywarp.config.secrets import redact
 from raywarp.curves import Curve, curves, number, summary, trajectory
-from raywarp.evaluation import Point
 from raywarp.findings import Finding, findings, points_of
 from raywarp.page_json import plain
 from raywarp.report_files import RunFiles
 from raywarp.report_texts import clip, sample_texts, training_texts
-from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, read_mark
-from raywarp.sampler_mark import Mark
-from raywarp.saved_config import CONFIG_FILE, flat
+from raywarp.run.config_file import CONFIG_FILE, flat
+from raywarp.run.folder import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, read_mark
+from raywarp.run.front import Point
+from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
 from raywarp.timeline import timeline

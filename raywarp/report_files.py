@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from raywarp.config.schema import ConfigError
-from raywarp.run import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
-from raywarp.saved_config import CONFIG_FILE, read_config
+from raywarp.run.config_file import CONFIG_FILE, read_config
+from raywarp.run.folder import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from raywarp.curves import Curve, number, rounded
-from raywarp.evaluation import Point
 from raywarp.page_json import plain, to_json
 from raywarp.report_files import RunFiles
+from raywarp.run.front import Point
 
 CLIPPED = 4000  # characters of one text
 ALL = 4_000_000  # bytes of the texts of all points together, before they are packed to a third or half

@@ -8,10 +8,10 @@ from raywarp.data.prompts import PromptSplits
 from raywarp.inputs import prepare_prompts
 from raywarp.jobs import check_paths
 from raywarp.planning import check_cluster
-from raywarp.progress import Display
 from raywarp.rewards.inputs import RewardInputs, prepare_reward
 from raywarp.rewards.training import RewardSummary, train_reward
 from raywarp.rollout.engine import check_engine
+from raywarp.run.display import Display
 from raywarp.session import start_ray
 from raywarp.standardisation import is_standardised, save_standardisation, sft_scores
 from raywarp.storage.locks import alone

@@ -9,7 +9,7 @@ from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt, resolve_model
 from raywarp.inputs import Inputs, first_prompts
 from raywarp.rewards.score import REWARD_FILE, RewardError, statistics
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.session import Session
 from raywarp.storage.sealed import DamagedError, content_key, read_record, write_record
 

@@ -17,8 +17,8 @@ from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.inputs import Inputs, prepare
 from raywarp.planning import check_cluster, opening
-from raywarp.progress import Display
-from raywarp.run import Run, read_mark
+from raywarp.run.display import Display
+from raywarp.run.folder import Run, read_mark
 from raywarp.session import start_ray
 from raywarp.storage import scratch, sealed
 from raywarp.storage.location import Storage

@@ -4,9 +4,9 @@ from typing import Any
 
 from raywarp.config.schema import ConfigError
 from raywarp.config.search import DIRECTIONS, name_of
-from raywarp.loggers import Loggers, run_name, was_logged
-from raywarp.progress import Display
-from raywarp.run import FRONT_FILE, Run
+from raywarp.run.display import Display
+from raywarp.run.folder import FRONT_FILE, Run
+from raywarp.run.loggers import Loggers, run_name, was_logged
 from raywarp.trial import SweepPlan
 
 

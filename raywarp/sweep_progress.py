@@ -6,7 +6,7 @@ from typing import Any
 from rich.progress import TimeElapsedColumn
 
 from raywarp.config.search import describe
-from raywarp.progress import Display, bars
+from raywarp.run.display import Display, bars
 from raywarp.trial import SweepPlan
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from raywarp.algorithm.hypervolume import pareto
 from raywarp.config.schema import to_yaml
 from raywarp.config.search import DIRECTIONS, describe, name_of, show
-from raywarp.evaluation import Point
-from raywarp.progress import Display
-from raywarp.run import Run
+from raywarp.run.display import Display
+from raywarp.run.folder import Run
+from raywarp.run.front import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError

@@ -16,19 +16,20 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from raywarp import evaluation, warp
+from raywarp import warp
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster import resources, runtime
 from raywarp.cluster.claims import FOLDER, Elsewhere, SharedClaims, Table
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
-from raywarp.evaluation import Point
 from raywarp.inputs import Inputs, prepare
-from raywarp.keys import front_key, key_chain
 from raywarp.model.device import run_dtype
-from raywarp.progress import Display
-from raywarp.run import Run
+from raywarp.run import front
+from raywarp.run.display import Display
+from raywarp.run.folder import Run
+from raywarp.run.front import Point
+from raywarp.run.keys import front_key, key_chain
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
@@ -74,7 +75,7 @@ def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str,
     settings, sft = space.settings, line[0]
     reference_kl = settings.reference_kl or space.base.front.choose.max_kl or 10.0
     reference_reward = sft.reward if settings.reference_reward is None else settings.reference_reward
-    chosen = evaluation.choose(line, config.front.choose)
+    chosen = front.choose(line, config.front.choose)
     values: dict[str, Any] = {
         "hypervolume": hypervolume([(point.kl, point.reward) for point in line], (reference_kl, reference_reward)),
         "reward": chosen.reward,
@@ -223,10 +224,10 @@ class Trial(Trainable):
         return sealed.read_jsonl(folder / "front.jsonl") if folder else None
 
     def _measure_front(self, stage: warp.Stage, key: str) -> list[dict[str, Any]]:
-        candidates = evaluation.candidates(stage.init, stage.policies, evaluation.wanted_etas(self.own))
+        candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         with self.display.evaluation(len(wanted)) as done:
-            results = evaluation.evaluate(stage.session, self.own, wanted, self.inputs.prompts.held_out, done)
+            results = front.evaluate(stage.session, self.own, wanted, self.inputs.prompts.held_out, done)
         points = [asdict(point) for point, _ in results]
         with Storage(self.plan.store).writing(f"fronts/{key}") as folder:
             sealed.write_jsonl(folder / "front.jsonl", points)

@@ -16,26 +16,26 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from raywarp import evaluation
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
-from raywarp.evaluation import Candidate, Point
 from raywarp.inputs import Inputs, prepare
-from raywarp.journal import Journal
-from raywarp.keys import front_key, key_chain, key_of_numerics
-from raywarp.loggers import Loggers
-from raywarp.model_card import card
 from raywarp.planning import check_cluster
 from raywarp.policy_actor import Job
-from raywarp.progress import Display
-from raywarp.report import plot_front
 from raywarp.rollout.protocol import spans_of
-from raywarp.run import Run
-from raywarp.run_metrics import RunMetrics
+from raywarp.run import front
+from raywarp.run.card import card
+from raywarp.run.display import Display
+from raywarp.run.events import Journal
+from raywarp.run.figures import plot_front
+from raywarp.run.folder import Run
+from raywarp.run.front import Candidate, Point
+from raywarp.run.keys import front_key, key_chain, key_of_numerics
+from raywarp.run.loggers import Loggers
+from raywarp.run.prometheus import RunMetrics
 from raywarp.session import Session
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
@@ -219,15 +219,15 @@ class Driver:
         is_measured = run.has_front(key)
         if is_measured and run.front().get("choose") == config.front.choose.model_dump():
             return self.display.front(run)
-        points = evaluation.candidates(init, policies, evaluation.wanted_etas(config))
+        points = front.candidates(init, policies, front.wanted_etas(config))
         measured = [Point(**point) for point in run.front()["points"]] if is_measured else self.measure(points)
-        chosen = evaluation.choose(measured, config.front.choose)
+        chosen = front.choose(measured, config.front.choose)
         title = f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}"
         plot_front(measured, chosen, run.folder / "front.png", title)
         adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
         run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
         told = {"key": key, "numerics": {key_of_numerics(config, self.inputs): numerics}}
-        run.save_front({**told, **evaluation.front_json(measured, chosen, config)})
+        run.save_front({**told, **front.front_json(measured, chosen, config)})
         self.loggers.finish(run)
         self.display.front(run)
 
@@ -235,7 +235,7 @@ class Driver:
         """The points of the front on held-out prompts; their texts go to samples.json."""
         held_out, front = self.inputs.prompts.held_out, self.config.front
         with self.display.evaluation(len(points)) as done:
-            results = evaluation.evaluate(self.session, self.config, points, held_out, done)
+            results = front.evaluate(self.session, self.config, points, held_out, done)
         self.run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
-        sealed.write_json(self.run.folder / "samples.json", evaluation.sample_rows(results, held_out, front))
+        sealed.write_json(self.run.folder / "samples.json", front.sample_rows(results, held_out, front))
         return [point for point, _ in results]

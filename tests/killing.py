@@ -19,7 +19,7 @@ from conftest import save_tiny_llama, write_prompts
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage import scratch
 
 REWARD = '''

@@ -13,7 +13,7 @@ from conftest import WORDS
 from raywarp.cli import main
 from raywarp.config.schema import ConfigError, load_config
 from raywarp.quickstart import QUICKSTART
-from raywarp.run import Run
+from raywarp.run.folder import Run
 
 
 @pytest.fixture

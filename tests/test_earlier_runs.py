@@ -17,7 +17,7 @@ from tiny_run import Listener, files_of, tiny_config
 
 from raywarp.config.schema import Config, RewardConfig
 from raywarp.rewards import score
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.warp import train
 
 DATA = Path(__file__).parent / "data"

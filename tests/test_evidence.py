@@ -27,7 +27,7 @@ from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.averaging import geometry, lerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
 from raywarp.config.schema import MINILM, SMOLLM2
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage import sealed
 
 

@@ -47,14 +47,14 @@ from raywarp.config.schema import RewardConfig, parse_config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.policy_actor import Job, PolicyActor, Progress
-from raywarp.policy_files import PolicyFiles
 from raywarp.rewards.actor import RewardActor, Scorer
 from raywarp.rewards.score import RewardError
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.pool import PoolHealth, RolloutPool
 from raywarp.rollout.protocol import Request, Rollout
 from raywarp.rollout.worker import RolloutWorker
-from raywarp.run import Run
+from raywarp.run.folder import Run
+from raywarp.run.policy_files import PolicyFiles
 from raywarp.session import Session
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import StoreError

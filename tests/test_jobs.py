@@ -31,7 +31,7 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
 from raywarp.config.schema import ConfigError, load_config
 from raywarp.jobs import absolute_paths, check_paths
-from raywarp.run_metrics import GAUGES
+from raywarp.run.prometheus import GAUGES
 
 REPOSITORY = Path(__file__).parent.parent
 REWARD = '''

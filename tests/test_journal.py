@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_run import DAMAGE, Listener
 
-from raywarp.journal import Journal
 from raywarp.rewards.progress import following
-from raywarp.run import Run
-from raywarp.run_metrics import RunMetrics
+from raywarp.run.events import Journal
+from raywarp.run.folder import Run
+from raywarp.run.prometheus import RunMetrics
 
 EVENTS = [
     {"time": "2026-01-31T12:00:00.000+00:00", "event": "started", "versions": {"ray": "2.60.0"}},

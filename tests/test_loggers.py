@@ -15,8 +15,8 @@ from tiny_run import Listener
 
 from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config, ConfigError, load_config, parse_config
-from raywarp.loggers import Loggers, check_loggers, front_rows, sample_rows
-from raywarp.run import Run
+from raywarp.run.folder import Run
+from raywarp.run.loggers import Loggers, check_loggers, front_rows, sample_rows
 
 
 def metric_of(run: Run, name: str, iteration: int, policy: int) -> list[tuple[int, float]]:

@@ -18,9 +18,9 @@ from tiny_run import as_of_before
 
 from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import SMOLLM2, load_config
-from raywarp.evaluation import Point
-from raywarp.model_card import card
-from raywarp.run import Run
+from raywarp.run.card import card
+from raywarp.run.folder import Run
+from raywarp.run.front import Point
 
 TOKEN = "hf_" + "t" * 34
 

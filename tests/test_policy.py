@@ -19,7 +19,7 @@ from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batch import Batch, collate
 from raywarp.model.batches import micro_batches
 from raywarp.model.policy import Policy
-from raywarp.policy_files import Checkpoint, PolicyFiles
+from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
 

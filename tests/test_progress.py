@@ -10,8 +10,8 @@ from rich.console import Console
 from raywarp.config.schema import parse_config
 from raywarp.config.search import search_space
 from raywarp.policy_actor import Job
-from raywarp.progress import Display
-from raywarp.run import Run
+from raywarp.run.display import Display
+from raywarp.run.folder import Run
 from raywarp.sweep_progress import SweepProgress
 from raywarp.trial import SweepPlan
 from raywarp.tune_callback import callback

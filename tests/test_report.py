@@ -13,14 +13,14 @@ from tiny_run import DAMAGE, files_of
 
 from raywarp.cli import main
 from raywarp.curves import METRICS, curves, stretches, summary, trajectory
-from raywarp.evaluation import Point
 from raywarp.findings import findings, over_optimisation
 from raywarp.page_json import plain, to_json
 from raywarp.report_command import build, save_report
 from raywarp.report_data import report_data
 from raywarp.report_page import page_data, render
 from raywarp.report_texts import clip, departure, sample_texts
-from raywarp.run import Run
+from raywarp.run.folder import Run
+from raywarp.run.front import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.timeline import SLICES, timeline

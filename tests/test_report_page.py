@@ -19,7 +19,7 @@ import pytest
 
 from raywarp.report_command import save_report
 from raywarp.report_server import ReportServer
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage import sealed
 
 HOSTILE = (

@@ -27,7 +27,7 @@ from raywarp.rewards.score import (
     with_template,
 )
 from raywarp.rollout.protocol import Rollout
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.session import Session
 from raywarp.standardisation import is_standardised, reward_statistics, save_standardisation
 from raywarp.storage import sealed

@@ -18,7 +18,7 @@ import pytest
 from conftest import S3Server, random_delta
 
 from raywarp.config.schema import ConfigError, parse_config
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.mirror import Mirror
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_what_is_there(tmp_path: Path) -> None:
 import resource, sys, torch
 from pathlib import Path
 from raywarp.storage import sealed
-from raywarp.policy_files import Checkpoint, PolicyFiles
+from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import StoreError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

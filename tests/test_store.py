@@ -7,8 +7,8 @@ from conftest import random_delta
 from raywarp.algorithm.deltas import Factors
 from raywarp.config.schema import ConfigError, parse_config
 from raywarp.identity import batch_indices, derive_seed
-from raywarp.keys import policy_keys
-from raywarp.run import Run
+from raywarp.run.folder import Run
+from raywarp.run.keys import policy_keys
 from raywarp.storage import sealed
 
 

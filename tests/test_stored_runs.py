@@ -18,10 +18,10 @@ from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config
-from raywarp.policy_files import PolicyFiles
 from raywarp.rewards import score
 from raywarp.rewards.score import RewardError
-from raywarp.run import Run
+from raywarp.run.folder import Run
+from raywarp.run.policy_files import PolicyFiles
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError, StoreError

@@ -33,10 +33,10 @@ from raywarp.config.schema import load_config
 from raywarp.config.search import describe, name_of
 from raywarp.planning import plan, render
 from raywarp.report_command import read, save_report
+from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
 from raywarp.sweep import tune
 from raywarp.sweep_report import Sweep
-from raywarp.terminal import console
 
 REWARD = '''
 """Counts good words. Every batch leaves a line in the file `batches`; takes as many seconds per training batch as the file `pace` says."""

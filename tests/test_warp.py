@@ -21,7 +21,7 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import dense, digest, subtract
 from raywarp.config.schema import Config
 from raywarp.rewards.score import RewardError
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage import sealed
 from raywarp.warp import train
 

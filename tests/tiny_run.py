@@ -11,7 +11,7 @@ from conftest import WORDS
 from rich.console import Console
 
 from raywarp.config.schema import Config, parse_config
-from raywarp.progress import Display
+from raywarp.run.display import Display
 from raywarp.storage import sealed
 
 REWARD = '''

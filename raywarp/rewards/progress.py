@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raywarp.progress import Display, bars
+from raywarp.run.display import Display, bars
 from raywarp.storage.sealed import read_jsonl
 
 POLL = 0.5  # seconds between two looks at the workers' metrics, whose own output does not reach this terminal

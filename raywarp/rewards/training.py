@@ -19,11 +19,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.preferences import Preference
 from raywarp.model.device import CPU_ENV
-from raywarp.progress import Display
 from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.rewards.inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.rewards.progress import following
 from raywarp.rewards.score import REWARD_FILE
+from raywarp.run.display import Display
 from raywarp.storage.sealed import (
     MANIFEST,
     DamagedError,

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from killing import Command, Patience, adapters, descendants, make_project, missing_lines, own_home, set_pace, survivors
 from ray.cluster_utils import Cluster
 
-from raywarp.policy_files import PolicyFiles
-from raywarp.run import Run
+from raywarp.run.folder import Run
+from raywarp.run.policy_files import PolicyFiles
 from raywarp.storage.sealed import MANIFEST, DamagedError, check_sealed
 
 ITERATIONS, POLICIES, STEPS = 2, 2, 8

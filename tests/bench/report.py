@@ -25,7 +25,7 @@ from typing import Any
 
 from raywarp.config.schema import load_config
 from raywarp.report_command import build
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage import sealed
 
 WORDS = (

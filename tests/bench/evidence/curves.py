@@ -13,7 +13,7 @@ from bench.evidence.settings import ARMS, SFT_COEFS, Settings
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import geometry, lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, compress, scale, trailing, truncate
-from raywarp.run import Run
+from raywarp.run.folder import Run
 from raywarp.storage.sealed import check_sealed
 
 SFT = "sft"

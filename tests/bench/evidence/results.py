@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raywarp.saved_config import SAMPLER_VERSION
+from raywarp.run.config_file import SAMPLER_VERSION
 from raywarp.storage.sealed import write_bytes
 
 DIGITS = 3  # of scores

@@ -49,15 +49,15 @@ from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import Config
 from raywarp.data import embedded
-from raywarp.evaluation import distinct_2
 from raywarp.identity import derive_seed
 from raywarp.inputs import prepare_prompts
 from raywarp.points import Scored
-from raywarp.policy_files import Checkpoint, PolicyFiles
-from raywarp.progress import Bars, Display
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.rewards import score
-from raywarp.run import Run, read_mark
+from raywarp.run.display import Bars, Display
+from raywarp.run.folder import Run, read_mark
+from raywarp.run.front import distinct_2
+from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.session import Session, start_ray
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from raywarp.evaluation import Point
+from raywarp.run.front import Point
 from raywarp.storage import sealed
 
 FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS")

@@ -6,10 +6,10 @@ from typing import Any
 from raywarp.cluster.claims import Elsewhere
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.cluster.runtime import Stopped
-from raywarp.progress import Display
-from raywarp.run import Run
-from raywarp.run_metrics import RunMetrics
-from raywarp.saved_config import SAMPLER_VERSION
+from raywarp.run.config_file import SAMPLER_VERSION
+from raywarp.run.display import Display
+from raywarp.run.folder import Run
+from raywarp.run.prometheus import RunMetrics
 
 ENDS = {"finished", "failed", "stopped"}
 

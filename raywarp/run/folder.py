@@ -14,8 +14,8 @@ from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config, ConfigError
-from raywarp.sampler_mark import Mark, sampler_mark
-from raywarp.saved_config import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_config, saved_form
+from raywarp.run.config_file import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_config, saved_form
+from raywarp.run.sampler_mark import Mark, sampler_mark
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.mirror import Mirror

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raywarp.saved_config import SAMPLER_VERSION, read_config, saved_sampler
+from raywarp.run.config_file import SAMPLER_VERSION, read_config, saved_sampler
 from raywarp.storage import sealed
 from raywarp.storage.sealed import DamagedError
 

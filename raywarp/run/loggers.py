@@ -14,8 +14,8 @@ from typing import Any
 
 from raywarp.config.schema import Config, ConfigError, to_yaml
 from raywarp.data.models import first_line
-from raywarp.run import PICTURE, Run
-from raywarp.saved_config import CONFIG_FILE, flat
+from raywarp.run.config_file import CONFIG_FILE, flat
+from raywarp.run.folder import PICTURE, Run
 from raywarp.storage import sealed
 from raywarp.storage.sealed import DamagedError
 

@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from raywarp import terminal
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.evaluation import Point
 from raywarp.policy_actor import Job
-from raywarp.report import front_table, print_samples
-from raywarp.run import Run, read_mark
-from raywarp.run_metrics import step_seconds
+from raywarp.run import terminal
+from raywarp.run.figures import front_table, print_samples
+from raywarp.run.folder import Run, read_mark
+from raywarp.run.front import Point
+from raywarp.run.prometheus import step_seconds
 from raywarp.storage.location import Storage
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way

@@ -10,11 +10,11 @@ from pathlib import Path
 import yaml
 
 from raywarp.config.schema import SMOLLM2, Config, RewardConfig
-from raywarp.evaluation import Point
-from raywarp.report import FRONT_HEADINGS, front_cells
 from raywarp.rollout.engine import lora_slots
-from raywarp.run import PICTURE
-from raywarp.sampler_mark import Mark
+from raywarp.run.figures import FRONT_HEADINGS, front_cells
+from raywarp.run.folder import PICTURE
+from raywarp.run.front import Point
+from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import is_uri
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of what comes in a package

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import SearchSpace
-from raywarp.evaluation import wanted_etas
 from raywarp.inputs import Inputs
+from raywarp.run.front import wanted_etas
 from raywarp.storage import sealed
 
 ALGORITHM_VERSION = 3  # part of every key: raise it when the same settings no longer give the same policy
