@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raywarp.config.schema import ConfigError, load_config
-from raywarp.jobs import absolute_paths
+from raywarp.planning.jobs import absolute_paths
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 60  # seconds without an answer from the job server, after which following is given up

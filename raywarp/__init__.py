@@ -15,7 +15,7 @@ _WHERE = {
     "train": "warp",
     "reward": "reward_stage",
     "tune": "sweep",
-    "plan": "planning",
+    "plan": "planning.plan",
     "Run": "run.folder",
     "Stopped": "cluster.runtime",
     "FaultError": "cluster.faults",

@@ -121,7 +121,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from raywarp.planning import plan, render
+    from raywarp.planning.plan import plan, render
     from raywarp.run.terminal import console
 
     found = plan(_config(options), options.offline)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from raywarp.config.schema import Config
 from raywarp.data.prompts import PromptSplits
-from raywarp.inputs import prepare_prompts
-from raywarp.jobs import check_paths
-from raywarp.planning import check_cluster
+from raywarp.planning.inputs import prepare_prompts
+from raywarp.planning.jobs import check_paths
+from raywarp.planning.plan import check_cluster
 from raywarp.rewards.inputs import RewardInputs, prepare_reward
 from raywarp.rewards.training import RewardSummary, train_reward
 from raywarp.rollout.engine import check_engine

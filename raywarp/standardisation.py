@@ -7,7 +7,7 @@ import torch
 
 from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt, resolve_model
-from raywarp.inputs import Inputs, first_prompts
+from raywarp.planning.inputs import Inputs, first_prompts
 from raywarp.rewards.score import REWARD_FILE, RewardError, statistics
 from raywarp.run.folder import Run
 from raywarp.session import Session

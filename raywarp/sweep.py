@@ -15,8 +15,8 @@ from raywarp.cluster.claims import Table
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
-from raywarp.inputs import Inputs, prepare
-from raywarp.planning import check_cluster, opening
+from raywarp.planning.inputs import Inputs, prepare
+from raywarp.planning.plan import check_cluster, opening
 from raywarp.run.display import Display
 from raywarp.run.folder import Run, read_mark
 from raywarp.session import start_ray

@@ -23,8 +23,8 @@ from raywarp.cluster.claims import FOLDER, Elsewhere, SharedClaims, Table
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
-from raywarp.inputs import Inputs, prepare
 from raywarp.model.device import run_dtype
+from raywarp.planning.inputs import Inputs, prepare
 from raywarp.run import front
 from raywarp.run.display import Display
 from raywarp.run.folder import Run

@@ -22,8 +22,8 @@ from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_l
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
-from raywarp.inputs import Inputs, prepare
-from raywarp.planning import check_cluster
+from raywarp.planning.inputs import Inputs, prepare
+from raywarp.planning.plan import check_cluster
 from raywarp.policy_actor import Job
 from raywarp.rollout.protocol import spans_of
 from raywarp.run import front

@@ -11,7 +11,7 @@ from architectures import FAMILIES, Family, compare, mixed_batch, resumes_exactl
 
 from raywarp.config.schema import ConfigError, LoraConfig
 from raywarp.model.adapted import AdaptedModel
-from raywarp.model_shapes import model_shapes
+from raywarp.planning.model_shapes import model_shapes
 
 RIGHT = [family for family in FAMILIES.values() if not family.refused]
 REFUSED = [family for family in FAMILIES.values() if family.refused]

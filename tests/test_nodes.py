@@ -15,7 +15,7 @@ SCRIPT = """
 import json, os, subprocess, sys, time
 import ray
 from ray.cluster_utils import Cluster
-from raywarp import preflight
+from raywarp.planning import preflight
 from raywarp.config.schema import ConfigError, load_config
 
 run, tmp = sys.argv[1:3]

@@ -15,19 +15,19 @@ import yaml
 from conftest import WORDS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raywarp import memory, preflight
 from raywarp.cli import main
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
 from raywarp.data.completion import Completion
-from raywarp.forecast import Forecast, Process
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
 from raywarp.model.policy import Policy
-from raywarp.model_shapes import model_shapes
-from raywarp.planning import plan
+from raywarp.planning import memory, preflight
+from raywarp.planning.forecast import Forecast, Process
+from raywarp.planning.model_shapes import model_shapes
+from raywarp.planning.plan import plan
 
 ROWS, PROMPT, NEW = 4, 5, 7
 EXAMPLE = Path(__file__).parent.parent / "cluster" / "configs" / "llama-8b.yaml"

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data.completion import Completion
-from raywarp.inputs import prepare
+from raywarp.planning.inputs import prepare
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.classifier import ClassifierReward, classify, encode
 from raywarp.rewards.score import (

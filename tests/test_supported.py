@@ -9,8 +9,8 @@ from architectures import FAMILIES, LIMIT, save_model
 from tiny_run import make_project, tiny_config
 
 from raywarp.config.schema import ConfigError, RolloutConfig
-from raywarp.inputs import prepare
 from raywarp.model.supported import refuse_unsupported
+from raywarp.planning.inputs import prepare
 
 VLLM, TRANSFORMERS = RolloutConfig(engine="vllm"), RolloutConfig(engine="transformers")
 SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at most 32 together"

@@ -31,7 +31,7 @@ from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster.claims import ClaimTable, Table
 from raywarp.config.schema import load_config
 from raywarp.config.search import describe, name_of
-from raywarp.planning import plan, render
+from raywarp.planning.plan import plan, render
 from raywarp.report_command import read, save_report
 from raywarp.run.terminal import console
 from raywarp.storage.location import Storage

@@ -24,7 +24,7 @@ from raywarp.adapters.weight_files import own_files_only, stored_bytes, weight_b
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
 from raywarp.data import embedded
 from raywarp.data.models import check_tensors, check_weights, load_model
-from raywarp.inputs import model_fingerprint
+from raywarp.planning.inputs import model_fingerprint
 from raywarp.rollout.base_weights import Checkpoint, checkpoint_files, read_files
 
 SHAPE: dict[str, Any] = {

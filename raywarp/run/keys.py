@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import SearchSpace
-from raywarp.inputs import Inputs
+from raywarp.planning.inputs import Inputs
 from raywarp.run.front import wanted_etas
 from raywarp.storage import sealed
 

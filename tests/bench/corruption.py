@@ -39,7 +39,7 @@ from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp.cli import _exit_code
 from raywarp.config.schema import Config
-from raywarp.inputs import check_reward
+from raywarp.planning.inputs import check_reward
 from raywarp.rewards.training import train_reward
 from raywarp.warp import train
 

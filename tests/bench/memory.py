@@ -16,7 +16,7 @@ import threading
 import psutil
 
 from raywarp.config.schema import load_config
-from raywarp.planning import plan
+from raywarp.planning.plan import plan
 from raywarp.quickstart import QUICKSTART
 from raywarp.warp import train
 

@@ -53,9 +53,9 @@ import raywarp
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
 from raywarp.config.schema import Config, load_config
-from raywarp.inputs import prepare_prompts
 from raywarp.model.device import CPU_ENV
-from raywarp.model_shapes import model_shapes
+from raywarp.planning.inputs import prepare_prompts
+from raywarp.planning.model_shapes import model_shapes
 from raywarp.policy_actor import Job
 from raywarp.quickstart import QUICKSTART
 from raywarp.session import Session, start_ray

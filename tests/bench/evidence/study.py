@@ -50,7 +50,7 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import Config
 from raywarp.data import embedded
 from raywarp.identity import derive_seed
-from raywarp.inputs import prepare_prompts
+from raywarp.planning.inputs import prepare_prompts
 from raywarp.points import Scored
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.rewards import score

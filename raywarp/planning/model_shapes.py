@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raywarp.algorithm.deltas import block_of
 from raywarp.config.schema import LoraConfig
-from raywarp.memory import Shapes
 from raywarp.model.adapted import replace_targets
 from raywarp.model.attention import NAME as SHORT_ROWS
 from raywarp.model.attention import SHORT
 from raywarp.model.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention
+from raywarp.planning.memory import Shapes
 
 
 def model_shapes(

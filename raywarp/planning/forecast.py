@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raywarp import memory, preflight
 from raywarp.adapters.weight_files import stored_bytes
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config
 from raywarp.data import embedded
-from raywarp.known_models import known_config
-from raywarp.memory import Components, Shapes, in_units
 from raywarp.model.device import run_dtype
+from raywarp.planning import memory, preflight
+from raywarp.planning.known_models import known_config
+from raywarp.planning.memory import Components, Shapes, in_units
 from raywarp.rollout import engine
 
 
@@ -109,7 +109,7 @@ class Source:
 
 def forecast(config: Config, source: Source, placed: resources.Plan) -> Forecast:
     """The needs of a run on its placement, activations included."""
-    from raywarp.model_shapes import model_shapes
+    from raywarp.planning.model_shapes import model_shapes
 
     dtype, length = run_dtype(config.dtype, placed.uses_gpus), source.prompt_tokens + config.rollout.max_new_tokens
     rows = _rows(config, length)
@@ -156,7 +156,7 @@ def _reward_weights(config: Config) -> Components:
     if name is None:
         return {}
     from raywarp.adapters.weight_files import weight_bytes
-    from raywarp.model_shapes import classifier_parameters
+    from raywarp.planning.model_shapes import classifier_parameters
 
     known = known_config(name)
     stored = weight_bytes(Path(name)) or (2 * classifier_parameters(known) if known is not None else 0)

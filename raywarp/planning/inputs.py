@@ -10,9 +10,9 @@ import transformers  # not `from`: its parts take seconds to import
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
 from raywarp.data.prompts import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
-from raywarp.jobs import check_paths
-from raywarp.memory import Shapes
 from raywarp.model.supported import refuse_unsupported
+from raywarp.planning.jobs import check_paths
+from raywarp.planning.memory import Shapes
 from raywarp.rewards import score
 from raywarp.rewards.classifier import check_classifier, load_tokenizer
 from raywarp.rollout.engine import check_engine
@@ -47,7 +47,7 @@ def prepare(config: Config) -> Inputs:
         ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion; target
             modules that the model has not; a model that the engine would run as another one.
     """
-    from raywarp.model_shapes import model_shapes
+    from raywarp.planning.model_shapes import model_shapes
 
     check_paths(config)
     check_loggers(config)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raywarp import memory, preflight
 from raywarp.adapters.weight_files import weight_bytes
 from raywarp.cluster import resources
 from raywarp.config.schema import Config, ConfigError
@@ -16,10 +15,11 @@ from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
 from raywarp.data.models import read_model_config
 from raywarp.data.prompts import HUB_ID
-from raywarp.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
-from raywarp.known_models import known_config
-from raywarp.memory import Shapes, in_units
 from raywarp.model.device import run_dtype
+from raywarp.planning import memory, preflight
+from raywarp.planning.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
+from raywarp.planning.known_models import known_config
+from raywarp.planning.memory import Shapes, in_units
 from raywarp.rewards.score import own_file
 from raywarp.rollout.engine import check_mode, mode_problem
 
@@ -100,7 +100,7 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
 
 def _source(config: Config) -> Source:
     """What a run would read; where its model cannot be loaded here but its shapes are known, these."""
-    from raywarp.inputs import prepare
+    from raywarp.planning.inputs import prepare
 
     try:
         inputs = prepare(config)

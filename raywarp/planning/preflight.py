@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raywarp.cluster import node_report
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config, ConfigError
-from raywarp.memory import checkpoint_bytes, in_units
+from raywarp.planning.memory import checkpoint_bytes, in_units
 from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import made, writable
