@@ -12,9 +12,9 @@ from raywarp.rewards.inputs import RewardInputs, prepare_reward
 from raywarp.rewards.training import RewardSummary, train_reward
 from raywarp.rollout.engine import check_engine
 from raywarp.run.display import Display
-from raywarp.session import start_ray
 from raywarp.standardisation import is_standardised, save_standardisation, sft_scores
 from raywarp.storage.locks import alone
+from raywarp.training.session import start_ray
 
 
 @dataclass(frozen=True)

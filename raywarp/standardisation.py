@@ -10,8 +10,8 @@ from raywarp.data.prompts import Prompt, resolve_model
 from raywarp.planning.inputs import Inputs, first_prompts
 from raywarp.rewards.score import REWARD_FILE, RewardError, statistics
 from raywarp.run.folder import Run
-from raywarp.session import Session
 from raywarp.storage.sealed import DamagedError, content_key, read_record, write_record
+from raywarp.training.session import Session
 
 
 def is_standardised(folder: str | Path) -> bool:

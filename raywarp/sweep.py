@@ -19,7 +19,6 @@ from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster, opening
 from raywarp.run.display import Display
 from raywarp.run.folder import Run, read_mark
-from raywarp.session import start_ray
 from raywarp.storage import scratch, sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import alone
@@ -27,6 +26,7 @@ from raywarp.sweep_files import SweepFiles
 from raywarp.sweep_loggers import SweepLoggers
 from raywarp.sweep_progress import SweepProgress
 from raywarp.sweep_report import Sweep, conclude, save_sweep, show_sweep
+from raywarp.training.session import start_ray
 from raywarp.trial import SweepPlan, Trial
 from raywarp.tune_callback import TrialListener, callback
 

@@ -24,7 +24,6 @@ from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
-from raywarp.policy_actor import Job
 from raywarp.rollout.protocol import spans_of
 from raywarp.run import front
 from raywarp.run.card import card
@@ -36,10 +35,11 @@ from raywarp.run.front import Candidate, Point
 from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
 from raywarp.run.prometheus import RunMetrics
-from raywarp.session import Session
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import alone
+from raywarp.training.policy_actor import Job
+from raywarp.training.session import Session
 
 TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer's policies
 

@@ -7,8 +7,8 @@ from conftest import random_delta
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, dense, zeros_like
 from raywarp.config.schema import ChooseConfig
-from raywarp.points import Scored
 from raywarp.run.front import Point, candidates, choose, distinct_2, mean_interval, summarise
+from raywarp.training.evaluation import Scored
 
 
 def point(name: str, eta: float | None, kl: float) -> Point:

@@ -37,7 +37,6 @@ from killing import (
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from transformers import AutoModelForSequenceClassification
 
-from raywarp.actors import Kinds
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
 from raywarp.cluster import faults, health
@@ -46,7 +45,6 @@ from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.config.schema import RewardConfig, parse_config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
-from raywarp.policy_actor import Job, PolicyActor, Progress
 from raywarp.rewards.actor import RewardActor, Scorer
 from raywarp.rewards.score import RewardError
 from raywarp.rollout.engine import Engine, EngineSettings
@@ -55,9 +53,11 @@ from raywarp.rollout.protocol import Request, Rollout
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.folder import Run
 from raywarp.run.policy_files import PolicyFiles
-from raywarp.session import Session
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import StoreError
+from raywarp.training.actors import Kinds
+from raywarp.training.policy_actor import Job, PolicyActor, Progress
+from raywarp.training.session import Session
 
 STEPS = 24
 SECRETS = {name: f"sentinel-{n}-of-a-secret" for n, name in enumerate(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY"))}

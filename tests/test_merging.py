@@ -318,7 +318,7 @@ print("RESULT", json.dumps([row[token].logprob for row, token in zip(rows, ids[1
 @pytest.mark.parametrize(("kind", "mode"), [("llama", "lora"), ("gpt2", "merged")])
 def test_vllm_reads_the_merge(tmp_path: Path, kind: str, mode: str, request: pytest.FixtureRequest) -> None:
     """Llama through vLLM's LoRA; vLLM 0.32 has none for GPT-2, which gets W + ΔW in its weights. Ranks differ from module to module."""
-    from raywarp.actors import VLLM_CPU_ENV, VLLM_ENV
+    from raywarp.training.actors import VLLM_CPU_ENV, VLLM_ENV
 
     model = request.getfixturevalue(f"tiny_{kind}")
     for n, pattern in enumerate(({"c_fc": 2}, {"c_attn": 1}) if kind == "gpt2" else ({"up_proj": 2}, {"q_proj": 1})):

@@ -99,7 +99,7 @@ def test_a_local_ray_asks_for_a_token_and_has_no_dashboard(tmp_path: Path) -> No
     """Without anything set in the environment: what `raywarp train` starts on a laptop lets nobody else in."""
     script = """
 import os, subprocess, sys, ray
-from raywarp.session import start_ray
+from raywarp.training.session import start_ray
 start_ray()
 address = ray.get_runtime_context().gcs_address
 join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('JOINED')"
@@ -130,11 +130,11 @@ import sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
-from raywarp.actors import Kinds
+from raywarp.training.actors import Kinds
 from raywarp.config.schema import parse_config
 from raywarp.cluster.faults import FaultError
 from raywarp.rollout.worker import RolloutWorker
-from raywarp.session import Session
+from raywarp.training.session import Session
 
 class Slow(RolloutWorker):
     def start(self):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from killing import survivors
 
-DRIVER = "from raywarp.session import start_ray; start_ray(); print('started', flush=True); input()"
+DRIVER = "from raywarp.training.session import start_ray; start_ray(); print('started', flush=True); input()"
 
 
 def start(tmp_path: Path) -> "subprocess.Popen[str]":

@@ -10,10 +10,10 @@ import pytest
 from killing import Patience
 from ray.util.placement_group import placement_group, placement_group_table
 
-from raywarp.actors import Place
 from raywarp.cluster import health, placement_groups, resources
 from raywarp.config.schema import Config, ConfigError, parse_config
 from raywarp.rewards.actor import RewardActor
+from raywarp.training.actors import Place
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> resources.Plan:

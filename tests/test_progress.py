@@ -9,10 +9,10 @@ from rich.console import Console
 
 from raywarp.config.schema import parse_config
 from raywarp.config.search import search_space
-from raywarp.policy_actor import Job
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.sweep_progress import SweepProgress
+from raywarp.training.policy_actor import Job
 from raywarp.trial import SweepPlan
 from raywarp.tune_callback import callback
 

@@ -14,19 +14,19 @@ from conftest import left_behind, traces
 from ray.exceptions import RayTaskError
 from tiny_run import make_project, tiny_config
 
-from raywarp.actors import Kinds
 from raywarp.algorithm.deltas import scale
 from raywarp.config.schema import Config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
-from raywarp.policy_actor import Job
 from raywarp.rollout.effect import EffectError
 from raywarp.rollout.engine import Engine
 from raywarp.rollout.proof import EVERY
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.rollout.worker import RolloutWorker
-from raywarp.session import Session
 from raywarp.storage.location import Storage
+from raywarp.training.actors import Kinds
+from raywarp.training.policy_actor import Job
+from raywarp.training.session import Session
 
 PROMPT_TOKENS, TEMPERATURE = 6, 0.8
 

@@ -28,9 +28,9 @@ from raywarp.rewards.score import (
 )
 from raywarp.rollout.protocol import Rollout
 from raywarp.run.folder import Run
-from raywarp.session import Session
 from raywarp.standardisation import is_standardised, reward_statistics, save_standardisation
 from raywarp.storage import sealed
+from raywarp.training.session import Session
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "a", "the", "was"]
 

@@ -17,7 +17,6 @@ from conftest import WORDS, left_behind, save_tiny_llama, traces
 from killing import Patience
 from ray.exceptions import RayActorError, RayTaskError
 
-from raywarp.actors import Kinds
 from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import add
 from raywarp.cluster.faults import cause_of
@@ -29,7 +28,8 @@ from raywarp.model.batch import collate
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
 from raywarp.rollout.worker import RolloutWorker
-from raywarp.session import Session
+from raywarp.training.actors import Kinds
+from raywarp.training.session import Session
 
 PROMPT_TOKENS = 140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 

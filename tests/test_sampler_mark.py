@@ -108,7 +108,7 @@ def test_an_old_run_is_not_continued(
     capsys: pytest.CaptureFixture[str],
     command: str,
 ) -> None:
-    monkeypatch.setattr("raywarp.session.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr("raywarp.training.session.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.setattr("raywarp.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.chdir(tiny_finished.folder.parent)
     config = config_of(tiny_finished, tmp_path / "out", tiny_llama)

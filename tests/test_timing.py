@@ -3,7 +3,7 @@
 import pytest
 
 from raywarp.rollout.pool import PoolReport
-from raywarp.timing import Timing, measure
+from raywarp.training.timing import Timing, measure
 
 
 def timing(updates: float, pool: float, reward: float = 0.0, trainers: int = 2) -> Timing:

@@ -39,7 +39,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         return _plan_sweep(config, offline)
     if offline:
         return _offline(config)
-    from raywarp.session import start_ray
+    from raywarp.training.session import start_ray
 
     source = _source(config)
     start_ray()

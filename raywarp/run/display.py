@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.policy_actor import Job
 from raywarp.run import terminal
 from raywarp.run.figures import front_table, print_samples
 from raywarp.run.folder import Run, read_mark
 from raywarp.run.front import Point
 from raywarp.run.prometheus import step_seconds
 from raywarp.storage.location import Storage
+from raywarp.training.policy_actor import Job
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
 PRINTED_SAMPLES = 8  # prompts; the report has all

@@ -14,8 +14,8 @@ from raywarp.algorithm.deltas import AdapterDelta, add, compress, scale
 from raywarp.config.schema import ChooseConfig, Config, FrontConfig
 from raywarp.data.prompts import Prompt
 from raywarp.identity import derive_seed
-from raywarp.points import Scored
-from raywarp.session import Session
+from raywarp.training.evaluation import Scored
+from raywarp.training.session import Session
 
 
 @dataclass(frozen=True)

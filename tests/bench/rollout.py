@@ -27,7 +27,7 @@ from raywarp.data.prompts import resolve_model
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batch import collate
 from raywarp.rollout.protocol import Adapter, AdapterPart, Request, join, submit
-from raywarp.session import Session
+from raywarp.training.session import Session
 
 PROMPTS, GROUP, TOKENS = 8, 4, 24
 UNMERGED = [("vllm", "unmerged"), ("transformers", "unmerged")]

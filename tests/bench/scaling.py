@@ -37,7 +37,6 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 
 import ray
 
-from raywarp.actors import Kinds
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
@@ -45,11 +44,12 @@ from raywarp.config.schema import Config, parse_config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.model.batch import Batch
-from raywarp.policy_actor import Job, PolicyActor
 from raywarp.rollout.protocol import Adapter, Request
 from raywarp.rollout.worker import RolloutWorker
-from raywarp.session import Session
 from raywarp.storage.location import Storage
+from raywarp.training.actors import Kinds
+from raywarp.training.policy_actor import Job, PolicyActor
+from raywarp.training.session import Session
 
 SMOLLM2 = (30, {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}, (1536, 576))
 LLAMA_8B = (32, {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}, (14336, 4096))

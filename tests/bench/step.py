@@ -56,11 +56,11 @@ from raywarp.config.schema import Config, load_config
 from raywarp.model.device import CPU_ENV
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.model_shapes import model_shapes
-from raywarp.policy_actor import Job
 from raywarp.quickstart import QUICKSTART
-from raywarp.session import Session, start_ray
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
+from raywarp.training.policy_actor import Job
+from raywarp.training.session import Session, start_ray
 
 HERE = Path(__file__).parent
 PROMPTS, COMPLETIONS, NEW_TOKENS, TEMPERATURE = 8, 4, 24, 0.9

@@ -51,16 +51,16 @@ from raywarp.config.schema import Config
 from raywarp.data import embedded
 from raywarp.identity import derive_seed
 from raywarp.planning.inputs import prepare_prompts
-from raywarp.points import Scored
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.rewards import score
 from raywarp.run.display import Bars, Display
 from raywarp.run.folder import Run, read_mark
 from raywarp.run.front import distinct_2
 from raywarp.run.policy_files import Checkpoint, PolicyFiles
-from raywarp.session import Session, start_ray
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
+from raywarp.training.evaluation import Scored
+from raywarp.training.session import Session, start_ray
 from raywarp.warp import train
 
 HERE = Path(__file__).parent

@@ -16,12 +16,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raywarp.cluster import faults, health, placement_groups, resources
 from raywarp.config.schema import Config
 from raywarp.model.device import cpu_environment
-from raywarp.policy_actor import PolicyActor
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.score import with_template
 from raywarp.rollout.engine import EngineSettings, largest_rank
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.worker import RolloutWorker
+from raywarp.training.policy_actor import PolicyActor
 
 VLLM_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the actor is the engine's process: no second one to lose, and a faster start

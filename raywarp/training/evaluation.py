@@ -8,7 +8,7 @@ from raywarp.data.prompts import Prompt
 from raywarp.rollout.protocol import Request, join, submit, work_of
 
 if TYPE_CHECKING:
-    from raywarp.session import Session
+    from raywarp.training.session import Session
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,24 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from raywarp.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster import faults, health, orphans, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Helper, PoolHelper, Report
 from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
-from raywarp.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.identity import derive_seed
 from raywarp.model.device import run_dtype
-from raywarp.points import PendingPoint
-from raywarp.policy_actor import Job
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof, prove
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, submit
-from raywarp.timing import Timing, measure
+from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
+from raywarp.training.evaluation import PendingPoint
+from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
+from raywarp.training.policy_actor import Job
+from raywarp.training.timing import Timing, measure
 
 
 def start_ray() -> None:
