@@ -37,7 +37,7 @@ def _report(options: argparse.Namespace) -> None:
     from raywarp.run.terminal import console
 
     if options.serve:
-        from raywarp.report_server import serve
+        from raywarp.report.server import serve
 
         return serve(options.runs, options.port, lambda text: console().print(text, highlight=False, markup=False, soft_wrap=True))
     where, size = save_report(options.runs, options.out)
@@ -70,15 +70,15 @@ def save_report(runs: Sequence[str], out: str | None = None) -> tuple[str, int]:
 
 def build(runs: Sequence[str], live: bool = False) -> bytes:
     """The page in HTML."""
-    from raywarp.report_page import render
+    from raywarp.report.page import render
 
     return render(read(runs, live))
 
 
 def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
     """The page's data."""
-    from raywarp.report_data import report_data
-    from raywarp.report_page import page_data
+    from raywarp.report.data import report_data
+    from raywarp.report.page import page_data
 
     members = [member for run in runs for member in _members(run)]
     found = []

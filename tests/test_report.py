@@ -12,18 +12,18 @@ from conftest import S3Server
 from tiny_run import DAMAGE, files_of
 
 from raywarp.cli import main
-from raywarp.curves import METRICS, curves, stretches, summary, trajectory
-from raywarp.findings import findings, over_optimisation
-from raywarp.page_json import plain, to_json
+from raywarp.report.data import report_data
+from raywarp.report.findings import findings, over_optimisation
+from raywarp.report.page import page_data, render
+from raywarp.report.page_json import plain, to_json
+from raywarp.report.series import METRICS, curves, stretches, summary, trajectory
+from raywarp.report.texts import clip, departure, sample_texts
+from raywarp.report.timeline import SLICES, timeline
 from raywarp.report_command import build, save_report
-from raywarp.report_data import report_data
-from raywarp.report_page import page_data, render
-from raywarp.report_texts import clip, departure, sample_texts
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
-from raywarp.timeline import SLICES, timeline
 
 READ = ("config.yaml", "metrics.jsonl", "events.jsonl", "timing.json", "front.json", "samples.json", "iterations/1/geometry.json")
 

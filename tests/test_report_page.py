@@ -17,8 +17,8 @@ from urllib.error import HTTPError
 
 import pytest
 
+from raywarp.report.server import ReportServer
 from raywarp.report_command import save_report
-from raywarp.report_server import ReportServer
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 
@@ -370,7 +370,7 @@ def test_several_runs_share_one_front(browser: Browser, tiny_finished: Run, tmp_
 
 
 def test_served_it_follows_the_run(browser: Browser, tiny_finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raywarp.report_server.FRESH", 0.0)
+    monkeypatch.setattr("raywarp.report.server.FRESH", 0.0)
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     shutil.copy(tiny_finished.folder / "config.yaml", run.folder)

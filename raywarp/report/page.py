@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: markup, style, scripts and charting library from page/, and the data as JSON."""
+"""The report as one HTML file that needs nothing else: markup, style, scripts and charting library from assets/, and the data as JSON."""
 
 import base64
 import gzip
@@ -11,12 +11,12 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from raywarp.page_json import to_json
+from raywarp.report.page_json import to_json
 from raywarp.storage.sealed import content_key
 
 SCRIPTS = ("dom.js", "charts.js", "front.js", "texts.js", "curves.js", "geometry.js", "timeline.js", "page.js")
 PLAIN = 1_000_000  # characters of JSON that stand in the page as they are, for whoever wants to read or parse them there
-LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, as npm has it; see page/echarts-LICENSE
+LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, as npm has it; see assets/echarts-LICENSE
 
 
 def page_data(runs: Sequence[Mapping[str, Any]], title: str, live: bool = False) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def _carried(text: str) -> tuple[str, str]:
 
 
 def asset(name: str) -> str:
-    """A file of page/."""
-    return (files("raywarp") / "page" / name).read_text(encoding="utf-8")
+    """A file of assets/."""
+    return (files("raywarp.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _source(content: str) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from raywarp.curves import Curve, number, rounded
-from raywarp.page_json import plain, to_json
-from raywarp.report_files import RunFiles
+from raywarp.report.files import RunFiles
+from raywarp.report.page_json import plain, to_json
+from raywarp.report.series import Curve, number, rounded
 from raywarp.run.front import Point
 
 CLIPPED = 4000  # characters of one text

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from raywarp.config.schema import ConfigError
+from raywarp.report.page import render
 from raywarp.report_command import read
-from raywarp.report_page import render
 from raywarp.storage.sealed import StoreError
 
 HOST = "127.0.0.1"

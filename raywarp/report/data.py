@@ -9,18 +9,18 @@ from typing import Any
 
 from raywarp.config.schema import Config
 from raywarp.config.secrets import redact
-from raywarp.curves import Curve, curves, number, summary, trajectory
-from raywarp.findings import Finding, findings, points_of
-from raywarp.page_json import plain
-from raywarp.report_files import RunFiles
-from raywarp.report_texts import clip, sample_texts, training_texts
+from raywarp.report.files import RunFiles
+from raywarp.report.findings import Finding, findings, points_of
+from raywarp.report.page_json import plain
+from raywarp.report.series import Curve, curves, number, summary, trajectory
+from raywarp.report.texts import clip, sample_texts, training_texts
+from raywarp.report.timeline import timeline
 from raywarp.run.config_file import CONFIG_FILE, flat
 from raywarp.run.folder import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, read_mark
 from raywarp.run.front import Point
 from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
-from raywarp.timeline import timeline
 
 SILENT = 120.0  # seconds without a step after which a run that says nothing of its end may be dead
 EVENTS, MESSAGE = 1000, 2000  # the last ones, and characters of each message
@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 
 
 def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
-    """One run, for the page (see page/page.js). It holds nothing but what JSON can hold, NaN and infinity as None.
+    """One run, for the page (see assets/page.js). It holds nothing but what JSON can hold, NaN and infinity as None.
 
     Args:
         place: a run's folder, or s3://bucket/prefix.
