@@ -14,7 +14,7 @@ from typing import Any
 _WHERE = {
     "train": "warp",
     "reward": "reward_stage",
-    "tune": "sweep",
+    "tune": "sweep.sweep",
     "plan": "planning.plan",
     "Run": "run.folder",
     "Stopped": "cluster.runtime",

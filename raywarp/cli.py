@@ -115,7 +115,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from raywarp.sweep import tune
+    from raywarp.sweep.sweep import tune
 
     return 0 if tune(_config(options), _display(options)).best else 1
 

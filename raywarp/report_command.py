@@ -95,7 +95,7 @@ def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
 def _members(run: str) -> list[tuple[str, str]]:
     """The places of a sweep's trials, each with its values; of a run itself, and no name but its own."""
     from raywarp.config.search import describe
-    from raywarp.sweep_files import SweepFiles
+    from raywarp.sweep.files import SweepFiles
 
     files = SweepFiles(run)
     names = files.begun()

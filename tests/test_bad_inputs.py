@@ -620,7 +620,7 @@ def test_a_folder_in_which_another_command_is_at_work(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr("raywarp.storage.locks.ENDING_SECONDS", 0.2)
-    monkeypatch.setattr("raywarp.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr("raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
     arguments = [command, "config.yaml", *(["tune={warp.ema_rate: {grid: [0.01, 0.1]}}"] if command == "tune" else [])]
     with subprocess.Popen([sys.executable, "-c", AT_WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout

@@ -11,10 +11,10 @@ from raywarp.config.schema import parse_config
 from raywarp.config.search import search_space
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
-from raywarp.sweep_progress import SweepProgress
+from raywarp.sweep.callback import callback
+from raywarp.sweep.progress import SweepProgress
+from raywarp.sweep.trial import SweepPlan
 from raywarp.training.policy_actor import Job
-from raywarp.trial import SweepPlan
-from raywarp.tune_callback import callback
 
 
 def replayed(run: Run, terminal: bool = False, quiet: bool = False) -> str:

@@ -109,7 +109,7 @@ def test_an_old_run_is_not_continued(
     command: str,
 ) -> None:
     monkeypatch.setattr("raywarp.training.session.start_ray", lambda: pytest.fail("Ray would have started"))
-    monkeypatch.setattr("raywarp.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr("raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.chdir(tiny_finished.folder.parent)
     config = config_of(tiny_finished, tmp_path / "out", tiny_llama)
     (tmp_path / "my.yaml").write_text(to_yaml(config.model_copy(update={"dtype": "bfloat16"})))

@@ -35,8 +35,8 @@ from raywarp.planning.plan import plan, render
 from raywarp.report_command import read, save_report
 from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
-from raywarp.sweep import tune
-from raywarp.sweep_report import Sweep
+from raywarp.sweep.results import Sweep
+from raywarp.sweep.sweep import tune
 
 REWARD = '''
 """Counts good words. Every batch leaves a line in the file `batches`; takes as many seconds per training batch as the file `pace` says."""

@@ -18,8 +18,8 @@ from raywarp.run.front import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
-from raywarp.sweep_files import SWEEP_FILE, SweepFiles
-from raywarp.trial import SweepPlan, front_line, measures
+from raywarp.sweep.files import SWEEP_FILE, SweepFiles
+from raywarp.sweep.trial import SweepPlan, front_line, measures
 
 LEGEND = 12  # trials that are named in the plot
 

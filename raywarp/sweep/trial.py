@@ -33,7 +33,7 @@ from raywarp.run.keys import front_key, key_chain
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
-from raywarp.sweep_files import Record, SweepFiles, within
+from raywarp.sweep.files import Record, SweepFiles, within
 
 STOP_POLL = 0.25  # seconds between two looks at whether the sweep is to stop
 

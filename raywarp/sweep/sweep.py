@@ -22,13 +22,13 @@ from raywarp.run.folder import Run, read_mark
 from raywarp.storage import scratch, sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import alone
-from raywarp.sweep_files import SweepFiles
-from raywarp.sweep_loggers import SweepLoggers
-from raywarp.sweep_progress import SweepProgress
-from raywarp.sweep_report import Sweep, conclude, save_sweep, show_sweep
+from raywarp.sweep.callback import TrialListener, callback
+from raywarp.sweep.files import SweepFiles
+from raywarp.sweep.loggers import SweepLoggers
+from raywarp.sweep.progress import SweepProgress
+from raywarp.sweep.results import Sweep, conclude, save_sweep, show_sweep
+from raywarp.sweep.trial import SweepPlan, Trial
 from raywarp.training.session import start_ray
-from raywarp.trial import SweepPlan, Trial
-from raywarp.tune_callback import TrialListener, callback
 
 MOST_PREPARED = 16  # different inputs that are checked before anything starts
 _SETTINGS = {

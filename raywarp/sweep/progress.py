@@ -7,7 +7,7 @@ from rich.progress import TimeElapsedColumn
 
 from raywarp.config.search import describe
 from raywarp.run.display import Display, bars
-from raywarp.trial import SweepPlan
+from raywarp.sweep.trial import SweepPlan
 
 
 class SweepProgress:

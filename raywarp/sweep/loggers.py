@@ -7,7 +7,7 @@ from raywarp.config.search import DIRECTIONS, name_of
 from raywarp.run.display import Display
 from raywarp.run.folder import FRONT_FILE, Run
 from raywarp.run.loggers import Loggers, run_name, was_logged
-from raywarp.trial import SweepPlan
+from raywarp.sweep.trial import SweepPlan
 
 
 class SweepLoggers:
