@@ -101,7 +101,7 @@ class Command:
     def __init__(self, project: Path, out: str, *overrides: str, address: str = "local", verb: str = "train"):
         self.run, self.log = Run(project / out), project / f"{out}.log"
         environment = {**os.environ, "RAY_ADDRESS": address}
-        code = "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); from raywarp.cli import main; sys.exit(main())"
+        code = "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); from raywarp.cli.commands import main; sys.exit(main())"
         command = [sys.executable, "-c", code, verb, "config.yaml", f"out={project / out}", *overrides]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from raywarp.adapters.peft import save_peft
-from raywarp.cli import main
+from raywarp.cli.commands import main
 from raywarp.storage.locks import alone, lock
 
 Case = tuple[Callable[[Path], list[str] | None], str]

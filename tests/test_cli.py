@@ -10,9 +10,9 @@ import pytest
 import yaml
 from conftest import WORDS
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
+from raywarp.cli.quickstart import QUICKSTART
 from raywarp.config.schema import ConfigError, load_config
-from raywarp.quickstart import QUICKSTART
 from raywarp.run.folder import Run
 
 

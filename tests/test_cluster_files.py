@@ -15,7 +15,7 @@ from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-import raywarp.cli
+import raywarp.cli.commands
 from raywarp.config.schema import load_config
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
@@ -142,7 +142,7 @@ def test_rayjob_runs_a_command_of_raywarp_outside_the_pod() -> None:
     job = resources("rayjob.yaml")["RayJob"]
     program, *arguments = job["entrypoint"].split()
     assert program == "raywarp"
-    options = raywarp.cli._parser().parse_args(arguments)
+    options = raywarp.cli.commands._parser().parse_args(arguments)
     assert str(options.config).startswith("/shared/")
     assert options.overrides[0].startswith("out=/shared/")
     RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
@@ -246,8 +246,8 @@ def test_the_imdb_configs_are_the_papers() -> None:
     assert policy.prompts == reward.prompts
 
 
-@pytest.mark.skipif("plan" not in raywarp.cli._parser().format_help(), reason="`raywarp plan` is not there")
+@pytest.mark.skipif("plan" not in raywarp.cli.commands._parser().format_help(), reason="`raywarp plan` is not there")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_example_configs_have_a_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert raywarp.cli.main(["plan", str(path), "--offline"]) == 0
+    assert raywarp.cli.commands.main(["plan", str(path), "--offline"]) == 0
     assert load_config(path).model in capsys.readouterr().out

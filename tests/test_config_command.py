@@ -8,9 +8,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
+from raywarp.cli.config import commented, schema
 from raywarp.config.schema import Config, config_help, load_config
-from raywarp.config_command import commented, schema
 
 CONFIGS = sorted((Path(__file__).parent.parent / "cluster" / "configs").glob("*.yaml"))
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
+from raywarp.cli.config import schema
 from raywarp.config.reference import anchor, docs
 from raywarp.config.schema import known_keys
-from raywarp.config_command import schema
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

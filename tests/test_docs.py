@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raywarp import cli
+from raywarp.cli import commands
 from raywarp.config.reference import anchor
 from raywarp.config.schema import Config, known_keys, parse_config
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LOCAL_SH = (ROOT / "cluster" / "local.sh").read_text()
-PARSER = cli._parser()
+PARSER = commands._parser()
 pages = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from raywarp import cli
+from raywarp.cli import commands
 from raywarp.rollout.effect import Effect, Probe, Sampler, slope
 
 GOOD = Effect(slope=1.0, error=0.01, rms=0.6, engine_gap=0.05, adapted_gap=0.06, noise=0.04, adapted_noise=0.05)
@@ -63,7 +63,7 @@ def test_the_refusal_names_everything_and_is_wrong_input() -> None:
         assert part in str(error)
     assert "try rollout.engine=transformers, dtype=float32 or lora.target_modules=[q_proj" in str(error)
     assert "try lora.target_modules=" in str(Sampler("some/model", "transformers", "merged", "float32").refusal("x", "y"))
-    assert cli._exit_code(error) == 2
+    assert commands._exit_code(error) == 2
 
 
 def test_scored_tokens_by_hand() -> None:

@@ -23,7 +23,7 @@ from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE
 from raywarp.adapters.recipe import Recipe
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, grouped, scale, zeros_like
-from raywarp.cli import main
+from raywarp.cli.commands import main
 
 RANKS = ((3, 2, 4, 1), (1, 4, 2, 3), (2, 2, 2, 2), (4, 1, 3, 2), (2, 3, 1, 4))
 
@@ -438,7 +438,7 @@ def test_merging_imports_neither_ray_nor_peft(tmp_path: Path) -> None:
     """So that it starts in a second, and its memory is that of torch and a block."""
     a, b = policies(tmp_path, 2)
     script = (
-        "import sys; from raywarp.cli import main; "
+        "import sys; from raywarp.cli.commands import main; "
         f"assert main(['merge', 'slerp', {a!r}, {b!r}, '--out', {str(tmp_path / 'out')!r}]) == 0; "
         "print({'ray', 'peft', 'transformers', 'vllm', 'huggingface_hub'} & set(sys.modules))"
     )

@@ -15,7 +15,7 @@ import yaml
 from conftest import WORDS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
@@ -281,7 +281,7 @@ def test_the_8b_example_offline(capsys: pytest.CaptureFixture[str]) -> None:
 CLUSTER = """
 import sys
 import ray
-from raywarp.cli import main
+from raywarp.cli.commands import main
 
 ray.init(address="local", num_cpus=12, num_gpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 for overrides in ([], ["rollout.workers=7"], ["rollout.workers=1", "rollout.tensor_parallel_size=16"]):

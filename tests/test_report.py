@@ -11,7 +11,8 @@ import pytest
 from conftest import S3Server
 from tiny_run import DAMAGE, files_of
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
+from raywarp.cli.report import build, save_report
 from raywarp.report.data import report_data
 from raywarp.report.findings import findings, over_optimisation
 from raywarp.report.page import page_data, render
@@ -19,7 +20,6 @@ from raywarp.report.page_json import plain, to_json
 from raywarp.report.series import METRICS, curves, stretches, summary, trajectory
 from raywarp.report.texts import clip, departure, sample_texts
 from raywarp.report.timeline import SLICES, timeline
-from raywarp.report_command import build, save_report
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
 from raywarp.storage import sealed

@@ -17,8 +17,8 @@ from urllib.error import HTTPError
 
 import pytest
 
+from raywarp.cli.report import save_report
 from raywarp.report.server import ReportServer
-from raywarp.report_command import save_report
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_run import Listener, as_of_before, tiny_config
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
+from raywarp.cli.report import build
 from raywarp.config.schema import Config, ConfigError, parse_config, to_yaml
 from raywarp.report.data import report_data
-from raywarp.report_command import build
 from raywarp.run.card import marked
 from raywarp.run.config_file import saved_form, saved_sampler
 from raywarp.run.folder import Run, read_mark

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import save_tiny_llama
 
-from raywarp.cli import main
+from raywarp.cli.commands import main
 from raywarp.config.schema import Config, ConfigError, load_config, parse_config, to_yaml
 from raywarp.config.search import describe, name_of, resolve_key, search_space
 from raywarp.run.keys import policy_runs

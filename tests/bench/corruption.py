@@ -37,7 +37,7 @@ from test_reward_training import FILLER, _kill_worker_after_checkpoint, make_con
 from test_rewards import build_bert
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
-from raywarp.cli import _exit_code
+from raywarp.cli.commands import _exit_code
 from raywarp.config.schema import Config
 from raywarp.planning.inputs import check_reward
 from raywarp.rewards.training import train_reward

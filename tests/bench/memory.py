@@ -15,9 +15,9 @@ import threading
 
 import psutil
 
+from raywarp.cli.quickstart import QUICKSTART
 from raywarp.config.schema import load_config
 from raywarp.planning.plan import plan
-from raywarp.quickstart import QUICKSTART
 from raywarp.warp import train
 
 FEW = ["warp.steps=3", "warp.iterations=2", "warp.policies=2", "front.prompts=8", "front.etas=[0.5]"]

@@ -52,11 +52,11 @@ from transformers import AutoConfig
 import raywarp
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
+from raywarp.cli.quickstart import QUICKSTART
 from raywarp.config.schema import Config, load_config
 from raywarp.model.device import CPU_ENV
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.model_shapes import model_shapes
-from raywarp.quickstart import QUICKSTART
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.training.policy_actor import Job

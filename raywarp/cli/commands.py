@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from raywarp.cli.config import add_config
+from raywarp.cli.merge import add_merge
+from raywarp.cli.push import add_push
+from raywarp.cli.report import add_report
 from raywarp.cluster.runtime import Stopped
 from raywarp.config.schema import Config, ConfigError, config_help, load_config
 from raywarp.config.secrets import redact
-from raywarp.config_command import add_config
-from raywarp.merge_command import add_merge
-from raywarp.push_command import add_push
-from raywarp.report_command import add_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _display(options: argparse.Namespace) -> Any:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-    from raywarp.quickstart import quickstart
+    from raywarp.cli.quickstart import quickstart
 
     quickstart(options.overrides, _display(options))
 
@@ -127,7 +127,3 @@ def _plan(options: argparse.Namespace) -> int:
     found = plan(_config(options), options.offline)
     render(found, console())
     return 0 if found.fits else 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,7 @@
+"""`python -m raywarp.cli`: the same as `raywarp`."""
+
+import sys
+
+from raywarp.cli import main
+
+sys.exit(main())
