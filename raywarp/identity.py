@@ -2,7 +2,11 @@
 
 import functools
 import hashlib
+import json
 import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 def derive_seed(*parts: object) -> int:
@@ -28,3 +32,20 @@ def _epoch_order(population: int, epoch: int, seed: int) -> tuple[int, ...]:
     order = list(range(population))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     return tuple(order)
+
+
+def content_key(parts: Any) -> str:
+    """A 16-digit key of anything that JSON can hold: equal content, equal key."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "") -> str:
+    """One hash of the names and contents of the files that match, but for `without`; whatever the folder is called."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != without})
+    return content_key([[path.name, file_sha256(path)] for path in files])

@@ -24,6 +24,7 @@ from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
+from raywarp.reward_stage import reward_statistics
 from raywarp.rollout.protocol import spans_of
 from raywarp.run import front
 from raywarp.run.card import card
@@ -34,11 +35,11 @@ from raywarp.run.folder import Run
 from raywarp.run.front import Candidate, Point
 from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
+from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import RunMetrics
-from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import alone
-from raywarp.training.policy_actor import Job
+from raywarp.training import evaluation
 from raywarp.training.session import Session
 
 TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer's policies
@@ -97,7 +98,7 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
         Journal(run, display, gauges) as journal,
         stoppable() if claims.alone else nullcontext(),
     ):
-        known = run.numerics(key_of_numerics(config, inputs))
+        known = run.numerics(key_of_numerics(config, inputs.fingerprints()))
         session_of_run = Session(
             config,
             inputs.model,
@@ -215,7 +216,7 @@ class Driver:
             keys: of the policies. numerics: go into front.json: see Run.numerics.
         """
         config, run = self.config, self.run
-        key = front_key(config, self.inputs, keys)
+        key = front_key(config, self.inputs.evaluation, keys)
         is_measured = run.has_front(key)
         if is_measured and run.front().get("choose") == config.front.choose.model_dump():
             return self.display.front(run)
@@ -226,16 +227,16 @@ class Driver:
         plot_front(measured, chosen, run.folder / "front.png", title)
         adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
         run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
-        told = {"key": key, "numerics": {key_of_numerics(config, self.inputs): numerics}}
+        told = {"key": key, "numerics": {key_of_numerics(config, self.inputs.fingerprints()): numerics}}
         run.save_front({**told, **front.front_json(measured, chosen, config)})
         self.loggers.finish(run)
         self.display.front(run)
 
     def measure(self, points: Sequence[Candidate]) -> list[Point]:
         """The points of the front on held-out prompts; their texts go to samples.json."""
-        held_out, front = self.inputs.prompts.held_out, self.config.front
+        held_out = self.inputs.prompts.held_out
         with self.display.evaluation(len(points)) as done:
-            results = front.evaluate(self.session, self.config, points, held_out, done)
+            results = evaluation.evaluate(self.session, self.config, points, held_out, done)
         self.run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
-        sealed.write_json(self.run.folder / "samples.json", front.sample_rows(results, held_out, front))
+        sealed.write_json(self.run.folder / "samples.json", front.sample_rows(results, held_out, self.config.front))
         return [point for point, _ in results]

@@ -560,7 +560,7 @@ def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_HOME", str(tmp_path / ".hf"))
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "mlflow" else find(name, *rest))
-    monkeypatch.setattr("raywarp.training.session.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr("raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.setattr("raywarp.reward_stage.start_ray", lambda: pytest.fail("Ray would have started"))
     before = Path.cwd()
     os.chdir(tmp_path)

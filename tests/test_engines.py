@@ -99,7 +99,8 @@ def test_random_numbers_depend_on_the_own_seed_alone() -> None:
 
 def test_a_vllm_that_cannot_be_imported_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Installed, but broken: found out when the engine starts."""
-    from raywarp.rollout.engine import EngineSettings, start_engine
+    from raywarp.rollout.engine import EngineSettings
+    from raywarp.rollout.worker import start_engine
 
     (tmp_path / "vllm.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))

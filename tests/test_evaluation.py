@@ -7,8 +7,7 @@ from conftest import random_delta
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, dense, zeros_like
 from raywarp.config.schema import ChooseConfig
-from raywarp.run.front import Point, candidates, choose, distinct_2, mean_interval, summarise
-from raywarp.training.evaluation import Scored
+from raywarp.run.front import Point, Scored, candidates, choose, distinct_2, mean_interval, summarise
 
 
 def point(name: str, eta: float | None, kl: float) -> Point:

@@ -52,11 +52,12 @@ from raywarp.rollout.pool import PoolHealth, RolloutPool
 from raywarp.rollout.protocol import Request, Rollout
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.folder import Run
-from raywarp.run.policy_files import PolicyFiles
+from raywarp.run.policy_files import Job, PolicyFiles
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import StoreError
 from raywarp.training.actors import Kinds
-from raywarp.training.policy_actor import Job, PolicyActor, Progress
+from raywarp.training.evaluation import sft_scores, submit_points
+from raywarp.training.policy_actor import PolicyActor, Progress
 from raywarp.training.session import Session
 
 STEPS = 24
@@ -334,9 +335,9 @@ def test_a_rollout_worker_that_hangs_is_told_with_its_stack(ray_cluster: Any, ti
         events.append({"event": event, **details})
 
     with Session(parse_config(tree), str(tiny_llama), 3, kinds=Kinds(worker=Stuck), report=report) as session:
-        (point,) = session.submit_points([None], prompts, range(3))
+        (point,) = submit_points(session, [None], prompts, range(3))
         measured = point.wait()
-        assert session.submit_points([None], prompts, range(3))[0].wait() == measured
+        assert submit_points(session, [None], prompts, range(3))[0].wait() == measured
     assert [(row["event"], row["what"], row["cause"]) for row in events[:2]] == [
         ("hang", "rollout worker 1", "hang"),
         ("fault", "rollout worker 1", "hang"),
@@ -370,7 +371,7 @@ def test_a_call_that_ray_has_lost_is_made_again(ray_cluster: Any, tiny_llama: Pa
     def results(session: Session, folder: Path) -> list[Any]:
         jobs = [Job(1, n, f"key-{n}", Storage(folder)) for n in (1, 2)]
         steps = [row for row in session.fine_tune(jobs, session.zero, prompts) if row["event"] == "step"]
-        (point,) = session.submit_points([None], prompts[:3], range(3))
+        (point,) = submit_points(session, [None], prompts[:3], range(3))
         policies = [digest(load_peft(folder / "policies" / job.key)) for job in jobs]
         return [sorted((row["policy"], row["step"], row["reward"]) for row in steps), policies, point.wait()]
 
@@ -418,11 +419,11 @@ def test_workers_may_die_while_the_reward_is_standardised_and_while_the_front_is
         }
 
         def front() -> Any:
-            points = session.submit_points([None, AdapterDelta(factors)], prompts[:128], list(range(128)))
+            points = submit_points(session, [None, AdapterDelta(factors)], prompts[:128], list(range(128)))
             return [point.wait() for point in points]
 
-        scores, measured = session.sft_scores(prompts), front()
-        assert answers(["rollout worker", "reward worker"], lambda: session.sft_scores(prompts)) == scores
+        scores, measured = sft_scores(session, prompts), front()
+        assert answers(["rollout worker", "reward worker"], lambda: sft_scores(session, prompts)) == scores
         assert answers(["rollout worker", "reward worker", "policy actor"], front) == measured
     told = [(row["what"].rstrip(" 1"), row["cause"]) for row in events if row["event"] == "fault"]
     assert sorted(told) == [("policy actor", "killed"), *[("reward worker", "killed")] * 2, *[("rollout worker", "killed")] * 2]

@@ -99,7 +99,7 @@ def test_a_local_ray_asks_for_a_token_and_has_no_dashboard(tmp_path: Path) -> No
     """Without anything set in the environment: what `raywarp train` starts on a laptop lets nobody else in."""
     script = """
 import os, subprocess, sys, ray
-from raywarp.training.session import start_ray
+from raywarp.cluster.runtime import start_ray
 start_ray()
 address = ray.get_runtime_context().gcs_address
 join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('JOINED')"

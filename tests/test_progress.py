@@ -11,10 +11,10 @@ from raywarp.config.schema import parse_config
 from raywarp.config.search import search_space
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
+from raywarp.run.policy_files import Job
 from raywarp.sweep.callback import callback
 from raywarp.sweep.progress import SweepProgress
 from raywarp.sweep.trial import SweepPlan
-from raywarp.training.policy_actor import Job
 
 
 def replayed(run: Run, terminal: bool = False, quiet: bool = False) -> str:

@@ -23,9 +23,10 @@ from raywarp.rollout.engine import Engine
 from raywarp.rollout.proof import EVERY
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.rollout.worker import RolloutWorker
+from raywarp.run.policy_files import Job
 from raywarp.storage.location import Storage
 from raywarp.training.actors import Kinds
-from raywarp.training.policy_actor import Job
+from raywarp.training.evaluation import submit_points
 from raywarp.training.session import Session
 
 PROMPT_TOKENS, TEMPERATURE = 6, 0.8
@@ -140,7 +141,7 @@ def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(session: Sess
     for module, (B, A) in delta.fetch().factors.items():
         policy.get_submodule(module).weight.data += B @ A
     prompts = [Prompt(f"prompt {n}", (1, 3 + n % 20, 4 + n % 7), {}) for n in range(160)]
-    (pending,) = session.submit_points([delta.fetch()], prompts, list(range(len(prompts))))
+    (pending,) = submit_points(session, [delta.fetch()], prompts, list(range(len(prompts))))
     rollouts = session.get(pending.refs[2:])
     scored, completions = pending.wait(), join(rollouts, pending.request.adapter)
     ratios, gaps = [], []

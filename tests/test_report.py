@@ -12,10 +12,9 @@ from conftest import S3Server
 from tiny_run import DAMAGE, files_of
 
 from raywarp.cli.commands import main
-from raywarp.cli.report import build, save_report
 from raywarp.report.data import report_data
 from raywarp.report.findings import findings, over_optimisation
-from raywarp.report.page import page_data, render
+from raywarp.report.page import build, page_data, render, save_report
 from raywarp.report.page_json import plain, to_json
 from raywarp.report.series import METRICS, curves, stretches, summary, trajectory
 from raywarp.report.texts import clip, departure, sample_texts

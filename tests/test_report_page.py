@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 
 import pytest
 
-from raywarp.cli.report import save_report
+from raywarp.report.page import save_report
 from raywarp.report.server import ReportServer
 from raywarp.run.folder import Run
 from raywarp.storage import sealed

@@ -8,9 +8,9 @@ import pytest
 from tiny_run import Listener, as_of_before, tiny_config
 
 from raywarp.cli.commands import main
-from raywarp.cli.report import build
 from raywarp.config.schema import Config, ConfigError, parse_config, to_yaml
 from raywarp.report.data import report_data
+from raywarp.report.page import build
 from raywarp.run.card import marked
 from raywarp.run.config_file import saved_form, saved_sampler
 from raywarp.run.folder import Run, read_mark
@@ -108,7 +108,7 @@ def test_an_old_run_is_not_continued(
     capsys: pytest.CaptureFixture[str],
     command: str,
 ) -> None:
-    monkeypatch.setattr("raywarp.training.session.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr("raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.setattr("raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
     monkeypatch.chdir(tiny_finished.folder.parent)
     config = config_of(tiny_finished, tmp_path / "out", tiny_llama)

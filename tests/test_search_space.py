@@ -12,7 +12,7 @@ from conftest import save_tiny_llama
 from raywarp.cli.commands import main
 from raywarp.config.schema import Config, ConfigError, load_config, parse_config, to_yaml
 from raywarp.config.search import describe, name_of, resolve_key, search_space
-from raywarp.run.keys import policy_runs
+from raywarp.planning.plan import policy_runs
 
 EMA, LITI = {"grid": [0.1, 0.4]}, {"grid": [0.3, 0.6, 1]}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import random_delta
 
+from raywarp import identity
 from raywarp.algorithm.deltas import Factors
 from raywarp.config.schema import ConfigError, parse_config
 from raywarp.identity import batch_indices, derive_seed
@@ -54,11 +55,11 @@ def test_fingerprints_are_of_contents(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "notes.txt").write_text(name)
-    one, two = (sealed.folder_fingerprint(tmp_path / name, ["*.json"]) for name in ("one", "two"))
+    one, two = (identity.folder_fingerprint(tmp_path / name, ["*.json"]) for name in ("one", "two"))
     assert one == two
     (tmp_path / "two" / "config.json").write_text("{} ")
-    assert sealed.folder_fingerprint(tmp_path / "two", ["*.json"]) != one
-    assert sealed.content_key({"a": 1, "b": 2}) == sealed.content_key({"b": 2, "a": 1}) != sealed.content_key({"a": 1, "b": 3})
+    assert identity.folder_fingerprint(tmp_path / "two", ["*.json"]) != one
+    assert identity.content_key({"a": 1, "b": 2}) == identity.content_key({"b": 2, "a": 1}) != identity.content_key({"a": 1, "b": 3})
 
 
 def test_keys_change_with_what_decides_a_policy_and_with_nothing_else() -> None:

@@ -202,7 +202,7 @@ def test_a_finished_run_starts_no_actor_for_what_is_made_from_its_policies(
     def refuse() -> None:
         raise AssertionError("Ray is wanted")
 
-    monkeypatch.setattr("raywarp.training.session.start_ray", refuse)
+    monkeypatch.setattr("raywarp.cluster.runtime.start_ray", refuse)
     run = train(project.config(folder), heard := Listener())
     assert_same_results(run, project.finished)
     assert "iteration 1: 0 of 2 policies to train" in heard.text()

@@ -28,11 +28,11 @@ from tiny_run import Listener
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
 from raywarp.algorithm.hypervolume import hypervolume
-from raywarp.cli.report import read, save_report
 from raywarp.cluster.claims import ClaimTable, Table
 from raywarp.config.schema import load_config
 from raywarp.config.search import describe, name_of
 from raywarp.planning.plan import plan, render
+from raywarp.report.page import read, save_report
 from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
 from raywarp.sweep.results import Sweep

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,40 +17,12 @@ from torch import Tensor
 
 from raywarp.adapters.peft import AdapterFile, AdapterWriter
 from raywarp.adapters.peft_config import CONFIG_FILE
-from raywarp.adapters.recipe import Recipe
+from raywarp.adapters.recipe import Block, Group, Merge, Recipe
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
 from raywarp.storage import sealed
 
 _READERS = 2  # threads that read the next block while one is written
-
-
-@dataclass(frozen=True)
-class Group:
-    """Modules that share an angle. norms of the M task vectors; angles of their pairs (1,2), (1,3), … in degrees; coefficients c_m."""
-
-    norms: list[float]
-    angles: list[float]
-    coefficients: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of what was written. norm: of ΔW before truncation. retained: ‖kept‖ / ‖ΔW‖ (1 where nothing was cut off)."""
-
-    norm: float
-    retained: float
-    rank: int
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What `merge` did: the files it read (θ_init last, if there is one), and the figures of every group and block."""
-
-    recipe: Recipe
-    files: Sequence[AdapterFile]
-    groups: Mapping[str, Group]
-    blocks: Mapping[str, Block]
 
 
 def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_different_bases: bool = False) -> Merge:

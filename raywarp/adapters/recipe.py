@@ -1,10 +1,12 @@
 """What to merge, and how: the options of one merge, checked, and the coefficients that they lead to."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from raywarp.adapters.peft import AdapterFile
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import Granularity
 from raywarp.config.schema import ConfigError
@@ -74,3 +76,31 @@ class Recipe:
         if self.method == "ema":
             return averaging.ema_coefficients(len(own), self.ema_rate or 0).tolist()
         return averaging.in_group(group, _COEFFICIENTS[self.method], own, self.weights).tolist()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share an angle. norms of the M task vectors; angles of their pairs (1,2), (1,3), … in degrees; coefficients c_m."""
+
+    norms: list[float]
+    angles: list[float]
+    coefficients: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of what was written. norm: of ΔW before truncation. retained: ‖kept‖ / ‖ΔW‖ (1 where nothing was cut off)."""
+
+    norm: float
+    retained: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What `merge` did: the files it read (θ_init last, if there is one), and the figures of every group and block."""
+
+    recipe: Recipe
+    files: Sequence[AdapterFile]
+    groups: Mapping[str, Group]
+    blocks: Mapping[str, Block]

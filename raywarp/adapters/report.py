@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Group as Lines
 from rich.table import Table
 
-from raywarp.adapters.merging import Group, Merge
 from raywarp.adapters.peft import AdapterFile
-from raywarp.adapters.recipe import Recipe
+from raywarp.adapters.recipe import Group, Merge, Recipe
 from raywarp.algorithm.deltas import grouped
 
 _PAIRS_SHOWN = 10  # of M = 5 adapters; the angles of more are put together

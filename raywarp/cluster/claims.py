@@ -16,8 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
+from raywarp import identity
 from raywarp.cluster import runtime
-from raywarp.storage import sealed
 
 NAMESPACE = "raywarp"
 FOLDER = "folder "  # before the name of a trial's folder, which is claimed like a policy
@@ -178,7 +178,7 @@ class Table:
     """
 
     def __init__(self, place: str):
-        self.name = f"raywarp-claims-{sealed.content_key(place)}"
+        self.name = f"raywarp-claims-{identity.content_key(place)}"
         self._actor: Any = None
 
     def ask(self, method: str, *arguments: Any, restore: Callable[[Any], None] = lambda actor: None) -> Any:

@@ -1,10 +1,15 @@
 """SIGTERM and Ctrl-C as an exception: Ray stops a job with SIGTERM, and with SIGKILL three seconds later."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+import ray
+
+from raywarp.cluster import orphans, runtime
 
 SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
 
@@ -90,3 +95,18 @@ def _stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS (a job's) or the last `ray start`, or start one here for as long as this process lives.
+
+    Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or another user's.
+    """
+    if ray.is_initialized():
+        return
+    with orphans.watched():
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except ConnectionError:  # the last `ray start` is gone
+            ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    runtime.keep_listening()

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from raywarp import identity
 from raywarp.config.schema import Config, ConfigError, known_keys, parse_config, unknown
 from raywarp.config.tune import Domain, TuneConfig
-from raywarp.storage import sealed
 
 Point = dict[str, Any]
 MOST_TRIALS = 10_000
@@ -150,7 +150,7 @@ def resolve_key(given: str) -> str:
 
 def name_of(point: Point) -> str:
     """The name of a trial, and of its folder: a hash of its values."""
-    return sealed.content_key(point)[:8]
+    return identity.content_key(point)[:8]
 
 
 def describe(point: Mapping[str, Any]) -> str:

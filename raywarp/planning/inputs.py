@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers  # not `from`: its parts take seconds to import
 
+from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
 from raywarp.data.prompts import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Inputs:
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=fingerprint(prompts.train),
         reward=score.fingerprint(reward),
-        evaluation=sealed.content_key([fingerprint(prompts.held_out), score.fingerprint(control) if control else None]),
+        evaluation=identity.content_key([fingerprint(prompts.held_out), score.fingerprint(control) if control else None]),
     )
 
 
@@ -123,7 +124,7 @@ def model_fingerprint(model: str, trust_remote_code: bool = False) -> str:
     """Of a folder's weights, config and tokenizer; of a hub id, its commit."""
     folder = Path(model)
     if folder.is_dir():
-        return sealed.folder_fingerprint(folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"])
+        return identity.folder_fingerprint(folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"])
     commit: Any = getattr(read_model_config(model, trust_remote_code, f"model={model}"), "_commit_hash", None)
     return f"{model}@{commit or 'unknown'}"
 

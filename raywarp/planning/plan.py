@@ -39,7 +39,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         return _plan_sweep(config, offline)
     if offline:
         return _offline(config)
-    from raywarp.training.session import start_ray
+    from raywarp.cluster.runtime import start_ray
 
     source = _source(config)
     start_ray()
@@ -70,8 +70,6 @@ def _plan_sweep(config: Config, offline: bool) -> Forecast:
 
 def opening(space: SearchSpace, concurrent: int | None) -> str:
     """How many trials a sweep has, and how many policy runs that makes. concurrent: trials at the same time, if that is known."""
-    from raywarp.run.keys import policy_runs
-
     line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (f", {concurrent} at a time" if concurrent else "")
     runs = policy_runs(space)
     return line + (f"; they ask for {runs[0]} policy runs, of which {runs[1]} differ and are executed" if runs else "")
@@ -233,3 +231,16 @@ def _summary(found: Forecast, shapes: Shapes | None) -> list[str]:
     if config.warp.iterations > 1:
         lines.append(f"and the init of an iteration once, to each node: at most {in_units(memory.init_bytes(shapes, config))}")
     return lines
+
+
+def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
+    """How many policy runs a sweep's trials ask for, and how many different ones these are; None where that is not known in advance."""
+    from raywarp.run.keys import key_chain
+
+    if not space.points or space.search == "asha":
+        return None
+    read = ("model", "dtype", "prompts", "reward")
+    chains = []
+    for config in map(space.config, space.points):
+        chains += key_chain(config, {key: str(getattr(config, key)) for key in read})
+    return sum(map(len, chains)), len({key for keys in chains for key in keys})

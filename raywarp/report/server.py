@@ -8,9 +8,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from raywarp.cli.report import read
 from raywarp.config.schema import ConfigError
-from raywarp.report.page import render
+from raywarp.report.page import read, render
 from raywarp.storage.sealed import StoreError
 
 HOST = "127.0.0.1"

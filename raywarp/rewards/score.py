@@ -19,7 +19,8 @@ from typing import Any
 
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data.prompts import resolve_model
-from raywarp.storage.sealed import DamagedError, check_sealed, content_key, folder_fingerprint, is_sealed, read_record
+from raywarp.identity import content_key, folder_fingerprint
+from raywarp.storage.sealed import DamagedError, check_sealed, is_sealed, read_record
 
 Score = Callable[..., Any]
 REWARD_FILE = "reward.json"

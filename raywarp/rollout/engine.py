@@ -79,17 +79,6 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def start_engine(settings: EngineSettings) -> Engine:
-    """The engine that rollout.engine names; raises ConfigError as the engine does."""
-    if settings.rollout.engine == "transformers":
-        from raywarp.rollout.transformers_engine import TransformersEngine
-
-        return TransformersEngine(settings)
-    from raywarp.rollout.vllm_engine import VllmEngine
-
-    return VllmEngine(settings)
-
-
 def check_engine(config: Config) -> None:
     """What can be known before anything is started.
 

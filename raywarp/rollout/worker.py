@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from raywarp.cluster.health import GROUP, Process, Work, stack_here
-from raywarp.rollout.engine import Engine, EngineSettings, start_engine
+from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.protocol import Request, Rollout
 
 
@@ -110,3 +110,14 @@ class RolloutWorker:
 
     def _start_engine(self) -> Engine:
         return start_engine(self.settings)
+
+
+def start_engine(settings: EngineSettings) -> Engine:
+    """The engine that rollout.engine names; raises ConfigError as the engine does."""
+    if settings.rollout.engine == "transformers":
+        from raywarp.rollout.transformers_engine import TransformersEngine
+
+        return TransformersEngine(settings)
+    from raywarp.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(settings)

@@ -16,9 +16,9 @@ from raywarp.run import terminal
 from raywarp.run.figures import front_table, print_samples
 from raywarp.run.folder import Run, read_mark
 from raywarp.run.front import Point
+from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import step_seconds
 from raywarp.storage.location import Storage
-from raywarp.training.policy_actor import Job
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
 PRINTED_SAMPLES = 8  # prompts; the report has all

@@ -4,8 +4,8 @@ KL is KL(π ‖ SFT) in nats per completion by the full-vocabulary estimator, at
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +13,22 @@ from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, compress, scale
 from raywarp.config.schema import ChooseConfig, Config, FrontConfig
 from raywarp.data.prompts import Prompt
-from raywarp.identity import derive_seed
-from raywarp.training.evaluation import Scored
-from raywarp.training.session import Session
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One adapter's completions of N prompts, with what was asked of them: each list has N entries.
+
+    work: who was at it from when to when, in Unix seconds.
+    """
+
+    texts: list[str]
+    lengths: list[int]
+    finished: list[bool]
+    rewards: list[float]
+    control: list[float] | None
+    kl: list[float]
+    work: list[tuple[str, float, float]] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,22 +78,6 @@ def candidates(init: AdapterDelta, task_vectors: Sequence[AdapterDelta], etas: S
     points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors))))]
     points += [Candidate(f"liti {eta:g}", eta, scale(merged, eta)) for eta in sorted(set(etas) - {0.0, 1.0})]
     return [*points, Candidate("slerp", 1.0, merged)]
-
-
-def evaluate(
-    session: Session, config: Config, points: Sequence[Candidate], held_out: Sequence[Prompt], done: Callable[[Point], None]
-) -> list[tuple[Point, Scored]]:
-    """Measure all points; generation, scores and KL passes of different points overlap. `done` hears of each as it is there."""
-    chosen = held_out[: config.front.prompts]
-    prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
-    seeds = [derive_seed(config.seed, "evaluation", n) for n in range(len(prompts))]
-    pending = session.submit_points([point.delta for point in points], prompts, seeds)
-    results = []
-    for point, waiting in zip(points, pending, strict=True):
-        scored = waiting.wait()
-        results.append((summarise(point, scored, config.front.completions_per_prompt), scored))
-        done(results[-1][0])
-    return results
 
 
 def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:

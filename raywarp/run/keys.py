@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from raywarp import identity
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
-from raywarp.config.search import SearchSpace
-from raywarp.planning.inputs import Inputs
 from raywarp.run.front import wanted_etas
-from raywarp.storage import sealed
 
 ALGORITHM_VERSION = 3  # part of every key: raise it when the same settings no longer give the same policy
 
@@ -35,7 +33,7 @@ def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, in
         "seed": config.seed,
         "iteration": iteration,
     }
-    return [sealed.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
+    return [identity.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
 
 
 def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
@@ -47,28 +45,17 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
     chain, init_key = list[list[str]](), "sft"
     for iteration in range(1, config.warp.iterations + 1):
         chain.append(policy_keys(config, inputs, iteration, init_key))
-        init_key = sealed.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
+        init_key = identity.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
     return chain
 
 
-def key_of_numerics(config: Config, inputs: Inputs) -> str:
+def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
     """Of all that a session's numerics follow from, but for the machines: what a finished run found holds wherever its folder is read."""
     sections = config.model_dump(include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"})
-    return sealed.content_key([ALGORITHM_VERSION, sections, inputs.fingerprints(), versions((*PACKAGES, "peft"))])
+    return identity.content_key([ALGORITHM_VERSION, sections, dict(inputs), versions((*PACKAGES, "peft"))])
 
 
-def front_key(config: Config, inputs: Inputs, keys: Sequence[str]) -> str:
+def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
     """Of the front of an iteration whose policies have these keys. Which of its points is chosen is no part of it."""
     front = config.front.model_dump(exclude={"choose"}) | {"etas": sorted({*wanted_etas(config), 0.0, 1.0})}
-    return sealed.content_key([keys, inputs.evaluation, front, config.cluster.threads])
-
-
-def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
-    """How many policy runs a sweep's trials ask for, and how many different ones these are; None where that is not known in advance."""
-    if not space.points or space.search == "asha":
-        return None
-    read = ("model", "dtype", "prompts", "reward")
-    chains = []
-    for config in map(space.config, space.points):
-        chains += key_chain(config, {key: str(getattr(config, key)) for key in read})
-    return sum(map(len, chains)), len({key for keys in chains for key in keys})
+    return identity.content_key([keys, evaluation, front, config.cluster.threads])

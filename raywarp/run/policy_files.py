@@ -118,3 +118,17 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     except SafetensorError as error:  # the library's name for an error of the file system, too
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else None, str(error), str(path)) from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that gets it."""
+
+    iteration: int
+    index: int
+    key: str
+    store: Storage
+
+    @property
+    def label(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "policy": self.index, "key": self.key}

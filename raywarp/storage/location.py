@@ -25,6 +25,7 @@ from typing import Any
 from platformdirs import user_cache_dir
 from pyarrow import ArrowInvalid, fs
 
+from raywarp import identity
 from raywarp.config.schema import ConfigError
 from raywarp.storage import sealed
 from raywarp.storage.locks import locked
@@ -64,7 +65,7 @@ class Storage:
     def cache(self) -> Path:
         """The folder of this machine that holds what was fetched."""
         base = Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
-        return self.folder or base / "stores" / sealed.content_key(self.uri)
+        return self.folder or base / "stores" / identity.content_key(self.uri)
 
     def read(self, name: str) -> bytes | None:
         """One file; None if there is none."""

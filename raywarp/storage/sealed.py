@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from raywarp.identity import file_sha256
 
 MANIFEST = "manifest.json"
 DAY = 86400.0  # seconds
@@ -38,23 +40,6 @@ def explained(verb: str, place: object) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; make room, and the same command continues from what is there" if full else ""
         raise StoreError(f"cannot {verb} {place}: {reason}{advice}") from None
-
-
-def content_key(parts: Any) -> str:
-    """A 16-digit key of anything that JSON can hold: equal content, equal key."""
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "") -> str:
-    """One hash of the names and contents of the files that match, but for `without`; whatever the folder is called."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != without})
-    return content_key([[path.name, file_sha256(path)] for path in files])
 
 
 def write_bytes(path: Path, data: bytes) -> None:

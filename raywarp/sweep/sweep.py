@@ -10,16 +10,17 @@ from typing import Any
 
 import ray
 
+from raywarp import identity
 from raywarp.cluster import placement_groups, resources, runtime
 from raywarp.cluster.claims import Table
-from raywarp.cluster.runtime import stoppable
+from raywarp.cluster.runtime import start_ray, stoppable
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster, opening
 from raywarp.run.display import Display
 from raywarp.run.folder import Run, read_mark
-from raywarp.storage import scratch, sealed
+from raywarp.storage import scratch
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import alone
 from raywarp.sweep.callback import TrialListener, callback
@@ -28,7 +29,6 @@ from raywarp.sweep.loggers import SweepLoggers
 from raywarp.sweep.progress import SweepProgress
 from raywarp.sweep.results import Sweep, conclude, save_sweep, show_sweep
 from raywarp.sweep.trial import SweepPlan, Trial
-from raywarp.training.session import start_ray
 
 MOST_PREPARED = 16  # different inputs that are checked before anything starts
 _SETTINGS = {
@@ -81,7 +81,7 @@ def check_inputs(space: SearchSpace) -> Inputs:
     for point in space.points or [space.first()]:
         config = space.config(point)
         read = config.model_dump(include={"model", "prompts", "reward", "control", "lora", "trust_remote_code"})
-        different.setdefault(sealed.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
+        different.setdefault(identity.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
     first, *_ = [prepare(config) for config in list(different.values())[:MOST_PREPARED]]
     return first
 

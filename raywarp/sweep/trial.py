@@ -16,7 +16,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from raywarp import warp
+from raywarp import identity, warp
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster import resources, runtime
 from raywarp.cluster.claims import FOLDER, Elsewhere, SharedClaims, Table
@@ -34,6 +34,7 @@ from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
 from raywarp.sweep.files import Record, SweepFiles, within
+from raywarp.training import evaluation
 
 STOP_POLL = 0.25  # seconds between two looks at whether the sweep is to stop
 
@@ -149,7 +150,7 @@ class Trial(Trainable):
         if chain is None:
             return None
         keys, last = chain[iteration - 1], iteration == self.own.warp.iterations
-        front = front_key(self.own, self.inputs, keys)
+        front = front_key(self.own, self.inputs.evaluation, keys)
         if not last:
             points = self._stored_front(front)
         elif self.record.rows[iteration - 1 : iteration] and self.run.has_front(front):
@@ -198,7 +199,7 @@ class Trial(Trainable):
 
     def _measured(self, stage: warp.Stage) -> dict[str, Any]:
         keys = list(stage.keys[stage.iteration - 1])
-        front = front_key(self.own, self.inputs, keys)
+        front = front_key(self.own, self.inputs.evaluation, keys)
         last = stage.iteration == self.own.warp.iterations
         points = stage.run.front()["points"] if last else self._stored_front(front) or self._measure_front(stage, front)
         return self._row(stage.iteration, keys, front, points)
@@ -227,7 +228,7 @@ class Trial(Trainable):
         candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         with self.display.evaluation(len(wanted)) as done:
-            results = front.evaluate(stage.session, self.own, wanted, self.inputs.prompts.held_out, done)
+            results = evaluation.evaluate(stage.session, self.own, wanted, self.inputs.prompts.held_out, done)
         points = [asdict(point) for point, _ in results]
         with Storage(self.plan.store).writing(f"fronts/{key}") as folder:
             sealed.write_jsonl(folder / "front.jsonl", points)
@@ -259,4 +260,4 @@ def _numerics_key(config: Config, inputs: Inputs) -> str:
     sections = config.model_dump(include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"})
     machine = [run_dtype(config.dtype, resources.cluster_gpus() > 0), resources.cluster_gpus() > 0]
     completions = config.reward_training.sft_completions
-    return sealed.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])
+    return identity.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])

@@ -1,36 +1,21 @@
 """A point of the front while it is measured, and its completions and scores afterwards."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
-from raywarp.rollout.protocol import Request, join, submit, work_of
-
-if TYPE_CHECKING:
-    from raywarp.training.session import Session
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One adapter's completions of N prompts, with what was asked of them: each list has N entries.
-
-    work: who was at it from when to when, in Unix seconds.
-    """
-
-    texts: list[str]
-    lengths: list[int]
-    finished: list[bool]
-    rewards: list[float]
-    control: list[float] | None
-    kl: list[float]
-    work: list[tuple[str, float, float]] = field(default_factory=list, compare=False)
+from raywarp.identity import derive_seed
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit, work_of
+from raywarp.run.front import Candidate, Point, Scored, summarise
+from raywarp.training.session import Session
 
 
 class PendingPoint:
     """One adapter's completions of the prompts, under way; asked for again if whoever worked on it dies."""
 
-    def __init__(self, session: "Session", request: Request, prompts: Sequence[Prompt]):
+    def __init__(self, session: Session, request: Request, prompts: Sequence[Prompt]):
         self.session, self.request, self.prompts = session, request, prompts
         self.refs: list[Any] = []
 
@@ -62,3 +47,52 @@ class PendingPoint:
             kl=kl,
             work=work_of(rest, [kl, rewards, *([control] if control else [])]),
         )
+
+
+def sft_scores(session: Session, prompts: Sequence[Prompt]) -> list[float]:
+    """The reward of one SFT completion per prompt."""
+    session.start()
+    seeds = [derive_seed(session.config.seed, "standardise", n) for n in range(len(prompts))]
+    request = Request([prompt.token_ids for prompt in prompts], seeds, SFT)
+
+    def score() -> list[float]:
+        (rollouts,) = submit(session.pool, [request], session.chunk)
+        scores: list[float] = session.get(session.reward.submit(prompts, rollouts))
+        return scores
+
+    scores: list[float] = session.persist(score)
+    return scores
+
+
+def submit_points(
+    session: Session, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]
+) -> list[PendingPoint]:
+    """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is waited for.
+
+    Where the engine can mix adapters, each of its calls has all of them and a share of the prompts; else a call has one.
+    """
+    session.start()
+    adapters = [Adapter(policy=AdapterPart.put(delta)) if delta is not None and delta.rank else SFT for delta in deltas]
+    requests = [Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters]
+    mixes = session.engine["adapter"] == "lora"
+    answers = submit(session.pool, requests, session.chunk if mixes else session.config.rollout.chunk_size, together=mixes)
+    pending = [PendingPoint(session, request, prompts) for request in requests]
+    for point, rollouts in zip(pending, answers, strict=True):
+        point.measure(rollouts)
+    return pending
+
+
+def evaluate(
+    session: Session, config: Config, points: Sequence[Candidate], held_out: Sequence[Prompt], done: Callable[[Point], None]
+) -> list[tuple[Point, Scored]]:
+    """Measure all points; generation, scores and KL passes of different points overlap. `done` hears of each as it is there."""
+    chosen = held_out[: config.front.prompts]
+    prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
+    seeds = [derive_seed(config.seed, "evaluation", n) for n in range(len(prompts))]
+    pending = submit_points(session, [point.delta for point in points], prompts, seeds)
+    results = []
+    for point, waiting in zip(points, pending, strict=True):
+        scored = waiting.wait()
+        results.append((summarise(point, scored, config.front.completions_per_prompt), scored))
+        done(results[-1][0])
+    return results

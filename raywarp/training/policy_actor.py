@@ -28,8 +28,7 @@ from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import effect
 from raywarp.rollout.proof import EVERY, Proof, requests
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
-from raywarp.run.policy_files import Checkpoint, PolicyFiles
-from raywarp.storage.location import Storage
+from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
 
 if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
@@ -37,20 +36,6 @@ if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take s
     from raywarp.rollout.effect_probe import Reference
 
 STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
-
-
-@dataclass(frozen=True)
-class Job:
-    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that gets it."""
-
-    iteration: int
-    index: int
-    key: str
-    store: Storage
-
-    @property
-    def label(self) -> dict[str, Any]:
-        return {"iteration": self.iteration, "policy": self.index, "key": self.key}
 
 
 def task_name(jobs: Sequence[Job]) -> str:

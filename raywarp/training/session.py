@@ -12,38 +12,22 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.cluster import faults, health, orphans, placement_groups, runtime
+from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Helper, PoolHelper, Report
+from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
-from raywarp.identity import derive_seed
 from raywarp.model.device import run_dtype
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof, prove
-from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, submit
+from raywarp.rollout.protocol import AdapterPart, Request
+from raywarp.run.policy_files import Job
 from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
-from raywarp.training.evaluation import PendingPoint
 from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
-from raywarp.training.policy_actor import Job
 from raywarp.training.timing import Timing, measure
-
-
-def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS (a job's) or the last `ray start`, or start one here for as long as this process lives.
-
-    Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or another user's.
-    """
-    if ray.is_initialized():
-        return
-    with orphans.watched():
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        except ConnectionError:  # the last `ray start` is gone
-            ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    runtime.keep_listening()
 
 
 def log_event(event: str, **details: Any) -> None:
@@ -152,40 +136,11 @@ class Session:
         reward_seconds = max(self._reward_seconds() - before, 0.0)  # a worker that was started again counts from 0
         self.timing = measure(fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds)
 
-    def sft_scores(self, prompts: Sequence[Prompt]) -> list[float]:
-        """The reward of one SFT completion per prompt."""
-        self.start()
-        seeds = [derive_seed(self.config.seed, "standardise", n) for n in range(len(prompts))]
-        request = Request([prompt.token_ids for prompt in prompts], seeds, SFT)
-
-        def score() -> list[float]:
-            (rollouts,) = submit(self.pool, [request], self._chunk)
-            scores: list[float] = self.get(self.reward.submit(prompts, rollouts))
-            return scores
-
-        scores: list[float] = self.persist(score)
-        return scores
-
     def set_reward_statistics(self, mean: float, deviation: float) -> None:
         """From now on a reward is (raw − mean) / deviation."""
         self._statistics = (mean, deviation)
         if self.is_started:
             self.reward = Scorer(self.reward.actor, self._statistics)
-
-    def submit_points(self, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[PendingPoint]:
-        """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is waited for.
-
-        Where the engine can mix adapters, each of its calls has all of them and a share of the prompts; else a call has one.
-        """
-        self.start()
-        adapters = [Adapter(policy=AdapterPart.put(delta)) if delta is not None and delta.rank else SFT for delta in deltas]
-        requests = [Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters]
-        mixes = self.engine["adapter"] == "lora"
-        answers = submit(self.pool, requests, self._chunk if mixes else self.config.rollout.chunk_size, together=mixes)
-        pending = [PendingPoint(self, request, prompts) for request in requests]
-        for point, rollouts in zip(pending, answers, strict=True):
-            point.measure(rollouts)
-        return pending
 
     def persist(self, work: Callable[[], Any]) -> Any:
         """The result of work that depends on nothing but itself: done again, with new policy actors where they have died.
@@ -219,7 +174,7 @@ class Session:
         return place
 
     @property
-    def _chunk(self) -> int:
+    def chunk(self) -> int:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
     def get(self, refs: Any) -> Any:

@@ -141,8 +141,9 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
 
     from raywarp.config.schema import parse_config
     from raywarp.model.supported import refuse_unsupported
-    from raywarp.rollout.engine import EngineSettings, start_engine
+    from raywarp.rollout.engine import EngineSettings
     from raywarp.rollout.protocol import SFT, Adapter, Request
+    from raywarp.rollout.worker import start_engine
 
     tree = {"engine": engine, "adapter": mode, "max_new_tokens": NEW_TOKENS, "temperature": 1.0, "kv_cache_gib": 0.5, "ignore_eos": True}
     rollout = parse_config({"rollout": tree}).rollout

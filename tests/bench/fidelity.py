@@ -38,8 +38,9 @@ from raywarp.data.models import read_tokenizer
 from raywarp.data.prompts import load_prompts, resolve_model
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batch import Batch, collate
-from raywarp.rollout.engine import EngineSettings, start_engine
+from raywarp.rollout.engine import EngineSettings
 from raywarp.rollout.protocol import SFT, Adapter, Request
+from raywarp.rollout.worker import start_engine
 
 THREADS = os.cpu_count() or 1
 ETAS = (1.0, 0.5, 0.2, 0.1)

@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raywarp.cli.report import build
 from raywarp.config.schema import load_config
+from raywarp.report.page import build
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 

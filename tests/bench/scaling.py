@@ -46,9 +46,10 @@ from raywarp.data.prompts import Prompt
 from raywarp.model.batch import Batch
 from raywarp.rollout.protocol import Adapter, Request
 from raywarp.rollout.worker import RolloutWorker
+from raywarp.run.policy_files import Job
 from raywarp.storage.location import Storage
 from raywarp.training.actors import Kinds
-from raywarp.training.policy_actor import Job, PolicyActor
+from raywarp.training.policy_actor import PolicyActor
 from raywarp.training.session import Session
 
 SMOLLM2 = (30, {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}, (1536, 576))

@@ -53,14 +53,15 @@ import raywarp
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
 from raywarp.cli.quickstart import QUICKSTART
+from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config, load_config
 from raywarp.model.device import CPU_ENV
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.model_shapes import model_shapes
+from raywarp.run.policy_files import Job
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
-from raywarp.training.policy_actor import Job
-from raywarp.training.session import Session, start_ray
+from raywarp.training.session import Session
 
 HERE = Path(__file__).parent
 PROMPTS, COMPLETIONS, NEW_TOKENS, TEMPERATURE = 8, 4, 24, 0.9

@@ -47,6 +47,7 @@ from rich.console import Console
 
 from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
 from raywarp.data import embedded
 from raywarp.identity import derive_seed
@@ -55,12 +56,12 @@ from raywarp.reward_stage import prepare_stage, reward
 from raywarp.rewards import score
 from raywarp.run.display import Bars, Display
 from raywarp.run.folder import Run, read_mark
-from raywarp.run.front import distinct_2
+from raywarp.run.front import Scored, distinct_2
 from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
-from raywarp.training.evaluation import Scored
-from raywarp.training.session import Session, start_ray
+from raywarp.training.evaluation import submit_points
+from raywarp.training.session import Session
 from raywarp.warp import train
 
 HERE = Path(__file__).parent
@@ -200,7 +201,7 @@ class Study:
             for curve, value in [*points, *[(None, -1.0)] * AT_ONCE]:
                 if value >= 0 and not self.clock.over():
                     delta = curve.adapter(trained, value) if curve else None
-                    (pending,) = session.submit_points([delta], prompts, sampling)
+                    (pending,) = submit_points(session, [delta], prompts, sampling)
                     under_way.append((curve.point(value) if curve else SFT, pending, time.monotonic()))
                 if under_way and (len(under_way) == AT_ONCE or value < 0 or self.clock.over()):
                     name, pending, start = under_way.popleft()
