@@ -1,7 +1,6 @@
 """The pages for users: their links lead somewhere, and the commands, keys and configurations that they show are taken by raywarp."""
 
 import argparse
-import ast
 import importlib.util
 import re
 import shlex
@@ -153,24 +152,3 @@ def test_code_blocks_say_their_language() -> None:
     for page in PAGES:
         starts = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]
         assert set(starts) <= {"sh", "yaml", "python", "text"}, page
-
-
-def test_map() -> None:
-    """The README's map for contributors has every module, and nothing is imported from above; Ray and vLLM not from policy.py down."""
-    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", PAGES[0].read_text(), re.MULTILINE)
-    row_of = {module: number for number, row in enumerate(rows) for module in re.findall(r"`(\w+)\.py`", row)}
-    assert set(row_of) == {path.stem for path in (ROOT / "raywarp").glob("*.py")} - {"__init__"}
-    for module, row in row_of.items():
-        for imported in imports(ROOT / "raywarp" / f"{module}.py"):
-            package, _, own = imported.partition(".")
-            assert package != "raywarp" or row_of.get(own, len(rows)) >= row, f"{module} imports {own}"
-            assert package not in ("ray", "vllm") or row < row_of["policy"], f"{module} imports {imported}"
-
-
-def imports(path: Path) -> Iterator[str]:
-    """All that a module imports, within functions, too: raywarp.x, ray.util, …"""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"raywarp.{alias.name}" for alias in node.names) if node.module == "raywarp" else (node.module,)
