@@ -16,7 +16,7 @@ from raywarp.config import Config, known_keys, parse_config
 from raywarp.config_docs import anchor
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LOCAL_SH = (ROOT / "cluster" / "local.sh").read_text()
 PARSER = cli._parser()
