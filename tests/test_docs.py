@@ -152,3 +152,8 @@ def test_code_blocks_say_their_language() -> None:
     for page in PAGES:
         starts = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]
         assert set(starts) <= {"sh", "yaml", "python", "text"}, page
+
+
+def test_the_readme_is_short() -> None:
+    """Research, measurements and details have pages of their own in docs."""
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
