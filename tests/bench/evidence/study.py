@@ -279,7 +279,7 @@ def report(results: Results, settings: Settings, where: Path, summary: Path) -> 
 
 EARLIER = (
     "**Warning: sampled from rounded weights.** An earlier version of raywarp measured these numbers; "
-    "[the README](../../../../README.md#does-it-hold-with-lora) says what is likely to change."
+    "[docs/results.md](../../../../docs/results.md) says what is likely to change."
 )
 
 
