@@ -7,8 +7,6 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-import ray
-
 from raywarp.cluster import orphans, runtime
 
 SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
@@ -102,6 +100,8 @@ def start_ray() -> None:
 
     Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or another user's.
     """
+    import ray
+
     if ray.is_initialized():
         return
     with orphans.watched():
