@@ -19,7 +19,7 @@ from raywarp.rewards.training import RewardSummary, train_reward
 from raywarp.rollout.engine import check_engine
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
-from raywarp.storage.locks import alone
+from raywarp.storage.locks import exclusive
 from raywarp.storage.sealed import DamagedError, read_record, write_record
 from raywarp.training.evaluation import sft_scores
 from raywarp.training.session import Session
@@ -53,11 +53,11 @@ def reward(config: Config, display: Display | None = None, standardise: bool = T
         ConfigError: the input is wrong; nothing was started.
     """
     display, inputs = display or Display(), inputs or prepare_stage(config)
-    with alone(config.out, Path(config.out), display.say) as waited:
-        return _reward(config, display, standardise, prepare_stage(config) if waited else inputs)
+    with exclusive(config.out, Path(config.out), display.say) as waited:
+        return _train_and_standardise(config, display, standardise, prepare_stage(config) if waited else inputs)
 
 
-def _reward(config: Config, display: Display, standardise: bool, inputs: StageInputs) -> RewardSummary:
+def _train_and_standardise(config: Config, display: Display, standardise: bool, inputs: StageInputs) -> RewardSummary:
     if inputs.training or (standardise and not is_standardised(config.out)):
         start_ray()
         check_cluster(config, inputs.model)

@@ -38,7 +38,7 @@ from raywarp.run.loggers import Loggers
 from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import RunMetrics
 from raywarp.storage import sealed
-from raywarp.storage.locks import alone
+from raywarp.storage.locks import exclusive
 from raywarp.training import evaluation
 from raywarp.training.session import Session
 
@@ -46,7 +46,7 @@ TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer'
 
 
 @dataclass(frozen=True)
-class Stage:
+class IterationState:
     """Where a run has got to: one iteration is done; 0: it is about to begin.
 
     keys: of all policies of all iterations. determinants: what they depend on besides the configuration: see policy_keys.
@@ -78,7 +78,7 @@ def train(config: Config, display: Display | None = None) -> Run:
     return run
 
 
-def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS) -> Generator[Stage]:
+def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS) -> Generator[IterationState]:
     """`train`, iteration by iteration. To be closed where it is left before its end. Actors are started when there is something for them
     to do: never, where the run was finished and all of it is whole.
 
@@ -93,7 +93,7 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
         display.say(inputs.shapes.scope)
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with (
-        alone(config.out, run.folder, display.say) if claims.alone else nullcontext(),
+        exclusive(config.out, run.folder, display.say) if claims.alone else nullcontext(),
         run.mirrored(),
         Journal(run, display, gauges) as journal,
         stoppable() if claims.alone else nullcontext(),
@@ -129,7 +129,7 @@ class Driver:
     gauges: RunMetrics
     claims: Claims
 
-    def stages(self, known: Mapping[str, object] | None) -> Iterator[Stage]:
+    def stages(self, known: Mapping[str, object] | None) -> Iterator[IterationState]:
         """Algorithm 1.
 
         Args:
@@ -142,7 +142,7 @@ class Driver:
         determinants = {**inputs_and_reward, **numerics}
         all_keys = key_chain(config, determinants)
         init = self.first_init(all_keys[0][0])
-        yield Stage(run, self.session, 0, all_keys, determinants, init, ())
+        yield IterationState(run, self.session, 0, all_keys, determinants, init, ())
         for iteration, keys in enumerate(all_keys, start=1):
             policies = self.fine_tune(iteration, keys, init)
             merged = add(init, slerp(policies))
@@ -151,7 +151,7 @@ class Driver:
             if iteration == config.warp.iterations:
                 self.save_front(init, policies, keys, numerics)
                 self.display.timing(run)
-            yield Stage(run, self.session, iteration, all_keys, determinants, init, policies)
+            yield IterationState(run, self.session, iteration, all_keys, determinants, init, policies)
             if iteration < config.warp.iterations:
                 init = liti(init, merged, config.warp.liti_rate)
 

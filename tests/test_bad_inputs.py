@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, LlamaFor
 
 from raywarp.adapters.peft import save_peft
 from raywarp.cli.commands import main
-from raywarp.storage.locks import alone, lock
+from raywarp.storage.locks import exclusive, lock
 
 Case = tuple[Callable[[Path], list[str] | None], str]
 TEXTS = [f"the film {a} {b}" for a in WORDS[:6] for b in WORDS[6:11]]
@@ -637,11 +637,11 @@ def test_a_folder_in_which_another_command_is_at_work(
 
 def test_an_empty_folder_that_the_first_command_takes_away_is_made_again_for_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
-    first, said = alone("run", folder, print), threading.Event()
+    first, said = exclusive("run", folder, print), threading.Event()
     first.__enter__()
 
     def wait() -> bool:
-        with alone("run", folder, lambda text: said.set()) as waited:
+        with exclusive("run", folder, lambda text: said.set()) as waited:
             with pytest.raises(BlockingIOError):
                 lock(folder)
             (folder / "a").touch()

@@ -11,11 +11,11 @@ from test_rollout import trained_model
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense, zeros_like
 from raywarp.config.schema import ConfigError
-from raywarp.rollout.base_weights import Checkpoint, CheckpointError, checkpoint_files, read_files
+from raywarp.rollout.base_weights import BaseWeights, BaseWeightsError, checkpoint_files, read_files
 
 
-def checkpoint_of(folder: Path) -> Checkpoint:
-    return Checkpoint(partial(read_files, checkpoint_files(str(folder))), torch.float32)
+def checkpoint_of(folder: Path) -> BaseWeights:
+    return BaseWeights(partial(read_files, checkpoint_files(str(folder))), torch.float32)
 
 
 def test_weights_are_pristine_plus_change_in_float32(tiny_llama: Path, tiny_gpt2: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_checkpoint_of_the_bare_backbone_is_matched_by_its_shorter_names(tiny_
     delta = trained_model(tiny_gpt2, ("one",)).delta("one")
     full = load_file(tiny_gpt2 / "model.safetensors")
     bare = {name.removeprefix("transformer."): weight for name, weight in full.items()}
-    short, long = Checkpoint(bare.items, torch.float32), Checkpoint(full.items, torch.float32)
+    short, long = BaseWeights(bare.items, torch.float32), BaseWeights(full.items, torch.float32)
     found = {f"transformer.{name}": weight for name, weight in short.weights(delta, {})}
     expected = dict(long.weights(delta, {}))
     assert found.keys() == expected.keys()
@@ -59,7 +59,7 @@ def test_a_checkpoint_of_the_bare_backbone_is_matched_by_its_shorter_names(tiny_
 
 def test_a_module_without_a_weight_is_not_dropped_in_silence(tiny_llama: Path) -> None:
     delta = AdapterDelta({"model.layers.9.mlp.up_proj": Factors(torch.ones(4, 1), torch.ones(1, 4))})
-    with pytest.raises(CheckpointError, match=r"no weight for the adapted module model\.layers\.9"):
+    with pytest.raises(BaseWeightsError, match=r"no weight for the adapted module model\.layers\.9"):
         list(checkpoint_of(tiny_llama).weights(delta, {}))
 
 

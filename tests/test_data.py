@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
 from raywarp.data import embedded
 from raywarp.data.preferences import Preference, PreferenceSplits, load_preferences
-from raywarp.data.prompts import Prompt, _PromptRenderer, fingerprint, load_prompts, load_rows, resolve_model
+from raywarp.data.prompts import Prompt, _PromptRenderer, load_prompts, load_rows, prompts_fingerprint, resolve_model
 
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows, str], str]
@@ -237,11 +237,11 @@ def test_bad_prompts_have_readable_errors(write: Write, tokenizer: Any, tiny_lla
 
 def test_the_fingerprint_sees_text_tokens_columns_and_order() -> None:
     one, other = Prompt("a", (1, 2), {"x": 1}), Prompt("b", (1, 3), {})
-    assert fingerprint([one, other]) == fingerprint([Prompt("a", (1, 2), {"x": 1}), other])
+    assert prompts_fingerprint([one, other]) == prompts_fingerprint([Prompt("a", (1, 2), {"x": 1}), other])
     variants = [[one], [other, one], [Prompt("A", (1, 2), {"x": 1}), other], [Prompt("a", (1, 4), {"x": 1}), other]]
     variants += [[Prompt("a", (1, 2), {"x": 2}), other], []]
-    prints = [fingerprint(prompts) for prompts in variants]
-    assert len({fingerprint([one, other]), *prints}) == 7
+    prints = [prompts_fingerprint(prompts) for prompts in variants]
+    assert len({prompts_fingerprint([one, other]), *prints}) == 7
     assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in prints)
 
 

@@ -87,4 +87,4 @@ def test_its_files_and_their_fields_are_as_before(continued: tuple[Run, str]) ->
 
 def test_the_embedded_control_has_the_fingerprint_of_before() -> None:
     """Though its module has moved and its source has changed."""
-    assert score.fingerprint(RewardConfig(function="raywarp.embedded:vader")) == "7f7a66ec6e713b0d"
+    assert score.reward_fingerprint(RewardConfig(function="raywarp.embedded:vader")) == "7f7a66ec6e713b0d"

@@ -15,7 +15,7 @@ import torch
 
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
 from raywarp.data import embedded
-from raywarp.data.embedded import FetchError, Snippet, Source, assign_splits, split_snippets
+from raywarp.data.embedded import Archive, FetchError, Snippet, assign_splits, split_snippets
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +134,11 @@ def make_wheel(path: Path) -> str:
 def test_download_takes_the_archive_whose_hash_is_pinned_and_no_other(shelf: Path, tmp_path: Path) -> None:
     sha256 = make_wheel(shelf / "thing-1.0-py3-none-any.whl")
     (tmp_path / "good").mkdir()
-    archive = embedded.download(Source("thing==1.0", sha256, 1), tmp_path / "good")
+    archive = embedded.download(Archive("thing==1.0", sha256, 1), tmp_path / "good")
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == sha256
     (tmp_path / "bad").mkdir()
     with pytest.raises(FetchError, match=r"(?s)cannot fetch thing==1.0 from PyPI.*DO NOT MATCH THE HASHES"):
-        embedded.download(Source("thing==1.0", "0" * 64, 1), tmp_path / "bad")
+        embedded.download(Archive("thing==1.0", "0" * 64, 1), tmp_path / "bad")
     assert list((tmp_path / "bad" / "archive").iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from tiny_run import Listener
 from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config, ConfigError, load_config, parse_config
 from raywarp.run.folder import Run
-from raywarp.run.loggers import Loggers, check_loggers, front_rows, sample_rows
+from raywarp.run.loggers import Loggers, check_loggers, front_rows, text_rows
 
 
 def metric_of(run: Run, name: str, iteration: int, policy: int) -> list[tuple[int, float]]:
@@ -84,7 +84,7 @@ def test_wandb_has_metrics_config_picture_tables_and_the_adapter(tiny_finished: 
 
     last = next(row for row in rows if "samples/path" in row)
     (files,) = tiny_finished.folder.glob("wandb/offline-run-*/files")
-    for table, wanted in (("samples", sample_rows(tiny_finished)), ("front", front_rows(tiny_finished))):
+    for table, wanted in (("samples", text_rows(tiny_finished)), ("front", front_rows(tiny_finished))):
         stored = json.loads((files / last[f"{table}/path"]).read_text())
         assert [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]] == wanted
     assert (files / last["front picture/path"]).read_bytes() == (tiny_finished.folder / "front.png").read_bytes()
@@ -120,7 +120,7 @@ def test_mlflow_has_metrics_config_picture_tables_and_the_adapter(tiny_finished:
     assert run.data.metrics["chosen/kl"] == chosen["kl"]
 
     folder = Path(client.download_artifacts(run.info.run_id, ""))
-    for table, wanted in (("samples.json", sample_rows(tiny_finished)), ("front.json", front_rows(tiny_finished))):
+    for table, wanted in (("samples.json", text_rows(tiny_finished)), ("front.json", front_rows(tiny_finished))):
         stored = json.loads((folder / table).read_text())
         for row, own in zip(stored["data"], wanted, strict=True):
             assert dict(zip(stored["columns"], row, strict=True)) == kept(own)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from raywarp.adapters.merging import inspect, merge
 from raywarp.adapters.peft import load_peft, save_peft
-from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE
+from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from raywarp.adapters.recipe import Recipe
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, grouped, scale, zeros_like
@@ -414,7 +414,7 @@ def test_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     a, b = policies(tmp_path, 2)
     (tmp_path / "empty").mkdir()
     run(capsys, "slerp", a, b, "--out", tmp_path / "empty")
-    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["README.md", CONFIG_FILE, ADAPTER_FILE]
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["README.md", ADAPTER_CONFIG_FILE, ADAPTER_FILE]
     made = (tmp_path / "empty" / ADAPTER_FILE).read_bytes()
     assert "is not empty; choose another folder, or give --overwrite" in refused(capsys, "lerp", a, b, "--out", tmp_path / "empty")
     opposite = saved(tmp_path / "opposite", scale(random_delta(1, RANKS[0]), -1))
@@ -427,7 +427,13 @@ def test_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is not empty" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine")
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["checkpoint-5", "thesis.txt"]
     run(capsys, "lerp", a, b, "--out", tmp_path / "mine", "--overwrite")  # whatever else lies there stays
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["README.md", CONFIG_FILE, ADAPTER_FILE, "checkpoint-5", "thesis.txt"]
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [
+        "README.md",
+        ADAPTER_CONFIG_FILE,
+        ADAPTER_FILE,
+        "checkpoint-5",
+        "thesis.txt",
+    ]
     assert "is a file; name a folder" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine" / "thesis.txt")
     assert "cannot write" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine" / "thesis.txt" / "out")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raywarp.adapters.peft import AdapterFile, AdapterWriter, load_peft, save_peft
-from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE
+from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from raywarp.algorithm.deltas import AdapterError, Factors, concatenate, dense, digest, zeros_like
 
 
@@ -94,13 +94,13 @@ def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for layer in (10, 9, 0):
         tensors |= {f"base_model.model.model.layers.{layer}.q.lora_{n}.weight": t.clone() for n, t in (("A", one.A), ("B", one.B))}
     save_file(tensors, tmp_path / ADAPTER_FILE)
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({"r": 3, "lora_alpha": 3, "target_modules": ["q"]}))
+    (tmp_path / ADAPTER_CONFIG_FILE).write_text(json.dumps({"r": 3, "lora_alpha": 3, "target_modules": ["q"]}))
     assert list(AdapterFile(tmp_path).shapes) == [f"model.layers.{layer}.q" for layer in (0, 9, 10)]
 
 
 def test_what_a_config_says_besides_rank_is_kept(tmp_path: Path) -> None:
     save_peft(random_delta(1), tmp_path / "a")
-    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    config = json.loads((tmp_path / "a" / ADAPTER_CONFIG_FILE).read_text())
     more = {
         "layers_to_transform": [0, 1],
         "layers_pattern": "layers",
@@ -108,9 +108,9 @@ def test_what_a_config_says_besides_rank_is_kept(tmp_path: Path) -> None:
         "task_type": None,
         "revision": "main",
     }
-    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | more))
+    (tmp_path / "a" / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | more))
     save_peft(load_peft(tmp_path / "a"), tmp_path / "b")
-    written = json.loads((tmp_path / "b" / CONFIG_FILE).read_text())
+    written = json.loads((tmp_path / "b" / ADAPTER_CONFIG_FILE).read_text())
     assert {key: written[key] for key in more} == more
 
 
@@ -163,9 +163,9 @@ REFUSED_CONFIGS = {
 @pytest.mark.parametrize("key", REFUSED_CONFIGS)
 def test_configs_that_are_refused(tmp_path: Path, key: str) -> None:
     save_peft(random_delta(1, ranks=(3, 3, 3, 3)), tmp_path)
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    config = json.loads((tmp_path / ADAPTER_CONFIG_FILE).read_text())
     value, reason = REFUSED_CONFIGS[key]
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {key: value}))
+    (tmp_path / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {key: value}))
     with pytest.raises(AdapterError, match=reason) as refused:
         load_peft(tmp_path)
     assert str(tmp_path) in str(refused.value)
@@ -174,8 +174,8 @@ def test_configs_that_are_refused(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
 def test_starts_that_leave_the_base_alone_are_read(tmp_path: Path, start: object) -> None:
     save_peft(random_delta(1), tmp_path)
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"init_lora_weights": start}))
+    config = json.loads((tmp_path / ADAPTER_CONFIG_FILE).read_text())
+    (tmp_path / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"init_lora_weights": start}))
     assert_same_change(load_peft(tmp_path), random_delta(1))
 
 
@@ -212,10 +212,10 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         AdapterError, match=r"truncated: base_model\.model\.model\.layers\.1\.mlp\.up\.lora_B\.weight lacks 10 of its 56 bytes"
     ):
         load_peft(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text("[]")
+    (tmp_path / ADAPTER_CONFIG_FILE).write_text("[]")
     with pytest.raises(AdapterError, match="must hold an object, not a list"):
         load_peft(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text("{")
+    (tmp_path / ADAPTER_CONFIG_FILE).write_text("{")
     with pytest.raises(AdapterError, match="not valid JSON"):
         load_peft(tmp_path)
     (tmp_path / ADAPTER_FILE).unlink()
@@ -226,4 +226,4 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="not a PEFT adapter"):
             load_peft(missing)
     with pytest.raises(AdapterError, match="is a file; name the folder"):
-        load_peft(tmp_path / CONFIG_FILE)
+        load_peft(tmp_path / ADAPTER_CONFIG_FILE)

@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group, placement_group_table
 from raywarp.cluster import health, placement_groups, resources
 from raywarp.config.schema import Config, ConfigError, parse_config
 from raywarp.rewards.actor import RewardActor
-from raywarp.training.actors import Place
+from raywarp.training.actors import ActorSlot
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> resources.Plan:
@@ -122,7 +122,7 @@ def reserved(need: resources.Need) -> None:
 def regained(need: resources.Need) -> None:
     """A policy actor's, whose group looks for another node."""
     group = placement_group([need.bundle()], strategy="STRICT_PACK")
-    place = Place("policy actor 1", make=lambda _: None, group=group, ask_again=lambda: None)
+    place = ActorSlot("policy actor 1", make=lambda _: None, group=group, ask_again=lambda: None)
     assert place.await_room(time.monotonic() + 30)
     placement_groups.release([group])
 
@@ -133,7 +133,7 @@ def helped(need: resources.Need) -> None:
     kind = resources.ray.remote(concurrency_groups={health.GROUP: 1})(RewardActor)
     worker = kind.options(**placement_groups.options(need, group)).remote(None, False, None, "reward worker")
     resources.ray.kill(worker)
-    helper = health.Helper("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
+    helper = health.SupervisedActor("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
     patience = Patience(30)
     while placement_group_table(group)["state"] != "CREATED":
         helper.check()

@@ -25,7 +25,7 @@ from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
 from raywarp.model.policy import Policy
 from raywarp.planning import memory, preflight
-from raywarp.planning.forecast import Forecast, Process
+from raywarp.planning.forecast import Forecast, ProcessMemory
 from raywarp.planning.model_shapes import model_shapes
 from raywarp.planning.plan import plan
 
@@ -167,7 +167,7 @@ def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
 def test_memory_is_compared_with_the_largest_node_and_gpu(tiny_llama: Path) -> None:
     need = resources.Need("policy", gpus=1, cpus=1, count=1)
     config = settings(tiny_llama)
-    process = Process(need, {"base weights": 6 << 30, "activations (estimate)": 4 << 30})
+    process = ProcessMemory(need, {"base weights": 6 << 30, "activations (estimate)": 4 << 30})
     found = Forecast(config, resources.wish(config, 0), None, [process], "float32")
     sizes = {"small": 5 << 30, "middle": 8 << 30, "large": 16 << 30}
     reports = {name: [NodeReport(name, {}, size)] for name, size in sizes.items()}

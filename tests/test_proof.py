@@ -20,7 +20,7 @@ from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.rollout.effect import EffectError
 from raywarp.rollout.engine import Engine
-from raywarp.rollout.proof import EVERY
+from raywarp.rollout.proof import PROOF_STEPS
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.policy_files import Job
@@ -72,7 +72,7 @@ def _multiply(worker: Any, factor: float) -> None:
 
 
 def config_of(folder: Path, model: Path, **changes: Any) -> Config:
-    warp = {"iterations": 1, "policies": 1, "steps": EVERY + 1, **changes.pop("warp", {})}
+    warp = {"iterations": 1, "policies": 1, "steps": PROOF_STEPS + 1, **changes.pop("warp", {})}
     return tiny_config(make_project(folder), model, folder / "run", warp=warp, reward={"function": "raywarp.embedded:vader"}, **changes)
 
 

@@ -22,9 +22,9 @@ from raywarp.rewards.score import (
     REWARD_FILE,
     Reward,
     RewardError,
-    fingerprint,
     load_function,
     load_reward,
+    reward_fingerprint,
     with_template,
 )
 from raywarp.rollout.protocol import Rollout
@@ -82,7 +82,7 @@ def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: P
     assert with_template(config, plain).template == "none"
     turns = with_template(config, chat)
     assert turns.template == "chat"
-    assert fingerprint(turns) != fingerprint(with_template(config, plain)) == fingerprint(config)
+    assert reward_fingerprint(turns) != reward_fingerprint(with_template(config, plain)) == reward_fingerprint(config)
     ids = encode(tokenizer, ["a film"], ["the plot"], 16, chat=True)["input_ids"]
     assert [WORDS[i] for i in ids[0]] == ["good", "a", "film", "bad", "the", "plot"]  # special tokens are the template's own
     (score,) = load_reward(turns).score(["a film"], ["the plot"])
@@ -249,25 +249,25 @@ def test_a_function_is_not_standardised():
 
 
 def test_the_fingerprint_of_a_function_follows_its_source_and_version(user_module):
-    first = fingerprint(RewardConfig(function="users_rewards:score"))
-    assert fingerprint(RewardConfig(function="users_rewards:score")) == first
-    assert fingerprint(RewardConfig(function="users_rewards:score", version="2")) != first
+    first = reward_fingerprint(RewardConfig(function="users_rewards:score"))
+    assert reward_fingerprint(RewardConfig(function="users_rewards:score")) == first
+    assert reward_fingerprint(RewardConfig(function="users_rewards:score", version="2")) != first
     user_module.write_text(user_module.read_text() + "# changed\n")
-    assert fingerprint(RewardConfig(function="users_rewards:score")) != first
+    assert reward_fingerprint(RewardConfig(function="users_rewards:score")) != first
 
 
 def test_the_fingerprint_of_a_model_follows_its_weights_and_not_its_statistics(tmp_path):
     """Statistics may come after the first look at the model; they are part of a policy's key by themselves."""
     config = RewardConfig(model=str(build_bert(tmp_path)))
-    prints = [fingerprint(config)]
+    prints = [reward_fingerprint(config)]
     (tmp_path / "README.md").write_text("no part of the model")
-    assert fingerprint(config) == prints[0]
+    assert reward_fingerprint(config) == prints[0]
     save_standardisation(tmp_path, [0.0, 1.0])
-    assert fingerprint(config) == prints[0]
+    assert reward_fingerprint(config) == prints[0]
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(weights)
-    prints.append(fingerprint(config))
+    prints.append(reward_fingerprint(config))
     assert len(set(prints)) == 2
 
 

@@ -52,18 +52,18 @@ def test_what_a_killed_process_has_just_written_is_taken_away_at_once(folder: Pa
     if by == "claim":
         another = scratch.claim()
         assert set(folder.iterdir()) == {ours, another}
-        scratch.release(another)
-    scratch.release(ours)
+        scratch.remove(another)
+    scratch.remove(ours)
     assert not list(folder.iterdir())
 
 
 def test_nobody_takes_away_what_another_has_just_claimed(folder: Path) -> None:
     processes = claimants(4)
     folders = {claimed(process) for process in processes}
-    scratch.release(scratch.claim())
+    scratch.remove(scratch.claim())
     assert set(folder.iterdir()) == folders
     assert all((path / "a").exists() for path in folders)
     for process in processes:
         killed(process)
-    scratch.release(scratch.claim())
+    scratch.remove(scratch.claim())
     assert not list(folder.iterdir())

@@ -31,7 +31,7 @@ from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster.claims import ClaimTable, Table
 from raywarp.config.schema import load_config
 from raywarp.config.search import describe, name_of
-from raywarp.planning.plan import plan, render
+from raywarp.planning.plan import plan, print_forecast
 from raywarp.report.page import read, save_report
 from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
@@ -248,7 +248,7 @@ def test_a_finished_sweep_is_shown_again_without_any_actor(grid: tuple[Sweep, Pa
 
 def test_plan_says_what_a_sweep_asks_for(grid: tuple[Sweep, Path, str], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
-    render(plan(load_config(settings(project / "planned", search)), offline=True), console())
+    print_forecast(plan(load_config(settings(project / "planned", search)), offline=True), console())
     said = " ".join(capsys.readouterr().out.split())
     assert "6 trials of warp.ema_rate, warp.liti_rate (grid)" in said
     assert "24 policy runs, of which 16 differ" in said

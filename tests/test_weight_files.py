@@ -25,7 +25,7 @@ from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
 from raywarp.data import embedded
 from raywarp.data.models import check_tensors, check_weights, load_model
 from raywarp.planning.inputs import model_fingerprint
-from raywarp.rollout.base_weights import Checkpoint, checkpoint_files, read_files
+from raywarp.rollout.base_weights import BaseWeights, checkpoint_files, read_files
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -179,7 +179,7 @@ def test_what_the_index_names_is_read_and_nothing_beside_it(tiny_llama: Path, tm
         only = own_files_only(folder, tmp_path / f"own-{folder.name}")
         assert sorted(path.name for path in only.glob("*.safetensors")) == files
         assert {path.name for path in only.iterdir()} == {path.name for path in folder.iterdir()} - set(BESIDE)
-        delta, checkpoint = trained_model(folder, ("one",)).delta("one"), Checkpoint(read.items, torch.float32)
+        delta, checkpoint = trained_model(folder, ("one",)).delta("one"), BaseWeights(read.items, torch.float32)
         assert {name for name, _ in checkpoint.weights(delta, {})} <= plain.keys()
 
 

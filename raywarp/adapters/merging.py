@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raywarp.adapters.peft import AdapterFile, AdapterWriter
-from raywarp.adapters.peft_config import CONFIG_FILE
+from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE
 from raywarp.adapters.recipe import Block, Group, Merge, Recipe
 from raywarp.algorithm import averaging
 from raywarp.algorithm.deltas import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
@@ -36,12 +36,12 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
         AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each other, vectors without a mean,
             or an `out` that is in use. Nothing is left half-written.
     """
-    from raywarp.adapters.report import card
+    from raywarp.adapters.report import merge_card
 
     files = open_adapters([*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases)
     with _new_adapter(Path(out), overwrite) as folder:
         done = _write(recipe, files, folder)
-        (folder / "README.md").write_text(card(done))
+        (folder / "README.md").write_text(merge_card(done))
     return done
 
 
@@ -214,7 +214,7 @@ def _new_adapter(out: Path, overwrite: bool) -> Iterator[Path]:
     if not overwrite and out.exists() and any(out.iterdir()):
         raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
     try:
-        with sealed.new_files(out, last=CONFIG_FILE) as folder:
+        with sealed.new_files(out, last=ADAPTER_CONFIG_FILE) as folder:
             yield folder
     except OSError as error:
         raise AdapterError(f"cannot write {out}: {error.strerror or error}") from None

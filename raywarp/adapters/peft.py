@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raywarp.adapters.peft_config import ADAPTER_FILE, CONFIG_FILE, configuration, read_config, scaling_of, without_factors
+from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE, configuration, read_adapter_config, scaling_of, without_factors
 from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
 from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors
 
@@ -36,7 +36,7 @@ class AdapterFile:
 
     def __init__(self, source: str | Path):
         self.name, self.folder = str(source), local_folder(source)
-        self.config = read_config(self.folder)
+        self.config = read_adapter_config(self.folder)
         try:
             self._file = TensorFile(self.folder / ADAPTER_FILE)
         except TensorFileError as error:
@@ -110,7 +110,7 @@ class AdapterWriter:
         self._writer.__exit__(kind, error, trace)
         if kind is None:
             text = json.dumps(configuration(self.like, self._ranks), indent=2, sort_keys=True)
-            (self.folder / CONFIG_FILE).write_text(text + "\n")
+            (self.folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
 
     def write(self, module: str, factors: Factors) -> None:
         """The next module. Raises AdapterError if a number is too large for the dtype."""
@@ -164,14 +164,14 @@ def local_folder(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise AdapterError(f"{source} is a file; name the folder that holds {CONFIG_FILE} and {ADAPTER_FILE}")
+        raise AdapterError(f"{source} is a file; name the folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")
     name, _, revision = str(source).partition("@")
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise AdapterError(f"{source} is not a PEFT adapter: there is no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [CONFIG_FILE, ADAPTER_FILE, "adapter_model.bin"]
+    wanted = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, "adapter_model.bin"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from raywarp.algorithm.deltas import AdapterDelta, AdapterError
 from raywarp.config.schema import ConfigError
 
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 _UNSUPPORTED = {
     "use_dora": "DoRA's magnitudes are not linear in B·A",
     "lora_bias": "a trained bias is not part of B·A",
@@ -36,15 +36,15 @@ _OTHER_BASE = re.compile(r"(pissa|olora|corda|loftq)", re.IGNORECASE)
 _CARRIED = ("task_type", "revision", "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / ADAPTER_CONFIG_FILE
     if not path.is_file():
-        raise AdapterError(f"{folder} is not a PEFT adapter: it has no {CONFIG_FILE}")
+        raise AdapterError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG_FILE}")
     if not (folder / ADAPTER_FILE).is_file():
         pickle = (folder / "adapter_model.bin").is_file()
         why = "adapter_model.bin is a pickle, which may run code; save it as safetensors" if pickle else f"it has no {ADAPTER_FILE}"
         raise AdapterError(f"cannot read the adapter in {folder}: {why}")
-    for name in (CONFIG_FILE, ADAPTER_FILE):
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
         try:
             inside(folder, name, f"the adapter in {folder}")
         except ConfigError as error:
@@ -106,7 +106,7 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     """
     expected = _pattern_value(config.get("rank_pattern"), module, config["r"])
     if rank != expected:
-        raise AdapterError(f"{module} has rank {rank}, and {CONFIG_FILE} says {expected}")
+        raise AdapterError(f"{module} has rank {rank}, and {ADAPTER_CONFIG_FILE} says {expected}")
     alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -50,7 +50,7 @@ class Recipe:
     def __post_init__(self) -> None:
         try:
             averaging.check_rate(self.liti_rate, "the LITI rate")
-            averaging.check_weights(self.weights, len(self.adapters))
+            averaging.checked_weights(self.weights, len(self.adapters))
             averaging.check_rate(self.ema_rate or 0, "the EMA rate")
         except ValueError as error:
             raise ConfigError(str(error)) from None

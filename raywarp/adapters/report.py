@@ -92,7 +92,7 @@ def groups_json(groups: Mapping[str, Group], count: int) -> dict[str, Any]:
     return rows
 
 
-def card(merge: Merge) -> str:
+def merge_card(merge: Merge) -> str:
     """README.md of the merged adapter: what was merged, how, and how to load it."""
     recipe, base = merge.recipe, merge.files[0].like().base_model
     head = [

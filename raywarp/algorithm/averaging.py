@@ -77,7 +77,7 @@ def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> 
         AntipodalError: two vectors point in opposite directions.
     """
     count = gram.shape[0]
-    shares = check_weights(weights, count)
+    shares = checked_weights(weights, count)
     norms = gram.diagonal().clamp(min=0).sqrt()
     merged = torch.zeros(count, dtype=torch.float64)
     total = 0.0
@@ -105,7 +105,7 @@ def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
 
 def lerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     """(M,) float64 w_m / Σ w: the plain mean, whatever the (M, M) Gram matrix says."""
-    shares = torch.tensor(check_weights(weights, gram.shape[0]), dtype=torch.float64)
+    shares = torch.tensor(checked_weights(weights, gram.shape[0]), dtype=torch.float64)
     return shares / shares.sum()
 
 
@@ -121,7 +121,7 @@ def karcher_coefficients(gram: Tensor, weights: Sequence[float] | None = None, i
         AntipodalError: the vectors cancel, or are spread so far that the mean direction is not unique.
     """
     norms = gram.diagonal().clamp(min=0).sqrt()
-    shares = torch.tensor(check_weights(weights, gram.shape[0]), dtype=torch.float64) * (norms > 0)
+    shares = torch.tensor(checked_weights(weights, gram.shape[0]), dtype=torch.float64) * (norms > 0)
     if not shares.any():
         return torch.zeros_like(norms)
     shares, safe = shares / shares.sum(), torch.where(norms > 0, norms, 1.0)
@@ -230,7 +230,7 @@ def towards(coefficients: Sequence[float], rate: float = 1.0) -> list[float]:
 
 def lerp(deltas: Sequence[AdapterDelta], weights: Sequence[float] | None = None) -> AdapterDelta:
     """The plain mean of M adapters, exact in ΔW: a concatenation of rank Σ r_m. The same from every init."""
-    shares = check_weights(weights, len(deltas))
+    shares = checked_weights(weights, len(deltas))
     return concatenate(deltas, [share / sum(shares) for share in shares])
 
 
@@ -289,7 +289,7 @@ def check_rate(rate: float, name: str) -> None:
         raise ValueError(f"{name} must lie in [0, 1], not {rate}")
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """The weights, all 1 by default. Raises ValueError unless there are `count`, none below 0, and not all 0."""
     if weights is None:
         return [1.0] * count

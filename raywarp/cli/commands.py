@@ -46,11 +46,11 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     from raywarp.cluster.faults import FaultError
     from raywarp.rewards.score import RewardError
-    from raywarp.rollout.base_weights import CheckpointError
+    from raywarp.rollout.base_weights import BaseWeightsError
     from raywarp.rollout.protocol import RolloutError
     from raywarp.storage.sealed import DamagedError, StoreError
 
-    return 1 if isinstance(error, CheckpointError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None
+    return 1 if isinstance(error, BaseWeightsError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +86,7 @@ def _command(
     return parser
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.overrides)
 
 
@@ -105,25 +105,25 @@ def _quickstart(options: argparse.Namespace) -> None:
 def _reward(options: argparse.Namespace) -> None:
     from raywarp.reward_stage import reward
 
-    reward(_config(options), _display(options))
+    reward(_load(options), _display(options))
 
 
 def _train(options: argparse.Namespace) -> None:
     from raywarp.warp import train
 
-    train(_config(options), _display(options))
+    train(_load(options), _display(options))
 
 
 def _tune(options: argparse.Namespace) -> int:
     from raywarp.sweep.sweep import tune
 
-    return 0 if tune(_config(options), _display(options)).best else 1
+    return 0 if tune(_load(options), _display(options)).best else 1
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from raywarp.planning.plan import plan, render
+    from raywarp.planning.plan import plan, print_forecast
     from raywarp.run.terminal import console
 
-    found = plan(_config(options), options.offline)
-    render(found, console())
+    found = plan(_load(options), options.offline)
+    print_forecast(found, console())
     return 0 if found.fits else 2

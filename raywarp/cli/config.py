@@ -14,8 +14,8 @@ from raywarp.config.schema import Config, ConfigError, compact, section_types
 from raywarp.storage import sealed
 
 SCHEMA_FILE = "raywarp.schema.json"
-WIDTH = 110  # columns of a comment
-_BEGINNING = f"""\
+COMMENT_WIDTH = 110  # columns of a comment
+_FILE_HEAD = f"""\
 # A configuration of raywarp with every key at its default. Keys may be left out; those that begin with # have no value by default.
 #   raywarp reward FILE out=runs/reward        trains a reward model from preferences
 #   raywarp train FILE reward.model=runs/reward
@@ -35,10 +35,10 @@ def add_config(commands: Any) -> None:
     what.add_argument("--schema", action="store_true", help="print the JSON schema")
     what.add_argument("--docs", action="store_true", help="print a page about every key, in Markdown")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
-    parser.set_defaults(command=_config)
+    parser.set_defaults(command=_write_config)
 
 
-def _config(options: argparse.Namespace) -> None:
+def _write_config(options: argparse.Namespace) -> None:
     if options.schema:
         return print(json.dumps(schema(), indent=2, ensure_ascii=False))
     if options.docs:
@@ -56,7 +56,7 @@ def _config(options: argparse.Namespace) -> None:
 
 def commented() -> str:
     """YAML of the defaults, each key below its description."""
-    return _BEGINNING + "\n".join(_lines(Config, Config(), "", set())) + "\n"
+    return _FILE_HEAD + "\n".join(_lines(Config, Config(), "", set())) + "\n"
 
 
 def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: set[type[BaseModel]]) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: 
             yield ""
         section = bool(inner)
         if field.description:
-            lines = textwrap.wrap(field.description, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+            lines = textwrap.wrap(field.description, COMMENT_WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
             yield from (f"{indent}# {line}" for line in lines)
         if inner and value is None:
             yield f"{indent}# {name}:"

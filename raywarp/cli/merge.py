@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-_METHODS = {
+_HELP = {
     "slerp": "spherical mean of task vectors, one angle per transformer block (WARP, stage 2); with --liti also stage 3",
     "lerp": "plain mean",
     "karcher": "spherical mean that does not depend on the adapters' order",
@@ -21,7 +21,7 @@ def add_merge(commands: Any) -> None:
     """The command `merge` with one subcommand per method, and `merge inspect`."""
     parser = commands.add_parser("merge", help="average PEFT LoRA adapters, exactly", description=_EXACTNESS)
     methods = parser.add_subparsers(required=True, metavar="method")
-    for method, text in _METHODS.items():
+    for method, text in _HELP.items():
         _add_method(methods, method, text)
     inspect = methods.add_parser(
         "inspect", help="ranks, targets, norms and angles; writes nothing", description="Look at adapters. Nothing is written."
@@ -98,7 +98,7 @@ def _recipe(options: argparse.Namespace) -> Any:
         adapters=adapters,
         init=init,
         liti_rate=options.liti,
-        weights=_numbers(getattr(options, "weights", None)),
+        weights=_floats(getattr(options, "weights", None)),
         ema_rate=getattr(options, "ema_rate", None),
         rank=options.rank,
         energy=options.energy,
@@ -107,7 +107,7 @@ def _recipe(options: argparse.Namespace) -> Any:
     )
 
 
-def _numbers(words: list[str] | None) -> tuple[float, ...] | None:
+def _floats(words: list[str] | None) -> tuple[float, ...] | None:
     from raywarp.config.schema import ConfigError
 
     if words is None:

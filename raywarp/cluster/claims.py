@@ -21,7 +21,7 @@ from raywarp.cluster import runtime
 
 NAMESPACE = "raywarp"
 FOLDER = "folder "  # before the name of a trial's folder, which is claimed like a policy
-POLL_SECONDS = 0.5  # between two looks at claims of others
+CLAIM_POLL_SECONDS = 0.5  # between two looks at claims of others
 IDLE_SECONDS = 60.0  # without a claim or a question, after which the table's process ends
 
 
@@ -233,7 +233,7 @@ class SharedClaims(Claims):
         """Until nobody else is at work on any of the keys: they are finished, or whoever was has died or given up."""
         while self.held(keys):
             runtime.check()
-            time.sleep(POLL_SECONDS)
+            time.sleep(CLAIM_POLL_SECONDS)
 
     def held(self, keys: Sequence[str]) -> list[str]:
         """Those that others are at work on."""

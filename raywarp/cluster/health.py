@@ -21,7 +21,7 @@ from raywarp.cluster import faults, out_of_memory, placement_groups
 
 GROUP = "watch"
 START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
-EVERY = 1.0  # seconds from an answer to the next question
+QUESTION_SECONDS = 1.0  # seconds from an answer to the next question
 STACK_SECONDS = 5.0  # in which a process that still runs Python tells its stack
 DEATH_SECONDS = 30.0  # in which Ray notices that it has killed a process that does not react
 Report = Callable[..., None]
@@ -97,7 +97,7 @@ class Pulse:
     def poll(self) -> Any:
         """An answer that has come since, else None. Raises RayError where the actor is dead or being started again."""
         now = time.monotonic()
-        self.silent += min(now - self.polled, EVERY)  # if this process was stopped meanwhile, the other one may have been, too
+        self.silent += min(now - self.polled, QUESTION_SECONDS)  # if this process was stopped meanwhile, the other one may have been, too
         self.polled = now
         if self.ref is None:
             if now >= self.due:
@@ -105,7 +105,7 @@ class Pulse:
             return None
         if not ray.wait([self.ref], timeout=0)[0]:
             return None
-        ref, self.ref, self.due, self.silent = self.ref, None, now + EVERY, 0.0
+        ref, self.ref, self.due, self.silent = self.ref, None, now + QUESTION_SECONDS, 0.0
         self.answered = False
         answer = ray.get(ref)
         self.answered = True
@@ -136,13 +136,13 @@ class Standstill:
     def lasts(self, at_work: bool, seconds: float) -> bool:
         """Whether it has lasted for so long, after another look."""
         now = time.monotonic()
-        self.seconds = 0.0 if at_work else self.seconds + min(now - self.seen, EVERY)  # see Pulse.poll
+        self.seconds = 0.0 if at_work else self.seconds + min(now - self.seen, QUESTION_SECONDS)  # see Pulse.poll
         self.seen = now
         return self.seconds > seconds
 
 
 @dataclass
-class Helper:
+class SupervisedActor:
     """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
 
     max_failures: deaths in a row, without a finished call in between, that do not end the run.
@@ -184,7 +184,7 @@ class Helper:
         elif self.pulse.hangs(self.hang_seconds):
             self.report("hang", what=self.name, cause=faults.HANG, message=f"no answer for {self.pulse.silent:.0f} s; started again")
             restart(self.actor)
-            self.pulse.forget(EVERY)
+            self.pulse.forget(QUESTION_SECONDS)
             self.ended = True
             self._died(faults.HANG, "did not answer", time.monotonic())
         return answer
@@ -228,7 +228,7 @@ class Helper:
 
 
 @dataclass
-class PoolHelper(Helper):
+class SupervisedPool(SupervisedActor):
     """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end.
 
     again: another worker in the place of one that has been without room for longest_wait.

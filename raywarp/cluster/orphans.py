@@ -55,7 +55,7 @@ def _processes() -> dict[int, tuple[int, str, str]]:
     return found
 
 
-def _below(roots: set[int], known: dict[int, str]) -> bool:
+def _descendants(roots: set[int], known: dict[int, str]) -> bool:
     """Add the descendants of some processes to those that are known; whether a Ray is among all of them."""
     there, ray = _processes(), False
     for pid in there:
@@ -93,9 +93,9 @@ def _end(known: dict[int, str]) -> None:
 def _watch(driver: int, mark: str) -> None:
     known, own = dict[int, str](), False
     while not select.select([sys.stdin], [], [], LOOK)[0]:
-        own |= _below({driver}, known)
+        own |= _descendants({driver}, known)
     sys.stdin.readline()
-    if not (own or _below({driver}, known)):
+    if not (own or _descendants({driver}, known)):
         return  # it has joined a cluster
     sys.stdin.read()  # to the driver's end
     _end(known | _marked(mark))  # among them what a raylet had only just started when it died with the driver

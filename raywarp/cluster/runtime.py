@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from raywarp.cluster import orphans, runtime
+from raywarp.cluster import orphans
 
 SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
 
@@ -109,4 +109,4 @@ def start_ray() -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except ConnectionError:  # the last `ray start` is gone
             ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    runtime.keep_listening()
+    keep_listening()

@@ -19,7 +19,7 @@ def _not_a_bool(value: Any) -> Any:
     return value
 
 
-def _plain(text: str) -> str:
+def _printable(text: str) -> str:
     if not text.strip() or any(ord(character) < 32 for character in text):
         raise ValueError("must be text, without control characters")
     return text
@@ -40,5 +40,5 @@ Count = Annotated[Integer, Field(ge=1, le=LARGEST)]
 Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]
 Seed = Annotated[Integer, Field(ge=0, lt=2**32)]  # what numpy takes
 Gpus = Annotated[NotNegative, AfterValidator(_whole_above_one)]
-Text = Annotated[str, AfterValidator(_plain)]
+Text = Annotated[str, AfterValidator(_printable)]
 Modules = Text | Annotated[list[Text], Field(min_length=1)]

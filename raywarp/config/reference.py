@@ -9,9 +9,9 @@ from typing import Any
 from raywarp.config.field_types import LARGEST
 from raywarp.config.schema import compact
 
-WIDTH = 140  # columns of a paragraph
+PARAGRAPH_WIDTH = 140  # columns of a paragraph
 RUN = "The run"  # heading of the keys that are in no section
-_BEGINNING = """\
+_PAGE_HEAD = """\
 # Configuration
 
 Every key of a configuration file. A file holds those that differ from their defaults; `section.key=value` behind a command overrides
@@ -51,7 +51,7 @@ def docs(schema: _Tree) -> str:
         if key.inner is not None:
             groups[key.name] = ([key.tree.get("description", ""), key.inner.get("description", "")], list(_walk(schema, key)))
     anchors = {key.name: key.anchor for _, keys in groups.values() for key in keys} | {name: anchor(name) for name in groups}
-    pages = [_BEGINNING, "\n".join(_contents(groups)) + "\n"]
+    pages = [_PAGE_HEAD, "\n".join(_contents(groups)) + "\n"]
     for name, (texts, keys) in groups.items():
         lead = [_paragraph(_linked(_sentence(text), anchors)) for text in texts if text]
         pages.append("\n".join([f"## {name}\n", *lead]))
@@ -91,7 +91,7 @@ def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
     twin = key.name.replace("control.", "reward.", 1)
     if twin != key.name:
         return "\n".join([*lines, f"As [{twin}](#{anchor(twin)}), of the control.\n"])
-    kind = f"Keys of its own: {', '.join(key.inner['properties'])}" if key.inner else _kind(key.tree)
+    kind = f"Keys of its own: {', '.join(key.inner['properties'])}" if key.inner else _type_in_words(key.tree)
     lines.append(_paragraph(f"{_capital(kind)}; {_default(key.tree)}."))
     lines.append(_paragraph(_linked(_sentence(key.tree["description"]), anchors)))
     if "additionalProperties" in key.tree:  # tune.space
@@ -101,14 +101,14 @@ def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _kind(tree: _Tree) -> str:
+def _type_in_words(tree: _Tree) -> str:
     """A type with its bounds, in plain words."""
     if "anyOf" in tree:
-        return ", or ".join(_kind(option) for option in tree["anyOf"] if option.get("type") != "null")
+        return ", or ".join(_type_in_words(option) for option in tree["anyOf"] if option.get("type") != "null")
     if "enum" in tree:
         return f"one of {', '.join(f'`{value}`' for value in tree['enum'])}"
     if tree.get("type") == "array":
-        return f"a list of {_plural(_kind(tree['items']))}"
+        return f"a list of {_plural(_type_in_words(tree['items']))}"
     if tree.get("type") == "object":
         return "keys with their values"
     noun = {"integer": "a whole number", "number": "a number", "boolean": "`true` or `false`", "string": "text"}[tree["type"]]
@@ -157,4 +157,4 @@ def _linked(text: str, anchors: Mapping[str, str]) -> str:
 
 
 def _paragraph(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent) + "\n"
+    return textwrap.fill(text, PARAGRAPH_WIDTH, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent) + "\n"

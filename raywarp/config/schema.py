@@ -420,11 +420,11 @@ _ALTERNATIVES = {  # a key that an override sets → the one beside it, which it
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {_short(redact(override))} is not of the form key=value, for example warp.steps=20")
+        raise ConfigError(f"override {_shown(redact(override))} is not of the form key=value, for example warp.steps=20")
     try:
         value = load_yaml(text)
     except StrictYamlError as error:
-        raise ConfigError(f"the value of {_short(redact(override))} is wrong: {error}") from None
+        raise ConfigError(f"the value of {_shown(redact(override))} is wrong: {error}") from None
     of_tune = key.startswith("tune.")  # behind it is any key that is searched, as one name: see search_space.py
     if key not in set(known_keys()) and not of_tune:
         raise ConfigError(unknown(key))
@@ -459,11 +459,11 @@ def _explain(error: Any) -> str:
     key = key.replace("tune.space.", "tune.")  # as it may be written, too
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {_short(error['input'])})"
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {_shown(error['input'])})"
     return f"{key}: {message}{given}" if key else message
 
 
-def _short(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value in a message; integers of thousands of digits, which Python refuses to write out, included."""
     if isinstance(value, int) and abs(value) > 10**SHOWN:
         return f"an integer of {value.bit_length()} bits"

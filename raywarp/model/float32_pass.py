@@ -25,7 +25,7 @@ def in_float32(base: Module, adapters: Sequence[str]) -> Iterator[None]:
 
     Not for passes with gradients: what autograd would keep is put back too early.
     """
-    units = [_Wide(module, adapters) for module in _units(base)]
+    units = [_Wide(module, adapters) for module in _blocks(base)]
     handles = [handle for unit in units for handle in unit.hook()]
     try:
         yield
@@ -75,11 +75,11 @@ class _Wide:
         return [layer for layer in self.module.modules() if isinstance(layer, AdaptedLinear)]
 
 
-def _units(module: Module) -> Iterator[Module]:
+def _blocks(module: Module) -> Iterator[Module]:
     """Blocks and adapted layers, whole, since a block's code may use a layer's weight without calling it; elsewhere, what owns weights."""
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     if isinstance(module, GradientCheckpointingLayer | AdaptedLinear) or next(own, None) is not None:
         yield module
         return
     for child in module.children():
-        yield from _units(child)
+        yield from _blocks(child)

@@ -42,7 +42,7 @@ class LogitHead:
         return gradient if self.weight is None else product(gradient, self.weight.T)
 
 
-def token_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
+def chunked_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
     """log π(token) at the sampling temperature, differentiable in the states.
 
     Args:
@@ -59,7 +59,7 @@ def token_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature:
 
 
 @torch.no_grad()
-def full_vocabulary_kl(states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float) -> Tensor:
+def chunked_kl(states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float) -> Tensor:
     """(n,) KL(π ‖ π_ref) in nats at each token; see losses.full_vocabulary_kl."""
     from raywarp.algorithm import losses
 

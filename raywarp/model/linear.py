@@ -19,7 +19,7 @@ _HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass
-class Adapter:
+class LayerAdapter:
     """One adapter's share of a layer: A (r, d_in) and B (d_out, r) are float32 parameters, scale is alpha / r."""
 
     A: Parameter
@@ -39,7 +39,7 @@ class Active(NamedTuple):
 
     A: Tensor
     B: Tensor
-    adapter: Adapter | None
+    adapter: LayerAdapter | None
     trained: slice
 
 
@@ -49,7 +49,7 @@ class AdaptedLinear(Module):
     def __init__(self, base: Linear | Conv1D):
         super().__init__()
         self.base = base
-        self.adapters: dict[str, Adapter] = {}  # no parameters of this module: the model's own stay the frozen ones
+        self.adapters: dict[str, LayerAdapter] = {}  # no parameters of this module: the model's own stay the frozen ones
         self.active: Active | None = None
 
     @property
@@ -57,11 +57,11 @@ class AdaptedLinear(Module):
         """(d_out, d_in), whichever way the base stores it."""
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
 
-    def add(self, name: str, rank: int, scale: float) -> Adapter:
+    def add(self, name: str, rank: int, scale: float) -> LayerAdapter:
         """A new adapter of zeros."""
         d_out, d_in = self.weight.shape
         A, B = (Parameter(torch.zeros(*shape, device=self.weight.device), requires_grad=False) for shape in ((rank, d_in), (d_out, rank)))
-        self.adapters[name] = Adapter(A, B, scale)
+        self.adapters[name] = LayerAdapter(A, B, scale)
         return self.adapters[name]
 
     @torch.no_grad()

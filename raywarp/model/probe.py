@@ -54,7 +54,7 @@ def probe(model: Any) -> Batch:
     return collate([ids[:long]] * 2 + [ids[-4:]], completions).to(model.device)
 
 
-def alone(batch: Batch, n: int) -> Batch:
+def single(batch: Batch, n: int) -> Batch:
     """The n-th completion with its prompt, without padding."""
     length = int(batch.mask[n].sum())
     cut = (tensor[n : n + 1, :length] for tensor in (batch.responses, batch.mask, batch.sampler_logprobs))

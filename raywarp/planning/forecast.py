@@ -18,7 +18,7 @@ from raywarp.rollout import engine
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessMemory:
     """One kind: its placement (count, CPUs and GPUs of each), and what each holds in memory, or (a Process of its own) on a GPU.
 
     share: of a GPU that it may take.
@@ -49,7 +49,7 @@ class Forecast:
     config: Config
     plan: resources.Plan
     shapes: Shapes | None
-    processes: Sequence[Process]
+    processes: Sequence[ProcessMemory]
     dtype: str
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Forecast:
         """What does not stop a run: memory that may be too little, GPUs that would lie idle."""
         return [*self.tight(reports), *(preflight.idle_gpus(reports) if self.plan.uses_gpus else [])]
 
-    def _too_large(self, process: Process, size: int, what: str, most: int) -> str:
+    def _too_large(self, process: ProcessMemory, size: int, what: str, most: int) -> str:
         key = {
             "policy": "optim.max_tokens_per_microbatch, or set optim.gradient_checkpointing=true",
             "rollout_worker": "rollout.kv_cache_gib or set rollout.tensor_parallel_size",
@@ -94,7 +94,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """What the figures come from.
 
     model: folder or hub id, resolved. settings: transformers' configuration of it. prompt_tokens: of the longest prompt.
@@ -107,7 +107,7 @@ class Source:
     warnings: list[str] = field(default_factory=list)
 
 
-def forecast(config: Config, source: Source, placed: resources.Plan) -> Forecast:
+def forecast(config: Config, source: Origin, placed: resources.Plan) -> Forecast:
     """The needs of a run on its placement, activations included."""
     from raywarp.planning.model_shapes import model_shapes
 
@@ -130,13 +130,13 @@ def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: resou
     policy = memory.policy_process(shapes, config, dtype, held, tokens, 0 if gpu else stored)
     rollout = memory.rollout_process(shapes, config, dtype, stored, placed.rollout.gpus > 0, length)
     reward = _reward_process(config)
-    processes = [Process(placed.policy, policy, gpu), Process(placed.rollout, rollout)]
+    processes = [ProcessMemory(placed.policy, policy, gpu), ProcessMemory(placed.rollout, rollout)]
     if placed.rollout.gpus:
         lora = engine.adapter_mode(config.rollout, gpu=True) == "lora"
         rank = engine.lora_slots(engine.largest_rank(config)) if lora else 0
         on_gpu = memory.rollout_gpu(shapes, config, dtype, rank, engine.slot_count(rank), length)
-        processes.append(Process(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization))
-    processes.append(Process(placed.reward, reward, placed.reward.gpus > 0))
+        processes.append(ProcessMemory(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization))
+    processes.append(ProcessMemory(placed.reward, reward, placed.reward.gpus > 0))
     return Forecast(config, placed, shapes, processes, dtype)
 
 
@@ -163,7 +163,7 @@ def _reward_weights(config: Config) -> Components:
     return {"classifier weights": stored} if stored else {}
 
 
-def _most(process: Process, reports: Sequence[NodeReport]) -> int:
+def _most(process: ProcessMemory, reports: Sequence[NodeReport]) -> int:
     """Bytes of the largest node, or of what a process may have of the largest GPU; 0 where that is not known."""
     if process.on_gpu:
         return int(process.share * max((size for report in reports for size in report.gpu_memory), default=0))

@@ -10,7 +10,7 @@ import transformers  # not `from`: its parts take seconds to import
 from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
-from raywarp.data.prompts import Prompt, PromptSplits, fingerprint, load_prompts, resolve_model
+from raywarp.data.prompts import Prompt, PromptSplits, load_prompts, prompts_fingerprint, resolve_model
 from raywarp.model.supported import refuse_unsupported
 from raywarp.planning.jobs import check_paths
 from raywarp.planning.memory import Shapes
@@ -66,9 +66,9 @@ def prepare(config: Config) -> Inputs:
         shapes=shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
-        prompt_set=fingerprint(prompts.train),
-        reward=score.fingerprint(reward),
-        evaluation=identity.content_key([fingerprint(prompts.held_out), score.fingerprint(control) if control else None]),
+        prompt_set=prompts_fingerprint(prompts.train),
+        reward=score.reward_fingerprint(reward),
+        evaluation=identity.content_key([prompts_fingerprint(prompts.held_out), score.reward_fingerprint(control) if control else None]),
     )
 
 

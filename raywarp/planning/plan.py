@@ -17,7 +17,7 @@ from raywarp.data.models import read_model_config
 from raywarp.data.prompts import HUB_ID
 from raywarp.model.device import run_dtype
 from raywarp.planning import memory, preflight
-from raywarp.planning.forecast import Forecast, Process, Source, forecast, forecast_of_shapes
+from raywarp.planning.forecast import Forecast, Origin, ProcessMemory, forecast, forecast_of_shapes
 from raywarp.planning.known_models import known_config
 from raywarp.planning.memory import Shapes, in_units
 from raywarp.rewards.score import own_file
@@ -41,7 +41,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         return _offline(config)
     from raywarp.cluster.runtime import start_ray
 
-    source = _source(config)
+    source = _origin(config)
     start_ray()
     problems = []
     try:
@@ -96,7 +96,7 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
     preflight.preflight(config, found, local_paths(config, model) if found else [])
 
 
-def _source(config: Config) -> Source:
+def _origin(config: Config) -> Origin:
     """What a run would read; where its model cannot be loaded here but its shapes are known, these."""
     from raywarp.planning.inputs import prepare
 
@@ -107,10 +107,10 @@ def _source(config: Config) -> Source:
         if source is None:
             raise
         return replace(source, warnings=[f"a run from here ends at once: {error}"])
-    return Source(inputs.model, read_model_config(inputs.model, config.trust_remote_code, f"model={config.model}"), inputs.longest_prompt)
+    return Origin(inputs.model, read_model_config(inputs.model, config.trust_remote_code, f"model={config.model}"), inputs.longest_prompt)
 
 
-def shapes_only(config: Config, weights: bool = False) -> Source | None:
+def shapes_only(config: Config, weights: bool = False) -> Origin | None:
     """From a config.json that is here (in a folder, or in the hub's cache), or from known_models.py; nothing is fetched.
 
     Args:
@@ -125,13 +125,13 @@ def shapes_only(config: Config, weights: bool = False) -> Source | None:
     if folder is None:
         known = known_config(model)
         notes.append(f"the config.json of {what} is not in reach: these are the shapes that it had when raywarp was written")
-        return Source(model, known, prompt, notes) if known is not None else None
+        return Origin(model, known, prompt, notes) if known is not None else None
     whole = weight_bytes(folder) > 0
     if whole and not weights:
         return None
     if not whole:
         notes.append(f"the weights of {what} are not here")
-    return Source(model, read_model_config(str(folder), config.trust_remote_code, what), prompt, notes)
+    return Origin(model, read_model_config(str(folder), config.trust_remote_code, what), prompt, notes)
 
 
 def _folder_of_config(model: str) -> Path | None:
@@ -164,7 +164,7 @@ def _offline(config: Config) -> Forecast:
             "a folder with nothing but that file will do: plan … model=FOLDER"
         )
         return Forecast(
-            config, placed, None, [Process(need, {}) for need in placed.needs], run_dtype(config.dtype, placed.uses_gpus), notes=notes
+            config, placed, None, [ProcessMemory(need, {}) for need in placed.needs], run_dtype(config.dtype, placed.uses_gpus), notes=notes
         )
     notes += source.notes
     result = forecast(config, source, placed)
@@ -172,14 +172,14 @@ def _offline(config: Config) -> Forecast:
     return Forecast(config, placed, result.shapes, result.processes, result.dtype, disk, notes=notes)
 
 
-def render(found: Forecast, console: Any) -> None:
+def print_forecast(found: Forecast, console: Any) -> None:
     """Tables of processes and of their memory, disk and traffic, and the verdict as the last line."""
     from rich.table import Table
 
     config, shapes = found.config, found.shapes
     table = Table("process", "count", "GPUs each", "CPUs each", "memory each", "on each GPU", title=f"{config.model}, {found.dtype}")
     for need in found.plan.needs:
-        host, gpu = (_sizes(found.processes, need, on_gpu) for on_gpu in (False, True))
+        host, gpu = (_memory_in_words(found.processes, need, on_gpu) for on_gpu in (False, True))
         table.add_row(need.key.replace("_", " "), str(need.count), f"{need.gpus:g}", f"{need.cpus:g}", host, gpu)
     console.print(table)
     if shapes is not None:
@@ -190,12 +190,12 @@ def render(found: Forecast, console: Any) -> None:
                     where = ", on each GPU" if process.on_gpu else ""
                     parts.add_row(process.need.key.replace("_", " ") + where, component, in_units(held))
         console.print(parts)
-    for line in (*_summary(found, shapes), *found.notes, *(f"warning: {text}" for text in found.warnings), *found.problems):
+    for line in (*_verdict(found, shapes), *found.notes, *(f"warning: {text}" for text in found.warnings), *found.problems):
         console.print(line, highlight=False, markup=False)
     console.print("it fits" if found.fits else "it does not fit", highlight=False, markup=False)
 
 
-def _sizes(processes: Sequence[Process], need: resources.Need, on_gpu: bool) -> str:
+def _memory_in_words(processes: Sequence[ProcessMemory], need: resources.Need, on_gpu: bool) -> str:
     """What one of a kind holds in memory, or on a GPU."""
     for process in processes:
         if (process.need, process.on_gpu) == (need, on_gpu):
@@ -205,7 +205,7 @@ def _sizes(processes: Sequence[Process], need: resources.Need, on_gpu: bool) -> 
     return ""
 
 
-def _summary(found: Forecast, shapes: Shapes | None) -> list[str]:
+def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
     config, lines = found.config, []
     for report in found.reports:
         gpus = f", GPUs of {', '.join(map(in_units, report.gpu_memory))}" if report.gpu_memory else ""

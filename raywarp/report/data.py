@@ -48,7 +48,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     front: dict[str, Any] = part("The front", lambda: files.record(FRONT_FILE) or {}, {})
     points = part("The front", lambda: points_of(front), list[Point]())
     geometry = part("Angles and norms", lambda: _geometry(files), Rows())
-    moments = [_seconds(event.get("time")) for event in events]
+    moments = [_timestamp(event.get("time")) for event in events]
     times: Mapping[str, Any] = part("Where the time went", lambda: files.record(TIMING_FILE) or {}, {})
     timing: Rows = times.get("iterations", [])
     chosen, mark = front.get("chosen"), part("Which sampler it had", lambda: read_mark(files.storage), None)
@@ -61,7 +61,9 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
         "front": {**front, "points": [asdict(point) for point in points]} if points else None,
         "findings": part(
             "What to look at",
-            lambda: [asdict(one) for one in [*_earlier(mark), *findings(points, chosen, _gaps(rows), _last(geometry), _effects(rows))]],
+            lambda: [
+                asdict(one) for one in [*_earlier_sampler(mark), *findings(points, chosen, _gaps(rows), _last(geometry), _effects(rows))]
+            ],
             Rows(),
         ),
         "trajectories": [{"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)} for curve in found],
@@ -75,7 +77,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
         "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store"), share), Rows()),
         "timeline": part("The time line", lambda: timeline([*rows, *_evaluation(times)], moments), None),
         "timing": timing,
-        "events": [{**_short(event), "seconds": moment} for event, moment in zip(events, moments, strict=True)],
+        "events": [{**_event_row(event), "seconds": moment} for event, moment in zip(events, moments, strict=True)],
         "config": part("The configuration", lambda: _settings(config), Rows()),
         "versions": next((event["versions"] for event in reversed(events) if isinstance(event.get("versions"), Mapping)), None),
         "missing": [
@@ -87,7 +89,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     return shown
 
 
-def _earlier(mark: Mark | None) -> list[Finding]:
+def _earlier_sampler(mark: Mark | None) -> list[Finding]:
     """What marks a run as one of an earlier sampler comes first."""
     return [Finding(mark.level, mark.title, mark.text)] if mark else []
 
@@ -127,7 +129,7 @@ def _state(
 ) -> dict[str, Any]:
     """word: finished, running, silent (it may have been killed), stopped, failed or unknown; message and when, as far as they are known."""
     times = [moment for moment in moments if moment is not None]
-    last_sign = max([*times, *(_end(row) for row in rows[-50:])], default=0.0)
+    last_sign = max([*times, *(_end_of_step(row) for row in rows[-50:])], default=0.0)
     state = {"word": "unknown", "since": times[0] if times else None, "last_sign": last_sign or None, "message": ""}
     last = next((event for event in reversed(events) if event.get("event") in ("started", "finished", "failed", "stopped")), None)
     if last is None:
@@ -138,7 +140,7 @@ def _state(
     return {**state, "word": last["event"], "message": str(last.get("message", ""))}
 
 
-def _end(row: Mapping[str, Any]) -> float:
+def _end_of_step(row: Mapping[str, Any]) -> float:
     """When a step was over, in Unix seconds; 0 where it does not say."""
     spans = row.get("spans")
     if not isinstance(spans, Mapping):
@@ -146,7 +148,7 @@ def _end(row: Mapping[str, Any]) -> float:
     return max((number(end) for own in spans.values() for _, end in own), default=0.0)
 
 
-def _seconds(time: Any) -> float | None:
+def _timestamp(time: Any) -> float | None:
     try:
         return datetime.fromisoformat(time).timestamp()
     except (TypeError, ValueError):
@@ -206,7 +208,7 @@ def _geometry(files: RunFiles) -> Rows:
     return found
 
 
-def _short(event: Mapping[str, Any]) -> dict[str, Any]:
+def _event_row(event: Mapping[str, Any]) -> dict[str, Any]:
     """An event without a stack of hundreds of lines, and without the versions, which the page shows once."""
     return {name: clip(value, MESSAGE) if isinstance(value, str) else value for name, value in event.items() if name != "versions"}
 

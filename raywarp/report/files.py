@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from raywarp.config.schema import ConfigError
-from raywarp.run.config_file import CONFIG_FILE, read_config
+from raywarp.run.config_file import CONFIG_FILE, read_saved_config
 from raywarp.run.folder import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
@@ -83,7 +83,7 @@ class RunFiles:
         data = self.storage.read(CONFIG_FILE)
         if data is None:
             return None
-        tree = read_config(data)
+        tree = read_saved_config(data)
         if tree is None:
             raise DamagedError(f"{CONFIG_FILE} is not what was written")
         return tree

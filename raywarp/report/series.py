@@ -102,7 +102,11 @@ def trajectory(curve: Curve) -> list[list[float]]:
     for cut in stretches(len(curve.steps), TRAJECTORY):
         if np.isfinite(kl[cut]).any() and np.isfinite(reward[cut]).any():
             points.append(
-                [rounded(float(np.nanmean(kl[cut]))), rounded(float(np.nanmean(reward[cut]))), round(float(curve.steps[cut].mean()), 1)]
+                [
+                    four_digits(float(np.nanmean(kl[cut]))),
+                    four_digits(float(np.nanmean(reward[cut]))),
+                    round(float(curve.steps[cut].mean()), 1),
+                ]
             )
     return points
 
@@ -124,9 +128,9 @@ def _reduce(function: Any, values: NDArray[np.float64], cuts: Sequence[slice]) -
 
 
 def _listed(values: Iterable[float]) -> list[float | None]:
-    return [None if math.isnan(value) else rounded(value) for value in values]
+    return [None if math.isnan(value) else four_digits(value) for value in values]
 
 
-def rounded(value: float) -> float:
+def four_digits(value: float) -> float:
     """Four significant digits: more than a screen shows."""
     return float(f"{value:.4g}")

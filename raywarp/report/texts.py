@@ -6,7 +6,7 @@ from typing import Any
 
 from raywarp.report.files import RunFiles
 from raywarp.report.page_json import plain, to_json
-from raywarp.report.series import Curve, number, rounded
+from raywarp.report.series import Curve, four_digits, number
 from raywarp.run.front import Point
 
 CLIPPED = 4000  # characters of one text
@@ -34,7 +34,7 @@ def sample_texts(rows: Any, points: Sequence[Point], chosen: str | None, share: 
     found = []
     for place, row in enumerate(rows):
         texts = [clip(row[name], CLIPPED) if name in row else None for name in names]
-        values = {name: [rounded(number(row[name].get(point))) for point in names] for name in _VALUES if name in row}
+        values = {name: [four_digits(number(row[name].get(point))) for point in names] for name in _VALUES if name in row}
         changed = departure(row.get("sft", ""), row.get(target, ""))
         found.append({"place": place, "prompt": clip(row["prompt"], CLIPPED), "texts": texts, "changed": changed, **values})
     return {"points": names, "target": target, "total": len(found), "rows": _within(found, share * ALL)}

@@ -25,7 +25,7 @@ from raywarp.storage.sealed import DamagedError, check_sealed, is_sealed, read_r
 Score = Callable[..., Any]
 REWARD_FILE = "reward.json"
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
-SHOWN = 200  # characters of a prompt or completion in an error
+EXCERPT = 200  # characters of a prompt or completion in an error
 _KNOWN = {"raywarp.embedded:vader": "7f7a66ec6e713b0d"}  # as it was when the module's source was hashed: the function is the same
 
 
@@ -61,7 +61,7 @@ class Reward:
         try:
             result = self.function(list(prompts), list(completions), **extra)
         except Exception as error:
-            place = _place(error, self.source)
+            place = _frame(error, self.source)
             raise self._error(f"raised {type(error).__name__}: {error}{place}; the batch begins with", prompts[0], completions[0]) from None
         return [(raw - self.mean) / self.std for raw in self._checked(result, prompts, completions)]
 
@@ -76,12 +76,12 @@ class Reward:
         for value, prompt, completion in zip(values, prompts, completions, strict=True):
             number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
             if not isinstance(number, Real) or not math.isfinite(number):
-                raise self._error(f"returned {_short(repr(value), 60)}, not a finite number, for", prompt, completion)
+                raise self._error(f"returned {_excerpt(repr(value), 60)}, not a finite number, for", prompt, completion)
             scores.append(float(number))
         return scores
 
     def _error(self, problem: str, prompt: str, completion: str) -> RewardError:
-        return RewardError(f"reward {self.name} {problem}\n  prompt: {_short(prompt)!r}\n  completion: {_short(completion)!r}")
+        return RewardError(f"reward {self.name} {problem}\n  prompt: {_excerpt(prompt)!r}\n  completion: {_excerpt(completion)!r}")
 
 
 def load_function(path: str) -> Score:
@@ -160,7 +160,7 @@ def with_template(config: RewardConfig, prompts: PromptsConfig, trust_remote_cod
     return config.model_copy(update={"template": "chat" if wanted else "none"})
 
 
-def fingerprint(config: RewardConfig) -> str:
+def reward_fingerprint(config: RewardConfig) -> str:
     """A hash of what decides a raw score: a folder's files, a hub id's commit, a function's module source and version.
 
     What standardises it (see statistics) is not in it: that may come later, from SFT completions.
@@ -237,12 +237,12 @@ def _source_file(function: Score) -> str | None:
         return None
 
 
-def _place(error: BaseException, source: str | None) -> str:
+def _frame(error: BaseException, source: str | None) -> str:
     """The file:line, in brackets, of the deepest frame in the user's own file, else of the deepest frame."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
     own = [frame for frame in frames if frame.filename == source] or frames
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
-def _short(text: str, length: int = SHOWN) -> str:
+def _excerpt(text: str, length: int = EXCERPT) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

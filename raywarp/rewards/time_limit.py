@@ -12,7 +12,7 @@ from raywarp.storage import scratch
 from raywarp.storage.locks import locked
 
 Result = TypeVar("Result")
-PREFIX = "raywarp-stuck-"
+STUCK_PREFIX = "raywarp-stuck-"
 GRACE_SECONDS = 5.0  # for the call to end after it was interrupted, before its process does
 
 
@@ -37,9 +37,9 @@ class TimeLimit:
     """
 
     def __init__(self, seconds: float | None, name: str):
-        self.seconds, self._stack = seconds, Path(tempfile.gettempdir()) / f"{PREFIX}{name}"
+        self.seconds, self._stack = seconds, Path(tempfile.gettempdir()) / f"{STUCK_PREFIX}{name}"
         self._last_words = ""
-        for path in scratch.left(PREFIX):
+        for path in scratch.left(STUCK_PREFIX):
             if not path.stat().st_size:  # of a process that was killed in a call, and not by us
                 path.unlink()
 

@@ -79,8 +79,8 @@ def train_reward(config: Config, inputs: RewardInputs | None = None, display: Di
         display.say(f"reward model: {problem}; its training starts over")
         shutil.rmtree(out / WORK / "run")
     with following(out / "metrics.jsonl", training.steps, display):
-        _fit(job, training.num_workers, use_gpu, out / WORK)
-    _publish(out)
+        _run_trainer(job, training.num_workers, use_gpu, out / WORK)
+    _move_model(out)
     return _summary(out)
 
 
@@ -99,7 +99,7 @@ def _snapshot_problem(run: Path) -> str | None:
     return next((f"{run / name} is missing" for name in named if name not in there), None)
 
 
-def _fit(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -> None:
+def _run_trainer(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -> None:
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config=job,
@@ -214,7 +214,7 @@ def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone:
     write_record(folder / REWARD_FILE, report)
 
 
-def _publish(out: Path) -> None:
+def _move_model(out: Path) -> None:
     """Move the finished model's files into their place, reward.json last: with it the folder counts as complete."""
     files = sorted((out / WORK / "model").iterdir(), key=lambda path: (path.name == REWARD_FILE, path.name == MANIFEST))
     for path in files:

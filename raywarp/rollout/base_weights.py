@@ -14,14 +14,14 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.rollout.module_names import match_names
 
 
-class CheckpointError(RuntimeError):
+class BaseWeightsError(RuntimeError):
     """An adapter does not fit the checkpoint; the message names the module."""
 
 
 Read = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-class Checkpoint:
+class BaseWeights:
     """Weights of one model; those that adapters change are kept in memory after their first use.
 
     Args:
@@ -74,7 +74,7 @@ def weight_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]
     """
     found = match_names(modules, [name.removesuffix(".weight") for name in names if name.endswith(".weight")])
     if lacking := [module for module in modules if module not in found]:
-        raise CheckpointError(f"the checkpoint has no weight for the adapted module {lacking[0]}")
+        raise BaseWeightsError(f"the checkpoint has no weight for the adapted module {lacking[0]}")
     return {module: f"{name}.weight" for module, name in found.items()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from raywarp.adapters.peft import save_peft
 from raywarp.adapters.peft_config import ADAPTER_FILE
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, zeros_like
-from raywarp.rollout.base_weights import Checkpoint
+from raywarp.rollout.base_weights import BaseWeights
 from raywarp.rollout.protocol import Adapter, RolloutError
 
 Install = Callable[[Iterable[tuple[str, Tensor]]], object]
@@ -132,7 +132,7 @@ class MergedLoader:
         install: puts weights, by name, in the place of the engine's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, install: Install):
+    def __init__(self, checkpoint: BaseWeights, install: Install):
         self.checkpoint, self.install = checkpoint, install
         self.loaded: Versions | None = ()  # what was asked for
         self._taken: list[AdapterDelta | str] = []  # what there was to take, or its digest

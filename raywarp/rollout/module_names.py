@@ -18,8 +18,8 @@ def match_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]:
     """
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
-        alike[_kind(name)].append(name)
-    best = {module: _best(module, alike[_kind(module)]) for module in modules}
+        alike[_shape_of_name(name)].append(name)
+    best = {module: _best(module, alike[_shape_of_name(module)]) for module in modules}
     found = {module: name for module, name in best.items() if name is not None}
     owners: dict[str, list[str]] = defaultdict(list)
     for module, name in found.items():
@@ -36,7 +36,7 @@ def _best(module: str, names: list[str]) -> str | None:
     return fitting[0][1]
 
 
-def _kind(name: str) -> tuple[str, ...]:
+def _shape_of_name(name: str) -> tuple[str, ...]:
     """What all names of a module have in common: its last part, and its numbers."""
     parts = name.split(".")
     return (parts[-1], *(part for part in parts if part.isdigit()))

@@ -16,10 +16,10 @@ from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request
 if TYPE_CHECKING:  # the pool judges, too, and has no torch
     from raywarp.rollout.effect_probe import Reference
 
-Scores = Sequence[Sequence[Sequence[float]]]  # for each request and each of its prompts, the log-prob of every token but the first
+TokenScores = Sequence[Sequence[Sequence[float]]]  # for each request and each of its prompts, the log-prob of every token but the first
 
 TOKENS = (256, 1024, 4096)  # scored tokens, one after another until the slope is precise
-EVERY = 25  # optimiser steps of a policy from one proof of its own adapter to the next
+PROOF_STEPS = 25  # optimiser steps of a policy from one proof of its own adapter to the next
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Proof:
     def requests(self) -> list[Request]:
         return requests(self.probe, [SFT, *self.adapters, SFT])
 
-    def examine(self, answers: Scores, worker: int) -> Effect:
+    def examine(self, answers: TokenScores, worker: int) -> Effect:
         """What the synthetic adapter does in a worker's engine: of both cases the less precise one, or that further from the trainer.
 
         Args:
@@ -64,7 +64,7 @@ def requests(probe: Probe, adapters: Sequence[Adapter]) -> list[Request]:
     return [Request(probe.sequences, [0] * len(probe.sequences), adapter) for adapter in adapters]
 
 
-def prove(sampler: Sampler, reference: Callable[[int], "Reference"], score: Callable[[Sequence[Request]], Sequence[Scores]]) -> Proof:
+def prove(sampler: Sampler, reference: Callable[[int], "Reference"], score: Callable[[Sequence[Request]], Sequence[TokenScores]]) -> Proof:
     """Compare each worker's engine with the trainer, on more and more text until the effect is known precisely.
 
     Args:

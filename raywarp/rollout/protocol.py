@@ -179,10 +179,10 @@ def join(rollouts: Sequence[Rollout], adapter: Adapter) -> list[Completion]:
     digests = adapter.digests
     for rollout in rollouts:
         if rollout.digests != digests:
-            held, meant = _short(rollout.digests), _short(digests)
+            held, meant = _short_digests(rollout.digests), _short_digests(digests)
             raise RolloutError(f"rollout worker {rollout.worker} sampled from adapter version {held} instead of {meant}")
     return [completion for rollout in rollouts for completion in rollout.completions]
 
 
-def _short(digests: Sequence[str]) -> str:
+def _short_digests(digests: Sequence[str]) -> str:
     return "+".join(d[:8] for d in digests) or "none"

@@ -17,11 +17,11 @@ from torch import Tensor
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.data.completion import Completion
 from raywarp.data.models import load_model
-from raywarp.model.backbone import find_head, keep_layers_unscaled, set_attention
+from raywarp.model.backbone import choose_and_set_attention, find_head, keep_layers_unscaled
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.probe import close, probe
-from raywarp.rollout.base_weights import Checkpoint
+from raywarp.rollout.base_weights import BaseWeights
 from raywarp.rollout.engine import EngineSettings, Loader, adapter_mode
 from raywarp.rollout.loaders import MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Adapter, Request
@@ -48,13 +48,13 @@ class TransformersEngine:
         self.layers: dict[str, AdaptedLinear] = {}
         self.loader: Loader = UnmergedLoader(self._take)
         if self.adapter_mode == "merged":
-            self.loader = MergedLoader(Checkpoint(self.parameters.items, getattr(torch, settings.dtype)), self._install)
+            self.loader = MergedLoader(BaseWeights(self.parameters.items, getattr(torch, settings.dtype)), self._install)
         declared = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         self.end = set() if settings.rollout.ignore_eos else declared
         self._passes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         keep_layers_unscaled(self.model)
         self._lengths = Lengths(self.model)
-        set_attention(self.model, settings.model, find_head(self.model, self._lengths), self._lengths)
+        choose_and_set_attention(self.model, settings.model, find_head(self.model, self._lengths), self._lengths)
         self.cached = self._may_cache()
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:

@@ -37,7 +37,7 @@ class Pass:
 PASS = Pass()
 
 
-class Stack(NamedTuple):
+class SideBySide(NamedTuple):
     """Adapters of a layer side by side.
 
     A: (R, d_in). B: (d_out, R). slots: (R,) the adapter that each column of B belongs to.
@@ -74,8 +74,8 @@ class Product:
         self.dtype, self.packed = weight.dtype, pack(weight)
         self.signatures = row_signatures(weight)
         self.shares: dict[str, Share] = {}
-        self.stacks: dict[int, Stack] = {}
-        self.mixed: Stack | None = None
+        self.stacks: dict[int, SideBySide] = {}
+        self.mixed: SideBySide | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(n, d_out) from (n, d_in). `weight` is what the engine has kept of its own: nothing."""
@@ -119,10 +119,10 @@ class Product:
             A, B = torch.cat([stack.A for stack in own]), torch.cat([stack.B for stack in own], 1)
             self.mixed = self._stacked(A, B, torch.cat([stack.slots for stack in own]))
 
-    def _stacked(self, A: Tensor, B: Tensor, slots: Tensor) -> Stack:
-        return Stack(A, B, slots, self.multiply(A), self.multiply(B))
+    def _stacked(self, A: Tensor, B: Tensor, slots: Tensor) -> SideBySide:
+        return SideBySide(A, B, slots, self.multiply(A), self.multiply(B))
 
-    def _stack(self, slot: int, factors: Mapping[str, Factors]) -> Stack | None:
+    def _stack(self, slot: int, factors: Mapping[str, Factors]) -> SideBySide | None:
         """The modules that share this layer, as one pair: B is zero outside each module's own rows."""
         shares = [(share, factors[module]) for module, share in self.shares.items() if module in factors and factors[module].rank]
         if not shares:

@@ -15,7 +15,7 @@ from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import ConfigError
 from raywarp.data.completion import Completion
-from raywarp.rollout.base_weights import Checkpoint, CheckpointError, checkpoint_files, read_files, weight_names
+from raywarp.rollout.base_weights import BaseWeights, BaseWeightsError, checkpoint_files, read_files, weight_names
 from raywarp.rollout.engine import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
@@ -49,7 +49,7 @@ class VllmEngine:
             self.llm: Any = LLM(**self._arguments())
             self._try_out()
         except refusals as error:
-            scratch.release(self.folder)
+            scratch.remove(self.folder)
             raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
         self._known: set[str] = set()  # adapted modules that have been found among the engine's layers
@@ -108,7 +108,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine's processes, which leave shared memory behind if they are killed, and take its files away."""
-        scratch.release(self.folder)  # first: a stop that takes too long is cut short
+        scratch.remove(self.folder)  # first: a stop that takes too long is cut short
         segments = _shared_memory_of([worker.proc.pid for worker in getattr(self.llm.llm_engine.model_executor, "workers", [])])
         self.llm.llm_engine.engine_core.shutdown()
         for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
@@ -139,7 +139,7 @@ class VllmEngine:
             return UnmergedLoader(self._take)
         if self.adapter_mode == "lora":
             return LoraLoader(self.llm, self._lora_names, self.folder, zero=not self.settings.gpu)
-        return MergedLoader(Checkpoint(self._read, getattr(torch, self.settings.dtype)), self._install)
+        return MergedLoader(BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install)
 
     def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
         """Give the model's layers these adapters in the place of those before; returns what they took."""
@@ -172,7 +172,7 @@ class VllmEngine:
             pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
             (found, *_) = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
             if lacking := [module for module in new if module not in found]:
-                raise CheckpointError(f"vLLM's LoRA has no module for {lacking[0]}")
+                raise BaseWeightsError(f"vLLM's LoRA has no module for {lacking[0]}")
             self._names |= found
         return {module: self._names[module] for module in modules}
 

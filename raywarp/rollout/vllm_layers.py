@@ -33,7 +33,7 @@ class AdaptedWorker:
             model.register_forward_pre_hook(self._begin_pass)
         found = {module: torch.zeros(rows.d_out, dtype=torch.bool) for module, rows in modules.items()}
         for name, layer in self.products.items():
-            layer.find({module: rows for module, rows in modules.items() if _numbers(module) == _numbers(name)}, self.rank)
+            layer.find({module: rows for module, rows in modules.items() if _block_numbers(module) == _block_numbers(name)}, self.rank)
             for module, share in layer.shares.items():
                 found[module][share.theirs] = True
         return found
@@ -76,7 +76,7 @@ def _is_adaptable(layer: Any) -> bool:
     return isinstance(getattr(layer, "cpu_linear", None), Product)
 
 
-def _numbers(name: str) -> list[str]:
+def _block_numbers(name: str) -> list[str]:
     """Those of a module's path: its block, above all, which is called by the same number everywhere."""
     return re.findall(r"(?<=\.)\d+(?=\.)", name)
 

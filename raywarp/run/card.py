@@ -44,7 +44,7 @@ def card(config: Config, points: Sequence[Point], chosen: Point, rank: int, modu
     ]
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
-        f"# {_plain(_short(base or config.model))} aligned with WARP",
+        f"# {_flat(_model_name(base or config.model))} aligned with WARP",
         textwrap.fill(" ".join(about), 110, break_long_words=False, break_on_hyphens=False),
         "## The front",
         _front(config, points, chosen),
@@ -89,8 +89,8 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
     rows = [
         ("base", _code(config.model)),
         ("prompts", _code(config.prompts.dataset)),
-        ("reward", _reward(config.reward)),
-        *([("control score, which training never saw", _reward(config.control))] if config.control else []),
+        ("reward", _reward_name(config.reward)),
+        *([("control score, which training never saw", _reward_name(config.control))] if config.control else []),
         ("adapter", f"rank {rank} on {', '.join(map(_code, names))}; each policy had rank {config.lora.rank}"),
         ("WARP", f"EMA rate {warp.ema_rate:g}, LITI rate {warp.liti_rate:g}, KL coefficient {warp.kl_coef:g}, advantage {warp.advantage}"),
         ("optimiser", f"AdamW, learning rate {optim.lr:g}, {optim.batch_size} completions a step"),
@@ -100,7 +100,7 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
     return rows
 
 
-def _reward(reward: RewardConfig) -> str:
+def _reward_name(reward: RewardConfig) -> str:
     return f"function {_code(reward.function)}" if reward.function else f"model {_code(reward.model or '')}"
 
 
@@ -139,12 +139,12 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{_plain(text).replace('`', chr(39))}`"
+    return f"`{_flat(text).replace('`', chr(39))}`"
 
 
-def _plain(text: str) -> str:
+def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def _short(model: str) -> str:
+def _model_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2]

@@ -28,7 +28,7 @@ def saved_form(config: Config) -> str:
     return f"{_CHECKSUM}{_sha256(text)}\n{text}"
 
 
-def read_config(data: bytes) -> dict[str, Any] | None:
+def read_saved_config(data: bytes) -> dict[str, Any] | None:
     """A saved configuration, from its file's content; None if it is damaged."""
     try:
         text = data.decode()

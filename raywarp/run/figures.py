@@ -88,11 +88,11 @@ def print_samples(console: Console, rows: Sequence[dict[str, Any]], columns: Seq
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(_plain(row[key]) for key in ("prompt", *columns)))
+        table.add_row(*(_one_line(row[key]) for key in ("prompt", *columns)))
     console.print(table)
 
 
-def _plain(text: str) -> str:
+def _one_line(text: str) -> str:
     """One line, nothing that a terminal or rich would interpret."""
     printable = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return printable.replace("[", "\\[")

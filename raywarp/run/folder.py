@@ -14,7 +14,7 @@ from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config, ConfigError
-from raywarp.run.config_file import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_config, saved_form
+from raywarp.run.config_file import CONFIG_FILE, SAMPLER_VERSION, differing_keys, read_saved_config, saved_form
 from raywarp.run.sampler_mark import Mark, sampler_mark
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
@@ -85,7 +85,7 @@ class Run:
         if ours and (mark := read_mark(Storage(folder))):
             raise ConfigError(f"out={config.out} cannot be continued: {mark.reason}; choose another out, or delete the folder")
         if saved.is_file():
-            theirs = read_config(saved.read_bytes())
+            theirs = read_saved_config(saved.read_bytes())
             if theirs is None and not ours:
                 raise ConfigError(f"{saved} cannot be read; choose another out, or delete the folder")
             if theirs is None:

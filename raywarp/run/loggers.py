@@ -74,7 +74,7 @@ class Loggers:
 
     def finish(self, run: Run) -> None:
         """The front with its picture, the texts of its points, and the chosen adapter, of a run that has them."""
-        front, samples = front_rows(run), sample_rows(run)
+        front, samples = front_rows(run), text_rows(run)
         self._each(lambda sink: sink.finish(run, front, samples))
 
     def _each(self, tell: Callable[[Any], None]) -> None:
@@ -112,7 +112,7 @@ def front_rows(run: Run) -> list[dict[str, Any]]:
     return [{**point, "chosen": point["name"] == front["chosen"]} for point in front["points"]]
 
 
-def sample_rows(run: Run) -> list[dict[str, Any]]:
+def text_rows(run: Run) -> list[dict[str, Any]]:
     """A row per prompt and point: the text, and its own reward, KL and control score (where there is one)."""
     points = [point["name"] for point in run.front()["points"]]
     return [

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raywarp.run.config_file import SAMPLER_VERSION, read_config, saved_sampler
+from raywarp.run.config_file import SAMPLER_VERSION, read_saved_config, saved_sampler
 from raywarp.storage import sealed
 from raywarp.storage.sealed import DamagedError
 
@@ -63,16 +63,16 @@ def sampler_mark(config: bytes | None, front: bytes | None, events: bytes | None
 
     What is damaged says nothing. Where nothing is left that could say it, there is no mark: no policy of such a run is taken anyway.
     """
-    tree, record = read_config(config or b"") or {}, _record(front)
+    tree, record = read_saved_config(config or b"") or {}, _record(front)
     starts = [row for row in sealed.parse_jsonl(events or b"") if row.get("event") == "started"]
     said = [saved_sampler(config) if config and tree else None, *(row.get("sampler") for row in (record, *starts))]
     known = [version for version in said if isinstance(version, int)]
     if (known and min(known) >= SAMPLER_VERSION) or not (known or tree or record or starts):
         return None
-    return _earlier(record.get("numerics") or {}, tree)
+    return _mark(record.get("numerics") or {}, tree)
 
 
-def _earlier(numerics: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Mark:
+def _mark(numerics: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Mark:
     dtypes = {found.get("dtype") for found in numerics.values()} or {config.get("dtype")}
     adapters = {found.get("adapter") for found in numerics.values()}
     if dtypes == {"float32"}:

@@ -11,7 +11,7 @@ from pathlib import Path
 from raywarp.config.schema import ConfigError
 
 ENDING_SECONDS = 30.0  # in which a command that was told to stop saves what it has
-POLL_SECONDS = 0.1
+LOCK_POLL_SECONDS = 0.1
 
 
 def lock(path: Path) -> int:
@@ -69,7 +69,7 @@ def writable(key: str, place: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+def exclusive(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """In the body no other command of this machine is at work in the folder of `out`, which is `made`; yields whether one was just
     before. Where a file system cannot lock folders (NFS), nobody is kept out.
 
@@ -99,6 +99,6 @@ def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None,
                 deadline = time.monotonic() + ENDING_SECONDS
             if time.monotonic() > deadline:
                 raise ConfigError(f"another command is at work in {folder}; stop it or wait for its end, or choose another out") from None
-            time.sleep(POLL_SECONDS)
+            time.sleep(LOCK_POLL_SECONDS)
         except OSError:
             return None, deadline is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
 
-EVERY = 5.0  # seconds between looks at files that grow
+LOOK_SECONDS = 5.0  # seconds between looks at files that grow
 SHARE = 0.05  # of the driver's time at most goes into that
 
 
@@ -41,7 +41,7 @@ class Mirror:
         for path in sorted(changed, key=lambda path: (path.name == MANIFEST, path)):
             self.storage.put(path, path.relative_to(self.folder).as_posix())
             self._known[path] = versions[path]
-        self._next = time.monotonic() + max(EVERY, (time.monotonic() - start) / SHARE)
+        self._next = time.monotonic() + max(LOOK_SECONDS, (time.monotonic() - start) / SHARE)
 
     def push_now_and_then(self) -> None:
         """`push`, unless the last one was a moment ago."""

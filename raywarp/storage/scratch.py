@@ -24,7 +24,7 @@ def claim() -> Path:
     return folder
 
 
-def release(folder: Path) -> None:
+def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if folder in _held:
         os.close(_held.pop(folder))

@@ -94,7 +94,7 @@ def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]
     places = pareto([(point.kl, point.reward) for _, point in every])
     optimal = [(every[n][0], every[n][1].eta or 0.0) for n in places if every[n][1].eta]
     asked, executed = sum(len(o.policies) for o in outcomes), len(trained)
-    return Sweep(rank(outcomes, objectives), objectives, optimal, asked, executed, _seconds(plan.store, trained))
+    return Sweep(rank(outcomes, objectives), objectives, optimal, asked, executed, _mean_seconds(plan.store, trained))
 
 
 def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome]:
@@ -233,7 +233,7 @@ def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _seconds(place: str, keys: set[str]) -> float:
+def _mean_seconds(place: str, keys: set[str]) -> float:
     """Of a policy run on average: its updates, and its rollouts where they were waited for."""
     spent, storage = [], Storage(place)
     for key in sorted(keys):

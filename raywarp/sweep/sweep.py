@@ -15,14 +15,14 @@ from raywarp.cluster import placement_groups, resources, runtime
 from raywarp.cluster.claims import Table
 from raywarp.cluster.runtime import start_ray, stoppable
 from raywarp.config.schema import Config, ConfigError
-from raywarp.config.search import DIRECTIONS, Point, SearchSpace, encode, search_space
+from raywarp.config.search import DIRECTIONS, SearchSpace, Values, choice_texts, search_space
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster, opening
 from raywarp.run.display import Display
 from raywarp.run.folder import Run, read_mark
 from raywarp.storage import scratch
 from raywarp.storage.location import Storage
-from raywarp.storage.locks import alone
+from raywarp.storage.locks import exclusive
 from raywarp.sweep.callback import TrialListener, callback
 from raywarp.sweep.files import SweepFiles
 from raywarp.sweep.loggers import SweepLoggers
@@ -53,14 +53,14 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     run = Run.open(config, display.say)
     files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
     _refuse_earlier(files)
-    with alone(config.out, run.folder, display.say):
+    with exclusive(config.out, run.folder, display.say):
         start_ray()
-        plan, concurrent = _plan(space, files)
+        plan, concurrent = _plan_sweep(space, files)
         check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
         run.save_config(config)
         display.progress(opening(space, concurrent))
         with run.mirrored():
-            points = _fit(plan, run, concurrent, display)
+            points = _run_trials(plan, run, concurrent, display)
             placement_groups.take_back()
             sweep = conclude(plan, files, points)
             save_sweep(sweep, plan, run)
@@ -86,7 +86,7 @@ def check_inputs(space: SearchSpace) -> Inputs:
     return first
 
 
-def _plan(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
+def _plan_sweep(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
     """What the trials have in common, and how many of them run at the same time.
 
     All of them get the same number of actors, so that the next one never finds less room than it counted on, and of threads, on which
@@ -106,14 +106,14 @@ def _absolute(place: str | None) -> str | None:
     return os.path.abspath(place) if place is not None and "://" not in place else place
 
 
-def _fit(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[Point]:
+def _run_trials(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[Values]:
     """Have all trials done by Ray Tune; returns their values, in the order in which they were made.
 
     Nothing that Tune stores is ever read again: its files lie in a temporary folder.
     """
     with contextlib.ExitStack() as stack:
         folder = scratch.claim()
-        stack.callback(scratch.release, folder)
+        stack.callback(scratch.remove, folder)
         stack.enter_context(_environment(_SETTINGS))
         from ray import tune as ray_tune
 
@@ -164,7 +164,7 @@ def _optuna(space: SearchSpace, concurrent: int) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     kinds: dict[str, Callable[[Any], Any]] = {
-        "choice": lambda domain: CategoricalDistribution(encode(domain)),
+        "choice": lambda domain: CategoricalDistribution(choice_texts(domain)),
         "uniform": lambda domain: FloatDistribution(domain.uniform[0], domain.uniform[1]),
         "loguniform": lambda domain: FloatDistribution(domain.loguniform[0], domain.loguniform[1], log=True),
         "randint": lambda domain: IntDistribution(domain.randint[0], domain.randint[1] - 1),

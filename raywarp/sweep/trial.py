@@ -164,13 +164,13 @@ class Trial(Trainable):
         found = self.files.numerics(self.numerics_key)
         return key_chain(self.own, found) if found is not None else None
 
-    def _stage(self, wanted: int) -> warp.Stage:
+    def _stage(self, wanted: int) -> warp.IterationState:
         while True:
             if self.stages is None:
                 self._wait_for_others()
                 self.stages = warp.stages(self.own, self.inputs, self.display, self.claims)
             try:
-                stage: warp.Stage
+                stage: warp.IterationState
                 for stage in self.stages:
                     if stage.iteration == 0:
                         self.files.save_numerics(self.numerics_key, stage.determinants)
@@ -197,7 +197,7 @@ class Trial(Trainable):
             self.record.trained += new
             self.files.save_record(self.name, self.record)
 
-    def _measured(self, stage: warp.Stage) -> dict[str, Any]:
+    def _measured(self, stage: warp.IterationState) -> dict[str, Any]:
         keys = list(stage.keys[stage.iteration - 1])
         front = front_key(self.own, self.inputs.evaluation, keys)
         last = stage.iteration == self.own.warp.iterations
@@ -224,7 +224,7 @@ class Trial(Trainable):
             return None
         return sealed.read_jsonl(folder / "front.jsonl") if folder else None
 
-    def _measure_front(self, stage: warp.Stage, key: str) -> list[dict[str, Any]]:
+    def _measure_front(self, stage: warp.IterationState, key: str) -> list[dict[str, Any]]:
         candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         with self.display.evaluation(len(wanted)) as done:

@@ -49,7 +49,7 @@ REAL = Kinds()
 
 
 @dataclass(eq=False)
-class Place:
+class ActorSlot:
     """A policy actor's place: its placement group, which Ray moves to another node when it loses one, and whoever is in it now.
 
     Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
@@ -149,7 +149,7 @@ class Actors:
         )
         self.groups: dict[str, list[PlacementGroup | None]] = {}
         self.made: list[Any] = []
-        self.places: list[Place] = []
+        self.places: list[ActorSlot] = []
         self.worker_names: list[str] = []
 
     def workers(self) -> list[Any]:
@@ -178,7 +178,7 @@ class Actors:
         options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here, "name": name}
         return self._make(self.kinds.pool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
 
-    def policies(self) -> list[Place]:
+    def policies(self) -> list[ActorSlot]:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
         arguments = (self.config, self.model, self.dtype, self.plan.threads)
 
@@ -190,7 +190,7 @@ class Actors:
             return make
 
         again = partial(self._ask_again, "policy")
-        self.places = [Place(f"policy actor {n}", maker(n), group, partial(again, n - 1)) for n, group in enumerate(groups, 1)]
+        self.places = [ActorSlot(f"policy actor {n}", maker(n), group, partial(again, n - 1)) for n, group in enumerate(groups, 1)]
         for place in self.places:
             place.renew()
         return self.places

@@ -13,14 +13,14 @@ from raywarp.cluster.faults import Failures, FaultError
 from raywarp.config.schema import Config
 from raywarp.run.policy_files import Job
 from raywarp.storage.sealed import StoreError
-from raywarp.training.actors import Place
+from raywarp.training.actors import ActorSlot
 from raywarp.training.policy_actor import task_name
 
 TICK = 0.25  # seconds between two looks at everything but the policies' events
 
 
 @dataclass
-class Course:
+class PolicyProgress:
     """How far one policy has come.
 
     step, furthest: finished steps, now and ever. resumed: the step of the checkpoint that it went on from. lost_at, lost_step: when it
@@ -41,7 +41,7 @@ class Course:
 class Stream:
     """Jobs that were given to an actor, and what it tells of them. heard: it has begun."""
 
-    place: Place
+    place: ActorSlot
     jobs: list[Job]
     events: Any
     since: float = field(default_factory=time.monotonic)
@@ -52,7 +52,7 @@ class Stream:
 class Lost:
     """Jobs whose actor is to be made anew, and when; where its node is gone, as soon as Ray has noticed, but not later than `latest`."""
 
-    place: Place
+    place: ActorSlot
     jobs: list[Job]
     due: float
     latest: float
@@ -71,11 +71,11 @@ class FineTuning:
         tick: looks after everything but the policy actors, and raises what ends the run; returns whether any of that is at work.
     """
 
-    def __init__(self, config: Config, places: Sequence[Place], work: Sequence[Any], tick: Callable[[], bool], report: health.Report):
+    def __init__(self, config: Config, places: Sequence[ActorSlot], work: Sequence[Any], tick: Callable[[], bool], report: health.Report):
         self.config, self.places, self.work, self.tick, self.report = config, places, work, tick, report
         self.streams: list[Stream] = []
         self.waiting: list[Lost] = []
-        self.courses: dict[str, Course] = {}
+        self.courses: dict[str, PolicyProgress] = {}
         self.saved: set[str] = set()
         self.rows: list[dict[str, Any]] = []
         self.trainers = 0
@@ -88,7 +88,7 @@ class FineTuning:
             FaultError: a policy failed more than cluster.max_failures times without getting on.
             Stopped, and whatever a job raised: after a checkpoint of every policy.
         """
-        self.courses = {job.key: Course(job, Failures(self.config.cluster.max_failures)) for job in jobs}
+        self.courses = {job.key: PolicyProgress(job, Failures(self.config.cluster.max_failures)) for job in jobs}
         for slot, place in enumerate(self.places):
             if own := list(jobs[slot :: len(self.places)]):
                 self._give(place, own)
@@ -102,7 +102,7 @@ class FineTuning:
             self._save(isinstance(error, KeyboardInterrupt) or runtime.is_requested())
             raise
 
-    def _give(self, place: Place, jobs: list[Job]) -> None:
+    def _give(self, place: ActorSlot, jobs: list[Job]) -> None:
         events = place.actor.fine_tune.options(num_returns="streaming", name=task_name(jobs)).remote(jobs, *self.work)
         self.streams.append(Stream(place, jobs, events))
 
@@ -158,7 +158,7 @@ class FineTuning:
             self.report("recovered", what="policy", **course.job.label, step=course.step, seconds_lost=seconds)
             course.lost_at = None
 
-    def _lost(self, place: Place, error: RayError) -> None:
+    def _lost(self, place: ActorSlot, error: RayError) -> None:
         """The actor, or its work, is gone: say so for every policy that it had, and make it anew after a pause."""
         cause = place.cause(error)
         ours = [stream for stream in self.streams if stream.place is place]
@@ -206,7 +206,7 @@ class FineTuning:
             stream.place.give_up()
         self.standstill.over()
 
-    def _report_hang(self, place: Place, course: Course, text: str) -> None:
+    def _report_hang(self, place: ActorSlot, course: PolicyProgress, text: str) -> None:
         if not course.done:
             self.report("hang", what=place.name, **course.job.label, step=course.step, cause=faults.HANG, message=text)
 
@@ -225,11 +225,11 @@ class FineTuning:
             )
         self._give(target, stream.jobs)
 
-    def _load(self, place: Place) -> int:
+    def _load(self, place: ActorSlot) -> int:
         """Policies that an actor still has to train."""
         return sum(not self.courses[job.key].done for stream in self.streams if stream.place is place for job in stream.jobs)
 
-    def _given_up(self, course: Course, cause: str, text: str) -> str:
+    def _given_up(self, course: PolicyProgress, cause: str, text: str) -> str:
         job, optim = course.job, self.config.optim
         hint = ""
         if cause == faults.OUT_OF_MEMORY:
@@ -267,7 +267,7 @@ class FineTuning:
         for course, line in zip(open_jobs, lines, strict=True):
             self.report("saved", **course.job.label, step=course.step, message=line)
 
-    def _saved_line(self, course: Course, saved: bool) -> str:
+    def _saved_line(self, course: PolicyProgress, saved: bool) -> str:
         name = f"iteration {course.job.iteration} policy {course.job.index}"
         every = self.config.checkpoint_every
         return (
@@ -277,7 +277,7 @@ class FineTuning:
         )
 
 
-def hang_of(place: Place, hang_seconds: float) -> str:
+def hang_of(place: ActorSlot, hang_seconds: float) -> str:
     """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty where it does not hang."""
     try:
         process = place.poll()

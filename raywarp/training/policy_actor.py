@@ -26,7 +26,7 @@ from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import effect
-from raywarp.rollout.proof import EVERY, Proof, requests
+from raywarp.rollout.proof import PROOF_STEPS, Proof, requests
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
 from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take s
     from raywarp.model.policy import Policy
     from raywarp.rollout.effect_probe import Reference
 
-STOP_POLL = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
+STOP_SECONDS = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
 
 
 def task_name(jobs: Sequence[Job]) -> str:
@@ -170,7 +170,7 @@ class PolicyActor:
                         yield {"event": "stopped", **progress.job.label, "step": progress.policy.step}
                     return
                 self.working_since = None
-                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_POLL)
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_SECONDS)
                 self.working_since = time.monotonic()
                 if not ready:
                     continue
@@ -265,7 +265,7 @@ class PolicyActor:
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
         progress.probed = None
-        if self.proof and step and step % EVERY == 0:
+        if self.proof and step and step % PROOF_STEPS == 0:
             progress.probed = pool.logprobs.remote(requests(self.proof.probe, [SFT, progress.adapter]))
         scores = reward.submit(progress.prompts, progress.rollouts)
         progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()

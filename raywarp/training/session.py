@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
-from raywarp.cluster.health import Helper, PoolHelper, Report
+from raywarp.cluster.health import Report, SupervisedActor, SupervisedPool
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
@@ -25,7 +25,7 @@ from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof, prove
 from raywarp.rollout.protocol import AdapterPart, Request
 from raywarp.run.policy_files import Job
-from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds, Place
+from raywarp.training.actors import REAL, REWARD_TITLES, Actors, ActorSlot, Kinds
 from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.training.timing import Timing, measure
 
@@ -74,9 +74,9 @@ class Session:
         self.timing: Timing | None = None
         self._free_before: dict[str, float] = {}
         self._actors: Actors | None = None
-        self._helpers: list[Helper] = []
+        self._helpers: list[SupervisedActor] = []
         self._failures = Failures(config.cluster.max_failures)
-        self.policies: list[Place] = []
+        self.policies: list[ActorSlot] = []
         self.workers: list[Any] = []
         self.pool: Any = None
         self.reward: Any = None
@@ -159,14 +159,14 @@ class Session:
                 self._failures.progressed()
                 return result
 
-    def present(self) -> list[Place]:
+    def present(self) -> list[ActorSlot]:
         """The policy actors; one that was given up for want of room comes back once there is some."""
         for place in self.policies:
             if place.gone and placement_groups.is_found(place.group):
                 place.renew()
         return [place for place in self.policies if not place.gone]
 
-    def next_policy(self) -> Place:
+    def next_policy(self) -> ActorSlot:
         """They take turns."""
         place = self.present()[0]
         self.policies.remove(place)
@@ -251,10 +251,12 @@ class Session:
         rooms, most = actors.groups, config.cluster.max_failures
         places = rooms["rollout"]
         self._helpers = [
-            PoolHelper("rollout pool", self.pool, hang, self.report, most, places, wait, workers=self.workers, again=actors.worker_again)
+            SupervisedPool(
+                "rollout pool", self.pool, hang, self.report, most, places, wait, workers=self.workers, again=actors.worker_again
+            )
         ]
         for name, scorer, group in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
-            self._helpers.append(Helper(name, scorer, hang, self.report, most, [group], wait))
+            self._helpers.append(SupervisedActor(name, scorer, hang, self.report, most, [group], wait))
         if self._proves:
             self.examine_workers()
 
@@ -338,7 +340,7 @@ class Session:
 
     def _living_workers(self) -> list[Any]:
         """Without those for which there is no room since a loss."""
-        down = next((helper.down for helper in self._helpers if isinstance(helper, PoolHelper)), {})
+        down = next((helper.down for helper in self._helpers if isinstance(helper, SupervisedPool)), {})
         return [worker for index, worker in enumerate(self.workers) if index not in down]
 
 
