@@ -39,7 +39,7 @@ from transformers import AutoModelForSequenceClassification
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
-from raywarp.cluster import faults, health
+from raywarp.cluster import faults, health, supervisor
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.config.schema import RewardConfig, parse_config
@@ -450,7 +450,7 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(ray_cluster: Any
 def test_the_same_number_on_another_node_is_a_new_process(ray_cluster: Any) -> None:
     """Every container counts its processes from 1."""
     told: list[tuple[str, Any]] = []
-    helper = health.SupervisedActor("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
+    helper = supervisor.SupervisedActor("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
     answers = iter([health.Process(212, "first", done=3), health.Process(212, "second", done=1)])
     helper.pulse = health.Pulse(lambda: ray_cluster.put(next(answers)))
     for _ in range(2):
@@ -462,7 +462,7 @@ def test_the_same_number_on_another_node_is_a_new_process(ray_cluster: Any) -> N
 def test_a_process_that_answers_again_was_only_out_of_reach(ray_cluster: Any) -> None:
     """A connection breaks, and Ray makes another one: it is back, its standstill counts, and its death is told when it comes."""
     told: list[tuple[str, Any]] = []
-    helper = health.SupervisedActor("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
+    helper = supervisor.SupervisedActor("reward worker", None, 10, lambda event, **details: told.append((event, details.get("cause"))))
     node, lost = ray_cluster.get_runtime_context().get_node_id(), ActorUnavailableError("Socket closed", None)
     first, second = health.Process(7, node, done=3), health.Process(8, node, done=1)
     answers: Iterator[Any] = iter([first, lost, first, first, lost, second])
@@ -491,7 +491,7 @@ def test_a_rollout_worker_that_loads_does_not_hang(ray_cluster: Any) -> None:
     told: list[str] = []
     settings = EngineSettings("nowhere", "float32", 16, 8, parse_config({}).rollout, gpu=False)
     worker = ray_cluster.remote(concurrency_groups={health.GROUP: 1})(Slow).options(num_cpus=0).remote(settings)
-    helper = health.SupervisedPool("rollout pool", None, 10, lambda event, **details: told.append(details["message"]), workers=[worker])
+    helper = supervisor.SupervisedPool("rollout pool", None, 10, lambda event, **details: told.append(details["message"]), workers=[worker])
     in_flight = iter([9.0, 11.0, health.START_SECONDS + 1])
     helper.pulse.poll = lambda: PoolHealth(health.Process(7, "node"), {0: next(in_flight)}, {}, [])  # type: ignore[method-assign]
     call = worker.generate.remote([])

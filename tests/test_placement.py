@@ -10,10 +10,10 @@ import pytest
 from killing import Patience
 from ray.util.placement_group import placement_group, placement_group_table
 
-from raywarp.cluster import health, placement_groups, resources
+from raywarp.cluster import health, placement_groups, resources, supervisor
+from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config, ConfigError, parse_config
 from raywarp.rewards.actor import RewardActor
-from raywarp.training.actors import ActorSlot
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float) -> resources.Plan:
@@ -133,7 +133,7 @@ def helped(need: resources.Need) -> None:
     kind = resources.ray.remote(concurrency_groups={health.GROUP: 1})(RewardActor)
     worker = kind.options(**placement_groups.options(need, group)).remote(None, False, None, "reward worker")
     resources.ray.kill(worker)
-    helper = health.SupervisedActor("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
+    helper = supervisor.SupervisedActor("reward worker", worker, 60, report=lambda event, **details: None, groups=[group])
     patience = Patience(30)
     while placement_group_table(group)["state"] != "CREATED":
         helper.check()

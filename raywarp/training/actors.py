@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp.cluster import faults, health, placement_groups, resources
+from raywarp.cluster import health, placement_groups, resources
+from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config
 from raywarp.model.device import cpu_environment
 from raywarp.rewards.actor import RewardActor
@@ -46,84 +46,6 @@ class Kinds:
 
 
 REAL = Kinds()
-
-
-@dataclass(eq=False)
-class ActorSlot:
-    """A policy actor's place: its placement group, which Ray moves to another node when it loses one, and whoever is in it now.
-
-    Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
-
-    hung: it was killed because it did not get on. gone: it was given up, for want of room. process: what it last said of itself.
-    at_work: whether it was, when it was last heard; a new one is.
-    """
-
-    name: str
-    make: Callable[[PlacementGroup | None], Any]
-    group: PlacementGroup | None
-    ask_again: Callable[[], PlacementGroup | None]
-    actor: Any = None
-    pulse: health.Pulse = field(init=False)
-    hung: bool = False
-    gone: bool = False
-    at_work: bool = True
-    process: health.Process | None = None
-
-    def poll(self) -> health.Process | None:
-        """See Pulse.poll."""
-        try:
-            answer: health.Process | None = self.pulse.poll()
-        except RayError:
-            self.at_work = False
-            raise
-        if answer:
-            self.process, self.at_work = answer, answer.busy
-        return answer
-
-    def give_up(self) -> None:
-        """Kill it since it does not get on; whoever waits for its work hears of its death."""
-        self.hung, self.at_work = True, False
-        self.kill()
-        self.pulse.forget(health.DEATH_SECONDS)
-
-    def cause(self, death: RayError) -> str:
-        """What its actor died of."""
-        return faults.HANG if self.hung else health.cause_of_death(faults.kind_of(death), self.process)
-
-    def has_ground(self) -> bool:
-        """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""
-        return not faults.unnoticed(placement_groups.node_of(self.group))
-
-    def await_room(self, deadline: float) -> bool:
-        """Whether there is a living node for a new actor, after a wait until then at most."""
-        while not (found := placement_groups.has_node(self.group)) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        return found
-
-    def renew(self) -> None:
-        """A new actor, after an end to the one before, whatever has become of that."""
-        self.kill()
-        self.actor, self.hung, self.gone, self.process, self.at_work = self.make(self.group), False, False, None, True
-        actor = self.actor
-        self.pulse = health.Pulse(lambda: actor.pulse.remote())
-
-    def leave(self) -> None:
-        """There is no room for it; `renew` lets it come back when its group has a node again."""
-        self.gone = True
-        self.kill()
-        self.group = self.ask_again()
-
-    def no_room(self, seconds: float) -> faults.FaultError:
-        """Of a run that can't go on without it."""
-        return faults.FaultError(
-            f"{self.name} has waited {seconds:.0f} s for {self.group.bundle_specs if self.group else {}} after a loss: "
-            f"{placement_groups.lack()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
-        )
-
-    def kill(self) -> None:
-        if self.actor is not None:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(self.actor)
 
 
 class Actors:

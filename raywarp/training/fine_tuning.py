@@ -10,10 +10,10 @@ from ray.exceptions import RayError
 
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
+from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config
 from raywarp.run.policy_files import Job
 from raywarp.storage.sealed import StoreError
-from raywarp.training.actors import ActorSlot
 from raywarp.training.policy_actor import task_name
 
 TICK = 0.25  # seconds between two looks at everything but the policies' events

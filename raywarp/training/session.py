@@ -14,8 +14,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
-from raywarp.cluster.health import Report, SupervisedActor, SupervisedPool
+from raywarp.cluster.health import Report
 from raywarp.cluster.runtime import start_ray
+from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool
 from raywarp.config.schema import Config
 from raywarp.data.prompts import Prompt
 from raywarp.model.device import run_dtype
@@ -25,7 +26,7 @@ from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof, prove
 from raywarp.rollout.protocol import AdapterPart, Request
 from raywarp.run.policy_files import Job
-from raywarp.training.actors import REAL, REWARD_TITLES, Actors, ActorSlot, Kinds
+from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds
 from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
 from raywarp.training.timing import Timing, measure
 

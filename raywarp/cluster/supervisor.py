@@ -1,0 +1,247 @@
+"""Actors that are watched and started again: what Ray restarts by itself, and the slots of policy actors, which the driver renews."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+
+from raywarp.cluster import faults, health, placement_groups
+from raywarp.cluster.health import (
+    DEATH_SECONDS,
+    QUESTION_SECONDS,
+    STACK_SECONDS,
+    START_SECONDS,
+    Process,
+    Pulse,
+    Report,
+    cause_of_death,
+    stack_of,
+)
+
+
+@dataclass
+class SupervisedActor:
+    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
+
+    max_failures: deaths in a row, without a finished call in between, that do not end the run.
+    groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
+    at_work: whether it was, when it was last heard; also while it is away. ended: its process has been killed by us, and does not count
+    as back, whatever it still answers.
+    """
+
+    name: str
+    actor: Any
+    hang_seconds: float
+    report: Report
+    max_failures: int = 3
+    groups: Sequence[PlacementGroup | None] = ()
+    longest_wait: float = 120.0
+    at_work: bool = True
+    process: Process | None = None
+    down_since: float | None = None
+    ended: bool = False
+    heard: float = 0.0
+    pulse: Pulse = field(init=False)
+    failures: faults.Failures = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.failures = faults.Failures(self.max_failures)
+        self.pulse = Pulse(lambda: self.actor.pulse.options(max_task_retries=0).remote())
+
+    def check(self) -> Any:
+        """The answer to the last question, if there is a new one."""
+        try:
+            answer = self.pulse.poll()
+        except RayError as error:
+            if self.down_since is None:
+                self._died(cause_of_death(faults.kind_of(error), self.process), faults.explain(error), time.monotonic())
+            self._check_room(self.name, time.monotonic() - (self.down_since or time.monotonic()))
+            return None
+        if answer is not None:
+            self._answered(answer.process if hasattr(answer, "process") else answer)
+        elif self.pulse.hangs(self.hang_seconds):
+            self.report("hang", what=self.name, cause=faults.HANG, message=f"no answer for {self.pulse.silent:.0f} s; started again")
+            restart(self.actor)
+            self.pulse.forget(QUESTION_SECONDS)
+            self.ended = True
+            self._died(faults.HANG, "did not answer", time.monotonic())
+        return answer
+
+    def last_check(self, seconds: float) -> None:
+        """Have told what has happened since the last answer, within that time."""
+        deadline = time.monotonic() + seconds
+        for _ in range(2):  # a question may be under way that was asked too early
+            self.pulse.due = 0.0
+            while self.check() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def _check_room(self, what: str, seconds: float) -> None:
+        """Raises FaultError where it has been away for too long because no node has room for it."""
+        if self.groups and not any(map(placement_groups.is_found, self.groups)) and seconds > self.longest_wait:
+            raise faults.FaultError(
+                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {placement_groups.lack()}; add nodes, lower "
+                "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
+            )
+
+    def _died(self, cause: str, message: str, since: float) -> None:
+        self.down_since, self.at_work = since, True
+        self.report("fault", what=self.name, cause=cause, message=message)
+        if not self.failures.again():
+            raise faults.FaultError(
+                f"the {self.name} died {self.failures.count} times without finishing a call ({cause}: {message}); "
+                f"cluster.max_failures={self.max_failures}; what was saved is kept, and the same command continues"
+            )
+
+    def _answered(self, process: Process) -> None:
+        if self.down_since is None and process.follows(self.process):  # it died between two questions
+            self._died(cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard)
+        if self.down_since is not None and (not self.ended or self.process is None or process.follows(self.process)):
+            self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
+            self.down_since, self.ended = None, False
+        if self.down_since is None:
+            if process.done:
+                self.failures.progressed()
+            self.at_work = process.busy or self.process is None or process.done != self.process.done
+            self.process, self.heard = process, time.monotonic()
+
+
+@dataclass
+class SupervisedPool(SupervisedActor):
+    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end.
+
+    again: another worker in the place of one that has been without room for longest_wait.
+    """
+
+    workers: list[Any] = field(default_factory=list)
+    again: Callable[[int], Any] = lambda index: None
+    killed: dict[int, float] = field(default_factory=dict)
+    down: dict[int, float] = field(default_factory=dict)
+
+    def check(self) -> Any:
+        health = super().check()
+        if health is None:
+            return None
+        for event in health.events:
+            if event["event"] == "fault":
+                process, hung = event.pop("process"), event["what"] in map(_worker, self.killed)
+                event["cause"] = faults.HANG if hung else cause_of_death(event["cause"], process)
+            self.report(**event)
+        now, self.down = time.monotonic(), health.down
+        self.at_work |= bool(health.in_flight or health.down)
+        self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}
+        for index, seconds in health.in_flight.items():
+            if seconds > self.hang_seconds and index not in self.killed and not (seconds < START_SECONDS and loads(self.workers[index])):
+                text = f"its call has not ended for {seconds:.0f} s; started again. It was at\n{stack_of(self.workers[index])}"
+                self.report("hang", what=_worker(index), cause=faults.HANG, message=text)
+                restart(self.workers[index])
+                self.killed[index] = now
+        if len(self.down) == len(self.workers):
+            self._check_room("rollout worker", min(self.down.values()))
+        for index, seconds in self.down.items():
+            if (
+                not placement_groups.is_found(self.groups[index])
+                and seconds > self.longest_wait
+                and placement_groups.lost_node(self.groups[index])
+            ):
+                self.workers[index] = self.again(index)
+        return health
+
+
+def _worker(index: int) -> str:
+    return f"rollout worker {index + 1}"
+
+
+def loads(worker: Any) -> bool:
+    """Whether a rollout worker is alive and starts its engine: in a call, if it took another's place before that."""
+    with contextlib.suppress(RayError):
+        return bool(ray.get(worker.loads.options(max_task_retries=0).remote(), timeout=STACK_SECONDS))
+    return False
+
+
+def restart(actor: Any) -> None:
+    """Kill an actor that Ray then starts again."""
+    with contextlib.suppress(RayError):
+        ray.kill(actor, no_restart=False)
+
+
+@dataclass(eq=False)
+class ActorSlot:
+    """A policy actor's place: its placement group, which Ray moves to another node when it loses one, and whoever is in it now.
+
+    Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
+
+    hung: it was killed because it did not get on. gone: it was given up, for want of room. process: what it last said of itself.
+    at_work: whether it was, when it was last heard; a new one is.
+    """
+
+    name: str
+    make: Callable[[PlacementGroup | None], Any]
+    group: PlacementGroup | None
+    ask_again: Callable[[], PlacementGroup | None]
+    actor: Any = None
+    pulse: Pulse = field(init=False)
+    hung: bool = False
+    gone: bool = False
+    at_work: bool = True
+    process: Process | None = None
+
+    def poll(self) -> Process | None:
+        """See Pulse.poll."""
+        try:
+            answer: Process | None = self.pulse.poll()
+        except RayError:
+            self.at_work = False
+            raise
+        if answer:
+            self.process, self.at_work = answer, answer.busy
+        return answer
+
+    def give_up(self) -> None:
+        """Kill it since it does not get on; whoever waits for its work hears of its death."""
+        self.hung, self.at_work = True, False
+        self.kill()
+        self.pulse.forget(health.DEATH_SECONDS)
+
+    def cause(self, death: RayError) -> str:
+        """What its actor died of."""
+        return faults.HANG if self.hung else cause_of_death(faults.kind_of(death), self.process)
+
+    def has_ground(self) -> bool:
+        """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""
+        return not faults.unnoticed(placement_groups.node_of(self.group))
+
+    def await_room(self, deadline: float) -> bool:
+        """Whether there is a living node for a new actor, after a wait until then at most."""
+        while not (found := placement_groups.has_node(self.group)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    def renew(self) -> None:
+        """A new actor, after an end to the one before, whatever has become of that."""
+        self.kill()
+        self.actor, self.hung, self.gone, self.process, self.at_work = self.make(self.group), False, False, None, True
+        actor = self.actor
+        self.pulse = Pulse(lambda: actor.pulse.remote())
+
+    def leave(self) -> None:
+        """There is no room for it; `renew` lets it come back when its group has a node again."""
+        self.gone = True
+        self.kill()
+        self.group = self.ask_again()
+
+    def no_room(self, seconds: float) -> faults.FaultError:
+        """Of a run that can't go on without it."""
+        return faults.FaultError(
+            f"{self.name} has waited {seconds:.0f} s for {self.group.bundle_specs if self.group else {}} after a loss: "
+            f"{placement_groups.lack()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
+        )
+
+    def kill(self) -> None:
+        if self.actor is not None:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(self.actor)
