@@ -20,7 +20,8 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raywarp.config.schema import ConfigError, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import ConfigError
 from raywarp.planning.jobs import absolute_paths
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -21,7 +21,7 @@ _WHERE = {
     "FaultError": "cluster.faults",
     "Config": "config.schema",
     "ConfigError": "config.schema",
-    "load_config": "config.schema",
+    "load_config": "config.load",
     "AdapterDelta": "algorithm.deltas",
     "add": "algorithm.deltas",
     "subtract": "algorithm.deltas",

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from raywarp.algorithm.deltas import AdapterDelta, dense
-from raywarp.config.schema import LoraConfig, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import LoraConfig
 from raywarp.data.completion import Completion
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batch import Batch, collate

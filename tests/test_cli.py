@@ -12,7 +12,8 @@ from conftest import WORDS
 
 from raywarp.cli.commands import main
 from raywarp.cli.quickstart import QUICKSTART
-from raywarp.config.schema import ConfigError, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import ConfigError
 from raywarp.run.folder import Run
 
 
@@ -162,7 +163,7 @@ def test_no_command_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_config_round_trips(tmp_path: Path) -> None:
-    from raywarp.config.schema import load_config, to_yaml
+    from raywarp.config.load import load_config, to_yaml
 
     config = load_config(None, ["warp.policies=5", "optim.lr=1e-4", "front.etas=[0, 0.1]", "front.choose={eta: 0.1}"])
     assert (config.warp.policies, config.optim.lr, config.front.etas) == (5, 1e-4, [0, 0.1])

@@ -16,7 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 import raywarp.cli.commands
-from raywarp.config.schema import load_config
+from raywarp.config.load import load_config
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 CONFIGS = sorted((CLUSTER / "configs").glob("*.yaml"))

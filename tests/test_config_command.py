@@ -10,7 +10,8 @@ from jsonschema import Draft202012Validator
 
 from raywarp.cli.commands import main
 from raywarp.cli.config import commented, schema
-from raywarp.config.schema import Config, config_help, load_config
+from raywarp.config.load import config_help, load_config
+from raywarp.config.schema import Config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "cluster" / "configs").glob("*.yaml"))
 

@@ -8,8 +8,8 @@ import pytest
 
 from raywarp.cli.commands import main
 from raywarp.cli.config import schema
+from raywarp.config.load import known_keys
 from raywarp.config.reference import anchor, docs
-from raywarp.config.schema import known_keys
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

@@ -13,7 +13,8 @@ from conftest import WORDS
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig
 from raywarp.data import embedded
 from raywarp.data.preferences import Preference, PreferenceSplits, load_preferences
 from raywarp.data.prompts import Prompt, _PromptRenderer, load_prompts, load_rows, prompts_fingerprint, resolve_model

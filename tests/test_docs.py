@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from raywarp.cli import commands
+from raywarp.config.load import known_keys, parse_config
 from raywarp.config.reference import anchor
-from raywarp.config.schema import Config, known_keys, parse_config
+from raywarp.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]

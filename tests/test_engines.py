@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from raywarp.config.schema import ConfigError, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import ConfigError
 from raywarp.rollout.engine import check_engine, check_mode, largest_rank, lora_slots
 from raywarp.rollout.transformers_engine import draw, uniform_numbers
 

@@ -42,7 +42,8 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
 from raywarp.cluster import faults, health, supervisor
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
-from raywarp.config.schema import RewardConfig, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import RewardConfig
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.rewards.actor import RewardActor, Scorer

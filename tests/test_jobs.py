@@ -29,7 +29,8 @@ from ray.job_submission import JobSubmissionClient
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
-from raywarp.config.schema import ConfigError, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import ConfigError
 from raywarp.planning.jobs import absolute_paths, check_paths
 from raywarp.run.prometheus import GAUGES
 

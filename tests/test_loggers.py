@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import Listener
 
 from raywarp.adapters.peft import load_peft
-from raywarp.config.schema import Config, ConfigError, load_config, parse_config
+from raywarp.config.load import load_config, parse_config
+from raywarp.config.schema import Config, ConfigError
 from raywarp.run.folder import Run
 from raywarp.run.loggers import Loggers, check_loggers, front_rows, text_rows
 

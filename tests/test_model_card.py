@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard
 from tiny_run import as_of_before
 
 from raywarp.adapters.peft import load_peft
-from raywarp.config.schema import SMOLLM2, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import SMOLLM2
 from raywarp.run.card import card
 from raywarp.run.folder import Run
 from raywarp.run.front import Point

@@ -16,7 +16,8 @@ import json, os, subprocess, sys, time
 import ray
 from ray.cluster_utils import Cluster
 from raywarp.planning import preflight
-from raywarp.config.schema import ConfigError, load_config
+from raywarp.config.schema import ConfigError
+from raywarp.config.load import load_config
 
 run, tmp = sys.argv[1:3]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -131,7 +132,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 from raywarp.training.actors import Kinds
-from raywarp.config.schema import parse_config
+from raywarp.config.load import parse_config
 from raywarp.cluster.faults import FaultError
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.training.session import Session

@@ -12,7 +12,8 @@ from ray.util.placement_group import placement_group, placement_group_table
 
 from raywarp.cluster import health, placement_groups, resources, supervisor
 from raywarp.cluster.supervisor import ActorSlot
-from raywarp.config.schema import Config, ConfigError, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config, ConfigError
 from raywarp.rewards.actor import RewardActor
 
 

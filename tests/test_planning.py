@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raywarp.cli.commands import main
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
-from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config, ConfigError, LoraConfig
 from raywarp.data.completion import Completion
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batch import collate
@@ -338,7 +339,7 @@ def test_plan_offline_starts_and_reads_nothing(project: Path, capsys: pytest.Cap
 
 def test_a_config_that_is_too_large_for_every_disk_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda place: 1000)
-    from raywarp.config.schema import load_config
+    from raywarp.config.load import load_config
 
     found = plan(load_config("config.yaml"), offline=True)
     assert not found.fits

@@ -12,7 +12,8 @@ from conftest import WORDS, plain_logits
 from raywarp.algorithm import losses
 from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import dense, zeros_like
-from raywarp.config.schema import Config, LoraConfig, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config, LoraConfig
 from raywarp.data.completion import Completion
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel

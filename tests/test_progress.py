@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raywarp.config.schema import parse_config
+from raywarp.config.load import parse_config
 from raywarp.config.search import search_space
 from raywarp.run.display import Display
 from raywarp.run.folder import Run

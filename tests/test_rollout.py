@@ -21,7 +21,8 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import add
 from raywarp.cluster.faults import cause_of
 from raywarp.cluster.health import Process
-from raywarp.config.schema import Config, ConfigError, LoraConfig, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config, ConfigError, LoraConfig
 from raywarp.data.completion import Completion
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batch import collate

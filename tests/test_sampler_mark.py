@@ -8,7 +8,8 @@ import pytest
 from tiny_run import Listener, as_of_before, tiny_config
 
 from raywarp.cli.commands import main
-from raywarp.config.schema import Config, ConfigError, parse_config, to_yaml
+from raywarp.config.load import parse_config, to_yaml
+from raywarp.config.schema import Config, ConfigError
 from raywarp.report.data import report_data
 from raywarp.report.page import build
 from raywarp.run.card import marked

@@ -10,7 +10,8 @@ import yaml
 from conftest import save_tiny_llama
 
 from raywarp.cli.commands import main
-from raywarp.config.schema import Config, ConfigError, load_config, parse_config, to_yaml
+from raywarp.config.load import load_config, parse_config, to_yaml
+from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import describe, name_of, resolve_key, search_space
 from raywarp.planning.plan import policy_runs
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import S3Server, random_delta
 
-from raywarp.config.schema import ConfigError, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import ConfigError
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage

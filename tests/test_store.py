@@ -6,7 +6,8 @@ from conftest import random_delta
 
 from raywarp import identity
 from raywarp.algorithm.deltas import Factors
-from raywarp.config.schema import ConfigError, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import ConfigError
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.run.folder import Run
 from raywarp.run.keys import policy_keys

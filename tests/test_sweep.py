@@ -29,7 +29,7 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import digest
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster.claims import ClaimTable, Table
-from raywarp.config.schema import load_config
+from raywarp.config.load import load_config
 from raywarp.config.search import describe, name_of
 from raywarp.planning.plan import plan, print_forecast
 from raywarp.report.page import read, save_report

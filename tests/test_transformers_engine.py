@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import FAMILIES, engine_prompts, save_model, trainer
 
-from raywarp.config.schema import parse_config
+from raywarp.config.load import parse_config
 from raywarp.model.batch import collate
 from raywarp.model.batches import micro_batches
 from raywarp.rollout.engine import EngineSettings

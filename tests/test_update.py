@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.config.schema import Config, LoraConfig, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config, LoraConfig
 from raywarp.data.completion import Completion
 from raywarp.model import head
 from raywarp.model.adapted import INIT, AdaptedModel

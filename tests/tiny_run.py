@@ -10,7 +10,8 @@ from typing import Any
 from conftest import WORDS
 from rich.console import Console
 
-from raywarp.config.schema import Config, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config
 from raywarp.run.display import Display
 from raywarp.storage import sealed
 

@@ -11,7 +11,8 @@ from raywarp.cli.merge import add_merge
 from raywarp.cli.push import add_push
 from raywarp.cli.report import add_report
 from raywarp.cluster.runtime import Stopped
-from raywarp.config.schema import Config, ConfigError, config_help, load_config
+from raywarp.config.load import config_help, load_config
+from raywarp.config.schema import Config, ConfigError
 from raywarp.config.secrets import redact
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raywarp.config.schema import Config, ConfigError, compact, section_types
+from raywarp.config.load import compact, section_types
+from raywarp.config.schema import Config, ConfigError
 from raywarp.storage import sealed
 
 SCHEMA_FILE = "raywarp.schema.json"

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 

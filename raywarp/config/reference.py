@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raywarp.config.field_types import LARGEST
-from raywarp.config.schema import compact
+from raywarp.config.load import compact
 
 PARAGRAPH_WIDTH = 140  # columns of a paragraph
 RUN = "The run"  # heading of the keys that are in no section

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from raywarp import identity
-from raywarp.config.schema import Config, ConfigError, known_keys, parse_config, unknown
+from raywarp.config.load import known_keys, parse_config, unknown
+from raywarp.config.schema import Config, ConfigError
 from raywarp.config.tune import Domain, TuneConfig
 
 Values = dict[str, Any]

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from raywarp.config.schema import Config, to_yaml
+from raywarp.config.load import to_yaml
+from raywarp.config.schema import Config
 
 CONFIG_FILE = "config.yaml"
 SAMPLER_VERSION = 1  # raise it when what is sampled is another policy than before: older runs are then marked, and not continued

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raywarp.config.schema import Config, ConfigError, to_yaml
+from raywarp.config.load import to_yaml
+from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import first_line
 from raywarp.run.config_file import CONFIG_FILE, flat
 from raywarp.run.folder import PICTURE, Run

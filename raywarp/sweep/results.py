@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from raywarp.algorithm.hypervolume import pareto
-from raywarp.config.schema import to_yaml
+from raywarp.config.load import to_yaml
 from raywarp.config.search import DIRECTIONS, describe, name_of, show
 from raywarp.run.display import Display
 from raywarp.run.folder import Run

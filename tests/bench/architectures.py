@@ -139,7 +139,7 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     import torch
     from architectures import engine_prompts, random_policy, trainer
 
-    from raywarp.config.schema import parse_config
+    from raywarp.config.load import parse_config
     from raywarp.model.supported import refuse_unsupported
     from raywarp.rollout.engine import EngineSettings
     from raywarp.rollout.protocol import SFT, Adapter, Request

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
-from raywarp.config.schema import Config, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import Config
 from raywarp.data.models import read_tokenizer
 from raywarp.data.prompts import load_prompts, resolve_model
 from raywarp.model.adapted import INIT, AdaptedModel

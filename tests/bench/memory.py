@@ -16,7 +16,7 @@ import threading
 import psutil
 
 from raywarp.cli.quickstart import QUICKSTART
-from raywarp.config.schema import load_config
+from raywarp.config.load import load_config
 from raywarp.planning.plan import plan
 from raywarp.warp import train
 

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raywarp.config.schema import load_config
+from raywarp.config.load import load_config
 from raywarp.report.page import build
 from raywarp.run.folder import Run
 from raywarp.storage import sealed

@@ -22,7 +22,8 @@ import torch
 
 from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add
-from raywarp.config.schema import SMOLLM2, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import SMOLLM2
 from raywarp.data.prompts import resolve_model
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batch import collate

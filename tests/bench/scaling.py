@@ -40,7 +40,8 @@ import ray
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
-from raywarp.config.schema import Config, parse_config
+from raywarp.config.load import parse_config
+from raywarp.config.schema import Config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.model.batch import Batch

@@ -54,7 +54,8 @@ from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
 from raywarp.cli.quickstart import QUICKSTART
 from raywarp.cluster.runtime import start_ray
-from raywarp.config.schema import Config, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import Config
 from raywarp.model.device import CPU_ENV
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.model_shapes import model_shapes

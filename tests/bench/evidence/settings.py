@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, Config, load_config
+from raywarp.config.load import load_config
+from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, Config
 from raywarp.data import embedded
 from raywarp.storage.sealed import write_text
 

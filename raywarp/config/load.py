@@ -1,0 +1,163 @@
+"""Reading a configuration: a YAML file, `key=value` overrides, errors that name the nearest key, and the help of every key."""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardLoraConfig
+from raywarp.config.secrets import keys_with_secrets, redact
+from raywarp.config.strict_yaml import StrictYamlError, load_yaml
+from raywarp.config.tune import TuneConfig
+
+SHOWN = 80  # characters of a wrong value in a message
+
+
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or a nested mapping, or nothing but the defaults), apply `a.b=value` overrides, and validate.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest one is named), or a value out of range.
+    """
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(source) if source is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        loaded = load_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    except StrictYamlError as error:
+        raise ConfigError(f"the config {path}: {error}") from None
+    if loaded in (None, {}):
+        raise ConfigError(f"the config {path} is empty; `raywarp train --help` lists the keys")
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"the config {path} must hold keys and values, not a {type(loaded).__name__}")
+    return loaded
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a nested dict; see load_config for the errors."""
+    if secret := next(keys_with_secrets(tree), None):
+        raise ConfigError(
+            f"{secret} holds credentials, and a configuration is saved with its run: take them out, and set the environment variables that "
+            "the service reads (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
+        )
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of the configuration, sections included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in section_types(field.annotation):
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def config_help() -> str:
+    """Every key with its default and description, for --help."""
+    lines = ["keys and their defaults:"]
+    for key, field in _fields(Config):
+        default = "" if field.default is None else f" [{compact(field.default)}]"
+        lines.append(f"  {key}{default}: {field.description}")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def compact(value: Any) -> str:
+    """A value in one line of YAML."""
+    plain = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).replace("\n...", "").strip()
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key → field, for the keys that have a description: sections that stand for themselves are looked into."""
+    for name, field in section.model_fields.items():
+        if field.description:
+            yield prefix + name, field
+        inner = [kind for kind in section_types(field.annotation) if not field.description or kind in _EXPLAINED]
+        for kind in inner:
+            yield from _fields(kind, f"{prefix}{name}.")
+
+
+_EXPLAINED = (RewardConfig, RewardLoraConfig, TuneConfig)  # sections that have a description, and keys with one
+
+
+def section_types(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key's type allows; a mapping of them is none."""
+    options = () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
+    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+
+
+_ALTERNATIVES = {  # a key that an override sets → the one beside it, which it takes the place of
+    f"{section}.{one}": other
+    for section, pair in {"front.choose": ("eta", "max_kl"), "reward": ("model", "function"), "control": ("model", "function")}.items()
+    for one, other in (pair, pair[::-1])
+}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {_shown(redact(override))} is not of the form key=value, for example warp.steps=20")
+    try:
+        value = load_yaml(text)
+    except StrictYamlError as error:
+        raise ConfigError(f"the value of {_shown(redact(override))} is wrong: {error}") from None
+    of_tune = key.startswith("tune.")  # behind it is any key that is searched, as one name: see search_space.py
+    if key not in set(known_keys()) and not of_tune:
+        raise ConfigError(unknown(key))
+    node = tree
+    *path, leaf = key.split(".", 1 if of_tune else -1)
+    for part in path:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    if key in _ALTERNATIVES:
+        node.pop(_ALTERNATIVES[key], None)
+    node[leaf] = value
+
+
+def unknown(key: str) -> str:
+    """What to say of a key that is none."""
+    keys = list(known_keys())
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+    near = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.5)]
+    hint = f"; did you mean '{near[0]}'?" if near else "; `raywarp train --help` lists the keys"
+    return f"unknown key '{key}'{hint}"
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if not set(str(part)) & set("[(-") and part != "str")  # but for a union's parts
+    if error["type"] == "extra_forbidden":
+        return unknown(key)
+    key = key.replace("tune.space.", "tune.")  # as it may be written, too
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {_shown(error['input'])})"
+    return f"{key}: {message}{given}" if key else message
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; integers of thousands of digits, which Python refuses to write out, included."""
+    if isinstance(value, int) and abs(value) > 10**SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
