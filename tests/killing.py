@@ -18,7 +18,7 @@ import yaml
 from conftest import save_tiny_llama, write_prompts
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import digest
+from raywarp.rollout.transport import digest
 from raywarp.run.folder import Run
 from raywarp.storage import scratch
 

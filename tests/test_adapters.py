@@ -15,7 +15,6 @@ from raywarp.algorithm.deltas import (
     concatenate,
     dense,
     difference,
-    digest,
     group_of,
     inner,
     norm,
@@ -26,6 +25,7 @@ from raywarp.algorithm.deltas import (
     truncate,
     zeros_like,
 )
+from raywarp.rollout.transport import digest
 
 
 def test_blocks() -> None:

@@ -38,7 +38,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from transformers import AutoModelForSequenceClassification
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import AdapterDelta, Factors, digest
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.cluster import faults, health, supervisor
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
@@ -51,6 +51,7 @@ from raywarp.rewards.score import RewardError
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.pool import PoolHealth, RolloutPool
 from raywarp.rollout.protocol import Request, Rollout
+from raywarp.rollout.transport import digest
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.folder import Run
 from raywarp.run.policy_files import Job, PolicyFiles

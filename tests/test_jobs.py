@@ -28,10 +28,10 @@ from conftest import installed_in, save_tiny_llama, write_prompts
 from ray.job_submission import JobSubmissionClient
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import digest
 from raywarp.config.load import load_config
 from raywarp.config.schema import ConfigError
 from raywarp.planning.jobs import absolute_paths, check_paths
+from raywarp.rollout.transport import digest
 from raywarp.run.prometheus import GAUGES
 
 REPOSITORY = Path(__file__).parent.parent

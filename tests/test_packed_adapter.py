@@ -2,8 +2,8 @@ from dataclasses import replace
 
 from conftest import random_delta
 
-from raywarp.algorithm.deltas import digest, zeros_like
-from raywarp.rollout.packed_adapter import PackedAdapter
+from raywarp.algorithm.deltas import zeros_like
+from raywarp.rollout.transport import PackedAdapter, digest
 
 
 def test_packed_adapters_come_back_bit_for_bit() -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from raywarp.adapters.peft import AdapterFile, AdapterWriter, load_peft, save_peft
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from raywarp.algorithm.deltas import AdapterError, Factors, concatenate, dense, digest, zeros_like
+from raywarp.algorithm.deltas import AdapterError, Factors, concatenate, dense, zeros_like
+from raywarp.rollout.transport import digest
 
 
 def peft_reference(folder: Path, model: Path, **config: object) -> dict[str, torch.Tensor]:

@@ -26,13 +26,13 @@ from test_loggers import items, wandb_records
 from tiny_run import Listener
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import digest
 from raywarp.algorithm.hypervolume import hypervolume
 from raywarp.cluster.claims import ClaimTable, Table
 from raywarp.config.load import load_config
 from raywarp.config.search import describe, name_of
 from raywarp.planning.plan import plan, print_forecast
 from raywarp.report.page import read, save_report
+from raywarp.rollout.transport import digest
 from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
 from raywarp.sweep.results import Sweep

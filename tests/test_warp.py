@@ -18,9 +18,10 @@ from tiny_run import make_project, tiny_config
 from transformers import AutoModelForCausalLM
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import dense, digest, subtract
+from raywarp.algorithm.deltas import dense, subtract
 from raywarp.config.schema import Config
 from raywarp.rewards.score import RewardError
+from raywarp.rollout.transport import digest
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 from raywarp.warp import train

@@ -4,7 +4,6 @@
 averages A and B apart. G blocks, M adapters, r rank, R = Σ r_m, d_out and d_in a weight's sizes. Their files: peft_files.py.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -288,18 +287,3 @@ def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> 
     root = s[:keep].sqrt()  # in both factors, so that neither overflows a narrow dtype
     B, A = (q_out @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_in.T)
     return Shrunk(Factors(B.to(f.B.dtype), A.to(f.A.dtype)), float(squares[:keep].sum()), float(squares.sum()))
-
-
-def digest(delta: AdapterDelta) -> str:
-    """SHA-256 of every module's name and factors: two adapters with one digest are the same adapter."""
-    factors = sorted(delta.factors.items())
-    total = begin_digest((module, f.rank, str(f.B.dtype).removeprefix("torch.")) for module, f in factors)
-    for _, f in factors:
-        for tensor in f:
-            total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
-    """Of names, ranks and dtypes; the numbers follow, in the same order."""
-    return hashlib.sha256("\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode())

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from raywarp.adapters.peft import save_peft
 from raywarp.adapters.peft_config import ADAPTER_FILE
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, zeros_like
 from raywarp.rollout.base_weights import BaseWeights
 from raywarp.rollout.protocol import Adapter, RolloutError
+from raywarp.rollout.transport import digest
 
 Install = Callable[[Iterable[tuple[str, Tensor]]], object]
 Versions = tuple[str, ...]

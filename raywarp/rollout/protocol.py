@@ -20,7 +20,7 @@ from raywarp.data.completion import Completion
 
 if TYPE_CHECKING:  # torch is imported where an adapter is put or fetched: the pool, which does neither, saves its seconds and megabytes
     from raywarp.algorithm.deltas import AdapterDelta
-    from raywarp.rollout.packed_adapter import PackedAdapter
+    from raywarp.rollout.transport import PackedAdapter
 
 _HASHER = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
@@ -43,7 +43,7 @@ class AdapterPart:
 
     @classmethod
     def put(cls, delta: "AdapterDelta") -> "AdapterPart":
-        from raywarp.rollout.packed_adapter import PackedAdapter
+        from raywarp.rollout.transport import PackedAdapter
 
         packed = PackedAdapter.pack(delta)
         hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, in which the adapter is on its way
@@ -56,7 +56,7 @@ class AdapterPart:
     @property
     def digest(self) -> str:
         """Of the content as it was put; somebody to whom this was sent has to look at the content itself."""
-        from raywarp.algorithm.deltas import digest
+        from raywarp.rollout.transport import digest
 
         return self.hashed.result() if self.hashed else digest(self.fetch())
 

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from raywarp.algorithm.deltas import AdapterDelta, add, digest
+from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
@@ -28,6 +28,7 @@ from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import effect
 from raywarp.rollout.proof import PROOF_STEPS, Proof, requests
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
+from raywarp.rollout.transport import digest
 from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
 

@@ -39,13 +39,14 @@ import ray
 
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, digest, trailing, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, Factors, add, trailing, zeros_like
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config
 from raywarp.data.completion import Completion
 from raywarp.data.prompts import Prompt
 from raywarp.model.batch import Batch
 from raywarp.rollout.protocol import Adapter, Request
+from raywarp.rollout.transport import digest
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.policy_files import Job
 from raywarp.storage.location import Storage

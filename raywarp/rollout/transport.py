@@ -1,13 +1,15 @@
-"""An adapter as one array: how it travels between processes."""
+"""An adapter between processes: as one array, and the hash by which the two ends know that they hold the same one."""
 
+import hashlib
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors, begin_digest
+from raywarp.algorithm.deltas import AdapterDelta, Factors
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,18 @@ class PackedAdapter:
         total = begin_digest((module, rank, self.numbers.dtype.name) for module, (_, rank, _) in self.shapes.items())
         total.update(self.numbers.data)
         return total.hexdigest()
+
+
+def digest(delta: AdapterDelta) -> str:
+    """SHA-256 of every module's name and factors: two adapters with one digest are the same adapter."""
+    factors = sorted(delta.factors.items())
+    total = begin_digest((module, f.rank, str(f.B.dtype).removeprefix("torch.")) for module, f in factors)
+    for _, f in factors:
+        for tensor in f:
+            total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
+    """Of names, ranks and dtypes; the numbers follow, in the same order."""
+    return hashlib.sha256("\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode())
