@@ -8,7 +8,8 @@ import torch
 
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
-from raywarp.data.prompts import Prompt, PromptSplits, resolve_model
+from raywarp.data.prompts import resolve_model
+from raywarp.data.text import Prompt, PromptSplits
 from raywarp.identity import content_key
 from raywarp.planning.inputs import Inputs, first_prompts, prepare_prompts
 from raywarp.planning.jobs import check_paths

@@ -17,10 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from raywarp.algorithm.deltas import AdapterDelta, dense
 from raywarp.config.load import parse_config
 from raywarp.config.schema import LoraConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.model.adapted import AdaptedModel
-from raywarp.model.batch import Batch, collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import Batch, collate, micro_batches
 from raywarp.model.lengths import length_limits
 from raywarp.model.policy import Policy
 

@@ -29,7 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # of two that run side by side, neither
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
-from raywarp.model.batch import Batch
+from raywarp.model.batches import Batch
 from raywarp.storage import scratch
 
 WORDS = (

@@ -10,11 +10,10 @@ from architectures import FAMILIES, save_model, trainer
 from conftest import WORDS, plain_logits
 
 from raywarp.config.schema import LoraConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.model import attention
 from raywarp.model.adapted import AdaptedModel
-from raywarp.model.batch import Batch, collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import Batch, collate, micro_batches
 
 VOCABULARY = 3 + len(WORDS)
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2}

@@ -17,7 +17,8 @@ from raywarp.config.load import load_config
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig
 from raywarp.data import embedded
 from raywarp.data.preferences import Preference, PreferenceSplits, load_preferences
-from raywarp.data.prompts import Prompt, _PromptRenderer, load_prompts, load_rows, prompts_fingerprint, resolve_model
+from raywarp.data.prompts import _PromptRenderer, load_prompts, load_rows, prompts_fingerprint, resolve_model
+from raywarp.data.text import Prompt
 
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows, str], str]

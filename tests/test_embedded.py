@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
-from raywarp.data import embedded
+from raywarp.data import embedded, text
 from raywarp.data.embedded import Archive, FetchError, Snippet, assign_splits, split_snippets
 
 
@@ -90,7 +90,7 @@ def test_splits_are_disjoint_complete_and_a_function_of_the_seed() -> None:
     assert split_snippets(3) == first
     assert split_snippets(4) != first
     assert [len(part) for part in parts(first)] == [4771, 742, 848, 1591, 1590, 1061]
-    keys = [embedded.text_key(snippet.text) for part in parts(first) for snippet in part]
+    keys = [text.text_key(snippet.text) for part in parts(first) for snippet in part]
     assert len(keys) == len(set(keys)) == 10603  # two texts were rated twice
 
 

@@ -44,8 +44,7 @@ from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.config.load import parse_config
 from raywarp.config.schema import RewardConfig
-from raywarp.data.completion import Completion
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Completion, Prompt
 from raywarp.rewards.actor import RewardActor, Scorer
 from raywarp.rewards.score import RewardError
 from raywarp.rollout.engine import Engine, EngineSettings

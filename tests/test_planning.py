@@ -20,10 +20,9 @@ from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, ConfigError, LoraConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batch import collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import collate, micro_batches
 from raywarp.model.policy import Policy
 from raywarp.planning import memory, preflight
 from raywarp.planning.forecast import Forecast, ProcessMemory

@@ -14,11 +14,10 @@ from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import dense, zeros_like
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, LoraConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batch import Batch, collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import Batch, collate, micro_batches
 from raywarp.model.policy import Policy
 from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage

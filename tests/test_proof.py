@@ -16,8 +16,7 @@ from tiny_run import make_project, tiny_config
 
 from raywarp.algorithm.deltas import scale
 from raywarp.config.schema import Config
-from raywarp.data.completion import Completion
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Completion, Prompt
 from raywarp.rollout.effect import EffectError
 from raywarp.rollout.engine import Engine
 from raywarp.rollout.proof import PROOF_STEPS

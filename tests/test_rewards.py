@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.planning.inputs import prepare
 from raywarp.reward_stage import is_standardised, reward_statistics, save_standardisation
 from raywarp.rewards.actor import RewardActor

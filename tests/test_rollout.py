@@ -23,9 +23,9 @@ from raywarp.cluster.faults import cause_of
 from raywarp.cluster.health import Process
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, ConfigError, LoraConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.model.adapted import AdaptedModel
-from raywarp.model.batch import collate
+from raywarp.model.batches import collate
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Rollout, RolloutError, join, submit
 from raywarp.rollout.worker import RolloutWorker

@@ -7,8 +7,7 @@ import torch
 from architectures import FAMILIES, engine_prompts, save_model, trainer
 
 from raywarp.config.load import parse_config
-from raywarp.model.batch import collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import collate, micro_batches
 from raywarp.rollout.engine import EngineSettings
 from raywarp.rollout.protocol import SFT, Request
 from raywarp.rollout.transformers_engine import TransformersEngine

@@ -20,11 +20,10 @@ from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.deltas import AdapterDelta, Factors
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, LoraConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.model import head
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batch import Batch, collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import Batch, collate, micro_batches
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.policy import Policy
 

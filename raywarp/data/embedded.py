@@ -25,6 +25,7 @@ from typing import IO, Any
 from platformdirs import user_cache_dir
 
 from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, ConfigError
+from raywarp.data.text import text_key
 from raywarp.identity import derive_seed
 
 EMBEDDED = "embedded:"
@@ -123,11 +124,6 @@ def assign_splits(rated: Sequence[Snippet], seed: int) -> SnippetSplits:
         parts[name] = unique[len(unique) * percent // 100 : len(unique) * (percent + share) // 100]
         percent += share
     return SnippetSplits(**parts)
-
-
-def text_key(text: str) -> str:
-    """Equal for texts that differ only in case, spaces and punctuation."""
-    return "".join(c for c in text.casefold() if c.isalnum()) or text
 
 
 def vader(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:

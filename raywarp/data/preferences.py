@@ -13,6 +13,7 @@ from raywarp.config.schema import SNIPPETS, ConfigError, PreferencesConfig
 from raywarp.data import embedded
 from raywarp.data.embedded import Snippet
 from raywarp.data.prompts import load_rows
+from raywarp.data.text import text_key
 from raywarp.identity import derive_seed
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
@@ -135,7 +136,7 @@ def _split_rated(rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed
         text, rating = row[config.text], row[config.rating]
         if not isinstance(text, str) or isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
             raise ConfigError(f"preferences: a rated row needs a text and a number, found {str(text)[:60]!r} and {rating!r}")
-        rated.setdefault(embedded.text_key(text), Snippet(text, float(rating)))
+        rated.setdefault(text_key(text), Snippet(text, float(rating)))
     order = [rated[key] for key in _shuffled(rated, derive_seed(seed, "rated"))]
     count = round(len(order) * config.held_out_fraction)
     return order[2 * count :], order[:count], order[count : 2 * count]

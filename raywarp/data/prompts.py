@@ -9,12 +9,12 @@ import os
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raywarp.config.schema import SNIPPETS, ConfigError, PromptsConfig
 from raywarp.data import embedded
+from raywarp.data.text import Prompt, PromptSplits
 from raywarp.identity import derive_seed
 
 if TYPE_CHECKING:
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """text: what a reward sees, without any template. token_ids: what the policy sees. columns: the row's other columns."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    columns: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PromptSplits:
-    train: list[Prompt]
-    held_out: list[Prompt]
 
 
 def resolve_model(name: str, what: str = "model") -> str:

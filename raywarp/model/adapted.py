@@ -24,8 +24,7 @@ from raywarp.model.backbone import (
     last_states,
     pairs_per_token,
 )
-from raywarp.model.batch import Batch
-from raywarp.model.batches import MicroBatch, micro_batches
+from raywarp.model.batches import Batch, MicroBatch, micro_batches
 from raywarp.model.float32_pass import in_float32, widened
 from raywarp.model.head import chunked_kl, chunked_logprobs
 from raywarp.model.lengths import Lengths

@@ -11,12 +11,11 @@ from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.averaging import ema_update
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batch import Batch
-from raywarp.model.batches import MicroBatch, micro_batches
+from raywarp.model.batches import Batch, MicroBatch, micro_batches
 from raywarp.storage.sealed import DamagedError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter

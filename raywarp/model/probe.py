@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.data.completion import Completion
-from raywarp.model.batch import Batch, collate
+from raywarp.data.text import Completion
+from raywarp.model.batches import Batch, collate
 from raywarp.model.lengths import length_limits
 
 LONGEST = 320  # tokens of a probe's prompt; one pass of it costs about a second for 1e9 parameters on two cores

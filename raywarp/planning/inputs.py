@@ -10,7 +10,8 @@ import transformers  # not `from`: its parts take seconds to import
 from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
-from raywarp.data.prompts import Prompt, PromptSplits, load_prompts, prompts_fingerprint, resolve_model
+from raywarp.data.prompts import load_prompts, prompts_fingerprint, resolve_model
+from raywarp.data.text import Prompt, PromptSplits
 from raywarp.model.supported import refuse_unsupported
 from raywarp.planning.jobs import check_paths
 from raywarp.planning.memory import Shapes

@@ -11,7 +11,7 @@ import ray
 
 from raywarp.cluster.health import GROUP, Process, Work
 from raywarp.config.schema import RewardConfig
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Prompt
 from raywarp.rewards.score import Reward, RewardError, load_reward
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 from raywarp.rollout.protocol import Rollout, Scores

@@ -9,11 +9,10 @@ from itertools import cycle
 import torch
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, norm, scale
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batch import collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import collate, micro_batches
 from raywarp.rollout.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 
 WANTED_RMS, LARGEST_RMS = 0.65, 0.9  # nats; beyond, log-ratios are not of the kind that a policy has

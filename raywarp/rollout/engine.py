@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import ray
 
 from raywarp.config.schema import Config, ConfigError, RolloutConfig
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.rollout.protocol import Adapter, Request
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 
 if TYPE_CHECKING:  # torch is imported where an adapter is put or fetched: the pool, which does neither, saves its seconds and megabytes
     from raywarp.algorithm.deltas import AdapterDelta

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.data.completion import Completion
 from raywarp.data.models import load_model
+from raywarp.data.text import Completion
 from raywarp.model.backbone import choose_and_set_attention, find_head, keep_layers_unscaled
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear

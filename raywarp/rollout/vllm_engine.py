@@ -14,7 +14,7 @@ from torch import Tensor
 from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import ConfigError
-from raywarp.data.completion import Completion
+from raywarp.data.text import Completion
 from raywarp.rollout.base_weights import BaseWeights, BaseWeightsError, checkpoint_files, read_files, weight_names
 from raywarp.rollout.engine import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader

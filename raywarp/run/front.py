@@ -12,7 +12,7 @@ from typing import Any
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, compress, scale
 from raywarp.config.schema import ChooseConfig, Config, FrontConfig
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Prompt
 
 
 @dataclass(frozen=True)

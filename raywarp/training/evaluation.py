@@ -5,7 +5,7 @@ from typing import Any
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit, work_of
 from raywarp.run.front import Candidate, Point, Scored, summarise

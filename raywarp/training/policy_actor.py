@@ -19,11 +19,9 @@ from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
-from raywarp.data.completion import Completion
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Completion, Prompt
 from raywarp.identity import batch_indices, derive_seed
-from raywarp.model.batch import collate
-from raywarp.model.batches import micro_batches
+from raywarp.model.batches import collate, micro_batches
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import effect
 from raywarp.rollout.proof import PROOF_STEPS, Proof, requests

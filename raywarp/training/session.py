@@ -18,7 +18,7 @@ from raywarp.cluster.health import Report
 from raywarp.cluster.runtime import start_ray
 from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool
 from raywarp.config.schema import Config
-from raywarp.data.prompts import Prompt
+from raywarp.data.text import Prompt
 from raywarp.model.device import run_dtype
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler

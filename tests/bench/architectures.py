@@ -175,8 +175,7 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
 
 def gap_of(model: Any, adapters: list[str], prompts: list[list[int]], completions: Any, dtype: str) -> float:
     """Nats between the sampler's and the trainer's log-probs: of the worst token in float32, of the mean one in bfloat16."""
-    from raywarp.model.batch import collate
-    from raywarp.model.batches import micro_batches
+    from raywarp.model.batches import collate, micro_batches
 
     batch = collate(prompts, completions)
     (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)

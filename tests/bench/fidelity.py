@@ -38,7 +38,7 @@ from raywarp.config.schema import Config
 from raywarp.data.models import read_tokenizer
 from raywarp.data.prompts import load_prompts, resolve_model
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batch import Batch, collate
+from raywarp.model.batches import Batch, collate
 from raywarp.rollout.engine import EngineSettings
 from raywarp.rollout.protocol import SFT, Adapter, Request
 from raywarp.rollout.worker import start_engine

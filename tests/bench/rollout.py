@@ -26,7 +26,7 @@ from raywarp.config.load import parse_config
 from raywarp.config.schema import SMOLLM2
 from raywarp.data.prompts import resolve_model
 from raywarp.model.adapted import AdaptedModel
-from raywarp.model.batch import collate
+from raywarp.model.batches import collate
 from raywarp.rollout.protocol import Adapter, AdapterPart, Request, join, submit
 from raywarp.training.session import Session
 

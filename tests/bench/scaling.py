@@ -42,9 +42,8 @@ from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, trailing, zeros_like
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config
-from raywarp.data.completion import Completion
-from raywarp.data.prompts import Prompt
-from raywarp.model.batch import Batch
+from raywarp.data.text import Completion, Prompt
+from raywarp.model.batches import Batch
 from raywarp.rollout.protocol import Adapter, Request
 from raywarp.rollout.transport import digest
 from raywarp.rollout.worker import RolloutWorker

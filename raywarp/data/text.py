@@ -1,0 +1,40 @@
+"""Texts: prompts as they are sampled from, completions as they travel between processes, and which texts count as the same."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a rollout worker returns for one prompt.
+
+    token_ids: the sampled tokens, an emitted EOS included.
+    logprobs: the sampler's log π of each, at the sampling temperature.
+    text: decoded without special tokens.
+    finished: it ended by itself (False: truncated at max_new_tokens).
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: what a reward sees, without any template. token_ids: what the policy sees. columns: the row's other columns."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptSplits:
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+
+def text_key(text: str) -> str:
+    """Equal for texts that differ only in case, spaces and punctuation."""
+    return "".join(c for c in text.casefold() if c.isalnum()) or text
