@@ -12,8 +12,7 @@ from raywarp.config.search import search_space
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.run.policy_files import Job
-from raywarp.sweep.callback import callback
-from raywarp.sweep.progress import SweepProgress
+from raywarp.sweep.listeners import SweepProgress, callback
 from raywarp.sweep.trial import SweepPlan
 
 

@@ -36,7 +36,7 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
         AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each other, vectors without a mean,
             or an `out` that is in use. Nothing is left half-written.
     """
-    from raywarp.adapters.report import merge_card
+    from raywarp.adapters.merge_report import merge_card
 
     files = open_adapters([*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases)
     with _new_adapter(Path(out), overwrite) as folder:

@@ -72,8 +72,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from raywarp.adapters.merge_report import merge_json, merge_table
     from raywarp.adapters.merging import merge
-    from raywarp.adapters.report import merge_json, merge_table
     from raywarp.run.terminal import console
 
     done = merge(_recipe(options), options.out, options.overwrite, options.allow_different_bases)
@@ -119,8 +119,8 @@ def _floats(words: list[str] | None) -> tuple[float, ...] | None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from raywarp.adapters.merge_report import adapter_facts, groups_json, inspect_table
     from raywarp.adapters.merging import inspect
-    from raywarp.adapters.report import adapter_facts, groups_json, inspect_table
     from raywarp.run.terminal import console
 
     count = len(options.adapters)

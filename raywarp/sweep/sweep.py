@@ -23,10 +23,8 @@ from raywarp.run.folder import Run, read_mark
 from raywarp.storage import scratch
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import exclusive
-from raywarp.sweep.callback import TrialListener, callback
 from raywarp.sweep.files import SweepFiles
-from raywarp.sweep.loggers import SweepLoggers
-from raywarp.sweep.progress import SweepProgress
+from raywarp.sweep.listeners import SweepLoggers, SweepProgress, TrialListener, callback
 from raywarp.sweep.results import Sweep, conclude, save_sweep, show_sweep
 from raywarp.sweep.trial import SweepPlan, Trial
 
