@@ -1,5 +1,6 @@
 """docs/python.md: every public name with its signature, and examples that run."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -92,3 +93,17 @@ def test_what_the_page_says_of_averages() -> None:
             torch.testing.assert_close(
                 slerp.factors[module].B @ slerp.factors[module].A, longer * lerp.factors[module].B @ lerp.factors[module].A
             )
+
+
+def test_type_checkers_and_python_know_the_same_names() -> None:
+    stub = ast.parse((Path(raywarp.__file__).parent / "__init__.pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    found = {alias.asname: str(node.module).removeprefix("raywarp.") for node in imports for alias in node.names}
+    assert found == raywarp._WHERE
+
+
+def test_every_error_is_public() -> None:
+    """But those that never leave the module that raises them, or its caller."""
+    sources = (path.read_text() for path in Path(raywarp.__file__).parent.rglob("*.py"))
+    errors = {name for source in sources for name in re.findall(r"^class (\w+Error)\(", source, re.MULTILINE)}
+    assert errors - {"StrictYamlError", "TensorFileError", "TimeLimitError"} == {name for name in raywarp.__all__ if name.endswith("Error")}
