@@ -1,7 +1,8 @@
 """Submit `raywarp train CONFIG` as a Ray job, follow its log, and end with its exit code.
 
-The cluster is that of RAY_API_SERVER_ADDRESS (http://HOST:8265); the token comes from where `ray job submit` takes it:
-RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The job gets a copy of this directory.
+The cluster is that of RAY_API_SERVER_ADDRESS (http://HOST:8265); the token comes from where `ray
+job submit` takes it: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
+~/.ray/auth_token. The job gets a copy of this directory.
 """
 
 import argparse
@@ -27,12 +28,19 @@ from raywarp.planning.jobs import absolute_paths
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 60  # seconds without an answer from the job server, after which following is given up
 STOP_SECONDS = 30  # Ray kills what does not end within 3 s of SIGTERM
-UNANSWERED = (OSError, RuntimeError, aiohttp.ClientError, RayError)  # RuntimeError is how Ray's client tells of a refusal
+UNANSWERED = (
+    OSError,
+    RuntimeError,
+    aiohttp.ClientError,
+    RayError,
+)  # RuntimeError is how Ray's client tells of a refusal
 STOPPED = 143  # exit code of a job that was stopped: 128 + SIGTERM
 
 
 def main() -> int:
-    """Returns the job's exit code, 143 if it was stopped, 130 for Ctrl-C (the job goes on), 2 for wrong input, 1 without a cluster."""
+    """Returns the job's exit code, 143 if it was stopped, 130 for Ctrl-C (the job goes on), 2 for
+    wrong input, 1 without a cluster.
+    """
     options = parser().parse_args()
     logging.disable(logging.INFO)  # Ray's client tells of every upload and closed connection
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
@@ -47,7 +55,11 @@ def main() -> int:
             say(f"  follow it with --follow {job}, stop it with --stop {job}")
         return 0 if options.no_wait else follow(client, job)
     except KeyboardInterrupt:
-        say(f"\njob {job} goes on; follow it with --follow {job}, stop it with --stop {job}" if job else "\nnothing was submitted")
+        say(
+            f"\njob {job} goes on; follow it with --follow {job}, stop it with --stop {job}"
+            if job
+            else "\nnothing was submitted"
+        )
         return 130
     except ConfigError as error:
         return fail(error, 2)
@@ -56,35 +68,70 @@ def main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = argparse.ArgumentParser(
+        prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = result.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="YAML file in this directory")
     what.add_argument("--follow", metavar="JOB", help="follow a job that was submitted before")
     what.add_argument("--stop", metavar="JOB", help="stop a job; the same submission continues it")
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, for example warp.steps=20")
-    result.add_argument("--command", default="train", help="raywarp's command: train (the default), reward, tune")
-    result.add_argument("--address", help="of the job server (default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265)")
-    result.add_argument("--tunnel", action="store_true", help="the address leads to another machine, though it is 127.0.0.1")
-    result.add_argument("--runtime-env", type=Path, default=Path(__file__).with_name("runtime_env.yaml"), metavar="FILE")
+    result.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key, for example warp.steps=20",
+    )
+    result.add_argument(
+        "--command", default="train", help="raywarp's command: train (the default), reward, tune"
+    )
+    result.add_argument(
+        "--address",
+        help="of the job server (default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265)",
+    )
+    result.add_argument(
+        "--tunnel",
+        action="store_true",
+        help="the address leads to another machine, though it is 127.0.0.1",
+    )
+    result.add_argument(
+        "--runtime-env",
+        type=Path,
+        default=Path(__file__).with_name("runtime_env.yaml"),
+        metavar="FILE",
+    )
     result.add_argument("--no-wait", action="store_true", help="do not follow the job")
     return result
 
 
-def submit(client: JobSubmissionClient, address: str, options: argparse.Namespace) -> tuple[str, str]:
+def submit(
+    client: JobSubmissionClient, address: str, options: argparse.Namespace
+) -> tuple[str, str]:
     """The new job's id, and its command."""
     config = load_config(options.config, options.overrides)
     path = Path(os.path.relpath(options.config))
     if path.parts[0] == "..":
-        raise ConfigError(f"{options.config} is not in {os.getcwd()}, of which the job gets a copy; start this where the config lies")
+        raise ConfigError(
+            f"{options.config} is not in {os.getcwd()}, of which the job gets a copy; start this"
+            " where the config lies"
+        )
     moved = absolute_paths(config)
     if options.tunnel or urlsplit(address).hostname not in LOOPBACK:
         if written := [override for override in moved if override.startswith(("out=", "store="))]:
             key, _, value = written[0].partition("=")
-            raise ConfigError(f"{key} is relative ({value} here), and the cluster is elsewhere: give a path or URI that all its nodes see")
+            raise ConfigError(
+                f"{key} is relative ({value} here), and the cluster is elsewhere: give a path or"
+                " URI that all its nodes see"
+            )
         moved = []
-    entrypoint = shlex.join(["raywarp", options.command, path.as_posix(), *options.overrides, *moved])
+    entrypoint = shlex.join(
+        ["raywarp", options.command, path.as_posix(), *options.overrides, *moved]
+    )
     environment = {**yaml.safe_load(options.runtime_env.read_text()), "working_dir": os.getcwd()}
-    job = with_agent(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=environment, metadata={"raywarp": options.command}))
+    job = with_agent(
+        lambda: client.submit_job(
+            entrypoint=entrypoint, runtime_env=environment, metadata={"raywarp": options.command}
+        )
+    )
     return job, entrypoint
 
 
@@ -101,7 +148,9 @@ def with_agent(submission: Callable[[], str]) -> str:
 
 
 class Log:
-    """A job's log, printed as it grows, each character once: every connection gets it from its beginning."""
+    """A job's log, printed as it grows, each character once: every connection gets it from its
+    beginning.
+    """
 
     def __init__(self, client: JobSubmissionClient, job: str):
         self.client, self.job, self.printed = client, job, 0
@@ -135,9 +184,14 @@ def follow(client: JobSubmissionClient, job: str) -> int:
                 return outcome(client, job)
         except UNANSWERED as error:
             now = time.monotonic()
-            lost = lost if lost and now - connected < PATIENCE / 10 else now  # when the attempts began to fail one after another
+            lost = (
+                lost if lost and now - connected < PATIENCE / 10 else now
+            )  # when the attempts began to fail one after another
             if now - lost > PATIENCE:
-                raise RuntimeError(f"no answer for {PATIENCE} s ({error}); the job may go on, follow it with --follow {job}") from None
+                raise RuntimeError(
+                    f"no answer for {PATIENCE} s ({error}); the job may go on, follow it with"
+                    f" --follow {job}"
+                ) from None
         else:
             lost = 0.0
         time.sleep(1)
@@ -157,7 +211,9 @@ def outcome(client: JobSubmissionClient, job: str) -> int:
 
 
 def stop(client: JobSubmissionClient, job: str) -> int:
-    """SIGTERM, after which a run saves what it has; waits for the end and shows the log's last lines."""
+    """SIGTERM, after which a run saves what it has; waits for the end and shows the log's last
+    lines.
+    """
     client.stop_job(job)
     deadline = time.monotonic() + STOP_SECONDS
     while not client.get_job_status(job).is_terminal():

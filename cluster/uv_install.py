@@ -1,4 +1,6 @@
-"""`uv pip install` with pip's arguments and pip's configuration (files and PIP_ variables), which uv does not read by itself."""
+"""`uv pip install` with pip's arguments and pip's configuration (files and PIP_ variables), which
+uv does not read by itself.
+"""
 
 import os
 import sys

@@ -1,11 +1,16 @@
-"""raywarp: align language models with WARP (Weight Averaged Rewarded Policies) on a Ray cluster, exactly, with LoRA.
+"""raywarp: align language models with WARP (Weight Averaged Rewarded Policies) on a Ray cluster,
+exactly, with LoRA.
 
 raywarp.train(config) -> Run            Algorithm 1 (raywarp.load_config reads a YAML file)
 raywarp.reward(config) -> RewardSummary the reward model from preferences
-raywarp.tune(config) -> Sweep           Ray Tune over any of its keys, with what trials have in common done once
-raywarp.plan(config) -> Forecast        what it asks of the cluster, memory per process, and whether it fits
-raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, karcher, ema, liti, load_peft, save_peft
-raywarp.merge(Recipe(...), out)         the same from folder to folder, block by block; raywarp.inspect looks at adapters
+raywarp.tune(config) -> Sweep           Ray Tune over any of its keys, with what trials have in
+                                        common done once
+raywarp.plan(config) -> Forecast        what it asks of the cluster, memory per process, and whether
+                                        it fits
+raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, karcher, ema, liti,
+                                        load_peft, save_peft
+raywarp.merge(Recipe(...), out)         the same from folder to folder, block by block;
+                                        raywarp.inspect looks at adapters
 """
 
 from importlib import import_module

@@ -1,4 +1,6 @@
-"""The public names with their types, for type checkers; __init__.py imports them when they are first used."""
+"""The public names with their types, for type checkers; __init__.py imports them when they are
+first used.
+"""
 
 from raywarp.adapters.merging import inspect as inspect
 from raywarp.adapters.merging import merge as merge

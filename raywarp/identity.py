@@ -1,4 +1,6 @@
-"""Everything random derives from the run's seed and a name, so that any piece of a run can be made again alone."""
+"""Everything random derives from the run's seed and a name, so that any piece of a run can be made
+again alone.
+"""
 
 import functools
 import hashlib
@@ -10,13 +12,16 @@ from typing import Any
 
 
 def derive_seed(*parts: object) -> int:
-    """A 31-bit seed from what it is for, for example derive_seed(run_seed, "sampling", iteration, policy, step, index)."""
+    """A 31-bit seed from what it is for, for example derive_seed(run_seed, "sampling", iteration,
+    policy, step, index).
+    """
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def batch_indices(population: int, size: int, step: int, seed: int) -> list[int]:
-    """The prompts of one optimiser step: step after step without replacement, in a new order each epoch.
+    """The prompts of one optimiser step: step after step without replacement, in a new order each
+    epoch.
 
     Args:
         population: number of prompts.
@@ -24,7 +29,10 @@ def batch_indices(population: int, size: int, step: int, seed: int) -> list[int]
         step: counted from 0.
     """
     first = step * size
-    return [_epoch_order(population, position // population, seed)[position % population] for position in range(first, first + size)]
+    return [
+        _epoch_order(population, position // population, seed)[position % population]
+        for position in range(first, first + size)
+    ]
 
 
 @functools.lru_cache(maxsize=16)
@@ -46,6 +54,15 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "") -> str:
-    """One hash of the names and contents of the files that match, but for `without`; whatever the folder is called."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != without})
+    """One hash of the names and contents of the files that match, but for `without`; whatever the
+    folder is called.
+    """
+    files = sorted(
+        {
+            path
+            for pattern in patterns
+            for path in folder.glob(pattern)
+            if path.is_file() and path.name != without
+        }
+    )
     return content_key([[path.name, file_sha256(path)] for path in files])

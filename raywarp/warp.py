@@ -49,8 +49,10 @@ TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer'
 class IterationState:
     """Where a run has got to: one iteration is done; 0: it is about to begin.
 
-    keys: of all policies of all iterations. determinants: what they depend on besides the configuration: see policy_keys.
-    init, policies: θ_init that the iteration started from, and the task vectors θ_m − θ_init that it ended with.
+    keys: of all policies of all iterations. determinants: what they depend on besides the
+    configuration: see policy_keys.
+    init, policies: θ_init that the iteration started from, and the task vectors θ_m − θ_init that
+    it ended with.
     """
 
     run: Run
@@ -68,7 +70,8 @@ def train(config: Config, display: Display | None = None) -> Run:
     Raises:
         ConfigError: the input is wrong; nothing was started.
         RewardError: the reward failed or was not a finite number; what was done is kept.
-        FaultError: a piece of the run died again and again, or there is no room for it any more; likewise.
+        FaultError: a piece of the run died again and again, or there is no room for it any more;
+            likewise.
         Stopped: SIGTERM or Ctrl-C; likewise. It is a KeyboardInterrupt.
     """
     display = display or Display()
@@ -78,15 +81,19 @@ def train(config: Config, display: Display | None = None) -> Run:
     return run
 
 
-def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS) -> Generator[IterationState]:
-    """`train`, iteration by iteration. To be closed where it is left before its end. Actors are started when there is something for them
-    to do: never, where the run was finished and all of it is whole.
+def stages(
+    config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS
+) -> Generator[IterationState]:
+    """`train`, iteration by iteration. To be closed where it is left before its end. Actors are
+    started when there is something for them to do: never, where the run was finished and all of it
+    is whole.
 
     Args:
         claims: by whom policies are shared with other runs.
 
     Raises:
-        Elsewhere: another run is at work on policies that this one needs, and all that could be done without them is.
+        Elsewhere: another run is at work on policies that this one needs, and all that could be
+            done without them is.
     """
     run = Run.open(config, display.say)
     if inputs.shapes.scope:
@@ -113,7 +120,9 @@ def stages(config: Config, inputs: Inputs, display: Display, claims: Claims = NO
             run.save_config(config)
             run.clean()
             journal.begin()
-            yield from Driver(config, inputs, run, session, display, loggers, gauges, claims).stages(known)
+            yield from Driver(
+                config, inputs, run, session, display, loggers, gauges, claims
+            ).stages(known)
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,17 @@ class Driver:
         """Algorithm 1.
 
         Args:
-            known: numerics of the same run before, with which actors need not be started to know them.
+            known: numerics of the same run before, with which actors need not be started to know
+                them.
         """
         config, run = self.config, self.run
-        inputs_and_reward = {**self.inputs.fingerprints(), **reward_statistics(self.session, run, config, self.inputs)}
-        is_whole = known is not None and run.has_policies(key_chain(config, {**inputs_and_reward, **known}))
+        inputs_and_reward = {
+            **self.inputs.fingerprints(),
+            **reward_statistics(self.session, run, config, self.inputs),
+        }
+        is_whole = known is not None and run.has_policies(
+            key_chain(config, {**inputs_and_reward, **known})
+        )
         numerics = known if known and is_whole else self.session.numerics()
         determinants = {**inputs_and_reward, **numerics}
         all_keys = key_chain(config, determinants)
@@ -151,21 +166,30 @@ class Driver:
             if iteration == config.warp.iterations:
                 self.save_front(init, policies, keys, numerics)
                 self.display.timing(run)
-            yield IterationState(run, self.session, iteration, all_keys, determinants, init, policies)
+            yield IterationState(
+                run, self.session, iteration, all_keys, determinants, init, policies
+            )
             if iteration < config.warp.iterations:
                 init = liti(init, merged, config.warp.liti_rate)
 
     def first_init(self, key: str) -> AdapterDelta:
-        """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has to be started to know them."""
+        """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has
+        to be started to know them.
+        """
         try:
             folder = None if self.session.is_started else self.run.find_policy(key)
         except sealed.DamagedError:
             folder = None
         zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else self.session.zero
-        return replace(zero, factors=dict(sorted(zero.factors.items())))  # in one order, wherever it comes from
+        return replace(
+            zero, factors=dict(sorted(zero.factors.items()))
+        )  # in one order, wherever it comes from
 
-    def fine_tune(self, iteration: int, keys: Sequence[str], init: AdapterDelta) -> list[AdapterDelta]:
-        """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store are read, not trained.
+    def fine_tune(
+        self, iteration: int, keys: Sequence[str], init: AdapterDelta
+    ) -> list[AdapterDelta]:
+        """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store
+        are read, not trained.
 
         Raises:
             Elsewhere: some are under way in other runs; the rest is finished.
@@ -176,7 +200,9 @@ class Driver:
             unfinished = [job for job in jobs if not self.is_found(job)]
             missing = [job for job in unfinished if job.key in taken]
             self.claims.begin(iteration, [job.key for job in missing])
-            run.restore_metrics(iteration, warp.iterations, [job.key for job in jobs if job not in unfinished])
+            run.restore_metrics(
+                iteration, warp.iterations, [job.key for job in jobs if job not in unfinished]
+            )
             with (
                 self.display.iteration(iteration, jobs, missing, warp.steps) as bars,
                 closing(session.fine_tune(missing, init, self.inputs.prompts.train)) as events,
@@ -188,14 +214,21 @@ class Driver:
             run.save_timing(iteration, session.timing.row())
         if others := [job.key for job in unfinished if job not in missing]:
             raise Elsewhere(iteration, others)
-        return [trailing(load_peft(run.find_policy(key) or run.policy_folder(key)), self.config.lora.rank) for key in keys]
+        return [
+            trailing(
+                load_peft(run.find_policy(key) or run.policy_folder(key)), self.config.lora.rank
+            )
+            for key in keys
+        ]
 
     def is_found(self, job: Job) -> bool:
         """Whether the policy is in the store, and whole."""
         try:
             return self.run.find_policy(job.key) is not None
         except sealed.DamagedError as error:
-            self.display.say(f"iteration {job.iteration} policy {job.index} has to be trained: {error}")
+            self.display.say(
+                f"iteration {job.iteration} policy {job.index} has to be trained: {error}"
+            )
             return False
 
     def note(self, event: Mapping[str, Any]) -> None:
@@ -208,9 +241,15 @@ class Driver:
             self.loggers.log(row)
             self.gauges.step(row)
 
-    def save_front(self, init: AdapterDelta, policies: Sequence[AdapterDelta], keys: Sequence[str], numerics: Mapping[str, object]) -> None:
-        """Measure the front of the last iteration, unless front.json has it already, and keep the chosen η as adapter/; another choice
-        of what is measured costs no more than that.
+    def save_front(
+        self,
+        init: AdapterDelta,
+        policies: Sequence[AdapterDelta],
+        keys: Sequence[str],
+        numerics: Mapping[str, object],
+    ) -> None:
+        """Measure the front of the last iteration, unless front.json has it already, and keep the
+        chosen η as adapter/; another choice of what is measured costs no more than that.
 
         Args:
             keys: of the policies. numerics: go into front.json: see Run.numerics.
@@ -221,13 +260,22 @@ class Driver:
         if is_measured and run.front().get("choose") == config.front.choose.model_dump():
             return self.display.front(run)
         points = front.candidates(init, policies, front.wanted_etas(config))
-        measured = [Point(**point) for point in run.front()["points"]] if is_measured else self.measure(points)
+        measured = (
+            [Point(**point) for point in run.front()["points"]]
+            if is_measured
+            else self.measure(points)
+        )
         chosen = front.choose(measured, config.front.choose)
         title = f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}"
         plot_front(measured, chosen, run.folder / "front.png", title)
         adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
-        run.save_adapter(adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors)))
-        told = {"key": key, "numerics": {key_of_numerics(config, self.inputs.fingerprints()): numerics}}
+        run.save_adapter(
+            adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors))
+        )
+        told = {
+            "key": key,
+            "numerics": {key_of_numerics(config, self.inputs.fingerprints()): numerics},
+        }
         run.save_front({**told, **front.front_json(measured, chosen, config)})
         self.loggers.finish(run)
         self.display.front(run)
@@ -237,6 +285,11 @@ class Driver:
         held_out = self.inputs.prompts.held_out
         with self.display.evaluation(len(points)) as done:
             results = evaluation.evaluate(self.session, self.config, points, held_out, done)
-        self.run.save_evaluation_work(spans_of([piece for _, scored in results for piece in scored.work]))
-        sealed.write_json(self.run.folder / "samples.json", front.sample_rows(results, held_out, self.config.front))
+        self.run.save_evaluation_work(
+            spans_of([piece for _, scored in results for piece in scored.work])
+        )
+        sealed.write_json(
+            self.run.folder / "samples.json",
+            front.sample_rows(results, held_out, self.config.front),
+        )
         return [point for point, _ in results]

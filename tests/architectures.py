@@ -1,6 +1,8 @@
-"""Tiny random models of every family that the project says something about: configurations, weights, and the model's own log-probs.
+"""Tiny random models of every family that the project says something about: configurations,
+weights, and the model's own log-probs.
 
-Every window, chunk, top-k and rope limit is 16 to 64 tokens, so that a sequence of LONG tokens passes all of them.
+Every window, chunk, top-k and rope limit is 16 to 64 tokens, so that a sequence of LONG tokens
+passes all of them.
 """
 
 from collections.abc import Sequence
@@ -24,18 +26,70 @@ from raywarp.model.lengths import length_limits
 from raywarp.model.policy import Policy
 
 VOCABULARY = 3 + len(WORDS)
-LIMIT, LONG = 32, 80  # tokens: the largest window and rope limit of the matrix; a sequence longer than twice that
-MIXED = ((5, (4, 1, 7)), (20, (10, 3)), (LONG - 6, (6, 9, 2)), (LIMIT - 2, (2, 3, 5)))  # prompts with completions, on both sides of it
+LIMIT, LONG = (
+    32,
+    80,
+)  # tokens: the largest window and rope limit of the matrix; a sequence longer than twice that
+MIXED = (
+    (5, (4, 1, 7)),
+    (20, (10, 3)),
+    (LONG - 6, (6, 9, 2)),
+    (LIMIT - 2, (2, 3, 5)),
+)  # prompts with completions, on both sides of it
 INSIDE = ((5, (4, 1, 7)), (20, (10, 3)), (22, (2, 9)))  # the same on one side
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-DENSE = {**IDS, **SHAPE, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 2}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+DENSE = {
+    **IDS,
+    **SHAPE,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 2,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-MLA = {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "head_dim": 32}
-DEEPSEEK = {**DENSE, **MLA, **EXPERTS, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-SIGLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}
-GEMMA3 = {**DENSE, "sliding_window": LIMIT, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
-GDN = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "head_dim": 32,
+}
+DEEPSEEK = {
+    **DENSE,
+    **MLA,
+    **EXPERTS,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA3 = {
+    **DENSE,
+    "sliding_window": LIMIT,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 16,
+}
+GDN = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 QWEN35_VISION = {
     "depth": 1,
     "hidden_size": 32,
@@ -59,9 +113,11 @@ class Family:
 
     name: as the table has it. config: transformers' class of it. settings: its arguments.
     targets: lora.target_modules of the row.
-    refused: what the refusal says where the trainer has to refuse it; empty where it has to be right.
+    refused: what the refusal says where the trainer has to refuse it; empty where it has to be
+    right.
     wrapper: the saved model is this class, not the causal language model of the configuration.
-    lengths: of prompts and completions of the trainer's comparison; shorter ones where longer sequences are refused.
+    lengths: of prompts and completions of the trainer's comparison; shorter ones where longer
+    sequences are refused.
     """
 
     name: str
@@ -77,7 +133,16 @@ class Family:
         return getattr(transformers, self.config)(**self.settings)
 
 
-def _family(name: str, config: str, /, *, targets: str = "all-linear", refused: str = "", wrapper: str = "", **settings: Any) -> Family:
+def _family(
+    name: str,
+    config: str,
+    /,
+    *,
+    targets: str = "all-linear",
+    refused: str = "",
+    wrapper: str = "",
+    **settings: Any,
+) -> Family:
     return Family(name, f"{config}Config", settings, targets, refused, wrapper)
 
 
@@ -93,7 +158,7 @@ FAMILIES = {
         ),
         _family("Qwen2", "Qwen2", **DENSE),
         _family("Qwen3", "Qwen3", **DENSE),
-        _family("Qwen2-MoE", "Qwen2Moe", **DENSE, **EXPERTS, num_experts=4, shared_expert_intermediate_size=32),
+        _family("Qwen2-MoE", "Qwen2Moe", **DENSE, **EXPERTS, num_experts=4, shared_expert_intermediate_size=32),  # noqa: E501
         _family("Qwen3-MoE", "Qwen3Moe", **DENSE, **EXPERTS, num_experts=4),
         _family("Mistral, window", "Mistral", **DENSE, sliding_window=LIMIT),
         _family("Mixtral", "Mixtral", **DENSE, num_local_experts=4, num_experts_per_tok=2),
@@ -130,7 +195,7 @@ FAMILIES = {
             wrapper="Qwen3_5ForConditionalGeneration",
         ),
         _family("Phi-3", "Phi3", **DENSE, sliding_window=LIMIT),
-        _family("Phi-3, longrope", "Phi3", **DENSE, sliding_window=None, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE),
+        _family("Phi-3, longrope", "Phi3", **DENSE, sliding_window=None, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE),  # noqa: E501
         _family(
             "Phi-MoE",
             "Phimoe",
@@ -140,9 +205,9 @@ FAMILIES = {
             original_max_position_embeddings=LIMIT,
             rope_parameters={**LONGROPE, "short_mscale": 1.2, "long_mscale": 1.4},
         ),
-        _family("Granite", "Granite", **DENSE, logits_scaling=4.0, residual_multiplier=0.7, embedding_multiplier=3.0),
-        _family("Granite-MoE", "GraniteMoe", **DENSE, num_local_experts=4, num_experts_per_tok=2, logits_scaling=4.0),
-        _family("Cohere-2", "Cohere2", **DENSE, logit_scale=0.3, sliding_window=LIMIT, layer_types=["sliding_attention", "full_attention"]),
+        _family("Granite", "Granite", **DENSE, logits_scaling=4.0, residual_multiplier=0.7, embedding_multiplier=3.0),  # noqa: E501
+        _family("Granite-MoE", "GraniteMoe", **DENSE, num_local_experts=4, num_experts_per_tok=2, logits_scaling=4.0),  # noqa: E501
+        _family("Cohere-2", "Cohere2", **DENSE, logit_scale=0.3, sliding_window=LIMIT, layer_types=["sliding_attention", "full_attention"]),  # noqa: E501
         _family("OLMo-2", "Olmo2", **DENSE),
         _family("SmolLM3", "SmolLM3", **DENSE),
         _family("GPT-2", "GPT2", **IDS, n_embd=64, n_layer=2, n_head=2, n_positions=512),
@@ -159,7 +224,7 @@ FAMILIES = {
             max_position_embeddings=512,
         ),
         _family("GPT-NeoX", "GPTNeoX", **IDS, **SHAPE, max_position_embeddings=512),
-        _family("GPT-OSS", "GptOss", **DENSE, num_local_experts=4, num_experts_per_tok=2, sliding_window=LIMIT),
+        _family("GPT-OSS", "GptOss", **DENSE, num_local_experts=4, num_experts_per_tok=2, sliding_window=LIMIT),  # noqa: E501
         _family(
             "Llama-4",
             "Llama4Text",
@@ -180,9 +245,11 @@ FAMILIES = {
             mlp_layer_types=["dense", "sparse"],
             index_topk=16,
             index_head_dim=64,
-            index_n_heads=16,  # of few, all scores of a token may be 0, and which of equal ones are chosen depends on the width of a pass
+            # of few, all scores of a token may be 0, and which of equal ones are chosen depends on
+            # the width of a pass
+            index_n_heads=16,
         ),
-        _family("Falcon, rotary", "Falcon", **IDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, alibi=False),
+        _family("Falcon, rotary", "Falcon", **IDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, alibi=False),  # noqa: E501
         _family(
             "Falcon, alibi",
             "Falcon",
@@ -208,22 +275,32 @@ FAMILIES = {
             use_mamba_kernels=False,
         ),
         _family("Mamba", "Mamba", **IDS, hidden_size=64, num_hidden_layers=2, state_size=8),
-        _family("RWKV", "Rwkv", **IDS, hidden_size=64, num_hidden_layers=3, attention_hidden_size=64, context_length=512, rescale_every=2),
+        _family("RWKV", "Rwkv", **IDS, hidden_size=64, num_hidden_layers=3, attention_hidden_size=64, context_length=512, rescale_every=2),  # noqa: E501
     )
 }  # fmt: skip
 
 
 def save_model(family: Family, folder: Path, seed: int = 0) -> Path:
-    """Random weights, large enough that windows, chunks and adapters show; and the tokenizer of the other tests."""
+    """Random weights, large enough that windows, chunks and adapters show; and the tokenizer of the
+    other tests.
+    """
     torch.manual_seed(seed)
     config = family.build()
-    model = getattr(transformers, family.wrapper)(config) if family.wrapper else transformers.AutoModelForCausalLM.from_config(config)
+    model = (
+        getattr(transformers, family.wrapper)(config)
+        if family.wrapper
+        else transformers.AutoModelForCausalLM.from_config(config)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("self_attn.A"):  # Doge's: zeros would make all keys equal
             parameter.data.normal_(0, 1)
-        elif name.endswith("self_attn.dt_proj.weight"):  # likewise: large ones end in the same number
+        elif name.endswith(
+            "self_attn.dt_proj.weight"
+        ):  # likewise: large ones end in the same number
             parameter.data.normal_(0, 0.02)
-        elif parameter.ndim > 1 and not any(part in name for part in ("conv1d", "A_log", "time_", "vision", "visual")):
+        elif parameter.ndim > 1 and not any(
+            part in name for part in ("conv1d", "A_log", "time_", "vision", "visual")
+        ):
             parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -241,7 +318,9 @@ def eager_model(folder: Path) -> Any:
 def with_change(model: Any, delta: AdapterDelta) -> Any:
     """The same model with W + ΔW written into its float32 weights."""
     if hasattr(model.config, "rescale_every"):
-        model.config.rescale_every = 0  # RWKV would divide weights in place, and their gradients with them
+        model.config.rescale_every = (
+            0  # RWKV would divide weights in place, and their gradients with them
+        )
     for module, factors in delta.factors.items():
         change = dense(factors).float()
         layer = model.get_submodule(module)
@@ -250,16 +329,24 @@ def with_change(model: Any, delta: AdapterDelta) -> Any:
 
 
 def own_logprobs(model: Any, batch: Batch) -> Tensor:
-    """(N, T) log π of the response tokens, zero on padding: one sequence at a time, whole and without padding, each by a model in the state
-    in which it was loaded (a rope that grows with its sequences remembers the longest)."""
-    loaded = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules() if hasattr(module, "max_seq_len_cached")]
+    """(N, T) log π of the response tokens, zero on padding: one sequence at a time, whole and
+    without padding, each by a model in the state in which it was loaded (a rope that grows with its
+    sequences remembers the longest).
+    """
+    loaded = [
+        (module, dict(vars(module)), dict(module._buffers))
+        for module in model.modules()
+        if hasattr(module, "max_seq_len_cached")
+    ]
     rows = []
     for n, prompt in enumerate(batch.prompts):
         for module, attributes, buffers in loaded:
             vars(module).update(attributes)
             module._buffers.update(buffers)
         response = batch.responses[n, : int(batch.mask[n].sum())]
-        logits = model(torch.tensor([[*prompt, *response.tolist()]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([[*prompt, *response.tolist()]]), use_cache=False).logits[
+            0, len(prompt) - 1 : -1
+        ]
         logprobs = logits.float().log_softmax(-1).gather(-1, response[:, None])[:, 0]
         rows.append(torch.nn.functional.pad(logprobs, (0, batch.mask.shape[1] - len(response))))
     return torch.stack(rows)
@@ -279,16 +366,28 @@ def mixed_batch(lengths: Sequence[tuple[int, Sequence[int]]] = MIXED) -> Batch:
 
 
 def engine_prompts(config: Any, new_tokens: int) -> list[list[int]]:
-    """Short and long, past every window; with their completions up to the limit where longer ones are refused."""
-    most = getattr(config, "keep_window_size", None) or length_limits(config, ropes_only=True).lowest
+    """Short and long, past every window; with their completions up to the limit where longer ones
+    are refused.
+    """
+    most = (
+        getattr(config, "keep_window_size", None) or length_limits(config, ropes_only=True).lowest
+    )
     lengths = (3, 9, LONG, LIMIT - 4) if most is None else (3, 9, most - new_tokens)
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, VOCABULARY - 4, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(3, VOCABULARY - 4, (length,), generator=generator).tolist()
+        for length in lengths
+    ]
 
 
 def trainer(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> AdaptedModel:
     """The trainer's model with one policy, `policy`, whose factors are random and not small."""
-    model = AdaptedModel(str(folder), LoraConfig(rank=2, alpha=4.0, target_modules=family.targets), dtype, torch.device("cpu"))
+    model = AdaptedModel(
+        str(folder),
+        LoraConfig(rank=2, alpha=4.0, target_modules=family.targets),
+        dtype,
+        torch.device("cpu"),
+    )
     random_policy(model, "policy", seed=3)
     return model
 
@@ -301,20 +400,29 @@ def random_policy(model: AdaptedModel, name: str, seed: int) -> None:
 
 
 def resumes_exactly(folder: Path, family: Family) -> bool:
-    """Whether two steps, and two with a new process between them, end in the same state, bit for bit."""
+    """Whether two steps, and two with a new process between them, end in the same state, bit for
+    bit.
+    """
     whole, first, second = (_policy(folder, family) for _ in range(3))
     for policy in (whole, whole, first):
         _step(policy)
     second.load_state(first.state())
     _step(second)
     ours, theirs = whole.state(), second.state()
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+    )
 
 
 def _policy(folder: Path, family: Family) -> Policy:
-    settings = {"lora": {"rank": 2, "target_modules": family.targets}, "optim": {"batch_size": 4, "lr": 0.01, "warmup_steps": 0}}
+    settings = {
+        "lora": {"rank": 2, "target_modules": family.targets},
+        "optim": {"batch_size": 4, "lr": 0.01, "warmup_steps": 0},
+    }
     config = parse_config({**settings, "rollout": {"completions_per_prompt": 2}})
-    return Policy(AdaptedModel(str(folder), config.lora, torch.float32, torch.device("cpu")), config, 1, 1)
+    return Policy(
+        AdaptedModel(str(folder), config.lora, torch.float32, torch.device("cpu")), config, 1, 1
+    )
 
 
 def _step(policy: Policy) -> None:
@@ -325,9 +433,11 @@ def _step(policy: Policy) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of the trainer with the model's own eager code, on a mixed batch: largest differences of log-probs in nats.
+    """Of the trainer with the model's own eager code, on a mixed batch: largest differences of
+    log-probs in nats.
 
-    gradient: largest difference of a gradient, relative to that tensor's largest entry. effect: largest change by the adapter, in nats.
+    gradient: largest difference of a gradient, relative to that tensor's largest entry. effect:
+    largest change by the adapter, in nats.
     """
 
     plain: float
@@ -337,15 +447,22 @@ class Comparison:
 
     @property
     def is_right(self) -> bool:
-        return self.plain < 1e-4 and self.adapted < 1e-4 and self.gradient < 1e-3 and self.effect > 0.5
+        return (
+            self.plain < 1e-4 and self.adapted < 1e-4 and self.gradient < 1e-3 and self.effect > 0.5
+        )
 
 
 def compare(model: AdaptedModel, folder: Path, batch: Batch) -> Comparison:
-    """All sequences in one micro-batch here, each alone there; the adapter here, W + ΔW in the weights there."""
+    """All sequences in one micro-batch here, each alone there; the adapter here, W + ΔW in the
+    weights there.
+    """
     (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)
     order = part.completions.argsort()
     with torch.no_grad():
-        own, plain = own_logprobs(eager_model(folder), batch), model.logprobs(part, model.states(part, []), 1.0)[order]
+        own, plain = (
+            own_logprobs(eager_model(folder), batch),
+            model.logprobs(part, model.states(part, []), 1.0)[order],
+        )
     merged = with_change(eager_model(folder), model.delta("policy"))
     weight = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(4))
     changed = own_logprobs(merged, batch)
@@ -361,7 +478,9 @@ def compare(model: AdaptedModel, folder: Path, batch: Batch) -> Comparison:
 
 
 def _gradient_errors(model: AdaptedModel, merged: Any) -> list[float]:
-    """By the chain rule through ΔW = s·B·A. A tensor without a gradient here must have none there."""
+    """By the chain rule through ΔW = s·B·A. A tensor without a gradient here must have none
+    there.
+    """
     errors = []
     for name, layer in model._layers.items():
         adapter, wanted = layer.adapters["policy"], merged.get_submodule(name).weight.grad

@@ -1,4 +1,6 @@
-"""Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for all tests."""
+"""Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for
+all tests.
+"""
 
 import contextlib
 import hashlib
@@ -20,12 +22,20 @@ import psutil
 import pytest
 import torch
 
-os.environ.setdefault("RAYWARP_CACHE", platformdirs.user_cache_dir("raywarp"))  # tests move HOME, the fetched models stay
+os.environ.setdefault(
+    "RAYWARP_CACHE", platformdirs.user_cache_dir("raywarp")
+)  # tests move HOME, the fetched models stay
 os.environ.update(
-    RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_TRAIN_V2_ENABLED="1", RAY_AUTH_MODE="token"
+    RAY_USAGE_STATS_ENABLED="0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_TRAIN_V2_ENABLED="1",
+    RAY_AUTH_MODE="token",
 )
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # of two that run side by side, neither sees what the other's runs have there for a moment
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # of two that run side by side, neither sees what the other's runs have there for a moment
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
 
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
@@ -33,38 +43,83 @@ from raywarp.model.batches import Batch
 from raywarp.storage import scratch
 
 WORDS = (
-    *("the", "a", "film", "is", "was", "good", "bad", "great", "awful", "and", "plot", "acting", "of", "in", "story"),
+    *(
+        "the",
+        "a",
+        "film",
+        "is",
+        "was",
+        "good",
+        "bad",
+        "great",
+        "awful",
+        "and",
+        "plot",
+        "acting",
+        "of",
+        "in",
+        "story",
+    ),
     *("very", "not", "movie", "this", "it", "I", "liked", "hated", "fine", "dull"),
 )
-SLOW = ("faults", "sweep", "rollout", "jobs", "warp", "stored_runs", "three_nodes", "reward_training", "evidence", "nodes")  # minutes
+SLOW = (
+    "faults",
+    "sweep",
+    "rollout",
+    "jobs",
+    "warp",
+    "stored_runs",
+    "three_nodes",
+    "reward_training",
+    "evidence",
+    "nodes",
+)  # minutes
 
 
 def pytest_configure() -> None:
-    """vLLM looks at a model's class in a process of its own, for ten seconds, and notes at home what it saw: one home is enough."""
+    """vLLM looks at a model's class in a process of its own, for ten seconds, and notes at home
+    what it saw: one home is enough.
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="rwvllm")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the files, the slow ones begin: else the last process to end has one of them alone."""
+    """Where several processes share the files, the slow ones begin: else the last process to end
+    has one of them alone.
+    """
     if hasattr(config, "workerinput"):
         order = {f"test_{name}": n for n, name in enumerate(SLOW)}
         items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_unconfigure() -> None:
-    own = tempfile.gettempdir() if "PYTEST_XDIST_WORKER" in os.environ else os.environ["VLLM_CACHE_ROOT"]
+    own = (
+        tempfile.gettempdir()
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else os.environ["VLLM_CACHE_ROOT"]
+    )
     shutil.rmtree(own, ignore_errors=True)
 
 
 def random_delta(
-    seed: int, ranks: tuple[int, ...] = (3, 2, 4, 1), sizes: tuple[tuple[int, int], ...] = ((6, 5), (4, 6), (5, 5), (7, 4))
+    seed: int,
+    ranks: tuple[int, ...] = (3, 2, 4, 1),
+    sizes: tuple[tuple[int, int], ...] = ((6, 5), (4, 6), (5, 5), (7, 4)),
 ) -> AdapterDelta:
     """Two blocks of two modules each, unequal ranks and sizes, float64 unless cast."""
-    names = ("model.layers.0.attn.q", "model.layers.0.mlp.up", "model.layers.1.attn.q", "model.layers.1.mlp.up")
+    names = (
+        "model.layers.0.attn.q",
+        "model.layers.0.mlp.up",
+        "model.layers.1.attn.q",
+        "model.layers.1.mlp.up",
+    )
     g = torch.Generator().manual_seed(seed)
     factors = {
-        name: Factors(torch.randn(out, r, generator=g, dtype=torch.float64), torch.randn(r, inp, generator=g, dtype=torch.float64))
+        name: Factors(
+            torch.randn(out, r, generator=g, dtype=torch.float64),
+            torch.randn(r, inp, generator=g, dtype=torch.float64),
+        )
         for name, r, (out, inp) in zip(names, ranks, sizes, strict=True)
     }
     return AdapterDelta(factors)
@@ -73,7 +128,9 @@ def random_delta(
 def assert_same_change(x: AdapterDelta, y: AdapterDelta, tolerance: float = 1e-10) -> None:
     assert x.factors.keys() == y.factors.keys()
     for module, f in x.factors.items():
-        torch.testing.assert_close(dense(f), dense(y.factors[module]), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            dense(f), dense(y.factors[module]), rtol=tolerance, atol=tolerance
+        )
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -84,14 +141,24 @@ def save_tokenizer(folder: Path) -> None:
     vocabulary = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )
     fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
     fast.save_pretrained(folder)
 
 
 def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """2 layers, 64 wide, grouped-query attention: small enough to train in a test, real enough for vLLM."""
+    """2 layers, 64 wide, grouped-query attention: small enough to train in a test, real enough for
+    vLLM.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -119,7 +186,14 @@ def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=3 + len(WORDS), n_embd=64, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2, initializer_range=0.2
+        vocab_size=3 + len(WORDS),
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     save_tokenizer(folder)
@@ -127,9 +201,14 @@ def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
 
 
 def installed_in(root: Path) -> str:
-    """What cluster/local.sh of a copied repository keeps in .venv/raywarp-install, once it has installed with this Python."""
+    """What cluster/local.sh of a copied repository keeps in .venv/raywarp-install, once it has
+    installed with this Python.
+    """
     content = hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest()
-    return f"Python {platform.python_version()}, raywarp[cpu,test] in {root}, pyproject.toml {content}\n"
+    return (
+        f"Python {platform.python_version()}, raywarp[cpu,test] in {root}, pyproject.toml"
+        f" {content}\n"
+    )
 
 
 def write_prompts(path: Path) -> None:
@@ -139,13 +218,21 @@ def write_prompts(path: Path) -> None:
 
 
 def traces() -> set[str]:
-    """What a session leaves on a machine while it lives: its actors' processes, shared memory (but for Ray's own), adapter files."""
+    """What a session leaves on a machine while it lives: its actors' processes, shared memory (but
+    for Ray's own), adapter files.
+    """
     names = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             names.append(process.name())
-    found = {name for name in names if name.startswith(("ray::Rollout", "ray::Policy", "ray::Reward", "VLLM"))}
-    found |= {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
+    found = {
+        name
+        for name in names
+        if name.startswith(("ray::Rollout", "ray::Policy", "ray::Reward", "VLLM"))
+    }
+    found |= {
+        path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")
+    }
     return found | {path.name for path in Path(tempfile.gettempdir()).glob(f"{scratch.PREFIX}*")}
 
 
@@ -158,7 +245,9 @@ def left_behind(before: set[str], seconds: float = 15) -> set[str]:
 
 
 def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """(N, T, V) logits of the response tokens, one completion at a time, all positions, no padding; zero after a completion's end."""
+    """(N, T, V) logits of the response tokens, one completion at a time, all positions, no padding;
+    zero after a completion's end.
+    """
     rows = []
     for n, prompt in enumerate(batch.prompts):
         length = int(batch.mask[n].sum())
@@ -170,7 +259,9 @@ def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class S3Server:
-    """moto's, on a port of this machine, with one empty bucket; all of pyarrow's requests really go there."""
+    """moto's, on a port of this machine, with one empty bucket; all of pyarrow's requests really go
+    there.
+    """
 
     address: str
 
@@ -183,11 +274,17 @@ def s3() -> Iterator[S3Server]:
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
-    os.environ.update(AWS_ACCESS_KEY_ID="loopback", AWS_SECRET_ACCESS_KEY="loopback", AWS_EC2_METADATA_DISABLED="true")
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="loopback",
+        AWS_SECRET_ACCESS_KEY="loopback",
+        AWS_EC2_METADATA_DISABLED="true",
+    )
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+    urllib.request.urlopen(
+        urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")
+    ).close()
     yield S3Server(f"{host}:{port}")
     server.stop()
 
@@ -209,24 +306,44 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     home = tmp_path_factory.mktemp("home")
     os.environ["HOME"] = str(home)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:  # short: it becomes a socket's path
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
+    with tempfile.TemporaryDirectory(
+        prefix="rw", ignore_cleanup_errors=True
+    ) as folder:  # short: it becomes a socket's path
         os.environ["RAY_TMPDIR"] = folder
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
         yield ray
         ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def tiny_finished(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The Run of tiny_run's configuration with a control score and all loggers, finished. To be looked at, not changed."""
+def tiny_finished(
+    ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The Run of tiny_run's configuration with a control score and all loggers, finished. To be
+    looked at, not changed.
+    """
     from tiny_run import make_project, tiny_config
 
     from raywarp.warp import train
 
     folder = make_project(tmp_path_factory.mktemp("finished"))
-    changes = {"control": {"function": "raywarp.embedded:vader"}, "loggers": ["tensorboard", "wandb", "mlflow"]}
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patched:  # where the reward module is
+    changes = {
+        "control": {"function": "raywarp.embedded:vader"},
+        "loggers": ["tensorboard", "wandb", "mlflow"],
+    }
+    with (
+        contextlib.chdir(folder),
+        pytest.MonkeyPatch.context() as patched,
+    ):  # where the reward module is
         for name, value in logger_environment(folder).items():
             patched.setenv(name, value)
         return train(tiny_config(folder, tiny_llama, folder / "run", **changes))
@@ -234,8 +351,13 @@ def tiny_finished(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.T
 
 def logger_environment(folder: Path) -> dict[str, str]:
     """For W&B without a network, and MLflow in files below a folder."""
-    services = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"file:{folder / 'mlruns'}", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    services = {
+        "WANDB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": f"file:{folder / 'mlruns'}",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
     caches = {
-        name: str(folder / "wandb-caches") for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+        name: str(folder / "wandb-caches")
+        for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
     }
     return services | caches

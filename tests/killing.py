@@ -1,4 +1,6 @@
-"""A user's project on the tiny model, run by the real command in a process of its own; and how its processes are found and killed."""
+"""A user's project on the tiny model, run by the real command in a process of its own; and how its
+processes are found and killed.
+"""
 
 import contextlib
 import json
@@ -44,22 +46,45 @@ SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "reward": {"function": "paced_reward:score"},
     "lora": {"rank": 2, "alpha": 4},
-    "warp": {"iterations": 1, "policies": 2, "steps": 24, "ema_rate": 0.1, "liti_rate": 0.5, "kl_coef": 0.02},
+    "warp": {
+        "iterations": 1,
+        "policies": 2,
+        "steps": 24,
+        "ema_rate": 0.1,
+        "liti_rate": 0.5,
+        "kl_coef": 0.02,
+    },
     "optim": {"lr": 0.01, "batch_size": 8, "warmup_steps": 1},
-    "rollout": {"engine": "transformers", "completions_per_prompt": 4, "max_new_tokens": 6, "temperature": 1.0},
-    "cluster": {"policy_actors": 2, "threads": 1, "cpus_per_policy": 0.5, "cpus_per_rollout_worker": 0.5},
+    "rollout": {
+        "engine": "transformers",
+        "completions_per_prompt": 4,
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+    },
+    "cluster": {
+        "policy_actors": 2,
+        "threads": 1,
+        "cpus_per_policy": 0.5,
+        "cpus_per_rollout_worker": 0.5,
+    },
     "front": {"prompts": 4, "etas": [0, 1], "choose": {"eta": 1}, "samples": 1},
     "checkpoint_every": 5,
 }
 
 
 def make_project(folder: Path, **changes: Any) -> Path:
-    """A folder with model, prompts, reward and config.yaml. changes: of SETTINGS, section by section."""
+    """A folder with model, prompts, reward and config.yaml. changes: of SETTINGS, section by
+    section.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_tiny_llama(folder / "model")
     (folder / "paced_reward.py").write_text(REWARD)
     write_prompts(folder / "prompts.jsonl")
-    tree = {**SETTINGS, "model": str(folder / "model"), "prompts": {"dataset": str(folder / "prompts.jsonl")}}
+    tree = {
+        **SETTINGS,
+        "model": str(folder / "model"),
+        "prompts": {"dataset": str(folder / "prompts.jsonl")},
+    }
     for section, values in changes.items():
         tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -67,10 +92,16 @@ def make_project(folder: Path, **changes: Any) -> Path:
 
 
 def own_home(folder: Path) -> None:
-    """Ray's files, its token among them, go there: for every process from now on. The path has to be short, as it becomes a socket's."""
-    os.environ.update(RAY_TMPDIR=str(folder), HOME=str(folder), RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
+    """Ray's files, its token among them, go there: for every process from now on. The path has to
+    be short, as it becomes a socket's.
+    """
+    os.environ.update(
+        RAY_TMPDIR=str(folder), HOME=str(folder), RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token"
+    )
     (folder / ".ray").mkdir()
-    (folder / ".ray" / "auth_token").write_text(secrets.token_hex(32))  # ray.init makes one, Cluster does not (Ray 2.60)
+    (folder / ".ray" / "auth_token").write_text(
+        secrets.token_hex(32)
+    )  # ray.init makes one, Cluster does not (Ray 2.60)
 
 
 def set_pace(project: Path, seconds: float) -> None:
@@ -81,7 +112,9 @@ def set_pace(project: Path, seconds: float) -> None:
 
 
 class Patience:
-    """A time-out by a clock that stands still while this process does: a busy machine may hold up everybody."""
+    """A time-out by a clock that stands still while this process does: a busy machine may hold up
+    everybody.
+    """
 
     def __init__(self, seconds: float):
         self.left, self.last = seconds, time.monotonic()
@@ -98,13 +131,33 @@ class Patience:
 class Command:
     """`raywarp train` (or another command) in a project's folder, as a process with a log."""
 
-    def __init__(self, project: Path, out: str, *overrides: str, address: str = "local", verb: str = "train"):
+    def __init__(
+        self, project: Path, out: str, *overrides: str, address: str = "local", verb: str = "train"
+    ):
         self.run, self.log = Run(project / out), project / f"{out}.log"
         environment = {**os.environ, "RAY_ADDRESS": address}
-        code = "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); from raywarp.cli.commands import main; sys.exit(main())"
-        command = [sys.executable, "-c", code, verb, "config.yaml", f"out={project / out}", *overrides]
+        code = (
+            "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); from"
+            " raywarp.cli.commands import main; sys.exit(main())"
+        )
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            verb,
+            "config.yaml",
+            f"out={project / out}",
+            *overrides,
+        ]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command,
+                cwd=project,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
 
     def steps(self) -> int:
         return len(self.run.metrics())
@@ -117,7 +170,9 @@ class Command:
         """
         patience = Patience(seconds)
         while not (value := condition()):
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.tail()}"
+            assert self.process.poll() is None, (
+                f"ended with {self.process.returncode}:\n{self.tail()}"
+            )
             assert patience.lasts(), f"nothing for {seconds} s:\n{self.tail()}"
         return value
 
@@ -146,7 +201,11 @@ def processes(kind: str, below: psutil.Process) -> list[psutil.Process]:
     for process in below.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = process.cmdline()
-            if title and title[0].startswith(KINDS[kind]) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                title
+                and title[0].startswith(KINDS[kind])
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
@@ -188,7 +247,9 @@ def adapter_folders() -> set[str]:
 
 
 def adapters(run: Run) -> dict[str, str]:
-    """What a finished run ends with: a digest of each policy, of the last merge and of the chosen adapter."""
+    """What a finished run ends with: a digest of each policy, of the last merge and of the chosen
+    adapter.
+    """
     folders = [*run.folder.glob("iterations/*/merged"), run.folder / "adapter"]
     for listed in run.folder.glob("iterations/*/policies.json"):
         folders += [run.folder / name for name in json.loads(listed.read_text())]
@@ -198,7 +259,12 @@ def adapters(run: Run) -> dict[str, str]:
 def missing_lines(run: Run, iterations: int, policies: int, steps: int) -> int:
     """Steps that are not in metrics.jsonl exactly once."""
     rows = [(row["iteration"], row["policy"], row["step"]) for row in run.metrics()]
-    wanted = [(i, m, t) for i in range(1, iterations + 1) for m in range(1, policies + 1) for t in range(steps)]
+    wanted = [
+        (i, m, t)
+        for i in range(1, iterations + 1)
+        for m in range(1, policies + 1)
+        for t in range(steps)
+    ]
     return sum(rows.count(step) != 1 for step in wanted)
 
 

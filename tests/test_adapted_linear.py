@@ -1,4 +1,6 @@
-"""What a layer computes in bfloat16, where a change below half a unit in the last place of the output must still count on average."""
+"""What a layer computes in bfloat16, where a change below half a unit in the last place of the
+output must still count on average.
+"""
 
 import time
 from collections.abc import Callable
@@ -21,7 +23,9 @@ LAYERS: dict[str, Callable[[], Linear | Conv1D]] = {
 
 
 def adapted(kind: str, change: float, dtype: torch.dtype = torch.bfloat16) -> AdaptedLinear:
-    """A layer of unit outputs, a bias of the same size where it has one, and an adapter `policy` of changes of this size."""
+    """A layer of unit outputs, a bias of the same size where it has one, and an adapter `policy` of
+    changes of this size.
+    """
     torch.manual_seed(0)
     base = LAYERS[kind]()
     base.weight.data.normal_(std=D_IN**-0.5)
@@ -48,8 +52,12 @@ def slope(measured: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("trained", ["policy", None])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_small_change_of_the_output_counts(kind: str, trained: str | None, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of a tenth of half an ulp (2⁻⁸ at 1): added after the rounding, a third of it is left."""
+def test_a_small_change_of_the_output_counts(
+    kind: str, trained: str | None, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of a tenth of half an ulp (2⁻⁸ at 1): added after the rounding, a third of it is
+    left.
+    """
     monkeypatch.setattr(linear, "_HAS_ONEDNN", onednn and linear._HAS_ONEDNN)
     layer, x = adapted(kind, change=4e-4), torch.randn(TOKENS, D_IN).bfloat16()
     layer.activate([])
@@ -64,7 +72,9 @@ def test_a_small_change_of_the_output_counts(kind: str, trained: str | None, one
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_small_change_of_the_gradient_counts(kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_change_of_the_gradient_counts(
+    kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradient of the input is grad·W + grad·B·A, rounded once."""
     monkeypatch.setattr(linear, "_HAS_ONEDNN", onednn and linear._HAS_ONEDNN)
     layer, grad = adapted(kind, change=4e-4), torch.randn(TOKENS, D_OUT).bfloat16()
@@ -93,23 +103,39 @@ def test_wide_numbers_are_the_formula(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_sums_are_rounded_once_whatever_the_layout(tokens: int, dtype: torch.dtype) -> None:
-    """Few rows, none, and operands that are views: the result is the exact sum's nearest number, but for the order of a sum."""
+    """Few rows, none, and operands that are views: the result is the exact sum's nearest number,
+    but for the order of a sum.
+    """
     torch.manual_seed(1)
-    x, added, bias = torch.randn(64, tokens).to(dtype).T, torch.randn(96, tokens).to(dtype).T, torch.randn(96).to(dtype)
+    x, added, bias = (
+        torch.randn(64, tokens).to(dtype).T,
+        torch.randn(96, tokens).to(dtype).T,
+        torch.randn(96).to(dtype),
+    )
     weight = torch.randn(64, 96).to(dtype).T
     exact = x.double() @ weight.double().T + bias.double() + added.double()
     ours = product(x, weight, bias, added)
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours, exact.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7)
-    assert (ours != exact.to(dtype)).double().sum() <= (0.02 if dtype == torch.bfloat16 else 1) * exact.numel()
+    torch.testing.assert_close(
+        ours, exact.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7
+    )
+    assert (ours != exact.to(dtype)).double().sum() <= (
+        0.02 if dtype == torch.bfloat16 else 1
+    ) * exact.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_part_of_a_larger_matrix_is_no_slower(dtype: torch.dtype) -> None:
     """oneDNN's own operator takes a second for it, not a millisecond."""
-    x, added, larger = torch.randn(400, 512).to(dtype), torch.randn(400, 384).to(dtype), torch.randn(400, 600).to(dtype)
+    x, added, larger = (
+        torch.randn(400, 512).to(dtype),
+        torch.randn(400, 384).to(dtype),
+        torch.randn(400, 600).to(dtype),
+    )
     start = time.process_time()
     ours = product(x, larger[:384, :512], added=added)
     assert time.process_time() - start < 0.5
     tolerance = 0.5 if dtype == torch.bfloat16 else 1e-3  # a unit in the last place of the largest
-    torch.testing.assert_close(ours, product(x, larger[:384, :512].contiguous(), added=added), atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        ours, product(x, larger[:384, :512].contiguous(), added=added), atol=tolerance, rtol=0
+    )

@@ -56,14 +56,22 @@ def test_coefficients_per_block() -> None:
     x, y = random_delta(1), random_delta(2)
     mixed = concatenate([x, y], {"model.layers.0": [1, 0], "model.layers.1": [0, 2]})
     for module, f in mixed.factors.items():
-        expected = dense(x.factors[module]) if module.startswith("model.layers.0") else 2 * dense(y.factors[module])
+        expected = (
+            dense(x.factors[module])
+            if module.startswith("model.layers.0")
+            else 2 * dense(y.factors[module])
+        )
         torch.testing.assert_close(dense(f), expected)
 
 
 def test_coefficients_per_module_block_and_rest() -> None:
-    """The nearest coefficients count: the module's own, else its block's, else those of "global"."""
+    """The nearest coefficients count: the module's own, else its block's, else those of
+    "global".
+    """
     x, y = random_delta(1), random_delta(2)
-    mixed = concatenate([x, y], {"model.layers.0.attn.q": [1, 1], "model.layers.0": [3, 0], "global": [0, -1]})
+    mixed = concatenate(
+        [x, y], {"model.layers.0.attn.q": [1, 1], "model.layers.0": [3, 0], "global": [0, -1]}
+    )
     for module, f in mixed.factors.items():
         a, b = dense(x.factors[module]), dense(y.factors[module])
         expected = {"model.layers.0.attn.q": a + b, "model.layers.0.mlp.up": 3 * a}.get(module, -b)
@@ -72,10 +80,15 @@ def test_coefficients_per_module_block_and_rest() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-7)])
 def test_gram_of_a_stack(dtype: torch.dtype, tolerance: float) -> None:
-    """Longer than one chunk of quick products and not a multiple of it, unequal ranks, one of them zero."""
+    """Longer than one chunk of quick products and not a multiple of it, unequal ranks, one of them
+    zero.
+    """
     generator = torch.Generator().manual_seed(1)
     parts = [
-        Factors(torch.randn(700, r, generator=generator, dtype=dtype), torch.randn(r, 530, generator=generator, dtype=dtype))
+        Factors(
+            torch.randn(700, r, generator=generator, dtype=dtype),
+            torch.randn(r, 530, generator=generator, dtype=dtype),
+        )
         for r in (3, 0, 5, 1)
     ]
     flat = torch.stack([dense(f).flatten() for f in parts])
@@ -108,8 +121,12 @@ def test_truncation_loses_the_tail_of_the_singular_values() -> None:
         for rank in (1, 2, 3):
             small = shrink(f, rank=rank)
             assert small.factors.rank == rank
-            assert (dense(small.factors) - dense(f)).norm().item() == pytest.approx(float(s[rank:].norm()), rel=1e-9)
-            assert (small.kept, small.total) == pytest.approx((float(s[:rank].square().sum()), float(s.square().sum())))
+            assert (dense(small.factors) - dense(f)).norm().item() == pytest.approx(
+                float(s[rank:].norm()), rel=1e-9
+            )
+            assert (small.kept, small.total) == pytest.approx(
+                (float(s[:rank].square().sum()), float(s.square().sum()))
+            )
         share = float(s[:2].square().sum() / s.square().sum())
         assert shrink(f, energy=share - 1e-9).factors.rank == 2
         assert shrink(f, energy=share + 1e-9).factors.rank == 3
@@ -128,8 +145,13 @@ def test_truncation_reports_each_blocks_retained_norm() -> None:
 
 
 def test_difference_cancels_before_anything_is_squared() -> None:
-    """θ − θ₀ of adapters that differ by a millionth: right to 1e-8 of itself, where their Gram matrix has 1e-4."""
-    init, step = random_delta(1).factors["model.layers.1.attn.q"], random_delta(2).factors["model.layers.1.attn.q"]
+    """θ − θ₀ of adapters that differ by a millionth: right to 1e-8 of itself, where their Gram
+    matrix has 1e-4.
+    """
+    init, step = (
+        random_delta(1).factors["model.layers.1.attn.q"],
+        random_delta(2).factors["model.layers.1.attn.q"],
+    )
     moved = Stack.of([init, step]).weigh([1.0, 1e-6])
     found = difference(moved, init)
     torch.testing.assert_close(dense(found), 1e-6 * dense(step), rtol=0, atol=1e-14)
@@ -149,7 +171,12 @@ def test_compression_is_lossless_and_finds_the_true_rank() -> None:
 def test_compression_stops_at_the_size_of_the_weight() -> None:
     many = add(*(random_delta(s, ranks=(4, 4, 4, 4)) for s in range(4)))
     small = compress(many)
-    assert [f.rank for f in small.factors.values()] == [5, 4, 5, 4]  # min(d_out, d_in), below 16 = 4 x 4
+    assert [f.rank for f in small.factors.values()] == [
+        5,
+        4,
+        5,
+        4,
+    ]  # min(d_out, d_in), below 16 = 4 x 4
     assert_same_change(small, many)
 
 
@@ -163,7 +190,9 @@ def test_trailing_takes_back_the_last_summand_bit_for_bit() -> None:
 def test_different_modules_or_sizes_are_refused() -> None:
     x = random_delta(1)
     fewer = AdapterDelta({m: f for m, f in x.factors.items() if "mlp" not in m})
-    with pytest.raises(AdapterError, match=r"different modules: only one of them has model\.layers\.0\.mlp\.up"):
+    with pytest.raises(
+        AdapterError, match=r"different modules: only one of them has model\.layers\.0\.mlp\.up"
+    ):
         add(x, fewer)
     with pytest.raises(AdapterError, match="not of one base model"):
         add(x, x.map(lambda _, f: Factors(f.B, torch.zeros(f.rank, 9))))

@@ -1,4 +1,6 @@
-"""Trainer against the model's own eager code, for every family of the table in docs/architectures.md."""
+"""Trainer against the model's own eager code, for every family of the table in
+docs/architectures.md.
+"""
 
 import json
 import subprocess
@@ -7,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import FAMILIES, Family, compare, mixed_batch, resumes_exactly, save_model, trainer
+from architectures import (
+    FAMILIES,
+    Family,
+    compare,
+    mixed_batch,
+    resumes_exactly,
+    save_model,
+    trainer,
+)
 
 from raywarp.config.schema import ConfigError, LoraConfig
 from raywarp.model.adapted import AdaptedModel
@@ -19,13 +29,19 @@ REFUSED = [family for family in FAMILIES.values() if family.refused]
 
 @pytest.mark.parametrize("family", RIGHT, ids=lambda family: family.name)
 def test_the_trainer_is_the_model(family: Family, tmp_path: Path) -> None:
-    """Log-probs with an adapter and without, and gradients; and planning counts the same modules."""
+    """Log-probs with an adapter and without, and gradients; and planning counts the same
+    modules.
+    """
     save_model(family, tmp_path)
     model = trainer(tmp_path, family)
     found = compare(model, tmp_path, mixed_batch(family.lengths))
     assert found.is_right, found
-    shapes = model_shapes(family.build(), LoraConfig(rank=2, target_modules=family.targets), rows=2, length=12)
-    assert shapes.adapted == {name: tuple(layer.weight.shape) for name, layer in model._layers.items()}
+    shapes = model_shapes(
+        family.build(), LoraConfig(rank=2, target_modules=family.targets), rows=2, length=12
+    )
+    assert shapes.adapted == {
+        name: tuple(layer.weight.shape) for name, layer in model._layers.items()
+    }
     assert shapes.left == model.targets.left
     assert shapes.saved_bytes > 0
 
@@ -45,10 +61,25 @@ def test_a_resumed_policy_goes_on_as_it_would_have(family: Family, tmp_path: Pat
 
 
 def test_vllm_is_the_trainer() -> None:
-    """Six families: fused and reordered rows, experts, soft caps, Conv1D; before, with, between and after adapters. One it cannot run."""
+    """Six families: fused and reordered rows, experts, soft caps, Conv1D; before, with, between and
+    after adapters. One it cannot run.
+    """
     families = ["Llama", "GPT-NeoX", "Qwen3-MoE", "Gemma-2", "Phi-3", "GPT-2", "GPT-Neo"]
     assert set(families) <= FAMILIES.keys()
     bench = Path(__file__).parent / "bench" / "architectures.py"
-    command = [sys.executable, str(bench), "--jobs", "1", "--columns", "vLLM, unmerged", "--families", *families]
+    command = [
+        sys.executable,
+        str(bench),
+        "--jobs",
+        "1",
+        "--columns",
+        "vLLM, unmerged",
+        "--families",
+        *families,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == {"right": 6, "refused": 1, "wrong_cells": []}, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "right": 6,
+        "refused": 1,
+        "wrong_cells": [],
+    }, done.stdout + done.stderr

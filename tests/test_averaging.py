@@ -23,11 +23,22 @@ from raywarp.algorithm.averaging import (
     task_vectors,
     towards,
 )
-from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors, Granularity, add, dense, scale, zeros_like
+from raywarp.algorithm.deltas import (
+    AdapterDelta,
+    AdapterError,
+    Factors,
+    Granularity,
+    add,
+    dense,
+    scale,
+    zeros_like,
+)
 
 
 def flat(delta: AdapterDelta, block: str | None = None) -> torch.Tensor:
-    """ΔW of all modules (of one block) as one float64 vector: the dense truth that factored algebra is compared with."""
+    """ΔW of all modules (of one block) as one float64 vector: the dense truth that factored algebra
+    is compared with.
+    """
     modules = [m for b, names in delta.blocks().items() for m in names if block in (None, b)]
     return torch.cat([dense(delta.factors[m]).flatten() for m in modules])
 
@@ -39,7 +50,13 @@ def dense_slerp(x: torch.Tensor, y: torch.Tensor, step: float) -> torch.Tensor:
 
 def single(vector: list[float]) -> AdapterDelta:
     """One module of one block whose ΔW is this row."""
-    return AdapterDelta({"model.layers.0.q": Factors(torch.ones(1, 1, dtype=torch.float64), torch.tensor([vector], dtype=torch.float64))})
+    return AdapterDelta(
+        {
+            "model.layers.0.q": Factors(
+                torch.ones(1, 1, dtype=torch.float64), torch.tensor([vector], dtype=torch.float64)
+            )
+        }
+    )
 
 
 def unit_norm(delta: AdapterDelta) -> AdapterDelta:
@@ -52,14 +69,20 @@ def gauge(delta: AdapterDelta, seed: int) -> AdapterDelta:
     g = torch.Generator().manual_seed(seed)
 
     def turn(_: str, f: Factors) -> Factors:
-        G = torch.randn(f.rank, f.rank, generator=g, dtype=torch.float64) + 3 * torch.eye(f.rank, dtype=torch.float64)
+        G = torch.randn(f.rank, f.rank, generator=g, dtype=torch.float64) + 3 * torch.eye(
+            f.rank, dtype=torch.float64
+        )
         return Factors(f.B @ G, torch.linalg.solve(G, f.A))
 
     return delta.map(turn)
 
 
 def test_gram_equals_dense_with_unequal_ranks() -> None:
-    deltas = [random_delta(1), random_delta(2, ranks=(1, 5, 2, 3)), random_delta(3, ranks=(2, 2, 2, 2))]
+    deltas = [
+        random_delta(1),
+        random_delta(2, ranks=(1, 5, 2, 3)),
+        random_delta(3, ranks=(2, 2, 2, 2)),
+    ]
     for block, gram in gram_matrices(deltas).items():
         stacked = torch.stack([flat(delta, block) for delta in deltas])
         torch.testing.assert_close(gram, stacked @ stacked.T, rtol=1e-10, atol=1e-10)
@@ -70,7 +93,12 @@ def test_slerp_equals_dense_slerp_per_block(step: float) -> None:
     x, y = random_delta(1), random_delta(2)
     merged = slerp([x, y], weights=[1 - step, step])
     for block in x.blocks():
-        torch.testing.assert_close(flat(merged, block), dense_slerp(flat(x, block), flat(y, block), step), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            flat(merged, block),
+            dense_slerp(flat(x, block), flat(y, block), step),
+            rtol=1e-10,
+            atol=1e-12,
+        )
 
 
 def test_endpoints_are_the_policies() -> None:
@@ -86,7 +114,9 @@ def test_equal_norms_are_kept_and_lerp_shrinks_them() -> None:
         for block in x.blocks():
             cosine = float(flat(x, block) @ flat(y, block))
             assert flat(spherical, block).norm().item() == pytest.approx(1, abs=1e-6)
-            assert flat(linear, block).norm().item() == pytest.approx(math.sqrt(1 - 2 * (1 - cosine) * (step - step**2)), abs=1e-9)
+            assert flat(linear, block).norm().item() == pytest.approx(
+                math.sqrt(1 - 2 * (1 - cosine) * (step - step**2)), abs=1e-9
+            )
 
 
 def test_angle_to_the_first_grows_linearly() -> None:
@@ -95,14 +125,18 @@ def test_angle_to_the_first_grows_linearly() -> None:
         omega = math.acos(float(flat(x, block) @ flat(y, block)))
         for step in (0.1, 0.5, 0.8):
             merged = flat(slerp([x, y], [1 - step, step]), block)
-            assert math.acos(float(flat(x, block) @ merged / merged.norm())) == pytest.approx(step * omega, abs=1e-9)
+            assert math.acos(float(flat(x, block) @ merged / merged.norm())) == pytest.approx(
+                step * omega, abs=1e-9
+            )
 
 
 def test_half_way_is_lerp_over_cos_half_angle_for_any_norms() -> None:
     x, y = random_delta(1), scale(random_delta(2), 3.0)
     for block, gram in gram_matrices([x, y]).items():
         omega = math.acos(float(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt()))
-        torch.testing.assert_close(flat(slerp([x, y]), block), flat(lerp([x, y]), block) / math.cos(omega / 2))
+        torch.testing.assert_close(
+            flat(slerp([x, y]), block), flat(lerp([x, y]), block) / math.cos(omega / 2)
+        )
 
 
 def test_two_policies_commute() -> None:
@@ -111,18 +145,34 @@ def test_two_policies_commute() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"), [(1, [1.0]), (2, [0.7071, 0.7071]), (3, [0.6124, 0.6124, 0.5]), (4, [0.5658, 0.5658, 0.4619, 0.3827])]
+    ("count", "expected"),
+    [
+        (1, [1.0]),
+        (2, [0.7071, 0.7071]),
+        (3, [0.6124, 0.6124, 0.5]),
+        (4, [0.5658, 0.5658, 0.4619, 0.3827]),
+    ],
 )
 def test_recursion_on_orthonormal_vectors(count: int, expected: list[float]) -> None:
-    """slerp(e1,e2,1/2) = (e1+e2)/√2; then λ=1/3: sin 60°/sin 90°/√2 = .612 and sin 30° = .5; then λ=1/4: sin 22.5° = .383."""
-    assert slerp_coefficients(torch.eye(count, dtype=torch.float64)).tolist() == pytest.approx(expected, abs=1e-4)
+    """slerp(e1,e2,1/2) = (e1+e2)/√2; then λ=1/3: sin 60°/sin 90°/√2 = .612 and sin 30° = .5; then
+    λ=1/4: sin 22.5° = .383.
+    """
+    assert slerp_coefficients(torch.eye(count, dtype=torch.float64)).tolist() == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_weights_of_the_recursion() -> None:
-    """λ_m = w_m / Σ_{j≤m} w_j; weights (1, 1, 0) leave the third out, and only proportions count."""
+    """λ_m = w_m / Σ_{j≤m} w_j; weights (1, 1, 0) leave the third out, and only proportions
+    count.
+    """
     gram = gram_matrices([random_delta(s) for s in (1, 2, 3)])["model.layers.0"]
-    torch.testing.assert_close(slerp_coefficients(gram, [1, 1, 0])[:2], slerp_coefficients(gram[:2, :2]))
-    torch.testing.assert_close(slerp_coefficients(gram, [2, 4, 6]), slerp_coefficients(gram, [1, 2, 3]))
+    torch.testing.assert_close(
+        slerp_coefficients(gram, [1, 1, 0])[:2], slerp_coefficients(gram[:2, :2])
+    )
+    torch.testing.assert_close(
+        slerp_coefficients(gram, [2, 4, 6]), slerp_coefficients(gram, [1, 2, 3])
+    )
     for wrong in ([1, 1], [1, -1, 1], [0, 0, 0], [1, 1, float("nan")]):
         with pytest.raises(ValueError, match="need 3 weights"):
             slerp_coefficients(gram, wrong)
@@ -153,7 +203,12 @@ def test_gauge_invariance(seed: int, rate: float) -> None:
     for block, gram in gram_matrices(deltas).items():
         torch.testing.assert_close(gram_matrices(turned)[block], gram, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(flat(slerp(turned)), flat(slerp(deltas)), rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(flat(liti(turned[0], turned[1], rate)), flat(liti(deltas[0], deltas[1], rate)), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(
+        flat(liti(turned[0], turned[1], rate)),
+        flat(liti(deltas[0], deltas[1], rate)),
+        rtol=1e-7,
+        atol=1e-8,
+    )
     angles = [g["angles"] for g in geometry(deltas).values()]
     assert [g["angles"] for g in geometry(turned).values()] == [pytest.approx(a) for a in angles]
 
@@ -169,7 +224,9 @@ def test_averaging_the_factors_apart_would_be_wrong() -> None:
 @pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-9, 1e-7, 1e-5])
 def test_small_angles_fall_back_to_lerp(angle: float) -> None:
     merged = slerp([single([1, 0]), single([math.cos(angle), math.sin(angle)])])
-    assert flat(merged).tolist() == pytest.approx([math.cos(angle / 2), math.sin(angle / 2)], abs=1e-9)
+    assert flat(merged).tolist() == pytest.approx(
+        [math.cos(angle / 2), math.sin(angle / 2)], abs=1e-9
+    )
 
 
 def test_float32_cosine_above_one_is_no_nan() -> None:
@@ -193,7 +250,9 @@ def test_zero_vectors_are_skipped_and_not_counted() -> None:
 def test_liti_is_linear_in_eta() -> None:
     init, target = random_delta(1), random_delta(2)
     for rate in (0.0, 0.3, 1.0):
-        torch.testing.assert_close(flat(liti(init, target, rate)), (1 - rate) * flat(init) + rate * flat(target))
+        torch.testing.assert_close(
+            flat(liti(init, target, rate)), (1 - rate) * flat(init) + rate * flat(target)
+        )
     zero = zeros_like(init)
     torch.testing.assert_close(flat(liti(zero, target, 0.5)), 0.5 * flat(target))
     with pytest.raises(ValueError, match="liti_rate"):
@@ -201,7 +260,9 @@ def test_liti_is_linear_in_eta() -> None:
 
 
 def test_liti_from_a_common_init_adds_no_rank() -> None:
-    """init appears on both sides; the compressed result has the rank of init + task vector, not of init twice."""
+    """init appears on both sides; the compressed result has the rank of init + task vector, not of
+    init twice.
+    """
     sizes = ((16, 16),) * 4
     init, vector = random_delta(1, (2, 2, 2, 2), sizes), random_delta(2, (3, 3, 3, 3), sizes)
     moved = liti(init, add(init, vector), 0.3)
@@ -217,28 +278,47 @@ def test_granularity_is_what_shares_an_angle(granularity: Granularity) -> None:
     assert len(groups) == {"block": 2, "tensor": 4, "global": 1}[granularity]
     for module, f in merged.factors.items():
         group = {"block": module.rsplit(".", 2)[0], "tensor": module, "global": None}[granularity]
-        a, b = (torch.cat([dense(d.factors[m]).flatten() for m in d.factors if group is None or m.startswith(group)]) for d in (x, y))
+        a, b = (
+            torch.cat(
+                [
+                    dense(d.factors[m]).flatten()
+                    for m in d.factors
+                    if group is None or m.startswith(group)
+                ]
+            )
+            for d in (x, y)
+        )
         cosine = a @ b / (a.norm() * b.norm())
         torch.testing.assert_close(cosine, groups[group or "global"][0, 1] / (a.norm() * b.norm()))
         angle = torch.acos(cosine)
-        expected = (torch.sin(0.7 * angle) * dense(x.factors[module]) + torch.sin(0.3 * angle) * dense(y.factors[module])) / torch.sin(
-            angle
-        )
+        expected = (
+            torch.sin(0.7 * angle) * dense(x.factors[module])
+            + torch.sin(0.3 * angle) * dense(y.factors[module])
+        ) / torch.sin(angle)
         torch.testing.assert_close(dense(f), expected)
 
 
 @pytest.mark.parametrize("average", [slerp, karcher])
 def test_from_a_non_zero_init(average: Callable[..., AdapterDelta]) -> None:
-    """init + slerp of θ_m − init: the same whether the task vectors or the policies are given; η < 1 stops on the way."""
+    """init + slerp of θ_m − init: the same whether the task vectors or the policies are given; η <
+    1 stops on the way.
+    """
     init, vectors = random_delta(9), [random_delta(s) for s in (1, 2, 3)]
     policies = [add(init, vector) for vector in vectors]
     merged = average(policies, init=init)
-    torch.testing.assert_close(flat(merged), flat(init) + flat(average(vectors)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        flat(merged), flat(init) + flat(average(vectors)), rtol=1e-9, atol=1e-9
+    )
     for found, vector in zip(task_vectors(policies, init), vectors, strict=True):
         torch.testing.assert_close(flat(found), flat(vector), rtol=1e-9, atol=1e-9)
-        assert found.rank <= vector.rank + 1  # what is shared with the init is gone: 4, and rounding at most
+        assert (
+            found.rank <= vector.rank + 1
+        )  # what is shared with the init is gone: 4, and rounding at most
     torch.testing.assert_close(flat(average([policies[0]], init=init)), flat(policies[0]))
-    torch.testing.assert_close(flat(average([policies[0], init, policies[1]], init=init)), flat(average(policies[:2], init=init)))
+    torch.testing.assert_close(
+        flat(average([policies[0], init, policies[1]], init=init)),
+        flat(average(policies[:2], init=init)),
+    )
     fewer = AdapterDelta({m: f for m, f in init.factors.items() if "mlp" not in m})
     with pytest.raises(AdapterError, match="different modules"):
         average(policies, init=fewer)
@@ -250,15 +330,21 @@ def test_weights_towards_an_init() -> None:
 
 
 def test_karcher_mean_of_orthonormal_vectors_is_their_diagonal() -> None:
-    """slerp's recursion gives (.612, .612, .5) there; the Karcher mean has no favourites: 1/√M each."""
+    """slerp's recursion gives (.612, .612, .5) there; the Karcher mean has no favourites: 1/√M
+    each.
+    """
     for count in (1, 2, 3, 4):
         expected = [count**-0.5] * count
-        assert karcher_coefficients(torch.eye(count, dtype=torch.float64)).tolist() == pytest.approx(expected, abs=1e-12)
+        assert karcher_coefficients(
+            torch.eye(count, dtype=torch.float64)
+        ).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @given(seed=st.integers(0, 10_000), count=st.integers(2, 5))
 @settings(max_examples=40, deadline=None)
-def test_karcher_mean_does_not_depend_on_the_order_and_balances_the_arcs(seed: int, count: int) -> None:
+def test_karcher_mean_does_not_depend_on_the_order_and_balances_the_arcs(
+    seed: int, count: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(count, 12, generator=generator, dtype=torch.float64) + 1
     weights = (torch.rand(count, generator=generator, dtype=torch.float64) + 0.1).tolist()
@@ -267,10 +353,13 @@ def test_karcher_mean_does_not_depend_on_the_order_and_balances_the_arcs(seed: i
     shuffled = vectors[order]
     again = karcher_coefficients(shuffled @ shuffled.T, [weights[i] for i in order]) @ shuffled
     torch.testing.assert_close(mean, again, rtol=1e-10, atol=1e-10)
-    # its definition: the arcs from the mean to the vectors, weighted, cancel; and its length is the mean of theirs
+    # its definition: the arcs from the mean to the vectors, weighted, cancel; and its length is the
+    # mean of theirs
     direction, units = mean / mean.norm(), vectors / vectors.norm(dim=1, keepdim=True)
     cosines = units @ direction
-    arcs = (units - cosines[:, None] * direction) * (torch.acos(cosines) / torch.sin(torch.acos(cosines)))[:, None]
+    arcs = (units - cosines[:, None] * direction) * (
+        torch.acos(cosines) / torch.sin(torch.acos(cosines))
+    )[:, None]
     assert (torch.tensor(weights, dtype=torch.float64) @ arcs).norm() < 1e-9
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     assert mean.norm().item() == pytest.approx(float(share @ vectors.norm(dim=1)))
@@ -290,15 +379,26 @@ def test_karcher_mean_where_there_is_little_to_average() -> None:
     with pytest.raises(AntipodalError, match=r"model\.layers\.0: .*cancel"):
         karcher([single([1, 2]), single([-2, -4])])
     with pytest.raises(AntipodalError):
-        karcher([single([1, 0, 0]), single([-0.5, 3**0.5 / 2, 0]), single([-0.5, -(3**0.5) / 2, 0])])
+        karcher(
+            [single([1, 0, 0]), single([-0.5, 3**0.5 / 2, 0]), single([-0.5, -(3**0.5) / 2, 0])]
+        )
 
 
 def test_near_antipodes_are_multiplied_in_float64() -> None:
-    """At 179.4° an error of 1e-8 in the cosine would be one of 1e-4 in the coefficients; float32 files lose nothing there."""
-    x = random_delta(1, (8, 8, 8, 8), ((900, 700),) * 4).map(lambda _, f: Factors(f.B.float(), f.A.float()))
-    y = add(scale(x, -1), scale(random_delta(2, (8, 8, 8, 8), ((900, 700),) * 4), 0.01)).map(lambda _, f: Factors(f.B.float(), f.A.float()))
+    """At 179.4° an error of 1e-8 in the cosine would be one of 1e-4 in the coefficients; float32
+    files lose nothing there.
+    """
+    x = random_delta(1, (8, 8, 8, 8), ((900, 700),) * 4).map(
+        lambda _, f: Factors(f.B.float(), f.A.float())
+    )
+    y = add(scale(x, -1), scale(random_delta(2, (8, 8, 8, 8), ((900, 700),) * 4), 0.01)).map(
+        lambda _, f: Factors(f.B.float(), f.A.float())
+    )
     for block in x.blocks():
-        found, expected = flat(slerp([x, y]), block), dense_slerp(flat(x, block), flat(y, block), 0.5)
+        found, expected = (
+            flat(slerp([x, y]), block),
+            dense_slerp(flat(x, block), flat(y, block), 0.5),
+        )
         assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
 
@@ -325,7 +425,9 @@ def test_ema() -> None:
     ema = [torch.zeros(2)]
     for _ in range(7):
         ema_update(ema, policy, 0.1)
-    torch.testing.assert_close(ema[0], (1 - 0.9**7) * policy[0])  # a constant policy: what is left of the start is (1−μ)^t
+    torch.testing.assert_close(
+        ema[0], (1 - 0.9**7) * policy[0]
+    )  # a constant policy: what is left of the start is (1−μ)^t
 
 
 def test_geometry_of_known_vectors() -> None:

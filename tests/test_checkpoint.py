@@ -1,4 +1,6 @@
-"""W + ΔW from pristine W, in float32; nothing more than that is handed out, and nothing dropped in silence."""
+"""W + ΔW from pristine W, in float32; nothing more than that is handed out, and nothing dropped in
+silence.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -31,18 +33,30 @@ def test_weights_are_pristine_plus_change_in_float32(tiny_llama: Path, tiny_gpt2
             assert taken == delta.factors
             for name in merged:
                 module = name.removesuffix(".weight")
-                change = dense(delta.factors[module]) if module in delta.factors else torch.zeros(())
-                expected = pristine[name].double() + (change.T if transposed and change.ndim == 2 else change)
+                change = (
+                    dense(delta.factors[module]) if module in delta.factors else torch.zeros(())
+                )
+                expected = pristine[name].double() + (
+                    change.T if transposed and change.ndim == 2 else change
+                )
                 torch.testing.assert_close(merged[name], expected.float(), rtol=1e-5, atol=1e-6)
         back = dict(checkpoint.weights(zeros_like(one), {}))
         assert all(torch.equal(weight, pristine[name]) for name, weight in back.items())
 
 
-def test_what_an_adapter_changes_is_handed_out_with_what_may_be_fused_with_it_alone(tiny_llama: Path) -> None:
-    """q with k, v and o; nothing of the MLP, where a model may have experts that an engine has packed."""
+def test_what_an_adapter_changes_is_handed_out_with_what_may_be_fused_with_it_alone(
+    tiny_llama: Path,
+) -> None:
+    """q with k, v and o; nothing of the MLP, where a model may have experts that an engine has
+    packed.
+    """
     delta = trained_model(tiny_llama, ("one",)).delta("one")
     module = "model.layers.1.self_attn.q_proj"
-    handed = dict(checkpoint_of(tiny_llama).weights(replace(delta, factors={module: delta.factors[module]}), {}))
+    handed = dict(
+        checkpoint_of(tiny_llama).weights(
+            replace(delta, factors={module: delta.factors[module]}), {}
+        )
+    )
     assert handed.keys() == {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"}
 
 
@@ -58,8 +72,12 @@ def test_a_checkpoint_of_the_bare_backbone_is_matched_by_its_shorter_names(tiny_
 
 
 def test_a_module_without_a_weight_is_not_dropped_in_silence(tiny_llama: Path) -> None:
-    delta = AdapterDelta({"model.layers.9.mlp.up_proj": Factors(torch.ones(4, 1), torch.ones(1, 4))})
-    with pytest.raises(BaseWeightsError, match=r"no weight for the adapted module model\.layers\.9"):
+    delta = AdapterDelta(
+        {"model.layers.9.mlp.up_proj": Factors(torch.ones(4, 1), torch.ones(1, 4))}
+    )
+    with pytest.raises(
+        BaseWeightsError, match=r"no weight for the adapted module model\.layers\.9"
+    ):
         list(checkpoint_of(tiny_llama).weights(delta, {}))
 
 

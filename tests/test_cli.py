@@ -21,9 +21,12 @@ from raywarp.run.folder import Run
 def project(tmp_path: Path, tiny_llama: Path) -> Iterator[Path]:
     """A folder with a config whose only fault will be the one that a test adds."""
     texts = [f"the film {a} {b}" for a in WORDS[:6] for b in WORDS[6:11]]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(texts)))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(texts))
+    )
     (tmp_path / "fine_reward.py").write_text(
-        "def score(prompts, completions, **columns):\n    return [0.0] * len(completions)\nNUMBER = 3\n"
+        "def score(prompts, completions, **columns):\n    return [0.0] * len(completions)\nNUMBER"
+        " = 3\n"
     )
     (tmp_path / "raising_reward.py").write_text("import nothing_of_that_name\n")
     tree = {
@@ -40,18 +43,27 @@ def project(tmp_path: Path, tiny_llama: Path) -> Iterator[Path]:
     os.chdir(before)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *overrides: str, command: str = "train", config: str = "config.yaml") -> str:
+def refused(
+    capsys: pytest.CaptureFixture[str],
+    *overrides: str,
+    command: str = "train",
+    config: str = "config.yaml",
+) -> str:
     """The message of a run that must end with exit code 2."""
     assert main([command, config, *overrides]) == 2
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err + captured.out
     lines = captured.err.splitlines()
-    first = next(n for n, line in enumerate(lines) if line.startswith("raywarp: "))  # libraries may have warned before
+    first = next(
+        n for n, line in enumerate(lines) if line.startswith("raywarp: ")
+    )  # libraries may have warned before
     return "\n".join(lines[first:])
 
 
 def test_an_override_takes_the_place_of_its_alternative() -> None:
-    config = load_config(QUICKSTART, ["front.choose.eta=0.4", "control.model=embedded:all-minilm-l6-v2"])
+    config = load_config(
+        QUICKSTART, ["front.choose.eta=0.4", "control.model=embedded:all-minilm-l6-v2"]
+    )
     assert config.front.choose.model_dump() == {"eta": 0.4, "max_kl": None}
     assert config.control is not None
     assert config.control.function is None
@@ -67,8 +79,14 @@ def test_an_override_takes_the_place_of_its_alternative() -> None:
         (["warp.policies=0"], ["warp.policies", "greater than or equal to 1"]),
         (["warp.policies=two"], ["warp.policies", "integer", "'two'"]),
         (["warp.advantage=gae"], ["warp.advantage", "'rloo'", "'gae'"]),
-        (["rollout.completions_per_prompt=1"], ["rollout.completions_per_prompt must be at least 2", "rloo"]),
-        (["optim.batch_size=10"], ["optim.batch_size=10 is not a multiple of rollout.completions_per_prompt=4"]),
+        (
+            ["rollout.completions_per_prompt=1"],
+            ["rollout.completions_per_prompt must be at least 2", "rloo"],
+        ),
+        (
+            ["optim.batch_size=10"],
+            ["optim.batch_size=10 is not a multiple of rollout.completions_per_prompt=4"],
+        ),
         (["optim.lr=0"], ["optim.lr", "greater than 0"]),
         (["rollout.temperature=.nan"], ["rollout.temperature"]),
         (["front.choose={eta: 0.5, max_kl: 2}"], ["front.choose", "exactly one of eta and max_kl"]),
@@ -91,7 +109,9 @@ def test_an_override_takes_the_place_of_its_alternative() -> None:
         (["reward={model: ./here, function: 'a:b'}"], ["reward", "both"]),
     ],
 )
-def test_wrong_input(project: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: list[str]) -> None:
+def test_wrong_input(
+    project: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: list[str]
+) -> None:
     message = refused(capsys, *overrides)
     assert all(word in message for word in words), message
     assert not (project / "run").exists()
@@ -109,7 +129,9 @@ def test_wrong_files(project: Path, capsys: pytest.CaptureFixture[str], tiny_lla
     assert "num_labels=2" in refused(capsys, f"reward={{model: {tiny_llama}}}")
 
 
-def test_a_folder_that_holds_something_else(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_holds_something_else(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (project / "run").mkdir()
     (project / "run" / "thesis.txt").write_text("mine")
     assert "holds no run of raywarp" in refused(capsys)
@@ -118,9 +140,23 @@ def test_a_folder_that_holds_something_else(project: Path, capsys: pytest.Captur
     assert (project / "run" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("left", ["tensorboard/events", ".preflight-0f", ".node-0f", ".config.yaml.0f", "loggers.json", ".loggers.json.0f"])
-def test_a_start_that_failed_leaves_a_folder_that_can_be_started_in(tmp_path: Path, left: str) -> None:
-    """Loggers start before the configuration is written, and so do the checks, in which a process may be killed."""
+@pytest.mark.parametrize(
+    "left",
+    [
+        "tensorboard/events",
+        ".preflight-0f",
+        ".node-0f",
+        ".config.yaml.0f",
+        "loggers.json",
+        ".loggers.json.0f",
+    ],
+)
+def test_a_start_that_failed_leaves_a_folder_that_can_be_started_in(
+    tmp_path: Path, left: str
+) -> None:
+    """Loggers start before the configuration is written, and so do the checks, in which a process
+    may be killed.
+    """
     (tmp_path / "run" / left).parent.mkdir(parents=True)
     (tmp_path / "run" / left).write_text("")
     Run.open(load_config({"out": str(tmp_path / "run")}))
@@ -129,16 +165,25 @@ def test_a_start_that_failed_leaves_a_folder_that_can_be_started_in(tmp_path: Pa
         Run.open(load_config({"out": str(tmp_path / "run")}))
 
 
-def test_reward_stage_refuses_too(project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any) -> None:
-    assert "./missing.csv does not exist" in refused(capsys, "preferences.dataset=./missing.csv", command="reward")
+def test_reward_stage_refuses_too(
+    project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
+) -> None:
+    assert "./missing.csv does not exist" in refused(
+        capsys, "preferences.dataset=./missing.csv", command="reward"
+    )
     message = refused(capsys, f"preferences.dataset={project / 'prompts.jsonl'}", command="reward")
     assert "chosen and rejected, or text and rating" in message
     assert "backbone" in refused(capsys, "reward_training.backbone=./missing", command="reward")
 
 
-def test_more_than_the_cluster_has(project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any) -> None:
+def test_more_than_the_cluster_has(
+    project: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
+) -> None:
     message = refused(capsys, "cluster.gpus_per_policy=1", "cluster.gpus_per_rollout_worker=2")
-    assert "asks for 3 GPUs (1 policy x 1 + 1 rollout worker x 2), the cluster has 0 of 0 available" in message
+    assert (
+        "asks for 3 GPUs (1 policy x 1 + 1 rollout worker x 2), the cluster has 0 of 0 available"
+        in message
+    )
     assert "cluster.gpus_per_policy" in message
     message = refused(capsys, "cluster.cpus_per_policy=64")
     assert "CPUs" in message
@@ -165,7 +210,9 @@ def test_no_command_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_config_round_trips(tmp_path: Path) -> None:
     from raywarp.config.load import load_config, to_yaml
 
-    config = load_config(None, ["warp.policies=5", "optim.lr=1e-4", "front.etas=[0, 0.1]", "front.choose={eta: 0.1}"])
+    config = load_config(
+        None, ["warp.policies=5", "optim.lr=1e-4", "front.etas=[0, 0.1]", "front.choose={eta: 0.1}"]
+    )
     assert (config.warp.policies, config.optim.lr, config.front.etas) == (5, 1e-4, [0, 0.1])
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "saved.yaml") == config

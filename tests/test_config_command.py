@@ -21,7 +21,9 @@ def errors(tree: Any) -> list[str]:
     return [error.message for outer in found for error in (outer, *(outer.context or ()))]
 
 
-def test_the_commented_configuration_is_the_default_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commented_configuration_is_the_default_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "new.yaml"
     assert main(["config", "--init", str(path)]) == 0
     assert path.read_text() == commented()
@@ -44,12 +46,22 @@ def test_every_key_that_help_explains_is_in_it_with_its_description() -> None:
 
 def test_what_is_commented_out_may_be_let_in(tmp_path: Path) -> None:
     """All of it at once: each of these keys is known, in its place."""
-    known = {name for line in config_help().splitlines()[1:] for name in line.strip().partition(":")[0].partition(" ")[0].split(".")}
+    known = {
+        name
+        for line in config_help().splitlines()[1:]
+        for name in line.strip().partition(":")[0].partition(" ")[0].split(".")
+    }
     lines = []
     for line in commented().splitlines():
         bare = line.replace("# ", "", 1)
-        opened = line.lstrip().startswith("# ") and bare.split(":")[0].strip() in known and ":" in bare
-        whole = opened and bare.partition(":")[2][:1] in ("", " ") and (not bare.partition(":")[2] or yaml.safe_load(bare) is not None)
+        opened = (
+            line.lstrip().startswith("# ") and bare.split(":")[0].strip() in known and ":" in bare
+        )
+        whole = (
+            opened
+            and bare.partition(":")[2][:1] in ("", " ")
+            and (not bare.partition(":")[2] or yaml.safe_load(bare) is not None)
+        )
         lines.append(bare if whole else line)
     path = tmp_path / "all.yaml"
     path.write_text("\n".join(lines))

@@ -1,4 +1,6 @@
-"""The pages for users: their links lead somewhere, and the commands, keys and configurations that they show are taken by raywarp."""
+"""The pages for users: their links lead somewhere, and the commands, keys and configurations that
+they show are taken by raywarp.
+"""
 
 import argparse
 import importlib.util
@@ -17,7 +19,11 @@ from raywarp.config.reference import anchor
 from raywarp.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "cluster" / "README.md",
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LOCAL_SH = (ROOT / "cluster" / "local.sh").read_text()
 PARSER = commands._parser()
@@ -50,11 +56,15 @@ def test_links(page: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command in a code block, pipes and redirections left out; environment variables before them, too."""
+    """The words of every command in a code block, pipes and redirections left out; environment
+    variables before them, too.
+    """
     for block in blocks(page, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            ends = [n for n, word in enumerate(words) if re.fullmatch(r"[|&;<>]+", word)] + [len(words)]
+            ends = [n for n, word in enumerate(words) if re.fullmatch(r"[|&;<>]+", word)] + [
+                len(words)
+            ]
             for start, end in zip([-1, *ends], ends, strict=False):
                 own = words[start + 1 : end]
                 while own and re.fullmatch(r"\w+=.*", own[0]):
@@ -90,7 +100,9 @@ def test_commands(page: Path) -> None:
                 break
             if word.endswith("cluster/local.sh"):
                 command, rest = words[place + 1], words[place + 2 :]
-                assert re.search(rf"local\.sh {re.escape(command)}\b", LOCAL_SH) or command == "--help", words
+                assert (
+                    re.search(rf"local\.sh {re.escape(command)}\b", LOCAL_SH) or command == "--help"
+                ), words
                 if command == "quickstart":
                     _parsed(PARSER, [command, *rest])
                 if command == "submit":
@@ -115,7 +127,14 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    return next((dict(action.choices) for action in parser._actions if isinstance(action, argparse._SubParsersAction)), {})
+    return next(
+        (
+            dict(action.choices)
+            for action in parser._actions
+            if isinstance(action, argparse._SubParsersAction)
+        ),
+        {},
+    )
 
 
 @pages
@@ -133,9 +152,22 @@ def test_commands_in_the_text(page: Path) -> None:
 
 @pages
 def test_keys_in_the_text(page: Path) -> None:
-    keys, sections = set(known_keys()), {name for name, field in Config.model_fields.items() if not field.description} | {"tune", "control"}
+    keys, sections = (
+        set(known_keys()),
+        {name for name, field in Config.model_fields.items() if not field.description}
+        | {"tune", "control"},
+    )
     for text in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", prose(page)):
-        is_file = text.rpartition(".")[2] in ("json", "jsonl", "png", "yaml", "html", "md", "py", "sh")
+        is_file = text.rpartition(".")[2] in (
+            "json",
+            "jsonl",
+            "png",
+            "yaml",
+            "html",
+            "md",
+            "py",
+            "sh",
+        )
         if text.partition(".")[0] in sections and not is_file:
             assert text in keys, text
 

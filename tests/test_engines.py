@@ -18,8 +18,18 @@ from raywarp.rollout.transformers_engine import draw, uniform_numbers
 def test_ranks_that_vllm_has_slots_for() -> None:
     assert [lora_slots(rank) for rank in (1, 8, 9, 65, 512)] == [8, 8, 16, 128, 512]
     assert lora_slots(513) == 0
-    settings = {"dtype": "float32", "lora": {"rank": 129}, "warp": {"iterations": 2, "policies": 2}, "rollout": {"adapter": "lora"}}
-    with pytest.raises(ConfigError, match=r"reach rank 516 \(lora\.rank=129 .* vLLM's largest is 512; lower .*lora\.init=frozen"):
+    settings = {
+        "dtype": "float32",
+        "lora": {"rank": 129},
+        "warp": {"iterations": 2, "policies": 2},
+        "rollout": {"adapter": "lora"},
+    }
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"reach rank 516 \(lora\.rank=129 .* vLLM's largest is 512; lower .*lora\.init=frozen"
+        ),
+    ):
         check_engine(parse_config(settings))
     check_engine(parse_config(settings | {"lora": {"rank": 128}}))
     check_engine(parse_config(settings | {"lora": {"rank": 129, "init": "frozen"}}))
@@ -31,7 +41,12 @@ def test_the_largest_rank_is_the_last_merges() -> None:
     warp = {"iterations": 3, "policies": 2}
     assert largest_rank(parse_config({"lora": {"rank": 8}, "warp": warp})) == 48
     assert largest_rank(parse_config({"lora": {"rank": 8, "init": "frozen"}, "warp": warp})) == 16
-    assert largest_rank(parse_config({"lora": {"rank": 8, "init": "frozen"}, "warp": warp | {"iterations": 1}})) == 8
+    assert (
+        largest_rank(
+            parse_config({"lora": {"rank": 8, "init": "frozen"}, "warp": warp | {"iterations": 1}})
+        )
+        == 8
+    )
 
 
 ON_CPUS, ON_GPUS = {"gpus_per_rollout_worker": 0}, {"gpus_per_rollout_worker": 1}
@@ -43,10 +58,20 @@ ON_CPUS, ON_GPUS = {"gpus_per_rollout_worker": 0}, {"gpus_per_rollout_worker": 1
         ({"adapter": "merged"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
         ({"adapter": "merged"}, "bfloat16", ON_GPUS, "rollout.adapter=lora"),
         ({"adapter": "merged"}, "bfloat16", {}, "rollout.adapter="),
-        ({"adapter": "merged", "engine": "transformers"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
+        (
+            {"adapter": "merged", "engine": "transformers"},
+            "bfloat16",
+            ON_CPUS,
+            "rollout.adapter=unmerged",
+        ),
         ({"adapter": "lora"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
         ({"adapter": "unmerged"}, "bfloat16", ON_GPUS, "rollout.adapter=lora"),
-        ({"adapter": "lora", "engine": "transformers"}, "float32", ON_GPUS, "rollout.adapter=unmerged"),
+        (
+            {"adapter": "lora", "engine": "transformers"},
+            "float32",
+            ON_GPUS,
+            "rollout.adapter=unmerged",
+        ),
         ({"adapter": "merged"}, "float32", ON_CPUS, None),
         ({"adapter": "lora"}, "float32", ON_CPUS, None),
         ({"adapter": "lora"}, "bfloat16", ON_GPUS, None),
@@ -62,7 +87,9 @@ def test_a_mode_that_is_not_exact_is_refused_with_the_one_that_is(
     config = parse_config({"rollout": rollout, "dtype": dtype, "cluster": cluster})
     if remedy is None:
         return check_engine(config)
-    with pytest.raises(ConfigError, match=rf"^rollout\.adapter={rollout['adapter']}.*{re.escape(remedy)}"):
+    with pytest.raises(
+        ConfigError, match=rf"^rollout\.adapter={rollout['adapter']}.*{re.escape(remedy)}"
+    ):
         check_engine(config)
     if on_gpu := cluster.get("gpus_per_rollout_worker"):
         with pytest.raises(ConfigError, match=re.escape(remedy)):
@@ -71,12 +98,21 @@ def test_a_mode_that_is_not_exact_is_refused_with_the_one_that_is(
 
 def test_no_vllm_names_the_extra_and_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed: .*raywarp\[gpu\].*raywarp\[cpu\].*local\.sh.*rollout\.engine=transformers"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"not installed:"
+            r" .*raywarp\[gpu\].*raywarp\[cpu\].*local\.sh.*rollout\.engine=transformers"
+        ),
+    ):
         check_engine(parse_config({}))
     check_engine(parse_config({"rollout": {"engine": "transformers"}}))
 
 
-@pytest.mark.parametrize(("rollout", "key"), [({"adapter": "lora"}, "rollout.adapter"), ({"tensor_parallel_size": 2}, "rollout.engine")])
+@pytest.mark.parametrize(
+    ("rollout", "key"),
+    [({"adapter": "lora"}, "rollout.adapter"), ({"tensor_parallel_size": 2}, "rollout.engine")],
+)
 def test_what_transformers_cannot_do(rollout: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         check_engine(parse_config({"rollout": {"engine": "transformers", **rollout}}))
@@ -84,8 +120,12 @@ def test_what_transformers_cannot_do(rollout: dict[str, Any], key: str) -> None:
 
 def test_a_draw_inverts_the_distribution_function() -> None:
     """Probabilities .5, 0, .25, .25 at temperature 2: the logits are twice the log-probs."""
-    logits = 2 * torch.tensor([[math.log(0.5), -math.inf, math.log(0.25), math.log(0.25)]]).expand(6, 4)
-    tokens, logprobs = draw(logits, 2.0, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 1 - 1e-16], dtype=torch.float64))
+    logits = 2 * torch.tensor([[math.log(0.5), -math.inf, math.log(0.25), math.log(0.25)]]).expand(
+        6, 4
+    )
+    tokens, logprobs = draw(
+        logits, 2.0, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 1 - 1e-16], dtype=torch.float64)
+    )
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
 
@@ -98,12 +138,16 @@ def test_random_numbers_depend_on_the_own_seed_alone() -> None:
     assert together.max() < 1
 
 
-def test_a_vllm_that_cannot_be_imported_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_vllm_that_cannot_be_imported_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Installed, but broken: found out when the engine starts."""
     from raywarp.rollout.engine import EngineSettings
     from raywarp.rollout.worker import start_engine
 
-    (tmp_path / "vllm.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
+    (tmp_path / "vllm.py").write_text(
+        "raise ImportError('libcuda.so.1: cannot open shared object file')"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in __import__("sys").modules if name.partition(".")[0] == "vllm"]:
         monkeypatch.delitem(__import__("sys").modules, name)

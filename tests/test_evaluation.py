@@ -7,7 +7,15 @@ from conftest import random_delta
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, dense, zeros_like
 from raywarp.config.schema import ChooseConfig
-from raywarp.run.front import Point, Scored, candidates, choose, distinct_2, mean_interval, summarise
+from raywarp.run.front import (
+    Point,
+    Scored,
+    candidates,
+    choose,
+    distinct_2,
+    mean_interval,
+    summarise,
+)
 
 
 def point(name: str, eta: float | None, kl: float) -> Point:
@@ -36,11 +44,21 @@ def test_the_front_runs_from_sft_to_slerp() -> None:
     assert points["sft"].delta is None
     merged = add(init, slerp(vectors))
     for module in init.factors:
-        change = {name: dense(c.delta.factors[module]) for name, c in points.items() if c.delta is not None}
+        change = {
+            name: dense(c.delta.factors[module])
+            for name, c in points.items()
+            if c.delta is not None
+        }
         torch.testing.assert_close(change["slerp"], dense(merged.factors[module]))
-        torch.testing.assert_close(change["liti 0.25"], 0.25 * dense(merged.factors[module]))  # towards SFT, not towards init
-        torch.testing.assert_close(change["policy 2"], dense(init.factors[module]) + dense(vectors[1].factors[module]))
-        torch.testing.assert_close(change["lerp"], dense(init.factors[module]) + dense(lerp(vectors).factors[module]))
+        torch.testing.assert_close(
+            change["liti 0.25"], 0.25 * dense(merged.factors[module])
+        )  # towards SFT, not towards init
+        torch.testing.assert_close(
+            change["policy 2"], dense(init.factors[module]) + dense(vectors[1].factors[module])
+        )
+        torch.testing.assert_close(
+            change["lerp"], dense(init.factors[module]) + dense(lerp(vectors).factors[module])
+        )
 
 
 def test_one_policy_and_no_init() -> None:
@@ -54,7 +72,12 @@ def test_one_policy_and_no_init() -> None:
 
 
 def test_choosing() -> None:
-    points = [point("sft", 0.0, 0.0), point("policy 1", None, 1.0), point("liti 0.5", 0.5, 2.0), point("slerp", 1.0, 7.0)]
+    points = [
+        point("sft", 0.0, 0.0),
+        point("policy 1", None, 1.0),
+        point("liti 0.5", 0.5, 2.0),
+        point("slerp", 1.0, 7.0),
+    ]
     assert choose(points, ChooseConfig(eta=0.5)).name == "liti 0.5"
     assert choose(points, ChooseConfig(max_kl=2.0)).name == "liti 0.5"
     assert choose(points, ChooseConfig(max_kl=50)).name == "slerp"
@@ -63,7 +86,12 @@ def test_choosing() -> None:
 
 def test_summary() -> None:
     scored = Scored(
-        ["a b", "a b", "c", "d e"], [2, 2, 1, 4], [True, True, True, False], [1.0, 2.0, 3.0, 4.0], [0.5] * 4, [0.1, 0.3, 0.2, 0.2]
+        ["a b", "a b", "c", "d e"],
+        [2, 2, 1, 4],
+        [True, True, True, False],
+        [1.0, 2.0, 3.0, 4.0],
+        [0.5] * 4,
+        [0.1, 0.3, 0.2, 0.2],
     )
     found = summarise(candidates(random_delta(1), [random_delta(2)], [])[0], scored, group=2)
     assert (found.reward, found.kl, found.control) == (2.5, pytest.approx(0.2), 0.5)

@@ -1,5 +1,6 @@
-"""The study's statistics by hand-worked numbers, its merges against their definitions, its verdicts on made-up results, and all of it on a
-tiny model, killed on its way."""
+"""The study's statistics by hand-worked numbers, its merges against their definitions, its verdicts
+on made-up results, and all of it on a tiny model, killed on its way.
+"""
 
 import json
 import os
@@ -19,7 +20,15 @@ from bench.evidence.curves import CURVES, SFT, Trained
 from bench.evidence.fronts import Effect
 from bench.evidence.present_tense import score
 from bench.evidence.results import Measured, OtherSettingsError, Results
-from bench.evidence.settings import ARMS, TASKS, TINY, Settings, arm_config, reward_configs, selected
+from bench.evidence.settings import (
+    ARMS,
+    TASKS,
+    TINY,
+    Settings,
+    arm_config,
+    reward_configs,
+    selected,
+)
 from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
@@ -33,27 +42,39 @@ from raywarp.storage import sealed
 
 def test_reward_at_fixed_kl_is_linear_in_the_root_of_the_kl() -> None:
     kl, reward = np.array([4.0, 0.0, 1.0]), np.array([3.0, 0.0, 2.0])  # √KL 2, 0, 1
-    np.testing.assert_allclose(fronts.reward_at(kl, reward, np.array([0.0, 0.25, 1.0, 2.25, 4.0, 6.25])), [0, 1, 2, 2.5, 3, 3.5])
-    many = fronts.reward_at(np.stack([kl, kl]), np.stack([reward, 2 * reward]), np.array([0.25, 2.25]))
+    np.testing.assert_allclose(
+        fronts.reward_at(kl, reward, np.array([0.0, 0.25, 1.0, 2.25, 4.0, 6.25])),
+        [0, 1, 2, 2.5, 3, 3.5],
+    )
+    many = fronts.reward_at(
+        np.stack([kl, kl]), np.stack([reward, 2 * reward]), np.array([0.25, 2.25])
+    )
     np.testing.assert_allclose(many, [[1, 2.5], [2, 5]])
 
 
 def test_hypervolume_is_the_area_of_the_stairs() -> None:
     kl, reward = np.array([0.0, 1.0, 3.0, 2.0]), np.array([1.0, 2.0, 4.0, 1.5])
-    # from reward 1: nothing up to KL 1, then 1 for two nats (the point at 2 is dominated), then 3 for one nat
+    # from reward 1: nothing up to KL 1, then 1 for two nats (the point at 2 is dominated), then 3
+    # for one nat
     assert fronts.hypervolume(kl, reward, 4.0, 1.0) == pytest.approx(2 * 1 + 1 * 3)
     assert fronts.hypervolume(kl, reward, 3.0, 1.0) == pytest.approx(2)
     assert fronts.hypervolume(kl, reward, 2.5, 2.0) == 0
-    stacked = fronts.hypervolume(np.stack([kl, kl]), np.stack([reward, reward - 1]), 4.0, np.array([1.0, 0.0]))
+    stacked = fronts.hypervolume(
+        np.stack([kl, kl]), np.stack([reward, reward - 1]), 4.0, np.array([1.0, 0.0])
+    )
     np.testing.assert_allclose(stacked, [5, 5])
 
 
 def test_a_front_does_not_gain_hypervolume_by_denser_points() -> None:
     eta = np.linspace(0, 1, 3)
     dense_eta = np.linspace(0, 1, 33)
-    sparse, fine = (fronts.front_hypervolume(9 * e**2, 2 * e, 12.0, 0.0, steps=2000) for e in (eta, dense_eta))
+    sparse, fine = (
+        fronts.front_hypervolume(9 * e**2, 2 * e, 12.0, 0.0, steps=2000) for e in (eta, dense_eta)
+    )
     assert sparse == pytest.approx(fine, rel=1e-9)
-    assert sparse == pytest.approx(2 / 3 * 9 * 2 + 3 * 2, rel=2e-3)  # ∫ 2·√(k/9) dk to 9, and the last reward from there to 12
+    assert sparse == pytest.approx(
+        2 / 3 * 9 * 2 + 3 * 2, rel=2e-3
+    )  # ∫ 2·√(k/9) dk to 9, and the last reward from there to 12
 
 
 def test_chord_joins_the_ends() -> None:
@@ -65,12 +86,16 @@ def test_the_bootstrap_is_paired_and_covers_prompts_and_seeds() -> None:
     generator = np.random.default_rng(0)
     weights = fronts.resampling_weights(400, 500, generator)
     np.testing.assert_allclose(weights.sum(1), 1)
-    prompts = generator.normal(size=400) * 5  # what prompts have in common cancels in a paired comparison
+    prompts = (
+        generator.normal(size=400) * 5
+    )  # what prompts have in common cancels in a paired comparison
     gain = weights @ (prompts + generator.normal(0.3, 0.2, 400)) - weights @ prompts
     one = fronts.paired_bootstrap(gain[None], generator)
     assert one.value == pytest.approx(0.3, abs=0.03)
     assert one.high - one.low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.2)
-    three = fronts.paired_bootstrap(np.stack([gain - 1, gain, gain + 1, np.full_like(gain, np.nan)]), generator)
+    three = fronts.paired_bootstrap(
+        np.stack([gain - 1, gain, gain + 1, np.full_like(gain, np.nan)]), generator
+    )
     assert three.value == pytest.approx(one.value)
     assert three.low == pytest.approx(one.value - 1, abs=0.05)  # one seed alone is 4 % of the draws
     assert three.high == pytest.approx(one.value + 1, abs=0.05)
@@ -89,7 +114,10 @@ def test_the_bootstrap_is_paired_and_covers_prompts_and_seeds() -> None:
     ],
 )
 def test_verdict(low: float, high: float, seeds: int, verdict: str) -> None:
-    assert fronts.verdict(Effect((low + high) / 2, low, high, (0.0,) * seeds), margin=0.05, needed=3) == verdict
+    assert (
+        fronts.verdict(Effect((low + high) / 2, low, high, (0.0,) * seeds), margin=0.05, needed=3)
+        == verdict
+    )
 
 
 def test_verdict_on_what_should_be_zero() -> None:
@@ -108,22 +136,42 @@ def test_verdicts_of_several_parts() -> None:
 
 
 def test_the_present_tense_is_counted() -> None:
-    texts = ["It's a film that is, is, is and has heart.", "It was loved, and it shows", "A breed of need, indeed", "We laughed", ""]
+    texts = [
+        "It's a film that is, is, is and has heart.",
+        "It was loved, and it shows",
+        "A breed of need, indeed",
+        "We laughed",
+        "",
+    ]
     assert score([""] * len(texts), texts) == [3.0, -1.0, 1.0, -1.0, 0.0]
 
 
 def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     configs = {task: arm_config(Settings(task=task), ARMS["warp"], 1, tmp_path) for task in TASKS}
-    assert (configs["reviews"].reward.function, configs["present-tense"].reward.model) == (None, None)
+    assert (configs["reviews"].reward.function, configs["present-tense"].reward.model) == (
+        None,
+        None,
+    )
     assert configs["present-tense"].reward.function == "bench.evidence.present_tense:score"
     assert configs["present-tense"].warp == configs["reviews"].warp
-    backbones = {task: [one.reward_training.backbone for one in reward_configs(Settings(task=task), 1, tmp_path)] for task in TASKS}
-    assert backbones == {"reviews": [MINILM, MINILM], "present-tense": [], "smollm2-control": [MINILM, SMOLLM2]}
+    backbones = {
+        task: [
+            one.reward_training.backbone for one in reward_configs(Settings(task=task), 1, tmp_path)
+        ]
+        for task in TASKS
+    }
+    assert backbones == {
+        "reviews": [MINILM, MINILM],
+        "present-tense": [],
+        "smollm2-control": [MINILM, SMOLLM2],
+    }
     assert configs["smollm2-control"] == configs["reviews"]
 
 
-def test_another_task_has_the_learning_rate_of_the_first_until_it_has_its_own(tmp_path: Path) -> None:
+def test_another_task_has_the_learning_rate_of_the_first_until_it_has_its_own(
+    tmp_path: Path,
+) -> None:
     (first := tmp_path / "first").mkdir()
     (second := tmp_path / "second").mkdir()
     assert selected(Settings(), second, first) == Settings()
@@ -135,10 +183,16 @@ def test_another_task_has_the_learning_rate_of_the_first_until_it_has_its_own(tm
 
 def test_peft_linear_is_what_peft_makes() -> None:
     sizes = {"q": (6, 5), "up": (4, 6)}
-    parts = [random_delta(seed, (3, 3, 3, 3), (*sizes.values(), (1, 1), (1, 1))).factors.values() for seed in (1, 2)]
+    parts = [
+        random_delta(seed, (3, 3, 3, 3), (*sizes.values(), (1, 1), (1, 1))).factors.values()
+        for seed in (1, 2)
+    ]
     deltas = [AdapterDelta(dict(zip(sizes, factors, strict=False))) for factors in parts]
     layers = torch.nn.ModuleDict(
-        {name: torch.nn.Linear(width, out, bias=False, dtype=torch.float64) for name, (out, width) in sizes.items()}
+        {
+            name: torch.nn.Linear(width, out, bias=False, dtype=torch.float64)
+            for name, (out, width) in sizes.items()
+        }
     )
     settings = LoraConfig(r=3, lora_alpha=3, target_modules=list(sizes))
     model = get_peft_model(layers, settings, adapter_name="0")
@@ -150,14 +204,20 @@ def test_peft_linear_is_what_peft_makes() -> None:
     model.add_weighted_adapter(["0", "1"], [0.5, 0.5], "merged", combination_type="linear")
     merged = merges.peft_linear(deltas)
     for name in sizes:
-        torch.testing.assert_close(dense(merged.factors[name]), model.base_model.model[name].get_delta_weight("merged").double())
+        torch.testing.assert_close(
+            dense(merged.factors[name]),
+            model.base_model.model[name].get_delta_weight("merged").double(),
+        )
 
 
 def test_slerp_of_factors() -> None:
     """Orthogonal tensors of norm 1: both weights are √½. One shared A stays what it is."""
     a, b = torch.eye(2, dtype=torch.float64)
     x, y = (AdapterDelta({"m": Factors(v[:, None], w[None])}) for v, w in ((a, a), (b, b)))
-    torch.testing.assert_close(dense(merges.slerp_of_factors([x, y]).factors["m"]), torch.full((2, 2), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(
+        dense(merges.slerp_of_factors([x, y]).factors["m"]),
+        torch.full((2, 2), 0.5, dtype=torch.float64),
+    )
     z = AdapterDelta({"m": Factors(b[:, None], a[None])})
     expected = torch.tensor([[0.5**0.5, 0], [0.5**0.5, 0]], dtype=torch.float64)
     torch.testing.assert_close(dense(merges.slerp_of_factors([x, z]).factors["m"]), expected)
@@ -168,9 +228,15 @@ def test_errors_of_merges() -> None:
     assert merges.relative_error(x, x) < 1e-7
     assert merges.relative_error(scale(x, 3.0), x) == pytest.approx(2)
     assert merges.length_ratio(scale(x, 3.0), x) == pytest.approx(3)
-    wrong = sum(float((dense(y.factors[m]) - dense(f)).square().sum()) for m, f in x.factors.items())
-    assert merges.relative_error(y, x) == pytest.approx((wrong / sum(float(dense(f).square().sum()) for f in x.factors.values())) ** 0.5)
-    assert_same_change(merges.peft_linear([x, x]), scale(lerp([x, x]), 2.0))  # cross terms as large as the mean itself
+    wrong = sum(
+        float((dense(y.factors[m]) - dense(f)).square().sum()) for m, f in x.factors.items()
+    )
+    assert merges.relative_error(y, x) == pytest.approx(
+        (wrong / sum(float(dense(f).square().sum()) for f in x.factors.values())) ** 0.5
+    )
+    assert_same_change(
+        merges.peft_linear([x, x]), scale(lerp([x, x]), 2.0)
+    )  # cross terms as large as the mean itself
 
 
 def test_every_curve_has_its_arm_and_its_ends() -> None:
@@ -186,7 +252,9 @@ def test_every_curve_has_its_arm_and_its_ends() -> None:
 
 @pytest.mark.parametrize("arm", ["high-rank", "warp", "warp-i2"])
 def test_task_vectors_have_all_the_columns_of_their_arm(tmp_path: Path, arm: str) -> None:
-    """Policies as a run leaves them, behind an init of rank 3 where there was an iteration before: a vector is what is behind it."""
+    """Policies as a run leaves them, behind an init of rank 3 where there was an iteration before:
+    a vector is what is behind it.
+    """
     settings, own = TINY, TINY.rank * ARMS[arm].rank
     before = 3 if ARMS[arm].iterations > 1 else 0
     vectors = [random_delta(seed, (own,) * 4) for seed in (1, 2)]
@@ -196,10 +264,15 @@ def test_task_vectors_have_all_the_columns_of_their_arm(tmp_path: Path, arm: str
     for m, vector in enumerate(vectors):
         save_peft(add(init, vector), tmp_path / "policies" / str(m))
     (folder / "policies.json").write_text(json.dumps(["policies/0", "policies/1"]))
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(("rollout_seconds", "request_seconds", "update_seconds"), 1.0)) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(dict.fromkeys(("rollout_seconds", "request_seconds", "update_seconds"), 1.0))
+        + "\n"
+    )
     trained = Trained(settings, lambda _: Run(tmp_path), tmp_path)
     for found, vector in zip(trained.vectors(arm), vectors, strict=True):
-        assert_same_change(found.map(lambda _, f: Factors(f.B.double(), f.A.double())), vector, tolerance=1e-5)
+        assert_same_change(
+            found.map(lambda _, f: Factors(f.B.double(), f.A.double())), vector, tolerance=1e-5
+        )
     facts, expected = trained.facts(arm), geometry(vectors)
     assert facts["geometry"].keys() == expected.keys()
     for block, one in expected.items():
@@ -208,7 +281,9 @@ def test_task_vectors_have_all_the_columns_of_their_arm(tmp_path: Path, arm: str
 
 
 def made_up(seed: int, gains: dict[str, float], prompts: int = 60) -> dict[str, Measured]:
-    """Reward √KL + a gain of the curve, KL 12·value²; every prompt has a reward of its own, shared by all points."""
+    """Reward √KL + a gain of the curve, KL 12·value²; every prompt has a reward of its own, shared
+    by all points.
+    """
     generator = np.random.default_rng(seed)
     common = generator.normal(size=prompts)
 
@@ -232,7 +307,10 @@ def results(tmp_path: Path) -> Results:
         results.seed(seed).points.update(made_up(seed, {"slerp": 0.5, "factors": -0.5}))
         block = {"norms": [1.0, 0.9], "angles": [85.0 + seed]}
         for arm in ("warp", "shared"):
-            results.seed(seed).facts[arm] = {"geometry": {"0": block, "1": block}, "errors": {"SVD": {"error": 0.5, "length": 0.8}}}
+            results.seed(seed).facts[arm] = {
+                "geometry": {"0": block, "1": block},
+                "errors": {"SVD": {"error": 0.5, "length": 0.8}},
+            }
         results.save(seed)
     return results
 
@@ -243,7 +321,9 @@ def test_results_are_read_back_and_others_refused(results: Results) -> None:
         assert again.seeds[number].facts == seed.facts
         assert again.seeds[number].points.keys() == seed.points.keys()
         for name, point in seed.points.items():
-            np.testing.assert_allclose(again.seeds[number].points[name].reward, point.reward, atol=6e-4)
+            np.testing.assert_allclose(
+                again.seeds[number].points[name].reward, point.reward, atol=6e-4
+            )
             np.testing.assert_allclose(again.seeds[number].points[name].kl, point.kl, atol=6e-4)
     before = (results.folder / "seed-1.npz").read_bytes()
     again.save(1)
@@ -252,7 +332,9 @@ def test_results_are_read_back_and_others_refused(results: Results) -> None:
         Results(results.folder, {**results.settings, "lr": 1.0})
 
 
-def test_numbers_of_an_earlier_sampler_are_shown_with_a_warning_and_nothing_is_added_to_them(results: Results, tmp_path: Path) -> None:
+def test_numbers_of_an_earlier_sampler_are_shown_with_a_warning_and_nothing_is_added_to_them(
+    results: Results, tmp_path: Path
+) -> None:
     assert not results.are_earlier
     assert study.EARLIER not in study.page({})
     results.seeds[2].sampler = 0
@@ -263,7 +345,12 @@ def test_numbers_of_an_earlier_sampler_are_shown_with_a_warning_and_nothing_is_a
     assert study.EARLIER in study.page({}, again.are_earlier)
     del again.seeds[2].points["slerp@1"]
     mine = study.Study(Settings(), tmp_path / "out", again, study.Clock(None))
-    with pytest.raises(OtherSettingsError, match="the numbers of seed 2 in .* were sampled by an earlier version, from rounded weights"):
+    with pytest.raises(
+        OtherSettingsError,
+        match=(
+            "the numbers of seed 2 in .* were sampled by an earlier version, from rounded weights"
+        ),
+    ):
         mine.run([2], ["H3"])
     assert not (tmp_path / "out").exists()
 
@@ -273,7 +360,9 @@ def test_an_arm_of_an_earlier_sampler_is_not_used(results: Results, tmp_path: Pa
     folder = mine.arm_run(1, ARMS["warp"]).folder
     folder.mkdir(parents=True)
     sealed.write_record(folder / "front.json", {"chosen": "slerp"})
-    with pytest.raises(OtherSettingsError, match="cannot be used: it was sampled by an earlier version of raywarp"):
+    with pytest.raises(
+        OtherSettingsError, match="cannot be used: it was sampled by an earlier version of raywarp"
+    ):
         mine.train(1, ARMS["warp"])
 
 
@@ -296,8 +385,12 @@ def test_verdicts_and_figures_of_made_up_results(results: Results, tmp_path: Pat
     assert entry["interval"][0] < entry["effect"] < entry["interval"][1]
     assert entry["seeds"] == 3
     assert judged["H4"].verdict == "reproduced"
-    assert judged["H4"].effects["A independent: median angle of a block − 90"].value == pytest.approx(-3)
-    assert judged["H4"].effects["A independent: median norm ratio of a block − 1"].value == pytest.approx(-0.1)
+    assert judged["H4"].effects[
+        "A independent: median angle of a block − 90"
+    ].value == pytest.approx(-3)
+    assert judged["H4"].effects[
+        "A independent: median norm ratio of a block − 1"
+    ].value == pytest.approx(-0.1)
     assert claims.facts_of(CLAIMS["H11"], results)["A independent, seed 2"]["SVD"]["error"] == 0.5
     for name, one in judged.items():
         figures.draw(one, of_seeds, tmp_path / f"{name}.png")
@@ -312,13 +405,31 @@ def test_a_part_without_its_points_is_left_out(results: Results) -> None:
     assert judged.verdict == "reproduced"
 
 
-def test_a_killed_study_continues(ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Points that were measured are not measured again, what was trained is not trained again, and a redrawing says the same."""
-    arguments = ["--tiny", "--claim", "H5", "--seeds", "1", "--out", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
+def test_a_killed_study_continues(
+    ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Points that were measured are not measured again, what was trained is not trained again, and
+    a redrawing says the same.
+    """
+    arguments = [
+        "--tiny",
+        "--claim",
+        "H5",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+        "--results",
+        str(tmp_path / "results"),
+    ]
     command = [sys.executable, str(Path(study.__file__).parent), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}  # a user's shell has none
+    environment = {
+        name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"
+    }  # a user's shell has none
     stderr = (tmp_path / "stderr").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+    )
     while len(points := measured_points(tmp_path / "results")) < 3:
         assert process.poll() is None, (tmp_path / "stderr").read_text()
         time.sleep(0.02)

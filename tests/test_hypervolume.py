@@ -12,7 +12,9 @@ def test_one_point_is_a_rectangle() -> None:
 
 
 def test_a_staircase_counts_what_overlaps_once() -> None:
-    """SFT at (0, 0), then (1, 1), (3, 2): widths 4 and 2 of heights 1 and 1; (2, 0.5) is dominated, (5, 9) beyond, (1, 1) there twice."""
+    """SFT at (0, 0), then (1, 1), (3, 2): widths 4 and 2 of heights 1 and 1; (2, 0.5) is dominated,
+    (5, 9) beyond, (1, 1) there twice.
+    """
     points = [(3.0, 2.0), (0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (2.0, 0.5), (5.0, 9.0)]
     assert hypervolume(points, (5.0, 0.0)) == 4 * 1 + 2 * 1
     assert hypervolume(points, (4.0, 0.0)) == 3 * 1 + 1 * 1
@@ -28,7 +30,12 @@ def test_the_area_is_that_of_the_cells_which_a_point_dominates() -> None:
     draw = random.Random(0)
     for _ in range(20):
         points = [(float(draw.randrange(12)), float(draw.randrange(12))) for _ in range(6)]
-        cells = [(x, y) for x in range(10) for y in range(2, 12) if any(kl <= x and reward > y for kl, reward in points)]
+        cells = [
+            (x, y)
+            for x in range(10)
+            for y in range(2, 12)
+            if any(kl <= x and reward > y for kl, reward in points)
+        ]
         assert hypervolume(points, (10.0, 2.0)) == len(cells)
 
 

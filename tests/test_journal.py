@@ -1,4 +1,6 @@
-"""events.jsonl and the workers' metrics.jsonl have no manifest: a run reads what damage has left of them, and says what is lost."""
+"""events.jsonl and the workers' metrics.jsonl have no manifest: a run reads what damage has left of
+them, and says what is lost.
+"""
 
 import json
 from collections.abc import Iterator
@@ -14,10 +16,25 @@ from raywarp.run.prometheus import RunMetrics
 
 EVENTS = [
     {"time": "2026-01-31T12:00:00.000+00:00", "event": "started", "versions": {"ray": "2.60.0"}},
-    {"time": "2026-01-31T12:00:09.500+00:00", "event": "fault", "what": "policy actor 1", "cause": "killed", "message": "SIGKILL"},
-    {"time": "2026-01-31T12:00:19.500+00:00", "event": "recovered", "what": "policy actor 1", "seconds_lost": 10.0},
+    {
+        "time": "2026-01-31T12:00:09.500+00:00",
+        "event": "fault",
+        "what": "policy actor 1",
+        "cause": "killed",
+        "message": "SIGKILL",
+    },
+    {
+        "time": "2026-01-31T12:00:19.500+00:00",
+        "event": "recovered",
+        "what": "policy actor 1",
+        "seconds_lost": 10.0,
+    },
 ]
-METRICS = [{"step": 1, "loss": 0.7}, {"step": 1, "validation_accuracy": 0.5, "validation_loss": 0.7}, {"step": 2, "loss": 0.6}]
+METRICS = [
+    {"step": 1, "loss": 0.7},
+    {"step": 1, "validation_accuracy": 0.5, "validation_loss": 0.7},
+    {"step": 2, "loss": 0.6},
+]
 
 
 def bytes_of(rows: list[dict[str, object]]) -> bytes:
@@ -43,7 +60,9 @@ def test_no_flipped_bit_of_the_events_stops_a_run(tmp_path: Path) -> None:
         assert [row["event"] for row in told[-2:]] == ["started", "finished"]
         assert len(told) >= len(EVENTS) + 2 - 2  # a flipped end of a line takes two of them
         lines = len([line for line in data.split(b"\n") if line])
-        assert ("cannot be read" in display.text()) == (lines > sum(map(is_object, data.split(b"\n"))))
+        assert ("cannot be read" in display.text()) == (
+            lines > sum(map(is_object, data.split(b"\n")))
+        )
 
 
 def is_object(line: bytes) -> bool:
@@ -61,7 +80,9 @@ def test_what_is_lost_of_the_events_is_said(way: str, tmp_path: Path) -> None:
     assert run.lost_events() == ""
     DAMAGE[way](events)
     gone = f"{events} is missing or empty: what befell the run before is not known any more"
-    assert run.lost_events() == (f"{events}: 1 of its lines cannot be read, and are left out" if way == "halved" else gone)
+    assert run.lost_events() == (
+        f"{events}: 1 of its lines cannot be read, and are left out" if way == "halved" else gone
+    )
     run.metrics_file.unlink()
     events.unlink(missing_ok=True)
     assert run.lost_events() == ""  # a new run
@@ -72,5 +93,11 @@ def test_no_flipped_bit_of_its_metrics_stops_a_reward_training(tmp_path: Path) -
     for data in flips(bytes_of(METRICS)):
         path.write_bytes(data)
         with following(path, 2, display := Listener()):
-            path.write_bytes(data + bytes_of([{"step": 100, "validation_accuracy": 0.75, "validation_loss": 0.5}]))
-        assert "reward step 100/2  validation accuracy 0.750  loss 0.500" in display.text() or data[-1:] != b"\n"
+            path.write_bytes(
+                data
+                + bytes_of([{"step": 100, "validation_accuracy": 0.75, "validation_loss": 0.5}])
+            )
+        assert (
+            "reward step 100/2  validation accuracy 0.750  loss 0.500" in display.text()
+            or data[-1:] != b"\n"
+        )

@@ -1,4 +1,6 @@
-"""cluster/local.sh in a copied repository, with stand-ins for the machine around it: nothing outside tmp_path is touched."""
+"""cluster/local.sh in a copied repository, with stand-ins for the machine around it: nothing
+outside tmp_path is touched.
+"""
 
 import os
 import shutil
@@ -14,8 +16,8 @@ from conftest import installed_in
 
 REPOSITORY = Path(__file__).parent.parent
 
-# A project without dependencies that builds without a registry. Its folder holds the modules that the installation's last
-# check imports, and the program that `local.sh quickstart` starts.
+# A project without dependencies that builds without a registry. Its folder holds the modules that
+# the installation's last check imports, and the program that `local.sh quickstart` starts.
 PYPROJECT = """
 [build-system]
 requires = []
@@ -40,10 +42,13 @@ def build_editable(folder, *_):
         wheel.writestr(info + "entry_points.txt", "[console_scripts]\\nraywarp = program:main\\n")
         wheel.writestr(info + "RECORD", "")
     return name
-"""
+"""  # noqa: E501
 MODULES = {
     "backend.py": BACKEND,
-    "program.py": "import os, sys\ndef main():\n    print('started with', sys.argv[1:], os.environ['RAY_AUTH_MODE'])\n",
+    "program.py": (
+        "import os, sys\ndef main():\n    print('started with', sys.argv[1:],"
+        " os.environ['RAY_AUTH_MODE'])\n"
+    ),
     "datasets.py": "",
     "peft.py": "",
     "ray/__init__.py": "",
@@ -66,8 +71,14 @@ def repository(tmp_path):
 
 
 def local_sh(repository, *arguments, **environment):
-    """Runs local.sh where commands in repository/bin win over the machine's, and where pip has no registry."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "RAYWARP_", "RAY_"))}
+    """Runs local.sh where commands in repository/bin win over the machine's, and where pip has no
+    registry.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "UV_", "RAYWARP_", "RAY_"))
+    }
     settings = {
         "HOME": str(repository),
         "PATH": f"{repository / 'bin'}:{os.environ['PATH']}",
@@ -118,7 +129,9 @@ def test_unknown_command(repository):
 
 def test_old_python(repository):
     python = stand_in(repository, "python-of-long-ago", "exit 1")
-    assert_refused(local_sh(repository, "install", PYTHON=python), "no Python 3.11 to 3.14 found", python)
+    assert_refused(
+        local_sh(repository, "install", PYTHON=python), "no Python 3.11 to 3.14 found", python
+    )
 
 
 def test_finds_a_newer_python_behind_an_old_python3(repository):
@@ -129,26 +142,55 @@ def test_finds_a_newer_python_behind_an_old_python3(repository):
 
 
 def test_python_without_venv(repository):
-    python = stand_in(repository, "python-of-debian", f'case "$2" in *ensurepip*) exit 1;; esac; exec "{sys.executable}" "$@"')
-    assert_refused(local_sh(repository, "install", PYTHON=python), "no venv or no ensurepip", "python3-venv")
+    python = stand_in(
+        repository,
+        "python-of-debian",
+        f'case "$2" in *ensurepip*) exit 1;; esac; exec "{sys.executable}" "$@"',
+    )
+    assert_refused(
+        local_sh(repository, "install", PYTHON=python), "no venv or no ensurepip", "python3-venv"
+    )
 
 
-@pytest.mark.parametrize(("gpus", "need"), [("", "raywarp[cpu] needs 6 GB"), ("GPU 0: H200\nGPU 1: H200", "raywarp[gpu] needs 20 GB")])
+@pytest.mark.parametrize(
+    ("gpus", "need"),
+    [("", "raywarp[cpu] needs 6 GB"), ("GPU 0: H200\nGPU 1: H200", "raywarp[gpu] needs 20 GB")],
+)
 def test_too_little_disk_for_what_the_machine_needs(repository, gpus, need):
     stand_in(repository, "nvidia-smi", f"echo '{gpus}'")
-    stand_in(repository, "df", "echo Filesystem blocks used available; echo /dev/disk 9000000 6900000 2100000")
+    stand_in(
+        repository,
+        "df",
+        "echo Filesystem blocks used available; echo /dev/disk 9000000 6900000 2100000",
+    )
     assert_refused(local_sh(repository, "install", RAYWARP_EXTRA=""), "2 GB free", need)
     assert not (repository / ".venv").exists()
 
 
 def test_unknown_extra(repository):
-    assert_refused(local_sh(repository, "install", RAYWARP_EXTRA="tpu"), "RAYWARP_EXTRA=tpu is neither cpu nor gpu")
+    assert_refused(
+        local_sh(repository, "install", RAYWARP_EXTRA="tpu"),
+        "RAYWARP_EXTRA=tpu is neither cpu nor gpu",
+    )
 
 
 def test_no_registry(repository):
-    (repository / "backend.py").write_text(BACKEND.replace("+ extras", "+ extras + 'Requires-Dist: raywarp-dependency\\n'"))
-    result = local_sh(repository, "install", PIP_NO_INDEX="0", PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="0")
-    assert_refused(result, "can a package registry be reached", "raywarp-install.log", "ERROR: No matching distribution found")
+    (repository / "backend.py").write_text(
+        BACKEND.replace("+ extras", "+ extras + 'Requires-Dist: raywarp-dependency\\n'")
+    )
+    result = local_sh(
+        repository,
+        "install",
+        PIP_NO_INDEX="0",
+        PIP_INDEX_URL="http://127.0.0.1:9/simple",
+        PIP_RETRIES="0",
+    )
+    assert_refused(
+        result,
+        "can a package registry be reached",
+        "raywarp-install.log",
+        "ERROR: No matching distribution found",
+    )
 
 
 def test_installs_once_and_recovers_from_an_interruption(repository):
@@ -184,19 +226,36 @@ def test_installs_once_and_recovers_from_an_interruption(repository):
 
 @pytest.fixture
 def installed(repository):
-    """With a `ray` that does not start, so that what local.sh does around it is seen; tests/test_jobs.py has the real one."""
+    """With a `ray` that does not start, so that what local.sh does around it is seen;
+    tests/test_jobs.py has the real one.
+    """
     folder = repository / ".venv" / "bin"
     folder.mkdir(parents=True)
     (folder / "python").symlink_to(sys.executable)
-    (folder / "ray").write_text('#!/bin/sh\necho "ray $*"\necho "no room for the object store"\nexit 1\n')
+    (folder / "ray").write_text(
+        '#!/bin/sh\necho "ray $*"\necho "no room for the object store"\nexit 1\n'
+    )
     (folder / "ray").chmod(0o755)
     (repository / ".venv" / "raywarp-install").write_text(installed_in(repository))
     return repository
 
 
 def test_a_cluster_that_does_not_start(installed, tmp_path):
-    result = local_sh(installed, "start", "--num-cpus=3", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT="0", RAY_AUTH_TOKEN="x")
-    assert_refused(result, "Ray did not start", "no room for the object store", f"--temp-dir={tmp_path}/c/ray", "--num-cpus=3")
+    result = local_sh(
+        installed,
+        "start",
+        "--num-cpus=3",
+        RAYWARP_CLUSTER=str(tmp_path / "c"),
+        RAYWARP_PORT="0",
+        RAY_AUTH_TOKEN="x",
+    )
+    assert_refused(
+        result,
+        "Ray did not start",
+        "no room for the object store",
+        f"--temp-dir={tmp_path}/c/ray",
+        "--num-cpus=3",
+    )
     assert "--dashboard-host=127.0.0.1" in result.stderr
     assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
 
@@ -204,7 +263,9 @@ def test_a_cluster_that_does_not_start(installed, tmp_path):
 def test_a_port_that_is_taken(installed, tmp_path):
     with socket.create_server(("", 0)) as server:
         port = str(server.getsockname()[1])
-        result = local_sh(installed, "start", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT=port)
+        result = local_sh(
+            installed, "start", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT=port
+        )
     assert_refused(result, f"port {port} is taken", "RAYWARP_PORT")
 
 
@@ -221,13 +282,25 @@ def test_stop_ends_nothing_that_start_did_not_start(installed, tmp_path):
 
 
 def test_submit_without_a_cluster(installed, tmp_path):
-    result = local_sh(installed, "submit", "my.yaml", RAYWARP_CLUSTER=str(tmp_path / "c"), RAY_API_SERVER_ADDRESS="")
+    result = local_sh(
+        installed,
+        "submit",
+        "my.yaml",
+        RAYWARP_CLUSTER=str(tmp_path / "c"),
+        RAY_API_SERVER_ADDRESS="",
+    )
     assert_refused(result, "no cluster is running here: ./cluster/local.sh start makes one")
 
 
 def test_shellcheck():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (the test extra brings it)")
-    result = subprocess.run([shellcheck, REPOSITORY / "cluster" / "local.sh", REPOSITORY / ".ci" / "run"], capture_output=True, text=True)
+    result = subprocess.run(
+        [shellcheck, REPOSITORY / "cluster" / "local.sh", REPOSITORY / ".ci" / "run"],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout

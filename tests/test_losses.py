@@ -1,4 +1,6 @@
-"""The policy gradient against enumeration: a toy policy with V = 3 tokens and completions of length 2, so all 9 can be listed."""
+"""The policy gradient against enumeration: a toy policy with V = 3 tokens and completions of length
+2, so all 9 can be listed.
+"""
 
 import itertools
 import math
@@ -11,22 +13,37 @@ from raywarp.algorithm.advantages import advantages, batch_mean, rloo
 
 VOCABULARY, LENGTH, TEMPERATURE = 3, 2, 0.7
 SEQUENCES = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
-REWARDS = torch.tensor([float(3 * a - b + a * b) for a, b in SEQUENCES.tolist()], dtype=torch.float64)
+REWARDS = torch.tensor(
+    [float(3 * a - b + a * b) for a, b in SEQUENCES.tolist()], dtype=torch.float64
+)
 EVERYWHERE = torch.ones(len(SEQUENCES), LENGTH, dtype=torch.float64)
 
 
 def table(seed: int) -> torch.Tensor:
-    """Logits of a toy policy: one row for the first token, then one per first token for the second; (1 + V, V)."""
-    return torch.randn(1 + VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Logits of a toy policy: one row for the first token, then one per first token for the second;
+    (1 + V, V).
+    """
+    return torch.randn(
+        1 + VOCABULARY,
+        VOCABULARY,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    )
 
 
 def logits_of(parameters: torch.Tensor) -> torch.Tensor:
     """(9, 2, V): the logits that each listed sequence's tokens are drawn from."""
-    return torch.stack([torch.stack([parameters[0], parameters[1 + int(first)]]) for first, _ in SEQUENCES])
+    return torch.stack(
+        [torch.stack([parameters[0], parameters[1 + int(first)]]) for first, _ in SEQUENCES]
+    )
 
 
 def logprobs_of(parameters: torch.Tensor) -> torch.Tensor:
-    return (logits_of(parameters) / TEMPERATURE).log_softmax(-1).gather(-1, SEQUENCES[..., None])[..., 0]
+    return (
+        (logits_of(parameters) / TEMPERATURE)
+        .log_softmax(-1)
+        .gather(-1, SEQUENCES[..., None])[..., 0]
+    )
 
 
 def objective(parameters: torch.Tensor, anchor: torch.Tensor, beta: float) -> torch.Tensor:
@@ -36,16 +53,22 @@ def objective(parameters: torch.Tensor, anchor: torch.Tensor, beta: float) -> to
 
 
 def gradient(baseline: float, beta: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
-    """The estimator's mean over all sequences, through the losses of the package, and the mean of its square."""
+    """The estimator's mean over all sequences, through the losses of the package, and the mean of
+    its square.
+    """
     anchor, start = table(2), table(1)
     probabilities = logprobs_of(start).sum(-1).exp()
     mean, square = torch.zeros_like(start), torch.zeros_like(start)
     for n, probability in enumerate(probabilities):
         parameters = start.clone().requires_grad_()
         logprobs = logprobs_of(parameters)[n : n + 1]
-        log_ratio = losses.sequence_log_ratio(logprobs.detach(), logprobs_of(anchor)[n : n + 1], EVERYWHERE[n : n + 1])
+        log_ratio = losses.sequence_log_ratio(
+            logprobs.detach(), logprobs_of(anchor)[n : n + 1], EVERYWHERE[n : n + 1]
+        )
         advantage = REWARDS[n : n + 1] - beta * log_ratio - baseline
-        losses.policy_gradient_loss(logprobs, logprobs.detach(), advantage, EVERYWHERE[n : n + 1], 1).backward()
+        losses.policy_gradient_loss(
+            logprobs, logprobs.detach(), advantage, EVERYWHERE[n : n + 1], 1
+        ).backward()
         assert parameters.grad is not None
         mean += probability * -parameters.grad
         square += probability * parameters.grad**2
@@ -60,7 +83,9 @@ def exact_gradient(beta: float = 0.3) -> torch.Tensor:
 
 
 def test_reinforce_is_the_exact_gradient() -> None:
-    """Mean of the estimator = d/dθ (E[r] − β·KL): the term through the log-ratio itself has mean zero."""
+    """Mean of the estimator = d/dθ (E[r] − β·KL): the term through the log-ratio itself has mean
+    zero.
+    """
     torch.testing.assert_close(gradient(baseline=0.0)[0], exact_gradient(), rtol=1e-5, atol=1e-6)
 
 
@@ -74,7 +99,10 @@ def test_a_baseline_leaves_the_mean_and_lowers_the_variance() -> None:
 
 def test_token_logprobs_at_the_sampling_temperature() -> None:
     torch.testing.assert_close(
-        losses.token_logprobs(logits_of(table(1)), SEQUENCES, TEMPERATURE).double(), logprobs_of(table(1)), rtol=1e-5, atol=1e-6
+        losses.token_logprobs(logits_of(table(1)), SEQUENCES, TEMPERATURE).double(),
+        logprobs_of(table(1)),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -84,12 +112,21 @@ def test_kl_estimators_agree_with_enumeration() -> None:
     probabilities = logprobs.sum(-1).exp()
     exact = (probabilities * (logprobs - reference_logprobs).sum(-1)).sum().item()
     log_ratio = losses.sequence_log_ratio(logprobs, reference_logprobs, EVERYWHERE)
-    full = (losses.full_vocabulary_kl(logits_of(policy), logits_of(reference), TEMPERATURE) * EVERYWHERE).sum(-1).double()
+    full = (
+        (
+            losses.full_vocabulary_kl(logits_of(policy), logits_of(reference), TEMPERATURE)
+            * EVERYWHERE
+        )
+        .sum(-1)
+        .double()
+    )
     assert (probabilities * log_ratio).sum().item() == pytest.approx(exact, abs=1e-6)
     assert (probabilities * full).sum().item() == pytest.approx(exact, abs=1e-5)
     variance = [(probabilities * (x - exact) ** 2).sum().item() for x in (full, log_ratio)]
     assert variance[0] < variance[1]  # Rao–Blackwell
-    assert (losses.full_vocabulary_kl(logits_of(policy), logits_of(reference), TEMPERATURE) > -1e-6).all()
+    assert (
+        losses.full_vocabulary_kl(logits_of(policy), logits_of(reference), TEMPERATURE) > -1e-6
+    ).all()
 
 
 def test_only_response_tokens_count() -> None:
@@ -120,7 +157,9 @@ def test_entropy_of_known_distributions() -> None:
 def test_leave_one_out() -> None:
     rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
     assert rloo(rewards, 3).tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3.0])
-    assert batch_mean(rewards).tolist() == pytest.approx([1 - 11 / 5, 2 - 2, 6 - 6 / 5, -12 / 5, -12 / 5, 3 - 9 / 5])
+    assert batch_mean(rewards).tolist() == pytest.approx(
+        [1 - 11 / 5, 2 - 2, 6 - 6 / 5, -12 / 5, -12 / 5, 3 - 9 / 5]
+    )
     assert torch.equal(advantages(rewards, "none", 3), rewards)
     with pytest.raises(ValueError, match="unknown baseline"):
         advantages(rewards, "median", 3)

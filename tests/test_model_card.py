@@ -1,4 +1,6 @@
-"""The chosen adapter's card, and its way to a hub: a small server on loopback that answers as the real one does."""
+"""The chosen adapter's card, and its way to a hub: a small server on loopback that answers as the
+real one does.
+"""
 
 import base64
 import json
@@ -27,7 +29,9 @@ TOKEN = "hf_" + "t" * 34
 
 
 def point(name: str, eta: float | None, reward: float, control: float | None = None) -> Point:
-    return Point(name, eta, reward, 0.25, 3.0, 0.5, control, None if control is None else 0.1, 0.9, 12.0, 0.5)
+    return Point(
+        name, eta, reward, 0.25, 3.0, 0.5, control, None if control is None else 0.1, 0.9, 12.0, 0.5
+    )
 
 
 def test_a_finished_run_has_a_card_beside_its_adapter(tiny_finished: Run) -> None:
@@ -38,7 +42,10 @@ def test_a_finished_run_has_a_card_beside_its_adapter(tiny_finished: Run) -> Non
     assert found.data.base_model is None  # a folder of this machine is nothing to anybody else
     assert {"warp", "lora"} <= set(found.data.tags)
     for one in front["points"]:
-        assert f"{one['reward']:.2f} ± {one['reward_ci']:.2f} | {one['kl']:.2f} ± {one['kl_ci']:.2f}" in found.text
+        assert (
+            f"{one['reward']:.2f} ± {one['reward_ci']:.2f} | {one['kl']:.2f} ± {one['kl_ci']:.2f}"
+            in found.text
+        )
     assert f"**{front['chosen']}** (this adapter)" in found.text
     assert f"--max-lora-rank {8 if load_peft(folder).rank <= 8 else 16} " in found.text
     assert (folder / "front.png").read_bytes() == (tiny_finished.folder / "front.png").read_bytes()
@@ -46,9 +53,13 @@ def test_a_finished_run_has_a_card_beside_its_adapter(tiny_finished: Run) -> Non
 
 
 def test_a_card_says_what_a_reader_needs() -> None:
-    config = load_config({"model": SMOLLM2, "reward": {"model": "me/re|ward"}, "rollout": {"max_new_tokens": 33}})
+    config = load_config(
+        {"model": SMOLLM2, "reward": {"model": "me/re|ward"}, "rollout": {"max_new_tokens": 33}}
+    )
     points = [point("sft", 0.0, -0.5), point("liti 0.5", 0.5, 1.5), point("slerp", 1.0, 2.5)]
-    text = card(config, points, points[1], 600, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+    text = card(
+        config, points, points[1], 600, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    )
     assert ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert 'AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in text
     assert "η = 0.5: reward 1.50 ± 0.25" in " ".join(text.split())
@@ -60,7 +71,9 @@ def test_a_card_says_what_a_reader_needs() -> None:
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: made so far, and whether they are private. commits: branch, and path → content of each."""
+    """repos: made so far, and whether they are private. commits: branch, and path → content of
+    each.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -83,21 +96,35 @@ class Answers(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if name in self.server.repos:
-                return self.answer(409, {"error": "You already created this model repo", "url": f"{place}/{name}"})
-            self.server.repos[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+                return self.answer(
+                    409, {"error": "You already created this model repo", "url": f"{place}/{name}"}
+                )
+            self.server.repos[name] = asked.get("visibility") == "private" or bool(
+                asked.get("private")
+            )
             return self.answer(200, {"url": f"{place}/{name}", "name": name, "id": "1"})
         kind, _, revision = self.path.removeprefix("/api/models/me/warped/").partition("/")
         if kind == "branch":
             self.server.branches.append(revision)
             return self.answer(200, {})
         if kind == "preupload":
-            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
             return self.answer(200, {"files": files})
         if kind == "commit":
             rows = [json.loads(line) for line in body.splitlines()]
-            files = {row["value"]["path"]: base64.b64decode(row["value"]["content"]) for row in rows if row["key"] == "file"}
+            files = {
+                row["value"]["path"]: base64.b64decode(row["value"]["content"])
+                for row in rows
+                if row["key"] == "file"
+            }
             self.server.commits.append((revision.partition("?")[0], files))
-            return self.answer(200, {"success": True, "commitUrl": f"{place}/me/warped/commit/abc", "commitOid": "abc"})
+            return self.answer(
+                200,
+                {"success": True, "commitUrl": f"{place}/me/warped/commit/abc", "commitOid": "abc"},
+            )
         self.answer(404, {"error": self.path})
 
     def do_GET(self) -> None:
@@ -125,17 +152,27 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
-def push(hub: Hub | None, home: Path, *arguments: str, token: str | None = TOKEN) -> "subprocess.CompletedProcess[str]":
+def push(
+    hub: Hub | None, home: Path, *arguments: str, token: str | None = TOKEN
+) -> "subprocess.CompletedProcess[str]":
     """By the real command; the library reads its settings when it is imported."""
     endpoint = f"http://127.0.0.1:{hub.server_address[1] if hub else 1}"
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment.pop("HF_TOKEN", None)
     environment |= {"HF_TOKEN": token} if token else {}
     command = [sys.executable, "-m", "raywarp.cli", "push", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_push_uploads_the_adapter_with_card_and_picture(tiny_finished: Run, hub: Hub, tmp_path: Path) -> None:
+def test_push_uploads_the_adapter_with_card_and_picture(
+    tiny_finished: Run, hub: Hub, tmp_path: Path
+) -> None:
     folder = tiny_finished.folder
     done = push(hub, tmp_path, str(folder), "me/warped", "--private")
     assert done.returncode == 0, done.stderr
@@ -143,21 +180,35 @@ def test_push_uploads_the_adapter_with_card_and_picture(tiny_finished: Run, hub:
     assert hub.repos == {"me/warped": True}
     ((branch, files),) = hub.commits
     assert branch == "main"
-    assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "front.png"]
+    assert sorted(files) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "front.png",
+    ]
     for name, content in files.items():
         assert content == (folder / "adapter" / name).read_bytes(), name
-    again = push(hub, tmp_path, str(folder), "me/warped", "--revision", "longer")  # it is there already
+    again = push(
+        hub, tmp_path, str(folder), "me/warped", "--revision", "longer"
+    )  # it is there already
     assert again.returncode == 0, again.stderr
     assert (hub.branches, hub.commits[1][0]) == (["longer"], "longer")
 
 
-def test_an_old_run_is_pushed_with_a_mark_on_its_card(tiny_finished: Run, hub: Hub, tmp_path: Path) -> None:
+def test_an_old_run_is_pushed_with_a_mark_on_its_card(
+    tiny_finished: Run, hub: Hub, tmp_path: Path
+) -> None:
     folder = as_of_before(Path(shutil.copytree(tiny_finished.folder, tmp_path / "run")))
     done = push(hub, tmp_path, str(folder), "me/warped")
     assert done.returncode == 0, done.stderr
     files = hub.commits[-1][1]
-    assert "> **Sampled from rounded weights.** An earlier version of raywarp made this run" in files.pop("README.md").decode()
-    assert all(content == (folder / "adapter" / name).read_bytes() for name, content in files.items())
+    assert (
+        "> **Sampled from rounded weights.** An earlier version of raywarp made this run"
+        in files.pop("README.md").decode()
+    )
+    assert all(
+        content == (folder / "adapter" / name).read_bytes() for name, content in files.items()
+    )
     assert len(files) == 3
 
 
@@ -167,7 +218,13 @@ def test_what_cannot_be_pushed_is_one_message(tiny_finished: Run, hub: Hub, tmp_
     damaged = shutil.copytree(tiny_finished.folder, tmp_path / "damaged")
     (damaged / "adapter" / "README.md").write_text("other")
     cases: list[tuple[Hub | None, list[str], str | None, int, str]] = [
-        (hub, [str(tmp_path / "empty"), "me/warped"], TOKEN, 2, "is it the folder of a finished run?"),
+        (
+            hub,
+            [str(tmp_path / "empty"), "me/warped"],
+            TOKEN,
+            2,
+            "is it the folder of a finished run?",
+        ),
         (hub, [str(damaged), "me/warped"], TOKEN, 2, "`raywarp train` makes it anew"),
         (hub, [run, "me/wa rped"], TOKEN, 2, "is no repository's name"),
         (hub, [run, "me/other"], "hf_wrong", 2, "does not let you write to me/other"),

@@ -11,13 +11,21 @@ LAYER = "layers.3.self_attn.q_proj"
     ("module", "names", "found"),
     [
         (f"model.{LAYER}", [f"model.{LAYER}", f"mtp.{LAYER}"], f"model.{LAYER}"),
-        (f"model.{LAYER}", [f"model.language_model.{LAYER}", f"mtp.{LAYER}"], f"model.language_model.{LAYER}"),
+        (
+            f"model.{LAYER}",
+            [f"model.language_model.{LAYER}", f"mtp.{LAYER}"],
+            f"model.language_model.{LAYER}",
+        ),
         (
             f"model.language_model.{LAYER}",
             [f"vision_tower.encoder.{LAYER}", f"language_model.model.{LAYER}"],
             f"language_model.model.{LAYER}",
         ),
-        (f"model.{LAYER}", [f"model.vision_tower.{LAYER}", f"model.language_model.{LAYER}"], f"model.language_model.{LAYER}"),
+        (
+            f"model.{LAYER}",
+            [f"model.vision_tower.{LAYER}", f"model.language_model.{LAYER}"],
+            f"model.language_model.{LAYER}",
+        ),
         ("transformer.h.0.attn.c_attn", ["h.0.attn.c_attn", "h.1.attn.c_attn"], "h.0.attn.c_attn"),
         (f"model.{LAYER}", [LAYER.replace("3", "4")], None),
         (f"model.{LAYER}", [f"a.{LAYER}", f"b.{LAYER}"], None),  # which of the two is not known

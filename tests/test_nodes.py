@@ -1,4 +1,6 @@
-"""A cluster of several nodes, each with processes and (where the system lets us) a file system of its own: what is checked before a run."""
+"""A cluster of several nodes, each with processes and (where the system lets us) a file system of
+its own: what is checked before a run.
+"""
 
 import json
 import os
@@ -10,7 +12,8 @@ from typing import Any
 
 import pytest
 
-# In a process of its own, since the Ray of the other tests lives in this one. The last node mounts an empty folder over the run's.
+# In a process of its own, since the Ray of the other tests lives in this one. The last node mounts
+# an empty folder over the run's.
 SCRIPT = """
 import json, os, subprocess, sys, time
 import ray
@@ -48,7 +51,7 @@ if os.environ["APART"] == "yes":
 print("FOUND", json.dumps(found))
 ray.shutdown()
 cluster.shutdown()
-"""
+"""  # noqa: E501
 
 
 def mounts_apart() -> bool:
@@ -72,7 +75,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "APART": "yes" if mounts_apart() else "no",
         }
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(run), temporary], capture_output=True, text=True, timeout=240, env={**os.environ, **own}
+            [sys.executable, "-c", SCRIPT, str(run), temporary],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, **own},
         )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]
@@ -93,11 +100,16 @@ def test_a_node_that_does_not_see_the_runs_folder_is_named(found: dict[str, Any]
     assert nodes == 3
     (problem,) = problems
     assert "cannot use out=" in problem
-    assert "it does not see it; several nodes need a shared folder, or a URI such as s3://bucket/prefix" in problem
+    assert (
+        "it does not see it; several nodes need a shared folder, or a URI such as"
+        " s3://bucket/prefix" in problem
+    )
 
 
 def test_a_local_ray_asks_for_a_token_and_has_no_dashboard(tmp_path: Path) -> None:
-    """Without anything set in the environment: what `raywarp train` starts on a laptop lets nobody else in."""
+    """Without anything set in the environment: what `raywarp train` starts on a laptop lets nobody
+    else in.
+    """
     script = """
 import os, subprocess, sys, ray
 from raywarp.cluster.runtime import start_ray
@@ -114,15 +126,22 @@ for name, home in (("own", os.environ["HOME"]), ("other", os.environ["HOME"] + "
     except subprocess.TimeoutExpired:  # Ray goes on asking
         print("FOUND", name, False)
 print("FOUND dashboard", bool(ray._private.worker._global_node.webui_url))
-"""
+"""  # noqa: E501
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as temporary:
         own = {"RAY_TMPDIR": temporary, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
         done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, env={**environment, **own}, cwd=tmp_path
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**environment, **own},
+            cwd=tmp_path,
         )
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    assert found == ["FOUND own True", "FOUND other False", "FOUND dashboard False"], done.stdout[-1500:] + done.stderr[-1500:]
+    assert found == ["FOUND own True", "FOUND other False", "FOUND dashboard False"], (
+        done.stdout[-1500:] + done.stderr[-1500:]
+    )
 
 
 # The only node with room for actors goes while the engine loads.
@@ -161,14 +180,29 @@ except FaultError as error:
     print("FOUND", error, flush=True)
 ray.shutdown()
 cluster.shutdown()
-"""
+"""  # noqa: E501
 
 
-def test_another_node_is_waited_for_while_an_engine_loads_but_not_without_end(tiny_llama: Path, tmp_path: Path) -> None:
+def test_another_node_is_waited_for_while_an_engine_loads_but_not_without_end(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as temporary:
-        own = {"RAY_TMPDIR": temporary, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        own = {
+            "RAY_TMPDIR": temporary,
+            "HOME": str(tmp_path),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "0" * 64,
+        }
         command = [sys.executable, "-c", LOST, str(tiny_llama)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **own})
-    (message,) = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert message.startswith("a rollout worker has waited 10 s for another node after it lost its own while it started: ")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=100, env={**os.environ, **own}
+        )
+    (message,) = [
+        line.removeprefix("FOUND ")
+        for line in done.stdout.splitlines()
+        if line.startswith("FOUND ")
+    ]
+    assert message.startswith(
+        "a rollout worker has waited 10 s for another node after it lost its own while it started: "
+    )
     assert "raise cluster.timeout_seconds; the same command continues" in message

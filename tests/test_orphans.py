@@ -10,14 +10,22 @@ import psutil
 import pytest
 from killing import survivors
 
-DRIVER = "from raywarp.training.session import start_ray; start_ray(); print('started', flush=True); input()"
+DRIVER = (
+    "from raywarp.training.session import start_ray; start_ray(); print('started', flush=True);"
+    " input()"
+)
 
 
 def start(tmp_path: Path) -> "subprocess.Popen[str]":
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     with (tmp_path / "stderr").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", DRIVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, "-c", DRIVER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
 
 
@@ -30,7 +38,9 @@ def is_agent(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("moment", ["while Ray starts", "when Ray has started"])
 def test_nothing_is_left_of_a_killed_drivers_ray(tmp_path: Path, moment: str) -> None:
-    """At the first moment the raylet has just made its agents, and the driver has not come back from ray.init."""
+    """At the first moment the raylet has just made its agents, and the driver has not come back
+    from ray.init.
+    """
     driver = start(tmp_path)
     process = psutil.Process(driver.pid)
     if moment == "when Ray has started":

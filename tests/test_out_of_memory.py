@@ -10,7 +10,9 @@ from raywarp.cluster import health, out_of_memory
 from raywarp.cluster.faults import KILLED, OUT_OF_MEMORY
 
 
-def test_the_kernels_counter_explains_a_death(ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_counter_explains_a_death(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counters = tmp_path / "vmstat"
     counters.write_text("pgfault 12\noom_kill 3\noom_kill_other 9\n")
     monkeypatch.setattr(out_of_memory, "COUNTERS", counters)

@@ -7,7 +7,9 @@ from raywarp.rollout.transport import PackedAdapter, digest
 
 
 def test_packed_adapters_come_back_bit_for_bit() -> None:
-    delta = replace(random_delta(0), target_modules=("q", "up"), base_model="base", fan_in_fan_out=True)
+    delta = replace(
+        random_delta(0), target_modules=("q", "up"), base_model="base", fan_in_fan_out=True
+    )
     packed = PackedAdapter.pack(delta)
     packed.numbers.flags.writeable = False  # as in an object store
     back = packed.unpack()

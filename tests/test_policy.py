@@ -1,4 +1,6 @@
-"""One policy on a tiny Llama: who gets gradients, who is the anchor, what the EMA does, and that a resumed run is the same run."""
+"""One policy on a tiny Llama: who gets gradients, who is the anchor, what the EMA does, and that a
+resumed run is the same run.
+"""
 
 import random
 from collections.abc import Iterator
@@ -38,7 +40,9 @@ def config(**warp: object) -> Config:
 
 
 def load(folder: Path, **lora: object) -> AdaptedModel:
-    return AdaptedModel(str(folder), LoraConfig(**{"rank": 2, "alpha": 4.0, **lora}), torch.float32, CPU)  # type: ignore[arg-type]
+    return AdaptedModel(
+        str(folder), LoraConfig(**{"rank": 2, "alpha": 4.0, **lora}), torch.float32, CPU
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -46,7 +50,9 @@ def model(tiny_llama: Path) -> Iterator[AdaptedModel]:
     return load(tiny_llama)
 
 
-def some_completions(seed: int, count: int = 4, length: int = 5) -> tuple[list[list[int]], list[Completion]]:
+def some_completions(
+    seed: int, count: int = 4, length: int = 5
+) -> tuple[list[list[int]], list[Completion]]:
     g = torch.Generator().manual_seed(seed)
     prompts, completions = [], []
     for n in range(count):
@@ -56,25 +62,32 @@ def some_completions(seed: int, count: int = 4, length: int = 5) -> tuple[list[l
     return prompts, completions
 
 
-def on_policy(model: AdaptedModel, adapters: list[str], seed: int) -> tuple[Batch, list[Completion]]:
+def on_policy(
+    model: AdaptedModel, adapters: list[str], seed: int
+) -> tuple[Batch, list[Completion]]:
     """A batch whose sampler log-probs are the model's own."""
     prompts, completions = some_completions(seed)
     batch = collate(prompts, completions)
     own = losses.token_logprobs(model.logits(batch, adapters), batch.responses, 0.8)
     completions = [
-        Completion(c.token_ids, tuple(own[n, : len(c.token_ids)].tolist()), c.text, c.finished) for n, c in enumerate(completions)
+        Completion(c.token_ids, tuple(own[n, : len(c.token_ids)].tolist()), c.text, c.finished)
+        for n, c in enumerate(completions)
     ]
     return collate(prompts, completions), completions
 
 
-def step(policy: Policy, seed: int, rewards: tuple[float, ...] = (1.0, -1.0, 0.5, 2.0)) -> dict[str, float]:
+def step(
+    policy: Policy, seed: int, rewards: tuple[float, ...] = (1.0, -1.0, 0.5, 2.0)
+) -> dict[str, float]:
     batch, completions = on_policy(policy.model, [INIT, policy.name], seed)
     return policy.update(batch, torch.tensor(rewards), completions, with_sft_kl=True)
 
 
 def snapshot(model: AdaptedModel, names: list[str]) -> dict[str, torch.Tensor]:
     tensors = {f"base/{n}": t.clone() for n, t in model.base_parameters()}
-    return tensors | {f"{a}/{n}": t.detach().clone() for a in names for n, t in model.tensors(a).items()}
+    return tensors | {
+        f"{a}/{n}": t.detach().clone() for a in names for n, t in model.tensors(a).items()
+    }
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -82,7 +95,9 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 
 
 def test_only_this_policy_and_its_ema_ever_change(model: AdaptedModel) -> None:
-    """After step 1 every B, after step 2 every A too (∇A = 0 while B = 0), and no other bit: base, init, the other policy."""
+    """After step 1 every B, after step 2 every A too (∇A = 0 while B = 0), and no other bit: base,
+    init, the other policy.
+    """
     first, second = Policy(model, config(), 1, 1), Policy(model, config(), 1, 2)
     names = [INIT, "policy_1", "ema_1", "policy_2", "ema_2"]
     start = snapshot(model, names)
@@ -92,11 +107,15 @@ def test_only_this_policy_and_its_ema_ever_change(model: AdaptedModel) -> None:
     step(first, 2)
     assert changed(start, snapshot(model, names)) == mine
     step(second, 3)
-    assert not any("base/" in n or n.startswith(INIT) for n in changed(start, snapshot(model, names)))
+    assert not any(
+        "base/" in n or n.startswith(INIT) for n in changed(start, snapshot(model, names))
+    )
 
 
 def test_a_frozen_A_stays_and_is_shared(tiny_llama: Path) -> None:
-    settings = parse_config(config().model_dump() | {"lora": {"rank": 2, "alpha": 4, "init": "frozen"}})
+    settings = parse_config(
+        config().model_dump() | {"lora": {"rank": 2, "alpha": 4, "init": "frozen"}}
+    )
     model = load(tiny_llama, init="frozen")
     policies = [Policy(model, settings, i, m) for i, m in ((1, 1), (2, 2))]
     start = snapshot(model, ["policy_1"])
@@ -107,11 +126,17 @@ def test_a_frozen_A_stays_and_is_shared(tiny_llama: Path) -> None:
         assert not name.endswith(".A") or torch.equal(tensor, model.tensors("policy_2")[name])
 
 
-@pytest.mark.parametrize(("kind", "same_policy", "same_iteration"), [("independent", False, False), ("shared", True, False)])
+@pytest.mark.parametrize(
+    ("kind", "same_policy", "same_iteration"),
+    [("independent", False, False), ("shared", True, False)],
+)
 def test_initial_A(tiny_llama: Path, kind: str, same_policy: bool, same_iteration: bool) -> None:
     settings = parse_config(config().model_dump() | {"lora": {"rank": 2, "alpha": 4, "init": kind}})
     model = load(tiny_llama, init=kind)
-    a = {im: Policy(model, settings, *im).task_vector().factors["model.layers.0.mlp.up_proj"].A for im in ((1, 1), (1, 2), (2, 1))}
+    a = {
+        im: Policy(model, settings, *im).task_vector().factors["model.layers.0.mlp.up_proj"].A
+        for im in ((1, 1), (1, 2), (2, 1))
+    }
     assert torch.equal(a[1, 1], a[1, 2]) == same_policy
     assert torch.equal(a[1, 1], a[2, 1]) == same_iteration
 
@@ -121,7 +146,9 @@ def test_the_anchor_is_the_ema_and_not_the_sft_model(model: AdaptedModel) -> Non
     for seed in range(3):
         step(policy, seed)
     batch, _ = on_policy(model, [INIT, "policy_1"], 9)
-    anchor, sft, own = (model.logits(batch, names) for names in ([INIT, "ema_1"], [], [INIT, "policy_1"]))
+    anchor, sft, own = (
+        model.logits(batch, names) for names in ([INIT, "ema_1"], [], [INIT, "policy_1"])
+    )
     assert not torch.allclose(anchor, sft, atol=1e-4)
     assert not torch.allclose(anchor, own, atol=1e-4)
     (whole,) = micro_batches(batch)
@@ -161,7 +188,9 @@ def test_ema_rate_0_and_1(model: AdaptedModel, rate: float, like: str) -> None:
     for seed in range(2):
         step(policy, seed)
     for name, ema in model.tensors("ema_1").items():
-        assert torch.equal(ema, start[f"ema_1/{name}"] if like == "start" else model.tensors(like)[name])
+        assert torch.equal(
+            ema, start[f"ema_1/{name}"] if like == "start" else model.tensors(like)[name]
+        )
 
 
 def test_a_new_policy_starts_afresh(model: AdaptedModel) -> None:
@@ -172,15 +201,25 @@ def test_a_new_policy_starts_afresh(model: AdaptedModel) -> None:
     new = Policy(model, config(), 2, 1)
     assert not new.optimiser.state
     assert all(dense(f).abs().max() == 0 for f in new.task_vector().factors.values())
-    assert all(torch.equal(t, model.tensors("policy_1")[n]) for n, t in model.tensors("ema_1").items())
+    assert all(
+        torch.equal(t, model.tensors("policy_1")[n]) for n, t in model.tensors("ema_1").items()
+    )
 
 
 def test_micro_batches_give_the_same_step(tiny_llama: Path) -> None:
     """Same gradients, one EMA step per optimiser step, whatever the micro-batches."""
     results = []
-    for tokens in (4096, 1, 20):  # everything at once, a completion at a time, a prompt's completions at a time
+    for tokens in (
+        4096,
+        1,
+        20,
+    ):  # everything at once, a completion at a time, a prompt's completions at a time
         settings = config()
-        settings = settings.model_copy(update={"optim": settings.optim.model_copy(update={"max_tokens_per_microbatch": tokens})})
+        settings = settings.model_copy(
+            update={
+                "optim": settings.optim.model_copy(update={"max_tokens_per_microbatch": tokens})
+            }
+        )
         model = load(tiny_llama)
         policy = Policy(model, settings, 1, 1)
         metrics = [step(policy, seed) for seed in range(2)]
@@ -197,11 +236,17 @@ def test_padding_does_not_matter(model: AdaptedModel) -> None:
     step(policy, 1)
     prompts, completions = some_completions(5)
     together = collate(prompts, completions)
-    all_logprobs = losses.token_logprobs(model.logits(together, [INIT, "policy_1"]), together.responses, 0.8)
+    all_logprobs = losses.token_logprobs(
+        model.logits(together, [INIT, "policy_1"]), together.responses, 0.8
+    )
     for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         alone = collate([prompt], [completion])
-        logprobs = losses.token_logprobs(model.logits(alone, [INIT, "policy_1"]), alone.responses, 0.8)
-        torch.testing.assert_close(logprobs[0], all_logprobs[n, : len(completion.token_ids)], rtol=1e-4, atol=1e-4)
+        logprobs = losses.token_logprobs(
+            model.logits(alone, [INIT, "policy_1"]), alone.responses, 0.8
+        )
+        torch.testing.assert_close(
+            logprobs[0], all_logprobs[n, : len(completion.token_ids)], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_gpt2_without_its_dropout(tiny_gpt2: Path) -> None:
@@ -209,7 +254,10 @@ def test_gpt2_without_its_dropout(tiny_gpt2: Path) -> None:
     model = load(tiny_gpt2)
     Policy(model, config(), 1, 1)
     batch, _ = on_policy(model, [INIT, "policy_1"], 1)
-    assert torch.equal(model.logits(batch, [INIT, "policy_1"], train="policy_1").detach(), model.logits(batch, [INIT, "policy_1"]))
+    assert torch.equal(
+        model.logits(batch, [INIT, "policy_1"], train="policy_1").detach(),
+        model.logits(batch, [INIT, "policy_1"]),
+    )
     assert model.zero_delta().fan_in_fan_out
 
 
@@ -240,7 +288,10 @@ def test_a_state_that_is_not_this_policys_changes_nothing(tiny_llama: Path) -> N
     before = other.state()
     last = max(name for name in saved if name.startswith("policy/"))
     for state, problem in (
-        ({name: tensor for name, tensor in saved.items() if name != last}, f"1 tensors, the first is {last}"),
+        (
+            {name: tensor for name, tensor in saved.items() if name != last},
+            f"1 tensors, the first is {last}",
+        ),
         (saved | {"more": torch.zeros(1)}, "1 tensors, the first is more"),
         (saved | {last: saved[last][:1]}, rf"{last} is torch.float32 \(1, "),
         (saved | {last: saved[last].double()}, f"{last} is torch.float64"),
@@ -254,8 +305,13 @@ def test_a_state_that_is_not_this_policys_changes_nothing(tiny_llama: Path) -> N
     assert all(torch.equal(saved[name], tensor) for name, tensor in other.state().items())
 
 
-def test_checkpoints_come_back_newest_first_and_the_older_go(tiny_llama: Path, tmp_path: Path) -> None:
-    policy, files = Policy(load(tiny_llama), config(steps=9), 1, 1), PolicyFiles(Storage(tmp_path), "k")
+def test_checkpoints_come_back_newest_first_and_the_older_go(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    policy, files = (
+        Policy(load(tiny_llama), config(steps=9), 1, 1),
+        PolicyFiles(Storage(tmp_path), "k"),
+    )
     states = []
     for seed in range(4):
         step(policy, seed)
@@ -268,21 +324,38 @@ def test_checkpoints_come_back_newest_first_and_the_older_go(tiny_llama: Path, t
         assert checkpoint is not None
         assert checkpoint.state.keys() == state.keys()
         assert all(torch.equal(checkpoint.state[tensor], value) for tensor, value in state.items())
-        assert checkpoint.metrics[-1] == {"step": checkpoint.step - 1, "reward": 0.1 * (checkpoint.step - 1)}
+        assert checkpoint.metrics[-1] == {
+            "step": checkpoint.step - 1,
+            "reward": 0.1 * (checkpoint.step - 1),
+        }
     assert not list(tmp_path.rglob("*.p*kl*"))
     files.save_result(policy.task_vector(), rows, rows)
     assert files.checkpoints() == []
     assert [path.name for path in sorted((tmp_path / "policies" / "k").iterdir())] == sorted(
-        ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl", "samples.jsonl"]
+        [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "manifest.json",
+            "metrics.jsonl",
+            "samples.jsonl",
+        ]
     )
 
 
 def draws() -> list[float]:
-    return [random.random(), random.gauss(), float(np.random.rand()), float(np.random.randn()), *torch.rand(2).tolist()]
+    return [
+        random.random(),
+        random.gauss(),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        *torch.rand(2).tolist(),
+    ]
 
 
 def test_a_policys_random_numbers_are_its_own() -> None:
-    """They go on where they were, whatever is drawn in between, also from a file; and nobody else's change."""
+    """They go on where they were, whatever is drawn in between, also from a file; and nobody else's
+    change.
+    """
     states = rng.seeded(5, CPU)
     random.seed(1)
     outside = random.getstate()
@@ -299,8 +372,12 @@ def test_a_policys_random_numbers_are_its_own() -> None:
         assert draws() == first
 
 
-def test_init_adapter_of_any_rank_is_what_its_change_says(model: AdaptedModel, tiny_llama: Path) -> None:
-    """Next iteration's init, LITI of a trained policy, gives the logits of the model with that change in its weights."""
+def test_init_adapter_of_any_rank_is_what_its_change_says(
+    model: AdaptedModel, tiny_llama: Path
+) -> None:
+    """Next iteration's init, LITI of a trained policy, gives the logits of the model with that
+    change in its weights.
+    """
     from transformers import AutoModelForCausalLM
 
     policy = Policy(model, config(), 1, 1)
@@ -314,6 +391,8 @@ def test_init_adapter_of_any_rank_is_what_its_change_says(model: AdaptedModel, t
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     for module, f in vector.factors.items():
         plain.get_submodule(module).weight.data += 0.4 * dense(f).float()
-    torch.testing.assert_close(model.logits(batch, [INIT]), plain_logits(plain, batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.logits(batch, [INIT]), plain_logits(plain, batch), rtol=1e-4, atol=1e-4
+    )
     model.set_init(zeros_like(init))
     torch.testing.assert_close(model.logits(batch, [INIT]), model.logits(batch, []))

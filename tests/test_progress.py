@@ -34,10 +34,17 @@ def replayed(run: Run, terminal: bool = False, quiet: bool = False) -> str:
 
 def test_a_log_gets_plain_lines_with_reward_kl_speed_and_time_left(tiny_finished: Run) -> None:
     said = replayed(tiny_finished)
-    row = next(row for row in tiny_finished.metrics() if (row["iteration"], row["policy"], row["step"]) == (1, 2, 4))
+    row = next(
+        row
+        for row in tiny_finished.metrics()
+        if (row["iteration"], row["policy"], row["step"]) == (1, 2, 4)
+    )
     (line,) = [line for line in said.splitlines() if "iteration 1 policy 2 step 5/6" in line]
     speed = row["tokens"] / (row["wait_seconds"] + row["request_seconds"] + row["update_seconds"])
-    assert f"reward {row['reward']:+.2f}  KL to anchor {row['kl_anchor']:.2f}  {speed:.0f} tokens/s" in line
+    assert (
+        f"reward {row['reward']:+.2f}  KL to anchor {row['kl_anchor']:.2f}  {speed:.0f} tokens/s"
+        in line
+    )
     assert line.endswith("left")
     assert "\x1b" not in said
     for end in ("raywarp report", str(tiny_finished.folder / "adapter"), "iteration 1: 12 steps"):
@@ -64,9 +71,14 @@ def test_quiet_is_faults_and_results(tiny_finished: Run) -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_sweep_shows_its_trials(terminal: bool) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
-    config = parse_config({"tune": {"space": {"warp.ema_rate": {"grid": [0.1, 0.2]}}}, "warp": {"iterations": 2}})
+    config = parse_config(
+        {"tune": {"space": {"warp.ema_rate": {"grid": [0.1, 0.2]}}}, "warp": {"iterations": 2}}
+    )
     watched = SweepProgress(SweepPlan(search_space(config), "id", "."), Display(console))
-    told, trials = callback(watched), [trial(f"t{n}", {"point": {"warp.ema_rate": rate}}) for n, rate in enumerate((0.1, 0.2))]
+    told, trials = (
+        callback(watched),
+        [trial(f"t{n}", {"point": {"warp.ema_rate": rate}}) for n, rate in enumerate((0.1, 0.2))],
+    )
     measured = {"reward": 1.25, "kl": 2.5, "hypervolume": 3.75}
     with watched:
         for one in trials:

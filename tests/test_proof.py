@@ -1,4 +1,6 @@
-"""The proof by effect in real engines: one that is right passes, and those that run another policy are refused. And a front's numbers."""
+"""The proof by effect in real engines: one that is right passes, and those that run another policy
+are refused. And a front's numbers.
+"""
 
 import os
 import re
@@ -45,7 +47,9 @@ class Meddling(RolloutWorker):
         engine: Any = self._engine()
         engine.llm.collective_rpc(_multiply, args=(factor,))
 
-    def _logprobs(self, engine: Engine, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+    def _logprobs(
+        self, engine: Engine, requests: Sequence[Request]
+    ) -> list[list[tuple[float, ...]]]:
         adapters = [request.adapter for request in requests]
         if self.how == "none":
             adapters = [SFT] * len(adapters)
@@ -54,12 +58,21 @@ class Meddling(RolloutWorker):
         elif self.how == "no init":
             adapters = [replace(adapter, init=None) for adapter in adapters]
         elif self.how == "policy twice":
-            adapters = [replace(adapter, init=adapter.init and adapter.policy) for adapter in adapters]
+            adapters = [
+                replace(adapter, init=adapter.init and adapter.policy) for adapter in adapters
+            ]
         elif self.how == "other":
-            adapters = [Adapter(policy=self.other) if adapter.parts else SFT for adapter in adapters]
+            adapters = [
+                Adapter(policy=self.other) if adapter.parts else SFT for adapter in adapters
+            ]
         elif self.how == "half":
-            adapters = [Adapter(*map(_half, (adapter.init, adapter.policy))) for adapter in adapters]
-        return super()._logprobs(engine, [replace(r, adapter=adapter) for r, adapter in zip(requests, adapters, strict=True)])
+            adapters = [
+                Adapter(*map(_half, (adapter.init, adapter.policy))) for adapter in adapters
+            ]
+        return super()._logprobs(
+            engine,
+            [replace(r, adapter=adapter) for r, adapter in zip(requests, adapters, strict=True)],
+        )
 
 
 def _half(part: AdapterPart | None) -> AdapterPart | None:
@@ -72,19 +85,36 @@ def _multiply(worker: Any, factor: float) -> None:
 
 def config_of(folder: Path, model: Path, **changes: Any) -> Config:
     warp = {"iterations": 1, "policies": 1, "steps": PROOF_STEPS + 1, **changes.pop("warp", {})}
-    return tiny_config(make_project(folder), model, folder / "run", warp=warp, reward={"function": "raywarp.embedded:vader"}, **changes)
+    return tiny_config(
+        make_project(folder),
+        model,
+        folder / "run",
+        warp=warp,
+        reward={"function": "raywarp.embedded:vader"},
+        **changes,
+    )
 
 
-@pytest.fixture(scope="module", params=[("merged", "float32"), ("unmerged", "bfloat16")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("merged", "float32"), ("unmerged", "bfloat16")], ids="-".join
+)
 def session(
-    request: pytest.FixtureRequest, ray_cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    ray_cluster: Any,
+    tiny_llama: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Session]:
     """vLLM, which passed at the start."""
     mode, dtype = request.param
-    before, rollout = traces(), {"engine": "vllm", "adapter": mode, "max_new_tokens": 12, "temperature": TEMPERATURE}
+    before, rollout = (
+        traces(),
+        {"engine": "vllm", "adapter": mode, "max_new_tokens": 12, "temperature": TEMPERATURE},
+    )
     config = config_of(tmp_path_factory.mktemp("effect"), tiny_llama, rollout=rollout, dtype=dtype)
     texts = [(3, 4, 5, 6), (7, 8, 9), (10, 11, 12, 13, 14)]
-    with Session(config, str(tiny_llama), PROMPT_TOKENS, kinds=Kinds(worker=Meddling), texts=texts) as session:
+    with Session(
+        config, str(tiny_llama), PROMPT_TOKENS, kinds=Kinds(worker=Meddling), texts=texts
+    ) as session:
         yield session
     assert not left_behind(before)
 
@@ -102,19 +132,29 @@ def test_a_healthy_engine_passes(session: Session) -> None:
 
 
 @pytest.mark.parametrize("how", ["none", "stale", "no init", "policy twice", "other", "half"])
-def test_an_engine_with_the_wrong_adapter_is_refused(session: Session, ray_cluster: Any, how: str) -> None:
+def test_an_engine_with_the_wrong_adapter_is_refused(
+    session: Session, ray_cluster: Any, how: str
+) -> None:
     assert session.proof is not None
     (worker,), (_, policy) = session.workers, session.proof.adapters
     assert policy.policy is not None
-    reversed_columns = policy.policy.fetch().map(lambda _, f: f._replace(B=f.B.flip(1)))  # as large, and another one
+    reversed_columns = policy.policy.fetch().map(
+        lambda _, f: f._replace(B=f.B.flip(1))
+    )  # as large, and another one
     ray_cluster.get(worker.meddle.remote(how, AdapterPart.put(reversed_columns)))
     with pytest.raises(EffectError) as refusal:
         session.examine_workers()
     ray_cluster.get(worker.meddle.remote(""))
     message = str(refusal.value)
-    assert f"model={session.model}, rollout.engine=vllm, rollout.adapter={session.engine['adapter']}, " in message
+    assert (
+        f"model={session.model}, rollout.engine=vllm, rollout.adapter={session.engine['adapter']}, "
+        in message
+    )
     assert f"dtype={session.dtype}, rollout worker 1: " in message
-    assert re.search(r"adapter its log-probs are 0?\.\d+ nats|[\d.]+ ± [\d.]+ times what it is in the trainer", message)
+    assert re.search(
+        r"adapter its log-probs are 0?\.\d+ nats|[\d.]+ ± [\d.]+ times what it is in the trainer",
+        message,
+    )
     assert "try rollout.engine=transformers" in message
     session.examine_workers()
 
@@ -122,14 +162,20 @@ def test_an_engine_with_the_wrong_adapter_is_refused(session: Session, ray_clust
 def test_an_engine_with_spoilt_weights_is_refused(session: Session, ray_cluster: Any) -> None:
     (worker,) = session.workers
     ray_cluster.get(worker.spoil.remote(1.5))
-    with pytest.raises(EffectError, match="rollout worker 1: without any adapter its log-probs are"):
+    with pytest.raises(
+        EffectError, match="rollout worker 1: without any adapter its log-probs are"
+    ):
         session.examine_workers()
     ray_cluster.get(worker.spoil.remote(1 / 1.5))
     session.examine_workers()
 
 
-def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(session: Session, tiny_llama: Path) -> None:
-    """A second computation: the sampled texts under transformers' own float32 model with W + ΔW written in, without code of raywarp."""
+def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(
+    session: Session, tiny_llama: Path
+) -> None:
+    """A second computation: the sampled texts under transformers' own float32 model with W + ΔW
+    written in, without code of raywarp.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert session.proof is not None
@@ -145,14 +191,20 @@ def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(session: Sess
     scored, completions = pending.wait(), join(rollouts, pending.request.adapter)
     ratios, gaps = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
-        ours, theirs = (plain_logprobs(model, prompt.token_ids, completion) for model in (policy, sft))
+        ours, theirs = (
+            plain_logprobs(model, prompt.token_ids, completion) for model in (policy, sft)
+        )
         ratios.append(float((ours - theirs).sum()))
         gaps.append(float((ours - torch.tensor(completion.logprobs)).abs().mean()))
-    assert max(gaps) < (1e-3 if session.dtype == "float32" else 0.2)  # what was sampled from is W + ΔW
+    assert max(gaps) < (
+        1e-3 if session.dtype == "float32" else 0.2
+    )  # what was sampled from is W + ΔW
     assert sum(gaps) / len(gaps) < (1e-4 if session.dtype == "float32" else 0.03)
     beyond = torch.tensor(ratios) - torch.tensor(scored.kl)
     assert abs(float(beyond.mean())) < 3 * float(beyond.std()) / len(prompts) ** 0.5
-    assert float(torch.tensor(scored.kl).mean()) > 5 * float(beyond.std()) / len(prompts) ** 0.5  # so that 3 errors could tell
+    assert (
+        float(torch.tensor(scored.kl).mean()) > 5 * float(beyond.std()) / len(prompts) ** 0.5
+    )  # so that 3 errors could tell
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
     decoded = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
     assert [text.strip() for text in scored.texts] == decoded
@@ -162,31 +214,47 @@ def plain_logprobs(model: Any, prompt: Sequence[int], completion: Completion) ->
     """(T,) log π of a completion's tokens at the sampling temperature."""
     tokens = torch.tensor(completion.token_ids)
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[
+            0, len(prompt) - 1 : -1
+        ]
     logprobs: torch.Tensor = (logits / TEMPERATURE).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return logprobs
 
 
 class Forgetting(Meddling):
-    """From the second call on, which is about a policy's own adapter, adapters have no effect, though the right ones are loaded."""
+    """From the second call on, which is about a policy's own adapter, adapters have no effect,
+    though the right ones are loaded.
+    """
 
     calls = 0
 
-    def _logprobs(self, engine: Engine, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+    def _logprobs(
+        self, engine: Engine, requests: Sequence[Request]
+    ) -> list[list[tuple[float, ...]]]:
         self.calls += 1
         self.how = "none" if self.calls > 1 else ""
         return super()._logprobs(engine, requests)
 
 
 @pytest.mark.parametrize("kind", [RolloutWorker, Forgetting])
-def test_a_policys_own_adapter_is_examined_again(ray_cluster: Any, tiny_llama: Path, tmp_path: Path, kind: type[RolloutWorker]) -> None:
-    """At step 25; where it has no effect, the policy is saved and the run stops with the same message as at the start."""
-    config, prompts = config_of(tmp_path, tiny_llama), [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)]
+def test_a_policys_own_adapter_is_examined_again(
+    ray_cluster: Any, tiny_llama: Path, tmp_path: Path, kind: type[RolloutWorker]
+) -> None:
+    """At step 25; where it has no effect, the policy is saved and the run stops with the same
+    message as at the start.
+    """
+    config, prompts = (
+        config_of(tmp_path, tiny_llama),
+        [Prompt(f"prompt {n}", (3, 4, 5 + n), {}) for n in range(8)],
+    )
     job, rows = Job(1, 1, "key", Storage(tmp_path / "policies")), []
     with Session(config, str(tiny_llama), 3, kinds=Kinds(worker=kind)) as session:
         events = session.fine_tune([job], session.zero, prompts)
         if kind is Forgetting:
-            with pytest.raises(EffectError, match=r"iteration 1 policy 1 step 25: .*an adapter.*; try lora.target_modules"):
+            with pytest.raises(
+                EffectError,
+                match=r"iteration 1 policy 1 step 25: .*an adapter.*; try lora.target_modules",
+            ):
                 rows += [event for event in events if event["event"] == "step"]
         else:
             rows += [event for event in events if event["event"] == "step"]
@@ -201,7 +269,9 @@ def test_a_policys_own_adapter_is_examined_again(ray_cluster: Any, tiny_llama: P
         assert row["engine_gap"] < 1e-3
 
 
-def test_a_worker_that_was_started_again_is_examined_before_its_work_counts(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_worker_that_was_started_again_is_examined_before_its_work_counts(
+    ray_cluster: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
     """Its first process is right, the one that takes its place is not."""
 
     class Relapsing(Meddling):
@@ -219,11 +289,16 @@ def test_a_worker_that_was_started_again_is_examined_before_its_work_counts(ray_
         assert len(join([session.get(ref)], SFT)) == 1
         os.kill(session.get(session.workers[0].pid.remote()), signal.SIGKILL)
         ((ref,),) = submit(session.pool, [Request([[3, 4]], [0])])
-        with pytest.raises(RayTaskError, match="the sampler does not run the policy that is trained: .* rollout worker 1"):
+        with pytest.raises(
+            RayTaskError,
+            match="the sampler does not run the policy that is trained: .* rollout worker 1",
+        ):
             session.get(ref)
 
 
-def test_a_run_that_starts_with_a_wrong_engine_takes_no_step(ray_cluster: Any, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_run_that_starts_with_a_wrong_engine_takes_no_step(
+    ray_cluster: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
     """The session does not start, and leaves nothing behind."""
 
     class Deaf(Meddling):
@@ -231,7 +306,13 @@ def test_a_run_that_starts_with_a_wrong_engine_takes_no_step(ray_cluster: Any, t
 
     before = traces()
     config = config_of(tmp_path, tiny_llama)
-    refusal = r"rollout.engine=transformers, .*rollout worker 1: .*0.00 ± 0.00 times what it is in the trainer"
-    with pytest.raises(EffectError, match=refusal), Session(config, str(tiny_llama), 3, kinds=Kinds(worker=Deaf)):
+    refusal = (
+        r"rollout.engine=transformers, .*rollout worker 1: .*0.00 ± 0.00 times what it is in the"
+        r" trainer"
+    )
+    with (
+        pytest.raises(EffectError, match=refusal),
+        Session(config, str(tiny_llama), 3, kinds=Kinds(worker=Deaf)),
+    ):
         pass
     assert not left_behind(before)

@@ -16,13 +16,21 @@ from raywarp.algorithm.deltas import Factors
 from raywarp.rewards.score import check_call
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
-RUN = ("Averages", "From folder to folder", "Configurations")  # sections whose examples need no training
+RUN = (
+    "Averages",
+    "From folder to folder",
+    "Configurations",
+)  # sections whose examples need no training
 
 
 def signature(name: str) -> str:
-    """As the page has it: without modules, and of a class what makes one, or (an exception, the configuration) what it derives from."""
+    """As the page has it: without modules, and of a class what makes one, or (an exception, the
+    configuration) what it derives from.
+    """
     thing = getattr(raywarp, name)
-    if isinstance(thing, type) and (issubclass(thing, BaseException) or hasattr(thing, "model_fields")):
+    if isinstance(thing, type) and (
+        issubclass(thing, BaseException) or hasattr(thing, "model_fields")
+    ):
         return f"class {name}({', '.join(base.__name__ for base in thing.__bases__)})"
     text = re.sub(r"(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", f"{name}{inspect.signature(thing)}")
     return (
@@ -66,7 +74,9 @@ def test_examples_run(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_other_examples_are_python_that_uses_what_there_is() -> None:
-    others = [code for name, text in sections().items() if name not in RUN for code in examples(text)]
+    others = [
+        code for name, text in sections().items() if name not in RUN for code in examples(text)
+    ]
     assert others
     for code in others:
         compile(code, str(PAGE), "exec")
@@ -79,7 +89,10 @@ def test_the_reward_function_of_your_own() -> None:
     (code,) = examples(PAGE.with_name("your-own.md").read_text())
     exec(code, names)
     check_call("my_rewards:score", names["score"], ["reference", "other"])
-    assert names["score"](["a", "b"], ["x y", "z"], reference=["y x q", "a"], other=[1, 2]) == [2.0, 0.0]
+    assert names["score"](["a", "b"], ["x y", "z"], reference=["y x q", "a"], other=[1, 2]) == [
+        2.0,
+        0.0,
+    ]
 
 
 def test_what_the_page_says_of_averages() -> None:
@@ -91,19 +104,30 @@ def test_what_the_page_says_of_averages() -> None:
         longer = 1 / torch.cos(torch.deg2rad(torch.tensor(angles[block], dtype=torch.float64)) / 2)
         for module in modules:
             torch.testing.assert_close(
-                slerp.factors[module].B @ slerp.factors[module].A, longer * lerp.factors[module].B @ lerp.factors[module].A
+                slerp.factors[module].B @ slerp.factors[module].A,
+                longer * lerp.factors[module].B @ lerp.factors[module].A,
             )
 
 
 def test_type_checkers_and_python_know_the_same_names() -> None:
     stub = ast.parse((Path(raywarp.__file__).parent / "__init__.pyi").read_text())
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
-    found = {alias.asname: str(node.module).removeprefix("raywarp.") for node in imports for alias in node.names}
+    found = {
+        alias.asname: str(node.module).removeprefix("raywarp.")
+        for node in imports
+        for alias in node.names
+    }
     assert found == raywarp._WHERE
 
 
 def test_every_error_is_public() -> None:
     """But those that never leave the module that raises them, or its caller."""
     sources = (path.read_text() for path in Path(raywarp.__file__).parent.rglob("*.py"))
-    errors = {name for source in sources for name in re.findall(r"^class (\w+Error)\(", source, re.MULTILINE)}
-    assert errors - {"StrictYamlError", "TensorFileError", "TimeLimitError"} == {name for name in raywarp.__all__ if name.endswith("Error")}
+    errors = {
+        name
+        for source in sources
+        for name in re.findall(r"^class (\w+Error)\(", source, re.MULTILINE)
+    }
+    assert errors - {"StrictYamlError", "TensorFileError", "TimeLimitError"} == {
+        name for name in raywarp.__all__ if name.endswith("Error")
+    }

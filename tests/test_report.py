@@ -1,4 +1,6 @@
-"""What the report page is given: of a finished run, of runs that are broken or under way, and by hand."""
+"""What the report page is given: of a finished run, of runs that are broken or under way, and by
+hand.
+"""
 
 import json
 import math
@@ -24,7 +26,15 @@ from raywarp.run.front import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 
-READ = ("config.yaml", "metrics.jsonl", "events.jsonl", "timing.json", "front.json", "samples.json", "iterations/1/geometry.json")
+READ = (
+    "config.yaml",
+    "metrics.jsonl",
+    "events.jsonl",
+    "timing.json",
+    "front.json",
+    "samples.json",
+    "iterations/1/geometry.json",
+)
 
 
 def copied(run: Run, folder: Path) -> Path:
@@ -37,7 +47,9 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
     assert data["missing"] == []
     assert data["state"]["word"] == "finished"
     assert data["front"]["points"] == tiny_finished.front()["points"]
-    assert [(c["iteration"], c["policy"], c["last"]) for c in data["curves"]["curves"]] == [(i, m, 5) for i in (1, 2) for m in (1, 2)]
+    assert [(c["iteration"], c["policy"], c["last"]) for c in data["curves"]["curves"]] == [
+        (i, m, 5) for i in (1, 2) for m in (1, 2)
+    ]
     drawn = {metric["name"] for metric in data["curves"]["metrics"]}
     assert drawn == {
         "reward",
@@ -51,8 +63,13 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
         "engine_gap",
         "grad_norm",
     }
-    assert all(len(way["points"]) == 2 for way in data["trajectories"])  # the KL to SFT is measured at steps 0 and 3
-    assert [(row["iteration"], len(row["blocks"]), row["pairs"]) for row in data["geometry"]] == [(1, 2, ["1–2"]), (2, 2, ["1–2"])]
+    assert all(
+        len(way["points"]) == 2 for way in data["trajectories"]
+    )  # the KL to SFT is measured at steps 0 and 3
+    assert [(row["iteration"], len(row["blocks"]), row["pairs"]) for row in data["geometry"]] == [
+        (1, 2, ["1–2"]),
+        (2, 2, ["1–2"]),
+    ]
     assert [one["total"] for one in data["training_texts"]] == [6] * 4
     assert {"python", "ray", "torch", "peft"} <= data["versions"].keys()
     assert {"key": "warp.steps", "value": "6", "changed": True} in data["config"]
@@ -73,12 +90,19 @@ def test_texts_come_with_their_own_values(tiny_finished: Run) -> None:
 
 def test_every_actor_has_a_lane_and_works_within_the_run(tiny_finished: Run) -> None:
     line = report_data(str(tiny_finished.folder))["timeline"]
-    assert list(line["lanes"]) == ["policy actor 1", "rollout worker 1", "reward worker", "control worker"]
-    assert all(len(lane) == SLICES and sum(lane) > 0 and max(lane) <= 1 for lane in line["lanes"].values())
+    assert list(line["lanes"]) == [
+        "policy actor 1",
+        "rollout worker 1",
+        "reward worker",
+        "control worker",
+    ]
+    assert all(
+        len(lane) == SLICES and sum(lane) > 0 and max(lane) <= 1 for lane in line["lanes"].values()
+    )
     assert list(line["iterations"]) == ["1", "2", "evaluation"]
     assert line["iterations"]["2"] < line["iterations"]["evaluation"]
     for row in tiny_finished.metrics():
-        ((asked, sent), (start, end)) = row["spans"]["policy actor 1"]
+        (asked, sent), (start, end) = row["spans"]["policy actor 1"]
         ((sampling, sampled),) = row["spans"]["rollout worker 1"]
         assert asked <= sent <= start <= end
         assert asked <= sampling + 0.01
@@ -88,7 +112,9 @@ def test_every_actor_has_a_lane_and_works_within_the_run(tiny_finished: Run) -> 
 
 @pytest.mark.parametrize("way", DAMAGE)
 @pytest.mark.parametrize("name", READ)
-def test_a_broken_file_is_named_and_the_rest_is_shown(tiny_finished: Run, tmp_path: Path, name: str, way: str) -> None:
+def test_a_broken_file_is_named_and_the_rest_is_shown(
+    tiny_finished: Run, tmp_path: Path, name: str, way: str
+) -> None:
     folder = copied(tiny_finished, tmp_path / "run")
     DAMAGE[way](folder / name)
     data = report_data(str(folder))
@@ -103,23 +129,43 @@ def test_a_broken_file_is_named_and_the_rest_is_shown(tiny_finished: Run, tmp_pa
         "iterations/1/geometry.json": len(data["geometry"]) == 2,
     }
     assert all(value for other, value in shown.items() if other != name), shown
-    if way != "flipped" or not name.endswith(".jsonl"):  # nothing vouches for a line of these: a bit of a number is as good as another
+    if way != "flipped" or not name.endswith(
+        ".jsonl"
+    ):  # nothing vouches for a line of these: a bit of a number is as good as another
         assert name in " ".join(data["missing"]), data["missing"]
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", "3", '"text"', '{"points": 3}', '[{"prompt": 3}]', '{"a": {"norms": [1]}}'])
-def test_files_of_another_kind_are_survived(tiny_finished: Run, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        "null",
+        "3",
+        '"text"',
+        '{"points": 3}',
+        '[{"prompt": 3}]',
+        '{"a": {"norms": [1]}}',
+    ],
+)
+def test_files_of_another_kind_are_survived(
+    tiny_finished: Run, tmp_path: Path, content: str
+) -> None:
     """Valid JSON, valid checksums where there are any, and none of what should be in it."""
     folder = copied(tiny_finished, tmp_path / "run")
     for name in ("samples.json", "iterations/1/geometry.json"):
         (folder / name).write_text(content)
     for name in ("metrics.jsonl", "events.jsonl"):
         (folder / name).write_text(
-            f'{content}\n{{"iteration": 1, "policy": 1, "step": 0, "spans": {{"a": 3}}, "reward": "high", "event": 4}}\n'
+            f'{content}\n{{"iteration": 1, "policy": 1, "step": 0, "spans": {{"a": 3}}, "reward":'
+            ' "high", "event": 4}\n'
         )
     value = json.loads(content)
     for name in ("front.json", "timing.json"):
-        sealed.write_record(folder / name, value if isinstance(value, dict) else {"points": value, "iterations": value})
+        sealed.write_record(
+            folder / name,
+            value if isinstance(value, dict) else {"points": value, "iterations": value},
+        )
     render(page_data([report_data(str(folder))], "strange"))
 
 
@@ -138,7 +184,9 @@ def test_a_run_under_way_says_what_is_not_there_yet(tiny_finished: Run, tmp_path
         "Iteration 2: 2, 2 of 6 steps of its policies are done.",
     ]
     assert len(data["curves"]["curves"]) == 4
-    sealed.write_jsonl(folder / "events.jsonl", [{"time": "2020-01-01T00:00:00+00:00", "event": "started"}])
+    sealed.write_jsonl(
+        folder / "events.jsonl", [{"time": "2020-01-01T00:00:00+00:00", "event": "started"}]
+    )
     sealed.write_jsonl(folder / "metrics.jsonl", [])
     assert report_data(str(folder))["state"]["word"] == "silent"
 
@@ -147,17 +195,23 @@ def test_a_policy_under_way_shows_the_texts_of_its_newest_checkpoint(tmp_path: P
     storage = Storage(tmp_path)
     for step in (2, 4):
         with storage.writing(f"policies/abc/checkpoint-{step:06d}") as folder:
-            rows = [{"step": n, "prompt": "p", "completion": f"text {n}", "reward": 1.0} for n in range(step)]
+            rows = [
+                {"step": n, "prompt": "p", "completion": f"text {n}", "reward": 1.0}
+                for n in range(step)
+            ]
             sealed.write_jsonl(folder / "samples.jsonl", rows)
     sealed.write_jsonl(
-        tmp_path / "metrics.jsonl", [{"iteration": 1, "policy": 1, "step": n, "key": "abc", "reward": 0.5} for n in range(5)]
+        tmp_path / "metrics.jsonl",
+        [{"iteration": 1, "policy": 1, "step": n, "key": "abc", "reward": 0.5} for n in range(5)],
     )
     (texts,) = report_data(str(tmp_path))["training_texts"]
     assert [row["completion"] for row in texts["rows"]] == ["text 0", "text 1", "text 2", "text 3"]
 
 
 def test_a_run_in_an_object_store(tiny_finished: Run, s3: S3Server) -> None:
-    """Policies lie there under unique prefixes, as Storage writes them; the page is put beside the run."""
+    """Policies lie there under unique prefixes, as Storage writes them; the page is put beside the
+    run.
+    """
     uri = s3.uri("report-run")
     storage = Storage(uri)
     for path in files_of(tiny_finished.folder):
@@ -176,22 +230,33 @@ def test_a_run_in_an_object_store(tiny_finished: Run, s3: S3Server) -> None:
     assert len(page) == size
 
 
-def test_the_command(tiny_finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(
+    tiny_finished: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = copied(tiny_finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in files_of(run)}
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.startswith(f"{run / 'report.html'} (1.")
-    assert {path: path.read_bytes() for path in files_of(run) if path.name != "report.html"} == before
+    assert {
+        path: path.read_bytes() for path in files_of(run) if path.name != "report.html"
+    } == before
     assert main(["report", str(run), "--out", str(tmp_path / "pages" / "one.html")]) == 0
     other = copied(tiny_finished, tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(run), str(other)]) == 0
-    data = json.loads((tmp_path / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
+    data = json.loads(
+        (tmp_path / "report.html").read_text().split('id="data">')[1].split("</script>")[0]
+    )
     assert [one["name"] for one in data["runs"]] == ["run", "other"]
     assert data["title"] == "2 runs – raywarp report"
 
 
-def test_what_is_no_run_is_refused(tiny_finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_refused(
+    tiny_finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "config.yaml").write_text("album: summer\n")
     for arguments, words in (
@@ -199,7 +264,10 @@ def test_what_is_no_run_is_refused(tiny_finished: Run, tmp_path: Path, capsys: p
         ([str(tmp_path / "photos")], "holds no run of raywarp"),
         ([str(tmp_path)], "holds no run of raywarp"),
         ([str(tiny_finished.folder), "--out", str(tmp_path)], "is a folder; name a file in it"),
-        ([str(tiny_finished.folder), "--out", "s3://bucket/page.html"], "is no file of this machine"),
+        (
+            [str(tiny_finished.folder), "--out", "s3://bucket/page.html"],
+            "is no file of this machine",
+        ),
         ([str(tiny_finished.folder), "--serve", "--port", "99999"], "--port=99999 cannot be used"),
     ):
         assert main(["report", *arguments]) == 2
@@ -215,7 +283,9 @@ def test_the_page_is_small_and_asks_nothing_of_the_network(tiny_finished: Run) -
     head, _, _ = page.partition("<style>")
     assert "default-src 'none'" in head
     assert "connect-src 'none'" in head
-    assert not any(f'{attribute}="http' in page.partition("<script>")[0] for attribute in ("src", "href"))
+    assert not any(
+        f'{attribute}="http' in page.partition("<script>")[0] for attribute in ("src", "href")
+    )
 
 
 def point(name: str, eta: float | None, reward: float, control: float | None, **more: Any) -> Point:
@@ -235,23 +305,43 @@ def point(name: str, eta: float | None, reward: float, control: float | None, **
 
 def test_over_optimisation_is_said_where_reward_and_control_part() -> None:
     """Errors of a difference are √2·0.1 = 0.14."""
-    rising = [point("sft", 0.0, 0.0, 0.2), point("liti 0.5", 0.5, 0.6, 0.5), point("slerp", 1.0, 1.2, 0.8)]
+    rising = [
+        point("sft", 0.0, 0.0, 0.2),
+        point("liti 0.5", 0.5, 0.6, 0.5),
+        point("slerp", 1.0, 1.2, 0.8),
+    ]
     assert over_optimisation(rising) == []
     (parted,) = over_optimisation([*rising[:2], point("slerp", 1.0, 1.2, 0.3)])
     assert (parted.level, parted.title) == ("warning", "Reward and control part")
     assert "From η = 0.5 to η = 1 the reward rises from 0.60 to 1.20" in parted.text
     assert "falls from 0.50 to 0.30" in parted.text
     assert "choose an η of at most 0.5" in parted.text
-    assert [one.title for one in over_optimisation([*rising[:2], point("slerp", 1.0, 1.2, 0.4)])] == [
+    assert [
+        one.title for one in over_optimisation([*rising[:2], point("slerp", 1.0, 1.2, 0.4)])
+    ] == [
         "The control score does not follow the reward"  # 0.1 lower is within the error
     ]
-    assert over_optimisation([*rising[:2], point("slerp", 1.0, 0.7, 0.3)]) == []  # no reward was gained, so none was gamed
+    assert (
+        over_optimisation([*rising[:2], point("slerp", 1.0, 0.7, 0.3)]) == []
+    )  # no reward was gained, so none was gamed
     assert over_optimisation([point("sft", 0.0, 0.0, None), point("slerp", 1.0, 1.0, None)]) == []
-    assert over_optimisation([point("sft", 0.0, 0.0, 0.5), point("policy 1", None, 1.0, 0.0), point("slerp", 1.0, 1.0, 0.9)]) == []
+    assert (
+        over_optimisation(
+            [
+                point("sft", 0.0, 0.0, 0.5),
+                point("policy 1", None, 1.0, 0.0),
+                point("slerp", 1.0, 1.0, 0.9),
+            ]
+        )
+        == []
+    )
 
 
 def test_other_findings() -> None:
-    points = [point("sft", 0.0, 0.0, None), point("slerp", 1.0, 0.05, None, distinct_2=0.3, length=30.0)]
+    points = [
+        point("sft", 0.0, 0.0, None),
+        point("slerp", 1.0, 0.05, None, distinct_2=0.3, length=30.0),
+    ]
     titles = [one.title for one in findings(points, "slerp", [0.5] * 3, [30.0, 40.0, math.nan])]
     assert titles == [
         "Nothing was gained yet",
@@ -261,20 +351,35 @@ def test_other_findings() -> None:
         "The policies went much the same way",
     ]
     assert findings([], None, [], []) == []
-    assert findings([], None, [], [], [(1.0, 0.01), (0.7, 0.2), (1.12, 0.02)]) == []  # none is off by more than 0.1 and two errors
+    assert (
+        findings([], None, [], [], [(1.0, 0.01), (0.7, 0.2), (1.12, 0.02)]) == []
+    )  # none is off by more than 0.1 and two errors
     (weak,) = findings([], None, [], [], [(1.0, 0.01), (0.7, 0.05), (0.6, 0.3)])
     assert (weak.level, weak.title) == ("warning", "The sampler runs another policy")
     assert "was 0.70 ± 0.05 times that in the trainer, 1 of 3 times" in weak.text
-    assert findings([point("sft", 0.0, 0.0, None), point("slerp", 1.0, 1.0, None)], "slerp", [0.01], [90.0]) == []
+    assert (
+        findings(
+            [point("sft", 0.0, 0.0, None), point("slerp", 1.0, 1.0, None)], "slerp", [0.01], [90.0]
+        )
+        == []
+    )
 
 
 def test_long_curves_become_means_with_least_and_largest() -> None:
-    rows = [{"iteration": 1, "policy": 1, "step": n, "reward": float(n % 2), "kl_sft": n / 100} for n in reversed(range(1000))]
+    rows = [
+        {"iteration": 1, "policy": 1, "step": n, "reward": float(n % 2), "kl_sft": n / 100}
+        for n in reversed(range(1000))
+    ]
     (curve,) = curves(rows)
     assert list(curve.steps) == list(range(1000))
     drawn = summary([curve])
     (line,) = drawn["curves"]
-    assert (drawn["stretch"], drawn["steps"], len(line["steps"]), line["last"]) == (3, 1000, 334, 999)
+    assert (drawn["stretch"], drawn["steps"], len(line["steps"]), line["last"]) == (
+        3,
+        1000,
+        334,
+        999,
+    )
     assert line["values"]["reward"]["mean"][:2] == [0.3333, 0.6667]  # of 0, 1, 0 and of 1, 0, 1
     assert (line["values"]["reward"]["low"][0], line["values"]["reward"]["high"][0]) == (0, 1)
     assert line["values"]["kl_sft"]["mean"][0] == 0.01
@@ -289,11 +394,25 @@ def test_long_curves_become_means_with_least_and_largest() -> None:
 
 
 def test_busy_shares_by_hand() -> None:
-    """240 slices of 1 s; actor 1 works in the first half, worker 1 in every second half of a slice; a pause of an hour is cut out."""
-    spans: list[dict[str, Any]] = [{"iteration": 1, "spans": {"policy actor 1": [[1000, 1060], [1030, 1120]]}}]
-    spans += [{"iteration": 2, "spans": {"rollout worker 1": [[second + 0.5, second + 1]]}} for second in range(1000, 1120)]
-    spans += [{"iteration": 2, "spans": {"rollout worker 1": [[second + 0.5, second + 1]]}} for second in range(4720, 4840)]
-    spans += [{"iteration": 2, "spans": {"reward worker": [[4720, 4720.5]]}}, {"iteration": 2}, {"iteration": 3, "spans": None}]
+    """240 slices of 1 s; actor 1 works in the first half, worker 1 in every second half of a slice;
+    a pause of an hour is cut out.
+    """
+    spans: list[dict[str, Any]] = [
+        {"iteration": 1, "spans": {"policy actor 1": [[1000, 1060], [1030, 1120]]}}
+    ]
+    spans += [
+        {"iteration": 2, "spans": {"rollout worker 1": [[second + 0.5, second + 1]]}}
+        for second in range(1000, 1120)
+    ]
+    spans += [
+        {"iteration": 2, "spans": {"rollout worker 1": [[second + 0.5, second + 1]]}}
+        for second in range(4720, 4840)
+    ]
+    spans += [
+        {"iteration": 2, "spans": {"reward worker": [[4720, 4720.5]]}},
+        {"iteration": 2},
+        {"iteration": 3, "spans": None},
+    ]
     line = timeline(spans, [1010.0, 1500.0, None, 9e9, 4720.0])
     assert line is not None
     assert line["seconds"] == 1
@@ -314,7 +433,9 @@ def test_departure_and_what_is_kept_of_too_many_texts() -> None:
     assert departure("", "abc") == 3
     assert departure("aa", "aaa") == 1
     assert clip("x" * 12, 10) == "x" * 10 + " … (2 more characters)"
-    rows = [{"prompt": "p", "sft": "a" * 3000, "slerp": "a" * (3000 - n) + "b" * n} for n in range(1000)]
+    rows = [
+        {"prompt": "p", "sft": "a" * 3000, "slerp": "a" * (3000 - n) + "b" * n} for n in range(1000)
+    ]
     kept = sample_texts(rows, [], None, share=0.3)
     assert kept is not None
     assert (kept["points"], kept["target"], kept["total"]) == (["sft", "slerp"], "slerp", 1000)
@@ -332,6 +453,8 @@ def test_json_stands_safely_in_a_page() -> None:
     assert "é שלום 🎬" in encoded
     assert json.loads(encoded) == {"text": text}
     encoded.encode()
-    assert plain({"a": [math.nan, np.float64("inf"), 1.5, (None, True)]}) == {"a": [None, None, 1.5, [None, True]]}
+    assert plain({"a": [math.nan, np.float64("inf"), 1.5, (None, True)]}) == {
+        "a": [None, None, 1.5, [None, True]]
+    }
     page = render(page_data([{"name": text}], text)).decode()
     assert page.count("</script>") == 3

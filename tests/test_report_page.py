@@ -1,4 +1,5 @@
-"""The report page in a real Chromium: what a person sees, clicks and types; and what no text of a run can do to it.
+"""The report page in a real Chromium: what a person sees, clicks and types; and what no text of a
+run can do to it.
 
 Screenshots go to $RAYWARP_SCREENSHOTS, if that names a folder, for looking at.
 """
@@ -40,11 +41,13 @@ NEXT_CHART = """
 const waiting = [...document.querySelectorAll(".chart")].filter((element) => !element.chart.instance);
 if (waiting.length) waiting[0].scrollIntoView();
 return waiting.length;
-"""
+"""  # noqa: E501
 
 
 class Browser:
-    """Chromium, driven by Selenium, on one report at a time; keeps what the page logs and asks for."""
+    """Chromium, driven by Selenium, on one report at a time; keeps what the page logs and asks
+    for.
+    """
 
     def __init__(self, driver: Any):
         self.driver = driver
@@ -67,7 +70,10 @@ class Browser:
         return found
 
     def texts(self, selector: str) -> list[str]:
-        found: list[str] = self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector)
+        found: list[str] = self.run(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)",
+            selector,
+        )
         return found
 
     def click(self, selector: str) -> None:
@@ -93,26 +99,41 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        messages = [
+            json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
+        ]
+        return [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
 
     def screenshot(self, name: str) -> None:
         folder = os.environ.get("RAYWARP_SCREENSHOTS")
         if not folder:
             return
-        width, height = self.run("return [document.documentElement.clientWidth, document.documentElement.scrollHeight]")
+        width, height = self.run(
+            "return [document.documentElement.clientWidth, document.documentElement.scrollHeight]"
+        )
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        shot = self.driver.execute_cdp_cmd(
+            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+        )
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     chromedriver = shutil.which("chromedriver")
     if not chromium or not chromedriver:
-        reason = "no chromium or no chromedriver in PATH: as root, ./cluster/local.sh browser installs them"
+        reason = (
+            "no chromium or no chromedriver in PATH: as root, ./cluster/local.sh browser installs"
+            " them"
+        )
         if os.environ.get("RAYWARP_TEST_BROWSER") == "required":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -144,13 +165,29 @@ def report(tiny_finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path
     return page
 
 
-def test_everything_is_there_and_nothing_is_asked_of_the_network(browser: Browser, report: Path) -> None:
+def test_everything_is_there_and_nothing_is_asked_of_the_network(
+    browser: Browser, report: Path
+) -> None:
     browser.open(report)
     browser.scroll_through()
     assert browser.texts("nav a") == [
-        *("Summary", "Front", "Texts", "Control", "Curves", "Training texts", "Geometry", "Time", "Faults", "Settings")
+        *(
+            "Summary",
+            "Front",
+            "Texts",
+            "Control",
+            "Curves",
+            "Training texts",
+            "Geometry",
+            "Time",
+            "Faults",
+            "Settings",
+        )
     ]
-    assert browser.run("return [...document.querySelectorAll('nav a')].every((a) => document.querySelector(a.hash))")
+    assert browser.run(
+        "return [...document.querySelectorAll('nav a')].every((a) =>"
+        " document.querySelector(a.hash))"
+    )
     assert browser.text("#state") == "finished"
     assert len(browser.texts("#curves .chart svg")) == 10
     assert len(browser.texts("#geometry .chart svg")) == 2
@@ -163,49 +200,80 @@ def test_everything_is_there_and_nothing_is_asked_of_the_network(browser: Browse
     browser.screenshot("light")
 
 
-def test_points_can_be_clicked_hovered_and_reached_by_keys(browser: Browser, report: Path, tiny_finished: Run) -> None:
+def test_points_can_be_clicked_hovered_and_reached_by_keys(
+    browser: Browser, report: Path, tiny_finished: Run
+) -> None:
     from selenium.webdriver import ActionChains, Keys
 
     browser.open(report)
     samples = tiny_finished.samples()
     chart = browser.driver.find_element("css selector", "#front-chart")
-    assert browser.wait(lambda: browser.run("return document.querySelector('#front-chart').chart.instance !== null"))
+    assert browser.wait(
+        lambda: browser.run("return document.querySelector('#front-chart').chart.instance !== null")
+    )
     browser.run("arguments[0].scrollIntoView({block: 'center'})", chart)
     names = [point["name"] for point in tiny_finished.front()["points"]]
     assert browser.text("#point h3") == "Texts of η 0.5"  # the chosen one
     for point in tiny_finished.front()["points"]:
-        if point["name"] not in ("sft", "policy 1", "liti 0.5"):  # others of so short a run may lie on top of each other
+        if point["name"] not in (
+            "sft",
+            "policy 1",
+            "liti 0.5",
+        ):  # others of so short a run may lie on top of each other
             continue
-        place = "return arguments[0].chart.instance.convertToPixel({xAxisIndex: 0, yAxisIndex: 0}, [arguments[1], arguments[2]])"
+        place = (
+            "return arguments[0].chart.instance.convertToPixel({xAxisIndex: 0, yAxisIndex: 0},"
+            " [arguments[1], arguments[2]])"
+        )
         x, y = browser.run(place, chart, point["kl"], point["reward"])
         centre = chart.size["width"] // 2, chart.size["height"] // 2
-        mouse = ActionChains(browser.driver).move_to_element_with_offset(chart, round(x) - centre[0], round(y) - centre[1])
+        mouse = ActionChains(browser.driver).move_to_element_with_offset(
+            chart, round(x) - centre[0], round(y) - centre[1]
+        )
         mouse.perform()
-        assert browser.wait(lambda: "KL" in browser.text("#front-chart > div:last-of-type")), "no tooltip"
+        assert browser.wait(lambda: "KL" in browser.text("#front-chart > div:last-of-type")), (
+            "no tooltip"
+        )
         mouse.click().perform()
         label = {"sft": "SFT", "liti 0.5": "η 0.5"}.get(point["name"], point["name"])
         assert browser.text("#point h3") == f"Texts of {label}"
-        assert browser.texts("#point .after") == [sample[point["name"]] or "(empty)" for sample in samples]
-        assert browser.run("return document.querySelector('#points tr.on button').dataset.point") == point["name"]
+        assert browser.texts("#point .after") == [
+            sample[point["name"]] or "(empty)" for sample in samples
+        ]
+        assert (
+            browser.run("return document.querySelector('#points tr.on button').dataset.point")
+            == point["name"]
+        )
     browser.run("arguments[0].focus()", chart)
-    current = names.index(browser.run("return document.querySelector('#points tr.on button').dataset.point"))
+    current = names.index(
+        browser.run("return document.querySelector('#points tr.on button').dataset.point")
+    )
     chart.send_keys(Keys.ARROW_RIGHT)
     after = names[(current + 1) % len(names)]
-    assert browser.run("return document.querySelector('#points tr.on button').dataset.point") == after
+    assert (
+        browser.run("return document.querySelector('#points tr.on button').dataset.point") == after
+    )
     button = browser.driver.find_element("css selector", "#points button[data-point=slerp]")
     button.send_keys(Keys.ENTER)
     assert browser.text("#point h3") == "Texts of SLERP"
     assert browser.logged() == []
 
 
-def test_texts_are_searched_sorted_and_their_columns_chosen(browser: Browser, report: Path, tiny_finished: Run) -> None:
+def test_texts_are_searched_sorted_and_their_columns_chosen(
+    browser: Browser, report: Path, tiny_finished: Run
+) -> None:
     browser.open(report)
     rows = tiny_finished.samples()
     heads = browser.texts("#texts thead th")
     assert heads == ["prompt", "SFT", "policy 1", "policy 2", "η 0.5 (chosen)", "SLERP"]
     assert browser.text("#texts-count") == "2 of 2 prompts"
     browser.click("#texts thead button[data-sort='reward:sft']")
-    assert browser.run("return document.querySelector('#texts th[aria-sort]').getAttribute('aria-sort')") == "descending"
+    assert (
+        browser.run(
+            "return document.querySelector('#texts th[aria-sort]').getAttribute('aria-sort')"
+        )
+        == "descending"
+    )
     ranked = [row["prompt"] for row in sorted(rows, key=lambda row: -row["rewards"]["sft"])]
     assert browser.texts("#texts tbody th") == ranked
     browser.click("#texts thead button[data-sort='prompt']")
@@ -249,13 +317,15 @@ return {
   soft: shown(".lead", "color"),
   faint: shown(".about", "color"), accent: shown("#points button", "color"), chart: shown("#front-chart svg text", "fill"),
 };
-"""
+"""  # noqa: E501
 
 
 def luminance(colour: str) -> float:
     """Of rgb(r, g, b), as WCAG 2 has it."""
     parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -275,38 +345,63 @@ def test_a_phone_scrolls_down_and_never_sideways(browser: Browser, report: Path)
     return wide.map((element) => element.outerHTML.slice(0, 80));
     """
     assert browser.run(outside) == []
-    assert browser.run("return getComputedStyle(document.querySelector('#texts tbody td')).display") == "block"
+    assert (
+        browser.run("return getComputedStyle(document.querySelector('#texts tbody td')).display")
+        == "block"
+    )
     assert browser.logged() == []
     browser.screenshot("phone")
 
 
 def test_it_prints_with_every_chart(browser: Browser, report: Path) -> None:
     browser.open(report)
-    printed = base64.b64decode(browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+    printed = base64.b64decode(
+        browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
+    )
     assert printed.startswith(b"%PDF")
-    assert browser.run("return [...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg path'))")
+    assert browser.run(
+        "return [...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg"
+        " path'))"
+    )
     assert not browser.run("return document.documentElement.classList.contains('printing')")
     assert browser.logged() == []
     if folder := os.environ.get("RAYWARP_SCREENSHOTS"):
         (Path(folder) / "print.pdf").write_bytes(printed)
 
 
-def test_no_text_becomes_anything_but_text(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
-    """HTML, control characters, marks that turn the direction of writing, and emoji; as prompts, texts, messages, names and settings."""
-    folder = Path(shutil.copytree(tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")))
+def test_no_text_becomes_anything_but_text(
+    browser: Browser, tiny_finished: Run, tmp_path: Path
+) -> None:
+    """HTML, control characters, marks that turn the direction of writing, and emoji; as prompts,
+    texts, messages, names and settings.
+    """
+    folder = Path(
+        shutil.copytree(
+            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
     names = [point["name"] for point in tiny_finished.front()["points"]]
-    rows = [{"prompt": text, **dict.fromkeys(names, text), "rewards": dict.fromkeys(names, 1.0)} for text in HOSTILE]
+    rows = [
+        {"prompt": text, **dict.fromkeys(names, text), "rewards": dict.fromkeys(names, 1.0)}
+        for text in HOSTILE
+    ]
     sealed.write_json(folder / "samples.json", rows)
     for text in HOSTILE:
         event = dict.fromkeys(("time", "event", "what", "cause", "message", "policy"), text)
         sealed.append_jsonl(folder / "events.jsonl", event)
     model, out = json.dumps(HOSTILE[1]), json.dumps(HOSTILE[0])
-    (folder / "config.yaml").write_text(f"model: {model}\nout: {out}\nwarp: {{steps: 6, policies: 2, iterations: 2}}\n")
+    (folder / "config.yaml").write_text(
+        f"model: {model}\nout: {out}\nwarp: {{steps: 6, policies: 2, iterations: 2}}\n"
+    )
     page = tmp_path / "page.html"
     save_report([str(folder)], str(page))
     browser.open(page)
     browser.scroll_through()
-    browser.click("#texts .more button") if len(browser.texts("#texts tbody tr")) < len(HOSTILE) else None
+    (
+        browser.click("#texts .more button")
+        if len(browser.texts("#texts tbody tr")) < len(HOSTILE)
+        else None
+    )
     shown = set(browser.texts("#texts tbody th"))
     for text in (HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[4], HOSTILE[6], HOSTILE[9]):
         assert text in shown
@@ -314,9 +409,21 @@ def test_no_text_becomes_anything_but_text(browser: Browser, tiny_finished: Run,
     assert "evil ⟨U+202E⟩gnp.exe⟨U+202C⟩ ⟨U+2066⟩x⟨U+2069⟩ ⟨U+200F⟩" in shown
     assert "lone ⟨U+D800⟩ surrogate ⟨U+DFFF⟩" in shown
     assert "line one\nline two\ttab␍\nline three" in shown
-    hebrew = "return [...document.querySelectorAll('#texts tbody th .text')].find((e) => e.textContent.startsWith('ט'))"
-    assert browser.run(f"{hebrew.replace('return', 'return getComputedStyle(', 1)}).direction") == "rtl"
-    assert browser.run("return document.querySelectorAll('#texts tbody img, #texts tbody svg, main script, #faults img').length") == 0
+    hebrew = (
+        "return [...document.querySelectorAll('#texts tbody th .text')].find((e) =>"
+        " e.textContent.startsWith('ט'))"
+    )
+    assert (
+        browser.run(f"{hebrew.replace('return', 'return getComputedStyle(', 1)}).direction")
+        == "rtl"
+    )
+    assert (
+        browser.run(
+            "return document.querySelectorAll('#texts tbody img, #texts tbody svg, main script,"
+            " #faults img').length"
+        )
+        == 0
+    )
     assert browser.run("return typeof window.hacked") == "undefined"
     assert browser.logged() == []
     browser.open(page, width=360)
@@ -327,9 +434,16 @@ def test_no_text_becomes_anything_but_text(browser: Browser, tiny_finished: Run,
 
 def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
     """1,000 prompts, every one of which is found again."""
-    folder = Path(shutil.copytree(tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")))
+    folder = Path(
+        shutil.copytree(
+            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
     names = [point["name"] for point in tiny_finished.front()["points"]]
-    rows = [{"prompt": f"prompt {n}", **{name: f"{name} says {n * n} ו 🎬" * 8 for name in names}} for n in range(1000)]
+    rows = [
+        {"prompt": f"prompt {n}", **{name: f"{name} says {n * n} ו 🎬" * 8 for name in names}}
+        for n in range(1000)
+    ]
     sealed.write_json(folder / "samples.json", rows)
     save_report([str(folder)], str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").stat().st_size < 1.5e6
@@ -340,36 +454,53 @@ def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_pa
     assert browser.logged() == []
 
 
-def test_a_run_without_anything_but_its_configuration(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
+def test_a_run_without_anything_but_its_configuration(
+    browser: Browser, tiny_finished: Run, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     shutil.copy(tiny_finished.folder / "config.yaml", tmp_path / "run")
     save_report([str(tmp_path / "run")])
     browser.open(tmp_path / "run" / "report.html")
     assert browser.text("#state") == "unknown"
     missing = browser.texts("#missing li")
-    assert [text.partition(" ")[0] for text in missing[:3]] == ["metrics.jsonl", "front.json", "events.jsonl"]
+    assert [text.partition(" ")[0] for text in missing[:3]] == [
+        "metrics.jsonl",
+        "front.json",
+        "events.jsonl",
+    ]
     assert browser.text("#front .empty") == "Nothing has been measured yet."
     assert browser.logged() == []
 
 
 def test_several_runs_share_one_front(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
     """As a sweep's do: all fronts in one picture, one run in full."""
-    other = Path(shutil.copytree(tiny_finished.folder, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors")))
+    other = Path(
+        shutil.copytree(
+            tiny_finished.folder, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
     front = tiny_finished.front()
     for point in front["points"]:
         point["reward"] -= 1
-    sealed.write_record(other / "front.json", {name: value for name, value in front.items() if name != "sha256"})
+    sealed.write_record(
+        other / "front.json", {name: value for name, value in front.items() if name != "sha256"}
+    )
     save_report([str(tiny_finished.folder), str(other)], str(tmp_path / "both.html"))
     browser.open(tmp_path / "both.html")
     assert browser.wait(lambda: "other" in browser.text("#front-chart"))
     before = browser.texts("#points tbody tr")
-    browser.run("const s = document.querySelector('#run'); s.value = '1'; s.dispatchEvent(new Event('change'))")
+    browser.run(
+        "const s = document.querySelector('#run'); s.value = '1'; s.dispatchEvent(new"
+        " Event('change'))"
+    )
     assert browser.text("h1") == "other"
     assert browser.texts("#points tbody tr") != before
     assert browser.logged() == []
 
 
-def test_served_it_follows_the_run(browser: Browser, tiny_finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_served_it_follows_the_run(
+    browser: Browser, tiny_finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("raywarp.report.server.FRESH", 0.0)
     run = Run(tmp_path / "run")
     run.folder.mkdir()

@@ -10,7 +10,13 @@ import pytest
 import torch
 from tiny_run import make_project, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data.text import Completion
@@ -39,16 +45,28 @@ def build_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
     vocabulary = {word: n for n, word in enumerate(WORDS)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     named = {"pad_token": "[PAD]"} if pad else {}
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="[SEP]", model_max_length=64, **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", eos_token="[SEP]", model_max_length=64, **named
+    )
 
 
 def build_bert(folder: Path, labels: int = 1) -> Path:
     """A random two-layer BERT classifier, as a folder."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), num_labels=labels, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=len(WORDS), num_labels=labels, **sizes)
+    )
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
@@ -64,27 +82,45 @@ def scored_by(function) -> Reward:
 
 
 def test_truncation_keeps_the_completion_and_drops_the_beginning_of_the_prompt():
-    ids = encode(build_tokenizer(), ["the film was a plot "], ["good bad"], max_length=5)["input_ids"]
+    ids = encode(build_tokenizer(), ["the film was a plot "], ["good bad"], max_length=5)[
+        "input_ids"
+    ]
     assert [WORDS[i] for i in ids[0]] == ["[CLS]", "plot", "good", "bad", "[SEP]"]
 
 
 def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: Path) -> None:
     chat, plain = PromptsConfig(template="chat"), PromptsConfig()
-    with pytest.raises(ConfigError, match=r"the tokenizer of .* has no chat template; use template=none"):
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer of .* has no chat template; use template=none"
+    ):
         with_template(RewardConfig(model=str(bert), template="chat"), plain)
     assert with_template(RewardConfig(model=str(bert)), chat).template == "none"
 
     model = build_bert(tmp_path / "chat")
     tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ 'good' if m['role'] == 'user' else 'bad' }} {{ m['content'] }} {% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'good' if m['role'] == 'user' else 'bad' }} {{ m['content'] }}"
+        " {% endfor %}"
+    )
     tokenizer.save_pretrained(model)
     config = RewardConfig(model=str(model))
     assert with_template(config, plain).template == "none"
     turns = with_template(config, chat)
     assert turns.template == "chat"
-    assert reward_fingerprint(turns) != reward_fingerprint(with_template(config, plain)) == reward_fingerprint(config)
+    assert (
+        reward_fingerprint(turns)
+        != reward_fingerprint(with_template(config, plain))
+        == reward_fingerprint(config)
+    )
     ids = encode(tokenizer, ["a film"], ["the plot"], 16, chat=True)["input_ids"]
-    assert [WORDS[i] for i in ids[0]] == ["good", "a", "film", "bad", "the", "plot"]  # special tokens are the template's own
+    assert [WORDS[i] for i in ids[0]] == [
+        "good",
+        "a",
+        "film",
+        "bad",
+        "the",
+        "plot",
+    ]  # special tokens are the template's own
     (score,) = load_reward(turns).score(["a film"], ["the plot"])
     (same,) = ClassifierReward(str(model), chat=True).score(["a film"], ["the plot"])
     (other,) = load_reward(with_template(config, plain)).score(["a film"], ["the plot"])
@@ -101,8 +137,17 @@ def test_texts_are_padded_on_the_right():
 
 
 def test_scores_come_back_in_order_and_do_not_depend_on_the_batch(bert):
-    texts = ["good", "the film was a good good film", "bad plot", "", "a bad bad bad plot was the film"]
-    together, alone = ClassifierReward(str(bert), batch_size=2), ClassifierReward(str(bert), batch_size=1)
+    texts = [
+        "good",
+        "the film was a good good film",
+        "bad plot",
+        "",
+        "a bad bad bad plot was the film",
+    ]
+    together, alone = (
+        ClassifierReward(str(bert), batch_size=2),
+        ClassifierReward(str(bert), batch_size=1),
+    )
     expected = [alone.score([""], [text])[0] for text in texts]
     assert together.score([""] * 5, texts) == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == 5
@@ -111,19 +156,33 @@ def test_scores_come_back_in_order_and_do_not_depend_on_the_batch(bert):
 
 def test_scoring_is_the_function_that_training_differentiates(bert):
     reward = ClassifierReward(str(bert), batch_size=3)
-    scores = classify(reward.model, reward.tokenizer, ["the "] * 3, ["good", "bad", "a film"], 256, 8)
+    scores = classify(
+        reward.model, reward.tokenizer, ["the "] * 3, ["good", "bad", "a film"], 256, 8
+    )
     assert scores.requires_grad
-    assert reward.score(["the "] * 3, ["good", "bad", "a film"]) == pytest.approx(scores.tolist(), abs=1e-5)
+    assert reward.score(["the "] * 3, ["good", "bad", "a film"]) == pytest.approx(
+        scores.tolist(), abs=1e-5
+    )
 
 
 def test_a_decoder_without_padding_token_scores_the_last_real_token(tmp_path):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(WORDS), n_positions=64, n_embd=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=None)
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        num_labels=1,
+        pad_token_id=None,
+    )
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     build_tokenizer(pad=False).save_pretrained(tmp_path)
     reward = ClassifierReward(str(tmp_path))
     short = reward.score([""], ["good"])[0]
-    assert reward.score(["", ""], ["good", "the film was a good film"])[0] == pytest.approx(short, abs=1e-5)
+    assert reward.score(["", ""], ["good", "the film was a good film"])[0] == pytest.approx(
+        short, abs=1e-5
+    )
 
 
 def test_a_classifier_with_two_labels_is_refused(tmp_path):
@@ -139,27 +198,38 @@ def test_a_model_is_standardised_by_what_its_folder_says(tmp_path):
     assert not is_standardised(folder)
     assert save_standardisation(folder, [1.0, 3.0, 5.0]) == (3.0, 2.0)
     assert is_standardised(folder)
-    assert load_reward(RewardConfig(model=folder)).score(["", ""], ["good", "bad"]) == pytest.approx([(r - 3) / 2 for r in raw])
-    assert load_reward(RewardConfig(model=folder, standardise=False)).score(["", ""], ["good", "bad"]) == raw
+    assert load_reward(RewardConfig(model=folder)).score(
+        ["", ""], ["good", "bad"]
+    ) == pytest.approx([(r - 3) / 2 for r in raw])
+    assert (
+        load_reward(RewardConfig(model=folder, standardise=False)).score(["", ""], ["good", "bad"])
+        == raw
+    )
 
 
 def test_a_run_standardises_again_once_what_it_reads_has_changed(ray_cluster, tiny_llama, tmp_path):
     """A classifier that another one made has no statistics; they are the run's."""
     reward = {"function": None, "model": str(build_bert(tmp_path / "bert"))}
     project = make_project(tmp_path)
-    config = tiny_config(project, tiny_llama, tmp_path / "run", reward=reward, reward_training={"sft_completions": 8})
+    config = tiny_config(
+        project, tiny_llama, tmp_path / "run", reward=reward, reward_training={"sft_completions": 8}
+    )
     said, inputs = [], prepare(config)
     run = Run.open(config, said.append)
     with Session(config, inputs.model, inputs.longest_prompt, policies=False) as session:
         measured = reward_statistics(session, run, config, inputs)
         record = sealed.read_record(run.folder / REWARD_FILE)
         sealed.write_record(run.folder / REWARD_FILE, record | {"score_mean": 123.0})
-        assert reward_statistics(session, run, config, inputs) == measured | {"score_mean": 123.0}  # not measured again
+        assert reward_statistics(session, run, config, inputs) == measured | {
+            "score_mean": 123.0
+        }  # not measured again
         assert said == []
         session.set_reward_statistics(0.0, 1.0)  # as a new session has it
         retrained = dataclasses.replace(inputs, reward="other weights")
         assert reward_statistics(session, run, config, retrained) == measured
-        assert said == [f"{run.folder / REWARD_FILE} is of another model, reward or prompts; measured again"]
+        assert said == [
+            f"{run.folder / REWARD_FILE} is of another model, reward or prompts; measured again"
+        ]
 
 
 @pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan], [1.0, math.inf]])
@@ -172,9 +242,13 @@ def test_scores_that_cannot_standardise_are_refused(tmp_path, scores):
 
 def test_a_function_gets_the_columns_and_may_return_numpy_or_tensors():
     def score(prompts, completions, stars):
-        return torch.tensor([len(c) * s for c, s in zip(completions, stars, strict=True)], dtype=torch.float64).numpy()
+        return torch.tensor(
+            [len(c) * s for c, s in zip(completions, stars, strict=True)], dtype=torch.float64
+        ).numpy()
 
-    assert scored_by(score).score(["x", "y"], ["ab", "c"], {"stars": [2, 5], "prompts": [0, 0]}) == [4.0, 5.0]
+    assert scored_by(score).score(
+        ["x", "y"], ["ab", "c"], {"stars": [2, 5], "prompts": [0, 0]}
+    ) == [4.0, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +294,10 @@ def user_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = tmp_path / "users_rewards.py"
-    path.write_text("number = 3\ndef score(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    path.write_text(
+        "number = 3\ndef score(prompts, completions, **columns):\n    return [float(len(c)) for c"
+        " in completions]\n"
+    )
     yield path
     sys.modules.pop("users_rewards", None)
 
@@ -257,7 +334,9 @@ def test_the_fingerprint_of_a_function_follows_its_source_and_version(user_modul
 
 
 def test_the_fingerprint_of_a_model_follows_its_weights_and_not_its_statistics(tmp_path):
-    """Statistics may come after the first look at the model; they are part of a policy's key by themselves."""
+    """Statistics may come after the first look at the model; they are part of a policy's key by
+    themselves.
+    """
     config = RewardConfig(model=str(build_bert(tmp_path)))
     prints = [reward_fingerprint(config)]
     (tmp_path / "README.md").write_text("no part of the model")
@@ -272,11 +351,17 @@ def test_the_fingerprint_of_a_model_follows_its_weights_and_not_its_statistics(t
 
 
 def test_the_actor_scores_the_workers_rollouts_with_their_columns(ray_cluster, user_module):
-    user_module.write_text("def score(prompts, completions, bonus):\n    return [len(c) + b for c, b in zip(completions, bonus)]\n")
+    user_module.write_text(
+        "def score(prompts, completions, bonus):\n    return [len(c) + b for c, b in"
+        " zip(completions, bonus)]\n"
+    )
     actor = RewardActor(RewardConfig(function="users_rewards:score"))
     actor.start()
     rollouts = [Rollout([Completion((1,), (0.0,), text, True)], ()) for text in ("a", "bcd")]
-    assert actor.score_rollouts(None, ["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [11.0, 23.0]
+    assert actor.score_rollouts(None, ["p", "q"], [{"bonus": 10}, {"bonus": 20}], *rollouts) == [
+        11.0,
+        23.0,
+    ]
 
 
 def test_processes_without_a_model_do_without_torch():
@@ -288,5 +373,7 @@ def test_processes_without_a_model_do_without_torch():
         "RewardActor(RewardConfig(function='raywarp.embedded:vader')).start()",
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"

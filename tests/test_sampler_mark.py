@@ -28,17 +28,25 @@ def old(run: Run, folder: Path, **changes: str | None) -> Path:
 
 
 def config_of(run: Run, out: Path, model: Path) -> Config:
-    return tiny_config(run.folder.parent, model, out, control={"function": "raywarp.embedded:vader"})
+    return tiny_config(
+        run.folder.parent, model, out, control={"function": "raywarp.embedded:vader"}
+    )
 
 
-def test_a_run_of_this_version_says_so_in_three_places_and_has_no_mark(tiny_finished: Run, tmp_path: Path) -> None:
+def test_a_run_of_this_version_says_so_in_three_places_and_has_no_mark(
+    tiny_finished: Run, tmp_path: Path
+) -> None:
     assert saved_sampler((tiny_finished.folder / "config.yaml").read_bytes()) == 1
     assert saved_sampler(saved_form(Config()).encode()) == 1
     assert sealed.read_record(tiny_finished.folder / "front.json")["sampler"] == 1  # type: ignore[index]
     assert [row["sampler"] for row in tiny_finished.events() if row["event"] == "started"] == [1]
     assert read_mark(Storage(tiny_finished.folder)) is None
     assert report_data(str(tiny_finished.folder))["mark"] is None
-    for names in (["config.yaml", "front.json"], ["config.yaml", "events.jsonl"], ["front.json", "events.jsonl"]):
+    for names in (
+        ["config.yaml", "front.json"],
+        ["config.yaml", "events.jsonl"],
+        ["front.json", "events.jsonl"],
+    ):
         folder = Path(shutil.copytree(tiny_finished.folder, tmp_path / names[0] / names[1]))
         for name in names:
             (folder / name).unlink()
@@ -64,7 +72,9 @@ def test_an_old_run_is_marked_by_what_was_rounded(
     first, *others = data["findings"]
     assert (first["level"], first["title"], data["mark"]) == (level, title, title)
     assert others == report_data(str(tiny_finished.folder))["findings"]
-    assert ("reward and KL of a point belong to two policies" in first["text"]) == (level == "warning")
+    assert ("reward and KL of a point belong to two policies" in first["text"]) == (
+        level == "warning"
+    )
     assert data["front"]["points"] == tiny_finished.front()["points"]
     assert title.encode() in build([str(folder)])
     display = Listener()
@@ -72,13 +82,20 @@ def test_an_old_run_is_marked_by_what_was_rounded(
     assert f"{level}: {title.lower()}." in display.text()
 
 
-def test_an_old_run_that_never_came_to_a_front_is_marked_by_its_configuration(tiny_finished: Run, tmp_path: Path) -> None:
-    for dtype, title in (("float32", "Sampled by an earlier version"), ("bfloat16", "Perhaps sampled from rounded weights")):
+def test_an_old_run_that_never_came_to_a_front_is_marked_by_its_configuration(
+    tiny_finished: Run, tmp_path: Path
+) -> None:
+    for dtype, title in (
+        ("float32", "Sampled by an earlier version"),
+        ("bfloat16", "Perhaps sampled from rounded weights"),
+    ):
         folder = old(tiny_finished, tmp_path / dtype, dtype=dtype)
         (folder / "front.json").unlink()
         assert report_data(str(folder))["findings"][0]["title"] == title
     (folder / "config.yaml").unlink()
-    assert report_data(str(folder))["findings"][0]["title"] == "Perhaps sampled from rounded weights"
+    assert (
+        report_data(str(folder))["findings"][0]["title"] == "Perhaps sampled from rounded weights"
+    )
     (folder / "events.jsonl").unlink()
     assert read_mark(Storage(folder)) is None  # nothing is left that could say so
 
@@ -109,8 +126,12 @@ def test_an_old_run_is_not_continued(
     capsys: pytest.CaptureFixture[str],
     command: str,
 ) -> None:
-    monkeypatch.setattr("raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started"))
-    monkeypatch.setattr("raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started"))
+    monkeypatch.setattr(
+        "raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started")
+    )
+    monkeypatch.setattr(
+        "raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started")
+    )
     monkeypatch.chdir(tiny_finished.folder.parent)
     config = config_of(tiny_finished, tmp_path / "out", tiny_llama)
     (tmp_path / "my.yaml").write_text(to_yaml(config.model_copy(update={"dtype": "bfloat16"})))
@@ -122,7 +143,10 @@ def test_an_old_run_is_not_continued(
     arguments = [command, str(tmp_path / "my.yaml"), *(sweep if command == "tune" else [])]
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "it was sampled by an earlier version of raywarp, whose policies were rounded to bfloat16 when they were sampled" in said
+    assert (
+        "it was sampled by an earlier version of raywarp, whose policies were rounded to bfloat16"
+        " when they were sampled" in said
+    )
     assert "choose another out" in said
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
     shutil.rmtree(folder)
@@ -130,13 +154,23 @@ def test_an_old_run_is_not_continued(
         main(arguments)
 
 
-def test_an_old_float32_run_is_not_continued_either_and_the_reason_is_another(tiny_finished: Run, tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_old_float32_run_is_not_continued_either_and_the_reason_is_another(
+    tiny_finished: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = old(tiny_finished, tmp_path / "run", dtype="float32")
-    with pytest.raises(ConfigError, match="whose policies this version does not continue .its weights were float32, and were not rounded"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "whose policies this version does not continue .its weights were float32, and were not"
+            " rounded"
+        ),
+    ):
         Run.open(config_of(tiny_finished, folder, tiny_llama))
 
 
-def test_a_start_of_before_that_sampled_nothing_is_no_old_run(tiny_finished: Run, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_start_of_before_that_sampled_nothing_is_no_old_run(
+    tiny_finished: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = old(tiny_finished, tmp_path / "run", dtype="float32")
     for name in ("metrics.jsonl", "front.json", "timing.json"):
         (folder / name).unlink()

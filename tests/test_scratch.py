@@ -29,7 +29,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def claimants(n: int) -> list[subprocess.Popen[str]]:
     command = [sys.executable, "-c", CLAIM]
-    return [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)]
+    return [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(n)
+    ]
 
 
 def claimed(process: subprocess.Popen[str]) -> Path:
@@ -43,7 +46,9 @@ def killed(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("by", ["claim", "release"])
-def test_what_a_killed_process_has_just_written_is_taken_away_at_once(folder: Path, by: str) -> None:
+def test_what_a_killed_process_has_just_written_is_taken_away_at_once(
+    folder: Path, by: str
+) -> None:
     ours = scratch.claim()
     (process,) = claimants(1)
     theirs = claimed(process)

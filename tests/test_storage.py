@@ -1,4 +1,6 @@
-"""The store, on a local folder and on an S3 server run on loopback, with the same tests for both."""
+"""The store, on a local folder and on an S3 server run on loopback, with the same tests for
+both.
+"""
 
 import json
 import os
@@ -27,7 +29,9 @@ from raywarp.storage.sealed import DamagedError, StoreError
 
 
 @pytest.fixture(params=["folder", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+def storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Storage:
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "cache"))
     if request.param == "folder":
         return Storage(tmp_path / "store")
@@ -91,7 +95,9 @@ def test_the_first_to_finish_wins_and_the_damaged_is_replaced(storage: Storage) 
     assert (folder / "weights").read_bytes() == b"third"
 
 
-def damage(storage: Storage, name: str, change: Callable[[bytes], bytes], file: str = "weights") -> None:
+def damage(
+    storage: Storage, name: str, change: Callable[[bytes], bytes], file: str = "weights"
+) -> None:
     """Change a file behind the store's back, and forget what was fetched of it."""
     (path,) = [one for one in storage.files(name) if one.endswith(file)]
     content = storage.read(path)
@@ -101,7 +107,15 @@ def damage(storage: Storage, name: str, change: Callable[[bytes], bytes], file: 
         sealed.remove(storage.cache / name)
 
 
-@pytest.mark.parametrize("change", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: bytes([c[0] ^ 1]) + c[1:], lambda c: c + b"x"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c[: len(c) // 2],
+        lambda c: b"",
+        lambda c: bytes([c[0] ^ 1]) + c[1:],
+        lambda c: c + b"x",
+    ],
+)
 def test_no_damage_goes_unnoticed(storage: Storage, change: Callable[[bytes], bytes]) -> None:
     for file in ("weights", sealed.MANIFEST):
         fill(storage, f"p/{file}", weights=b"0123456789")
@@ -110,7 +124,9 @@ def test_no_damage_goes_unnoticed(storage: Storage, change: Callable[[bytes], by
 
 
 def test_what_no_manifest_names_does_not_count(storage: Storage) -> None:
-    """A writer that died before the manifest, or fails: nothing is there, what was written goes when it is old, and a new try succeeds."""
+    """A writer that died before the manifest, or fails: nothing is there, what was written goes
+    when it is old, and a new try succeeds.
+    """
     with suppress(ZeroDivisionError), storage.writing("p/k") as folder:
         (folder / "weights").write_bytes(b"123")
         raise ZeroDivisionError
@@ -129,7 +145,12 @@ def test_what_no_manifest_names_does_not_count(storage: Storage) -> None:
 def test_a_manifest_cannot_name_what_lies_outside(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"123")
     fill(storage, "p/k", weights=b"123")
-    damage(storage, "p/k", lambda manifest: manifest.replace(b'"weights"', b'"../../../secret"'), sealed.MANIFEST)
+    damage(
+        storage,
+        "p/k",
+        lambda manifest: manifest.replace(b'"weights"', b'"../../../secret"'),
+        sealed.MANIFEST,
+    )
     with pytest.raises(DamagedError, match="is no manifest"):
         storage.fetch("p/k")
 
@@ -149,7 +170,9 @@ for n in range(10_000):
 """
     storage = Storage(tmp_path)
     for trial in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE
+        )
         assert writer.stdout is not None
         for _ in range(2 + trial):
             writer.stdout.readline()
@@ -164,7 +187,9 @@ for n in range(10_000):
 
 
 def test_a_full_disk_leaves_what_is_there(tmp_path: Path) -> None:
-    """The system refuses to write any further, in the middle of a file: an explained error, and the old content."""
+    """The system refuses to write any further, in the middle of a file: an explained error, and the
+    old content.
+    """
     fill(Storage(tmp_path), "p/old", weights=b"old")
     sealed.write_text(tmp_path / "front.json", "old")
     program = """
@@ -186,20 +211,35 @@ for write in (
     except StoreError as error:
         print(error)
 """
-    told = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True).stdout.splitlines()
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert len(told) == 2
-    assert all("File too large" in line and "make room, and the same command continues" in line for line in told)
-    assert sorted(Storage(tmp_path).files()) == ["front.json", "p/old/manifest.json", "p/old/weights"]
+    assert all(
+        "File too large" in line and "make room, and the same command continues" in line
+        for line in told
+    )
+    assert sorted(Storage(tmp_path).files()) == [
+        "front.json",
+        "p/old/manifest.json",
+        "p/old/weights",
+    ]
     assert (tmp_path / "front.json").read_text() == "old"
 
 
-def test_credentials_travel_in_memory_and_stay_out_of_uris(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_travel_in_memory_and_stay_out_of_uris(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     travelling = pickle.dumps(Storage(s3.uri("x")))
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     arrived = pickle.loads(travelling)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "loopback"
     assert arrived.names("") == []
-    for place in ("s3://key:verysecret@bucket/x", "s3://key@bucket/x", "gs://user:verysecret@bucket/x"):
+    for place in (
+        "s3://key:verysecret@bucket/x",
+        "s3://key@bucket/x",
+        "gs://user:verysecret@bucket/x",
+    ):
         for key in ("out", "store"):
             with pytest.raises(ConfigError, match="holds credentials") as caught:
                 parse_config({key: place})
@@ -213,8 +253,12 @@ def test_a_store_that_cannot_be_reached_says_so(s3: S3Server) -> None:
         Storage("ftp://host/folder").names("")
 
 
-def test_a_runs_folder_in_an_object_store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one machine wrote, another one finds; what does not belong to it goes from the local copy."""
+def test_a_runs_folder_in_an_object_store(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one machine wrote, another one finds; what does not belong to it goes from the local
+    copy.
+    """
     config = parse_config({"out": s3.uri("run")})
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "one"))
     first = Run.open(config)
@@ -241,19 +285,31 @@ def test_a_run_in_an_object_store_says_where_another_store_has_its_policies(
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "cache"))
     delta = random_delta(1)
     listed = []
-    for config in ({"out": s3.uri("apart")}, {"out": s3.uri("apart"), "store": s3.uri("others")}, {"out": str(tmp_path / "run")}):
+    for config in (
+        {"out": s3.uri("apart")},
+        {"out": s3.uri("apart"), "store": s3.uri("others")},
+        {"out": str(tmp_path / "run")},
+    ):
         run = Run.open(parse_config(config))
         run.save_iteration(1, delta, delta, ["k1", "k2"], [delta, delta])
         listed.append(json.loads((run.folder / "iterations/1/policies.json").read_text())[0])
     assert listed == ["policies/k1", "s3://bucket/others/policies/k1", "policies/k1"]
 
 
-def test_a_mirror_puts_what_changed_and_nothing_else(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_puts_what_changed_and_nothing_else(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path))
     mirror, put = Mirror(Storage(s3.uri("mirror"))), []
     mirror.pull()
     monkeypatch.setattr(mirror.storage, "put", lambda path, name: put.append(name))
-    for name in ("b/manifest.json", "b/weights", "a.json", "policies/k/weights", ".a.json.12345678"):
+    for name in (
+        "b/manifest.json",
+        "b/weights",
+        "a.json",
+        "policies/k/weights",
+        ".a.json.12345678",
+    ):
         sealed.write_text(mirror.folder / name, "1")
     mirror.push()
     assert put == ["a.json", "b/weights", "b/manifest.json"]

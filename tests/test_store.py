@@ -60,11 +60,22 @@ def test_fingerprints_are_of_contents(tmp_path: Path) -> None:
     assert one == two
     (tmp_path / "two" / "config.json").write_text("{} ")
     assert identity.folder_fingerprint(tmp_path / "two", ["*.json"]) != one
-    assert identity.content_key({"a": 1, "b": 2}) == identity.content_key({"b": 2, "a": 1}) != identity.content_key({"a": 1, "b": 3})
+    assert (
+        identity.content_key({"a": 1, "b": 2})
+        == identity.content_key({"b": 2, "a": 1})
+        != identity.content_key({"a": 1, "b": 3})
+    )
 
 
 def test_keys_change_with_what_decides_a_policy_and_with_nothing_else() -> None:
-    inputs = {"base": "b", "prompts": "p", "reward": "r", "dtype": "float32", "threads": 1, "adapter": "merged"}
+    inputs = {
+        "base": "b",
+        "prompts": "p",
+        "reward": "r",
+        "dtype": "float32",
+        "threads": 1,
+        "adapter": "merged",
+    }
     keys = policy_keys(parse_config({}), inputs, 1, "sft")
     assert len(set(keys)) == 2
     for same in (
@@ -102,7 +113,9 @@ def test_a_record_notices_every_changed_byte(tmp_path: Path) -> None:
     content = path.read_bytes()
     for place in range(len(content)):
         for bit in (0, 4):
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            path.write_bytes(
+                content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+            )
             with pytest.raises(sealed.DamagedError):
                 sealed.read_record(path)
     path.write_bytes(content)
@@ -123,10 +136,19 @@ def test_a_row_after_a_cut_off_line_is_a_row(tmp_path: Path) -> None:
 def test_metrics_are_made_anew_from_the_policies_folders(tmp_path: Path) -> None:
     said: list[str] = []
     run = Run(tmp_path, say=said.append)
-    rows = [{"key": f"k{i}", "iteration": i, "policy": 1, "step": t} for i in (1, 2) for t in (0, 1)]
+    rows = [
+        {"key": f"k{i}", "iteration": i, "policy": 1, "step": t} for i in (1, 2) for t in (0, 1)
+    ]
     for i in (1, 2):
-        sealed.write_jsonl(run.policy_folder(f"k{i}") / "metrics.jsonl", [row for row in rows if row["iteration"] == i])
-    stray = [{"key": "k0", "iteration": 3}, {"key": "other", "iteration": 1, "policy": 1, "step": 0}, {"step": 1}]
+        sealed.write_jsonl(
+            run.policy_folder(f"k{i}") / "metrics.jsonl",
+            [row for row in rows if row["iteration"] == i],
+        )
+    stray = [
+        {"key": "k0", "iteration": 3},
+        {"key": "other", "iteration": 1, "policy": 1, "step": 0},
+        {"step": 1},
+    ]
     sealed.write_jsonl(run.metrics_file, [*stray, *rows])
     run.restore_metrics(1, 2, ["k1"])
     assert run.metrics() == rows
@@ -145,7 +167,13 @@ def test_a_damaged_configuration_is_not_taken_for_another_runs(tmp_path: Path) -
     run.add_metrics({"step": 0})
     path = run.folder / "config.yaml"
     content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content.replace(b"steps: 40", b"steps: 41"), b"\xff" + content, None):
+    for damaged in (
+        content[: len(content) // 2],
+        b"",
+        content.replace(b"steps: 40", b"steps: 41"),
+        b"\xff" + content,
+        None,
+    ):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         Run.open(config, said.append).save_config(config)
         assert str(path) in said.pop()
@@ -159,9 +187,23 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
     run = Run.open(config)
     assert not run.folder.exists()  # opening writes nothing
     run.save_config(config)
-    Run.open(parse_config({"out": str(tmp_path / "run"), "front": {"prompts": 5}, "cluster": {"threads": 3}}))
-    with pytest.raises(ConfigError, match=r"different run \(warp.steps is 40 there and 41 here, optim.lr is 0.0005 there and 0.1 here\)"):
-        Run.open(parse_config({"out": str(tmp_path / "run"), "warp": {"steps": 41}, "optim": {"lr": 0.1}}))
+    Run.open(
+        parse_config(
+            {"out": str(tmp_path / "run"), "front": {"prompts": 5}, "cluster": {"threads": 3}}
+        )
+    )
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"different run \(warp.steps is 40 there and 41 here, optim.lr is 0.0005 there and 0.1"
+            r" here\)"
+        ),
+    ):
+        Run.open(
+            parse_config(
+                {"out": str(tmp_path / "run"), "warp": {"steps": 41}, "optim": {"lr": 0.1}}
+            )
+        )
 
 
 def test_resuming_replaces_a_policys_rows(tmp_path: Path) -> None:
@@ -170,13 +212,20 @@ def test_resuming_replaces_a_policys_rows(tmp_path: Path) -> None:
         run.add_metrics({"key": key, "step": step})
     run.set_policy_metrics("a", [{"key": "a", "step": 0}])
     run.add_metrics({"key": "a", "step": 1})
-    assert sorted((row["key"], row["step"]) for row in run.metrics()) == [("a", 0), ("a", 1), ("b", 0)]
+    assert sorted((row["key"], row["step"]) for row in run.metrics()) == [
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+    ]
 
 
 def test_an_iterations_folder(tmp_path: Path) -> None:
     run, delta = Run(tmp_path), random_delta(1).map(lambda _, f: Factors(f.B.float(), f.A.float()))
     run.save_iteration(1, delta, delta, ["k1", "k2"], [delta, delta])
-    assert json.loads((tmp_path / "iterations/1/policies.json").read_text()) == ["policies/k1", "policies/k2"]
+    assert json.loads((tmp_path / "iterations/1/policies.json").read_text()) == [
+        "policies/k1",
+        "policies/k2",
+    ]
     blocks = json.loads((tmp_path / "iterations/1/geometry.json").read_text())
     assert blocks["model.layers.0"]["angles"][0] == pytest.approx(0, abs=1e-3)
 
@@ -191,7 +240,13 @@ def test_prompts_come_without_replacement_and_from_the_seed() -> None:
 
 
 def test_seeds_are_of_their_purpose() -> None:
-    seeds = {derive_seed(0, "sampling", i, m, t, n) for i in range(2) for m in range(3) for t in range(10) for n in range(16)}
+    seeds = {
+        derive_seed(0, "sampling", i, m, t, n)
+        for i in range(2)
+        for m in range(3)
+        for t in range(10)
+        for n in range(16)
+    }
     assert len(seeds) == 2 * 3 * 10 * 16
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert derive_seed(0, "a") == derive_seed(0, "a") != derive_seed(1, "a")

@@ -1,4 +1,6 @@
-"""Whole runs and their files: on an S3 server, and damaged file by file. The same command again ends as the run that nothing disturbed."""
+"""Whole runs and their files: on an S3 server, and damaged file by file. The same command again
+ends as the run that nothing disturbed.
+"""
 
 import json
 import os
@@ -30,7 +32,9 @@ from raywarp.warp import train
 
 @dataclass(frozen=True)
 class Project:
-    """A user's folder, two runs in it: one finished, one that failed in iteration 2 with two checkpoints of each policy."""
+    """A user's folder, two runs in it: one finished, one that failed in iteration 2 with two
+    checkpoints of each policy.
+    """
 
     folder: Path
     model: Path
@@ -49,7 +53,9 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[Project]:
+def project(
+    ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
+) -> Iterator[Project]:
     folder, before = make_project(tmp_path_factory.mktemp("project")), Path.cwd()
     os.chdir(folder)
     finished = train(tiny_config(folder, tiny_llama, folder / "finished"), Listener())
@@ -64,14 +70,25 @@ def copied(run: Run, folder: Path) -> Path:
 
 
 def assert_same_results(run: Run, reference: Run) -> None:
-    """Every adapter's bytes, the front, the texts, and each step's row once, with the same reward."""
+    """Every adapter's bytes, the front, the texts, and each step's row once, with the same
+    reward.
+    """
     names = [path.relative_to(reference.folder) for path in files_of(reference.folder)]
-    results = [name for name in names if name.name.startswith(("adapter_", "geometry", "samples.json", "policies"))]
+    results = [
+        name
+        for name in names
+        if name.name.startswith(("adapter_", "geometry", "samples.json", "policies"))
+    ]
     assert len(results) > 20
     for name in results:
         assert (run.folder / name).read_bytes() == (reference.folder / name).read_bytes(), name
     assert run.front() == reference.front()
-    rewards = [sorted((row["iteration"], row["policy"], row["step"], row["reward"]) for row in some.metrics()) for some in (run, reference)]
+    rewards = [
+        sorted(
+            (row["iteration"], row["policy"], row["step"], row["reward"]) for row in some.metrics()
+        )
+        for some in (run, reference)
+    ]
     assert rewards[0] == rewards[1]
     assert len(rewards[0]) == 24
 
@@ -79,19 +96,29 @@ def assert_same_results(run: Run, reference: Run) -> None:
 def test_a_run_in_an_object_store_continues_on_another_machine(
     project: Project, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fails in the middle; what has no manifest is not taken for a policy; the credentials are nowhere in it."""
+    """It fails in the middle; what has no manifest is not taken for a policy; the credentials are
+    nowhere in it.
+    """
     config = project.config(s3.uri("whole"))
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "one"))
     project.fail_at(15, config)
     bucket = Storage(config.out)
     assert any("/checkpoint-" in name for name in bucket.files())
-    key = Path(json.loads((project.finished.folder / "iterations/2/policies.json").read_text())[0]).name
+    key = Path(
+        json.loads((project.finished.folder / "iterations/2/policies.json").read_text())[0]
+    ).name
     bucket.write(f"policies/{key}/.{'a' * 32}/adapter_model.safetensors", b"half of it")
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "two"))
     run = train(config, heard := Listener())
     assert "iteration 1: 0 of 2 policies to train" in heard.text()
     assert_same_results(run, project.finished)
-    assert {"config.yaml", "metrics.jsonl", "front.json", "front.png", "adapter/adapter_model.safetensors"} <= set(bucket.files())
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "front.json",
+        "front.png",
+        "adapter/adapter_model.safetensors",
+    } <= set(bucket.files())
     assert not any("/checkpoint-" in name for name in bucket.files())
     for path in files_of(run.folder):
         name = path.relative_to(run.folder).as_posix()
@@ -100,26 +127,37 @@ def test_a_run_in_an_object_store_continues_on_another_machine(
 
 
 def test_runs_share_policies_through_a_store(project: Project, tmp_path: Path) -> None:
-    config = project.config(tmp_path / "second", store=str(project.finished.folder), warp={"iterations": 1})
+    config = project.config(
+        tmp_path / "second", store=str(project.finished.folder), warp={"iterations": 1}
+    )
     run = train(config, heard := Listener())
     assert "iteration 1: 0 of 2 policies to train" in heard.text()
     assert not (run.folder / "policies").exists()
     folders = json.loads((run.folder / "iterations/1/policies.json").read_text())
-    assert folders == [str(project.finished.folder / name) for name in policies_of(project.finished, 1)]
+    assert folders == [
+        str(project.finished.folder / name) for name in policies_of(project.finished, 1)
+    ]
     assert len(run.metrics()) == 12
 
 
 def policies_of(run: Run, iteration: int) -> list[str]:
-    names: list[str] = json.loads((run.folder / "iterations" / str(iteration) / "policies.json").read_text())
+    names: list[str] = json.loads(
+        (run.folder / "iterations" / str(iteration) / "policies.json").read_text()
+    )
     return names
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(project: Project, tmp_path: Path) -> None:
-    """One policy loses its newest checkpoint, another one both; the run's own files are damaged, too."""
+    """One policy loses its newest checkpoint, another one both; the run's own files are damaged,
+    too.
+    """
     folder = copied(project.failed, tmp_path / "run")
     one, two = (folder / name for name in policies_of(project.finished, 2))
     for policy in (one, two):
-        assert [path.name for path in sorted(policy.glob("checkpoint-*"))] == ["checkpoint-000002", "checkpoint-000004"]
+        assert [path.name for path in sorted(policy.glob("checkpoint-*"))] == [
+            "checkpoint-000002",
+            "checkpoint-000004",
+        ]
     DAMAGE["flipped"](one / "checkpoint-000004" / "state.safetensors")
     DAMAGE["halved"](two / "checkpoint-000004" / "metrics.jsonl")
     DAMAGE["deleted"](two / "checkpoint-000002" / "manifest.json")
@@ -128,23 +166,37 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(project: Project, tmp_
     run = train(project.config(folder), heard := Listener())
     assert_same_results(run, project.finished)
     said = heard.text()
-    damaged = [(row["policy"], row["step"], row["message"]) for row in run.events() if row.get("cause") == "damaged"]
+    damaged = [
+        (row["policy"], row["step"], row["message"])
+        for row in run.events()
+        if row.get("cause") == "damaged"
+    ]
     assert sorted(damaged) == [
-        (1, 2, f"{one / 'checkpoint-000004' / 'state.safetensors'} is not what was written (sha256)"),
+        (
+            1,
+            2,
+            f"{one / 'checkpoint-000004' / 'state.safetensors'} is not what was written (sha256)",
+        ),
         *sorted((2, 0, problem) for _, _, problem in damaged[1:]),
     ]
     assert f"{two / 'checkpoint-000004' / 'metrics.jsonl'} has" in said
     assert f"{two / 'checkpoint-000002'} has no manifest" in said
     assert all(problem in said for _, _, problem in damaged)
-    assert [(row["policy"], row["step"]) for row in run.events() if row["event"] == "resumed"] == [(1, 2)]
+    assert [(row["policy"], row["step"]) for row in run.events() if row["event"] == "resumed"] == [
+        (1, 2)
+    ]
     assert f"{folder / 'config.yaml'} is not what was written; written anew" in said
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_continue(project: Project, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_and_room_lets_it_continue(
+    project: Project, tmp_path: Path
+) -> None:
     """A file system of its own, which somebody else fills after the first steps."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system takes root")
     run = Run(folder / "run")
 
@@ -157,7 +209,9 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_continue(project: Project, t
 
     try:
         (filler := threading.Thread(target=fill, daemon=True)).start()
-        with pytest.raises(StoreError, match=r"No space left on device.*make room, and the same command continues"):
+        with pytest.raises(
+            StoreError, match=r"No space left on device.*make room, and the same command continues"
+        ):
             train(project.config(run.folder), Listener())
         filler.join()
         assert run.metrics()
@@ -168,7 +222,9 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_continue(project: Project, t
 
 
 @pytest.mark.parametrize("shift", [0, 2])
-def test_every_file_of_a_finished_run_is_made_good(project: Project, tmp_path: Path, shift: int) -> None:
+def test_every_file_of_a_finished_run_is_made_good(
+    project: Project, tmp_path: Path, shift: int
+) -> None:
     """All files that do not hide one another are damaged at once, each in its way."""
     folder = copied(project.finished, tmp_path / "run")
     names = ["config.yaml", "metrics.jsonl", "timing.json", "front.json"]
@@ -181,7 +237,11 @@ def test_every_file_of_a_finished_run_is_made_good(project: Project, tmp_path: P
     run = train(project.config(folder), heard := Listener())
     assert_same_results(run, project.finished)
     said = heard.text()
-    told = [name for name in names if str(folder / name) in said or str((folder / name).parent) + " has no manifest" in said]
+    told = [
+        name
+        for name in names
+        if str(folder / name) in said or str((folder / name).parent) + " has no manifest" in said
+    ]
     assert "iteration 1: 2 of 2 policies to train" in said
     deleted = {name for n, name in enumerate(names) if ways[(n + shift) % len(ways)] == "deleted"}
     assert set(names) - set(told) <= deleted | {n for n in names if n.startswith("iterations")}
@@ -206,7 +266,9 @@ def test_a_finished_run_starts_no_actor_for_what_is_made_from_its_policies(
     run = train(project.config(folder), heard := Listener())
     assert_same_results(run, project.finished)
     assert "iteration 1: 0 of 2 policies to train" in heard.text()
-    train(project.config(folder, front={"choose": {"eta": 1.0}}), Listener())  # another choice of what is measured
+    train(
+        project.config(folder, front={"choose": {"eta": 1.0}}), Listener()
+    )  # another choice of what is measured
     assert run.front()["chosen"] == "slerp"
     merged, chosen = (load_peft(folder / name) for name in ("iterations/2/merged", "adapter"))
     assert_same_change(chosen, merged, 1e-5)
@@ -243,22 +305,33 @@ def test_each_file_of_a_policy_counts(project: Project, tmp_path: Path, way: str
 
 
 @pytest.mark.parametrize("way", DAMAGE)
-def test_each_file_of_the_front_and_of_a_reward_model_counts(project: Project, tmp_path: Path, way: str) -> None:
+def test_each_file_of_the_front_and_of_a_reward_model_counts(
+    project: Project, tmp_path: Path, way: str
+) -> None:
     folder, said = copied(project.finished, tmp_path / "run"), list[str]()
     run = Run(folder, say=said.append)
     key = run.front()["key"]
-    for name in ("front.json", "front.png", "samples.json", *(f"adapter/{path.name}" for path in files_of(folder / "adapter"))):
+    for name in (
+        "front.json",
+        "front.png",
+        "samples.json",
+        *(f"adapter/{path.name}" for path in files_of(folder / "adapter")),
+    ):
         assert run.has_front(key)
         kept = (folder / name).read_bytes()
         DAMAGE[way](folder / name)
         assert not run.has_front(key)
-        assert (name, way) == ("front.json", "deleted") or (len(said) == 1 and "measured again" in said.pop())
+        assert (name, way) == ("front.json", "deleted") or (
+            len(said) == 1 and "measured again" in said.pop()
+        )
         (folder / name).write_bytes(kept)
 
     model = tmp_path / "reward"
     shutil.copytree(project.model, model)
     sealed.seal(model)
-    sealed.write_record(model / score.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0})
+    sealed.write_record(
+        model / score.REWARD_FILE, {"settings": {}, "score_mean": 0.5, "score_std": 2.0}
+    )
     for path in files_of(model):
         assert score.check_trained(model)
         kept = path.read_bytes()

@@ -1,4 +1,6 @@
-"""Models that a sampler would run as another model are refused by name, with what would do, before anything starts."""
+"""Models that a sampler would run as another model are refused by name, with what would do, before
+anything starts.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -19,13 +21,33 @@ SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at
 @pytest.mark.parametrize(
     ("name", "rollout", "longest", "message"),
     [
-        ("Falcon, alibi", TRANSFORMERS, 8, r"model=mine \(falcon\) with alibi=true.*take a Falcon with rotary embeddings"),
-        ("Phi-3, longrope", VLLM, LIMIT + 1, rf"more than 32 tokens, and this run's have up to 33.*{SHORTER}"),
+        (
+            "Falcon, alibi",
+            TRANSFORMERS,
+            8,
+            r"model=mine \(falcon\) with alibi=true.*take a Falcon with rotary embeddings",
+        ),
+        (
+            "Phi-3, longrope",
+            VLLM,
+            LIMIT + 1,
+            rf"more than 32 tokens, and this run's have up to 33.*{SHORTER}",
+        ),
         ("Llama, dynamic NTK", TRANSFORMERS, LIMIT + 1, SHORTER),
         ("Phi-MoE", VLLM, LIMIT + 1, SHORTER),
         ("Doge", TRANSFORMERS, LIMIT + 1, rf"keeps the 32 keys with the largest scores.*{SHORTER}"),
-        ("Doge", VLLM, LIMIT, r"has other log-probs in vLLM 0\.32.*set rollout\.engine=transformers"),
-        ("Cohere-2", VLLM, LIMIT + 1, rf"has a window of 32 tokens.*{SHORTER}, or set rollout.engine=transformers"),
+        (
+            "Doge",
+            VLLM,
+            LIMIT,
+            r"has other log-probs in vLLM 0\.32.*set rollout\.engine=transformers",
+        ),
+        (
+            "Cohere-2",
+            VLLM,
+            LIMIT + 1,
+            rf"has a window of 32 tokens.*{SHORTER}, or set rollout.engine=transformers",
+        ),
     ],
 )
 def test_refused(name: str, rollout: RolloutConfig, longest: int, message: str) -> None:
@@ -51,15 +73,22 @@ def test_not_refused(name: str, rollout: RolloutConfig, longest: int) -> None:
     refuse_unsupported("mine", FAMILIES[name].build(), rollout, longest)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="vLLM inspects wrappers where torchvision is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None,
+    reason="vLLM inspects wrappers where torchvision is installed",
+)
 @pytest.mark.parametrize("name", ["Gemma-3, wrapper", "Qwen3.5, wrapper"])
 def test_wrappers_need_torchvision_in_vllm(name: str) -> None:
-    with pytest.raises(ConfigError, match="torchvision, which is not installed.*set rollout.engine=transformers"):
+    with pytest.raises(
+        ConfigError, match="torchvision, which is not installed.*set rollout.engine=transformers"
+    ):
         refuse_unsupported("mine", FAMILIES[name].build(), VLLM, 10)
 
 
 def test_a_run_ends_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the lengths of its own prompts: 3 tokens with the first, and as many as max_new_tokens allows."""
+    """By the lengths of its own prompts: 3 tokens with the first, and as many as max_new_tokens
+    allows.
+    """
     (tmp_path / "model").mkdir()
     model = save_model(FAMILIES["Phi-3, longrope"], tmp_path / "model")
     monkeypatch.chdir(make_project(tmp_path))

@@ -1,6 +1,8 @@
-"""Sweeps for real: Ray Tune, its trials' actors, a tiny Llama. What trials have in common is trained once, whoever dies.
+"""Sweeps for real: Ray Tune, its trials' actors, a tiny Llama. What trials have in common is
+trained once, whoever dies.
 
-The reward writes down every batch that it is asked about, so that what was trained is counted by what happened, not by what is claimed.
+The reward writes down every batch that it is asked about, so that what was trained is counted by
+what happened, not by what is claimed.
 """
 
 import json
@@ -55,7 +57,7 @@ def score(prompts, completions, **columns):
 
 def broken(prompts, completions, **columns):
     raise ZeroDivisionError("the scale is broken")
-'''
+'''  # noqa: E501
 STEPS = 2
 SETTINGS: dict[str, Any] = {
     "model": "./model",
@@ -65,7 +67,12 @@ SETTINGS: dict[str, Any] = {
     "lora": {"rank": 2, "alpha": 4},
     "warp": {"iterations": 2, "policies": 2, "steps": STEPS, "kl_coef": 0.02},
     "optim": {"lr": 0.03, "batch_size": 8, "warmup_steps": 1},
-    "rollout": {"engine": "transformers", "completions_per_prompt": 4, "max_new_tokens": 4, "temperature": 1.0},
+    "rollout": {
+        "engine": "transformers",
+        "completions_per_prompt": 4,
+        "max_new_tokens": 4,
+        "temperature": 1.0,
+    },
     "cluster": {"policy_actors": 1, "threads": 1},
     "front": {"prompts": 3, "etas": [0.3, 0.6], "choose": {"eta": 1}, "samples": 1},
     "checkpoint_every": 1,
@@ -100,13 +107,20 @@ def sweep_of(out: Path) -> dict[str, Any]:
 
 def digests(store: Path) -> dict[str, str]:
     """Policy's key → digest of its adapter, of those that are finished."""
-    finished = [Path(name).name for name in Storage(store).names("policies") if Storage(store).has(f"policies/{name}")]
+    finished = [
+        Path(name).name
+        for name in Storage(store).names("policies")
+        if Storage(store).has(f"policies/{name}")
+    ]
     return {key: digest(load_peft(store / "policies" / key)) for key in finished}
 
 
 def fronts(out: Path) -> dict[str, Any]:
     """Trial → the points of its front."""
-    return {path.parent.name: json.loads(path.read_text())["points"] for path in out.glob("trials/*/front.json")}
+    return {
+        path.parent.name: json.loads(path.read_text())["points"]
+        for path in out.glob("trials/*/front.json")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +140,17 @@ def grid(project: Path) -> tuple[Sweep, Path, str]:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in logger_environment(project).items():
             patched.setenv(name, value)
-        sweep = tune(load_config(settings(project / "grid", search, loggers=loggers)), heard := Listener())
+        sweep = tune(
+            load_config(settings(project / "grid", search, loggers=loggers)), heard := Listener()
+        )
         wandb.teardown()
     assert not left_behind(before)
     return sweep, project / "grid", heard.text()
 
 
-def test_what_trials_have_in_common_is_trained_once(grid: tuple[Sweep, Path, str], project: Path) -> None:
+def test_what_trials_have_in_common_is_trained_once(
+    grid: tuple[Sweep, Path, str], project: Path
+) -> None:
     """2·2 policy runs of iteration 1 and 6·2 of iteration 2, of 24 that the trials ask for."""
     sweep, out, said = grid
     assert batches(project) == 16 * STEPS
@@ -144,7 +162,9 @@ def test_what_trials_have_in_common_is_trained_once(grid: tuple[Sweep, Path, str
     assert (runs["asked"], runs["executed"]) == (24, 16)
     assert runs["seconds_saved"] == pytest.approx(8 * runs["seconds_each"])
     assert runs["seconds_each"] > 0
-    assert [len(path.read_text().splitlines()) for path in out.glob("trials/*/metrics.jsonl")] == [2 * 2 * STEPS] * 6
+    assert [len(path.read_text().splitlines()) for path in out.glob("trials/*/metrics.jsonl")] == [
+        2 * 2 * STEPS
+    ] * 6
 
 
 def test_the_report_page_of_a_sweep_has_all_fronts(grid: tuple[Sweep, Path, str]) -> None:
@@ -153,7 +173,9 @@ def test_the_report_page_of_a_sweep_has_all_fronts(grid: tuple[Sweep, Path, str]
     (new := out / "trials" / "new").mkdir()
     data = read([str(out)])
     new.rmdir()
-    assert [run["name"] for run in data["runs"]] == [describe(trial.point) for trial in sweep.trials]
+    assert [run["name"] for run in data["runs"]] == [
+        describe(trial.point) for trial in sweep.trials
+    ]
     assert all(len(run["front"]["points"]) > 4 for run in data["runs"])
     assert data["title"] == "grid, 6 trials – raywarp report"
     where, _ = save_report([str(out)])
@@ -165,9 +187,9 @@ def test_every_trial_has_its_front_and_the_sweep_ranks_them(grid: tuple[Sweep, P
     _, out, _ = grid
     tree = sweep_of(out)
     trials = tree["trials"]
-    assert {(trial["values"]["warp.ema_rate"], trial["values"]["warp.liti_rate"]) for trial in trials} == {
-        (ema, liti) for ema in EMA for liti in LITI
-    }
+    assert {
+        (trial["values"]["warp.ema_rate"], trial["values"]["warp.liti_rate"]) for trial in trials
+    } == {(ema, liti) for ema in EMA for liti in LITI}
     volumes = [trial["hypervolume"] for trial in trials]
     assert volumes == sorted(volumes, reverse=True)
     assert tree["best"] == trials[0]["name"]
@@ -177,12 +199,16 @@ def test_every_trial_has_its_front_and_the_sweep_ranks_them(grid: tuple[Sweep, P
         line = [point for point in found[trial["name"]] if point["eta"] is not None]
         assert sorted(point["eta"] for point in line) == [0, 0.3, 0.6, 1]
         kl_reward = [(point["kl"], point["reward"]) for point in line]
-        assert trial["hypervolume"] == pytest.approx(hypervolume(kl_reward, (10.0, line[0]["reward"])))
+        assert trial["hypervolume"] == pytest.approx(
+            hypervolume(kl_reward, (10.0, line[0]["reward"]))
+        )
         assert (trial["state"], trial["iterations"], trial["chosen"]) == ("finished", 2, "slerp")
         every += [(trial["name"], point) for point in line]
     for name, point in every:
         better = any(
-            o["kl"] <= point["kl"] and o["reward"] >= point["reward"] and (o["kl"], o["reward"]) != (point["kl"], point["reward"])
+            o["kl"] <= point["kl"]
+            and o["reward"] >= point["reward"]
+            and (o["kl"], o["reward"]) != (point["kl"], point["reward"])
             for _, o in every
         )
         optimal = next(trial for trial in trials if trial["name"] == name)["pareto_etas"]
@@ -194,7 +220,10 @@ def test_the_best_config_is_the_best_trials_run(grid: tuple[Sweep, Path, str]) -
     sweep, out, _ = grid
     best = yaml.safe_load((out / "best.yaml").read_text())
     values = sweep.trials[0].point
-    assert (best["warp"]["ema_rate"], best["warp"]["liti_rate"]) == (values["warp.ema_rate"], values["warp.liti_rate"])
+    assert (best["warp"]["ema_rate"], best["warp"]["liti_rate"]) == (
+        values["warp.ema_rate"],
+        values["warp.liti_rate"],
+    )
     assert best["out"] == str(out / "trials" / sweep.trials[0].name)
     assert (Path(best["out"]) / "adapter" / "adapter_model.safetensors").is_file()
     load_config(best)
@@ -206,7 +235,10 @@ def test_each_logger_has_a_run_per_trial_and_a_row_per_iteration(
     sweep, out, _ = grid
     trial = out / "trials" / sweep.trials[0].name
     logged = out / "loggers" / trial.name
-    measured = [row["hypervolume"] for row in json.loads(trial.with_name(f"{trial.name}.json").read_text())["rows"]]
+    measured = [
+        row["hypervolume"]
+        for row in json.loads(trial.with_name(f"{trial.name}.json").read_text())["rows"]
+    ]
 
     events = EventAccumulator(str(logged / "tensorboard")).Reload()
     assert {"hypervolume", "reward", "kl"} <= set(events.Tags()["scalars"])
@@ -217,7 +249,10 @@ def test_each_logger_has_a_run_per_trial_and_a_row_per_iteration(
     assert len(list(out.glob("loggers/*/wandb/offline-run-*"))) == 6
     records = list(wandb_records(logged))
     rows = [items(record.history.item) for record in records if record.HasField("history")]
-    assert [(row["iteration"], row["hypervolume"]) for row in rows if "hypervolume" in row] == [(1, measured[0]), (2, measured[1])]
+    assert [(row["iteration"], row["hypervolume"]) for row in rows if "hypervolume" in row] == [
+        (1, measured[0]),
+        (2, measured[1]),
+    ]
     assert {record.run.run_group for record in records if record.HasField("run")} == {"grid"}
 
     for name, value in logger_environment(project).items():
@@ -228,15 +263,22 @@ def test_each_logger_has_a_run_per_trial_and_a_row_per_iteration(
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     assert runs.keys() == {trial.name for trial in sweep.trials}
     own = runs[trial.name].info
-    assert [(metric.step, metric.value) for metric in client.get_metric_history(own.run_id, "hypervolume")] == [
+    assert [
+        (metric.step, metric.value)
+        for metric in client.get_metric_history(own.run_id, "hypervolume")
+    ] == [
         (1, measured[0]),
         (2, measured[1]),
     ]
     assert own.status == "FINISHED"
-    assert {"adapter", "front.png", "samples.json"} <= {file.path for file in client.list_artifacts(own.run_id)}
+    assert {"adapter", "front.png", "samples.json"} <= {
+        file.path for file in client.list_artifacts(own.run_id)
+    }
 
 
-def test_a_finished_sweep_is_shown_again_without_any_actor(grid: tuple[Sweep, Path, str], project: Path) -> None:
+def test_a_finished_sweep_is_shown_again_without_any_actor(
+    grid: tuple[Sweep, Path, str], project: Path
+) -> None:
     sweep, out, _ = grid
     before, count = fronts(out), len((project / "batches").read_text().split())
     search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
@@ -246,24 +288,45 @@ def test_a_finished_sweep_is_shown_again_without_any_actor(grid: tuple[Sweep, Pa
     assert len((project / "batches").read_text().split()) == count  # nothing was even measured
 
 
-def test_plan_says_what_a_sweep_asks_for(grid: tuple[Sweep, Path, str], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_what_a_sweep_asks_for(
+    grid: tuple[Sweep, Path, str], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
-    print_forecast(plan(load_config(settings(project / "planned", search)), offline=True), console())
+    print_forecast(
+        plan(load_config(settings(project / "planned", search)), offline=True), console()
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "6 trials of warp.ema_rate, warp.liti_rate (grid)" in said
     assert "24 policy runs, of which 16 differ" in said
 
 
-def test_asha_ends_the_worse_trial_between_iterations(grid: tuple[Sweep, Path, str], project: Path) -> None:
-    """One at a time, the better first iteration first; with the grid's store there is nothing to train."""
+def test_asha_ends_the_worse_trial_between_iterations(
+    grid: tuple[Sweep, Path, str], project: Path
+) -> None:
+    """One at a time, the better first iteration first; with the grid's store there is nothing to
+    train.
+    """
     _, out, _ = grid
     records = [json.loads(path.read_text()) for path in out.glob("trials/*.json")]
     first = {record["point"]["warp.ema_rate"]: record["rows"][0]["kl"] for record in records}
     order, count = sorted(EMA, key=first.__getitem__), batches(project)
-    search = {"ema_rate": {"grid": order}, "liti_rate": {"choice": [0.3]}, "search": "asha", "objectives": ["kl"], "num_samples": 1}
-    tree = settings(project / "asha", {**search, "max_concurrent": 1}, store=str(out), front={"etas": [0.3, 0.6, 1.0]})
+    search = {
+        "ema_rate": {"grid": order},
+        "liti_rate": {"choice": [0.3]},
+        "search": "asha",
+        "objectives": ["kl"],
+        "num_samples": 1,
+    }
+    tree = settings(
+        project / "asha",
+        {**search, "max_concurrent": 1},
+        store=str(out),
+        front={"etas": [0.3, 0.6, 1.0]},
+    )
     sweep = tune(load_config(tree), Listener())
-    assert [(trial.point["warp.ema_rate"], trial.state, trial.iterations) for trial in sweep.trials] == [
+    assert [
+        (trial.point["warp.ema_rate"], trial.state, trial.iterations) for trial in sweep.trials
+    ] == [
         (order[0], "finished", 2),
         (order[1], "stopped", 1),
     ]
@@ -271,7 +334,9 @@ def test_asha_ends_the_worse_trial_between_iterations(grid: tuple[Sweep, Path, s
     assert (sweep.asked, sweep.executed) == (6, 0)
 
 
-def test_optuna_takes_several_objectives_and_repeats_its_search(grid: tuple[Sweep, Path, str], project: Path) -> None:
+def test_optuna_takes_several_objectives_and_repeats_its_search(
+    grid: tuple[Sweep, Path, str], project: Path
+) -> None:
     _, out, _ = grid
     search = {
         "ema_rate": {"choice": EMA},
@@ -280,21 +345,35 @@ def test_optuna_takes_several_objectives_and_repeats_its_search(grid: tuple[Swee
         "objectives": ["reward", "kl"],
         "num_samples": 2,
     }
-    config, count = load_config(settings(project / "optuna", {**search, "seed": 1}, store=str(out))), batches(project)
+    config, count = (
+        load_config(settings(project / "optuna", {**search, "seed": 1}, store=str(out))),
+        batches(project),
+    )
     sweep = tune(config, Listener())
     assert batches(project) == count
     assert all(trial.state == "finished" for trial in sweep.trials)
     worth = [(-trial.measured["reward"], trial.measured["kl"]) for trial in sweep.trials]
-    assert not any(a <= worth[0][0] and b <= worth[0][1] and (a, b) != worth[0] for a, b in worth[1:])  # nothing beats the best in both
+    assert not any(
+        a <= worth[0][0] and b <= worth[0][1] and (a, b) != worth[0] for a, b in worth[1:]
+    )  # nothing beats the best in both
     measured = len((project / "batches").read_text().split())
-    assert [trial.point for trial in tune(config, Listener()).trials] == [trial.point for trial in sweep.trials]
+    assert [trial.point for trial in tune(config, Listener()).trials] == [
+        trial.point for trial in sweep.trials
+    ]
     assert len((project / "batches").read_text().split()) == measured
 
 
-def test_a_trial_that_fails_is_named_and_the_others_go_on(grid: tuple[Sweep, Path, str], project: Path) -> None:
+def test_a_trial_that_fails_is_named_and_the_others_go_on(
+    grid: tuple[Sweep, Path, str], project: Path
+) -> None:
     """A random search, over the learning rate and a reward that raises."""
     functions = {"grid": ["sweep_reward:broken", "sweep_reward:score"]}
-    search = {"reward.function": functions, "lr": {"loguniform": [0.001, 0.1]}, "num_samples": 1, "search": "random"}
+    search = {
+        "reward.function": functions,
+        "lr": {"loguniform": [0.001, 0.1]},
+        "num_samples": 1,
+        "search": "random",
+    }
     tree = settings(project / "random", search, warp={"iterations": 1, "policies": 1, "steps": 1})
     sweep = tune(load_config(tree), heard := Listener())
     states = {trial.point["reward.function"].partition(":")[2]: trial for trial in sweep.trials}
@@ -307,8 +386,12 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(grid: tuple[Sweep, Pat
     assert "the scale is broken" in written[states["broken"].name]["message"]
 
 
-def test_whoever_waits_takes_over_from_an_owner_that_dies(grid: tuple[Sweep, Path, str], project: Path) -> None:
-    """Two trials with the same first iteration; the process of the one that trains it is killed in the middle."""
+def test_whoever_waits_takes_over_from_an_owner_that_dies(
+    grid: tuple[Sweep, Path, str], project: Path
+) -> None:
+    """Two trials with the same first iteration; the process of the one that trains it is killed in
+    the middle.
+    """
     _, reference, _ = grid
     out, killed, before = project / "takeover", list[int](), batches(project)
     search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
@@ -319,7 +402,11 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(grid: tuple[Sweep, Pat
         patience = Patience(120)
         while batches(project) - before < 3 and patience.lasts():
             pass
-        owners = {owner for key, owner in Table(str(out)).ask("owners").items() if not key.startswith("folder ")}
+        owners = {
+            owner
+            for key, owner in Table(str(out)).ask("owners").items()
+            if not key.startswith("folder ")
+        }
         set_pace(project, 0)
         for owner in owners:
             actor = ray._private.state.actors()[owner.split()[-1]]
@@ -331,27 +418,38 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(grid: tuple[Sweep, Pat
     sweep = tune(config, Listener())
     killer.join()
     assert len(killed) == 1
-    assert not [group for group in placement_group_table().values() if group["state"] != "REMOVED"]  # the dead one's room, too
+    assert not [
+        group for group in placement_group_table().values() if group["state"] != "REMOVED"
+    ]  # the dead one's room, too
     assert [trial.state for trial in sweep.trials] == ["finished", "finished"]
     assert (sweep.asked, sweep.executed) == (8, 6)
-    assert 6 * STEPS <= batches(project) - before <= 6 * STEPS + 4  # of both policies the step under way, and the one since a checkpoint
+    assert (
+        6 * STEPS <= batches(project) - before <= 6 * STEPS + 4
+    )  # of both policies the step under way, and the one since a checkpoint
     theirs = digests(reference)
     assert all(theirs[key] == ours for key, ours in digests(out).items())
     assert len(digests(out)) == 6
 
 
 def test_a_killed_sweep_continues(
-    grid: tuple[Sweep, Path, str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    grid: tuple[Sweep, Path, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGKILL for the real command in iteration 2 of the first trial, SIGTERM soon after, then to the end: equal to the grid's trials, and
-    nothing is left in the temporary folder."""
+    """SIGKILL for the real command in iteration 2 of the first trial, SIGTERM soon after, then to
+    the end: equal to the grid's trials, and nothing is left in the temporary folder.
+    """
     _, reference, _ = grid
     folder = make_project(tmp_path_factory.mktemp("killed"))
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setenv("RAY_TMPDIR", os.environ.get("RAY_TMPDIR", "/tmp"))  # Ray's sockets need a short path
+    monkeypatch.setenv(
+        "RAY_TMPDIR", os.environ.get("RAY_TMPDIR", "/tmp")
+    )  # Ray's sockets need a short path
     search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings("x", search, front={"etas": [0.3, 0.6, 1.0]})))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(settings("x", search, front={"etas": [0.3, 0.6, 1.0]}))
+    )
     out = folder / "out"
     set_pace(folder, 0.5)
     command = Command(folder, "out", verb="tune")
@@ -372,13 +470,17 @@ def test_a_killed_sweep_continues(
     command = Command(folder, "out", verb="tune")
     assert command.end(600) == 0, command.tail()
     assert "8 policy runs were asked for, 6 executed" in command.tail()
-    assert 6 * STEPS <= batches(folder) <= 6 * STEPS + 2 * 2 * 2  # of two policies under way, twice: a step, and one since a checkpoint
+    assert (
+        6 * STEPS <= batches(folder) <= 6 * STEPS + 2 * 2 * 2
+    )  # of two policies under way, twice: a step, and one since a checkpoint
     theirs = digests(reference)
     ours = digests(out)
     assert len(ours) == 6
     assert all(theirs[key] == one for key, one in ours.items())
     points = fronts(reference)
-    assert {name: front == points[name] for name, front in fronts(out).items()} == dict.fromkeys(fronts(out), True)
+    assert {name: front == points[name] for name, front in fronts(out).items()} == dict.fromkeys(
+        fronts(out), True
+    )
     assert len(fronts(out)) == 2
     assert not list(temporary.glob("raywarp-*"))
 
@@ -400,7 +502,9 @@ def test_a_claim_lives_as_long_as_its_owner() -> None:
 
 
 def test_claims_of_a_killed_process_are_free_at_once(ray_cluster: Any) -> None:
-    """By the real actor: its owners are actors, of which one is killed, and one does not answer for a while."""
+    """By the real actor: its owners are actors, of which one is killed, and one does not answer for
+    a while.
+    """
 
     @ray_cluster.remote(num_cpus=0)
     class Owner:
@@ -434,4 +538,6 @@ def test_claims_of_a_killed_process_are_free_at_once(ray_cluster: Any) -> None:
 
 def test_names_are_the_values(grid: tuple[Sweep, Path, str]) -> None:
     sweep, _, _ = grid
-    assert {trial.name for trial in sweep.trials} == {name_of(trial.point) for trial in sweep.trials}
+    assert {trial.name for trial in sweep.trials} == {
+        name_of(trial.point) for trial in sweep.trials
+    }

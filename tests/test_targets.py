@@ -1,4 +1,6 @@
-"""Which modules get adapters: linear layers of the language model, by what they compute; the rest is named, or refused."""
+"""Which modules get adapters: linear layers of the language model, by what they compute; the rest
+is named, or refused.
+"""
 
 import re
 from typing import Any
@@ -41,7 +43,12 @@ def meta_model(name: str) -> Any:
 
 
 def test_a_layer_is_linear_by_what_it_computes() -> None:
-    assert [is_linear(kind(4, 2)) for kind in (Linear, Renamed, Doubled, Pair)] == [True, True, False, False]
+    assert [is_linear(kind(4, 2)) for kind in (Linear, Renamed, Doubled, Pair)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert not is_linear(DeepseekV4GroupedLinear(4, 4, n_groups=2))
     assert not is_linear(torch.nn.Embedding(4, 2))
     patched = Linear(4, 2)
@@ -54,34 +61,59 @@ def test_a_layer_is_linear_by_what_it_computes() -> None:
     [
         ("Llama", "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj", ""),
         ("GPT-2", "c_attn c_fc c_proj", ""),
-        ("Qwen3-MoE", "k_proj o_proj q_proj v_proj", "mlp.experts (Qwen3MoeExperts) mlp.gate (Qwen3MoeTopKRouter)"),
-        ("Phi-MoE", "k_proj o_proj q_proj v_proj", "mlp.experts (PhimoeExperts) mlp.router (PhimoeTopKRouter)"),
         (
-            "DeepSeek-V3",  # PEFT 0.21 would take the dense layer's and the shared expert's projections for the experts'
-            "kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj",
-            "mlp.gate_proj (Linear) mlp.up_proj (Linear) mlp.down_proj (Linear) mlp.experts (DeepseekV3Experts) "
-            "mlp.gate (DeepseekV3TopkRouter) mlp.shared_experts.gate_proj (Linear) mlp.shared_experts.up_proj (Linear) "
-            "mlp.shared_experts.down_proj (Linear)",
+            "Qwen3-MoE",
+            "k_proj o_proj q_proj v_proj",
+            "mlp.experts (Qwen3MoeExperts) mlp.gate (Qwen3MoeTopKRouter)",
         ),
-        ("Mamba", "in_proj", "mixer.x_proj (Linear) mixer.dt_proj (Linear) mixer.out_proj (Linear)"),
+        (
+            "Phi-MoE",
+            "k_proj o_proj q_proj v_proj",
+            "mlp.experts (PhimoeExperts) mlp.router (PhimoeTopKRouter)",
+        ),
+        (
+            # PEFT 0.21 would take the dense layer's and the shared expert's projections for the
+            # experts'
+            "DeepSeek-V3",
+            "kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj",
+            (
+                "mlp.gate_proj (Linear) mlp.up_proj (Linear) mlp.down_proj (Linear) mlp.experts"
+                " (DeepseekV3Experts) mlp.gate (DeepseekV3TopkRouter) mlp.shared_experts.gate_proj"
+                " (Linear) mlp.shared_experts.up_proj (Linear) mlp.shared_experts.down_proj"
+                " (Linear)"
+            ),
+        ),
+        (
+            "Mamba",
+            "in_proj",
+            "mixer.x_proj (Linear) mixer.dt_proj (Linear) mixer.out_proj (Linear)",
+        ),
         ("Falcon, rotary", "dense dense_4h_to_h dense_h_to_4h query_key_value", ""),
     ],
 )
-def test_all_linear_adapts_what_can_be_adapted_and_names_the_rest(name: str, names: str, left: str) -> None:
+def test_all_linear_adapts_what_can_be_adapted_and_names_the_rest(
+    name: str, names: str, left: str
+) -> None:
     found = find_targets(meta_model(name), LoraConfig())
     assert found.names == tuple(names.split())
-    assert {text.rpartition("layers.*.")[2] for text in found.left} == set(re.findall(r"\S+ \(\w+\)", left))
+    assert {text.rpartition("layers.*.")[2] for text in found.left} == set(
+        re.findall(r"\S+ \(\w+\)", left)
+    )
 
 
 def test_a_vision_tower_is_left_alone() -> None:
-    """Also where its modules have the same names; PEFT then finds the others by their whole paths."""
+    """Also where its modules have the same names; PEFT then finds the others by their whole
+    paths.
+    """
     model = meta_model("Gemma-3, wrapper")
     for wanted in ("all-linear", ["q_proj", "down_proj"], r".*\.q_proj"):
         found = find_targets(model, LoraConfig(target_modules=wanted))
         assert found.modules
         assert all(name.startswith("model.language_model.layers.") for name in found.modules)
         assert "q_proj" not in found.names
-        assert {f"model.language_model.layers.{n}.self_attn.q_proj" for n in (0, 1)} <= set(found.names)
+        assert {f"model.language_model.layers.{n}.self_attn.q_proj" for n in (0, 1)} <= set(
+            found.names
+        )
     assert find_targets(model, LoraConfig()).left == ("model.vision_tower (SiglipVisionModel)",)
 
 
@@ -93,22 +125,40 @@ def test_names_say_to_peft_exactly_these_modules() -> None:
         found = find_targets(meta_model(name), LoraConfig())
         model = get_peft_model(meta_model(name), PeftConfig(target_modules=list(found.names)))
         prefix, suffix = "base_model.model.", ".lora_A.default"
-        theirs = {module.removeprefix(prefix).removesuffix(suffix) for module, _ in model.named_modules() if module.endswith(suffix)}
+        theirs = {
+            module.removeprefix(prefix).removesuffix(suffix)
+            for module, _ in model.named_modules()
+            if module.endswith(suffix)
+        }
         assert theirs == set(found.modules)
 
 
 @pytest.mark.parametrize(
     ("name", "wanted", "message"),
     [
-        ("Qwen3-MoE", ["q_proj", "down_proj"], r"names model.layers.0.mlp.experts.down_proj, one tensor of Qwen3MoeExperts"),
-        ("Mixtral", ["gate"], "names model.layers.0.mlp.gate, a MixtralTopKRouter; only linear layers are adapted"),
-        ("Llama-4", ["router"], "names model.layers.1.feed_forward.router, a Llama4Router; only linear layers"),
+        (
+            "Qwen3-MoE",
+            ["q_proj", "down_proj"],
+            r"names model.layers.0.mlp.experts.down_proj, one tensor of Qwen3MoeExperts",
+        ),
+        (
+            "Mixtral",
+            ["gate"],
+            "names model.layers.0.mlp.gate, a MixtralTopKRouter; only linear layers are adapted",
+        ),
+        (
+            "Llama-4",
+            ["router"],
+            "names model.layers.1.feed_forward.router, a Llama4Router; only linear layers",
+        ),
         ("Llama", ["q_proj", "c_attn"], "does not fit the model: it has no module c_attn"),
         ("Llama", ["mlp"], "names model.layers.0.mlp, a LlamaMLP; only linear layers"),
         ("Llama", r".*\.nothing", "does not fit the model: it has no module"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_with_what_would_do(name: str, wanted: Any, message: str) -> None:
+def test_what_cannot_be_adapted_is_refused_with_what_would_do(
+    name: str, wanted: Any, message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"{message}.*{ATTENTION}"):
         find_targets(meta_model(name), LoraConfig(target_modules=wanted))
 

@@ -1,4 +1,6 @@
-"""Our streaming reader and writer against the safetensors library, and what they say of files that are not whole."""
+"""Our streaming reader and writer against the safetensors library, and what they say of files that
+are not whole.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
 
-TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.randn(3, 1), "empty": torch.zeros(0, 4), "narrow": torch.randn(5).bfloat16()}
+TENSORS = {
+    "b": torch.arange(6.0).view(2, 3),
+    "a": torch.randn(3, 1),
+    "empty": torch.zeros(0, 4),
+    "narrow": torch.randn(5).bfloat16(),
+}
 
 
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
@@ -39,7 +46,10 @@ def test_smaller_tensors_than_announced(tmp_path: Path) -> None:
     with TensorWriter(tmp_path / "x", {"a": (1000, 1000), "b": (1000,)}, torch.bfloat16) as writer:
         writer.write("a", torch.ones(2, 3))
         writer.write("b", torch.zeros(1))
-    assert {name: t.shape for name, t in load_file(tmp_path / "x").items()} == {"a": (2, 3), "b": (1,)}
+    assert {name: t.shape for name, t in load_file(tmp_path / "x").items()} == {
+        "a": (2, 3),
+        "b": (1,),
+    }
     assert TensorFile(tmp_path / "x").tensor("a").sum() == 6
 
 
@@ -54,7 +64,10 @@ def test_what_was_announced_must_come_and_in_order(tmp_path: Path) -> None:
         TensorWriter(tmp_path / "x", {"a": (1,)}, torch.float32),
     ):
         pass
-    with pytest.raises(OverflowError, match="a has numbers too large"), TensorWriter(tmp_path / "x", {"a": (1,)}, torch.float16) as writer:
+    with (
+        pytest.raises(OverflowError, match="a has numbers too large"),
+        TensorWriter(tmp_path / "x", {"a": (1,)}, torch.float16) as writer,
+    ):
         writer.write("a", torch.tensor([1e5]))
 
 
@@ -62,7 +75,9 @@ def test_an_unaligned_header_is_read(tmp_path: Path) -> None:
     """The format allows a header of any length; tensors then begin at odd addresses."""
     header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()
     header += b" " * (1 - len(header) % 2)
-    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + torch.arange(3.0).numpy().tobytes())
+    (tmp_path / "x").write_bytes(
+        len(header).to_bytes(8, "little") + header + torch.arange(3.0).numpy().tobytes()
+    )
     assert (8 + len(header)) % 4 != 0
     assert TensorFile(tmp_path / "x").tensor("a").tolist() == [0, 1, 2]
     assert load_file(tmp_path / "x")["a"].tolist() == [0, 1, 2]
@@ -74,7 +89,10 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     start = 8 + int.from_bytes(whole[:8], "little")
     for length in range(len(whole)):
         (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(TensorFileError, match="truncated: " if length >= start else "cut off in its header|corrupt"):
+        with pytest.raises(
+            TensorFileError,
+            match="truncated: " if length >= start else "cut off in its header|corrupt",
+        ):
             TensorFile(tmp_path / "cut")
     (tmp_path / "cut").write_bytes(whole + b"more")
     with pytest.raises(TensorFileError, match="4 bytes after the last tensor"):

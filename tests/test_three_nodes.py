@@ -1,4 +1,6 @@
-"""Runs on three nodes with two logical GPUs each: where the actors go, and what it costs when nodes are lost, replaced or not."""
+"""Runs on three nodes with two logical GPUs each: where the actors go, and what it costs when nodes
+are lost, replaced or not.
+"""
 
 import json
 import os
@@ -17,8 +19,8 @@ from killing import Command, adapters, make_project, missing_lines, own_home, se
 
 POLICIES, STEPS, EVERY = 4, 40, 5
 
-# In a process of its own, since the Ray of the other tests lives in this one. Each answer is a line of JSON, in a pipe of its own: Ray says
-# things on the standard output, and not always whole lines.
+# In a process of its own, since the Ray of the other tests lives in this one. Each answer is a line
+# of JSON, in a pipe of its own: Ray says things on the standard output, and not always whole lines.
 NODES = """
 import json
 import sys
@@ -61,7 +63,7 @@ for line in sys.stdin:
     print(json.dumps(answer), file=answers, flush=True)
 ray.shutdown()
 cluster.shutdown()
-"""
+"""  # noqa: E501
 
 
 @dataclass
@@ -88,12 +90,17 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     before = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "HOME")}
-    slow = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}  # a loss is noticed after 5 s, not after 15
+    slow = {
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_initial_delay_ms": "1000",
+    }  # a loss is noticed after 5 s, not after 15
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:
         own_home(Path(folder))
         ours, theirs = os.pipe()
         command = [sys.executable, "-c", NODES, str(theirs)]
-        process = subprocess.Popen(command, env={**os.environ, **slow}, stdin=subprocess.PIPE, pass_fds=[theirs], text=True)
+        process = subprocess.Popen(
+            command, env={**os.environ, **slow}, stdin=subprocess.PIPE, pass_fds=[theirs], text=True
+        )
         os.close(theirs)
         with open(ours) as answers:
             there = Nodes(process, answers)
@@ -106,50 +113,84 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def test_four_policies_and_two_engines_survive_the_loss_of_nodes(nodes: Nodes, tmp_path: Path) -> None:
-    """A node is lost and another one joins; then one is lost for good, and four GPUs go on with what six had."""
+def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    """A node is lost and another one joins; then one is lost for good, and four GPUs go on with
+    what six had.
+    """
     project = make_project(
         tmp_path,
         warp={"policies": POLICIES, "steps": STEPS},
         rollout={"workers": 2},
-        cluster={"policy_actors": None, "cpus_per_policy": None, "cpus_per_rollout_worker": 1, "timeout_seconds": 15},
+        cluster={
+            "policy_actors": None,
+            "cpus_per_policy": None,
+            "cpus_per_rollout_worker": 1,
+            "timeout_seconds": 15,
+        },
         checkpoint_every=EVERY,
     )
     set_pace(project, 0.2)
     command = Command(project, "lost", address=nodes.address)
     command.wait_for_steps(POLICIES * 6)
     places = nodes.ask("places")
-    working = {name: place for name, place in places.items() if "policy" in name or "rollout" in name}
-    assert sorted(working) == [*(f"raywarp-policy-{n}" for n in range(1, 5)), "raywarp-rollout-1", "raywarp-rollout-2"]
-    assert next(node for name, (node, _) in places.items() if "pool" in name) == nodes.nodes[0]  # the driver's, which is not lost
-    assert sorted((node, *gpus) for node, gpus in working.values()) == sorted((node, gpu) for node in nodes.nodes for gpu in "01")
+    working = {
+        name: place for name, place in places.items() if "policy" in name or "rollout" in name
+    }
+    assert sorted(working) == [
+        *(f"raywarp-policy-{n}" for n in range(1, 5)),
+        "raywarp-rollout-1",
+        "raywarp-rollout-2",
+    ]
+    assert (
+        next(node for name, (node, _) in places.items() if "pool" in name) == nodes.nodes[0]
+    )  # the driver's, which is not lost
+    assert sorted((node, *gpus) for node, gpus in working.values()) == sorted(
+        (node, gpu) for node in nodes.nodes for gpu in "01"
+    )
 
-    set_pace(project, 1.5)  # so that nobody is at the end before a lost policy is back, however busy the machine
+    set_pace(
+        project, 1.5
+    )  # so that nobody is at the end before a lost policy is back, however busy the machine
     lost = lose_one(nodes, places)
     nodes.nodes.append(nodes.ask("add"))
-    command.wait_until(lambda: {row["policy"] for row in told(command.run, "recovered") if "policy" in row} == lost)
+    command.wait_until(
+        lambda: {row["policy"] for row in told(command.run, "recovered") if "policy" in row} == lost
+    )
     faults = [row for row in told(command.run, "fault") if "policy" in row]
-    assert sorted((row["policy"], row["cause"]) for row in faults) == [(policy, "node lost") for policy in sorted(lost)]
+    assert sorted((row["policy"], row["cause"]) for row in faults) == [
+        (policy, "node lost") for policy in sorted(lost)
+    ]
     again = told(command.run, "continued")
     assert {row["policy"] for row in again} == lost
     assert all(row["steps_repeated"] <= EVERY for row in again)
 
     moved = lose_one(nodes, nodes.ask("places"))
     command.wait_until(lambda: {row["policy"] for row in told(command.run, "moved")} == moved)
-    command.wait_until(lambda: "RESCHEDULING" not in nodes.ask("groups"), 60)  # of which Ray never rests, and costs the head node a core
+    command.wait_until(
+        lambda: "RESCHEDULING" not in nodes.ask("groups"), 60
+    )  # of which Ray never rests, and costs the head node a core
     assert nodes.ask("groups").count("PENDING") == 2
     set_pace(project, 0)
     assert command.end() == 0, command.tail()
     assert {row["policy"] for row in told(command.run, "continued")[len(again) :]} == moved
     faults = told(command.run, "fault")
     assert {row["cause"] for row in faults} == {"node lost"}
-    assert sum("policy" in row for row in faults) == len(lost) + len(moved)  # no second one for a node that Ray still counted on
+    assert sum("policy" in row for row in faults) == len(lost) + len(
+        moved
+    )  # no second one for a node that Ray still counted on
     assert missing_lines(command.run, 1, POLICIES, STEPS) == 0
 
-    undisturbed = Command(project, "fewer", address=nodes.address)  # than policies: four GPUs, of which the engines have two
+    undisturbed = Command(
+        project, "fewer", address=nodes.address
+    )  # than policies: four GPUs, of which the engines have two
     undisturbed.wait_for_steps(1)
     places = nodes.ask("places")
-    assert sorted(name for name in places if "policy" in name) == ["raywarp-policy-1", "raywarp-policy-2"]
+    assert sorted(name for name in places if "policy" in name) == [
+        "raywarp-policy-1",
+        "raywarp-policy-2",
+    ]
     assert len({(node, *gpus) for node, gpus in places.values() if gpus}) == 4
     assert undisturbed.end() == 0, undisturbed.tail()
     assert adapters(undisturbed.run) == adapters(command.run)

@@ -1,4 +1,6 @@
-"""A reward that takes too long is the user's error, whatever it is stuck in; nothing hangs and nothing is tried again."""
+"""A reward that takes too long is the user's error, whatever it is stuck in; nothing hangs and
+nothing is tried again.
+"""
 
 import os
 import sys
@@ -80,7 +82,9 @@ def test_a_thread_other_than_the_main_one_can_be_limited() -> None:
     assert found == ["took longer than 0.3 s"]
 
 
-def test_files_of_killed_processes_are_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_killed_processes_are_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ours, theirs, old = TimeLimit(5, "ours"), tmp_path / "raywarp-stuck-killed", time.time() - 60
 
@@ -102,7 +106,9 @@ def test_what_the_process_before_died_of_is_told_for_every_call_and_its_file_tak
     (tmp_path / "raywarp-stuck-actor").write_text("in score")
     limit = TimeLimit(5, "actor")
     for _ in range(2):
-        with pytest.raises(TimeLimitError, match=r"could not be interrupted; its process was ended at\nin score"):
+        with pytest.raises(
+            TimeLimitError, match=r"could not be interrupted; its process was ended at\nin score"
+        ):
             limit.call(lambda: 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -111,19 +117,31 @@ def test_the_error_names_function_time_and_key(ray_cluster: Any, module: Path) -
     actor = RewardActor(RewardConfig(function=f"{module.stem}:score", timeout_seconds=0.5))
     actor.start()
     assert actor.score(["p"], ["fine"]) == [1.0]
-    with pytest.raises(RewardError, match=rf"{module.stem}:score took longer than 0\.5 s, for 2 completions.*reward\.timeout_seconds"):
+    with pytest.raises(
+        RewardError,
+        match=(
+            rf"{module.stem}:score took longer than 0\.5 s, for 2"
+            r" completions.*reward\.timeout_seconds"
+        ),
+    ):
         actor.score(["p", "p"], ["loop", "loop"])
     assert actor.score(["p"], ["fine"]) == [1.0]
 
 
 def test_c_code_ends_its_process_and_is_not_called_again(ray_cluster: Any, module: Path) -> None:
-    """Ray starts the worker again and repeats the call, as it does for any death; the worker then refuses it."""
+    """Ray starts the worker again and repeats the call, as it does for any death; the worker then
+    refuses it.
+    """
     config = RewardConfig(function=f"{module.stem}:score", timeout_seconds=0.5)
     environment = {"env_vars": {"PYTHONPATH": ":".join([str(module.parent), *sys.path])}}
     remote: Any = ray_cluster.remote(concurrency_groups={GROUP: 1})(RewardActor)
-    actor = remote.options(num_cpus=0, max_restarts=2, max_task_retries=2, runtime_env=environment).remote(config)
+    actor = remote.options(
+        num_cpus=0, max_restarts=2, max_task_retries=2, runtime_env=environment
+    ).remote(config)
     ray_cluster.get(actor.start.remote())
-    with pytest.raises(RewardError, match=r"took longer than 0\.5 s and could not be interrupted(?s:.*)in score"):
+    with pytest.raises(
+        RewardError, match=r"took longer than 0\.5 s and could not be interrupted(?s:.*)in score"
+    ):
         ray_cluster.get(actor.score.remote(["p"], ["stuck"]), timeout=60)
     assert module.with_suffix(".calls").read_text() == "x"
     ray_cluster.kill(actor)

@@ -1,4 +1,6 @@
-"""The transformers engine against the trainer: cached and padded where that gives the model's own logits, else whole sequences alone."""
+"""The transformers engine against the trainer: cached and padded where that gives the model's own
+logits, else whole sequences alone.
+"""
 
 from pathlib import Path
 
@@ -27,11 +29,17 @@ from raywarp.rollout.transformers_engine import TransformersEngine
         ("RWKV", False),
     ],
 )
-def test_sampled_and_scored_logprobs_are_the_trainers(name: str, cached: bool, tmp_path: Path) -> None:
+def test_sampled_and_scored_logprobs_are_the_trainers(
+    name: str, cached: bool, tmp_path: Path
+) -> None:
     family = FAMILIES[name]
     save_model(family, tmp_path)
     tree = {"engine": "transformers", "max_new_tokens": 12, "temperature": 1.0, "ignore_eos": True}
-    engine = TransformersEngine(EngineSettings(str(tmp_path), "float32", 92, 2, parse_config({"rollout": tree}).rollout, gpu=False))
+    engine = TransformersEngine(
+        EngineSettings(
+            str(tmp_path), "float32", 92, 2, parse_config({"rollout": tree}).rollout, gpu=False
+        )
+    )
     assert engine.cached == cached
     prompts = engine_prompts(family.build(), 12)
     (completions,) = engine.sample([Request(prompts, list(range(len(prompts))), SFT)])
@@ -39,6 +47,9 @@ def test_sampled_and_scored_logprobs_are_the_trainers(name: str, cached: bool, t
     (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)
     own = model.logprobs(part, model.states(part, []), 1.0)[part.completions.argsort()]
     torch.testing.assert_close(batch.sampler_logprobs, own, rtol=0, atol=1e-4)
-    whole = [[*prompt, *completion.token_ids] for prompt, completion in zip(prompts, completions, strict=True)]
+    whole = [
+        [*prompt, *completion.token_ids]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     (scored,) = engine.logprobs([Request(whole, [0] * len(whole), SFT)])
     torch.testing.assert_close(torch.tensor([row[-12:] for row in scored]), own, rtol=0, atol=1e-4)

@@ -1,4 +1,6 @@
-"""A layer with adapters beside its weight: rows are found by their bits, tokens get their own adapter, and the sum is rounded once."""
+"""A layer with adapters beside its weight: rows are found by their bits, tokens get their own
+adapter, and the sum is rounded once.
+"""
 
 from collections.abc import Iterator
 
@@ -24,7 +26,9 @@ def numbers(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
 
 
 def factors(d_out: int, d_in: int, rank: int, seed: int, size: float = 0.3) -> Factors:
-    return Factors(numbers(d_out, rank, seed=seed, size=size), numbers(rank, d_in, seed=seed + 100, size=size))
+    return Factors(
+        numbers(d_out, rank, seed=seed, size=size), numbers(rank, d_in, seed=seed + 100, size=size)
+    )
 
 
 def everybody(slot: int) -> None:
@@ -35,9 +39,18 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
     """q, k and v in one layer, q's heads of 4 rows in another order, as engines keep them."""
     q, k, v = numbers(8, D_IN, seed=1), numbers(4, D_IN, seed=2), numbers(4, D_IN, seed=3)
     layer = Product(torch.cat([q[4:], q[:4], k, v]))
-    layer.find({name: ModuleRows.of(weight, 1) for name, weight in {"k": k, "q": q, "v": v, "other": numbers(8, D_IN, seed=9)}.items()}, 0)
+    layer.find(
+        {
+            name: ModuleRows.of(weight, 1)
+            for name, weight in {"k": k, "q": q, "v": v, "other": numbers(8, D_IN, seed=9)}.items()
+        },
+        0,
+    )
     assert layer.shares.keys() == {"q", "k", "v"}
-    adapter = {"q": factors(8, D_IN, 2, 1), "v": factors(4, D_IN, 3, 2)}  # nothing on k; ranks differ
+    adapter = {
+        "q": factors(8, D_IN, 2, 1),
+        "v": factors(4, D_IN, 3, 2),
+    }  # nothing on k; ranks differ
     assert layer.take([adapter]) is None
     everybody(0)
     x = numbers(TOKENS, D_IN, seed=4)
@@ -45,12 +58,16 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
     expected = x @ torch.cat([changed["q"][4:], changed["q"][:4], k, changed["v"]]).T
     torch.testing.assert_close(layer(x, torch.empty(0), None), expected, rtol=1e-5, atol=1e-5)
     everybody(NO_ADAPTER)
-    torch.testing.assert_close(layer(x, torch.empty(0), None), x @ torch.cat([q[4:], q[:4], k, v]).T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x, torch.empty(0), None), x @ torch.cat([q[4:], q[:4], k, v]).T, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_token_has_its_own_adapter(dtype: torch.dtype) -> None:
-    """Rows of one pass: two adapters of unequal rank, and none; each as in a pass of its own, and a bias with all of them."""
+    """Rows of one pass: two adapters of unequal rank, and none; each as in a pass of its own, and a
+    bias with all of them.
+    """
     weight, bias = numbers(16, D_IN, seed=1).to(dtype), numbers(16, seed=2).to(dtype)
     layer = Product(weight)
     layer.find({"up": ModuleRows.of(weight, 1)}, 0)
@@ -65,11 +82,15 @@ def test_each_token_has_its_own_adapter(dtype: torch.dtype) -> None:
     PASS.only, PASS.slots = None, slots
     mixed = layer(x, torch.empty(0), bias)
     expected = torch.stack([alone[int(slot)][n] for n, slot in enumerate(slots)])
-    torch.testing.assert_close(mixed, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5)
+    torch.testing.assert_close(
+        mixed, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5
+    )
 
 
 def test_a_change_below_half_a_step_of_the_product_is_kept_on_average() -> None:
-    """bfloat16: δ is a thousandth of y. The layer's own outputs, regressed on the exact δ, have slope 1; merged weights have less."""
+    """bfloat16: δ is a thousandth of y. The layer's own outputs, regressed on the exact δ, have
+    slope 1; merged weights have less.
+    """
     weight = numbers(256, D_IN, seed=1).bfloat16()
     adapter = factors(256, D_IN, 4, 5, size=0.02)
     layer = Product(weight)

@@ -1,4 +1,6 @@
-"""Which files are a model's own, and that a good model of any family is accepted with all its tensors and a poor one refused."""
+"""Which files are a model's own, and that a good model of any family is accepted with all its
+tensors and a poor one refused.
+"""
 
 import hashlib
 import json
@@ -37,7 +39,14 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+EYES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def llama(**changes: Any) -> Any:
@@ -49,22 +58,34 @@ def gpt2(kind: str) -> Any:
 
 
 def qwen3_moe() -> Any:
-    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    sizes = {
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+    }
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SHAPE, **sizes))
 
 
 def gemma3_with_eyes() -> Any:
     text = transformers.Gemma3TextConfig(**SHAPE, head_dim=16).to_dict()
-    return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=EYES))
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=EYES)
+    )
 
 
-FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {  # a model, and one of the names that its file has
+FAMILIES: dict[
+    str, tuple[Callable[[], Any], str]
+] = {  # a model, and one of the names that its file has
     "llama": (llama, "model.layers.1.mlp.up_proj.weight"),
     "llama, tied": (partial(llama, tie_word_embeddings=True), "model.embed_tokens.weight"),
     "gpt2": (partial(gpt2, "GPT2LMHeadModel"), "transformer.wte.weight"),
     "gpt2, the bare backbone": (partial(gpt2, "GPT2Model"), "h.0.attn.c_attn.weight"),
     "qwen3-moe, an expert's": (qwen3_moe, "model.layers.0.mlp.experts.1.up_proj.weight"),
-    "qwen3-moe, the last expert's": (qwen3_moe, "model.layers.1.mlp.experts.3.down_proj.weight"),
+    "qwen3-moe, the last expert's": (
+        qwen3_moe,
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+    ),
     "gemma3, a wrapper": (gemma3_with_eyes, "language_model.model.norm.weight"),
 }
 
@@ -81,17 +102,24 @@ def check(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> Non
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_accepted_whole_and_refused_with_the_name_of_what_is_missing(tmp_path: Path, name: str) -> None:
+def test_every_family_is_accepted_whole_and_refused_with_the_name_of_what_is_missing(
+    tmp_path: Path, name: str
+) -> None:
     build, tensor = FAMILIES[name]
     torch.manual_seed(0)
     build().save_pretrained(tmp_path)
     check(tmp_path)
-    assert all(p.device.type == "cpu" for p in load_model(AutoModelForCausalLM, str(tmp_path), "model").parameters())
+    assert all(
+        p.device.type == "cpu"
+        for p in load_model(AutoModelForCausalLM, str(tmp_path), "model").parameters()
+    )
     whole = (tmp_path / "model.safetensors").read_bytes()
     changed(tmp_path, lambda held: held.pop(tensor))
     last = tensor.rpartition("model.")[2]
     for work in (check, lambda folder: load_model(AutoModelForCausalLM, str(folder), "model")):
-        if ".experts." in tensor and work is not check:  # the loader knows the fused tensor only, and does not name it
+        if (
+            ".experts." in tensor and work is not check
+        ):  # the loader knows the fused tensor only, and does not name it
             last = "experts, do not fit together|experts.down_proj has the shape"
         with pytest.raises(ConfigError, match=last):
             work(tmp_path)
@@ -102,28 +130,45 @@ def test_every_family_is_accepted_whole_and_refused_with_the_name_of_what_is_mis
 
 
 def test_a_whole_expert_that_is_missing_is_named(tmp_path: Path) -> None:
-    for expert, said in ((1, r"lacks the tensor model\.layers\.0\.mlp\.experts\.1\."), (3, r"experts\.\w+ has the shape \(3, 32")):
+    for expert, said in (
+        (1, r"lacks the tensor model\.layers\.0\.mlp\.experts\.1\."),
+        (3, r"experts\.\w+ has the shape \(3, 32"),
+    ):
         qwen3_moe().save_pretrained(tmp_path)
         part = f"layers.0.mlp.experts.{expert}."
-        changed(tmp_path, lambda held, part=part: [held.pop(name) for name in list(held) if part in name])
+        changed(
+            tmp_path,
+            lambda held, part=part: [held.pop(name) for name in list(held) if part in name],
+        )
         with pytest.raises(ConfigError, match=said):
             check(tmp_path)
 
 
 def test_two_embeddings_that_are_one_must_be_equal(tmp_path: Path) -> None:
     llama(tie_word_embeddings=True).save_pretrained(tmp_path)
-    changed(tmp_path, lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))
+    changed(
+        tmp_path,
+        lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}),
+    )
     check(tmp_path)
     load_model(AutoModelForCausalLM, str(tmp_path), "model")
     changed(tmp_path, lambda held: held["lm_head.weight"].neg_())
     for work in (check, lambda folder: load_model(AutoModelForCausalLM, str(folder), "model")):
-        with pytest.raises(ConfigError, match=r"differ, and tie_word_embeddings in config\.json says that they are one"):
+        with pytest.raises(
+            ConfigError,
+            match=r"differ, and tie_word_embeddings in config\.json says that they are one",
+        ):
             work(tmp_path)
 
 
 def test_the_embedded_models_are_whole() -> None:
     check(Path(embedded.resolve(SMOLLM2)))
-    check(Path(embedded.resolve(MINILM)), AutoModelForSequenceClassification, new_head=True, num_labels=1)
+    check(
+        Path(embedded.resolve(MINILM)),
+        AutoModelForSequenceClassification,
+        new_head=True,
+        num_labels=1,
+    )
 
 
 def test_a_backbone_gets_a_new_head_and_nothing_else(tmp_path: Path) -> None:
@@ -131,10 +176,17 @@ def test_a_backbone_gets_a_new_head_and_nothing_else(tmp_path: Path) -> None:
     for build in (llama, partial(gpt2, "GPT2Model"), qwen3_moe):
         build().save_pretrained(tmp_path)
         check(tmp_path, AutoModelForSequenceClassification, **new)
-        assert load_model(AutoModelForSequenceClassification, str(tmp_path), "model", **new).config.num_labels == 1
+        assert (
+            load_model(
+                AutoModelForSequenceClassification, str(tmp_path), "model", **new
+            ).config.num_labels
+            == 1
+        )
         with pytest.raises(ConfigError, match=r"lacks the tensor score\.weight"):
             check(tmp_path, AutoModelForSequenceClassification, num_labels=1)
-    five = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SHAPE, num_labels=5, pad_token_id=2))
+    five = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**SHAPE, num_labels=5, pad_token_id=2)
+    )
     five.save_pretrained(tmp_path)  # a head of another shape gives way to a new one
     check(tmp_path, AutoModelForSequenceClassification, **new)
     changed(tmp_path, lambda held: held.pop("model.norm.weight"))
@@ -152,24 +204,42 @@ def sharded(source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     held = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(held))}
+    places = {
+        name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(held))
+    }
     for file in set(places.values()):
-        save_file({name: held[name] for name in held if places[name] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        save_file(
+            {name: held[name] for name in held if places[name] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     return folder
 
 
 BESIDE = ("consolidated.safetensors", "optimizer.safetensors", "adapter_model.safetensors")
 
 
-def test_what_the_index_names_is_read_and_nothing_beside_it(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_the_index_names_is_read_and_nothing_beside_it(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     single = Path(shutil.copytree(tiny_llama, tmp_path / "single"))
     plain = load_file(single / "model.safetensors")
     for folder in (single, sharded(tiny_llama, tmp_path / "sharded")):
         assert own_files_only(folder, tmp_path / "none") == folder
-        size, width, files = weight_bytes(folder), stored_bytes(str(folder)), [path.name for path in weight_files(folder, "model")]
+        size, width, files = (
+            weight_bytes(folder),
+            stored_bytes(str(folder)),
+            [path.name for path in weight_files(folder, "model")],
+        )
         for name in BESIDE:
-            save_file({f"theirs.{key}": weight.double() for key, weight in plain.items()}, folder / name, metadata={"format": "pt"})
+            save_file(
+                {f"theirs.{key}": weight.double() for key, weight in plain.items()},
+                folder / name,
+                metadata={"format": "pt"},
+            )
         check(folder)
         assert [path.name for path in checkpoint_files(str(folder))] == files
         assert (weight_bytes(folder), stored_bytes(str(folder))) == (size, width)
@@ -178,18 +248,32 @@ def test_what_the_index_names_is_read_and_nothing_beside_it(tiny_llama: Path, tm
         assert all(torch.equal(read[name], plain[name]) for name in plain)
         only = own_files_only(folder, tmp_path / f"own-{folder.name}")
         assert sorted(path.name for path in only.glob("*.safetensors")) == files
-        assert {path.name for path in only.iterdir()} == {path.name for path in folder.iterdir()} - set(BESIDE)
-        delta, checkpoint = trained_model(folder, ("one",)).delta("one"), BaseWeights(read.items, torch.float32)
+        assert {path.name for path in only.iterdir()} == {
+            path.name for path in folder.iterdir()
+        } - set(BESIDE)
+        delta, checkpoint = (
+            trained_model(folder, ("one",)).delta("one"),
+            BaseWeights(read.items, torch.float32),
+        )
         assert {name for name, _ in checkpoint.weights(delta, {})} <= plain.keys()
 
 
-def test_an_index_of_the_single_file_is_fine_and_one_of_lost_files_is_not(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_index_of_the_single_file_is_fine_and_one_of_lost_files_is_not(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    index, names = folder / "model.safetensors.index.json", list(load_file(folder / "model.safetensors"))
+    index, names = (
+        folder / "model.safetensors.index.json",
+        list(load_file(folder / "model.safetensors")),
+    )
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     check(folder)
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
-    with pytest.raises(ConfigError, match=r"lacks model-00001-of-00001\.safetensors, which .* names"):
+    index.write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+    )
+    with pytest.raises(
+        ConfigError, match=r"lacks model-00001-of-00001\.safetensors, which .* names"
+    ):
         checkpoint_files(str(folder))
 
 
@@ -218,7 +302,12 @@ class Answers(BaseHTTPRequestHandler):
         head = {"X-Repo-Commit": "c" * 40}
         folder, name = self.server.folder, self.path.partition("?")[0].rpartition("/")[2]
         if "/tree/" in self.path:
-            data = json.dumps([{"type": "file", "path": path.name, "size": 1, "oid": "0"} for path in folder.iterdir()]).encode()
+            data = json.dumps(
+                [
+                    {"type": "file", "path": path.name, "size": 1, "oid": "0"}
+                    for path in folder.iterdir()
+                ]
+            ).encode()
         elif self.path.startswith("/api/models/me/model"):
             data = json.dumps({"id": "me/model", "sha": "c" * 40}).encode()
         elif not (folder / name).is_file():
@@ -253,7 +342,10 @@ def hub(tmp_path: Path, tiny_llama: Path) -> Iterator[Hub]:
 
 
 def test_of_a_hub_id_only_what_the_index_names_is_fetched(hub: Hub, tmp_path: Path) -> None:
-    code = "from raywarp.rollout.base_weights import checkpoint_files; print(*[path.name for path in checkpoint_files('me/model')])"
+    code = (
+        "from raywarp.rollout.base_weights import checkpoint_files; print(*[path.name for path in"
+        " checkpoint_files('me/model')])"
+    )
     endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
     environment = {
         **os.environ,
@@ -262,7 +354,9 @@ def test_of_a_hub_id_only_what_the_index_names_is_fetched(hub: Hub, tmp_path: Pa
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert done.stdout.split() == shards, done.stderr
     assert sorted(name for name in hub.sent if name.endswith(".safetensors")) == shards

@@ -1,4 +1,6 @@
-"""A WARP run of seconds (tiny Llama, transformers engine), for tests and benchmarks that need many."""
+"""A WARP run of seconds (tiny Llama, transformers engine), for tests and benchmarks that need
+many.
+"""
 
 import hashlib
 import io
@@ -34,7 +36,10 @@ def score(prompts, completions, **columns):
 def make_project(folder: Path) -> Path:
     """A user's folder with a reward module and prompts."""
     (folder / "count_good.py").write_text(REWARD)
-    rows = [{"text": f"{a} {b} {c}", "id": n} for n, (a, b, c) in enumerate(zip(WORDS, WORDS[3:], WORDS[7:], strict=False))]
+    rows = [
+        {"text": f"{a} {b} {c}", "id": n}
+        for n, (a, b, c) in enumerate(zip(WORDS, WORDS[3:], WORDS[7:], strict=False))
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -48,11 +53,29 @@ def tiny_config(project: Path, model: Path, out: str | Path, **changes: Any) -> 
         "prompts": {"dataset": str(project / "prompts.jsonl")},
         "reward": {"function": "count_good:score"},
         "lora": {"rank": 2, "alpha": 4},
-        "warp": {"iterations": 2, "policies": 2, "steps": 6, "ema_rate": 0.2, "liti_rate": 0.5, "kl_coef": 0.02},
+        "warp": {
+            "iterations": 2,
+            "policies": 2,
+            "steps": 6,
+            "ema_rate": 0.2,
+            "liti_rate": 0.5,
+            "kl_coef": 0.02,
+        },
         "optim": {"lr": 0.03, "batch_size": 8, "warmup_steps": 1},
-        "rollout": {"engine": "transformers", "completions_per_prompt": 4, "max_new_tokens": 4, "temperature": 1.0},
+        "rollout": {
+            "engine": "transformers",
+            "completions_per_prompt": 4,
+            "max_new_tokens": 4,
+            "temperature": 1.0,
+        },
         "cluster": {"policy_actors": 1, "threads": 1},
-        "front": {"prompts": 2, "completions_per_prompt": 2, "etas": [0, 0.5, 1], "choose": {"eta": 0.5}, "samples": 2},
+        "front": {
+            "prompts": 2,
+            "completions_per_prompt": 2,
+            "etas": [0, 0.5, 1],
+            "choose": {"eta": 0.5},
+            "samples": 2,
+        },
         "checkpoint_every": 2,
         "kl_to_sft_every": 3,
     }
@@ -76,7 +99,12 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {"halved": halve, "flipped": flip, "emptied": empty, "deleted": Path.unlink}
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "halved": halve,
+    "flipped": flip,
+    "emptied": empty,
+    "deleted": Path.unlink,
+}
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -89,14 +117,26 @@ def as_of_before(run: Path, dtype: str | None = "bfloat16", adapter: str = "merg
     Args:
         dtype, adapter: what it says that its engine had; dtype None: nothing.
     """
-    text = "".join(line for line in (run / "config.yaml").read_text().splitlines(keepends=True) if not line.startswith("#"))
+    text = "".join(
+        line
+        for line in (run / "config.yaml").read_text().splitlines(keepends=True)
+        if not line.startswith("#")
+    )
     text = text.replace("dtype: float32\n", f"dtype: {dtype or 'auto'}\n")
-    (run / "config.yaml").write_text(f"# sha256 of the lines below: {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    rows = [{key: value for key, value in row.items() if key != "sampler"} for row in sealed.read_jsonl(run / "events.jsonl")]
+    (run / "config.yaml").write_text(
+        f"# sha256 of the lines below: {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    )
+    rows = [
+        {key: value for key, value in row.items() if key != "sampler"}
+        for row in sealed.read_jsonl(run / "events.jsonl")
+    ]
     sealed.write_jsonl(run / "events.jsonl", rows)
     if (front := sealed.read_record(run / "front.json")) is not None:
         del front["sampler"]
-        found = {key: {**numerics, "dtype": dtype, "adapter": adapter} for key, numerics in front["numerics"].items()}
+        found = {
+            key: {**numerics, "dtype": dtype, "adapter": adapter}
+            for key, numerics in front["numerics"].items()
+        }
         sealed.write_record(run / "front.json", {**front, "numerics": found if dtype else {}})
     return run
 

@@ -1,1 +1,3 @@
-"""Adapters as files: PEFT's format, tensor files and a model's weight files, and merging from folder to folder."""
+"""Adapters as files: PEFT's format, tensor files and a model's weight files, and merging from
+folder to folder.
+"""

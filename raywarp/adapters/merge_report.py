@@ -1,4 +1,6 @@
-"""What a merge says of itself: a table for the terminal, everything as JSON, and the model card that lies beside the adapter."""
+"""What a merge says of itself: a table for the terminal, everything as JSON, and the model card
+that lies beside the adapter.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +17,20 @@ from raywarp.algorithm.deltas import grouped
 
 _PAIRS_SHOWN = 10  # of M = 5 adapters; the angles of more are put together
 _METHODS = {
-    "slerp": "spherical interpolation (SLERP) of the task vectors, by the recursion of WARP (Ramé et al. 2024, eq. 26)",
+    "slerp": (
+        "spherical interpolation (SLERP) of the task vectors, by the recursion of WARP (Ramé et al."
+        " 2024, eq. 26)"
+    ),
     "lerp": "the plain mean (LERP)",
     "karcher": "the Karcher mean of the task vectors' directions, at the mean of their norms",
     "ema": "an exponential moving average over the adapters as checkpoints, the oldest first",
     "liti": "linear interpolation towards the initialisation (LITI)",
 }
-_ANGLES = {"block": "one angle per transformer block", "tensor": "one angle per weight", "global": "one angle for the whole model"}
+_ANGLES = {
+    "block": "one angle per transformer block",
+    "tensor": "one angle per weight",
+    "global": "one angle for the whole model",
+}
 
 
 def merge_table(merge: Merge) -> Lines:
@@ -34,12 +43,19 @@ def merge_table(merge: Merge) -> Lines:
     if recipe.rank or recipe.energy:
         rows["retained norm"] = [block.retained for block in blocks]
     base = first.like().base_model or "an unnamed base"
-    title = f"{recipe.method} of {len(recipe.adapters)} adapters, {len(first.shapes)} modules in {len(blocks)} blocks of {base}"
+    title = (
+        f"{recipe.method} of {len(recipe.adapters)} adapters, {len(first.shapes)} modules in"
+        f" {len(blocks)} blocks of {base}"
+    )
     return Lines(title, _spread_table(rows))
 
 
-def inspect_table(files: Sequence[AdapterFile], groups: Mapping[str, Group], policies: int) -> Lines:
-    """One row per adapter, then norms and angles of the first `policies` of them (the rest is the init)."""
+def inspect_table(
+    files: Sequence[AdapterFile], groups: Mapping[str, Group], policies: int
+) -> Lines:
+    """One row per adapter, then norms and angles of the first `policies` of them (the rest is the
+    init).
+    """
     table = Table(box=None, pad_edge=False)
     for name in ("adapter", "rank", "alpha", "modules", "blocks", "targets", "base"):
         table.add_column(name, overflow="fold")
@@ -47,16 +63,25 @@ def inspect_table(files: Sequence[AdapterFile], groups: Mapping[str, Group], pol
         facts = adapter_facts(file)
         label = f"{number}" if number <= policies else "init"
         table.add_row(
-            f"{label}: {file.name}", *(str(facts[key]) for key in ("rank", "alpha", "modules", "blocks", "targets", "base_model"))
+            f"{label}: {file.name}",
+            *(
+                str(facts[key])
+                for key in ("rank", "alpha", "modules", "blocks", "targets", "base_model")
+            ),
         )
     return Lines(table, "", _spread_table(_geometry_rows(groups, policies)))
 
 
 def adapter_facts(file: AdapterFile) -> dict[str, Any]:
-    """What an adapter's header says. rank: one number or "least to largest"; alpha likewise, rsLoRA noted."""
+    """What an adapter's header says. rank: one number or "least to largest"; alpha likewise, rsLoRA
+    noted.
+    """
     ranks = [rank for _, rank, _ in file.shapes.values()]
     root = bool(file.config.get("use_rslora"))
-    alphas = [file.scalings[module] * (math.sqrt(rank) if root else rank) for module, (_, rank, _) in file.shapes.items()]
+    alphas = [
+        file.scalings[module] * (math.sqrt(rank) if root else rank)
+        for module, (_, rank, _) in file.shapes.items()
+    ]
     return {
         "name": file.name,
         "rank": _span(ranks),
@@ -78,17 +103,29 @@ def merge_json(merge: Merge) -> dict[str, Any]:
         "liti_rate": recipe.liti_rate,
         "granularity": recipe.granularity,
         "groups": groups_json(merge.groups, len(recipe.adapters)),
-        "blocks": {name: {"norm": block.norm, "rank": block.rank, "retained": block.retained} for name, block in merge.blocks.items()},
+        "blocks": {
+            name: {"norm": block.norm, "rank": block.rank, "retained": block.retained}
+            for name, block in merge.blocks.items()
+        },
     }
 
 
 def groups_json(groups: Mapping[str, Group], count: int) -> dict[str, Any]:
-    """Group → norms of the task vectors, angles in degrees by pair ("1-2"), and coefficients where something was merged."""
+    """Group → norms of the task vectors, angles in degrees by pair ("1-2"), and coefficients where
+    something was merged.
+    """
     pairs = [f"{i}-{j}" for i, j in combinations(range(1, count + 1), 2)]
     rows: dict[str, Any] = {}
     for name, group in groups.items():
-        angles = {pair: None if math.isnan(angle) else angle for pair, angle in zip(pairs, group.angles, strict=True)}
-        rows[name] = {"norms": group.norms, "angles": angles, **({"coefficients": group.coefficients} if group.coefficients else {})}
+        angles = {
+            pair: None if math.isnan(angle) else angle
+            for pair, angle in zip(pairs, group.angles, strict=True)
+        }
+        rows[name] = {
+            "norms": group.norms,
+            "angles": angles,
+            **({"coefficients": group.coefficients} if group.coefficients else {}),
+        }
     return rows
 
 
@@ -119,7 +156,10 @@ def merge_card(merge: Merge) -> str:
         "",
     ]
     lines += [
-        "Averages are taken of ΔW = s·B·A, never of A and B apart: the factors are concatenated, [c₁B₁ … c_MB_M]·[A₁; …; A_M],",
+        (
+            "Averages are taken of ΔW = s·B·A, never of A and B apart: the factors are"
+            " concatenated, [c₁B₁ … c_MB_M]·[A₁; …; A_M],"
+        ),
         "with the scaling and the coefficients c folded into B (`lora_alpha` equals `r`).",
         "",
         "|  | least | median | largest |",
@@ -130,7 +170,13 @@ def merge_card(merge: Merge) -> str:
     rows["retained norm"] = [block.retained for block in merge.blocks.values()]
     lines += [f"| {name} | {' | '.join(_spread(values))} |" for name, values in rows.items()]
     model = base or "the base model"
-    lines += ["", "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    lines += [
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+    ]
     lines += [
         f'model = AutoModelForCausalLM.from_pretrained("{model}")',
         'model = PeftModel.from_pretrained(model, "this folder")',
@@ -143,9 +189,14 @@ def merge_card(merge: Merge) -> str:
 def _inputs(merge: Merge) -> list[str]:
     recipe = merge.recipe
     weights = recipe.weights or (None,) * len(recipe.adapters)
-    names = [*(f"θ_{number}" for number in range(1, len(recipe.adapters) + 1)), *(["θ_init"] if recipe.init else [])]
+    names = [
+        *(f"θ_{number}" for number in range(1, len(recipe.adapters) + 1)),
+        *(["θ_init"] if recipe.init else []),
+    ]
     lines = ["|  | adapter | rank | weight |", "|---|---|---|---|"]
-    for name, file, weight in zip(names, merge.files, [*weights, *([None] if recipe.init else [])], strict=True):
+    for name, file, weight in zip(
+        names, merge.files, [*weights, *([None] if recipe.init else [])], strict=True
+    ):
         shown = "" if name == "θ_init" else "equal" if weight is None else f"{weight:g}"
         lines.append(f"| {name} | {file.name} | {adapter_facts(file)['rank']} | {shown} |")
     return lines
@@ -158,11 +209,19 @@ def _how(recipe: Recipe, merge: Merge) -> list[str]:
     if recipe.ema_rate is not None:
         lines.append(f"- EMA rate μ: {recipe.ema_rate:g}")
     if recipe.liti_rate != 1:
-        lines.append(f"- LITI rate η: {recipe.liti_rate:g} of the way from the initialisation to the merge")
+        lines.append(
+            f"- LITI rate η: {recipe.liti_rate:g} of the way from the initialisation to the merge"
+        )
     if recipe.rank or recipe.energy:
-        limit = f"rank {recipe.rank}" if recipe.rank else f"{recipe.energy:g} of each module's squared norm"
+        limit = (
+            f"rank {recipe.rank}"
+            if recipe.rank
+            else f"{recipe.energy:g} of each module's squared norm"
+        )
         least = min(block.retained for block in merge.blocks.values())
-        lines.append(f"- truncated by SVD to {limit}: at least {least:.4f} of each block's norm is retained")
+        lines.append(
+            f"- truncated by SVD to {limit}: at least {least:.4f} of each block's norm is retained"
+        )
     else:
         lines.append("- not truncated: the rank is the sum of the ranks")
     return [*lines, f"- dtype: {recipe.dtype}"]
@@ -171,9 +230,16 @@ def _how(recipe: Recipe, merge: Merge) -> list[str]:
 def _geometry_rows(groups: Mapping[str, Group], count: int) -> dict[str, list[float]]:
     rows = {f"norm {m + 1}": [group.norms[m] for group in groups.values()] for m in range(count)}
     pairs = list(combinations(range(1, count + 1), 2))
-    angles = {f"angle {i}-{j}, degrees": [group.angles[n] for group in groups.values()] for n, (i, j) in enumerate(pairs)}
+    angles = {
+        f"angle {i}-{j}, degrees": [group.angles[n] for group in groups.values()]
+        for n, (i, j) in enumerate(pairs)
+    }
     if len(pairs) > _PAIRS_SHOWN:
-        angles = {"angles of all pairs, degrees": [angle for group in groups.values() for angle in group.angles]}
+        angles = {
+            "angles of all pairs, degrees": [
+                angle for group in groups.values() for angle in group.angles
+            ]
+        }
     return rows | angles
 
 
@@ -190,7 +256,11 @@ def _spread_table(rows: Mapping[str, Sequence[float]]) -> Table:
 def _spread(values: Sequence[float]) -> list[str]:
     """Least, median and largest; angles with zero vectors are left out."""
     known = [value for value in values if not math.isnan(value)]
-    return [f"{value:.4g}" for value in (min(known), median(known), max(known))] if known else ["-"] * 3
+    return (
+        [f"{value:.4g}" for value in (min(known), median(known), max(known))]
+        if known
+        else ["-"] * 3
+    )
 
 
 def _span(values: Sequence[float]) -> str:

@@ -1,7 +1,9 @@
-"""Adapters merged from folder to folder, block by block: the averages of averaging.py on files too large to hold.
+"""Adapters merged from folder to folder, block by block: the averages of averaging.py on files too
+large to hold.
 
-Every method is θ_init + η·Σ c_m (θ_m − θ_init), with weights c of each group of modules that share an angle. A block is read
-(mmap), its Gram matrix taken, its factors weighted and written; so memory grows with the largest block, not with the model.
+Every method is θ_init + η·Σ c_m (θ_m − θ_init), with weights c of each group of modules that share
+an angle. A block is read (mmap), its Gram matrix taken, its factors weighted and written; so memory
+grows with the largest block, not with the model.
 """
 
 import math
@@ -19,13 +21,24 @@ from raywarp.adapters.peft import AdapterFile, AdapterWriter
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE
 from raywarp.adapters.recipe import Block, Group, Merge, Recipe
 from raywarp.algorithm import averaging
-from raywarp.algorithm.deltas import AdapterError, Granularity, Stack, check_same_sizes, difference, group_of, grouped, shrink
+from raywarp.algorithm.deltas import (
+    AdapterError,
+    Granularity,
+    Stack,
+    check_same_sizes,
+    difference,
+    group_of,
+    grouped,
+    shrink,
+)
 from raywarp.storage import sealed
 
 _READERS = 2  # threads that read the next block while one is written
 
 
-def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_different_bases: bool = False) -> Merge:
+def merge(
+    recipe: Recipe, out: str | Path, overwrite: bool = False, allow_different_bases: bool = False
+) -> Merge:
     """Write the merged adapter to the folder `out`, with a model card that says how it was made.
 
     Args:
@@ -33,12 +46,14 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
         allow_different_bases: do not compare the names of the adapters' base models.
 
     Raises:
-        AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each other, vectors without a mean,
-            or an `out` that is in use. Nothing is left half-written.
+        AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each
+            other, vectors without a mean, or an `out` that is in use. Nothing is left half-written.
     """
     from raywarp.adapters.merge_report import merge_card
 
-    files = open_adapters([*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases)
+    files = open_adapters(
+        [*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases
+    )
     with _new_adapter(Path(out), overwrite) as folder:
         done = _write(recipe, files, folder)
         (folder / "README.md").write_text(merge_card(done))
@@ -46,7 +61,10 @@ def merge(recipe: Recipe, out: str | Path, overwrite: bool = False, allow_differ
 
 
 def inspect(
-    adapters: Sequence[str], init: str | None = None, granularity: Granularity = "block", allow_different_bases: bool = False
+    adapters: Sequence[str],
+    init: str | None = None,
+    granularity: Granularity = "block",
+    allow_different_bases: bool = False,
 ) -> tuple[list[AdapterFile], dict[str, Group]]:
     """The adapters' headers, and norms and angles of their task vectors per group. Writes nothing.
 
@@ -55,19 +73,24 @@ def inspect(
     """
     files = open_adapters([*adapters, *([init] if init else [])], allow_different_bases)
     measured = _gram_matrices(files, bool(init), granularity)
-    return files, {group: Group(**averaging.norms_and_angles(own)) for group, own in measured.items()}
+    return files, {
+        group: Group(**averaging.norms_and_angles(own)) for group, own in measured.items()
+    }
 
 
 def open_adapters(sources: Sequence[str], allow_different_bases: bool = False) -> list[AdapterFile]:
     """Raises AdapterError unless all can be read and change the same weights of one base model."""
     files = [AdapterFile(source) for source in sources]
     check_same_sizes([file.sizes for file in files], [file.name for file in files])
-    named = [(file.like().base_model.rstrip("/"), file.name) for file in files if file.like().base_model]
+    named = [
+        (file.like().base_model.rstrip("/"), file.name) for file in files if file.like().base_model
+    ]
     other = next((pair for pair in named if pair[0] != named[0][0]), None)
     if other and not allow_different_bases:
         raise AdapterError(
-            f"{named[0][1]} is of base model {named[0][0]} and {other[1]} of {other[0]}: only adapters of one base can be averaged "
-            "(--allow-different-bases if both names mean the same weights)"
+            f"{named[0][1]} is of base model {named[0][0]} and {other[1]} of {other[0]}: only"
+            " adapters of one base can be averaged (--allow-different-bases if both names mean the"
+            " same weights)"
         )
     return files
 
@@ -75,20 +98,36 @@ def open_adapters(sources: Sequence[str], allow_different_bases: bool = False) -
 def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
     groups: dict[str, Group] = {}
     blocks: dict[str, Block] = {}
-    whole = _gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
+    whole = (
+        _gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
+    )
     like = next((file for file in files if file.like().base_model), files[0]).like()
-    with AdapterWriter(folder, like, _largest_shapes(recipe, files), getattr(torch, recipe.dtype)) as writer:
+    with AdapterWriter(
+        folder, like, _largest_shapes(recipe, files), getattr(torch, recipe.dtype)
+    ) as writer:
         for block, stacks, grams in _read_blocks(files):
-            for group, own in (whole or _group_grams(files, stacks, grams, bool(recipe.init), recipe.granularity)).items():
+            for group, own in (
+                whole or _group_grams(files, stacks, grams, bool(recipe.init), recipe.granularity)
+            ).items():
                 if group not in groups:
-                    groups[group] = Group(**averaging.norms_and_angles(own), coefficients=recipe.coefficients(group, own))
-            weights = {module: _weights(recipe, groups[group_of(module, recipe.granularity)].coefficients) for module in stacks}
+                    groups[group] = Group(
+                        **averaging.norms_and_angles(own),
+                        coefficients=recipe.coefficients(group, own),
+                    )
+            weights = {
+                module: _weights(recipe, groups[group_of(module, recipe.granularity)].coefficients)
+                for module in stacks
+            }
             blocks[block] = _write_block(recipe, writer, stacks, grams, weights)
     return Merge(recipe, files, groups, blocks)
 
 
 def _write_block(
-    recipe: Recipe, writer: AdapterWriter, stacks: Mapping[str, Stack], grams: Mapping[str, Tensor], weights: Mapping[str, Sequence[float]]
+    recipe: Recipe,
+    writer: AdapterWriter,
+    stacks: Mapping[str, Stack],
+    grams: Mapping[str, Tensor],
+    weights: Mapping[str, Sequence[float]],
 ) -> Block:
     square = kept = 0.0
     rank = 0
@@ -100,7 +139,11 @@ def _write_block(
             merged, kept_here, square_here = shrink(merged, recipe.rank, recipe.energy)
         kept, square, rank = kept + kept_here, square + square_here, max(rank, merged.rank)
         writer.write(module, merged)
-    return Block(norm=math.sqrt(max(square, 0)), retained=math.sqrt(kept / square) if square > 0 else 1.0, rank=rank)
+    return Block(
+        norm=math.sqrt(max(square, 0)),
+        retained=math.sqrt(kept / square) if square > 0 else 1.0,
+        rank=rank,
+    )
 
 
 def _weights(recipe: Recipe, coefficients: Sequence[float]) -> list[float]:
@@ -110,7 +153,9 @@ def _weights(recipe: Recipe, coefficients: Sequence[float]) -> list[float]:
 
 
 class _Read(NamedTuple):
-    """One block in memory: module → all files' factors side by side, and module → their Gram matrix."""
+    """One block in memory: module → all files' factors side by side, and module → their Gram
+    matrix.
+    """
 
     name: str
     stacks: dict[str, Stack]
@@ -118,14 +163,21 @@ class _Read(NamedTuple):
 
 
 def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[_Read]:
-    """Block by block, the next one read by other threads while one is worked on. A block's stacks are valid until the next is asked for.
+    """Block by block, the next one read by other threads while one is worked on. A block's stacks
+    are valid until the next is asked for.
 
-    Each operation stays in one thread: operations this small would wait for each other more than they compute.
+    Each operation stays in one thread: operations this small would wait for each other more than
+    they compute.
     """
-    counts = {module: sum(f.shapes[module][1] for f in files) * (d_out + d_in) for module, (d_out, d_in) in files[0].sizes.items()}
+    counts = {
+        module: sum(f.shapes[module][1] for f in files) * (d_out + d_in)
+        for module, (d_out, d_in) in files[0].sizes.items()
+    }
     blocks = grouped(counts)
     largest = max(sum(counts[module] for module in modules) for modules in blocks.values())
-    memories = torch.empty(2, largest)  # used in turn: new memory for every block would have to be paged in first
+    memories = torch.empty(
+        2, largest
+    )  # used in turn: new memory for every block would have to be paged in first
 
     def read(module: str, memory: Tensor) -> tuple[Stack, Tensor]:
         parts = [file.read(module) for file in files]
@@ -136,16 +188,27 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
         return stack, stack.gram(exact)
 
     def start(block: str, memory: Tensor) -> dict[str, Future[tuple[Stack, Tensor]]]:
-        places = memory[: sum(counts[module] for module in blocks[block])].split([counts[module] for module in blocks[block]])
-        return {module: pool.submit(read, module, place) for module, place in zip(blocks[block], places, strict=True)}
+        places = memory[: sum(counts[module] for module in blocks[block])].split(
+            [counts[module] for module in blocks[block]]
+        )
+        return {
+            module: pool.submit(read, module, place)
+            for module, place in zip(blocks[block], places, strict=True)
+        }
 
     with _single_threaded_operations(), ThreadPoolExecutor(_READERS) as pool:
         under_way = start(next(iter(blocks)), memories[0])
-        for number, (block, following) in enumerate(zip(blocks, [*list(blocks)[1:], None], strict=True), start=1):
+        for number, (block, following) in enumerate(
+            zip(blocks, [*list(blocks)[1:], None], strict=True), start=1
+        ):
             results = {module: future.result() for module, future in under_way.items()}
             if following is not None:
                 under_way = start(following, memories[number % 2])
-            yield _Read(block, {m: stack for m, (stack, _) in results.items()}, {m: gram for m, (_, gram) in results.items()})
+            yield _Read(
+                block,
+                {m: stack for m, (stack, _) in results.items()},
+                {m: gram for m, (_, gram) in results.items()},
+            )
 
 
 @contextmanager
@@ -158,7 +221,9 @@ def _single_threaded_operations() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _gram_matrices(files: Sequence[AdapterFile], has_init: bool, granularity: Granularity) -> dict[str, Tensor]:
+def _gram_matrices(
+    files: Sequence[AdapterFile], has_init: bool, granularity: Granularity
+) -> dict[str, Tensor]:
     """Group → Gram matrix of the task vectors, block by block over whole files."""
     totals: dict[str, Tensor] = {}
     # A sum over blocks cannot be refined afterwards: `global` multiplies in float64 at once.
@@ -169,12 +234,17 @@ def _gram_matrices(files: Sequence[AdapterFile], has_init: bool, granularity: Gr
 
 
 def _group_grams(
-    files: Sequence[AdapterFile], stacks: Mapping[str, Stack], grams: Mapping[str, Tensor], has_init: bool, granularity: Granularity
+    files: Sequence[AdapterFile],
+    stacks: Mapping[str, Stack],
+    grams: Mapping[str, Tensor],
+    has_init: bool,
+    granularity: Granularity,
 ) -> dict[str, Tensor]:
     """Group → (M, M) Gram matrix of the task vectors in one block's modules.
 
     Args:
-        grams: module → Gram matrix of its stack, which is that of the task vectors where there is no init.
+        grams: module → Gram matrix of its stack, which is that of the task vectors where there is
+            no init.
     """
     if has_init:
         stacks = {module: _task_vectors(stack) for module, stack in stacks.items()}
@@ -182,7 +252,9 @@ def _group_grams(
     result = {}
     for group, modules in grouped(stacks, granularity).items():
         quick = torch.stack([grams[module] for module in modules]).sum(0)
-        result[group] = averaging.refined(quick, partial(averaging.summed_gram, [stacks[module] for module in modules]))
+        result[group] = averaging.refined(
+            quick, partial(averaging.summed_gram, [stacks[module] for module in modules])
+        )
         if not bool(result[group].isfinite().all()):
             for file in files:
                 file.require_finite(modules)
@@ -195,7 +267,9 @@ def _task_vectors(stack: Stack) -> Stack:
     return Stack.of([difference(policy, init) for policy in policies])
 
 
-def _largest_shapes(recipe: Recipe, files: Sequence[AdapterFile]) -> dict[str, tuple[int, int, int]]:
+def _largest_shapes(
+    recipe: Recipe, files: Sequence[AdapterFile]
+) -> dict[str, tuple[int, int, int]]:
     shapes = {}
     for module, (d_out, d_in) in files[0].sizes.items():
         rank = sum(file.shapes[module][1] for file in files)
@@ -207,7 +281,9 @@ def _largest_shapes(recipe: Recipe, files: Sequence[AdapterFile]) -> dict[str, t
 
 @contextmanager
 def _new_adapter(out: Path, overwrite: bool) -> Iterator[Path]:
-    """store.new_files, for an adapter. Raises AdapterError if `out` is in use or cannot be written."""
+    """store.new_files, for an adapter. Raises AdapterError if `out` is in use or cannot be
+    written.
+    """
     out = out.expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise AdapterError(f"{out} is a file; name a folder")

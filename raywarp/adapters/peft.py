@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE, configuration, read_adapter_config, scaling_of, without_factors
+from raywarp.adapters.peft_config import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    configuration,
+    read_adapter_config,
+    scaling_of,
+    without_factors,
+)
 from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
 from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors
 
@@ -25,13 +32,15 @@ class AdapterFile:
     """One PEFT LoRA adapter, open for reading: its configuration, and its factors when asked for.
 
     name: as the user gave it. folder: where it lies.
-    shapes: module → (d_out, r, d_in), in the order of the layers. scalings: module → alpha/r or, for rsLoRA, alpha/√r.
+    shapes: module → (d_out, r, d_in), in the order of the layers. scalings: module → alpha/r or,
+    for rsLoRA, alpha/√r.
 
     Args:
         source: a local folder, or a hub id such as `user/adapter` or `user/adapter@revision`.
 
     Raises:
-        AdapterError: missing or corrupt files, a pickle instead of safetensors, or a variant of LoRA that is not plain B·A.
+        AdapterError: missing or corrupt files, a pickle instead of safetensors, or a variant of
+            LoRA that is not plain B·A.
     """
 
     def __init__(self, source: str | Path):
@@ -43,7 +52,10 @@ class AdapterFile:
             raise AdapterError(str(error)) from None
         self.shapes = _pair_shapes(self._file.path, self._file.shapes)
         try:
-            self.scalings = {module: scaling_of(self.config, module, rank) for module, (_, rank, _) in self.shapes.items()}
+            self.scalings = {
+                module: scaling_of(self.config, module, rank)
+                for module, (_, rank, _) in self.shapes.items()
+            }
         except AdapterError as error:
             raise AdapterError(f"{self.folder}: {error}") from None
 
@@ -57,7 +69,8 @@ class AdapterFile:
         return without_factors(self.config)
 
     def read(self, module: str) -> Factors:
-        """The factors of one module, the scaling folded into B; in float32, or float64 if they are stored so.
+        """The factors of one module, the scaling folded into B; in float32, or float64 if they are
+        stored so.
 
         They may be views of the file: valid until `release`, read again when used later.
         """
@@ -75,7 +88,9 @@ class AdapterFile:
             self._file.release(_tensor_name(module, factor))
 
     def require_finite(self, modules: Iterable[str]) -> None:
-        """Raises AdapterError that names the first of these modules' tensors with a NaN or an infinity, if there is one."""
+        """Raises AdapterError that names the first of these modules' tensors with a NaN or an
+        infinity, if there is one.
+        """
         for module in modules:
             for factor in "AB":
                 name = _tensor_name(module, factor)
@@ -84,17 +99,26 @@ class AdapterFile:
 
 
 class AdapterWriter:
-    """A PEFT adapter that is written module by module, for any rank of each. A context manager; after it, PEFT and vLLM can read it.
+    """A PEFT adapter that is written module by module, for any rank of each. A context manager;
+    after it, PEFT and vLLM can read it.
 
-    The scaling stays folded into B: every module's alpha equals its rank. A module of rank 0 gets one zero column.
+    The scaling stays folded into B: every module's alpha equals its rank. A module of rank 0 gets
+    one zero column.
 
     Args:
         folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced.
         like: the adapter whose base, targets and task the new one has.
-        largest: module → (d_out, r, d_in) of all that will be written, in this order; r is the largest rank that may come.
+        largest: module → (d_out, r, d_in) of all that will be written, in this order; r is the
+            largest rank that may come.
     """
 
-    def __init__(self, folder: Path, like: AdapterDelta, largest: Mapping[str, tuple[int, int, int]], dtype: torch.dtype):
+    def __init__(
+        self,
+        folder: Path,
+        like: AdapterDelta,
+        largest: Mapping[str, tuple[int, int, int]],
+        dtype: torch.dtype,
+    ):
         self.folder, self.like, self._ranks = folder, like, dict[str, int]()
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {}
@@ -106,7 +130,9 @@ class AdapterWriter:
     def __enter__(self) -> "AdapterWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         self._writer.__exit__(kind, error, trace)
         if kind is None:
             text = json.dumps(configuration(self.like, self._ranks), indent=2, sort_keys=True)
@@ -126,7 +152,8 @@ class AdapterWriter:
 
 
 def load_peft(source: str | Path) -> AdapterDelta:
-    """Read a PEFT LoRA adapter, with its scaling (alpha/r or, for rsLoRA, alpha/√r, and their patterns) folded into B.
+    """Read a PEFT LoRA adapter, with its scaling (alpha/r or, for rsLoRA, alpha/√r, and their
+    patterns) folded into B.
 
     Args:
         source: a local folder or a hub id.
@@ -135,7 +162,9 @@ def load_peft(source: str | Path) -> AdapterDelta:
         AdapterError: see AdapterFile.
     """
     file = AdapterFile(source)
-    factors = {module: Factors(*(tensor.clone() for tensor in file.read(module))) for module in file.shapes}
+    factors = {
+        module: Factors(*(tensor.clone() for tensor in file.read(module))) for module in file.shapes
+    }
     return replace(file.like(), factors=factors)
 
 
@@ -164,7 +193,10 @@ def local_folder(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise AdapterError(f"{source} is a file; name the folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")
+        raise AdapterError(
+            f"{source} is a file; name the folder that holds {ADAPTER_CONFIG_FILE} and"
+            f" {ADAPTER_FILE}"
+        )
     name, _, revision = str(source).partition("@")
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise AdapterError(f"{source} is not a PEFT adapter: there is no such folder")
@@ -176,23 +208,35 @@ def local_folder(source: str | Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(f"{source} is no folder here, and the hub did not give it: {reason}") from None
+        raise AdapterError(
+            f"{source} is no folder here, and the hub did not give it: {reason}"
+        ) from None
 
 
 def _tensor_name(module: str, factor: str) -> str:
     return f"{_PREFIX}{module}.lora_{factor}.weight"
 
 
-def _pair_shapes(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int, int]]:
+def _pair_shapes(
+    path: Path, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, int, int]]:
     paired = {}
     for module in sorted(_module_names(path, shapes), key=_by_layer):
         A, B = (shapes.get(_tensor_name(module, factor)) for factor in "AB")
         if A is None or B is None:
-            raise AdapterError(f"{path}: {module} has no matching pair of lora_A and lora_B: lora_{'A' if A is None else 'B'} is missing")
+            raise AdapterError(
+                f"{path}: {module} has no matching pair of lora_A and lora_B:"
+                f" lora_{'A' if A is None else 'B'} is missing"
+            )
         if len(A) != 2 or len(B) != 2:
-            raise AdapterError(f"{path}: the factors of {module} have {max(len(A), len(B))} dimensions: only linear layers are covered")
+            raise AdapterError(
+                f"{path}: the factors of {module} have {max(len(A), len(B))} dimensions: only"
+                " linear layers are covered"
+            )
         if B[1] != A[0] or 0 in (*A, *B):
-            raise AdapterError(f"{path}: {module} has no matching pair of lora_A {tuple(A)} and lora_B {tuple(B)}")
+            raise AdapterError(
+                f"{path}: {module} has no matching pair of lora_A {tuple(A)} and lora_B {tuple(B)}"
+            )
         paired[module] = (B[0], A[0], A[1])
     if not paired:
         raise AdapterError(f"{path} holds no LoRA factors")
@@ -204,7 +248,10 @@ def _module_names(path: Path, tensors: Iterable[str]) -> list[str]:
     for key in tensors:
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", key)
         if match is None:
-            reason = next((why for part, why in _ODD_TENSORS.items() if part in key), "it is not a factor of a linear layer")
+            reason = next(
+                (why for part, why in _ODD_TENSORS.items() if part in key),
+                "it is not a factor of a linear layer",
+            )
             raise AdapterError(f"{path}: tensor {key} cannot be averaged: {reason}")
         names[match.group(1)] = None
     return list(names)

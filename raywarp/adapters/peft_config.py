@@ -1,6 +1,7 @@
 """PEFT's adapter_config.json: what of it can be averaged exactly, and what a merged adapter's says.
 
-Everything that is not plain ΔW = s·B·A is refused by name. PEFT itself is not imported: that costs 200 MB and two seconds.
+Everything that is not plain ΔW = s·B·A is refused by name. PEFT itself is not imported: that costs
+200 MB and two seconds.
 """
 
 import json
@@ -31,9 +32,17 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA's variational parts are not part of B·A",
     "arrow_config": "Arrow routes between adapters",
 }
-# These ways to begin write to the base weights, so that B·A is a change of another base than the one named.
+# These ways to begin write to the base weights, so that B·A is a change of another base than the
+# one named.
 _OTHER_BASE = re.compile(r"(pissa|olora|corda|loftq)", re.IGNORECASE)
-_CARRIED = ("task_type", "revision", "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping")
+_CARRIED = (
+    "task_type",
+    "revision",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "auto_mapping",
+)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -42,7 +51,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG_FILE}")
     if not (folder / ADAPTER_FILE).is_file():
         pickle = (folder / "adapter_model.bin").is_file()
-        why = "adapter_model.bin is a pickle, which may run code; save it as safetensors" if pickle else f"it has no {ADAPTER_FILE}"
+        why = (
+            "adapter_model.bin is a pickle, which may run code; save it as safetensors"
+            if pickle
+            else f"it has no {ADAPTER_FILE}"
+        )
         raise AdapterError(f"cannot read the adapter in {folder}: {why}")
     for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
         try:
@@ -74,23 +87,31 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
 def _pattern(path: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
-        raise AdapterError(f"{path}: {key} must map module names to numbers, not be a {type(pattern).__name__}")
+        raise AdapterError(
+            f"{path}: {key} must map module names to numbers, not be a {type(pattern).__name__}"
+        )
     for name in pattern:
         try:
             re.compile(name)
         except re.error as error:
-            raise AdapterError(f"{path}: {name!r} in {key} is not a valid pattern: {error}") from None
+            raise AdapterError(
+                f"{path}: {name!r} in {key} is not a valid pattern: {error}"
+            ) from None
     return pattern
 
 
 def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type", "LORA") != "LORA":
-        raise AdapterError(f"{folder} is a {config['peft_type']} adapter; only LoRA can be averaged here")
+        raise AdapterError(
+            f"{folder} is a {config['peft_type']} adapter; only LoRA can be averaged here"
+        )
     for key, reason in _UNSUPPORTED.items():
         if config.get(key):
             raise AdapterError(f"{folder} uses {key}: {reason}, so it cannot be averaged exactly")
     if config.get("bias", "none") != "none":
-        raise AdapterError(f"{folder} trains biases (bias={config['bias']}), which are not part of B·A")
+        raise AdapterError(
+            f"{folder} trains biases (bias={config['bias']}), which are not part of B·A"
+        )
     if isinstance(start := config.get("init_lora_weights"), str) and _OTHER_BASE.match(start):
         raise AdapterError(
             f"{folder} uses init_lora_weights={start}, which changes the base weights too: "
@@ -132,7 +153,8 @@ def without_factors(config: Mapping[str, Any]) -> AdapterDelta:
 
 
 def configuration(like: AdapterDelta, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration of an adapter whose scaling is folded into B, so that every module's alpha equals its rank.
+    """The configuration of an adapter whose scaling is folded into B, so that every module's alpha
+    equals its rank.
 
     Args:
         like: what else it says: base, targets, task.

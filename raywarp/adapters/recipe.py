@@ -1,4 +1,6 @@
-"""What to merge, and how: the options of one merge, checked, and the coefficients that they lead to."""
+"""What to merge, and how: the options of one merge, checked, and the coefficients that they lead
+to.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,8 @@ class Recipe:
     init: θ_init, by default the base model itself (zero).
     liti_rate: η, how far to go from θ_init to the merge.
     weights: one per adapter; equal by default. ema_rate: μ, for ema alone.
-    rank, energy: truncate each module's ΔW to this rank, or to this share of its squared norm; by default nothing is cut off.
+    rank, energy: truncate each module's ΔW to this rank, or to this share of its squared norm; by
+    default nothing is cut off.
     granularity: what shares an angle.
     dtype: of the written factors.
 
@@ -58,7 +61,8 @@ class Recipe:
             raise ConfigError("there is no adapter to merge")
         if self.method == "liti" and len(self.adapters) != 1:
             raise ConfigError(
-                f"liti moves from an init to one adapter, not to {len(self.adapters)}; merge them first, or use slerp with a LITI rate"
+                f"liti moves from an init to one adapter, not to {len(self.adapters)}; merge them"
+                " first, or use slerp with a LITI rate"
             )
         if (self.method == "ema") != (self.ema_rate is not None):
             raise ConfigError("ema needs an EMA rate, and no other method takes one")
@@ -69,7 +73,9 @@ class Recipe:
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise ConfigError(f"the energy is a share of the squared norm in (0, 1], not {self.energy}")
+            raise ConfigError(
+                f"the energy is a share of the squared norm in (0, 1], not {self.energy}"
+            )
 
     def coefficients(self, group: str, own: Tensor) -> list[float]:
         """c_1 … c_M of one group, from the Gram matrix of its task vectors."""
@@ -80,7 +86,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that share an angle. norms of the M task vectors; angles of their pairs (1,2), (1,3), … in degrees; coefficients c_m."""
+    """Modules that share an angle. norms of the M task vectors; angles of their pairs (1,2), (1,3),
+    … in degrees; coefficients c_m.
+    """
 
     norms: list[float]
     angles: list[float]
@@ -89,7 +97,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of what was written. norm: of ΔW before truncation. retained: ‖kept‖ / ‖ΔW‖ (1 where nothing was cut off)."""
+    """One block of what was written. norm: of ΔW before truncation. retained: ‖kept‖ / ‖ΔW‖ (1
+    where nothing was cut off).
+    """
 
     norm: float
     retained: float
@@ -98,7 +108,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Merge:
-    """What `merge` did: the files it read (θ_init last, if there is one), and the figures of every group and block."""
+    """What `merge` did: the files it read (θ_init last, if there is one), and the figures of every
+    group and block.
+    """
 
     recipe: Recipe
     files: Sequence[AdapterFile]

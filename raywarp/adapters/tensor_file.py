@@ -1,7 +1,9 @@
-"""safetensors files one tensor at a time: read by mmap, written header first, so that memory does not grow with the file.
+"""safetensors files one tensor at a time: read by mmap, written header first, so that memory does
+not grow with the file.
 
-The safetensors library reads lazily too, but writes only what is in memory all at once, and does not say which tensor of a
-truncated file is the first to be missing. The format is 8 bytes (length of the header), the header in JSON, and the tensors.
+The safetensors library reads lazily too, but writes only what is in memory all at once, and does
+not say which tensor of a truncated file is the first to be missing. The format is 8 bytes (length
+of the header), the header in JSON, and the tensors.
 """
 
 import json
@@ -16,7 +18,9 @@ from torch import Tensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_WINDOW = 2 << 20  # Linux maps up to a huge page around a page that is read, what lies before it too
+_WINDOW = (
+    2 << 20
+)  # Linux maps up to a huge page around a page that is read, what lies before it too
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 
 
@@ -39,10 +43,14 @@ class TensorFile:
             with path.open("rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
                 self._entries, self._start = self._read_header(file)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants to be able to write
+                self._map = mmap.mmap(
+                    file.fileno(), 0, access=mmap.ACCESS_COPY
+                )  # private: torch wants to be able to write
         except OSError as error:
             raise TensorFileError(f"cannot read {path}: {error.strerror}") from None
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(entry["shape"]) for name, entry in self._entries.items()
+        }
         self._check_extents()
 
     def tensor(self, name: str) -> Tensor:
@@ -53,20 +61,32 @@ class TensorFile:
         """
         entry = self._entries[name]
         if entry["dtype"] not in _DTYPES:
-            raise TensorFileError(f"{self.path}: {name} is {entry['dtype']}; only {', '.join(_DTYPES)} can be averaged")
+            raise TensorFileError(
+                f"{self.path}: {name} is {entry['dtype']}; only {', '.join(_DTYPES)} can be"
+                " averaged"
+            )
         dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
         if begin == end:
             return torch.empty(self.shapes[name], dtype=dtype)
-        flat = torch.frombuffer(self._map, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=self._start + begin)
+        flat = torch.frombuffer(
+            self._map,
+            dtype=dtype,
+            count=(end - begin) // dtype.itemsize,
+            offset=self._start + begin,
+        )
         return flat.view(self.shapes[name])
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """Those of the file's tensors that can be read."""
-        return {_DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES}
+        return {
+            _DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES
+        }
 
     def release(self, name: str) -> None:
-        """Give the pages of this tensor back to the system; views of it stay valid, and are read again when used."""
+        """Give the pages of this tensor back to the system; views of it stay valid, and are read
+        again when used.
+        """
         if hasattr(mmap, "MADV_DONTNEED"):
             begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
             begin = begin // _WINDOW * _WINDOW
@@ -75,40 +95,64 @@ class TensorFile:
     def _read_header(self, file: Any) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if self._size < 8 or length > min(self._size - 8, _LONGEST_HEADER):
-            raise TensorFileError(f"{self.path} is no safetensors file or is cut off in its header ({self._size} bytes)")
+            raise TensorFileError(
+                f"{self.path} is no safetensors file or is cut off in its header ({self._size}"
+                " bytes)"
+            )
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             for entry in entries.values():
                 begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end or any(size < 0 for size in entry["shape"]) or not isinstance(entry["dtype"], str):
+                if (
+                    not 0 <= begin <= end
+                    or any(size < 0 for size in entry["shape"])
+                    or not isinstance(entry["dtype"], str)
+                ):
                     raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise TensorFileError(f"{self.path} is corrupt: its header is not one of a safetensors file") from None
+            raise TensorFileError(
+                f"{self.path} is corrupt: its header is not one of a safetensors file"
+            ) from None
         return entries, 8 + length
 
     def _check_extents(self) -> None:
-        """Every tensor as long as its shape says, one after another, and the file as long as all of them."""
+        """Every tensor as long as its shape says, one after another, and the file as long as all of
+        them.
+        """
         position = 0
-        for name, entry in sorted(self._entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        for name, entry in sorted(
+            self._entries.items(), key=lambda item: tuple(item[1]["data_offsets"])
+        ):
             begin, end = entry["data_offsets"]
             dtype = _DTYPES.get(entry["dtype"])
-            if begin != position or (dtype and end - begin != torch.Size(entry["shape"]).numel() * dtype.itemsize):
-                raise TensorFileError(f"{self.path} is corrupt: the header's place for {name} does not fit its shape and neighbours")
+            if begin != position or (
+                dtype and end - begin != torch.Size(entry["shape"]).numel() * dtype.itemsize
+            ):
+                raise TensorFileError(
+                    f"{self.path} is corrupt: the header's place for {name} does not fit its shape"
+                    " and neighbours"
+                )
             if self._start + end > self._size:
                 missing = self._start + end - self._size
-                raise TensorFileError(f"{self.path} is truncated: {name} lacks {missing} of its {end - begin} bytes")
+                raise TensorFileError(
+                    f"{self.path} is truncated: {name} lacks {missing} of its {end - begin} bytes"
+                )
             position = end
         if self._start + position != self._size:
-            raise TensorFileError(f"{self.path} is corrupt: {self._size - self._start - position} bytes after the last tensor")
+            raise TensorFileError(
+                f"{self.path} is corrupt: {self._size - self._start - position} bytes after the"
+                " last tensor"
+            )
 
 
 class TensorWriter:
-    """A safetensors file that grows by one tensor at a time. A context manager; only after it the file is whole.
+    """A safetensors file that grows by one tensor at a time. A context manager; only after it the
+    file is whole.
 
     Args:
-        largest: name → shape of every tensor to come, in this order. A tensor may turn out smaller: then the header, for which room
-            was kept, is written anew at the end.
+        largest: name → shape of every tensor to come, in this order. A tensor may turn out smaller:
+            then the header, for which room was kept, is written anew at the end.
     """
 
     def __init__(self, path: Path, largest: Mapping[str, tuple[int, ...]], dtype: torch.dtype):
@@ -136,27 +180,40 @@ class TensorWriter:
             OverflowError: a number is too large for the dtype (65,504 is float16's largest).
         """
         if name != (expected := next(self._order, None)):
-            raise ValueError(f"tensors must come in the order that was announced: {expected}, not {name}")
+            raise ValueError(
+                f"tensors must come in the order that was announced: {expected}, not {name}"
+            )
         stored = tensor.detach().to("cpu", self.dtype).contiguous()
         if self.dtype == torch.float16 and not bool(stored.isfinite().all()):
-            raise OverflowError(f"{name} has numbers too large for float16; use float32 or bfloat16")
+            raise OverflowError(
+                f"{name} has numbers too large for float16; use float32 or bfloat16"
+            )
         self._written[name] = tuple(stored.shape)
         self._write(stored.view(-1).view(torch.uint8).numpy().data)
 
     def _finish(self) -> None:
         if self._written.keys() != self._expected.keys():
-            raise ValueError(f"{len(self._expected) - len(self._written)} tensors were announced and not written")
+            raise ValueError(
+                f"{len(self._expected) - len(self._written)} tensors were announced and not written"
+            )
         if self._written != self._expected:
             header = self._describe(self._written)
             self._file.seek(0)
-            self._write(len(self._header[8:]).to_bytes(8, "little") + header[8:].ljust(len(self._header) - 8))
+            self._write(
+                len(self._header[8:]).to_bytes(8, "little")
+                + header[8:].ljust(len(self._header) - 8)
+            )
 
     def _describe(self, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name, shape in shapes.items():
             end = position + torch.Size(shape).numel() * self.dtype.itemsize
-            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {
+                "dtype": _NAMES[self.dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text = text.ljust(-(-len(text) // 8) * 8)  # the library aligns the tensors to 8 bytes

@@ -1,4 +1,6 @@
-"""The safetensors files of a model, and which tensors they hold, by their headers: what the index names is read, and nothing else."""
+"""The safetensors files of a model, and which tensors they hold, by their headers: what the index
+names is read, and nothing else.
+"""
 
 import json
 import re
@@ -15,7 +17,8 @@ _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
 def weight_files(folder: Path, what: str) -> list[Path]:
-    """The files that hold a folder's weights: model.safetensors, or those that its index names. Other safetensors files are not read.
+    """The files that hold a folder's weights: model.safetensors, or those that its index names.
+    Other safetensors files are not read.
 
     See check_weights for the errors.
     """
@@ -27,8 +30,9 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     if (folder / WEIGHTS).is_file() and names != [WEIGHTS]:
         tensor = next(name for name, file in weight_map.items() if file != WEIGHTS)
         raise ConfigError(
-            f"{what} holds two models: {INDEX} says that {tensor} is in {weight_map[tensor]}, and {WEIGHTS} is there, too; "
-            "transformers reads one and vLLM the other; remove what is not meant"
+            f"{what} holds two models: {INDEX} says that {tensor} is in {weight_map[tensor]}, and"
+            f" {WEIGHTS} is there, too; transformers reads one and vLLM the other; remove what is"
+            " not meant"
         )
     if not files:
         raise ConfigError(f"{what} has no weights: {_what_instead(folder, what)}")
@@ -36,27 +40,37 @@ def weight_files(folder: Path, what: str) -> list[Path]:
 
 
 def stored_tensors(folder: Path, what: str) -> dict[str, TensorFile]:
-    """Name → file of every tensor of a folder's model, by the files' headers; see check_weights for the errors."""
+    """Name → file of every tensor of a folder's model, by the files' headers; see check_weights for
+    the errors.
+    """
     tensors: dict[str, TensorFile] = {}
     for path in weight_files(folder, what):
         file = _open(path, what)
         for name in file.shapes:
             if name in tensors:
-                raise ConfigError(f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in {path.name}; one must go")
+                raise ConfigError(
+                    f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in"
+                    f" {path.name}; one must go"
+                )
             tensors[name] = file
     weight_map = _weight_map(folder, what)
     for name, place in weight_map.items():
         if name not in tensors or tensors[name].path.name != place:
-            raise ConfigError(f"{what} lacks the tensor {name}: {INDEX} says that it is in {place}, which does not hold it")
+            raise ConfigError(
+                f"{what} lacks the tensor {name}: {INDEX} says that it is in {place}, which does"
+                " not hold it"
+            )
     if not weight_map:
         _refuse_copies(tensors, folder, what)
     return tensors
 
 
 def own_files_only(folder: Path, place: Path) -> Path:
-    """The folder itself; where it has other safetensors files beside the model's, a new folder of links to all but those.
+    """The folder itself; where it has other safetensors files beside the model's, a new folder of
+    links to all but those.
 
-    For vLLM 0.32, which reads every one of them where no index says which, and of Mistral's folders only the consolidated ones.
+    For vLLM 0.32, which reads every one of them where no index says which, and of Mistral's folders
+    only the consolidated ones.
 
     Args:
         place: of the new folder.
@@ -73,9 +87,11 @@ def own_files_only(folder: Path, place: Path) -> Path:
 
 
 def check_experts(shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raises ConfigError where the files hold each expert apart and one lacks a tensor that the others have, or has it in another shape.
+    """Raises ConfigError where the files hold each expert apart and one lacks a tensor that the
+    others have, or has it in another shape.
 
-    transformers puts them together into one tensor per layer, and does not say which of them it could not use.
+    transformers puts them together into one tensor per layer, and does not say which of them it
+    could not use.
     """
     layers: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -90,7 +106,10 @@ def check_experts(shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
             if expert not in experts:
                 raise ConfigError(f"{what} lacks the tensor {name}")
             if experts[expert] != usual:
-                raise ConfigError(f"{what}: the tensor {name} has the shape {experts[expert]}, and the other experts' {usual}")
+                raise ConfigError(
+                    f"{what}: the tensor {name} has the shape {experts[expert]}, and the other"
+                    f" experts' {usual}"
+                )
 
 
 def weight_bytes(folder: Path) -> int:
@@ -106,7 +125,9 @@ def stored_bytes(name: str) -> int:
 
 
 def download_weights(name: str) -> Path:
-    """The folder in the hub's cache with a hub id's config and weights: the files that transformers reads, and no others."""
+    """The folder in the hub's cache with a hub id's config and weights: the files that transformers
+    reads, and no others.
+    """
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(name, allow_patterns=[WEIGHTS, "*.json"]))
@@ -119,7 +140,8 @@ def inside(folder: Path, name: str, what: str) -> Path:
     """A file of a folder by the name that another file gives it.
 
     Raises:
-        ConfigError: the name, or a link of that name, leads out of the folder. (Into the blobs of the hub's cache it may.)
+        ConfigError: the name, or a link of that name, leads out of the folder. (Into the blobs of
+            the hub's cache it may.)
     """
     path = folder / name
     if Path(name).name != name or name in ("", ".", ".."):
@@ -127,7 +149,10 @@ def inside(folder: Path, name: str, what: str) -> Path:
     home, target = folder.resolve(), path.resolve()
     allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(place) for place in allowed):
-        raise ConfigError(f"{what}: {name} is a link that leads out of its folder, to {target}; put the file itself there")
+        raise ConfigError(
+            f"{what}: {name} is a link that leads out of its folder, to {target}; put the file"
+            " itself there"
+        )
     return path
 
 
@@ -159,15 +184,20 @@ def _open(path: Path, what: str) -> TensorFile:
 
 
 def _refuse_copies(tensors: Mapping[str, TensorFile], folder: Path, what: str) -> None:
-    """Raises ConfigError where no index says which file counts, and another one than the model's holds one of its tensors, too."""
-    for path in sorted(set(folder.glob("*.safetensors")) - {file.path for file in tensors.values()}):
+    """Raises ConfigError where no index says which file counts, and another one than the model's
+    holds one of its tensors, too.
+    """
+    for path in sorted(
+        set(folder.glob("*.safetensors")) - {file.path for file in tensors.values()}
+    ):
         try:
             names = TensorFile(path).shapes
         except TensorFileError:
             continue
         if name := next((name for name in names if name in tensors), None):
             raise ConfigError(
-                f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in {path.name}, and no {INDEX} says which counts"
+                f"{what} holds the tensor {name} twice, in {tensors[name].path.name} and in"
+                f" {path.name}, and no {INDEX} says which counts"
             )
 
 
@@ -183,11 +213,18 @@ def _what_instead(folder: Path, what: str) -> str:
         for name in _open(path, what).shapes:
             if name in seen:
                 raise ConfigError(
-                    f"{what} holds the tensor {name} twice, in {seen[name]} and in {path.name}, and no {INDEX} says which counts"
+                    f"{what} holds the tensor {name} twice, in {seen[name]} and in {path.name}, and"
+                    f" no {INDEX} says which counts"
                 )
             seen[name] = path.name
     if others:
-        return f"{others[0].name} is not read, since there is neither {WEIGHTS} nor a {INDEX} that names it; save it with save_pretrained"
+        return (
+            f"{others[0].name} is not read, since there is neither {WEIGHTS} nor a {INDEX} that"
+            " names it; save it with save_pretrained"
+        )
     if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        return f"no *.safetensors, only {pickles[0]}, a pickle, which may run code; save it with save_pretrained"
+        return (
+            f"no *.safetensors, only {pickles[0]}, a pickle, which may run code; save it with"
+            " save_pretrained"
+        )
     return f"there is no *.safetensors in {folder}, neither {WEIGHTS} nor what {INDEX} names"

@@ -1,13 +1,15 @@
 """What a completion's reward is compared with: the baseline of REINFORCE.
 
-Pure functions. N completions = P prompts x G completions each, the completions of a prompt next to each other.
+Pure functions. N completions = P prompts x G completions each, the completions of a prompt next to
+each other.
 """
 
 from torch import Tensor
 
 
 def rloo(rewards: Tensor, group: int) -> Tensor:
-    """Reward minus the mean of the other completions of the same prompt (leave one out; Ahmadian et al. 2024).
+    """Reward minus the mean of the other completions of the same prompt (leave one out; Ahmadian et
+    al. 2024).
 
     Args:
         rewards: (N,), N = P·G.

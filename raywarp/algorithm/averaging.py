@@ -1,8 +1,10 @@
-"""Stages 2 and 3 of WARP: spherical merging of task vectors and interpolation towards the initialisation; and its EMA.
+"""Stages 2 and 3 of WARP: spherical merging of task vectors and interpolation towards the
+initialisation; and its EMA.
 
-Everything here is linear algebra on LoRA factors (adapters.py): no model, no Ray, no files. Equations are those of Ramé et
-al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded Policies". M policies, δ_m a policy's task vector. Every average is
-Σ c_m δ_m; what differs is c, which follows from the M×M Gram matrix of each group of modules that share an angle: a transformer
+Everything here is linear algebra on LoRA factors (adapters.py): no model, no Ray, no files.
+Equations are those of Ramé et al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded
+Policies". M policies, δ_m a policy's task vector. Every average is Σ c_m δ_m; what differs is c,
+which follows from the M×M Gram matrix of each group of modules that share an angle: a transformer
 block's by default.
 """
 
@@ -25,9 +27,11 @@ from raywarp.algorithm.deltas import (
     grouped,
 )
 
-# cos Ω this close to ±1 leaves no angle to divide by; in float64 the Gram matrix is good to about 1e-15.
+# cos Ω this close to ±1 leaves no angle to divide by; in float64 the Gram matrix is good to about
+# 1e-15.
 _COLLINEAR = 1e-12
-# Beyond this cosine an angle magnifies the error of products taken in float32 (4e-8): they are taken in float64 then.
+# Beyond this cosine an angle magnifies the error of products taken in float32 (4e-8): they are
+# taken in float64 then.
 _STEEP = 0.95
 
 
@@ -35,7 +39,9 @@ class AntipodalError(AdapterError):
     """Two vectors point in opposite directions, so no shortest arc joins them."""
 
 
-def gram_matrices(deltas: Sequence[AdapterDelta], granularity: Granularity = "block") -> dict[str, Tensor]:
+def gram_matrices(
+    deltas: Sequence[AdapterDelta], granularity: Granularity = "block"
+) -> dict[str, Tensor]:
     """Group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
     check_same_modules(deltas)
 
@@ -52,7 +58,9 @@ def summed_gram(stacks: Sequence[Stack], exact: bool = True) -> Tensor:
 
 
 def refined(quick: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-    """A Gram matrix from float32 products, or the exact one where two vectors are so nearly parallel that it matters."""
+    """A Gram matrix from float32 products, or the exact one where two vectors are so nearly
+    parallel that it matters.
+    """
     cosines = cosine_matrix(quick).fill_diagonal_(0)
     return exact() if bool((cosines.abs() > _STEEP).any()) else quick
 
@@ -68,7 +76,8 @@ def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> 
 
     Args:
         gram: (M, M) float64, inner products ⟨δ_i, δ_j⟩ of the block's task vectors.
-        weights: M numbers ≥ 0; the m-th step goes λ_m = w_m / Σ_{j≤m} w_j of the way. Equal by default: λ_m = 1/m.
+        weights: M numbers ≥ 0; the m-th step goes λ_m = w_m / Σ_{j≤m} w_j of the way. Equal by
+            default: λ_m = 1/m.
 
     Returns:
         (M,) float64. A zero task vector gets weight 0 and is not counted; M = 1 gives [1].
@@ -90,7 +99,9 @@ def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> 
 
 
 def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
-    """Coefficients of the point `step` of the way from Σ merged_j δ_j to δ_m along the great circle."""
+    """Coefficients of the point `step` of the way from Σ merged_j δ_j to δ_m along the great
+    circle.
+    """
     target = _unit(len(merged), m)
     norm = float(torch.sqrt(merged @ gram @ merged))
     cosine = float(merged @ gram[m]) / (norm * math.sqrt(float(gram[m, m])))
@@ -98,9 +109,14 @@ def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
     if cosine > 1 - _COLLINEAR:
         return (1 - step) * merged + step * target
     if cosine < -1 + _COLLINEAR:
-        raise AntipodalError(f"task vector {m + 1} points opposite to those before it: their spherical mean is undefined")
+        raise AntipodalError(
+            f"task vector {m + 1} points opposite to those before it: their spherical mean is"
+            " undefined"
+        )
     angle = math.acos(cosine)
-    return (math.sin((1 - step) * angle) * merged + math.sin(step * angle) * target) / math.sin(angle)
+    return (math.sin((1 - step) * angle) * merged + math.sin(step * angle) * target) / math.sin(
+        angle
+    )
 
 
 def lerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> Tensor:
@@ -109,19 +125,26 @@ def lerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> T
     return shares / shares.sum()
 
 
-def karcher_coefficients(gram: Tensor, weights: Sequence[float] | None = None, iterations: int = 1000) -> Tensor:
-    """Weights c of the Karcher mean: the direction with the least mean squared angle to the δ_m, at the mean of their norms.
+def karcher_coefficients(
+    gram: Tensor, weights: Sequence[float] | None = None, iterations: int = 1000
+) -> Tensor:
+    """Weights c of the Karcher mean: the direction with the least mean squared angle to the δ_m, at
+    the mean of their norms.
 
-    Unlike the recursion of SLERP it does not depend on the order of the δ_m. For two vectors of one norm both are the same.
-    (Grove and Karcher 1973; found by Riemannian gradient descent, whose steps need the Gram matrix alone.)
+    Unlike the recursion of SLERP it does not depend on the order of the δ_m. For two vectors of one
+    norm both are the same. (Grove and Karcher 1973; found by Riemannian gradient descent, whose
+    steps need the Gram matrix alone.)
 
     Args, returns: as slerp_coefficients.
 
     Raises:
-        AntipodalError: the vectors cancel, or are spread so far that the mean direction is not unique.
+        AntipodalError: the vectors cancel, or are spread so far that the mean direction is not
+            unique.
     """
     norms = gram.diagonal().clamp(min=0).sqrt()
-    shares = torch.tensor(checked_weights(weights, gram.shape[0]), dtype=torch.float64) * (norms > 0)
+    shares = torch.tensor(checked_weights(weights, gram.shape[0]), dtype=torch.float64) * (
+        norms > 0
+    )
     if not shares.any():
         return torch.zeros_like(norms)
     shares, safe = shares / shares.sum(), torch.where(norms > 0, norms, 1.0)
@@ -137,11 +160,16 @@ def karcher_coefficients(gram: Tensor, weights: Sequence[float] | None = None, i
         )  # Σ_m w_m·log_mean(u_m), but for its part along the mean
         tangent = pull - (pull @ to_mean) * mean
         length = float((tangent @ cosines @ tangent).clamp(min=0).sqrt())
-        moved = _normalised(math.cos(length) * mean + (math.sin(length) / length if length else 1.0) * tangent, cosines)
+        moved = _normalised(
+            math.cos(length) * mean + (math.sin(length) / length if length else 1.0) * tangent,
+            cosines,
+        )
         settled, mean = float((moved - mean).abs().max()) < 1e-14, moved
         if settled:
             return float(shares @ norms) * mean / safe * (norms > 0)
-    raise AntipodalError("the task vectors point so far apart that their Karcher mean is not unique")
+    raise AntipodalError(
+        "the task vectors point so far apart that their Karcher mean is not unique"
+    )
 
 
 def _normalised(coefficients: Tensor, cosines: Tensor) -> Tensor:
@@ -152,7 +180,9 @@ def _normalised(coefficients: Tensor, cosines: Tensor) -> Tensor:
 
 
 def ema_coefficients(count: int, rate: float) -> Tensor:
-    """(K,) float64 weights of an EMA over K checkpoints: (1−μ)^(K−1) for the first, μ(1−μ)^(K−k) for the k-th."""
+    """(K,) float64 weights of an EMA over K checkpoints: (1−μ)^(K−1) for the first, μ(1−μ)^(K−k)
+    for the k-th.
+    """
     check_rate(rate, "ema_rate")
     weights = [rate * (1 - rate) ** (count - k) for k in range(1, count + 1)]
     return torch.tensor([(1 - rate) ** (count - 1), *weights[1:]], dtype=torch.float64)
@@ -188,7 +218,9 @@ def karcher(
     init: AdapterDelta | None = None,
     granularity: Granularity = "block",
 ) -> AdapterDelta:
-    """The spherical mean that does not depend on the order of the policies; see karcher_coefficients, and slerp for the rest."""
+    """The spherical mean that does not depend on the order of the policies; see
+    karcher_coefficients, and slerp for the rest.
+    """
     return _spherical(karcher_coefficients, deltas, weights, init, granularity)
 
 
@@ -200,14 +232,20 @@ def _spherical(
     granularity: Granularity,
 ) -> AdapterDelta:
     vectors = deltas if init is None else task_vectors(deltas, init)
-    weighted = {group: in_group(group, coefficients, own, weights).tolist() for group, own in gram_matrices(vectors, granularity).items()}
+    weighted = {
+        group: in_group(group, coefficients, own, weights).tolist()
+        for group, own in gram_matrices(vectors, granularity).items()
+    }
     if init is None:
         return concatenate(deltas, weighted)
     return concatenate([*deltas, init], {group: towards(c) for group, c in weighted.items()})
 
 
 def in_group(
-    group: str, coefficients: Callable[[Tensor, Sequence[float] | None], Tensor], own: Tensor, weights: Sequence[float] | None
+    group: str,
+    coefficients: Callable[[Tensor, Sequence[float] | None], Tensor],
+    own: Tensor,
+    weights: Sequence[float] | None,
 ) -> Tensor:
     """coefficients(own, weights), with an AntipodalError that names the group."""
     try:
@@ -219,7 +257,9 @@ def in_group(
 def task_vectors(policies: Sequence[AdapterDelta], init: AdapterDelta) -> list[AdapterDelta]:
     """θ_m − θ_init: what they have in common is cancelled before anything is squared."""
     check_same_modules([*policies, init])
-    return [policy.map(lambda module, f: difference(f, init.factors[module])) for policy in policies]
+    return [
+        policy.map(lambda module, f: difference(f, init.factors[module])) for policy in policies
+    ]
 
 
 def towards(coefficients: Sequence[float], rate: float = 1.0) -> list[float]:
@@ -229,13 +269,16 @@ def towards(coefficients: Sequence[float], rate: float = 1.0) -> list[float]:
 
 
 def lerp(deltas: Sequence[AdapterDelta], weights: Sequence[float] | None = None) -> AdapterDelta:
-    """The plain mean of M adapters, exact in ΔW: a concatenation of rank Σ r_m. The same from every init."""
+    """The plain mean of M adapters, exact in ΔW: a concatenation of rank Σ r_m. The same from every
+    init.
+    """
     shares = checked_weights(weights, len(deltas))
     return concatenate(deltas, [share / sum(shares) for share in shares])
 
 
 def ema(checkpoints: Sequence[AdapterDelta], rate: float) -> AdapterDelta:
-    """The exponential moving average of ΔW over a sequence of checkpoints, the oldest first: ema ← (1 − μ)·ema + μ·θ.
+    """The exponential moving average of ΔW over a sequence of checkpoints, the oldest first: ema ←
+    (1 − μ)·ema + μ·θ.
 
     Exact, unlike `ema_update`'s average of the factors: a concatenation of rank Σ r_k.
     """
@@ -246,7 +289,8 @@ def liti(init: AdapterDelta, merged: AdapterDelta, rate: float) -> AdapterDelta:
     """Stage 3: (1 − η)·θ_init + η·θ_merged, at the smallest rank that holds it exactly.
 
     Args:
-        init, merged: both as changes from the same base, for example θ_init − θ_sft and θ_slerp − θ_sft.
+        init, merged: both as changes from the same base, for example θ_init − θ_sft and θ_slerp −
+            θ_sft.
         rate: η in [0, 1].
     """
     check_rate(rate, "liti_rate")
@@ -257,18 +301,23 @@ def liti(init: AdapterDelta, merged: AdapterDelta, rate: float) -> AdapterDelta:
 def ema_update(ema: Sequence[Tensor], policy: Sequence[Tensor], rate: float) -> None:
     """Stage 1's anchor, in place: ema ← (1 − μ)·ema + μ·policy, after every optimiser step.
 
-    On LoRA factors this is the EMA of A and of B, which is the EMA of ΔW only while A is frozen: (1−μ)B + μB' times
-    (1−μ)A + μA' has cross terms of second order in the policy's motion.
+    On LoRA factors this is the EMA of A and of B, which is the EMA of ΔW only while A is frozen:
+    (1−μ)B + μB' times (1−μ)A + μA' has cross terms of second order in the policy's motion.
     """
     torch._foreach_lerp_(list(ema), list(policy), rate)
 
 
-def geometry(deltas: Sequence[AdapterDelta], granularity: Granularity = "block") -> dict[str, dict[str, list[float]]]:
-    """Group → {"norms": ‖δ_m‖ for each m, "angles": Ω in degrees for each pair (1,2), (1,3), …, (M−1,M)}.
+def geometry(
+    deltas: Sequence[AdapterDelta], granularity: Granularity = "block"
+) -> dict[str, dict[str, list[float]]]:
+    """Group → {"norms": ‖δ_m‖ for each m, "angles": Ω in degrees for each pair (1,2), (1,3), …,
+    (M−1,M)}.
 
     A pair with a zero task vector has the angle NaN.
     """
-    return {group: norms_and_angles(own) for group, own in gram_matrices(deltas, granularity).items()}
+    return {
+        group: norms_and_angles(own) for group, own in gram_matrices(deltas, granularity).items()
+    }
 
 
 def norms_and_angles(gram: Tensor) -> dict[str, list[float]]:
@@ -290,9 +339,18 @@ def check_rate(rate: float, name: str) -> None:
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The weights, all 1 by default. Raises ValueError unless there are `count`, none below 0, and not all 0."""
+    """The weights, all 1 by default. Raises ValueError unless there are `count`, none below 0, and
+    not all 0.
+    """
     if weights is None:
         return [1.0] * count
-    if len(weights) != count or min(weights) < 0 or not math.isfinite(sum(weights)) or sum(weights) == 0:
-        raise ValueError(f"need {count} weights that are at least 0 and not all 0, got {list(weights)}")
+    if (
+        len(weights) != count
+        or min(weights) < 0
+        or not math.isfinite(sum(weights))
+        or sum(weights) == 0
+    ):
+        raise ValueError(
+            f"need {count} weights that are at least 0 and not all 0, got {list(weights)}"
+        )
     return [float(w) for w in weights]

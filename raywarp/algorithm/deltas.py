@@ -1,7 +1,9 @@
-"""A LoRA update as factors: inner products, concatenation, compression and truncation, all exact in ΔW.
+"""A LoRA update as factors: inner products, concatenation, compression and truncation, all exact in
+ΔW.
 
-ΔW = B·A with the scaling folded into B. No function here forms ΔW (except `dense`, for tests and small uses), and none
-averages A and B apart. G blocks, M adapters, r rank, R = Σ r_m, d_out and d_in a weight's sizes. Their files: peft_files.py.
+ΔW = B·A with the scaling folded into B. No function here forms ΔW (except `dense`, for tests and
+small uses), and none averages A and B apart. G blocks, M adapters, r rank, R = Σ r_m, d_out and
+d_in a weight's sizes. Their files: peft_files.py.
 """
 
 import math
@@ -15,12 +17,17 @@ from torch import Tensor
 
 Granularity = Literal["block", "tensor", "global"]
 _NEGLIGIBLE = 1e-9  # a singular value below this share of the largest is none
-_ROUNDING = 1e-13  # and neither is one that rounding made of summands that cancel, relative to the factors' norms
-_CHUNK = 256  # rows whose products are summed in float32 before float64 takes over: 4e-8 of a norm off, at 2.5 times float64's speed
+# and neither is one that rounding made of summands that cancel, relative to the factors' norms
+_ROUNDING = 1e-13
+# rows whose products are summed in float32 before float64 takes over: 4e-8 of a norm off, at 2.5
+# times float64's speed
+_CHUNK = 256
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be read or averaged exactly; the message names the file and the reason."""
+    """An adapter that cannot be read or averaged exactly; the message names the file and the
+    reason.
+    """
 
 
 class Factors(NamedTuple):
@@ -43,10 +50,13 @@ class AdapterDelta:
     """The change ΔW that an adapter makes, as factors per module of the base model.
 
     factors: module path in the base model (`model.layers.0.self_attn.q_proj`) → Factors.
-    target_modules: the names by which PEFT finds these modules, or one pattern; by default the last part of each path.
+    target_modules: the names by which PEFT finds these modules, or one pattern; by default the last
+    part of each path.
     base_model: name of the base model, for the adapter's config file.
-    fan_in_fan_out: the base stores its weights as (d_in, d_out), as GPT-2's Conv1D does. B and A are the same in both layouts.
-    peft: what else of PEFT's configuration belongs to this adapter: task_type, layers_to_transform, ...
+    fan_in_fan_out: the base stores its weights as (d_in, d_out), as GPT-2's Conv1D does. B and A
+    are the same in both layouts.
+    peft: what else of PEFT's configuration belongs to this adapter: task_type, layers_to_transform,
+    ...
     """
 
     factors: Mapping[str, Factors]
@@ -65,11 +75,15 @@ class AdapterDelta:
         return max((f.rank for f in self.factors.values()), default=0)
 
     def map(self, change: Callable[[str, Factors], Factors]) -> "AdapterDelta":
-        return replace(self, factors={module: change(module, f) for module, f in self.factors.items()})
+        return replace(
+            self, factors={module: change(module, f) for module, f in self.factors.items()}
+        )
 
 
 def block_of(module: str) -> str:
-    """`model.layers.3.mlp.up_proj` → `model.layers.3`; a module outside the blocks is a block of its own."""
+    """`model.layers.3.mlp.up_proj` → `model.layers.3`; a module outside the blocks is a block of
+    its own.
+    """
     match = re.match(r"(.*?\.\d+)\.", module)
     return match.group(1) if match else module
 
@@ -88,7 +102,9 @@ def grouped(modules: Iterable[str], granularity: Granularity = "block") -> dict[
 
 
 def inner(x: Factors, y: Factors) -> float:
-    """⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)); see `dense` for the long way."""
+    """⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)); see `dense` for the
+    long way.
+    """
     left = x.B.double().T @ y.B.double()
     right = x.A.double() @ y.A.double().T
     return float((left * right).sum())
@@ -114,18 +130,29 @@ class Stack(NamedTuple):
         B = A = None
         if memory is not None:
             d_out, d_in, rank = len(parts[0].B), parts[0].A.shape[1], sum(ranks)
-            B, A = memory[: d_out * rank].view(d_out, rank), memory[d_out * rank : (d_out + d_in) * rank].view(rank, d_in)
-        return cls(torch.cat([f.B for f in parts], dim=1, out=B), torch.cat([f.A for f in parts], out=A), ranks)
+            B, A = (
+                memory[: d_out * rank].view(d_out, rank),
+                memory[d_out * rank : (d_out + d_in) * rank].view(rank, d_in),
+            )
+        return cls(
+            torch.cat([f.B for f in parts], dim=1, out=B),
+            torch.cat([f.A for f in parts], out=A),
+            ranks,
+        )
 
     def parts(self) -> list[Factors]:
         """The M summands, as views."""
-        return [Factors(B, A) for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)]
+        return [
+            Factors(B, A)
+            for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)
+        ]
 
     def gram(self, exact: bool = True) -> Tensor:
         """(M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
 
         Args:
-            exact: multiply in float64; else float32 factors are multiplied in float32, in chunks that are summed in float64.
+            exact: multiply in float64; else float32 factors are multiplied in float32, in chunks
+                that are summed in float64.
         """
         multiply = _products if exact else _quick_products
         products = multiply(self.B) * multiply(self.A.T)
@@ -139,8 +166,16 @@ class Stack(NamedTuple):
         Args:
             in_place: the stack's own memory may be used for the result.
         """
-        weights = [weight for weight, rank in zip(coefficients, self.ranks, strict=True) for _ in range(rank)]
-        B, A, kept = self.B, self.A, [column for column, weight in enumerate(weights) if weight != 0]
+        weights = [
+            weight
+            for weight, rank in zip(coefficients, self.ranks, strict=True)
+            for _ in range(rank)
+        ]
+        B, A, kept = (
+            self.B,
+            self.A,
+            [column for column, weight in enumerate(weights) if weight != 0],
+        )
         if len(kept) < len(weights):
             B, A, weights = B[:, kept], A[kept], [weights[column] for column in kept]
         scales = torch.tensor(weights, dtype=B.dtype, device=B.device)
@@ -158,7 +193,9 @@ def _quick_products(columns: Tensor) -> Tensor:
         return _products(columns)
     whole = len(columns) // _CHUNK * _CHUNK
     chunks = columns[:whole].view(-1, _CHUNK, columns.shape[1])
-    return torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64) + _products(columns[whole:])
+    return torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64) + _products(
+        columns[whole:]
+    )
 
 
 def norm(f: Factors) -> float:
@@ -181,12 +218,15 @@ def scale(delta: AdapterDelta, coefficient: float) -> AdapterDelta:
     return delta.map(lambda _, f: Factors(f.B * coefficient, f.A))
 
 
-def concatenate(deltas: Sequence[AdapterDelta], coefficients: Mapping[str, Sequence[float]] | Sequence[float]) -> AdapterDelta:
+def concatenate(
+    deltas: Sequence[AdapterDelta], coefficients: Mapping[str, Sequence[float]] | Sequence[float]
+) -> AdapterDelta:
     """Σ_m c_m ΔW_m exactly, as [c₁B₁ … c_MB_M]·[A₁; …; A_M].
 
     Args:
         deltas: M adapters of the same modules.
-        coefficients: M numbers for all modules, or M numbers per module, per block, or (under "global") for the rest.
+        coefficients: M numbers for all modules, or M numbers per module, per block, or (under
+            "global") for the rest.
 
     Raises:
         AdapterError: the adapters change different modules, or weights of different sizes.
@@ -194,12 +234,16 @@ def concatenate(deltas: Sequence[AdapterDelta], coefficients: Mapping[str, Seque
     check_same_modules(deltas)
 
     def combine(module: str, _: Factors) -> Factors:
-        return Stack.of([delta.factors[module] for delta in deltas]).weigh(_coefficients_of(module, coefficients))
+        return Stack.of([delta.factors[module] for delta in deltas]).weigh(
+            _coefficients_of(module, coefficients)
+        )
 
     return deltas[0].map(combine)
 
 
-def _coefficients_of(module: str, coefficients: Mapping[str, Sequence[float]] | Sequence[float]) -> Sequence[float]:
+def _coefficients_of(
+    module: str, coefficients: Mapping[str, Sequence[float]] | Sequence[float]
+) -> Sequence[float]:
     if not isinstance(coefficients, Mapping):
         return coefficients
     groups = (group_of(module, granularity) for granularity in ("tensor", "block", "global"))
@@ -215,13 +259,18 @@ def subtract(x: AdapterDelta, y: AdapterDelta) -> AdapterDelta:
 
 
 def trailing(delta: AdapterDelta, rank: int) -> AdapterDelta:
-    """The last summand of a concatenation, bit for bit: the last `rank` columns of every B and rows of every A."""
+    """The last summand of a concatenation, bit for bit: the last `rank` columns of every B and rows
+    of every A.
+    """
     return delta.map(lambda _, f: Factors(f.B[:, f.rank - rank :], f.A[f.rank - rank :]))
 
 
 def check_same_modules(deltas: Sequence[AdapterDelta]) -> None:
     """Raises AdapterError unless all adapters change the same weights."""
-    sizes = [{module: (f.B.shape[0], f.A.shape[1]) for module, f in delta.factors.items()} for delta in deltas]
+    sizes = [
+        {module: (f.B.shape[0], f.A.shape[1]) for module, f in delta.factors.items()}
+        for delta in deltas
+    ]
     check_same_sizes(sizes, [f"adapter {index}" for index in range(1, len(deltas) + 1)])
 
 
@@ -233,34 +282,53 @@ def check_same_sizes(sizes: Sequence[Mapping[str, tuple[int, int]]], names: Sequ
     """
     for ours, name in zip(sizes[1:], names[1:], strict=True):
         if odd := sorted(sizes[0].keys() ^ ours.keys()):
-            raise AdapterError(f"{names[0]} and {name} adapt different modules: only one of them has {odd[0]} ({len(odd)} in all)")
+            raise AdapterError(
+                f"{names[0]} and {name} adapt different modules: only one of them has {odd[0]}"
+                f" ({len(odd)} in all)"
+            )
         for module, size in ours.items():
             if size != sizes[0][module]:
-                raise AdapterError(f"{module} is {sizes[0][module]} in {names[0]} and {size} in {name}: not of one base model")
+                raise AdapterError(
+                    f"{module} is {sizes[0][module]} in {names[0]} and {size} in {name}: not of one"
+                    " base model"
+                )
 
 
 def compress(delta: AdapterDelta) -> AdapterDelta:
-    """The same ΔW at its true rank: QR of both stacks, SVD of the small core. Nothing but rounding is lost."""
+    """The same ΔW at its true rank: QR of both stacks, SVD of the small core. Nothing but rounding
+    is lost.
+    """
     return delta.map(lambda _, f: shrink(f).factors)
 
 
 def difference(x: Factors, y: Factors) -> Factors:
-    """ΔW_x − ΔW_y at its true rank: what both have in common is gone, and equal ones leave rank 0."""
+    """ΔW_x − ΔW_y at its true rank: what both have in common is gone, and equal ones leave rank
+    0.
+    """
     return shrink(Stack.of([x, Factors(-y.B, y.A)]).weigh([1.0, 1.0])).factors
 
 
-def truncate(delta: AdapterDelta, rank: int | None = None, energy: float | None = None) -> tuple[AdapterDelta, dict[str, float]]:
-    """Every module's best approximation of a smaller rank, and block → the share of its norm that is retained; see `shrink`."""
+def truncate(
+    delta: AdapterDelta, rank: int | None = None, energy: float | None = None
+) -> tuple[AdapterDelta, dict[str, float]]:
+    """Every module's best approximation of a smaller rank, and block → the share of its norm that
+    is retained; see `shrink`.
+    """
     small = {module: shrink(f, rank, energy) for module, f in delta.factors.items()}
     retained = {}
     for block, modules in delta.blocks().items():
-        kept, total = (math.fsum(getattr(small[module], part) for module in modules) for part in ("kept", "total"))
+        kept, total = (
+            math.fsum(getattr(small[module], part) for module in modules)
+            for part in ("kept", "total")
+        )
         retained[block] = math.sqrt(kept / total) if total else 1.0
     return replace(delta, factors={module: own.factors for module, own in small.items()}), retained
 
 
 class Shrunk(NamedTuple):
-    """factors: the approximation, with the singular values' roots in both. kept, total: its squared norm, and ΔW's."""
+    """factors: the approximation, with the singular values' roots in both. kept, total: its squared
+    norm, and ΔW's.
+    """
 
     factors: Factors
     kept: float
@@ -268,11 +336,13 @@ class Shrunk(NamedTuple):
 
 
 def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> Shrunk:
-    """The best approximation of ΔW of a smaller rank (Eckart–Young), by QR of both factors and SVD of the small core in float64.
+    """The best approximation of ΔW of a smaller rank (Eckart–Young), by QR of both factors and SVD
+    of the small core in float64.
 
     Args:
         rank: the largest rank to keep; by default the true one, which loses nothing.
-        energy: or the share of ‖ΔW‖² to keep, in (0, 1], by the smallest rank that does; 1 loses nothing.
+        energy: or the share of ‖ΔW‖² to keep, in (0, 1], by the smallest rank that does; 1 loses
+            nothing.
     """
     q_out, r_out = torch.linalg.qr(f.B.double())
     q_in, r_in = torch.linalg.qr(f.A.double().T)
@@ -286,4 +356,6 @@ def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> 
         keep = min(keep, int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1)
     root = s[:keep].sqrt()  # in both factors, so that neither overflows a narrow dtype
     B, A = (q_out @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_in.T)
-    return Shrunk(Factors(B.to(f.B.dtype), A.to(f.A.dtype)), float(squares[:keep].sum()), float(squares.sum()))
+    return Shrunk(
+        Factors(B.to(f.B.dtype), A.to(f.A.dtype)), float(squares[:keep].sum()), float(squares.sum())
+    )

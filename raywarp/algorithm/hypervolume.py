@@ -1,4 +1,6 @@
-"""Which points of the KL–reward plane are best, and how good a set of them is. More reward and less KL (nats) are better."""
+"""Which points of the KL–reward plane are best, and how good a set of them is. More reward and less
+KL (nats) are better.
+"""
 
 from collections.abc import Sequence
 
@@ -11,8 +13,12 @@ def dominates(a: KlReward, b: KlReward) -> bool:
 
 
 def pareto(points: Sequence[KlReward]) -> list[int]:
-    """The places of the points that no other dominates, by rising KL; equal points are all among them."""
-    best = [n for n, point in enumerate(points) if not any(dominates(other, point) for other in points)]
+    """The places of the points that no other dominates, by rising KL; equal points are all among
+    them.
+    """
+    best = [
+        n for n, point in enumerate(points) if not any(dominates(other, point) for other in points)
+    ]
     return sorted(best, key=lambda n: points[n])
 
 
@@ -24,10 +30,14 @@ def hypervolume(points: Sequence[KlReward], reference: KlReward) -> float:
         reference: the largest KL and the least reward that count.
 
     Returns:
-        The union of the rectangles [kl, reference KL] × [reference reward, reward] over the points; 0 without one.
+        The union of the rectangles [kl, reference KL] × [reference reward, reward] over the points;
+        0 without one.
     """
     area, height = 0.0, reference[1]
-    inside = sorted(((kl, reward) for kl, reward in points if kl <= reference[0]), key=lambda point: (point[0], -point[1]))
+    inside = sorted(
+        ((kl, reward) for kl, reward in points if kl <= reference[0]),
+        key=lambda point: (point[0], -point[1]),
+    )
     for kl, reward in inside:
         if reward > height:
             area += (reference[0] - kl) * (reward - height)

@@ -1,6 +1,7 @@
 """The policy gradient and its KL terms, as functions from tensors to tensors.
 
-N completions, T response positions, V vocabulary. A mask is 1 on response tokens (an emitted EOS included) and 0 on padding.
+N completions, T response positions, V vocabulary. A mask is 1 on response tokens (an emitted EOS
+included) and 0 on padding.
 """
 
 from torch import Tensor
@@ -29,8 +30,9 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
 def full_vocabulary_kl(logits: Tensor, reference_logits: Tensor, temperature: float) -> Tensor:
     """KL(π(·|prefix) ‖ π_ref(·|prefix)) in nats at each position, over the whole vocabulary.
 
-    Summed over a completion sampled from π and averaged over completions this estimates the sequence KL without bias and
-    with less variance than the log-ratio of the sampled tokens (Rao–Blackwell).
+    Summed over a completion sampled from π and averaged over completions this estimates the
+    sequence KL without bias and with less variance than the log-ratio of the sampled tokens
+    (Rao–Blackwell).
 
     Args:
         logits, reference_logits: (N, T, V).
@@ -44,16 +46,22 @@ def full_vocabulary_kl(logits: Tensor, reference_logits: Tensor, temperature: fl
 
 
 def sequence_log_ratio(logprobs: Tensor, anchor_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """(N,) log(π_θ(y|x) / π_anchor(y|x)) in nats per completion, from (N, T) token log-probs; response tokens only."""
+    """(N,) log(π_θ(y|x) / π_anchor(y|x)) in nats per completion, from (N, T) token log-probs;
+    response tokens only.
+    """
     return ((logprobs - anchor_logprobs) * mask).sum(-1)
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 2.0) -> Tensor:
-    """(N, T) detached weights min(π_trainer / π_sampler, cap) per token, for what the sampler computed a little differently."""
+    """(N, T) detached weights min(π_trainer / π_sampler, cap) per token, for what the sampler
+    computed a little differently.
+    """
     return (logprobs.detach() - sampler_logprobs).exp().clamp(max=cap)
 
 
-def policy_gradient_loss(logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor, mask: Tensor, completions: int) -> Tensor:
+def policy_gradient_loss(
+    logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor, mask: Tensor, completions: int
+) -> Tensor:
     """−1/N · Σ_n A_n · Σ_t min(π_trainer/π_sampler, 2) · log π_θ(y_t).
 
     Neither normalised by length nor divided by a deviation, so that its gradient is that of E[r_β].
@@ -75,5 +83,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def sampler_gap(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Mean |Δ log-prob| per response token between trainer and sampler: 0 were both the same program."""
+    """Mean |Δ log-prob| per response token between trainer and sampler: 0 were both the same
+    program.
+    """
     return masked_mean((logprobs - sampler_logprobs).abs(), mask)

@@ -1,4 +1,6 @@
-"""The command line: the parser in commands.py, and a module for each command that has more to it than a call. No logic."""
+"""The command line: the parser in commands.py, and a module for each command that has more to it
+than a call. No logic.
+"""
 
 from collections.abc import Sequence
 

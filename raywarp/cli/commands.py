@@ -17,7 +17,9 @@ from raywarp.config.secrets import redact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 2: wrong input (a config, a dataset, an adapter); 1: a run that failed; 130: Ctrl-C; 143: SIGTERM."""
+    """Returns the exit code: 0; 2: wrong input (a config, a dataset, an adapter); 1: a run that
+    failed; 130: Ctrl-C; 143: SIGTERM.
+    """
     options = _parser().parse_args(arguments)
     try:
         return options.command(options) or 0
@@ -38,7 +40,9 @@ def _fail(error: object, code: int) -> int:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """For errors whose message says all that a user can act on; others are bugs and keep their traceback."""
+    """For errors whose message says all that a user can act on; others are bugs and keep their
+    traceback.
+    """
     if isinstance(error, ConfigError):
         return 2
     from raywarp.algorithm.deltas import AdapterError
@@ -51,19 +55,46 @@ def _exit_code(error: Exception) -> int | None:
     from raywarp.rollout.protocol import RolloutError
     from raywarp.storage.sealed import DamagedError, StoreError
 
-    return 1 if isinstance(error, BaseWeightsError | DamagedError | FaultError | RewardError | RolloutError | StoreError) else None
+    return (
+        1
+        if isinstance(
+            error,
+            BaseWeightsError | DamagedError | FaultError | RewardError | RolloutError | StoreError,
+        )
+        else None
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="raywarp", description="Align language models with WARP on a Ray cluster.")
+    parser = argparse.ArgumentParser(
+        prog="raywarp", description="Align language models with WARP on a Ray cluster."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
-    _command(commands, "quickstart", "the whole pipeline on the embedded model and human ratings, to runs/quickstart", _quickstart, False)
+    _command(
+        commands,
+        "quickstart",
+        "the whole pipeline on the embedded model and human ratings, to runs/quickstart",
+        _quickstart,
+        False,
+    )
     _command(commands, "reward", "train a reward model from preferences", _reward)
-    _command(commands, "train", "run WARP; the same command again continues where it stopped", _train)
-    _command(commands, "tune", "search any keys with Ray Tune (section `tune`); the same command again continues where it stopped", _tune)
-    asked = "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)"
+    _command(
+        commands, "train", "run WARP; the same command again continues where it stopped", _train
+    )
+    _command(
+        commands,
+        "tune",
+        "search any keys with Ray Tune (section `tune`); the same command again continues where it"
+        " stopped",
+        _tune,
+    )
+    asked = (
+        "what a run asks of the cluster, memory per process, and whether it fits (exit code 2: not)"
+    )
     plan = _command(commands, "plan", asked, _plan, quiet=False)
-    plan.add_argument("--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data")
+    plan.add_argument(
+        "--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data"
+    )
     add_config(commands)
     add_report(commands)
     add_merge(commands)
@@ -72,17 +103,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None], config: bool = True, quiet: bool = True
+    commands: Any,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int | None],
+    config: bool = True,
+    quiet: bool = True,
 ) -> Any:
     parser = commands.add_parser(
-        name, help=text, description=text, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=text,
+        description=text,
+        epilog=config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if config:
-        parser.add_argument("config", type=Path, help="YAML file; keys that it leaves out have the defaults below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, for example warp.steps=20")
+        parser.add_argument(
+            "config", type=Path, help="YAML file; keys that it leaves out have the defaults below"
+        )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key, for example warp.steps=20",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     if quiet:
-        parser.add_argument("-q", "--quiet", action="store_true", help="say only faults, what was found damaged, and the results")
+        parser.add_argument(
+            "-q",
+            "--quiet",
+            action="store_true",
+            help="say only faults, what was found damaged, and the results",
+        )
     parser.set_defaults(command=run)
     return parser
 

@@ -1,4 +1,6 @@
-"""`raywarp config`: a commented configuration to begin with, its JSON schema for editors, and the page that documents every key."""
+"""`raywarp config`: a commented configuration to begin with, its JSON schema for editors, and the
+page that documents every key.
+"""
 
 import argparse
 import json
@@ -22,19 +24,28 @@ _FILE_HEAD = f"""\
 #   raywarp train FILE reward.model=runs/reward
 # Editors check and complete it by a schema: raywarp config --schema > {SCHEMA_FILE}
 # yaml-language-server: $schema={SCHEMA_FILE}
-"""
+"""  # noqa: E501
 
 
 def add_config(commands: Any) -> None:
     """The command `config`."""
-    text = "write a commented configuration, the schema by which editors check one, or a page about every key"
+    text = (
+        "write a commented configuration, the schema by which editors check one, or a page about"
+        " every key"
+    )
     parser = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--init", nargs="?", const="-", metavar="FILE", help="all keys with defaults and descriptions, as YAML; default: print"
+        "--init",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="all keys with defaults and descriptions, as YAML; default: print",
     )
     what.add_argument("--schema", action="store_true", help="print the JSON schema")
-    what.add_argument("--docs", action="store_true", help="print a page about every key, in Markdown")
+    what.add_argument(
+        "--docs", action="store_true", help="print a page about every key, in Markdown"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_write_config)
 
@@ -60,7 +71,9 @@ def commented() -> str:
     return _FILE_HEAD + "\n".join(_lines(Config, Config(), "", set())) + "\n"
 
 
-def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: set[type[BaseModel]]) -> Iterator[str]:
+def _lines(
+    kind: type[BaseModel], values: BaseModel | None, indent: str, outer: set[type[BaseModel]]
+) -> Iterator[str]:
     """values: None for a section that has none by default, all of which is commented out."""
     off, section = "# " if values is None else "", False
     for name, field in kind.model_fields.items():
@@ -70,7 +83,12 @@ def _lines(kind: type[BaseModel], values: BaseModel | None, indent: str, outer: 
             yield ""
         section = bool(inner)
         if field.description:
-            lines = textwrap.wrap(field.description, COMMENT_WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+            lines = textwrap.wrap(
+                field.description,
+                COMMENT_WIDTH - len(indent),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
             yield from (f"{indent}# {line}" for line in lines)
         if inner and value is None:
             yield f"{indent}# {name}:"
@@ -86,7 +104,9 @@ def schema() -> dict[str, Any]:
     """JSON schema (2020-12) of what load_config takes."""
     tree: dict[str, Any] = _standard(Config.model_json_schema())
     tune = tree["$defs"]["TuneConfig"]
-    tune["additionalProperties"] = tune["properties"]["space"]["additionalProperties"]  # any key, with the values to search
+    tune["additionalProperties"] = tune["properties"]["space"][
+        "additionalProperties"
+    ]  # any key, with the values to search
     tree["$defs"]["Domain"] |= {"minProperties": 1, "maxProperties": 1}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -97,8 +117,14 @@ def schema() -> dict[str, Any]:
 
 
 def _standard(tree: Any) -> Any:
-    """With the standard's names of bounds where pydantic leaves its own (2.13, behind a validator)."""
+    """With the standard's names of bounds where pydantic leaves its own (2.13, behind a
+    validator).
+    """
     names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
     if isinstance(tree, list):
         return [_standard(one) for one in tree]
-    return {names.get(key, key): _standard(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    return (
+        {names.get(key, key): _standard(value) for key, value in tree.items()}
+        if isinstance(tree, dict)
+        else tree
+    )

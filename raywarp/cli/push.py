@@ -15,24 +15,38 @@ def add_push(commands: Any) -> None:
     """The command `push`."""
     text = "upload a run's chosen adapter with its card to a model hub"
     parser = commands.add_parser(
-        "push", help=text, description=f"{text[0].upper()}{text[1:]}. HF_TOKEN or `hf auth login` says who you are."
+        "push",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. HF_TOKEN or `hf auth login` says who you are.",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, or s3://bucket/prefix")
-    parser.add_argument("repo", metavar="USER/NAME", help="the model's repository, which is made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make a new repository that only you see")
-    parser.add_argument("--revision", metavar="BRANCH", help="upload to this branch, which is made if it is not there; default: main")
+    parser.add_argument(
+        "repo", metavar="USER/NAME", help="the model's repository, which is made if it is not there"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository that only you see"
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="BRANCH",
+        help="upload to this branch, which is made if it is not there; default: main",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_push)
 
 
 def _operations(folder: Path, mark: Any) -> list[Any]:
-    """One for each file of the adapter's folder; the card says what marks the run, if it was sampled by an earlier version."""
+    """One for each file of the adapter's folder; the card says what marks the run, if it was
+    sampled by an earlier version.
+    """
     from huggingface_hub import CommitOperationAdd
 
     from raywarp.run.card import marked
 
     contents = {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.name != MANIFEST
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and path.name != MANIFEST
     }
     if mark and CARD in contents:
         contents[CARD] = marked(contents[CARD].decode(errors="replace"), mark).encode()
@@ -55,7 +69,9 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
 
     from raywarp.run.folder import read_mark
 
-    http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx, or of what took its place
+    http_error: Any = next(
+        kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"
+    )  # of httpx, or of what took its place
     try:
         folder = Storage(run).fetch("adapter")
     except DamagedError as error:
@@ -68,15 +84,25 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
         if revision:
             hub.create_branch(repo, branch=revision, exist_ok=True)
         message = "Adapter aligned with WARP by raywarp"
-        done = hub.create_commit(repo, _operations(folder, read_mark(Storage(run))), revision=revision, commit_message=message)
+        done = hub.create_commit(
+            repo,
+            _operations(folder, read_mark(Storage(run))),
+            revision=revision,
+            commit_message=message,
+        )
     except HFValidationError as error:
         raise ConfigError(f"{repo} is no repository's name: {error}") from None
     except LocalTokenNotFoundError:
-        raise ConfigError("the hub does not know who you are: set HF_TOKEN, or run `hf auth login`") from None
+        raise ConfigError(
+            "the hub does not know who you are: set HF_TOKEN, or run `hf auth login`"
+        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
-            raise ConfigError(f"the hub does not let you write to {repo} (status {status}): does HF_TOKEN have the right to?") from None
+            raise ConfigError(
+                f"the hub does not let you write to {repo} (status {status}): does HF_TOKEN have"
+                " the right to?"
+            ) from None
         raise StoreError(f"the hub refused {repo}: {' '.join(str(error).split())}") from None
     except (http_error, OSError) as error:
         raise StoreError(f"the hub {hub.endpoint} cannot be reached: {error}") from None

@@ -1,4 +1,6 @@
-"""`raywarp quickstart`: the embedded model, human ratings, reward stage, WARP and front, in minutes on two cores."""
+"""`raywarp quickstart`: the embedded model, human ratings, reward stage, WARP and front, in minutes
+on two cores.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +18,14 @@ QUICKSTART: dict[str, Any] = {
     "reward_training": {"backbone": MINILM},
     "control": {"function": "raywarp.embedded:vader"},
     "lora": {"rank": 16, "alpha": 16.0},
-    "warp": {"iterations": 2, "policies": 2, "steps": 14, "ema_rate": 0.1, "liti_rate": 0.5, "kl_coef": 0.05},
+    "warp": {
+        "iterations": 2,
+        "policies": 2,
+        "steps": 14,
+        "ema_rate": 0.1,
+        "liti_rate": 0.5,
+        "kl_coef": 0.05,
+    },
     "optim": {"lr": 1.2e-3, "batch_size": 12, "warmup_steps": 2},
     "rollout": {"completions_per_prompt": 4, "max_new_tokens": 12},
     "front": {"prompts": 80, "etas": [0.0, 0.3, 0.6, 1.0], "choose": {"max_kl": 8.0}},
@@ -25,7 +34,9 @@ QUICKSTART: dict[str, Any] = {
 
 
 def quickstart(overrides: Sequence[str] = (), display: Display | None = None) -> Run:
-    """Both stages one after the other, or the second alone where a reward is named; run again, it continues or shows what is there."""
+    """Both stages one after the other, or the second alone where a reward is named; run again, it
+    continues or shows what is there.
+    """
     from raywarp.reward_stage import prepare_stage, reward
     from raywarp.warp import train
 
@@ -33,9 +44,13 @@ def quickstart(overrides: Sequence[str] = (), display: Display | None = None) ->
     if config.reward.model or config.reward.function:
         return train(config, display)
     folder = f"{config.out.rstrip('/')}/reward"
-    config = config.model_copy(update={"reward": config.reward.model_copy(update={"model": folder})})
+    config = config.model_copy(
+        update={"reward": config.reward.model_copy(update={"model": folder})}
+    )
     stage = config.model_copy(update={"out": folder})
     run, inputs = Run.open(config, display.say), prepare_stage(stage)
     run.save_config(config)
-    reward(stage, display, standardise=False, inputs=inputs)  # train's own session does that, and saves a start
+    reward(
+        stage, display, standardise=False, inputs=inputs
+    )  # train's own session does that, and saves a start
     return train(config, display)

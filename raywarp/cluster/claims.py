@@ -1,9 +1,12 @@
-"""Who is at work on which policy, where several runs share a store: each is trained once, whoever dies meanwhile.
+"""Who is at work on which policy, where several runs share a store: each is trained once, whoever
+dies meanwhile.
 
-One named actor per store keeps the table. It lives as long as anybody has a claim there, and a claim lives as long as the actor that made
-it: Ray tells of a death at once, however it came, so nothing waits for a lease to run out, and a process that is only held up for a while
-loses nothing. A run trains what it was granted before it waits for others, and holds nothing while it waits: nobody waits in a circle.
-If the table itself is lost, two runs may train the same policy; the first to finish wins, as everywhere in a store.
+One named actor per store keeps the table. It lives as long as anybody has a claim there, and a
+claim lives as long as the actor that made
+it: Ray tells of a death at once, however it came, so nothing waits for a lease to run out, and a
+process that is only held up for a while loses nothing. A run trains what it was granted before it
+waits for others, and holds nothing while it waits: nobody waits in a circle. If the table itself is
+lost, two runs may train the same policy; the first to finish wins, as everywhere in a store.
 """
 
 import contextlib
@@ -33,7 +36,10 @@ class Elsewhere(Exception):
         self.iteration, self.keys = iteration, list(keys)
 
     def __str__(self) -> str:
-        return f"{len(self.keys)} policies of iteration {self.iteration} are trained by another run: {', '.join(self.keys)}"
+        return (
+            f"{len(self.keys)} policies of iteration {self.iteration} are trained by another run:"
+            f" {', '.join(self.keys)}"
+        )
 
 
 class ClaimTable:
@@ -43,7 +49,9 @@ class ClaimTable:
         self._lives, self.owner_of = lives, dict[str, str]()
 
     def take(self, owner: str, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that this owner has now: free before, left behind by somebody dead, or its own already."""
+        """Those of the keys that this owner has now: free before, left behind by somebody dead, or
+        its own already.
+        """
         self.bury()
         for key in keys:
             self.owner_of.setdefault(key, owner)
@@ -74,7 +82,9 @@ class ClaimTable:
 
 
 class ClaimActor:
-    """The table as an actor, which watches the owners' actors; and the bell by which a sweep's trials are told to stop."""
+    """The table as an actor, which watches the owners' actors; and the bell by which a sweep's
+    trials are told to stop.
+    """
 
     def __init__(self) -> None:
         self._table = ClaimTable(self._lives)
@@ -85,7 +95,9 @@ class ClaimActor:
         threading.Thread(target=self._end_when_idle, daemon=True).start()
 
     def take(self, owner: str, handle: list[Any], keys: Sequence[str]) -> list[str]:
-        """See ClaimTable. handle: of the owner's actor, in a list of one. An owner's name begins with its sweep's."""
+        """See ClaimTable. handle: of the owner's actor, in a list of one. An owner's name begins
+        with its sweep's.
+        """
         with self._asking():
             self._handles[owner] = handle[0]
             return self._table.take(owner, keys)
@@ -113,11 +125,15 @@ class ClaimActor:
             return sweep in self._stopping
 
     def trials(self, sweep: str) -> tuple[list[Any], int]:
-        """The actors of a sweep's living trials, and the number of policies that they are at work on."""
+        """The actors of a sweep's living trials, and the number of policies that they are at work
+        on.
+        """
         with self._asking():
             keys = self._table.keys_of(sweep)
             owners = {owner for owner in self._table.owners if owner.startswith(sweep)}
-            return [self._handles[owner] for owner in owners], sum(not key.startswith(FOLDER) for key in keys)
+            return [self._handles[owner] for owner in owners], sum(
+                not key.startswith(FOLDER) for key in keys
+            )
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -126,7 +142,9 @@ class ClaimActor:
             yield
 
     def _lives(self, owner: str) -> bool:
-        """An actor that is at work answers later, as does one that is held up; one that has died is known to Ray."""
+        """An actor that is at work answers later, as does one that is held up; one that has died is
+        known to Ray.
+        """
         ping = self._pings.get(owner)
         if ping is None:
             ping = self._pings[owner] = self._handles[owner].__ray_ready__.remote()
@@ -181,8 +199,12 @@ class Table:
         self.name = f"raywarp-claims-{identity.content_key(place)}"
         self._actor: Any = None
 
-    def ask(self, method: str, *arguments: Any, restore: Callable[[Any], None] = lambda actor: None) -> Any:
-        """What the method returns; where the table was lost, from a new one. restore: is given that first."""
+    def ask(
+        self, method: str, *arguments: Any, restore: Callable[[Any], None] = lambda actor: None
+    ) -> Any:
+        """What the method returns; where the table was lost, from a new one. restore: is given that
+        first.
+        """
         while True:
             try:
                 if self._actor is None:
@@ -196,7 +218,13 @@ class Table:
                 time.sleep(0.1)
 
     def _open(self) -> Any:
-        options: Any = {"name": self.name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
+        options: Any = {
+            "name": self.name,
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "num_cpus": 0,
+        }
         return ray.remote(ClaimActor).options(**options).remote()
 
 
@@ -230,7 +258,9 @@ class SharedClaims(Claims):
             self._ask("release", sorted(taken - before))
 
     def wait(self, keys: Sequence[str]) -> None:
-        """Until nobody else is at work on any of the keys: they are finished, or whoever was has died or given up."""
+        """Until nobody else is at work on any of the keys: they are finished, or whoever was has
+        died or given up.
+        """
         while self.held(keys):
             runtime.check()
             time.sleep(CLAIM_POLL_SECONDS)

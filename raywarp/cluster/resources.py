@@ -1,4 +1,6 @@
-"""Which actors a run has, and what each asks for: as many as fit into the cluster, checked before anything starts."""
+"""Which actors a run has, and what each asks for: as many as fit into the cluster, checked before
+anything starts.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +12,9 @@ from raywarp.config.schema import Config, ConfigError
 
 @dataclass(frozen=True)
 class Need:
-    """What one actor asks for; key is the config's name of its kind, as in cluster.gpus_per_<key>."""
+    """What one actor asks for; key is the config's name of its kind, as in
+    cluster.gpus_per_<key>.
+    """
 
     key: str
     gpus: float
@@ -18,7 +22,9 @@ class Need:
     count: int
 
     def bundle(self) -> dict[str, float]:
-        return {name: amount for name, amount in (("GPU", self.gpus), ("CPU", self.cpus)) if amount > 0}
+        return {
+            name: amount for name, amount in (("GPU", self.gpus), ("CPU", self.cpus)) if amount > 0
+        }
 
     def total(self, resource: str) -> float:
         return self.count * self.bundle().get(resource, 0.0)
@@ -26,7 +32,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actors of a run, what each asks for, and the threads of each CPU process (None where GPUs do the work).
+    """The actors of a run, what each asks for, and the threads of each CPU process (None where GPUs
+    do the work).
 
     crowded: on some node, more threads have work at the same time than there are cores.
     """
@@ -49,13 +56,15 @@ class Plan:
 def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan:
     """Fit the run into the running cluster.
 
-    As many policy actors as there is room for, at most M; an actor holds several policies if need be.
+    As many policy actors as there is room for, at most M; an actor holds several policies if need
+    be.
 
     Args:
         available: resources; default: what is free now.
 
     Raises:
-        ConfigError: not even one policy actor and the rollout workers fit; says what was asked, what is there, and which keys to change.
+        ConfigError: not even one policy actor and the rollout workers fit; says what was asked,
+            what is there, and which keys to change.
     """
     cluster, gpus = config.cluster, cluster_gpus()
     available = ray.available_resources() if available is None else available
@@ -70,36 +79,60 @@ def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan
 
 
 def fit_several(config: Config, most: int) -> tuple[Plan, int]:
-    """How many such runs, at most `most`, the whole cluster has room for at the same time, and each one's plan.
+    """How many such runs, at most `most`, the whole cluster has room for at the same time, and each
+    one's plan.
 
     Raises:
         ConfigError: not even one fits.
     """
     total = ray.cluster_resources()
     plan = make_plan(config, total)
-    asked = {resource: sum(need.total(resource) for need in plan.needs) for resource in ("GPU", "CPU")}
-    room = [int((total.get(resource, 0.0) + 1e-9) // amount) for resource, amount in asked.items() if amount]
+    asked = {
+        resource: sum(need.total(resource) for need in plan.needs) for resource in ("GPU", "CPU")
+    }
+    room = [
+        int((total.get(resource, 0.0) + 1e-9) // amount)
+        for resource, amount in asked.items()
+        if amount
+    ]
     runs = max(1, min([most, *room]))
     threads, crowded = _threads(config, plan.policy, plan.rollout, runs)
     return replace(plan, threads=threads, crowded=crowded), runs
 
 
 def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
-    """What the run would ask for with so many policy actors (by default as many as it can use), whether it is there or not.
+    """What the run would ask for with so many policy actors (by default as many as it can use),
+    whether it is there or not.
 
     Args:
-        cluster_gpus: of the whole cluster: where it has some, an actor gets one unless the config says otherwise.
+        cluster_gpus: of the whole cluster: where it has some, an actor gets one unless the config
+            says otherwise.
     """
     cluster, default = config.cluster, 1.0 if cluster_gpus else 0.0
     per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else default
-    per_rollout = cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else default
+    per_rollout = (
+        cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else default
+    )
     per_rollout *= config.rollout.tensor_parallel_size
-    cpus_per_policy = cluster.cpus_per_policy if cluster.cpus_per_policy is not None else 1.0 if per_policy else 0.5
+    cpus_per_policy = (
+        cluster.cpus_per_policy
+        if cluster.cpus_per_policy is not None
+        else 1.0
+        if per_policy
+        else 0.5
+    )
     actors = actors or min(cluster.policy_actors or config.warp.policies, config.warp.policies)
     return Plan(
         Need("policy", per_policy, cpus_per_policy, actors),
-        Need("rollout_worker", per_rollout, cluster.cpus_per_rollout_worker, config.rollout.workers),
-        Need("reward_worker", cluster.gpus_per_reward_worker, cluster.cpus_per_reward_worker, 2 if config.control else 1),
+        Need(
+            "rollout_worker", per_rollout, cluster.cpus_per_rollout_worker, config.rollout.workers
+        ),
+        Need(
+            "reward_worker",
+            cluster.gpus_per_reward_worker,
+            cluster.cpus_per_reward_worker,
+            2 if config.control else 1,
+        ),
         None,
     )
 
@@ -115,23 +148,41 @@ def _too_large(needs: list[Need]) -> list[str]:
     nodes, messages = [node["Resources"] for node in ray.nodes() if node["Alive"]], []
     for need in needs:
         bundle = need.bundle()
-        if any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
+        if any(
+            all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes
+        ):
             continue
         asked = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
-        largest = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in bundle)
+        largest = ", ".join(
+            f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s"
+            for name in bundle
+        )
         factor = " or rollout.tensor_parallel_size" if need.key == "rollout_worker" else ""
         messages.append(
-            f"a {need.key.replace('_', ' ')} asks for {asked} on one node, the most that a node has is {largest}: "
-            f"lower cluster.gpus_per_{need.key}, cluster.cpus_per_{need.key}{factor}, or add a larger node"
+            f"a {need.key.replace('_', ' ')} asks for {asked} on one node, the most that a node has"
+            f" is {largest}: lower cluster.gpus_per_{need.key},"
+            f" cluster.cpus_per_{need.key}{factor}, or add a larger node"
         )
     return messages
 
 
-def _what_would_fit(config: Config, gpus: float, most: int, available: dict[str, float]) -> list[str]:
+def _what_would_fit(
+    config: Config, gpus: float, most: int, available: dict[str, float]
+) -> list[str]:
     """The most actors and workers for which there is room."""
-    counts = [(actors, workers) for actors in range(1, most + 1) for workers in range(1, config.rollout.workers + 1)]
+    counts = [
+        (actors, workers)
+        for actors in range(1, most + 1)
+        for workers in range(1, config.rollout.workers + 1)
+    ]
     for actors, workers in sorted(counts, key=lambda pair: (sum(pair), pair), reverse=True):
-        fewer = wish(config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": workers})}), gpus, actors)
+        fewer = wish(
+            config.model_copy(
+                update={"rollout": config.rollout.model_copy(update={"workers": workers})}
+            ),
+            gpus,
+            actors,
+        )
         if not _too_large(fewer.needs) and not _shortages(fewer.needs, available):
             keys = [f"cluster.policy_actors={actors}"] if config.cluster.policy_actors else []
             return ["it would fit with " + " ".join([*keys, f"rollout.workers={workers}"])]
@@ -143,20 +194,26 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
     for resource, prefix in (("GPU", "gpus"), ("CPU", "cpus")):
         asked, free = sum(need.total(resource) for need in needs), available.get(resource, 0.0)
         if asked > free + 1e-9:
-            parts = " + ".join(f"{n.count} {n.key.replace('_', ' ')} x {n.bundle()[resource]:g}" for n in needs if n.total(resource))
+            parts = " + ".join(
+                f"{n.count} {n.key.replace('_', ' ')} x {n.bundle()[resource]:g}"
+                for n in needs
+                if n.total(resource)
+            )
             keys = " or ".join(f"cluster.{prefix}_per_{n.key}" for n in needs if n.total(resource))
             messages.append(
-                f"the run asks for {asked:g} {resource}s ({parts}), the cluster has {free:g} of "
-                f"{ray.cluster_resources().get(resource, 0.0):g} available: {asked - free:g} too few; add nodes, or lower {keys}, "
-                "or rollout.workers"
+                f"the run asks for {asked:g} {resource}s ({parts}), the cluster has {free:g} of"
+                f" {ray.cluster_resources().get(resource, 0.0):g} available: {asked - free:g} too"
+                f" few; add nodes, or lower {keys}, or rollout.workers"
             )
     return messages
 
 
 def _threads(config: Config, policy: Need, rollout: Need, runs: int = 1) -> tuple[int | None, bool]:
-    """Cores of the smallest node over those of its processes that have work at the same time, and whether that is too many threads.
+    """Cores of the smallest node over those of its processes that have work at the same time, and
+    whether that is too many threads.
 
-    A policy's rollouts and updates take turns, so no more processes than policies have work at any time.
+    A policy's rollouts and updates take turns, so no more processes than policies have work at any
+    time.
     """
     if policy.gpus or rollout.gpus:
         return config.cluster.threads, False

@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C as an exception: Ray stops a job with SIGTERM, and with SIGKILL three seconds later."""
+"""SIGTERM and Ctrl-C as an exception: Ray stops a job with SIGTERM, and with SIGKILL three seconds
+later.
+"""
 
 import contextlib
 import logging
@@ -13,7 +15,9 @@ SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop by the signal of this number; the same command continues. Its text says what was saved."""
+    """The run was told to stop by the signal of this number; the same command continues. Its text
+    says what was saved.
+    """
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -24,7 +28,9 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
     def __str__(self) -> str:
-        name = {signal.SIGINT: "Ctrl-C"}.get(signal.Signals(self.number), signal.Signals(self.number).name)
+        name = {signal.SIGINT: "Ctrl-C"}.get(
+            signal.Signals(self.number), signal.Signals(self.number).name
+        )
         return "; ".join([f"stopped by {name}", *_saved, "the same command continues"])
 
 
@@ -36,7 +42,8 @@ _saved: list[str] = []
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """In the body SIGTERM and SIGINT raise Stopped, once; a second Ctrl-C interrupts at once. Nothing changes outside the main thread.
+    """In the body SIGTERM and SIGINT raise Stopped, once; a second Ctrl-C interrupts at once.
+    Nothing changes outside the main thread.
 
     After a ray.init in the body, `keep_listening` is to be called.
     """
@@ -49,8 +56,11 @@ def stoppable() -> Iterator[None]:
     _inside.append(True)
     try:
         yield
-    except KeyboardInterrupt as error:  # Ray raises one of its own in the place of whatever a handler raises while it waits (2.60)
-        raise (Stopped(_received[0]) if _received and not isinstance(error, Stopped) else error) from None
+    # Ray raises one of its own in the place of whatever a handler raises while it waits (2.60)
+    except KeyboardInterrupt as error:
+        raise (
+            Stopped(_received[0]) if _received and not isinstance(error, Stopped) else error
+        ) from None
     finally:
         _inside.pop()
         _received.clear()
@@ -66,7 +76,9 @@ def keep_listening() -> None:
 
 
 def check() -> None:
-    """Raise the Stopped of a signal that came while Python could not pass an exception on (in a destructor, say)."""
+    """Raise the Stopped of a signal that came while Python could not pass an exception on (in a
+    destructor, say).
+    """
     if _received:
         raise Stopped(_received[0])
 
@@ -96,9 +108,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS (a job's) or the last `ray start`, or start one here for as long as this process lives.
+    """Join the cluster of RAY_ADDRESS (a job's) or the last `ray start`, or start one here for as
+    long as this process lives.
 
-    Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or another user's.
+    Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or
+    another user's.
     """
     import ray
 
@@ -108,5 +122,10 @@ def start_ray() -> None:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except ConnectionError:  # the last `ray start` is gone
-            ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            ray.init(
+                address="local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+            )
     keep_listening()

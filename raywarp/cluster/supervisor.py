@@ -1,4 +1,6 @@
-"""Actors that are watched and started again: what Ray restarts by itself, and the slots of policy actors, which the driver renews."""
+"""Actors that are watched and started again: what Ray restarts by itself, and the slots of policy
+actors, which the driver renews.
+"""
 
 import contextlib
 import time
@@ -26,12 +28,14 @@ from raywarp.cluster.health import (
 
 @dataclass
 class SupervisedActor:
-    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its silence are noticed and reported.
+    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its
+    silence are noticed and reported.
 
     max_failures: deaths in a row, without a finished call in between, that do not end the run.
-    groups: placement groups of which at least one has to be on a node. longest_wait: seconds without, after which the run ends.
-    at_work: whether it was, when it was last heard; also while it is away. ended: its process has been killed by us, and does not count
-    as back, whatever it still answers.
+    groups: placement groups of which at least one has to be on a node. longest_wait: seconds
+    without, after which the run ends.
+    at_work: whether it was, when it was last heard; also while it is away. ended: its process has
+    been killed by us, and does not count as back, whatever it still answers.
     """
 
     name: str
@@ -59,13 +63,22 @@ class SupervisedActor:
             answer = self.pulse.poll()
         except RayError as error:
             if self.down_since is None:
-                self._died(cause_of_death(faults.kind_of(error), self.process), faults.explain(error), time.monotonic())
+                self._died(
+                    cause_of_death(faults.kind_of(error), self.process),
+                    faults.explain(error),
+                    time.monotonic(),
+                )
             self._check_room(self.name, time.monotonic() - (self.down_since or time.monotonic()))
             return None
         if answer is not None:
             self._answered(answer.process if hasattr(answer, "process") else answer)
         elif self.pulse.hangs(self.hang_seconds):
-            self.report("hang", what=self.name, cause=faults.HANG, message=f"no answer for {self.pulse.silent:.0f} s; started again")
+            self.report(
+                "hang",
+                what=self.name,
+                cause=faults.HANG,
+                message=f"no answer for {self.pulse.silent:.0f} s; started again",
+            )
             restart(self.actor)
             self.pulse.forget(QUESTION_SECONDS)
             self.ended = True
@@ -82,10 +95,16 @@ class SupervisedActor:
 
     def _check_room(self, what: str, seconds: float) -> None:
         """Raises FaultError where it has been away for too long because no node has room for it."""
-        if self.groups and not any(map(placement_groups.is_found, self.groups)) and seconds > self.longest_wait:
+        if (
+            self.groups
+            and not any(map(placement_groups.is_found, self.groups))
+            and seconds > self.longest_wait
+        ):
             raise faults.FaultError(
-                f"there has been no room for the {what} for {seconds:.0f} s after a loss: {placement_groups.lack()}; add nodes, lower "
-                "cluster.cpus_per_* or cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same command continues"
+                f"there has been no room for the {what} for {seconds:.0f} s after a loss:"
+                f" {placement_groups.lack()}; add nodes, lower cluster.cpus_per_* or"
+                " cluster.gpus_per_* of its kind, or raise cluster.timeout_seconds; the same"
+                " command continues"
             )
 
     def _died(self, cause: str, message: str, since: float) -> None:
@@ -93,15 +112,24 @@ class SupervisedActor:
         self.report("fault", what=self.name, cause=cause, message=message)
         if not self.failures.again():
             raise faults.FaultError(
-                f"the {self.name} died {self.failures.count} times without finishing a call ({cause}: {message}); "
-                f"cluster.max_failures={self.max_failures}; what was saved is kept, and the same command continues"
+                f"the {self.name} died {self.failures.count} times without finishing a call"
+                f" ({cause}: {message}); cluster.max_failures={self.max_failures}; what was saved"
+                " is kept, and the same command continues"
             )
 
     def _answered(self, process: Process) -> None:
-        if self.down_since is None and process.follows(self.process):  # it died between two questions
-            self._died(cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard)
-        if self.down_since is not None and (not self.ended or self.process is None or process.follows(self.process)):
-            self.report("recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since)
+        if self.down_since is None and process.follows(
+            self.process
+        ):  # it died between two questions
+            self._died(
+                cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard
+            )
+        if self.down_since is not None and (
+            not self.ended or self.process is None or process.follows(self.process)
+        ):
+            self.report(
+                "recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since
+            )
             self.down_since, self.ended = None, False
         if self.down_since is None:
             if process.done:
@@ -112,7 +140,8 @@ class SupervisedActor:
 
 @dataclass
 class SupervisedPool(SupervisedActor):
-    """The pool, and through it the rollout workers: what it tells of their deaths, and which of their calls do not end.
+    """The pool, and through it the rollout workers: what it tells of their deaths, and which of
+    their calls do not end.
 
     again: another worker in the place of one that has been without room for longest_wait.
     """
@@ -133,10 +162,19 @@ class SupervisedPool(SupervisedActor):
             self.report(**event)
         now, self.down = time.monotonic(), health.down
         self.at_work |= bool(health.in_flight or health.down)
-        self.killed = {index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS}
+        self.killed = {
+            index: since for index, since in self.killed.items() if now - since < DEATH_SECONDS
+        }
         for index, seconds in health.in_flight.items():
-            if seconds > self.hang_seconds and index not in self.killed and not (seconds < START_SECONDS and loads(self.workers[index])):
-                text = f"its call has not ended for {seconds:.0f} s; started again. It was at\n{stack_of(self.workers[index])}"
+            if (
+                seconds > self.hang_seconds
+                and index not in self.killed
+                and not (seconds < START_SECONDS and loads(self.workers[index]))
+            ):
+                text = (
+                    f"its call has not ended for {seconds:.0f} s; started again. It was"
+                    f" at\n{stack_of(self.workers[index])}"
+                )
                 self.report("hang", what=_worker(index), cause=faults.HANG, message=text)
                 restart(self.workers[index])
                 self.killed[index] = now
@@ -157,9 +195,13 @@ def _worker(index: int) -> str:
 
 
 def loads(worker: Any) -> bool:
-    """Whether a rollout worker is alive and starts its engine: in a call, if it took another's place before that."""
+    """Whether a rollout worker is alive and starts its engine: in a call, if it took another's
+    place before that.
+    """
     with contextlib.suppress(RayError):
-        return bool(ray.get(worker.loads.options(max_task_retries=0).remote(), timeout=STACK_SECONDS))
+        return bool(
+            ray.get(worker.loads.options(max_task_retries=0).remote(), timeout=STACK_SECONDS)
+        )
     return False
 
 
@@ -171,11 +213,14 @@ def restart(actor: Any) -> None:
 
 @dataclass(eq=False)
 class ActorSlot:
-    """A policy actor's place: its placement group, which Ray moves to another node when it loses one, and whoever is in it now.
+    """A policy actor's place: its placement group, which Ray moves to another node when it loses
+    one, and whoever is in it now.
 
-    Ray itself never starts a policy actor again (a repeated call would return an untrained policy): `renew` does.
+    Ray itself never starts a policy actor again (a repeated call would return an untrained policy):
+    `renew` does.
 
-    hung: it was killed because it did not get on. gone: it was given up, for want of room. process: what it last said of itself.
+    hung: it was killed because it did not get on. gone: it was given up, for want of room. process:
+    what it last said of itself.
     at_work: whether it was, when it was last heard; a new one is.
     """
 
@@ -224,7 +269,13 @@ class ActorSlot:
     def renew(self) -> None:
         """A new actor, after an end to the one before, whatever has become of that."""
         self.kill()
-        self.actor, self.hung, self.gone, self.process, self.at_work = self.make(self.group), False, False, None, True
+        self.actor, self.hung, self.gone, self.process, self.at_work = (
+            self.make(self.group),
+            False,
+            False,
+            None,
+            True,
+        )
         actor = self.actor
         self.pulse = Pulse(lambda: actor.pulse.remote())
 
@@ -237,8 +288,10 @@ class ActorSlot:
     def no_room(self, seconds: float) -> faults.FaultError:
         """Of a run that can't go on without it."""
         return faults.FaultError(
-            f"{self.name} has waited {seconds:.0f} s for {self.group.bundle_specs if self.group else {}} after a loss: "
-            f"{placement_groups.lack()}; add nodes, lower cluster.*_per_policy, or raise cluster.timeout_seconds; the same command continues"
+            f"{self.name} has waited {seconds:.0f} s for"
+            f" {self.group.bundle_specs if self.group else {}} after a loss:"
+            f" {placement_groups.lack()}; add nodes, lower cluster.*_per_policy, or raise"
+            " cluster.timeout_seconds; the same command continues"
         )
 
     def kill(self) -> None:

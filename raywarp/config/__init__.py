@@ -1,1 +1,3 @@
-"""The configuration: its schema and field types, tuned keys and searches, secrets, and its reference for the docs."""
+"""The configuration: its schema and field types, tuned keys and searches, secrets, and its
+reference for the docs.
+"""

@@ -1,4 +1,6 @@
-"""Reading a configuration: a YAML file, `key=value` overrides, errors that name the nearest key, and the help of every key."""
+"""Reading a configuration: a YAML file, `key=value` overrides, errors that name the nearest key,
+and the help of every key.
+"""
 
 import copy
 import difflib
@@ -17,13 +19,23 @@ from raywarp.config.tune import TuneConfig
 SHOWN = 80  # characters of a wrong value in a message
 
 
-def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (or a nested mapping, or nothing but the defaults), apply `a.b=value` overrides, and validate.
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Read a YAML file (or a nested mapping, or nothing but the defaults), apply `a.b=value`
+    overrides, and validate.
 
     Raises:
-        ConfigError: unreadable file, unknown key (the nearest one is named), or a value out of range.
+        ConfigError: unreadable file, unknown key (the nearest one is named), or a value out of
+            range.
     """
-    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(source) if source is not None else {}
+    tree = (
+        copy.deepcopy(dict(source))
+        if isinstance(source, Mapping)
+        else _read_yaml(source)
+        if source is not None
+        else {}
+    )
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree)
@@ -39,7 +51,9 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if loaded in (None, {}):
         raise ConfigError(f"the config {path} is empty; `raywarp train --help` lists the keys")
     if not isinstance(loaded, dict):
-        raise ConfigError(f"the config {path} must hold keys and values, not a {type(loaded).__name__}")
+        raise ConfigError(
+            f"the config {path} must hold keys and values, not a {type(loaded).__name__}"
+        )
     return loaded
 
 
@@ -47,8 +61,9 @@ def parse_config(tree: dict[str, Any]) -> Config:
     """Validate a nested dict; see load_config for the errors."""
     if secret := next(keys_with_secrets(tree), None):
         raise ConfigError(
-            f"{secret} holds credentials, and a configuration is saved with its run: take them out, and set the environment variables that "
-            "the service reads (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
+            f"{secret} holds credentials, and a configuration is saved with its run: take them out,"
+            " and set the environment variables that the service reads (AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
         )
     try:
         return Config.model_validate(tree)
@@ -84,27 +99,43 @@ def compact(value: Any) -> str:
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key → field, for the keys that have a description: sections that stand for themselves are looked into."""
+    """Dotted key → field, for the keys that have a description: sections that stand for themselves
+    are looked into.
+    """
     for name, field in section.model_fields.items():
         if field.description:
             yield prefix + name, field
-        inner = [kind for kind in section_types(field.annotation) if not field.description or kind in _EXPLAINED]
+        inner = [
+            kind
+            for kind in section_types(field.annotation)
+            if not field.description or kind in _EXPLAINED
+        ]
         for kind in inner:
             yield from _fields(kind, f"{prefix}{name}.")
 
 
-_EXPLAINED = (RewardConfig, RewardLoraConfig, TuneConfig)  # sections that have a description, and keys with one
+_EXPLAINED = (
+    RewardConfig,
+    RewardLoraConfig,
+    TuneConfig,
+)  # sections that have a description, and keys with one
 
 
 def section_types(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a key's type allows; a mapping of them is none."""
-    options = () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
+    options = (
+        () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
+    )
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
 _ALTERNATIVES = {  # a key that an override sets → the one beside it, which it takes the place of
     f"{section}.{one}": other
-    for section, pair in {"front.choose": ("eta", "max_kl"), "reward": ("model", "function"), "control": ("model", "function")}.items()
+    for section, pair in {
+        "front.choose": ("eta", "max_kl"),
+        "reward": ("model", "function"),
+        "control": ("model", "function"),
+    }.items()
     for one, other in (pair, pair[::-1])
 }
 
@@ -112,12 +143,17 @@ _ALTERNATIVES = {  # a key that an override sets → the one beside it, which it
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {_shown(redact(override))} is not of the form key=value, for example warp.steps=20")
+        raise ConfigError(
+            f"override {_shown(redact(override))} is not of the form key=value, for example"
+            " warp.steps=20"
+        )
     try:
         value = load_yaml(text)
     except StrictYamlError as error:
         raise ConfigError(f"the value of {_shown(redact(override))} is wrong: {error}") from None
-    of_tune = key.startswith("tune.")  # behind it is any key that is searched, as one name: see search_space.py
+    of_tune = key.startswith(
+        "tune."
+    )  # behind it is any key that is searched, as one name: see search_space.py
     if key not in set(known_keys()) and not of_tune:
         raise ConfigError(unknown(key))
     node = tree
@@ -139,24 +175,32 @@ def unknown(key: str) -> str:
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
     near = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    near = near or [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.5)]
+    near = near or [
+        by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.5)
+    ]
     hint = f"; did you mean '{near[0]}'?" if near else "; `raywarp train --help` lists the keys"
     return f"unknown key '{key}'{hint}"
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if not set(str(part)) & set("[(-") and part != "str")  # but for a union's parts
+    key = ".".join(
+        str(part) for part in error["loc"] if not set(str(part)) & set("[(-") and part != "str"
+    )  # but for a union's parts
     if error["type"] == "extra_forbidden":
         return unknown(key)
     key = key.replace("tune.space.", "tune.")  # as it may be written, too
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {_shown(error['input'])})"
+    given = (
+        "" if isinstance(error["input"], dict | BaseModel) else f" (got {_shown(error['input'])})"
+    )
     return f"{key}: {message}{given}" if key else message
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; integers of thousands of digits, which Python refuses to write out, included."""
+    """A value in a message; integers of thousands of digits, which Python refuses to write out,
+    included.
+    """
     if isinstance(value, int) and abs(value) > 10**SHOWN:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)

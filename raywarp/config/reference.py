@@ -1,4 +1,6 @@
-"""`raywarp config --docs`: every key of the configuration as a page of Markdown, from the JSON schema."""
+"""`raywarp config --docs`: every key of the configuration as a page of Markdown, from the JSON
+schema.
+"""
 
 import re
 import textwrap
@@ -22,7 +24,7 @@ raywarp config --init my.yaml                        # the same as a commented f
 raywarp config --schema > raywarp.schema.json        # for editors
 raywarp config --docs > docs/configuration.md
 ```
-"""
+"""  # noqa: E501
 _Tree = Mapping[str, Any]
 
 
@@ -49,8 +51,13 @@ def docs(schema: _Tree) -> str:
     groups = {RUN: (list[str](), [key for key in top if key.inner is None])}
     for key in top:
         if key.inner is not None:
-            groups[key.name] = ([key.tree.get("description", ""), key.inner.get("description", "")], list(_walk(schema, key)))
-    anchors = {key.name: key.anchor for _, keys in groups.values() for key in keys} | {name: anchor(name) for name in groups}
+            groups[key.name] = (
+                [key.tree.get("description", ""), key.inner.get("description", "")],
+                list(_walk(schema, key)),
+            )
+    anchors = {key.name: key.anchor for _, keys in groups.values() for key in keys} | {
+        name: anchor(name) for name in groups
+    }
     pages = [_PAGE_HEAD, "\n".join(_contents(groups)) + "\n"]
     for name, (texts, keys) in groups.items():
         lead = [_paragraph(_linked(_sentence(text), anchors)) for text in texts if text]
@@ -86,12 +93,18 @@ def _contents(groups: Mapping[str, tuple[list[str], list[Key]]]) -> Iterator[str
 
 
 def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
-    """Heading, what it may be, and what it means; the control's keys, which are the reward's, point there."""
+    """Heading, what it may be, and what it means; the control's keys, which are the reward's, point
+    there.
+    """
     lines = [f"### {key.name}\n"]
     twin = key.name.replace("control.", "reward.", 1)
     if twin != key.name:
         return "\n".join([*lines, f"As [{twin}](#{anchor(twin)}), of the control.\n"])
-    kind = f"Keys of its own: {', '.join(key.inner['properties'])}" if key.inner else _type_in_words(key.tree)
+    kind = (
+        f"Keys of its own: {', '.join(key.inner['properties'])}"
+        if key.inner
+        else _type_in_words(key.tree)
+    )
     lines.append(_paragraph(f"{_capital(kind)}; {_default(key.tree)}."))
     lines.append(_paragraph(_linked(_sentence(key.tree["description"]), anchors)))
     if "additionalProperties" in key.tree:  # tune.space
@@ -104,14 +117,21 @@ def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
 def _type_in_words(tree: _Tree) -> str:
     """A type with its bounds, in plain words."""
     if "anyOf" in tree:
-        return ", or ".join(_type_in_words(option) for option in tree["anyOf"] if option.get("type") != "null")
+        return ", or ".join(
+            _type_in_words(option) for option in tree["anyOf"] if option.get("type") != "null"
+        )
     if "enum" in tree:
         return f"one of {', '.join(f'`{value}`' for value in tree['enum'])}"
     if tree.get("type") == "array":
         return f"a list of {_plural(_type_in_words(tree['items']))}"
     if tree.get("type") == "object":
         return "keys with their values"
-    noun = {"integer": "a whole number", "number": "a number", "boolean": "`true` or `false`", "string": "text"}[tree["type"]]
+    noun = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "`true` or `false`",
+        "string": "text",
+    }[tree["type"]]
     return " ".join([noun, *_bounds(tree)]).replace(" ,", ",")
 
 
@@ -131,12 +151,18 @@ def _bounds(tree: _Tree) -> Iterator[str]:
 
 
 def _plural(kind: str) -> str:
-    return {"text": "texts"}.get(kind, kind.replace("a number", "numbers").replace("one of", "any of"))
+    return {"text": "texts"}.get(
+        kind, kind.replace("a number", "numbers").replace("one of", "any of")
+    )
 
 
 def _default(tree: _Tree) -> str:
     value = tree.get("default")
-    plain = {name: own for name, own in value.items() if own is not None} if isinstance(value, dict) else value
+    plain = (
+        {name: own for name, own in value.items() if own is not None}
+        if isinstance(value, dict)
+        else value
+    )
     return "none by default" if value is None else f"default `{compact(plain)}`"
 
 
@@ -147,14 +173,31 @@ def _sentence(text: str) -> str:
 def _capital(text: str) -> str:
     """But for a symbol, or a value that the text explains."""
     first = text.partition(" ")[0]
-    return text if ":" in first or first in ("mu,", "eta,", "beta,", "all-linear,") else text[:1].upper() + text[1:]
+    return (
+        text
+        if ":" in first or first in ("mu,", "eta,", "beta,", "all-linear,")
+        else text[:1].upper() + text[1:]
+    )
 
 
 def _linked(text: str, anchors: Mapping[str, str]) -> str:
     """With a link behind each dotted key."""
     keys = sorted((name for name in anchors if "." in name), key=len, reverse=True)
-    return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?![\w.]*\w)", lambda m: f"[{m[1]}](#{anchors[m[1]]})", text)
+    return re.sub(
+        rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?![\w.]*\w)",
+        lambda m: f"[{m[1]}](#{anchors[m[1]]})",
+        text,
+    )
 
 
 def _paragraph(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, PARAGRAPH_WIDTH, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent) + "\n"
+    return (
+        textwrap.fill(
+            text,
+            PARAGRAPH_WIDTH,
+            break_long_words=False,
+            break_on_hyphens=False,
+            subsequent_indent=indent,
+        )
+        + "\n"
+    )

@@ -1,19 +1,35 @@
 """The one typed configuration: a YAML file, `key=value` overrides, and errors that name the key.
 
-Every key has a description; `Config` is what every command gets, and its resolved form is saved with the run.
+Every key has a description; `Config` is what every command gets, and its resolved form is saved
+with the run.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raywarp.config.field_types import Count, Gpus, Modules, NotNegative, Number, Positive, Rate, Section, Seed, Text, Whole
+from raywarp.config.field_types import (
+    Count,
+    Gpus,
+    Modules,
+    NotNegative,
+    Number,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Text,
+    Whole,
+)
 from raywarp.config.tune import TuneConfig
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 MINILM = "embedded:all-minilm-l6-v2"
 SNIPPETS = "embedded:movie-snippets"
-DATASET = "hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets, whose parts have fixed sizes"
+DATASET = (
+    "hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets,"
+    " whose parts have fixed sizes"
+)
 
 
 class ConfigError(ValueError):
@@ -26,25 +42,49 @@ class PromptsConfig(Section):
     dataset: Text = Field(SNIPPETS, description=DATASET)
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that training prompts come from")
-    held_out_split: Text | None = Field(None, description="split for evaluation; without it held_out_fraction of split is kept back")
-    held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(0.2, description="share of split kept for evaluation")
-    column: Text = Field("text", description="column that holds the prompt's text; a reward function gets the others by name")
-    max_words: Count | None = Field(None, description="keep at most so many words of each text, its first")
+    held_out_split: Text | None = Field(
+        None, description="split for evaluation; without it held_out_fraction of split is kept back"
+    )
+    held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        0.2, description="share of split kept for evaluation"
+    )
+    column: Text = Field(
+        "text",
+        description=(
+            "column that holds the prompt's text; a reward function gets the others by name"
+        ),
+    )
+    max_words: Count | None = Field(
+        None, description="keep at most so many words of each text, its first"
+    )
     max_tokens: Count | None = Field(
-        None, description="keep at most so many tokens of each text, its first; a prompt that leaves no room for a completion is refused"
+        None,
+        description=(
+            "keep at most so many tokens of each text, its first; a prompt that leaves no room for"
+            " a completion is refused"
+        ),
     )
     min_tokens: Count | None = Field(
         None,
-        description="drop shorter texts; with max_tokens, each text keeps a number of tokens drawn from min_tokens to max_tokens",
+        description=(
+            "drop shorter texts; with max_tokens, each text keeps a number of tokens drawn from"
+            " min_tokens to max_tokens"
+        ),
     )
     template: Literal["none", "chat"] = Field(
-        "none", description="none: the text is continued as it is; chat: it is a user turn in the model's chat template, to be answered"
+        "none",
+        description=(
+            "none: the text is continued as it is; chat: it is a user turn in the model's chat"
+            " template, to be answered"
+        ),
     )
 
     @model_validator(mode="after")
     def lengths(self) -> "PromptsConfig":
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
+            )
         return self
 
 
@@ -54,12 +94,28 @@ class PreferencesConfig(Section):
     dataset: Text = Field(SNIPPETS, description=DATASET)
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that preferences come from")
-    prompt: Text | None = Field(None, description="column with the prompt, which stands before chosen and rejected; not for rated data")
+    prompt: Text | None = Field(
+        None,
+        description=(
+            "column with the prompt, which stands before chosen and rejected; not for rated data"
+        ),
+    )
     chosen: Text = Field("chosen", description="column with the preferred text, or chat messages")
     rejected: Text = Field("rejected", description="column with the other text, or chat messages")
     text: Text = Field("text", description="column with the text, for rated data")
-    rating: Text = Field("rating", description="column with the rating, for rated data (used where chosen/rejected are absent)")
-    margin: Positive = Field(0.5, description="smallest difference of two ratings that makes a preference; higher: fewer and clearer ones")
+    rating: Text = Field(
+        "rating",
+        description=(
+            "column with the rating, for rated data (used where chosen/rejected are absent)"
+        ),
+    )
+    margin: Positive = Field(
+        0.5,
+        description=(
+            "smallest difference of two ratings that makes a preference; higher: fewer and clearer"
+            " ones"
+        ),
+    )
     held_out_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = Field(
         0.1, description="share of the texts kept for validation, and the same again for the test"
     )
@@ -70,47 +126,100 @@ class RewardLoraConfig(Section):
 
     rank: Count = Field(16, description="rank of the reward model's LoRA")
     alpha: Positive = Field(32.0, description="its change is scaled by alpha / rank")
-    target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
+    target_modules: Modules = Field(
+        "all-linear", description="all-linear, or names of the modules to adapt"
+    )
 
 
 class RewardTrainingConfig(Section):
     """How `raywarp reward` trains a reward model from preferences."""
 
-    backbone: Text = Field(MINILM, description="hub id or folder of the sequence classifier's backbone")
-    lora: RewardLoraConfig | None = Field(None, description="LoRA fine-tuning; without it all weights are trained")
-    lr: Positive = Field(1e-4, description="AdamW's learning rate, which falls linearly to 0 after warm-up")
-    batch_size: Count = Field(
-        16, description="pairs per optimiser step, over all workers; of rated texts twice as many, with every pair among them"
+    backbone: Text = Field(
+        MINILM, description="hub id or folder of the sequence classifier's backbone"
     )
-    steps: Count = Field(120, description="optimiser steps; the accuracy on held-out pairs tells when more of them do not help")
+    lora: RewardLoraConfig | None = Field(
+        None, description="LoRA fine-tuning; without it all weights are trained"
+    )
+    lr: Positive = Field(
+        1e-4, description="AdamW's learning rate, which falls linearly to 0 after warm-up"
+    )
+    batch_size: Count = Field(
+        16,
+        description=(
+            "pairs per optimiser step, over all workers; of rated texts twice as many, with every"
+            " pair among them"
+        ),
+    )
+    steps: Count = Field(
+        120,
+        description=(
+            "optimiser steps; the accuracy on held-out pairs tells when more of them do not help"
+        ),
+    )
     warmup_steps: Whole = Field(10, description="steps of linear warm-up")
-    eval_every: Count = Field(60, description="steps between validations and checkpoints; the best one is kept")
-    eval_pairs: Count = Field(300, description="pairs per validation, by whose accuracy the best checkpoint is told")
+    eval_every: Count = Field(
+        60, description="steps between validations and checkpoints; the best one is kept"
+    )
+    eval_pairs: Count = Field(
+        300, description="pairs per validation, by whose accuracy the best checkpoint is told"
+    )
     test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
-    max_length: Count = Field(256, description="tokens of prompt and completion together; longer prompts lose their beginning")
+    max_length: Count = Field(
+        256,
+        description="tokens of prompt and completion together; longer prompts lose their beginning",
+    )
     num_workers: Count = Field(1, description="data-parallel workers of Ray Train")
-    use_gpu: bool | None = Field(None, description="one GPU per worker; by default if the cluster has GPUs")
-    sft_completions: Count = Field(128, description="SFT completions whose mean and deviation standardise the score")
+    use_gpu: bool | None = Field(
+        None, description="one GPU per worker; by default if the cluster has GPUs"
+    )
+    sft_completions: Count = Field(
+        128, description="SFT completions whose mean and deviation standardise the score"
+    )
 
 
 class RewardConfig(Section):
     """What scores completions: a model or a function, exactly one of the two."""
 
-    model: Text | None = Field(None, description="hub id or folder of a one-label sequence classifier")
-    function: Text | None = Field(None, description="module:function with score(prompts, completions, **columns) -> list[float]")
-    version: str = Field(
-        "", description="declared version of the function, for what its source does not show; another one makes another run"
+    model: Text | None = Field(
+        None, description="hub id or folder of a one-label sequence classifier"
     )
-    standardise: bool | None = Field(None, description="shift and scale by SFT completions; default: yes for a model, no for a function")
+    function: Text | None = Field(
+        None,
+        description="module:function with score(prompts, completions, **columns) -> list[float]",
+    )
+    version: str = Field(
+        "",
+        description=(
+            "declared version of the function, for what its source does not show; another one makes"
+            " another run"
+        ),
+    )
+    standardise: bool | None = Field(
+        None,
+        description=(
+            "shift and scale by SFT completions; default: yes for a model, no for a function"
+        ),
+    )
     template: Literal["auto", "none", "chat"] = Field(
         "auto",
-        description="what a model reads: the prompt with its completion, or both as turns of its own chat template; auto: turns where "
-        "prompts.template=chat and the model, not trained by raywarp, has a template",
+        description=(
+            "what a model reads: the prompt with its completion, or both as turns of its own chat"
+            " template; auto: turns where prompts.template=chat and the model, not trained by"
+            " raywarp, has a template"
+        ),
     )
-    max_length: Count = Field(256, description="tokens of prompt and completion together; longer prompts lose their beginning")
-    batch_size: Count = Field(64, description="texts per forward pass of a model; lower it where its memory runs out")
+    max_length: Count = Field(
+        256,
+        description="tokens of prompt and completion together; longer prompts lose their beginning",
+    )
+    batch_size: Count = Field(
+        64, description="texts per forward pass of a model; lower it where its memory runs out"
+    )
     timeout_seconds: Positive | None = Field(
-        600, description="longest time for the scores of one batch, after which the run stops; null: no limit"
+        600,
+        description=(
+            "longest time for the scores of one batch, after which the run stops; null: no limit"
+        ),
     )
 
     @model_validator(mode="after")
@@ -127,11 +236,21 @@ class LoraConfig(Section):
         16,
         description="rank r of every policy's adapter; memory and traffic grow with it",
     )
-    alpha: Positive = Field(16.0, description="an adapter's change is scaled by alpha / rank; higher acts much like a higher optim.lr")
-    target_modules: Modules = Field("all-linear", description="all-linear, or names of the modules to adapt")
+    alpha: Positive = Field(
+        16.0,
+        description=(
+            "an adapter's change is scaled by alpha / rank; higher acts much like a higher optim.lr"
+        ),
+    )
+    target_modules: Modules = Field(
+        "all-linear", description="all-linear, or names of the modules to adapt"
+    )
     init: Literal["independent", "shared", "frozen"] = Field(
         "independent",
-        description="the initial A: one per policy, one for all, or one for all that is never trained, by which merges stay at rank r",
+        description=(
+            "the initial A: one per policy, one for all, or one for all that is never trained, by"
+            " which merges stay at rank r"
+        ),
     )
 
 
@@ -140,29 +259,48 @@ class WarpConfig(Section):
 
     iterations: Count = Field(
         2,
-        description="I, iterations of the whole loop, one after another, each from where LITI left the one before",
+        description=(
+            "I, iterations of the whole loop, one after another, each from where LITI left the one"
+            " before"
+        ),
     )
-    policies: Count = Field(2, description="M, policies trained in parallel and merged; each costs as much again")
+    policies: Count = Field(
+        2, description="M, policies trained in parallel and merged; each costs as much again"
+    )
     steps: Count = Field(
         40,
-        description="T, optimiser steps per policy and iteration; more: further from SFT, and longer",
+        description=(
+            "T, optimiser steps per policy and iteration; more: further from SFT, and longer"
+        ),
     )
     ema_rate: Rate = Field(
         0.01,
-        description="mu, rate at which the anchor follows the policy after every step, the paper's by default; higher: the policy gets "
-        "further, and less of it is taken back; 0 keeps the anchor at the iteration's init",
+        description=(
+            "mu, rate at which the anchor follows the policy after every step, the paper's by"
+            " default; higher: the policy gets further, and less of it is taken back; 0 keeps the"
+            " anchor at the iteration's init"
+        ),
     )
     liti_rate: Rate = Field(
-        0.3, description="eta, how far the next iteration's init goes towards the merge; lower: each iteration starts nearer to SFT"
+        0.3,
+        description=(
+            "eta, how far the next iteration's init goes towards the merge; lower: each iteration"
+            " starts nearer to SFT"
+        ),
     )
     kl_coef: NotNegative = Field(
         0.1,
-        description="beta, reward taken per nat of KL to the anchor, the paper's by default; higher: less KL and slower; 0: nothing holds "
-        "the policy back",
+        description=(
+            "beta, reward taken per nat of KL to the anchor, the paper's by default; higher: less"
+            " KL and slower; 0: nothing holds the policy back"
+        ),
     )
     advantage: Literal["rloo", "mean", "none"] = Field(
         "rloo",
-        description="baseline that is taken from a reward: the mean of the prompt's other completions, of the batch's others, or none",
+        description=(
+            "baseline that is taken from a reward: the mean of the prompt's other completions, of"
+            " the batch's others, or none"
+        ),
     )
 
 
@@ -171,78 +309,164 @@ class OptimConfig(Section):
 
     lr: Positive = Field(
         5e-4,
-        description="AdamW's learning rate, constant after warm-up; higher: more reward and more KL per step, until texts break",
+        description=(
+            "AdamW's learning rate, constant after warm-up; higher: more reward and more KL per"
+            " step, until texts break"
+        ),
     )
-    batch_size: Count = Field(64, description="completions per optimiser step of a policy; more: less noise, longer steps")
+    batch_size: Count = Field(
+        64, description="completions per optimiser step of a policy; more: less noise, longer steps"
+    )
     max_tokens_per_microbatch: Count = Field(
         4096,
-        description="tokens per forward pass, padding included: lower it where a trainer's memory runs out; gradients do not depend on it",
+        description=(
+            "tokens per forward pass, padding included: lower it where a trainer's memory runs out;"
+            " gradients do not depend on it"
+        ),
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for a third more time: blocks are computed again for gradients")
-    warmup_steps: Whole = Field(10, description="steps of linear warm-up, of every policy in every iteration")
-    grad_clip: Positive = Field(1.0, description="largest norm of a policy's gradient; a longer one is scaled down")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="less memory for a third more time: blocks are computed again for gradients",
+    )
+    warmup_steps: Whole = Field(
+        10, description="steps of linear warm-up, of every policy in every iteration"
+    )
+    grad_clip: Positive = Field(
+        1.0, description="largest norm of a policy's gradient; a longer one is scaled down"
+    )
 
 
 class RolloutConfig(Section):
     """Sampling, in training and in the evaluation."""
 
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="what samples; transformers where there is no vLLM, slower")
-    workers: Count = Field(1, description="R, workers (engines) that all policies share; more where rollouts bound the run")
+    engine: Literal["vllm", "transformers"] = Field(
+        "vllm", description="what samples; transformers where there is no vLLM, slower"
+    )
+    workers: Count = Field(
+        1,
+        description=(
+            "R, workers (engines) that all policies share; more where rollouts bound the run"
+        ),
+    )
     chunk_size: Count | None = Field(
-        None, description="completions per engine call, for fewer policies than workers; default: a whole batch"
+        None,
+        description=(
+            "completions per engine call, for fewer policies than workers; default: a whole batch"
+        ),
     )
     completions_per_prompt: Count = Field(
-        4, description="completions of each prompt in a step; more: a better baseline, fewer prompts in a batch"
+        4,
+        description=(
+            "completions of each prompt in a step; more: a better baseline, fewer prompts in a"
+            " batch"
+        ),
     )
-    max_new_tokens: Count = Field(24, description="longest completion, in tokens; KL per completion, time and memory grow with it")
+    max_new_tokens: Count = Field(
+        24,
+        description=(
+            "longest completion, in tokens; KL per completion, time and memory grow with it"
+        ),
+    )
     temperature: Positive = Field(
-        0.9, description="sampling temperature, of training and evaluation; log-probs and KL are taken at the same one"
+        0.9,
+        description=(
+            "sampling temperature, of training and evaluation; log-probs and KL are taken at the"
+            " same one"
+        ),
     )
     adapter: Literal["auto", "unmerged", "lora", "merged"] = Field(
         "auto",
-        description="how an engine applies an adapter: unmerged beside the weights (CPUs), as vLLM's LoRA (GPUs), or merged into float32 "
-        "weights; auto is unmerged on CPUs, lora on GPUs",
+        description=(
+            "how an engine applies an adapter: unmerged beside the weights (CPUs), as vLLM's LoRA"
+            " (GPUs), or merged into float32 weights; auto is unmerged on CPUs, lora on GPUs"
+        ),
     )
-    ignore_eos: bool = Field(False, description="sample past the end of text up to max_new_tokens; for benchmarks")
-    missing_eos_penalty: NotNegative = Field(0.0, description="taken from the reward of a completion that max_new_tokens cut off")
-    kv_cache_gib: Positive = Field(1.0, description="KV cache of a CPU worker, in GiB; each running completion takes 128 tokens or more")
+    ignore_eos: bool = Field(
+        False, description="sample past the end of text up to max_new_tokens; for benchmarks"
+    )
+    missing_eos_penalty: NotNegative = Field(
+        0.0, description="taken from the reward of a completion that max_new_tokens cut off"
+    )
+    kv_cache_gib: Positive = Field(
+        1.0,
+        description=(
+            "KV cache of a CPU worker, in GiB; each running completion takes 128 tokens or more"
+        ),
+    )
     gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = Field(
-        0.85, description="share of a GPU's memory that a worker takes; lower it where others use that GPU"
+        0.85,
+        description=(
+            "share of a GPU's memory that a worker takes; lower it where others use that GPU"
+        ),
     )
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
 
 
 class ClusterConfig(Section):
-    """Where the processes go, and when the run gives up. It changes results in their last bits at most."""
+    """Where the processes go, and when the run gives up. It changes results in their last bits at
+    most.
+    """
 
     gpus_per_policy: Gpus | None = Field(
-        None, description="GPUs of a policy actor, a whole number or a share such as 0.5; default 1 where the cluster has GPUs"
+        None,
+        description=(
+            "GPUs of a policy actor, a whole number or a share such as 0.5; default 1 where the"
+            " cluster has GPUs"
+        ),
     )
     gpus_per_rollout_worker: Gpus | None = Field(
-        None, description="GPUs of a rollout worker, times rollout.tensor_parallel_size; default 1 where there are GPUs"
+        None,
+        description=(
+            "GPUs of a rollout worker, times rollout.tensor_parallel_size; default 1 where there"
+            " are GPUs"
+        ),
     )
-    gpus_per_reward_worker: Gpus = Field(0, description="GPUs of the reward worker, and of the control's")
+    gpus_per_reward_worker: Gpus = Field(
+        0, description="GPUs of the reward worker, and of the control's"
+    )
     cpus_per_policy: NotNegative | None = Field(
-        None, description="CPUs of a policy actor; default 1 beside a GPU, else 0.5: it has nothing to do while its policy's rollouts run"
+        None,
+        description=(
+            "CPUs of a policy actor; default 1 beside a GPU, else 0.5: it has nothing to do while"
+            " its policy's rollouts run"
+        ),
     )
     cpus_per_rollout_worker: NotNegative = Field(1, description="CPUs of a rollout worker")
-    cpus_per_reward_worker: NotNegative = Field(0, description="CPUs of the reward worker, and of the control's")
+    cpus_per_reward_worker: NotNegative = Field(
+        0, description="CPUs of the reward worker, and of the control's"
+    )
     policy_actors: Count | None = Field(
-        None, description="actors that share the M policies; default: as many as fit when the run starts, at most M"
+        None,
+        description=(
+            "actors that share the M policies; default: as many as fit when the run starts, at"
+            " most M"
+        ),
     )
     threads: Count | None = Field(
         None,
-        description="threads of each CPU process; default: a node's cores over the processes that work at the same time; "
-        "part of a policy's key, so set it where machines of different size share policies",
+        description=(
+            "threads of each CPU process; default: a node's cores over the processes that work at"
+            " the same time; part of a policy's key, so set it where machines of different size"
+            " share policies"
+        ),
     )
-    timeout_seconds: Positive = Field(120, description="longest wait for room on the cluster, at the start and after a loss")
+    timeout_seconds: Positive = Field(
+        120, description="longest wait for room on the cluster, at the start and after a loss"
+    )
     max_failures: Whole = Field(
-        3, description="how often a policy or a worker that got no further since it last failed is made anew before the run gives up"
+        3,
+        description=(
+            "how often a policy or a worker that got no further since it last failed is made anew"
+            " before the run gives up"
+        ),
     )
     hang_seconds: Positive = Field(
         600,
-        description="a process that does not answer, or works at one update or rollout for so long, is reported and started again; "
-        "likewise whoever waits where nobody has worked for so long",
+        description=(
+            "a process that does not answer, or works at one update or rollout for so long, is"
+            " reported and started again; likewise whoever waits where nobody has worked for so"
+            " long"
+        ),
     )
 
 
@@ -250,7 +474,9 @@ class ChooseConfig(Section):
     """Which point of the front is kept: exactly one of the two."""
 
     eta: Rate | None = Field(None, description="take this eta, which is measured, too")
-    max_kl: Positive | None = Field(None, description="take the largest eta whose KL is not above this, in nats per completion")
+    max_kl: Positive | None = Field(
+        None, description="take the largest eta whose KL is not above this, in nats per completion"
+    )
 
     @model_validator(mode="after")
     def one_rule(self) -> "ChooseConfig":
@@ -263,54 +489,99 @@ class FrontConfig(Section):
     """The evaluation at the end, and which point of it is kept as an adapter."""
 
     etas: list[Rate] = Field(
-        [0.0, 0.25, 0.5, 0.75, 1.0], description="points of the LITI front; 0 is SFT, 1 is SLERP, and both are always measured"
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+        description="points of the LITI front; 0 is SFT, 1 is SLERP, and both are always measured",
     )
-    prompts: Count = Field(200, description="held-out prompts of each point; four times as many halve the intervals")
-    completions_per_prompt: Count = Field(1, description="completions of each held-out prompt, which are averaged")
-    choose: ChooseConfig = Field(ChooseConfig(max_kl=5.0), description="which eta the folder adapter/ holds: {eta: x} or {max_kl: x}")
-    samples: Count = Field(100, description="prompts whose texts are kept for every point, in samples.json")
+    prompts: Count = Field(
+        200, description="held-out prompts of each point; four times as many halve the intervals"
+    )
+    completions_per_prompt: Count = Field(
+        1, description="completions of each held-out prompt, which are averaged"
+    )
+    choose: ChooseConfig = Field(
+        ChooseConfig(max_kl=5.0),
+        description="which eta the folder adapter/ holds: {eta: x} or {max_kl: x}",
+    )
+    samples: Count = Field(
+        100, description="prompts whose texts are kept for every point, in samples.json"
+    )
 
 
 class Config(Section):
-    model: Text = Field(SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct")
+    model: Text = Field(
+        SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; auto: bfloat16 where the hardware has it"
     )
     trust_remote_code: bool = Field(
-        False, description="run the code that comes with a model; without it, a model that needs its own code is refused"
+        False,
+        description=(
+            "run the code that comes with a model; without it, a model that needs its own code is"
+            " refused"
+        ),
     )
-    seed: Seed = Field(0, description="everything random derives from it; another one makes another run")
-    out: Text = Field("runs/default", description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix")
+    seed: Seed = Field(
+        0, description="everything random derives from it; another one makes another run"
+    )
+    out: Text = Field(
+        "runs/default",
+        description="folder that the command writes, or s3://bucket/prefix, gs://bucket/prefix",
+    )
     store: Text | None = Field(
-        None, description="folder or URI of trained policies under their keys, which several runs may share; default: out"
+        None,
+        description=(
+            "folder or URI of trained policies under their keys, which several runs may share;"
+            " default: out"
+        ),
     )
     prompts: PromptsConfig = PromptsConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_training: RewardTrainingConfig = RewardTrainingConfig()
     reward: RewardConfig = RewardConfig()
-    control: RewardConfig | None = Field(None, description="a second score that training never sees")
+    control: RewardConfig | None = Field(
+        None, description="a second score that training never sees"
+    )
     lora: LoraConfig = LoraConfig()
     warp: WarpConfig = WarpConfig()
     optim: OptimConfig = OptimConfig()
     rollout: RolloutConfig = RolloutConfig()
     cluster: ClusterConfig = ClusterConfig()
     front: FrontConfig = FrontConfig()
-    checkpoint_every: Count = Field(10, description="steps between a policy's checkpoints: the most that is done again after a death")
-    kl_to_sft_every: Count = Field(5, description="steps between measurements of kl_sft in training, a forward pass more each")
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="where metrics go besides metrics.jsonl")
+    checkpoint_every: Count = Field(
+        10,
+        description=(
+            "steps between a policy's checkpoints: the most that is done again after a death"
+        ),
+    )
+    kl_to_sft_every: Count = Field(
+        5, description="steps between measurements of kl_sft in training, a forward pass more each"
+    )
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        [], description="where metrics go besides metrics.jsonl"
+    )
     tune: TuneConfig | None = Field(
         None,
-        description="of `raywarp tune`: {key: {grid: [a, b]}, …} for any key above, by its last part or in full; beside grid there are "
-        "choice: [a, b], uniform: [low, high], loguniform: [low, high] and randint: [low, high] (high left out)",
+        description=(
+            "of `raywarp tune`: {key: {grid: [a, b]}, …} for any key above, by its last part or in"
+            " full; beside grid there are choice: [a, b], uniform: [low, high], loguniform: [low,"
+            " high] and randint: [low, high] (high left out)"
+        ),
     )
 
     @model_validator(mode="after")
     def consistent(self) -> "Config":
         batch, group = self.optim.batch_size, self.rollout.completions_per_prompt
         if batch % group:
-            raise ValueError(f"optim.batch_size={batch} is not a multiple of rollout.completions_per_prompt={group}")
+            raise ValueError(
+                f"optim.batch_size={batch} is not a multiple of"
+                f" rollout.completions_per_prompt={group}"
+            )
         if self.warp.advantage == "rloo" and group < 2:
-            raise ValueError("rollout.completions_per_prompt must be at least 2 with warp.advantage=rloo (or use advantage=mean)")
+            raise ValueError(
+                "rollout.completions_per_prompt must be at least 2 with warp.advantage=rloo (or use"
+                " advantage=mean)"
+            )
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
         return self

@@ -1,7 +1,8 @@
-"""What a sweep searches: each key of `tune` as the key of the configuration that it means, and the points of the space.
+"""What a sweep searches: each key of `tune` as the key of the configuration that it means, and the
+points of the space.
 
-A point is one trial's values, dotted key → value. Those of grid, random and asha are all known before anything starts; optuna finds its
-own as the trials end. No Ray.
+A point is one trial's values, dotted key → value. Those of grid, random and asha are all known
+before anything starts; optuna finds its own as the trials end. No Ray.
 """
 
 import importlib.util
@@ -23,10 +24,21 @@ from raywarp.config.tune import Domain, TuneConfig
 Values = dict[str, Any]
 MOST_TRIALS = 10_000
 DIRECTIONS: dict[str, str] = {"hypervolume": "max", "reward": "max", "kl": "min", "control": "max"}
-# What a trial's policies and front do not depend on; of the reward's own stage, and of how and where a run is carried out.
-_NOT_OF_A_TRIAL = ("out", "store", "loggers", "tune", "cluster", "preferences", "reward_training", "checkpoint_every", "trust_remote_code")
-# In a grid the keys that a policy's first iteration does not depend on vary last: trials at work at the same time then seldom wait for
-# each other's policies.
+# What a trial's policies and front do not depend on; of the reward's own stage, and of how and
+# where a run is carried out.
+_NOT_OF_A_TRIAL = (
+    "out",
+    "store",
+    "loggers",
+    "tune",
+    "cluster",
+    "preferences",
+    "reward_training",
+    "checkpoint_every",
+    "trust_remote_code",
+)
+# In a grid the keys that a policy's first iteration does not depend on vary last: trials at work at
+# the same time then seldom wait for each other's policies.
 _LATER = ("warp.iterations", "warp.liti_rate", "front")
 
 
@@ -58,7 +70,9 @@ class SearchSpace:
         """Every trial's values, in the order of their start, each once; none for optuna."""
         if self.search == "optuna":
             return []
-        grids = {key: domain.values for key, domain in self.domains.items() if domain.kind == "grid"}
+        grids = {
+            key: domain.values for key, domain in self.domains.items() if domain.kind == "grid"
+        }
         slowest_first = sorted(grids, key=lambda key: not key.startswith(_LATER))
         samples = self.settings.num_samples if self.search != "grid" else 1
         if (count := samples * math.prod(map(len, grids.values()))) > MOST_TRIALS:
@@ -68,7 +82,14 @@ class SearchSpace:
         for _ in range(samples):
             for values in itertools.product(*(grids[key] for key in slowest_first)):
                 point = dict(zip(slowest_first, values, strict=True))
-                points.append(self.resolved({key: point[key] if key in point else _draw(d, random) for key, d in self.domains.items()}))
+                points.append(
+                    self.resolved(
+                        {
+                            key: point[key] if key in point else _draw(d, random)
+                            for key, d in self.domains.items()
+                        }
+                    )
+                )
         return list({name_of(point): point for point in points}.values())
 
     def config(self, point: Values) -> Config:
@@ -87,43 +108,59 @@ class SearchSpace:
         grid = self.domains.get("warp.liti_rate")
         if grid is None or grid.is_range:
             return config
-        etas = sorted({*config.front.etas, *(float(value) for value in grid.values)})  # the last iteration's η is a point of the front
+        etas = sorted(
+            {*config.front.etas, *(float(value) for value in grid.values)}
+        )  # the last iteration's η is a point of the front
         return config.model_copy(update={"front": config.front.model_copy(update={"etas": etas})})
 
     def resolved(self, point: Values) -> Values:
-        """The values as the configuration has them: 1 and 1.0, or 5e-4 and "5e-4", are one value."""
+        """The values as the configuration has them: 1 and 1.0, or 5e-4 and "5e-4", are one
+        value.
+        """
         tree = self.config(point).model_dump(mode="json")
         return {key: _get(tree, key) for key in self.domains}
 
     def largest(self) -> Config:
         """The trial that asks most of a cluster."""
         sizes = ("warp.policies", "rollout.workers", "rollout.tensor_parallel_size")
-        most = {key: max(domain.values) - (domain.kind == "randint") for key, domain in self.domains.items() if key in sizes}
+        most = {
+            key: max(domain.values) - (domain.kind == "randint")
+            for key, domain in self.domains.items()
+            if key in sizes
+        }
         return self.config({**self.first(), **most})
 
     def first(self) -> Values:
         """Some point: the first of every domain."""
-        return self.points[0] if self.points else {key: domain.values[0] for key, domain in self.domains.items()}
+        return (
+            self.points[0]
+            if self.points
+            else {key: domain.values[0] for key, domain in self.domains.items()}
+        )
 
 
 def search_space(config: Config) -> SearchSpace:
     """The space of config.tune, checked as far as that goes without Ray.
 
     Raises:
-        ConfigError: no or an ambiguous or unknown key, values that the configuration refuses, a search that does not fit the values or
-            whose package is not installed.
+        ConfigError: no or an ambiguous or unknown key, values that the configuration refuses, a
+            search that does not fit the values or whose package is not installed.
     """
     settings = config.tune
     if settings is None or not settings.space:
         raise ConfigError(
-            "tune has no key to search; for example tune: {ema_rate: {loguniform: [0.005, 0.2]}, liti_rate: {grid: [0.3, 0.5]}}"
+            "tune has no key to search; for example tune: {ema_rate: {loguniform: [0.005, 0.2]},"
+            " liti_rate: {grid: [0.3, 0.5]}}"
         )
     domains: dict[str, Domain] = {}
     for given, domain in settings.space.items():
         key = resolve_key(given)
         for other in domains:
             if key == other or key.startswith(f"{other}.") or other.startswith(f"{key}."):
-                raise ConfigError(f"tune.{given} and another key of tune both mean {min(key, other, key=len)}; keep one")
+                raise ConfigError(
+                    f"tune.{given} and another key of tune both mean {min(key, other, key=len)};"
+                    " keep one"
+                )
         domains[key] = domain
     space = SearchSpace(config, settings, domains)
     _check_search(space)
@@ -135,12 +172,17 @@ def search_space(config: Config) -> SearchSpace:
 
 
 def resolve_key(given: str) -> str:
-    """The dotted key of a configuration that a key of `tune` means: itself, or the only one that ends with it."""
+    """The dotted key of a configuration that a key of `tune` means: itself, or the only one that
+    ends with it.
+    """
     allowed = [key for key in known_keys() if not _outside(key)]
     if given in allowed:
         return given
     if given in known_keys():
-        raise ConfigError(f"tune.{given}: a trial's policies do not depend on {given}; it is the same for all trials, outside of tune")
+        raise ConfigError(
+            f"tune.{given}: a trial's policies do not depend on {given}; it is the same for all"
+            " trials, outside of tune"
+        )
     meant = [key for key in allowed if key.endswith(f".{given}")]
     if len(meant) > 1:
         raise ConfigError(f"tune.{given} is ambiguous: {' or '.join(meant)}; write the key in full")
@@ -166,16 +208,34 @@ def show(value: Any) -> str:
 def _check_search(space: SearchSpace) -> None:
     search, kinds = space.search, {key: domain.kind for key, domain in space.domains.items()}
     if search == "grid" and (others := [key for key, kind in kinds.items() if kind != "grid"]):
-        raise ConfigError(f"tune.search=grid takes grids only, and {others[0]} is {kinds[others[0]]}; use random, asha or optuna")
+        raise ConfigError(
+            f"tune.search=grid takes grids only, and {others[0]} is {kinds[others[0]]}; use random,"
+            " asha or optuna"
+        )
     if search == "optuna":
         if grids := [key for key, kind in kinds.items() if kind == "grid"]:
-            raise ConfigError(f"tune.search=optuna chooses the values itself, and {grids[0]} is a grid; make it a choice or a range")
+            raise ConfigError(
+                f"tune.search=optuna chooses the values itself, and {grids[0]} is a grid; make it a"
+                " choice or a range"
+            )
         if importlib.util.find_spec("optuna") is None:
-            raise ConfigError("tune.search=optuna: optuna is not installed; pip install 'raywarp[optuna]'")
+            raise ConfigError(
+                "tune.search=optuna: optuna is not installed; pip install 'raywarp[optuna]'"
+            )
     iterations = space.domains.get("warp.iterations")
-    if search == "asha" and max(iterations.values if iterations else [space.base.warp.iterations]) < 2:
-        raise ConfigError(f"tune.search=asha ends trials between iterations, and warp.iterations={space.base.warp.iterations}")
-    if "control" in space.settings.objectives and space.base.control is None and not any(key.startswith("control") for key in kinds):
+    if (
+        search == "asha"
+        and max(iterations.values if iterations else [space.base.warp.iterations]) < 2
+    ):
+        raise ConfigError(
+            "tune.search=asha ends trials between iterations, and"
+            f" warp.iterations={space.base.warp.iterations}"
+        )
+    if (
+        "control" in space.settings.objectives
+        and space.base.control is None
+        and not any(key.startswith("control") for key in kinds)
+    ):
         raise ConfigError("tune.objectives has control, and the configuration has no control score")
 
 
@@ -230,7 +290,12 @@ def choice_texts(domain: Domain) -> list[str]:
 
 
 def decode(config: Mapping[str, Any]) -> Values:
-    """A trial's values from what Ray Tune hands it: {"point": …} of a known list, or optuna's suggestion."""
+    """A trial's values from what Ray Tune hands it: {"point": …} of a known list, or optuna's
+    suggestion.
+    """
     if "point" in config:
         return dict(config["point"])
-    return {key: json.loads(value) if isinstance(value, str) else six_digits(value) for key, value in config.items()}
+    return {
+        key: json.loads(value) if isinstance(value, str) else six_digits(value)
+        for key, value in config.items()
+    }

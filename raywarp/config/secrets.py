@@ -1,4 +1,6 @@
-"""Credentials have no place in a configuration: it is saved with the run, and shown in messages and loggers."""
+"""Credentials have no place in a configuration: it is saved with the run, and shown in messages and
+loggers.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,9 +8,12 @@ from typing import Any
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s'\"]+@")  # s3://key:secret@bucket
 _PARAMETER = re.compile(
-    r"([?&][\w.-]*(?:secret|token|password|passwd|credential|access_key|api_key|signature)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+    r"([?&][\w.-]*(?:secret|token|password|passwd|credential|access_key|api_key|signature)[\w.-]*=)[^&\s'\"]+",
+    re.IGNORECASE,
 )
-_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})")  # of hubs and clouds
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})"
+)  # of hubs and clouds
 
 
 def redact(text: str) -> str:

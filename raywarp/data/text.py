@@ -1,4 +1,6 @@
-"""Texts: prompts as they are sampled from, completions as they travel between processes, and which texts count as the same."""
+"""Texts: prompts as they are sampled from, completions as they travel between processes, and which
+texts count as the same.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,9 @@ class Completion:
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: what a reward sees, without any template. token_ids: what the policy sees. columns: the row's other columns."""
+    """text: what a reward sees, without any template. token_ids: what the policy sees. columns: the
+    row's other columns.
+    """
 
     text: str
     token_ids: tuple[int, ...]

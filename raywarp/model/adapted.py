@@ -1,7 +1,8 @@
 """One frozen base model with any number of LoRA adapters on it.
 
-All policies of an actor share the base; each has a trainable adapter and an EMA of it, and all share the init adapter. Which
-adapters take part is said anew for every forward pass, so that no pass can run with the wrong ones left active.
+All policies of an actor share the base; each has a trainable adapter and an EMA of it, and all
+share the init adapter. Which adapters take part is said anew for every forward pass, so that no
+pass can run with the wrong ones left active.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ class AdaptedModel:
         source: hub id or folder of a causal language model.
         lora: rank, alpha and target modules of every policy.
         dtype: of the base, and of all products; adapters are float32.
-        gradient_checkpointing: a trained pass keeps each block's input only, and computes the rest again for its gradients.
+        gradient_checkpointing: a trained pass keeps each block's input only, and computes the rest
+            again for its gradients.
     """
 
     def __init__(
@@ -53,7 +55,13 @@ class AdaptedModel:
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
     ):
-        base = load_model(AutoModelForCausalLM, source, f"model={source}", dtype=dtype, trust_remote_code=trust_remote_code)
+        base = load_model(
+            AutoModelForCausalLM,
+            source,
+            f"model={source}",
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self._base = base.to(device).eval()
@@ -77,7 +85,9 @@ class AdaptedModel:
         return AdapterDelta(factors, self.targets.names, self.source, fan_in_fan_out=conv1d)
 
     def add_policy(self, name: str, seed: int) -> None:
-        """A new trainable adapter: A Kaiming-uniform from the seed, B zero, as PEFT starts them; ΔW = 0."""
+        """A new trainable adapter: A Kaiming-uniform from the seed, B zero, as PEFT starts them; ΔW
+        = 0.
+        """
         for module, layer in self._layers.items():
             A = layer.add(name, self.lora.rank, self.lora.alpha / self.lora.rank).A.data
             generator = torch.Generator().manual_seed(derive_seed(seed, module))
@@ -114,8 +124,14 @@ class AdaptedModel:
         return named
 
     def trainable(self, name: str) -> list[Tensor]:
-        """Those of an adapter's parameters that training changes: A and B, or B alone with lora.init=frozen."""
-        return [tensor for key, tensor in self.tensors(name).items() if self.lora.init != "frozen" or key.endswith(".B")]
+        """Those of an adapter's parameters that training changes: A and B, or B alone with
+        lora.init=frozen.
+        """
+        return [
+            tensor
+            for key, tensor in self.tensors(name).items()
+            if self.lora.init != "frozen" or key.endswith(".B")
+        ]
 
     def delta(self, name: str) -> AdapterDelta:
         """A copy of the adapter's change, on the CPU, with its scaling folded into B."""
@@ -132,7 +148,8 @@ class AdaptedModel:
         yield from self._base.named_parameters()
 
     def logits(self, batch: Batch, adapters: Sequence[str], train: str | None = None) -> Tensor:
-        """(N, T, V) logits that predict the response tokens, zero on padding: for tests and small uses; the others never hold so many.
+        """(N, T, V) logits that predict the response tokens, zero on padding: for tests and small
+        uses; the others never hold so many.
 
         Args:
             adapters, train: see `states`.
@@ -143,16 +160,22 @@ class AdaptedModel:
         return padded[whole.completions.argsort()]
 
     def logprobs(self, part: MicroBatch, states: Tensor, temperature: float) -> Tensor:
-        """(C, T) log π of the response tokens at the sampling temperature, zero on padding, from (n, D) `states`."""
+        """(C, T) log π of the response tokens at the sampling temperature, zero on padding, from
+        (n, D) `states`.
+        """
         return part.padded(chunked_logprobs(states, self._head, part.tokens, temperature))
 
-    def completion_kl(self, part: MicroBatch, states: Tensor, reference_states: Tensor, temperature: float) -> Tensor:
+    def completion_kl(
+        self, part: MicroBatch, states: Tensor, reference_states: Tensor, temperature: float
+    ) -> Tensor:
         """(C,) full-vocabulary KL in nats per completion, from two (n, D) `states`."""
         return part.padded(chunked_kl(states, reference_states, self._head, temperature)).sum(-1)
 
     @torch.no_grad()
     def exact_logprobs(self, part: MicroBatch, adapters: Sequence[str]) -> Tensor:
-        """(C, T) log π at temperature 1 in float32, whatever the model's own precision, zero on padding. Not for shared rows."""
+        """(C, T) log π at temperature 1 in float32, whatever the model's own precision, zero on
+        padding. Not for shared rows.
+        """
         with in_float32(self._base, adapters):
             states = last_states(self._base, part, self._head, self._lengths)
         return part.padded(chunked_logprobs(states, widened(self._head), part.tokens, 1.0))

@@ -1,7 +1,9 @@
-"""Which attention a loaded model runs: the short-row kernel, torch's, or the model's eager code, whichever is the fastest that is right.
+"""Which attention a loaded model runs: the short-row kernel, torch's, or the model's eager code,
+whichever is the fastest that is right.
 
-transformers passes a kernel whatever options a model has, and torch's kernel ignores those that it does not know (Gemma-2's soft cap):
-then only eager code is right. Some models look at the attention's name (DeepSeek-V3.2): a name of ours must not change them.
+transformers passes a kernel whatever options a model has, and torch's kernel ignores those that it
+does not know (Gemma-2's soft cap): then only eager code is right. Some models look at the
+attention's name (DeepSeek-V3.2): a name of ours must not change them.
 """
 
 import contextlib
@@ -20,23 +22,26 @@ from raywarp.model.attention import KNOWN_OPTIONS, NAME
 from raywarp.model.probe import LONGEST, close, contradictory, local_limits, source_of
 
 _REFUSED = (
-    "model={model} ({kind}) gives a sequence different log-probs {what}; which of them it was trained with cannot be known, so it is "
-    "refused; take another model"
+    "model={model} ({kind}) gives a sequence different log-probs {what}; which of them it was"
+    " trained with cannot be known, so it is refused; take another model"
 )
 _BY_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
 
 
 @torch.no_grad()
-def choose_attention(model: Any, name: str, alone: Callable[[], Tensor], together: Callable[[], Tensor]) -> None:
+def choose_attention(
+    model: Any, name: str, alone: Callable[[], Tensor], together: Callable[[], Tensor]
+) -> None:
     """Set a model's attention.
 
     Args:
         name: of the model, for the message.
-        alone: gives the states of the probe's tokens, a pass for each sequence. together: the same from one padded pass.
+        alone: gives the states of the probe's tokens, a pass for each sequence. together: the same
+            from one padded pass.
 
     Raises:
-        ConfigError: eager code and torch's kernel give different results, or a sequence alone and beside others does; which of the two was
-            trained cannot be known.
+        ConfigError: eager code and torch's kernel give different results, or a sequence alone and
+            beside others does; which of the two was trained cannot be known.
     """
     own = model.config._attn_implementation
     eager = _states(model, "eager", alone)
@@ -46,20 +51,38 @@ def choose_attention(model: Any, name: str, alone: Callable[[], Tensor], togethe
     with options_that_sdpa_drops(dropped):
         kernel = _states(model, own, alone)
     if not dropped and kernel is not None and contradictory(kernel, eager):
-        raise ConfigError(_REFUSED.format(model=name, kind=model.config.model_type, what=f"with eager attention and with {own}"))
-    for candidate in ["eager"] if dropped else [NAME, own] if own == "sdpa" and may_use_short_rows(model) else [own]:
+        raise ConfigError(
+            _REFUSED.format(
+                model=name,
+                kind=model.config.model_type,
+                what=f"with eager attention and with {own}",
+            )
+        )
+    for candidate in (
+        ["eager"]
+        if dropped
+        else [NAME, own]
+        if own == "sdpa" and may_use_short_rows(model)
+        else [own]
+    ):
         found = _states(model, candidate, together)
         if found is not None and close(found, eager):
             return set_attention(model, candidate)
     set_attention(model, "eager")
     if contradictory(together(), eager):
-        raise ConfigError(_REFUSED.format(model=name, kind=model.config.model_type, what="alone and in a padded batch"))
+        raise ConfigError(
+            _REFUSED.format(
+                model=name, kind=model.config.model_type, what="alone and in a padded batch"
+            )
+        )
 
 
 def may_use_short_rows(model: Any) -> bool:
-    """Whether a model on a CPU takes its attention from transformers' registry, and a name of ours is known not to change it.
+    """Whether a model on a CPU takes its attention from transformers' registry, and a name of ours
+    is known not to change it.
 
-    That is measured where the probe is longer than all of the model's limits; else no code of it may ask for the name.
+    That is measured where the probe is longer than all of the model's limits; else no code of it
+    may ask for the name.
     """
     if model.device.type not in ("cpu", "meta") or not model._supports_attention_backend:
         return False
@@ -68,7 +91,9 @@ def may_use_short_rows(model: Any) -> bool:
 
 
 def set_attention(model: Any, name: str) -> None:
-    """transformers' switch; for a model that it does not support, the configuration itself, where its code looks it up."""
+    """transformers' switch; for a model that it does not support, the configuration itself, where
+    its code looks it up.
+    """
     if name == model.config._attn_implementation:
         return
     if model._can_set_attn_implementation():
@@ -79,10 +104,16 @@ def set_attention(model: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def options_that_sdpa_drops(found: set[str]) -> Iterator[None]:
-    """Collect the options that models pass to torch's kernel inside this context, and that it does not know."""
+    """Collect the options that models pass to torch's kernel inside this context, and that it does
+    not know.
+    """
 
     def watch(module: torch.nn.Module, *tensors: Any, **options: Any) -> Any:
-        found.update(name for name, value in options.items() if name not in KNOWN_OPTIONS and value is not None and value is not False)
+        found.update(
+            name
+            for name, value in options.items()
+            if name not in KNOWN_OPTIONS and value is not None and value is not False
+        )
         return sdpa_attention_forward(module, *tensors, **options)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = watch
@@ -93,7 +124,9 @@ def options_that_sdpa_drops(found: set[str]) -> Iterator[None]:
 
 
 def _states(model: Any, name: str, run: Callable[[], Tensor]) -> Tensor | None:
-    """What `run` gives with this attention; None where the model cannot have it. The attention that the model had is put back."""
+    """What `run` gives with this attention; None where the model cannot have it. The attention that
+    the model had is put back.
+    """
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:

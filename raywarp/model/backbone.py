@@ -1,6 +1,8 @@
-"""What a causal LM of transformers lets us do: take its hidden states before the vocabulary's product, and let completions share a prompt.
+"""What a causal LM of transformers lets us do: take its hidden states before the vocabulary's
+product, and let completions share a prompt.
 
-Neither can be read off a model's class, so both are tried when it is loaded; where one fails, the plain way is taken.
+Neither can be read off a model's class, so both are tried when it is loaded; where one fails, the
+plain way is taken.
 """
 
 import functools
@@ -22,7 +24,9 @@ _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's 
 
 
 def last_states(model: Any, part: MicroBatch, head: LogitHead, lengths: Lengths) -> Tensor:
-    """(n, D) states that the head turns into the logits of the response tokens; the logits themselves where the head is the plain one."""
+    """(n, D) states that the head turns into the logits of the response tokens; the logits
+    themselves where the head is the plain one.
+    """
     if lengths.limits.lowest is None:
         return _pass(model, part, head)
     chosen, found = [], []
@@ -42,20 +46,28 @@ def _pass(model: Any, part: MicroBatch, head: LogitHead) -> Tensor:
     if head.weight is None:
         states = model(input_ids=part.input_ids, use_cache=False, **arguments).logits
     else:
-        states = model.base_model(input_ids=part.input_ids, use_cache=False, **arguments).last_hidden_state
+        states = model.base_model(
+            input_ids=part.input_ids, use_cache=False, **arguments
+        ).last_hidden_state
     predicting: Tensor = states.flatten(0, 1)[part.sources]
     return predicting
 
 
 @torch.no_grad()
 def find_head(model: Any, lengths: Lengths) -> LogitHead:
-    """The model's head on its backbone's last hidden states, or the plain one (the whole model gives the logits, all positions of a
-    micro-batch at once) where it does more than a product with a scale or a soft cap."""
+    """The model's head on its backbone's last hidden states, or the plain one (the whole model
+    gives the logits, all positions of a micro-batch at once) where it does more than a product with
+    a scale or a soft cap.
+    """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(linear, torch.nn.Linear) or model.base_model is model:
         return _PLAIN_HEAD
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere's, Granite's
-    head = LogitHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )  # Cohere's, Granite's
+    head = LogitHead(
+        linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None)
+    )
     (part,) = micro_batches(single(probe(model), 2))
     try:
         states = last_states(model, part, head, lengths)
@@ -63,33 +75,54 @@ def find_head(model: Any, lengths: Lengths) -> LogitHead:
         return _PLAIN_HEAD
     if states.dtype != linear.weight.dtype:  # Mamba's, which are float32 beside a bfloat16 head
         return _PLAIN_HEAD
-    return head if close(head.logits(states), last_states(model, part, _PLAIN_HEAD, lengths)) else _PLAIN_HEAD
+    return (
+        head
+        if close(head.logits(states), last_states(model, part, _PLAIN_HEAD, lengths))
+        else _PLAIN_HEAD
+    )
 
 
 def choose_and_set_attention(model: Any, name: str, head: LogitHead, lengths: Lengths) -> None:
-    """The fastest attention that gives what the model's eager code gives, one sequence at a time; see choose_attention."""
+    """The fastest attention that gives what the model's eager code gives, one sequence at a time;
+    see choose_attention.
+    """
     batch = probe(model)
     (part,) = micro_batches(batch)
 
     def one_by_one() -> Tensor:
-        return torch.cat([last_states(model, micro_batches(single(batch, n))[0], head, lengths) for n in part.completions.tolist()])
+        return torch.cat(
+            [
+                last_states(model, micro_batches(single(batch, n))[0], head, lengths)
+                for n in part.completions.tolist()
+            ]
+        )
 
     choose_attention(model, name, one_by_one, lambda: last_states(model, part, head, lengths))
 
 
 @torch.no_grad()
 def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | None:
-    """How many query–key pairs of attention cost as much as one token of everything else; None where completions cannot share a row."""
+    """How many query–key pairs of attention cost as much as one token of everything else; None
+    where completions cannot share a row.
+    """
     config = model.config.get_text_config()
-    if is_local(model.config) or lengths.limits.lowest is not None:  # a mask of our own would take the place of a window
+    if (
+        is_local(model.config) or lengths.limits.lowest is not None
+    ):  # a mask of our own would take the place of a window
         return None
-    weights = sum(p.numel() for name, p in model.base_model.named_parameters() if p.ndim > 1 and "embed" not in name and "wte" not in name)
+    weights = sum(
+        p.numel()
+        for name, p in model.base_model.named_parameters()
+        if p.ndim > 1 and "embed" not in name and "wte" not in name
+    )
     cost = weights / config.num_hidden_layers / (2 * config.hidden_size) * _ATTENTION_SPEED
     batch = probe(model)
     (apart,), (together,) = micro_batches(batch), micro_batches(batch, pairs_per_token=1e9)
     try:
         shared = last_states(model, together, head, lengths)
-    except Exception:  # a model's own code meets a mask that it may not know: whatever it raises means no
+    except (
+        Exception
+    ):  # a model's own code meets a mask that it may not know: whatever it raises means no
         return None
     separate = last_states(model, apart, head, lengths)
     return cost if close(_in_order(together, shared), _in_order(apart, separate)) else None
@@ -97,19 +130,27 @@ def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | No
 
 def _in_order(part: MicroBatch, states: Tensor) -> Tensor:
     """(n, D) states of a micro-batch with those of the batch's first completion first."""
-    rows = torch.repeat_interleave(part.completions, part.padded(torch.ones(len(states), device=states.device)).sum(-1).long())
+    rows = torch.repeat_interleave(
+        part.completions, part.padded(torch.ones(len(states), device=states.device)).sum(-1).long()
+    )
     return states[rows.argsort(stable=True)]
 
 
 def keep_layers_unscaled(model: Any) -> None:
-    """RWKV divides some weights in place in evaluation, against overflow in float16, and would leave out what is added to them."""
+    """RWKV divides some weights in place in evaluation, against overflow in float16, and would
+    leave out what is added to them.
+    """
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0
 
 
 def checkpoint_blocks(model: torch.nn.Module) -> None:
-    """A block keeps only its input for the backward. transformers' own switch works in training mode only, which brings dropout back."""
+    """A block keeps only its input for the backward. transformers' own switch works in training
+    mode only, which brings dropout back.
+    """
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
-            forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
             block.forward = forward

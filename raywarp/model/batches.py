@@ -1,8 +1,10 @@
-"""Batches of completions as tensors padded on the right, and micro-batches: rows for one forward pass each.
+"""Batches of completions as tensors padded on the right, and micro-batches: rows for one forward
+pass each.
 
-A row is a prompt with one completion behind it, or with several: then the prompt is computed once, and a completion's tokens see the prompt
-and themselves only. Rows are padded on the right; a response's last token is left out, since nothing is predicted from it.
-R rows, L tokens in a row, C completions, n response tokens, T the longest completion of the batch.
+A row is a prompt with one completion behind it, or with several: then the prompt is computed once,
+and a completion's tokens see the prompt and themselves only. Rows are padded on the right; a
+response's last token is left out, since nothing is predicted from it. R rows, L tokens in a row, C
+completions, n response tokens, T the longest completion of the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,9 @@ from raywarp.data.text import Completion
 
 @dataclass(frozen=True)
 class Batch:
-    """prompts: N sequences of token ids. responses, mask, sampler_logprobs: (N, T); a mask is 1 on response tokens."""
+    """prompts: N sequences of token ids. responses, mask, sampler_logprobs: (N, T); a mask is 1 on
+    response tokens.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     responses: Tensor
@@ -28,11 +32,16 @@ class Batch:
         return len(self.prompts)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.prompts, *(tensor.to(device) for tensor in (self.responses, self.mask, self.sampler_logprobs)))
+        return Batch(
+            self.prompts,
+            *(tensor.to(device) for tensor in (self.responses, self.mask, self.sampler_logprobs)),
+        )
 
 
 def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Batch:
-    """Pad completions; the mask follows from lengths, so the padding token does not matter (0 is used)."""
+    """Pad completions; the mask follows from lengths, so the padding token does not matter (0 is
+    used).
+    """
     longest = max(len(completion.token_ids) for completion in completions)
     responses, mask, logprobs = [], [], []
     for completion in completions:
@@ -41,7 +50,12 @@ def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Completion])
         responses.append(list(completion.token_ids) + after)
         mask.append([1.0] * length + [0.0] * len(after))
         logprobs.append(list(completion.logprobs) + [0.0] * len(after))
-    return Batch(tuple(tuple(p) for p in prompts), torch.tensor(responses), torch.tensor(mask), torch.tensor(logprobs))
+    return Batch(
+        tuple(tuple(p) for p in prompts),
+        torch.tensor(responses),
+        torch.tensor(mask),
+        torch.tensor(logprobs),
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ class MicroBatch:
     """One forward pass's share of a batch.
 
     shape: (C, T).
-    visible: (R, L, L), which tokens each token attends to; None where each row is one sequence and attention is plainly causal.
+    visible: (R, L, L), which tokens each token attends to; None where each row is one sequence and
+    attention is plainly causal.
     completions: (C,) indices into the batch.
     input_ids, positions: (R, L).
     sources: (n,) index into the R·L tokens of the one whose state predicts each response token.
@@ -68,7 +83,11 @@ class MicroBatch:
 
     def padded(self, values: Tensor) -> Tensor:
         """(C, T) from (n,), zero on padding; differentiable."""
-        return values.new_zeros(self.shape[0] * self.shape[1]).index_put((self.places,), values).view(self.shape)
+        return (
+            values.new_zeros(self.shape[0] * self.shape[1])
+            .index_put((self.places,), values)
+            .view(self.shape)
+        )
 
 
 @dataclass(frozen=True)
@@ -79,20 +98,26 @@ class _Row:
     length: int
 
 
-def micro_batches(batch: Batch, max_tokens: int | None = None, pairs_per_token: float | None = None) -> list[MicroBatch]:
+def micro_batches(
+    batch: Batch, max_tokens: int | None = None, pairs_per_token: float | None = None
+) -> list[MicroBatch]:
     """Lay a batch out, rows of similar length together.
 
     Args:
-        max_tokens: the most tokens of a micro-batch, padding included (a longer single row has one of its own); None for no limit.
-        pairs_per_token: how many query–key pairs of attention cost as much as a token elsewhere in the model. Completions share a row with
-            their prompt where that is cheaper; None forbids it, for a model that does not support it.
+        max_tokens: the most tokens of a micro-batch, padding included (a longer single row has one
+            of its own); None for no limit.
+        pairs_per_token: how many query–key pairs of attention cost as much as a token elsewhere in
+            the model. Completions share a row with their prompt where that is cheaper; None forbids
+            it, for a model that does not support it.
     """
     lengths = [int(length) for length in batch.mask.sum(-1).tolist()]
     units = list(_units(batch, lengths, max_tokens, pairs_per_token))
     return [_lay_out(batch, lengths, rows) for rows in _fill(units, max_tokens)]
 
 
-def _units(batch: Batch, lengths: Sequence[int], max_tokens: int | None, pairs_per_token: float | None) -> Iterator[list[_Row]]:
+def _units(
+    batch: Batch, lengths: Sequence[int], max_tokens: int | None, pairs_per_token: float | None
+) -> Iterator[list[_Row]]:
     """The rows of each prompt's completions, which stay together where the budget lets them."""
     for _, run in groupby(range(len(batch)), key=batch.prompts.__getitem__):
         indices = tuple(run)
@@ -100,9 +125,15 @@ def _units(batch: Batch, lengths: Sequence[int], max_tokens: int | None, pairs_p
         separate = [_Row((n,), prompt + lengths[n] - 1) for n in indices]
         shared = _Row(indices, prompt + sum(lengths[n] - 1 for n in indices))
         fits = max_tokens is None or shared.length <= max_tokens
-        if pairs_per_token is not None and fits and _cost([shared], pairs_per_token) < _cost(separate, pairs_per_token):
+        if (
+            pairs_per_token is not None
+            and fits
+            and _cost([shared], pairs_per_token) < _cost(separate, pairs_per_token)
+        ):
             yield [shared]
-        elif max_tokens is None or len(separate) * max(row.length for row in separate) <= max_tokens:
+        elif (
+            max_tokens is None or len(separate) * max(row.length for row in separate) <= max_tokens
+        ):
             yield separate
         else:
             yield from ([row] for row in separate)
@@ -130,7 +161,9 @@ def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> Micr
     completions = [n for row in rows for n in row.completions]
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.arange(width).repeat(len(rows), 1)
-    segments = torch.full((len(rows), width), -1)  # 0 in the prompt, k in its k-th completion, −1 on padding
+    segments = torch.full(
+        (len(rows), width), -1
+    )  # 0 in the prompt, k in its k-th completion, −1 on padding
     sources: list[int] = []
     for r, row in enumerate(rows):
         prompt = batch.prompts[row.completions[0]]
@@ -149,6 +182,13 @@ def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> Micr
         visible = (same & torch.ones(width, width, dtype=torch.bool).tril()).to(batch.mask.device)
     chosen = torch.tensor(completions)
     places = batch.mask.cpu()[chosen].flatten().nonzero().squeeze(-1)
-    tensors = (chosen, input_ids, positions, torch.tensor(sources), responses[chosen].flatten()[places], places)
+    tensors = (
+        chosen,
+        input_ids,
+        positions,
+        torch.tensor(sources),
+        responses[chosen].flatten()[places],
+        places,
+    )
     on_device = [tensor.to(batch.mask.device) for tensor in tensors]
     return MicroBatch((len(completions), longest), visible, *on_device)

@@ -1,7 +1,9 @@
-"""Forward passes in float32 of a model that is loaded in a narrower precision, without a second copy of it in memory.
+"""Forward passes in float32 of a model that is loaded in a narrower precision, without a second
+copy of it in memory.
 
-One block's weights at a time are widened before its forward and put back after it. bfloat16 widens exactly, so the pass is what the same
-files give when they are loaded in float32 (but for files that are stored wider than the model is loaded).
+One block's weights at a time are widened before its forward and put back after it. bfloat16 widens
+exactly, so the pass is what the same files give when they are loaded in float32 (but for files that
+are stored wider than the model is loaded).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,8 @@ from raywarp.model.linear import AdaptedLinear
 
 @contextmanager
 def in_float32(base: Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Within the body the model's forward passes are float32, with these adapters in its layers; afterwards no adapter is active.
+    """Within the body the model's forward passes are float32, with these adapters in its layers;
+    afterwards no adapter is active.
 
     Not for passes with gradients: what autograd would keep is put back too early.
     """
@@ -40,7 +43,9 @@ def widened(head: LogitHead) -> LogitHead:
     """The same head in float32; a model's own head (no weight here) is one of its modules."""
     if head.weight is None:
         return head
-    return replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
+    return replace(
+        head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float()
+    )
 
 
 class _Wide:
@@ -76,9 +81,14 @@ class _Wide:
 
 
 def _blocks(module: Module) -> Iterator[Module]:
-    """Blocks and adapted layers, whole, since a block's code may use a layer's weight without calling it; elsewhere, what owns weights."""
+    """Blocks and adapted layers, whole, since a block's code may use a layer's weight without
+    calling it; elsewhere, what owns weights.
+    """
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    if isinstance(module, GradientCheckpointingLayer | AdaptedLinear) or next(own, None) is not None:
+    if (
+        isinstance(module, GradientCheckpointingLayer | AdaptedLinear)
+        or next(own, None) is not None
+    ):
         yield module
         return
     for child in module.children():

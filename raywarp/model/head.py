@@ -1,4 +1,5 @@
-"""Log-probs and KL from hidden states, a few rows of logits at a time: no (n, V) tensor exists, nor is one saved for the backward.
+"""Log-probs and KL from hidden states, a few rows of logits at a time: no (n, V) tensor exists, nor
+is one saved for the backward.
 
 n response tokens, D hidden size, V vocabulary.
 """
@@ -12,7 +13,9 @@ from torch import Tensor
 from raywarp.model.linear import product
 
 CHUNK_BYTES = 32 << 20  # of float32 logits in one product: about what the last-level cache holds
-SLICE_BYTES = 4 << 20  # of them that are normalised at a time, so that each pass over them finds them in the cache
+SLICE_BYTES = (
+    4 << 20
+)  # of them that are normalised at a time, so that each pass over them finds them in the cache
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,41 @@ def chunked_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperatur
     if states.requires_grad and torch.is_grad_enabled():
         logprobs: Tensor = _TokenLogprobs.apply(states, head, tokens, temperature)  # type: ignore[no-untyped-call]
         return logprobs
-    return torch.cat([_chunk_logprobs(h, head, t, temperature)[0] for h, t in _chunks(head, states, tokens)])
+    return torch.cat(
+        [_chunk_logprobs(h, head, t, temperature)[0] for h, t in _chunks(head, states, tokens)]
+    )
 
 
 @torch.no_grad()
-def chunked_kl(states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float) -> Tensor:
+def chunked_kl(
+    states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float
+) -> Tensor:
     """(n,) KL(π ‖ π_ref) in nats at each token; see losses.full_vocabulary_kl."""
     from raywarp.algorithm import losses
 
     pairs = _chunks(head, states, reference_states)
-    return torch.cat([losses.full_vocabulary_kl(head.logits(h), head.logits(ref), temperature).float() for h, ref in pairs])
+    return torch.cat(
+        [
+            losses.full_vocabulary_kl(head.logits(h), head.logits(ref), temperature).float()
+            for h, ref in pairs
+        ]
+    )
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """d log π(token) / d state is a vector of D numbers, known while the chunk's logits are at hand: it is kept instead of them,
-    and the backward is one multiplication, with neither the logits saved nor the vocabulary's product done again."""
+    """d log π(token) / d state is a vector of D numbers, known while the chunk's logits are at
+    hand: it is kept instead of them, and the backward is one multiplication, with neither the
+    logits saved nor the vocabulary's product done again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
-        chunks = [_chunk_logprobs(h, head, t, temperature, slopes=True) for h, t in _chunks(head, states, tokens)]
+    def forward(
+        ctx: Any, states: Tensor, head: LogitHead, tokens: Tensor, temperature: float
+    ) -> Tensor:
+        chunks = [
+            _chunk_logprobs(h, head, t, temperature, slopes=True)
+            for h, t in _chunks(head, states, tokens)
+        ]
         ctx.save_for_backward(torch.cat([slope for _, slope in chunks]))
         return torch.cat([logprobs for logprobs, _ in chunks])
 
@@ -83,21 +102,32 @@ class _TokenLogprobs(torch.autograd.Function):
         return slopes * gradients[0].unsqueeze(-1).to(slopes.dtype), None, None, None
 
 
-def _chunk_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float, slopes: bool = False) -> tuple[Tensor, Tensor]:
-    """(n,) float32 log-probs and, if asked for, their (n, D) derivatives by the states (else nothing in particular)."""
+def _chunk_logprobs(
+    states: Tensor, head: LogitHead, tokens: Tensor, temperature: float, slopes: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(n,) float32 log-probs and, if asked for, their (n, D) derivatives by the states (else
+    nothing in particular).
+    """
     logits = head.logits(states)
     if slopes and head.weight is None:
         logits = logits.clone()  # is written below
     logprobs = []
     rows = max(1, SLICE_BYTES // (4 * logits.shape[-1]))
     for part, chosen in zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True):
-        scaled = part.to(torch.promote_types(part.dtype, torch.float32), copy=True).div_(temperature)
+        scaled = part.to(torch.promote_types(part.dtype, torch.float32), copy=True).div_(
+            temperature
+        )
         if not slopes:
             logprobs.append(scaled.log_softmax(-1).gather(-1, chosen).squeeze(-1).float())
             continue
         probabilities = scaled.softmax(-1)
-        # The largest probability is 1 / Σ exp(x − max x): no second pass of exponentials is needed for its logarithm.
-        own = scaled.gather(-1, chosen) - scaled.amax(-1, keepdim=True) + probabilities.amax(-1, keepdim=True).log()
+        # The largest probability is 1 / Σ exp(x − max x): no second pass of exponentials is needed
+        # for its logarithm.
+        own = (
+            scaled.gather(-1, chosen)
+            - scaled.amax(-1, keepdim=True)
+            + probabilities.amax(-1, keepdim=True).log()
+        )
         logprobs.append(own.squeeze(-1).float())
         factor = head.scale / temperature
         slope = probabilities.mul_(-factor).scatter_add_(-1, chosen, torch.full_like(own, factor))

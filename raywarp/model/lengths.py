@@ -1,8 +1,10 @@
-"""Models that compute something else for a longer pass, padding included: longrope, dynamic NTK, and attention to the top k tokens.
+"""Models that compute something else for a longer pass, padding included: longrope, dynamic NTK,
+and attention to the top k tokens.
 
-transformers 5.19 chooses a rope's frequencies once per pass, and dynamic NTK remembers the longest pass so far; which of equal scores are
-among the top k depends on the pass's width. So sequences of different kinds never share a pass here, and each pass starts from the
-frequencies that the model was loaded with.
+transformers 5.19 chooses a rope's frequencies once per pass, and dynamic NTK remembers the longest
+pass so far; which of equal scores are among the top k depends on the pass's width. So sequences of
+different kinds never share a pass here, and each pass starts from the frequencies that the model
+was loaded with.
 """
 
 import re
@@ -15,12 +17,16 @@ from torch import Tensor
 
 from raywarp.model.batches import MicroBatch
 
-_TOP_K = re.compile(r"(index|sparse|attn|attention).*top_?k$|keep_window")  # DeepSeek-V3.2's, Doge's
+_TOP_K = re.compile(
+    r"(index|sparse|attn|attention).*top_?k$|keep_window"
+)  # DeepSeek-V3.2's, Doge's
 
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """switches: sequences of more tokens than each of these are of another kind. growing: above it every length is a kind of its own."""
+    """switches: sequences of more tokens than each of these are of another kind. growing: above it
+    every length is a kind of its own.
+    """
 
     switches: tuple[int, ...] = ()
     growing: int | None = None
@@ -28,7 +34,9 @@ class LengthLimits:
     @property
     def lowest(self) -> int | None:
         """The longest sequence that is of a short one's kind; None where all are."""
-        return min((*self.switches, *(() if self.growing is None else (self.growing,))), default=None)
+        return min(
+            (*self.switches, *(() if self.growing is None else (self.growing,))), default=None
+        )
 
     def kind(self, length: int) -> tuple[int, ...]:
         """Sequences of equal kind may share a pass."""
@@ -37,13 +45,28 @@ class LengthLimits:
 
 
 def length_limits(config: Any, ropes_only: bool = False) -> LengthLimits:
-    """Read off transformers' configuration of a language model, whichever of its layers are meant."""
+    """Read off transformers' configuration of a language model, whichever of its layers are
+    meant.
+    """
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or 0
-    switches, growing = set(), [] if ropes_only else [n for key, n in text.to_dict().items() if _TOP_K.search(key) and isinstance(n, int)]
+    switches, growing = (
+        set(),
+        (
+            []
+            if ropes_only
+            else [
+                n for key, n in text.to_dict().items() if _TOP_K.search(key) and isinstance(n, int)
+            ]
+        ),
+    )
     for rope in _ropes(text.to_dict()):
         kind = str(rope.get("rope_type") or rope.get("type") or "")
-        original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or most
+        original = (
+            rope.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None)
+            or most
+        )
         if kind in ("longrope", "su") or "long_factor" in rope or "long_mscale" in rope:
             switches.add(int(original))
         elif "dynamic" in kind:
@@ -60,11 +83,17 @@ def _ropes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 class Lengths:
-    """How a loaded model's passes are cut. Its rotary embeddings are kept as loaded, to be put back before a pass."""
+    """How a loaded model's passes are cut. Its rotary embeddings are kept as loaded, to be put back
+    before a pass.
+    """
 
     def __init__(self, model: Any):
         self.limits = length_limits(model.config)
-        modules = [module for module in model.modules() if hasattr(module, "inv_freq") or hasattr(module, "max_seq_len_cached")]
+        modules = [
+            module
+            for module in model.modules()
+            if hasattr(module, "inv_freq") or hasattr(module, "max_seq_len_cached")
+        ]
         self._saved = [(module, dict(module._buffers), dict(vars(module))) for module in modules]
 
     def restore(self) -> None:
@@ -75,9 +104,11 @@ class Lengths:
             module._buffers.update(buffers)
 
     def passes(self, part: MicroBatch) -> list[tuple[Tensor, MicroBatch]]:
-        """Cut a micro-batch of one sequence a row into passes of sequences of one kind, each no wider than its longest.
+        """Cut a micro-batch of one sequence a row into passes of sequences of one kind, each no
+        wider than its longest.
 
-        A row lacks its sequence's last token. Where the length counts, a column of padding stands for it.
+        A row lacks its sequence's last token. Where the length counts, a column of padding stands
+        for it.
 
         Returns:
             which of the n response tokens are in a pass, and the pass (input_ids and sources only).
@@ -87,13 +118,20 @@ class Lengths:
         rows, columns = part.sources // width, part.sources % width
         lengths = [int(columns[rows == row].max()) + 2 for row in range(len(part.input_ids))]
         kinds = [self.limits.kind(length) for length in lengths]
-        return [self._pass(part, rows, columns, lengths, [r for r, k in enumerate(kinds) if k == kind]) for kind in dict.fromkeys(kinds)]
+        return [
+            self._pass(part, rows, columns, lengths, [r for r, k in enumerate(kinds) if k == kind])
+            for kind in dict.fromkeys(kinds)
+        ]
 
-    def _pass(self, part: MicroBatch, rows: Tensor, columns: Tensor, lengths: list[int], chosen: list[int]) -> tuple[Tensor, MicroBatch]:
+    def _pass(
+        self, part: MicroBatch, rows: Tensor, columns: Tensor, lengths: list[int], chosen: list[int]
+    ) -> tuple[Tensor, MicroBatch]:
         longest = max(lengths[row] for row in chosen)
         width = longest - 1 if longest <= (self.limits.lowest or 0) else longest
         picked = torch.tensor(chosen, device=rows.device)
         input_ids = torch.nn.functional.pad(part.input_ids, (0, 1))[picked, :width]
         inside = torch.isin(rows, picked).nonzero().squeeze(-1)
         new_rows = (rows[inside][:, None] == picked).long().argmax(-1)
-        return inside, replace(part, input_ids=input_ids, sources=new_rows * width + columns[inside])
+        return inside, replace(
+            part, input_ids=input_ids, sources=new_rows * width + columns[inside]
+        )

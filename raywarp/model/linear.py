@@ -1,7 +1,9 @@
-"""A frozen linear layer with LoRA adapters on it: W·x + Σ s·B·(A·x) over the adapters that take part, as one pair of small products.
+"""A frozen linear layer with LoRA adapters on it: W·x + Σ s·B·(A·x) over the adapters that take
+part, as one pair of small products.
 
-The sum is rounded once: round(W·x + δ), never round(round(W·x) + δ), which loses every δ below half a unit in the last place of W·x.
-n tokens, d_in and d_out the layer's sizes, r an adapter's rank, R the sum of ranks that take part.
+The sum is rounded once: round(W·x + δ), never round(round(W·x) + δ), which loses every δ below half
+a unit in the last place of W·x. n tokens, d_in and d_out the layer's sizes, r an adapter's rank, R
+the sum of ranks that take part.
 """
 
 from collections.abc import Sequence
@@ -13,14 +15,19 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
-# MKL's float32 product runs at half speed on AMD's CPUs (AVX2 code: 220 GFLOP/s on two Zen 5 cores against oneDNN's 480).
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# MKL's float32 product runs at half speed on AMD's CPUs (AVX2 code: 220 GFLOP/s on two Zen 5 cores
+# against oneDNN's 480).
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 _HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass
 class LayerAdapter:
-    """One adapter's share of a layer: A (r, d_in) and B (d_out, r) are float32 parameters, scale is alpha / r."""
+    """One adapter's share of a layer: A (r, d_in) and B (d_out, r) are float32 parameters, scale is
+    alpha / r.
+    """
 
     A: Parameter
     B: Parameter
@@ -32,7 +39,8 @@ class LayerAdapter:
 
 
 class Active(NamedTuple):
-    """The adapters that take part, stacked in the layer's own precision; `trained` are the columns of the one with gradients.
+    """The adapters that take part, stacked in the layer's own precision; `trained` are the columns
+    of the one with gradients.
 
     A: (R, d_in). B: (d_out, R), scaled.
     """
@@ -44,12 +52,16 @@ class Active(NamedTuple):
 
 
 class AdaptedLinear(Module):
-    """Stands where the layer stood; what it adds is decided by `activate` before every forward pass."""
+    """Stands where the layer stood; what it adds is decided by `activate` before every forward
+    pass.
+    """
 
     def __init__(self, base: Linear | Conv1D):
         super().__init__()
         self.base = base
-        self.adapters: dict[str, LayerAdapter] = {}  # no parameters of this module: the model's own stay the frozen ones
+        self.adapters: dict[
+            str, LayerAdapter
+        ] = {}  # no parameters of this module: the model's own stay the frozen ones
         self.active: Active | None = None
 
     @property
@@ -60,13 +72,18 @@ class AdaptedLinear(Module):
     def add(self, name: str, rank: int, scale: float) -> LayerAdapter:
         """A new adapter of zeros."""
         d_out, d_in = self.weight.shape
-        A, B = (Parameter(torch.zeros(*shape, device=self.weight.device), requires_grad=False) for shape in ((rank, d_in), (d_out, rank)))
+        A, B = (
+            Parameter(torch.zeros(*shape, device=self.weight.device), requires_grad=False)
+            for shape in ((rank, d_in), (d_out, rank))
+        )
         self.adapters[name] = LayerAdapter(A, B, scale)
         return self.adapters[name]
 
     @torch.no_grad()
     def activate(self, names: Sequence[str], trained: str | None = None) -> None:
-        """From now on these adapters take part, and `trained`, one of them, gets gradients (in float32)."""
+        """From now on these adapters take part, and `trained`, one of them, gets gradients (in
+        float32).
+        """
         chosen = [self.adapters[name] for name in names if self.adapters[name].rank]
         self.active = None
         if not chosen:
@@ -86,28 +103,46 @@ class AdaptedLinear(Module):
         if self.active is None:
             y = product(x.reshape(-1, x.shape[-1]), self.weight, self.base.bias)
         elif self.active.adapter is None or not torch.is_grad_enabled():
-            y, _ = _adapted_product(x.reshape(-1, x.shape[-1]), self.weight, self.base.bias, self.active.A, self.active.B)
+            y, _ = _adapted_product(
+                x.reshape(-1, x.shape[-1]),
+                self.weight,
+                self.base.bias,
+                self.active.A,
+                self.active.B,
+            )
         else:
             adapter = self.active.adapter
             y = _TrainedProduct.apply(  # type: ignore[no-untyped-call]
-                x.reshape(-1, x.shape[-1]), adapter.A, adapter.B, self.weight, self.base.bias, self.active
+                x.reshape(-1, x.shape[-1]),
+                adapter.A,
+                adapter.B,
+                self.weight,
+                self.base.bias,
+                self.active,
             )
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _side_by_side(factors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
     """A copy of the factors in one tensor."""
-    return factors[0].to(dtype, copy=True) if len(factors) == 1 else torch.cat(list(factors), dim).to(dtype)
+    return (
+        factors[0].to(dtype, copy=True)
+        if len(factors) == 1
+        else torch.cat(list(factors), dim).to(dtype)
+    )
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
+) -> Tensor:
     """Return x·weightᵀ + bias + added, summed in float32 and rounded once (in float64 for float64).
 
-    A sum after the product's own rounding would lose every change below half a unit in the last place of the product.
+    A sum after the product's own rounding would lose every change below half a unit in the last
+    place of the product.
 
     Args:
         x: (n, d_in).
@@ -129,12 +164,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return a (d_out, d_in) weight in the layout that `packed_product` reads fastest, for a weight that nothing else reads."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None) if _onednn_takes(weight, weight, True) else weight
+    """Return a (d_out, d_in) weight in the layout that `packed_product` reads fastest, for a weight
+    that nothing else reads.
+    """
+    packed: Tensor = (
+        torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        if _onednn_takes(weight, weight, True)
+        else weight
+    )
     return packed
 
 
-def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+def packed_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None
+) -> Tensor:
     """Return what `product` does, with a weight from `pack`. Without gradients."""
     if not weight.is_mkldnn:
         return product(x, weight, bias, added)
@@ -148,10 +191,16 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor
 def _onednn_takes(x: Tensor, weight: Tensor, biased_sum: bool) -> bool:
     """Whether oneDNN's product with its sum in the accumulator can be used, and is wanted.
 
-    In bfloat16 torch's own calls reach oneDNN, too, and take 5 % less in an update; only a bias besides the sum is beyond them.
-    Autograd does not know it, and it multiplies with a part of a larger matrix a thousand times as slowly (torch 2.13).
+    In bfloat16 torch's own calls reach oneDNN, too, and take 5 % less in an update; only a bias
+    besides the sum is beyond them. Autograd does not know it, and it multiplies with a part of a
+    larger matrix a thousand times as slowly (torch 2.13).
     """
-    if not _HAS_ONEDNN or x.device.type != "cpu" or not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
+    if (
+        not _HAS_ONEDNN
+        or x.device.type != "cpu"
+        or not x.numel()
+        or (torch.is_grad_enabled() and x.requires_grad)
+    ):
         return False
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         return False
@@ -167,7 +216,9 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x.float(), weight.float())
 
 
-def _adapted_product(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _adapted_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
     """(n, d_out) of the adapted layer and (n, R) of A alone."""
     low = product(x, A)
     return product(x, weight, bias, added=product(low, B)), low
@@ -177,10 +228,20 @@ class _TrainedProduct(torch.autograd.Function):
     """Keeps the layer's input and r numbers per token; with B alone trained, only the latter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Parameter, B: Parameter, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Parameter,
+        B: Parameter,
+        weight: Tensor,
+        bias: Tensor | None,
+        active: Active,
+    ) -> Tensor:
         y, low = _adapted_product(x, weight, bias, active.A, active.B)
         ctx.active = active
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low[:, active.trained].contiguous(), weight)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, low[:, active.trained].contiguous(), weight
+        )
         return y
 
     @staticmethod
@@ -191,5 +252,9 @@ class _TrainedProduct(torch.autograd.Function):
         grad_low = product(grad, active.B.T)
         grad_x = product(grad, weight.T, added=product(grad_low, active.A.T)) if needs_x else None
         grad_A = (grad_low[:, active.trained].T @ x).to(active.adapter.A.dtype) if needs_A else None
-        grad_B = _scaled((grad.T @ low).to(active.adapter.B.dtype), active.adapter.scale) if needs_B else None
+        grad_B = (
+            _scaled((grad.T @ low).to(active.adapter.B.dtype), active.adapter.scale)
+            if needs_B
+            else None
+        )
         return grad_x, grad_A, grad_B, None, None, None

@@ -1,4 +1,6 @@
-"""One policy's fine-tuning (stage 1 of WARP): an adapter, its EMA as the anchor of the KL, and one optimiser step at a time."""
+"""One policy's fine-tuning (stage 1 of WARP): an adapter, its EMA as the anchor of the KL, and one
+optimiser step at a time.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +37,9 @@ class Policy:
         model.add_policy(self.name, _init_seed(config, iteration, index))
         model.add_copy(self.ema_name, of=self.name)
         self.trained = model.trainable(self.name)
-        self.optimiser = torch.optim.AdamW(self.trained, lr=config.optim.lr, weight_decay=0.0, fused=True)
+        self.optimiser = torch.optim.AdamW(
+            self.trained, lr=config.optim.lr, weight_decay=0.0, fused=True
+        )
         self.rng = rng.seeded(derive_seed(config.seed, "rng", iteration, index), model.device)
         self.step = 0
 
@@ -43,7 +47,9 @@ class Policy:
         """θ_m − θ_init."""
         return self.model.delta(self.name)
 
-    def update(self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool) -> dict[str, float]:
+    def update(
+        self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool
+    ) -> dict[str, float]:
         """One optimiser step on fresh completions, then one step of the EMA.
 
         Args:
@@ -52,41 +58,63 @@ class Policy:
             with_sft_kl: also measure KL(π_θ ‖ π_sft), one more pass.
 
         Returns:
-            metrics of the policy before the step: KL in nats per completion, entropy and gap in nats per token.
+            metrics of the policy before the step: KL in nats per completion, entropy and gap in
+            nats per token.
         """
         with rng.using(self.rng, self.model.device):
             return self._update(batch, rewards, completions, with_sft_kl)
 
-    def _update(self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool) -> dict[str, float]:
+    def _update(
+        self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool
+    ) -> dict[str, float]:
         settings, batch = self.config, batch.to(self.model.device)
         finished = torch.tensor([c.finished for c in completions], dtype=torch.float32)
-        penalised = (rewards - settings.rollout.missing_eos_penalty * (1 - finished)).to(self.model.device)
-        parts = micro_batches(batch, settings.optim.max_tokens_per_microbatch, self.model.pairs_per_token)
-        sampled, anchor, kl_sft = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask), torch.zeros_like(penalised)
+        penalised = (rewards - settings.rollout.missing_eos_penalty * (1 - finished)).to(
+            self.model.device
+        )
+        parts = micro_batches(
+            batch, settings.optim.max_tokens_per_microbatch, self.model.pairs_per_token
+        )
+        sampled, anchor, kl_sft = (
+            torch.zeros_like(batch.mask),
+            torch.zeros_like(batch.mask),
+            torch.zeros_like(penalised),
+        )
 
         def log_ratios(chosen: Tensor) -> Tensor:
             return losses.sequence_log_ratio(sampled[chosen], anchor[chosen], batch.mask[chosen])
 
         def gains(chosen: Tensor) -> Tensor:
             regularised = penalised[chosen] - settings.warp.kl_coef * log_ratios(chosen)
-            return advantages(regularised, settings.warp.advantage, settings.rollout.completions_per_prompt)
+            return advantages(
+                regularised, settings.warp.advantage, settings.rollout.completions_per_prompt
+            )
 
         def backward(part: MicroBatch, logprobs: Tensor, advantage: Tensor) -> None:
             chosen = part.completions
-            loss = losses.policy_gradient_loss(logprobs, batch.sampler_logprobs[chosen], advantage, batch.mask[chosen], len(batch))
+            loss = losses.policy_gradient_loss(
+                logprobs, batch.sampler_logprobs[chosen], advantage, batch.mask[chosen], len(batch)
+            )
             loss.backward()
 
-        # An advantage needs the others of its baseline: with all of them in one micro-batch, one pass gives log-probs and gradient.
-        at_once = all(_is_whole(part.completions, self._baseline_size(len(batch))) for part in parts)
+        # An advantage needs the others of its baseline: with all of them in one micro-batch, one
+        # pass gives log-probs and gradient.
+        at_once = all(
+            _is_whole(part.completions, self._baseline_size(len(batch))) for part in parts
+        )
         for part in parts:
-            logprobs, anchor[part.completions], kl_sft[part.completions] = self._measure(part, at_once, with_sft_kl)
+            logprobs, anchor[part.completions], kl_sft[part.completions] = self._measure(
+                part, at_once, with_sft_kl
+            )
             sampled[part.completions] = logprobs.detach()
             if at_once:
                 backward(part, logprobs, gains(part.completions))
         if not at_once:
             advantage = gains(torch.arange(len(batch), device=self.model.device))
             for part in parts:
-                backward(part, self._logprobs(part, self.name, train=True), advantage[part.completions])
+                backward(
+                    part, self._logprobs(part, self.name, train=True), advantage[part.completions]
+                )
         gradient_norm = self._optimise()
 
         metrics = {
@@ -103,13 +131,20 @@ class Policy:
         return {name: float(value) for name, value in metrics.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on: adapter, EMA, optimiser moments and step, random generators.
+        """Everything that the next steps depend on: adapter, EMA, optimiser moments and step,
+        random generators.
 
         The learning rate follows from the step.
         """
-        saved: dict[str, Tensor] = {"step": torch.tensor(self.step), **{f"rng/{name}": states for name, states in self.rng.items()}}
+        saved: dict[str, Tensor] = {
+            "step": torch.tensor(self.step),
+            **{f"rng/{name}": states for name, states in self.rng.items()},
+        }
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
-            saved |= {f"{kind}/{name}": tensor.detach().cpu().clone() for name, tensor in self.model.tensors(adapter).items()}
+            saved |= {
+                f"{kind}/{name}": tensor.detach().cpu().clone()
+                for name, tensor in self.model.tensors(adapter).items()
+            }
         for index, parameter in enumerate(self.trained):
             for name, value in self.optimiser.state[parameter].items():
                 saved[f"adamw/{index}/{name}"] = value.detach().cpu().clone()
@@ -119,7 +154,8 @@ class Policy:
         """Continue from `state()` as if nothing had happened in between.
 
         Raises:
-            DamagedError: it is not the state of a policy like this one, after at least one step; nothing was changed.
+            DamagedError: it is not the state of a policy like this one, after at least one step;
+                nothing was changed.
         """
         self._check_state(saved)
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
@@ -127,37 +163,72 @@ class Policy:
                 tensor.data.copy_(saved[f"{kind}/{name}"])
         for index, parameter in enumerate(self.trained):
             if f"adamw/{index}/step" in saved:
-                moments: dict[str, Any] = {name: saved[f"adamw/{index}/{name}"].to(parameter.device) for name in _MOMENTS}
+                moments: dict[str, Any] = {
+                    name: saved[f"adamw/{index}/{name}"].to(parameter.device) for name in _MOMENTS
+                }
                 self.optimiser.state[parameter] = moments
         self.rng = {name: saved[f"rng/{name}"] for name in self.rng}
         self.step = int(saved["step"])
 
     def _check_state(self, saved: Mapping[str, Tensor]) -> None:
         """Names, shapes and dtypes against the model's."""
-        expected = {"step": torch.tensor(0), **{f"rng/{name}": states for name, states in self.rng.items()}}
+        expected = {
+            "step": torch.tensor(0),
+            **{f"rng/{name}": states for name, states in self.rng.items()},
+        }
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
-            expected |= {f"{kind}/{name}": tensor for name, tensor in self.model.tensors(adapter).items()}
+            expected |= {
+                f"{kind}/{name}": tensor for name, tensor in self.model.tensors(adapter).items()
+            }
         untouched = self._without_gradients(saved)
         for index, parameter in enumerate(self.trained):
             if index not in untouched:
-                expected |= {f"adamw/{index}/{name}": parameter for name in _MOMENTS if name != "step"}
+                expected |= {
+                    f"adamw/{index}/{name}": parameter for name in _MOMENTS if name != "step"
+                }
                 expected[f"adamw/{index}/step"] = torch.tensor(0.0)
         if differing := sorted(expected.keys() ^ saved.keys()):
-            raise DamagedError(f"the state and the model differ in {len(differing)} tensors, the first is {differing[0]}")
+            raise DamagedError(
+                f"the state and the model differ in {len(differing)} tensors, the first is"
+                f" {differing[0]}"
+            )
         for name, tensor in expected.items():
-            ours, theirs = (tensor.dtype, tuple(tensor.shape)), (saved[name].dtype, tuple(saved[name].shape))
+            ours, theirs = (
+                (tensor.dtype, tuple(tensor.shape)),
+                (saved[name].dtype, tuple(saved[name].shape)),
+            )
             if ours != theirs:
-                raise DamagedError(f"{name} is {theirs[0]} {theirs[1]} in the state and {ours[0]} {ours[1]} in the model")
+                raise DamagedError(
+                    f"{name} is {theirs[0]} {theirs[1]} in the state and {ours[0]} {ours[1]} in the"
+                    " model"
+                )
         if not 0 < int(saved["step"]) <= self.config.warp.steps:
-            raise DamagedError(f"the state is of step {int(saved['step'])}, and the policy takes {self.config.warp.steps}")
+            raise DamagedError(
+                f"the state is of step {int(saved['step'])}, and the policy takes"
+                f" {self.config.warp.steps}"
+            )
 
     def _without_gradients(self, saved: Mapping[str, Tensor]) -> set[int]:
-        """Which trained tensors have never had a gradient, since no token reached them (a router's choice has none): AdamW keeps nothing of
-        them, and they are what they were at the start."""
-        names = [name for name, tensor in self.model.tensors(self.name).items() if any(tensor is trained for trained in self.trained)]
-        absent = {n for n in range(len(names)) if not any(f"adamw/{n}/{moment}" in saved for moment in _MOMENTS)}
+        """Which trained tensors have never had a gradient, since no token reached them (a router's
+        choice has none): AdamW keeps nothing of them, and they are what they were at the start.
+        """
+        names = [
+            name
+            for name, tensor in self.model.tensors(self.name).items()
+            if any(tensor is trained for trained in self.trained)
+        ]
+        absent = {
+            n
+            for n in range(len(names))
+            if not any(f"adamw/{n}/{moment}" in saved for moment in _MOMENTS)
+        }
         now = self.model.tensors(self.name)
-        return {n for n in absent if (theirs := saved.get(f"policy/{names[n]}")) is not None and torch.equal(theirs, now[names[n]].cpu())}
+        return {
+            n
+            for n in absent
+            if (theirs := saved.get(f"policy/{names[n]}")) is not None
+            and torch.equal(theirs, now[names[n]].cpu())
+        }
 
     def close(self) -> None:
         """Take both adapters off the base."""
@@ -165,7 +236,9 @@ class Policy:
         self.model.remove(self.ema_name)
 
     def _optimise(self) -> Tensor:
-        """Clip, step AdamW with linear warm-up, then move the EMA: once per optimiser step, whatever the micro-batches."""
+        """Clip, step AdamW with linear warm-up, then move the EMA: once per optimiser step,
+        whatever the micro-batches.
+        """
         optim = self.config.optim
         for group in self.optimiser.param_groups:
             group["lr"] = optim.lr * min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
@@ -173,12 +246,20 @@ class Policy:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         policy, ema = self.model.tensors(self.name), self.model.tensors(self.ema_name)
-        ema_update([t.data for t in ema.values()], [t.data for t in policy.values()], self.config.warp.ema_rate)
+        ema_update(
+            [t.data for t in ema.values()],
+            [t.data for t in policy.values()],
+            self.config.warp.ema_rate,
+        )
         self.step += 1
         return norm
 
-    def _measure(self, part: MicroBatch, train: bool, with_sft_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(C, T) log-probs of policy and anchor, and (C,) KL to SFT (zero unless asked). The trained pass is last, and alone in memory."""
+    def _measure(
+        self, part: MicroBatch, train: bool, with_sft_kl: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(C, T) log-probs of policy and anchor, and (C,) KL to SFT (zero unless asked). The
+        trained pass is last, and alone in memory.
+        """
         started = self.step > 0  # before the first step the anchor is the policy
         anchor = self._logprobs(part, self.ema_name) if started else None
         sft = self.model.states(part, []) if with_sft_kl else None
@@ -195,7 +276,9 @@ class Policy:
 
     def _baseline_size(self, completions: int) -> int:
         """How many successive completions an advantage depends on."""
-        return {"rloo": self.config.rollout.completions_per_prompt, "none": 1}.get(self.config.warp.advantage, completions)
+        return {"rloo": self.config.rollout.completions_per_prompt, "none": 1}.get(
+            self.config.warp.advantage, completions
+        )
 
     @property
     def _temperature(self) -> float:
@@ -212,7 +295,9 @@ def _is_whole(completions: Tensor, size: int) -> bool:
 
 
 def _init_seed(config: Config, iteration: int, index: int) -> int:
-    """The seed of A: one per policy and iteration, one per iteration, or one for the run (frozen: then every merge stays at rank r)."""
+    """The seed of A: one per policy and iteration, one per iteration, or one for the run (frozen:
+    then every merge stays at rank r).
+    """
     if config.lora.init == "independent":
         return derive_seed(config.seed, "lora", iteration, index)
     if config.lora.init == "shared":

@@ -1,7 +1,8 @@
 """A few sequences on which a fast way is compared with a model's own eager code before it is used.
 
-The longest of them is longer than every window, chunk, top-k and rope limit of the configuration, up to LONGEST tokens. Limits above that
-are not measured: there a fast way is used only if the configuration alone says that it is right.
+The longest of them is longer than every window, chunk, top-k and rope limit of the configuration,
+up to LONGEST tokens. Limits above that are not measured: there a fast way is used only if the
+configuration alone says that it is right.
 """
 
 import functools
@@ -18,21 +19,28 @@ from raywarp.data.text import Completion
 from raywarp.model.batches import Batch, collate
 from raywarp.model.lengths import length_limits
 
-LONGEST = 320  # tokens of a probe's prompt; one pass of it costs about a second for 1e9 parameters on two cores
+# tokens of a probe's prompt; one pass of it costs about a second for 1e9 parameters on two cores
+LONGEST = 320
 _SHORTEST = 16
 _LOCAL = re.compile(r"window|chunk|local|span|block_size|stride|top_?k$|sparse_\w*(size|tokens)")
 _NOT_LOCAL = re.compile(r"expert|group|layers|token_id")
-_FLOAT32 = 1e-3  # relative error of a token's state: a hundred times that of rounding, a few times less than Falcon's two ways of ALiBi
+# relative error of a token's state: a hundred times that of rounding, a few times less than
+# Falcon's two ways of ALiBi
+_FLOAT32 = 1e-3
 _HALF_CLOSE, _HALF_CONTRADICTORY = 0.05, 0.25
 
 
 def local_limits(config: Any) -> set[int]:
-    """Every number of a configuration that can make attention local or sparse, in tokens, by its name."""
+    """Every number of a configuration that can make attention local or sparse, in tokens, by its
+    name.
+    """
     return set(_local(config.get_text_config().to_dict())) - {0}
 
 
 def is_local(config: Any) -> bool:
-    """Whether some layer may not attend to the whole sequence: it has a window, a chunk or a top k, or a type of its own."""
+    """Whether some layer may not attend to the whole sequence: it has a window, a chunk or a top k,
+    or a type of its own.
+    """
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     return bool(kinds - {"full_attention"}) or bool(local_limits(config))
 
@@ -40,16 +48,23 @@ def is_local(config: Any) -> bool:
 def probe(model: Any) -> Batch:
     """Two completions of a long prompt and one of a short one, of whichever tokens the model has.
 
-    The first completion is as long as the prompt: where it shares a row with the second, that one is far from the prompt.
+    The first completion is as long as the prompt: where it shares a row with the second, that one
+    is far from the prompt.
     """
     config = model.config.get_text_config()
     limits = {*local_limits(config), length_limits(config).lowest or 0}
     long = max([_SHORTEST, *(limit + 8 for limit in limits if limit <= LONGEST)])
     most = getattr(config, "max_position_embeddings", None)
-    if most and length_limits(config).lowest is None:  # a model with a table of positions has no others
+    if (
+        most and length_limits(config).lowest is None
+    ):  # a model with a table of positions has no others
         long = max(1, min(long, most // 2 - 8))
     ids = [n * 7919 % config.vocab_size for n in range(1, 2 * long + 15)]
-    parts = [tuple(ids[long : 2 * long]), tuple(ids[2 * long : 2 * long + 6]), tuple(ids[2 * long + 6 : 2 * long + 10])]
+    parts = [
+        tuple(ids[long : 2 * long]),
+        tuple(ids[2 * long : 2 * long + 6]),
+        tuple(ids[2 * long + 6 : 2 * long + 10]),
+    ]
     completions = [Completion(part, (0.0,) * len(part), "", False) for part in parts]
     return collate([ids[:long]] * 2 + [ids[-4:]], completions).to(model.device)
 
@@ -57,15 +72,22 @@ def probe(model: Any) -> Batch:
 def single(batch: Batch, n: int) -> Batch:
     """The n-th completion with its prompt, without padding."""
     length = int(batch.mask[n].sum())
-    cut = (tensor[n : n + 1, :length] for tensor in (batch.responses, batch.mask, batch.sampler_logprobs))
+    cut = (
+        tensor[n : n + 1, :length]
+        for tensor in (batch.responses, batch.mask, batch.sampler_logprobs)
+    )
     return Batch(batch.prompts[n : n + 1], *cut)
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two ways give the same (n, D) states: every token in float32; in half precision, where an expert more or less may be chosen
-    by rounding, half of them."""
+    """Whether two ways give the same (n, D) states: every token in float32; in half precision,
+    where an expert more or less may be chosen by rounding, half of them.
+    """
     errors = _errors(ours, theirs)
-    return bool((errors.max() if ours.dtype == torch.float32 else errors.median()) <= _limit(ours, _HALF_CLOSE))
+    return bool(
+        (errors.max() if ours.dtype == torch.float32 else errors.median())
+        <= _limit(ours, _HALF_CLOSE)
+    )
 
 
 def contradictory(ours: Tensor, theirs: Tensor) -> bool:
@@ -75,15 +97,23 @@ def contradictory(ours: Tensor, theirs: Tensor) -> bool:
 
 def source_of(kind: type) -> str:
     """The code of a class with its ancestors, as far as it is at hand."""
-    ancestors = [ancestor for ancestor in kind.__mro__ if not ancestor.__module__.startswith(("torch.", "builtins", "raywarp."))]
-    return "\n".join(_classes_of(ancestor.__module__).get(ancestor.__name__, "") for ancestor in ancestors)
+    ancestors = [
+        ancestor
+        for ancestor in kind.__mro__
+        if not ancestor.__module__.startswith(("torch.", "builtins", "raywarp."))
+    ]
+    return "\n".join(
+        _classes_of(ancestor.__module__).get(ancestor.__name__, "") for ancestor in ancestors
+    )
 
 
 @functools.cache
 def _classes_of(module: str) -> dict[str, str]:
     """Class → its code, for those on a module's top level."""
     try:
-        parts = re.split(r"^(?=class (\w+))", inspect.getsource(sys.modules[module]), flags=re.MULTILINE)
+        parts = re.split(
+            r"^(?=class (\w+))", inspect.getsource(sys.modules[module]), flags=re.MULTILINE
+        )
     except (OSError, TypeError, KeyError):
         return {}
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -104,6 +134,11 @@ def _local(tree: Mapping[str, Any]) -> list[int]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             found += _local(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and _LOCAL.search(name) and not _NOT_LOCAL.search(name):
+        elif (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and _LOCAL.search(name)
+            and not _NOT_LOCAL.search(name)
+        ):
             found.append(value)
     return found

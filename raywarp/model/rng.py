@@ -1,7 +1,9 @@
-"""The global random number generators (torch's, numpy's, Python's) as tensors: what a checkpoint keeps of them.
+"""The global random number generators (torch's, numpy's, Python's) as tensors: what a checkpoint
+keeps of them.
 
-Nothing in raywarp draws from them while it trains: adapters, batches and samples have seeds of their own (seeding.py), and dropout is off.
-A model's own code may. So each policy has states of its own, whichever other policies share its process.
+Nothing in raywarp draws from them while it trains: adapters, batches and samples have seeds of
+their own (seeding.py), and dropout is off. A model's own code may. So each policy has states of its
+own, whichever other policies share its process.
 """
 
 import math
@@ -34,7 +36,9 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Make the generators go on from what `capture` returned."""
     torch.set_rng_state(states["torch"])
     *keys, position, has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
+    np.random.set_state(
+        ("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"]))
+    )
     gauss = float(states["python_gauss"])
     random.setstate((3, tuple(states["python"].tolist()), gauss if math.isfinite(gauss) else None))
     if device.type == "cuda":
@@ -43,7 +47,9 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def using(states: dict[str, Tensor], device: torch.device) -> Iterator[None]:
-    """Draw from these states inside the block, which go on with it; outside everything is as it was."""
+    """Draw from these states inside the block, which go on with it; outside everything is as it
+    was.
+    """
     before = capture(device)
     restore(states, device)
     try:
@@ -54,7 +60,9 @@ def using(states: dict[str, Tensor], device: torch.device) -> Iterator[None]:
 
 
 def seeded(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The states after seeding every generator with it; the generators themselves stay as they are."""
+    """The states after seeding every generator with it; the generators themselves stay as they
+    are.
+    """
     states = capture(device)
     with using(states, device):
         random.seed(seed)

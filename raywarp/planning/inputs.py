@@ -1,4 +1,6 @@
-"""What a run is made from, checked before anything starts: model, prompts, reward; each with a fingerprint for the keys."""
+"""What a run is made from, checked before anything starts: model, prompts, reward; each with a
+fingerprint for the keys.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from raywarp.storage import sealed
 
 @dataclass(frozen=True)
 class Inputs:
-    """model: folder or hub id. shapes: its own and its adapters'. longest_prompt: in tokens. The others are fingerprints of contents."""
+    """model: folder or hub id. shapes: its own and its adapters'. longest_prompt: in tokens. The
+    others are fingerprints of contents.
+    """
 
     model: str
     shapes: Shapes
@@ -36,7 +40,9 @@ class Inputs:
 
     @property
     def longest_prompt(self) -> int:
-        return max(len(prompt.token_ids) for prompt in [*self.prompts.train, *self.prompts.held_out])
+        return max(
+            len(prompt.token_ids) for prompt in [*self.prompts.train, *self.prompts.held_out]
+        )
 
     def fingerprints(self) -> dict[str, str]:
         return {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
@@ -46,8 +52,9 @@ def prepare(config: Config) -> Inputs:
     """Resolve and check everything that a run reads.
 
     Raises:
-        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that leave no room for a completion; target
-            modules that the model has not; a model that the engine would run as another one.
+        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that
+            leave no room for a completion; target modules that the model has not; a model that the
+            engine would run as another one.
     """
     from raywarp.planning.model_shapes import model_shapes
 
@@ -57,11 +64,16 @@ def prepare(config: Config) -> Inputs:
     model, prompts = prepare_prompts(config)
     check_reward(config, prompts.train[0].columns)
     settings = read_model_config(model, config.trust_remote_code, "model")
-    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out]) + config.rollout.max_new_tokens
+    longest = (
+        max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out])
+        + config.rollout.max_new_tokens
+    )
     refuse_unsupported(config.model, settings, config.rollout, longest)
     shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
     reward = score.with_template(config.reward, config.prompts, config.trust_remote_code)
-    control = config.control and score.with_template(config.control, config.prompts, config.trust_remote_code)
+    control = config.control and score.with_template(
+        config.control, config.prompts, config.trust_remote_code
+    )
     return Inputs(
         model=model,
         shapes=shapes,
@@ -69,7 +81,12 @@ def prepare(config: Config) -> Inputs:
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=prompts_fingerprint(prompts.train),
         reward=score.reward_fingerprint(reward),
-        evaluation=identity.content_key([prompts_fingerprint(prompts.held_out), score.reward_fingerprint(control) if control else None]),
+        evaluation=identity.content_key(
+            [
+                prompts_fingerprint(prompts.held_out),
+                score.reward_fingerprint(control) if control else None,
+            ]
+        ),
     )
 
 
@@ -83,7 +100,8 @@ def prepare_prompts(config: Config) -> tuple[str, PromptSplits]:
     room = context - config.rollout.max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room in the model's context of {context} tokens"
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room in the model's"
+            f" context of {context} tokens"
         )
     prompts = load_prompts(config.prompts, tokenizer, config.seed, room)
     largest, vocabulary = (
@@ -92,16 +110,28 @@ def prepare_prompts(config: Config) -> tuple[str, PromptSplits]:
     )
     if largest >= vocabulary:
         raise ConfigError(
-            f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary}; they belong to different models"
+            f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary};"
+            " they belong to different models"
         )
-    check_tensors(transformers.AutoModelForCausalLM, model, settings, what, trust_remote_code=config.trust_remote_code)
+    check_tensors(
+        transformers.AutoModelForCausalLM,
+        model,
+        settings,
+        what,
+        trust_remote_code=config.trust_remote_code,
+    )
     return model, prompts
 
 
 def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
-    """Raises ConfigError where there is no reward, or it (or the control) cannot be found, imported or called with the prompts' columns."""
+    """Raises ConfigError where there is no reward, or it (or the control) cannot be found, imported
+    or called with the prompts' columns.
+    """
     if not (config.reward.model or config.reward.function):
-        raise ConfigError("there is no reward: set reward.model (for example the folder that `raywarp reward` wrote) or reward.function")
+        raise ConfigError(
+            "there is no reward: set reward.model (for example the folder that `raywarp reward`"
+            " wrote) or reward.function"
+        )
     for key, scorer in (("reward", config.reward), ("control", config.control)):
         if scorer is None:
             continue
@@ -113,7 +143,8 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
                 score.check_trained(Path(model))
             except sealed.DamagedError as error:
                 raise ConfigError(
-                    f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with out={model} trains it anew"
+                    f"{key}.model={scorer.model} is damaged: {error}; `raywarp reward` with"
+                    f" out={model} trains it anew"
                 ) from None
             check_classifier(model, config.trust_remote_code)
             load_tokenizer(model, config.trust_remote_code)
@@ -125,8 +156,12 @@ def model_fingerprint(model: str, trust_remote_code: bool = False) -> str:
     """Of a folder's weights, config and tokenizer; of a hub id, its commit."""
     folder = Path(model)
     if folder.is_dir():
-        return identity.folder_fingerprint(folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"])
-    commit: Any = getattr(read_model_config(model, trust_remote_code, f"model={model}"), "_commit_hash", None)
+        return identity.folder_fingerprint(
+            folder, ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja"]
+        )
+    commit: Any = getattr(
+        read_model_config(model, trust_remote_code, f"model={model}"), "_commit_hash", None
+    )
     return f"{model}@{commit or 'unknown'}"
 
 

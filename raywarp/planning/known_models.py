@@ -1,16 +1,35 @@
-"""Shapes of well-known models, as their config.json's on the Hugging Face hub have them, for `raywarp plan` where the hub is out of reach.
+"""Shapes of well-known models, as their config.json's on the Hugging Face hub have them, for
+`raywarp plan` where the hub is out of reach.
 
 Only what decides memory is here; a run reads the model's own files.
 """
 
 from typing import Any
 
-_LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
-_QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
-_MISTRAL: dict[str, Any] = {"model_type": "mistral", "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768}
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+}
+_QWEN: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+_MISTRAL: dict[str, Any] = {
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
 
 
-def _sizes(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, **others: Any
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -21,15 +40,36 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int, **others: An
     }
 
 
-_LLAMA_1B = {**_LLAMA, **_sizes(2048, 8192, 16, 32, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True)}
-_LLAMA_3B = {**_LLAMA, **_sizes(3072, 8192, 28, 24, max_position_embeddings=131072, tie_word_embeddings=True)}
+_LLAMA_1B = {
+    **_LLAMA,
+    **_sizes(
+        2048, 8192, 16, 32, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True
+    ),
+}
+_LLAMA_3B = {
+    **_LLAMA,
+    **_sizes(3072, 8192, 28, 24, max_position_embeddings=131072, tie_word_embeddings=True),
+}
 _LLAMA_8B = {**_LLAMA, **_sizes(4096, 14336, 32, 32, max_position_embeddings=131072)}
 _LLAMA_70B = {**_LLAMA, **_sizes(8192, 28672, 80, 64, max_position_embeddings=131072)}
-_QWEN_HALF_B = {**_QWEN, **_sizes(896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True)}
-_QWEN_1_5B = {**_QWEN, **_sizes(1536, 8960, 28, 12, num_key_value_heads=2, tie_word_embeddings=True)}
+_QWEN_HALF_B = {
+    **_QWEN,
+    **_sizes(896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True),
+}
+_QWEN_1_5B = {
+    **_QWEN,
+    **_sizes(1536, 8960, 28, 12, num_key_value_heads=2, tie_word_embeddings=True),
+}
 _QWEN_7B = {**_QWEN, **_sizes(3584, 18944, 28, 28, num_key_value_heads=4, vocab_size=152064)}
 _MISTRAL_7B = {**_MISTRAL, **_sizes(4096, 14336, 32, 32, vocab_size=32768)}
-_GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+_GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": _LLAMA_8B,

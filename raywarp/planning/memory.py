@@ -1,7 +1,8 @@
 """What a process of a run holds in memory, from shapes alone: no model, no Ray.
 
-Weights, adapters, gradients, moments and a KV cache are exact; activations are counted on a model without data (see model_shapes.py);
-RUNTIME is what Python, torch, transformers and Ray take, measured.
+Weights, adapters, gradients, moments and a KV cache are exact; activations are counted on a model
+without data (see model_shapes.py); RUNTIME is what Python, torch, transformers and Ray take,
+measured.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,11 @@ from raywarp.model.head import CHUNK_BYTES
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = 750 << 20, 1000 << 20, 600 << 20  # of VmHWM before a model is there
+POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
+    750 << 20,
+    1000 << 20,
+    600 << 20,
+)  # of VmHWM before a model is there
 FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model: a function brings its own
 Components = dict[str, int]  # what it is → bytes
 
@@ -22,7 +27,8 @@ class Shapes:
     """Of a model with adapters.
 
     parameters: numbers in the base, tied weights once. adapted: module → (d_out, d_in).
-    block_parameters: numbers in the blocks that have adapted modules, which a rollout worker keeps pristine with rollout.adapter=merged.
+    block_parameters: numbers in the blocks that have adapted modules, which a rollout worker keeps
+    pristine with rollout.adapter=merged.
     kv_numbers: of one token's keys and values in all layers.
     hidden, layers, vocabulary: as usual.
     saved_bytes: that autograd keeps of a micro-batch, at the run's precision.
@@ -41,13 +47,20 @@ class Shapes:
 
     @property
     def scope(self) -> str:
-        """What all-linear comes to for a model in which something stays as it is, as a line for users; else nothing."""
+        """What all-linear comes to for a model in which something stays as it is, as a line for
+        users; else nothing.
+        """
         if not self.left:
             return ""
-        return f"lora.target_modules=all-linear adapts {len(self.adapted)} linear layers; as they are stay {', '.join(self.left)}"
+        return (
+            f"lora.target_modules=all-linear adapts {len(self.adapted)} linear layers; as they are"
+            f" stay {', '.join(self.left)}"
+        )
 
     def adapter_numbers(self, rank: int) -> int:
-        """A and B of every adapted module, or its whole change where the rank would be more than that has."""
+        """A and B of every adapted module, or its whole change where the rank would be more than
+        that has.
+        """
         return sum(min(rank, d_out, d_in) * (d_out + d_in) for d_out, d_in in self.adapted.values())
 
     @property
@@ -59,23 +72,40 @@ class Shapes:
 def trained_numbers(shapes: Shapes, config: Config) -> int:
     """Numbers of an adapter that training changes."""
     rank = config.lora.rank
-    return rank * shapes.b_numbers if config.lora.init == "frozen" else rank * sum(sum(size) for size in shapes.adapted.values())
+    return (
+        rank * shapes.b_numbers
+        if config.lora.init == "frozen"
+        else rank * sum(sum(size) for size in shapes.adapted.values())
+    )
 
 
-def policy_process(shapes: Shapes, config: Config, dtype: str, policies: int, response_tokens: int, stored_bytes: int = 0) -> Components:
+def policy_process(
+    shapes: Shapes,
+    config: Config,
+    dtype: str,
+    policies: int,
+    response_tokens: int,
+    stored_bytes: int = 0,
+) -> Components:
     """A policy actor that holds so many policies.
 
     Args:
         response_tokens: of a micro-batch.
-        stored_bytes: of a number in the checkpoint's files, which are mapped while they are read; 0 on a GPU.
+        stored_bytes: of a number in the checkpoint's files, which are mapped while they are read; 0
+            on a GPU.
     """
     rank, width = config.lora.rank, DTYPE_BYTES[dtype]
     own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
     trained = trained_numbers(shapes, config) * FLOAT32
-    init = shapes.adapter_numbers(rank * config.warp.policies * config.warp.iterations)  # at the largest: the front's points
+    init = shapes.adapter_numbers(
+        rank * config.warp.policies * config.warp.iterations
+    )  # at the largest: the front's points
     saved = shapes.saved_bytes
     if config.optim.gradient_checkpointing:
-        saved = saved // shapes.layers + shapes.layers * config.optim.max_tokens_per_microbatch * shapes.hidden * width
+        saved = (
+            saved // shapes.layers
+            + shapes.layers * config.optim.max_tokens_per_microbatch * shapes.hidden * width
+        )
     return {
         "base weights": shapes.parameters * width,
         "its file, mapped": shapes.parameters * stored_bytes,
@@ -90,8 +120,11 @@ def policy_process(shapes: Shapes, config: Config, dtype: str, policies: int, re
     }
 
 
-def rollout_process(shapes: Shapes, config: Config, dtype: str, stored_bytes: int, gpu: bool, tokens: int) -> Components:
-    """A rollout worker's memory outside a GPU; on a GPU it takes rollout.gpu_memory_utilization of that besides.
+def rollout_process(
+    shapes: Shapes, config: Config, dtype: str, stored_bytes: int, gpu: bool, tokens: int
+) -> Components:
+    """A rollout worker's memory outside a GPU; on a GPU it takes rollout.gpu_memory_utilization of
+    that besides.
 
     Args:
         stored_bytes: of a number in the checkpoint's files.
@@ -99,21 +132,37 @@ def rollout_process(shapes: Shapes, config: Config, dtype: str, stored_bytes: in
     """
     width = DTYPE_BYTES[dtype]
     transformers = config.rollout.engine == "transformers"
-    components = {} if gpu else {"base weights": shapes.parameters * width, "its file, mapped": shapes.parameters * stored_bytes}
+    components = (
+        {}
+        if gpu
+        else {
+            "base weights": shapes.parameters * width,
+            "its file, mapped": shapes.parameters * stored_bytes,
+        }
+    )
     if not gpu and not transformers:
         components["copy that vLLM packs (estimate)"] = shapes.parameters * width
     if config.rollout.adapter == "merged":
-        components["pristine weights of adapted blocks"] = shapes.block_parameters * (width if transformers else stored_bytes)
-    elif not gpu:  # at the largest: the front's points. vLLM stacks up to three modules, whose B is zero outside their own rows
+        components["pristine weights of adapted blocks"] = shapes.block_parameters * (
+            width if transformers else stored_bytes
+        )
+    # at the largest: the front's points. vLLM stacks up to three modules, whose B is zero outside
+    # their own rows
+    elif not gpu:
         rank = config.lora.rank * config.warp.policies * config.warp.iterations
-        components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (width + FLOAT32 if transformers else 3 * width)
+        components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (
+            width + FLOAT32 if transformers else 3 * width
+        )
     if not gpu:
         components["KV cache"] = kv_cache(shapes, config, width, tokens)
     return {**components, "Python, torch, vLLM, Ray": ROLLOUT_RUNTIME}
 
 
-def rollout_gpu(shapes: Shapes, config: Config, dtype: str, lora_rank: int, loras: int, tokens: int) -> Components:
-    """What a rollout worker needs on each of its GPUs to generate one call's completions at once; vLLM takes what is left for more.
+def rollout_gpu(
+    shapes: Shapes, config: Config, dtype: str, lora_rank: int, loras: int, tokens: int
+) -> Components:
+    """What a rollout worker needs on each of its GPUs to generate one call's completions at once;
+    vLLM takes what is left for more.
 
     Args:
         lora_rank, loras: of the slots for adapters.
@@ -136,8 +185,15 @@ def kv_cache(shapes: Shapes, config: Config, width: int, tokens: int) -> int:
 
 
 def init_bytes(shapes: Shapes, config: Config) -> int:
-    """What an iteration starts from, at the largest: the policies of all before it, side by side."""
-    return shapes.adapter_numbers(config.lora.rank * config.warp.policies * (config.warp.iterations - 1)) * FLOAT32
+    """What an iteration starts from, at the largest: the policies of all before it, side by
+    side.
+    """
+    return (
+        shapes.adapter_numbers(
+            config.lora.rank * config.warp.policies * (config.warp.iterations - 1)
+        )
+        * FLOAT32
+    )
 
 
 def task_vector_bytes(shapes: Shapes, config: Config) -> int:
@@ -151,12 +207,16 @@ def checkpoint_bytes(shapes: Shapes, config: Config) -> int:
 
 
 def result_bytes(shapes: Shapes, config: Config) -> int:
-    """All adapters that a run leaves behind: each θ_m, each iteration's init and merge, and the chosen one."""
+    """All adapters that a run leaves behind: each θ_m, each iteration's init and merge, and the
+    chosen one.
+    """
     rank, policies, total = config.lora.rank, config.warp.policies, 0
     for before in range(config.warp.iterations):
         init = rank * policies * before
         total += (
-            policies * shapes.adapter_numbers(init + rank) + shapes.adapter_numbers(init) + shapes.adapter_numbers(init + rank * policies)
+            policies * shapes.adapter_numbers(init + rank)
+            + shapes.adapter_numbers(init)
+            + shapes.adapter_numbers(init + rank * policies)
         )
     return (total + shapes.adapter_numbers(rank * policies * config.warp.iterations)) * FLOAT32
 

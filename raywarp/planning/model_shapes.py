@@ -1,4 +1,6 @@
-"""The shapes of a model and its adapters without its weights: transformers' own model, on torch's meta device."""
+"""The shapes of a model and its adapters without its weights: transformers' own model, on torch's
+meta device.
+"""
 
 import contextlib
 from typing import Any
@@ -11,7 +13,11 @@ from raywarp.config.schema import LoraConfig
 from raywarp.model.adapted import replace_targets
 from raywarp.model.attention import NAME as SHORT_ROWS
 from raywarp.model.attention import SHORT
-from raywarp.model.attention_choice import may_use_short_rows, options_that_sdpa_drops, set_attention
+from raywarp.model.attention_choice import (
+    may_use_short_rows,
+    options_that_sdpa_drops,
+    set_attention,
+)
 from raywarp.planning.memory import Shapes
 
 
@@ -34,15 +40,25 @@ def model_shapes(
         ConfigError: lora.target_modules does not fit the model.
     """
     with torch.device("meta"):
-        base: Any = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        base: Any = AutoModelForCausalLM.from_config(
+            model_config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
     base.requires_grad_(False).eval()
     parameters = sum(parameter.numel() for parameter in base.parameters())
     targets, layers = replace_targets(base, lora)
-    adapted = {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()}
+    adapted = {
+        name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()
+    }
     blocks = {block_of(name) for name in adapted}
-    in_blocks = sum(p.numel() for name, p in base.named_parameters() if block_of(name.rpartition(".")[0]) in blocks)
+    in_blocks = sum(
+        p.numel()
+        for name, p in base.named_parameters()
+        if block_of(name.rpartition(".")[0]) in blocks
+    )
     text = model_config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none, and a state that is small beside a cache
+    heads = getattr(
+        text, "num_attention_heads", 0
+    )  # a state-space model has none, and a state that is small beside a cache
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     saved = 0
     if rows:
@@ -52,7 +68,10 @@ def model_shapes(
         parameters=parameters,
         adapted=adapted,
         block_parameters=in_blocks,
-        kv_numbers=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size,
+        kv_numbers=2
+        * text.num_hidden_layers
+        * (getattr(text, "num_key_value_heads", None) or heads)
+        * size,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
@@ -65,7 +84,12 @@ def classifier_parameters(model_config: Any) -> int:
     """Numbers in a sequence classifier with one label."""
     model_config.num_labels = 1
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForSequenceClassification.from_config(model_config).parameters())
+        return sum(
+            parameter.numel()
+            for parameter in AutoModelForSequenceClassification.from_config(
+                model_config
+            ).parameters()
+        )
 
 
 def _set_attention(base: Any, gpu: bool, length: int) -> None:
@@ -73,7 +97,11 @@ def _set_attention(base: Any, gpu: bool, length: int) -> None:
     if base.config._attn_implementation != "sdpa":
         return
     dropped: set[str] = set()
-    with options_that_sdpa_drops(dropped), torch.device("meta"), contextlib.suppress(Exception):  # as in _saved_bytes
+    with (
+        options_that_sdpa_drops(dropped),
+        torch.device("meta"),
+        contextlib.suppress(Exception),
+    ):  # as in _saved_bytes
         _forward(base, 1, 2)
     if dropped:
         set_attention(base, "eager")
@@ -82,14 +110,18 @@ def _set_attention(base: Any, gpu: bool, length: int) -> None:
 
 
 def _forward(base: Any, rows: int, length: int) -> None:
-    """A pass through the backbone on the meta device, where code that looks at values, of which there are none, fails."""
+    """A pass through the backbone on the meta device, where code that looks at values, of which
+    there are none, fails.
+    """
     for module in base.modules():
         if isinstance(kind := getattr(module, "rope_type", None), str):
             module.rope_type = "default"  # others look at the positions; the sizes are the same
         elif isinstance(kind, dict):  # of layer type → its rope
             module.rope_type = dict.fromkeys(kind, "default")
     ids, positions = torch.zeros(2, rows, length, dtype=torch.long)
-    mask = torch.zeros(rows, 1, length, length, dtype=base.dtype)  # given, so that none is made from values
+    mask = torch.zeros(
+        rows, 1, length, length, dtype=base.dtype
+    )  # given, so that none is made from values
     try:
         base.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     except Exception:  # a model that takes no such mask
@@ -97,12 +129,16 @@ def _forward(base: Any, rows: int, length: int) -> None:
 
 
 def _saved_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of one trained pass through the backbone: each storage once, weights not counted.
+    """Bytes that autograd keeps of one trained pass through the backbone: each storage once,
+    weights not counted.
 
     Where a model's code does not run without data: input and output of every adapted layer, twice.
     """
     size: int = base.dtype.itemsize
-    for dtype in (base.dtype, torch.bfloat16):  # fused experts run on the meta device in bfloat16 alone (torch 2.13)
+    for dtype in (
+        base.dtype,
+        torch.bfloat16,
+    ):  # fused experts run on the meta device in bfloat16 alone (torch 2.13)
         with contextlib.suppress(Exception):  # whatever the code of any model raises there
             return _kept_bytes(base.to(dtype), layers, lora, rows, length) * size // dtype.itemsize
     return 2 * rows * length * sum(sum(layer.weight.shape) for layer in layers.values()) * size
@@ -115,7 +151,10 @@ def _kept_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            storages[storage._cdata] = (storage, storage.nbytes())  # kept alive, so that no other gets its place
+            storages[storage._cdata] = (
+                storage,
+                storage.nbytes(),
+            )  # kept alive, so that no other gets its place
         return tensor
 
     for layer in layers.values():
@@ -123,6 +162,9 @@ def _kept_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int
         layer.activate(["policy"], "policy")
         layer.adapters["policy"].A.requires_grad_(lora.init != "frozen")
         layer.adapters["policy"].B.requires_grad_()
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.device("meta"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         _forward(base, rows, length)
     return sum(size for _, size in storages.values())

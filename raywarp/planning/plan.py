@@ -1,4 +1,5 @@
-"""`raywarp plan`: what a run asks of the cluster, what each of its processes holds in memory, and whether it fits.
+"""`raywarp plan`: what a run asks of the cluster, what each of its processes holds in memory, and
+whether it fits.
 
 The same figures are checked when a run starts (see preflight.py).
 """
@@ -27,7 +28,8 @@ UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 
 
 def plan(config: Config, offline: bool = False) -> Forecast:
-    """What a run of this config needs, and whether it fits; nothing is started but a local Ray, where there is no cluster to join.
+    """What a run of this config needs, and whether it fits; nothing is started but a local Ray,
+    where there is no cluster to join.
 
     Args:
         offline: neither a cluster nor a hub is asked, and no data are read: the needs only.
@@ -51,11 +53,25 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     problems += filter(None, [mode_problem(config, placed.rollout.gpus > 0)])
     result = forecast(config, source, placed)
     reports = preflight.node_reports(config, local_paths(config, source.model))
-    problems += [*preflight.access_problems(reports, config), *preflight.version_problems(reports), *result.impossible(reports)]
+    problems += [
+        *preflight.access_problems(reports, config),
+        *preflight.version_problems(reports),
+        *result.impossible(reports),
+    ]
     if result.shapes:
         problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
     warnings = [*source.warnings, *result.cautions(reports)]
-    return Forecast(config, placed, result.shapes, result.processes, result.dtype, problems, warnings, source.notes, reports)
+    return Forecast(
+        config,
+        placed,
+        result.shapes,
+        result.processes,
+        result.dtype,
+        problems,
+        warnings,
+        source.notes,
+        reports,
+    )
 
 
 def _plan_sweep(config: Config, offline: bool) -> Forecast:
@@ -64,19 +80,38 @@ def _plan_sweep(config: Config, offline: bool) -> Forecast:
     found = plan(space.largest(), offline)
     concurrent = None
     if not offline and found.fits:
-        concurrent = resources.fit_several(space.largest(), min(space.settings.max_concurrent or space.trials, space.trials))[1]
-    return replace(found, notes=[f"the sweep has {opening(space, concurrent)}; the figures are of its largest trial", *found.notes])
+        concurrent = resources.fit_several(
+            space.largest(), min(space.settings.max_concurrent or space.trials, space.trials)
+        )[1]
+    return replace(
+        found,
+        notes=[
+            f"the sweep has {opening(space, concurrent)}; the figures are of its largest trial",
+            *found.notes,
+        ],
+    )
 
 
 def opening(space: SearchSpace, concurrent: int | None) -> str:
-    """How many trials a sweep has, and how many policy runs that makes. concurrent: trials at the same time, if that is known."""
-    line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (f", {concurrent} at a time" if concurrent else "")
+    """How many trials a sweep has, and how many policy runs that makes. concurrent: trials at the
+    same time, if that is known.
+    """
+    line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (
+        f", {concurrent} at a time" if concurrent else ""
+    )
     runs = policy_runs(space)
-    return line + (f"; they ask for {runs[0]} policy runs, of which {runs[1]} differ and are executed" if runs else "")
+    return line + (
+        f"; they ask for {runs[0]} policy runs, of which {runs[1]} differ and are executed"
+        if runs
+        else ""
+    )
 
 
-def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prompt_tokens: int = 0) -> None:
-    """What `plan` checks, at the start of a run; activations are left out, since it takes a second to count them.
+def check_cluster(
+    config: Config, model: str, shapes: Shapes | None = None, prompt_tokens: int = 0
+) -> None:
+    """What `plan` checks, at the start of a run; activations are left out, since it takes a second
+    to count them.
 
     Args:
         shapes: of the model and its adapters; None for a stage without policies.
@@ -97,7 +132,9 @@ def check_cluster(config: Config, model: str, shapes: Shapes | None = None, prom
 
 
 def _origin(config: Config) -> Origin:
-    """What a run would read; where its model cannot be loaded here but its shapes are known, these."""
+    """What a run would read; where its model cannot be loaded here but its shapes are known,
+    these.
+    """
     from raywarp.planning.inputs import prepare
 
     try:
@@ -107,11 +144,16 @@ def _origin(config: Config) -> Origin:
         if source is None:
             raise
         return replace(source, warnings=[f"a run from here ends at once: {error}"])
-    return Origin(inputs.model, read_model_config(inputs.model, config.trust_remote_code, f"model={config.model}"), inputs.longest_prompt)
+    return Origin(
+        inputs.model,
+        read_model_config(inputs.model, config.trust_remote_code, f"model={config.model}"),
+        inputs.longest_prompt,
+    )
 
 
 def shapes_only(config: Config, weights: bool = False) -> Origin | None:
-    """From a config.json that is here (in a folder, or in the hub's cache), or from known_models.py; nothing is fetched.
+    """From a config.json that is here (in a folder, or in the hub's cache), or from
+    known_models.py; nothing is fetched.
 
     Args:
         weights: also where the weights are here, too.
@@ -124,14 +166,19 @@ def shapes_only(config: Config, weights: bool = False) -> Origin | None:
     folder = _folder_of_config(model)
     if folder is None:
         known = known_config(model)
-        notes.append(f"the config.json of {what} is not in reach: these are the shapes that it had when raywarp was written")
+        notes.append(
+            f"the config.json of {what} is not in reach: these are the shapes that it had when"
+            " raywarp was written"
+        )
         return Origin(model, known, prompt, notes) if known is not None else None
     whole = weight_bytes(folder) > 0
     if whole and not weights:
         return None
     if not whole:
         notes.append(f"the weights of {what} are not here")
-    return Origin(model, read_model_config(str(folder), config.trust_remote_code, what), prompt, notes)
+    return Origin(
+        model, read_model_config(str(folder), config.trust_remote_code, what), prompt, notes
+    )
 
 
 def _folder_of_config(model: str) -> Path | None:
@@ -156,7 +203,10 @@ def local_paths(config: Config, model: str) -> list[str]:
 def _offline(config: Config) -> Forecast:
     placed = resources.wish(config, 0)
     check_mode(config, placed.rollout.gpus > 0)
-    notes = ["offline: GPUs are counted where the config names them; a policy actor is counted for each policy"]
+    notes = [
+        "offline: GPUs are counted where the config names them; a policy actor is counted for each"
+        " policy"
+    ]
     source = shapes_only(config, weights=True)
     if source is None:
         notes.append(
@@ -164,23 +214,51 @@ def _offline(config: Config) -> Forecast:
             "a folder with nothing but that file will do: plan … model=FOLDER"
         )
         return Forecast(
-            config, placed, None, [ProcessMemory(need, {}) for need in placed.needs], run_dtype(config.dtype, placed.uses_gpus), notes=notes
+            config,
+            placed,
+            None,
+            [ProcessMemory(need, {}) for need in placed.needs],
+            run_dtype(config.dtype, placed.uses_gpus),
+            notes=notes,
         )
     notes += source.notes
     result = forecast(config, source, placed)
-    disk = preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config)) if result.shapes else []
-    return Forecast(config, placed, result.shapes, result.processes, result.dtype, disk, notes=notes)
+    disk = (
+        preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
+        if result.shapes
+        else []
+    )
+    return Forecast(
+        config, placed, result.shapes, result.processes, result.dtype, disk, notes=notes
+    )
 
 
 def print_forecast(found: Forecast, console: Any) -> None:
-    """Tables of processes and of their memory, disk and traffic, and the verdict as the last line."""
+    """Tables of processes and of their memory, disk and traffic, and the verdict as the last
+    line.
+    """
     from rich.table import Table
 
     config, shapes = found.config, found.shapes
-    table = Table("process", "count", "GPUs each", "CPUs each", "memory each", "on each GPU", title=f"{config.model}, {found.dtype}")
+    table = Table(
+        "process",
+        "count",
+        "GPUs each",
+        "CPUs each",
+        "memory each",
+        "on each GPU",
+        title=f"{config.model}, {found.dtype}",
+    )
     for need in found.plan.needs:
         host, gpu = (_memory_in_words(found.processes, need, on_gpu) for on_gpu in (False, True))
-        table.add_row(need.key.replace("_", " "), str(need.count), f"{need.gpus:g}", f"{need.cpus:g}", host, gpu)
+        table.add_row(
+            need.key.replace("_", " "),
+            str(need.count),
+            f"{need.gpus:g}",
+            f"{need.cpus:g}",
+            host,
+            gpu,
+        )
     console.print(table)
     if shapes is not None:
         parts = Table("memory of one", "component", "bytes", title="what it holds")
@@ -188,9 +266,16 @@ def print_forecast(found: Forecast, console: Any) -> None:
             for component, held in process.components.items():
                 if held:
                     where = ", on each GPU" if process.on_gpu else ""
-                    parts.add_row(process.need.key.replace("_", " ") + where, component, in_units(held))
+                    parts.add_row(
+                        process.need.key.replace("_", " ") + where, component, in_units(held)
+                    )
         console.print(parts)
-    for line in (*_verdict(found, shapes), *found.notes, *(f"warning: {text}" for text in found.warnings), *found.problems):
+    for line in (
+        *_verdict(found, shapes),
+        *found.notes,
+        *(f"warning: {text}" for text in found.warnings),
+        *found.problems,
+    ):
         console.print(line, highlight=False, markup=False)
     console.print("it fits" if found.fits else "it does not fit", highlight=False, markup=False)
 
@@ -201,14 +286,18 @@ def _memory_in_words(processes: Sequence[ProcessMemory], need: resources.Need, o
         if (process.need, process.on_gpu) == (need, on_gpu):
             if not process.components:
                 return "not known"
-            return in_units(process.bytes) + (f" (of {process.share:.0%})" if process.share < 1 else "")
+            return in_units(process.bytes) + (
+                f" (of {process.share:.0%})" if process.share < 1 else ""
+            )
     return ""
 
 
 def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
     config, lines = found.config, []
     for report in found.reports:
-        gpus = f", GPUs of {', '.join(map(in_units, report.gpu_memory))}" if report.gpu_memory else ""
+        gpus = (
+            f", GPUs of {', '.join(map(in_units, report.gpu_memory))}" if report.gpu_memory else ""
+        )
         listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         lines.append(f"node {report.address}: {in_units(report.memory)} of memory{gpus}; {listed}")
     if shapes is None:
@@ -218,23 +307,34 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
     from raywarp.run.policy_files import KEPT_CHECKPOINTS
 
     each, results = memory.checkpoint_bytes(shapes, config), memory.result_bytes(shapes, config)
-    kept = (KEPT_CHECKPOINTS + 1) * config.warp.policies * each  # the new one is written before the oldest goes
+    kept = (
+        (KEPT_CHECKPOINTS + 1) * config.warp.policies * each
+    )  # the new one is written before the oldest goes
     free = preflight.free_bytes(config.out)
     room = "" if free is None else f"; {in_units(free)} free"
     lines.append(
-        f"disk of out={config.out}: checkpoints {in_units(each)} x {KEPT_CHECKPOINTS + 1} x {config.warp.policies} policies = "
-        f"{in_units(kept)} while they train, results {in_units(results)}{room}"
+        f"disk of out={config.out}: checkpoints {in_units(each)} x {KEPT_CHECKPOINTS + 1} x"
+        f" {config.warp.policies} policies = {in_units(kept)} while they train, results"
+        f" {in_units(results)}{room}"
     )
     step, policies = memory.task_vector_bytes(shapes, config), config.warp.policies
     total = f", {in_units(policies * step)} for all {policies}" if policies > 1 else ""
-    lines.append(f"adapters on the network: {in_units(step)} per policy and step{total}, to each node with a rollout worker")
+    lines.append(
+        f"adapters on the network: {in_units(step)} per policy and step{total}, to each node with a"
+        " rollout worker"
+    )
     if config.warp.iterations > 1:
-        lines.append(f"and the init of an iteration once, to each node: at most {in_units(memory.init_bytes(shapes, config))}")
+        lines.append(
+            "and the init of an iteration once, to each node: at most"
+            f" {in_units(memory.init_bytes(shapes, config))}"
+        )
     return lines
 
 
 def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
-    """How many policy runs a sweep's trials ask for, and how many different ones these are; None where that is not known in advance."""
+    """How many policy runs a sweep's trials ask for, and how many different ones these are; None
+    where that is not known in advance.
+    """
     from raywarp.run.keys import key_chain
 
     if not space.points or space.search == "asha":

@@ -1,4 +1,6 @@
-"""What is checked when Ray is there and before any work starts: every node's access, versions and memory, and the disk."""
+"""What is checked when Ray is there and before any work starts: every node's access, versions and
+memory, and the disk.
+"""
 
 import logging
 import shutil
@@ -29,8 +31,9 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
         paths: local folders that the run's processes read.
 
     Raises:
-        ConfigError: a node that does not see or cannot write the run's folder, other versions there, no room on the disk, or more
-            memory than any node has. A run that only may need more memory than there is, or leaves GPUs idle, is warned of.
+        ConfigError: a node that does not see or cannot write the run's folder, other versions
+            there, no room on the disk, or more memory than any node has. A run that only may need
+            more memory than there is, or leaves GPUs idle, is warned of.
     """
     reports = node_reports(config, paths)
     problems = [*access_problems(reports, config), *version_problems(reports)]
@@ -45,33 +48,59 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
 
 
 def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
-    """Of every node on which a process of the run may be placed; on a cluster of one node nothing is sent around."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
-    with _nonce("out", config.out) as out, _nonce("store", config.store) if config.store else nullcontext(out) as (folder, nonce):
+    """Of every node on which a process of the run may be placed; on a cluster of one node nothing
+    is sent around.
+    """
+    nodes = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))
+    ]
+    with (
+        _nonce("out", config.out) as out,
+        _nonce("store", config.store) if config.store else nullcontext(out) as (folder, nonce),
+    ):
         here = ray.get_runtime_context().get_node_id()
         if [node["NodeID"] for node in nodes] == [here]:
             return [node_report.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]
-        ray.cloudpickle.register_pickle_by_value(node_report)  # so that the answer of a node without raywarp is not a ModuleNotFoundError
+        ray.cloudpickle.register_pickle_by_value(
+            node_report
+        )  # so that the answer of a node without raywarp is not a ModuleNotFoundError
         try:
             return _ask(nodes, folder, nonce, paths, config.cluster.timeout_seconds)
         finally:
             ray.cloudpickle.unregister_pickle_by_value(node_report)
 
 
-def _ask(nodes: Sequence[Mapping[str, Any]], folder: str | None, nonce: str, paths: Sequence[str], timeout: float) -> list[NodeReport]:
+def _ask(
+    nodes: Sequence[Mapping[str, Any]],
+    folder: str | None,
+    nonce: str,
+    paths: Sequence[str],
+    timeout: float,
+) -> list[NodeReport]:
     task = ray.remote(node_report.check_node)
     refs = {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         name = _name(node)
-        refs[task.options(num_cpus=0, max_retries=1, scheduling_strategy=place).remote(name, folder, nonce, list(paths))] = name
+        refs[
+            task.options(num_cpus=0, max_retries=1, scheduling_strategy=place).remote(
+                name, folder, nonce, list(paths)
+            )
+        ] = name
     _, late = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)
     if late:
-        raise ConfigError(f"node {refs[late[0]]} did not answer within {timeout:.0f} s (cluster.timeout_seconds); is it alive?")
+        raise ConfigError(
+            f"node {refs[late[0]]} did not answer within {timeout:.0f} s (cluster.timeout_seconds);"
+            " is it alive?"
+        )
     try:
         reports: list[NodeReport] = ray.get(list(refs))
     except ray.exceptions.RayError as error:
-        raise ConfigError(f"a node could not be checked: {str(error).strip().splitlines()[-1]}") from None
+        raise ConfigError(
+            f"a node could not be checked: {str(error).strip().splitlines()[-1]}"
+        ) from None
     return reports
 
 
@@ -85,38 +114,59 @@ def access_problems(reports: Sequence[NodeReport], config: Config) -> list[str]:
     problems, place = [], "=".join(workplace(config))
     for report in reports:
         if report.unwritable:
-            shared = "; several nodes need a shared folder, or a URI such as s3://bucket/prefix" if len(reports) > 1 else ""
-            problems.append(f"node {report.address} cannot use {place}: it {report.unwritable}{shared}")
+            shared = (
+                "; several nodes need a shared folder, or a URI such as s3://bucket/prefix"
+                if len(reports) > 1
+                else ""
+            )
+            problems.append(
+                f"node {report.address} cannot use {place}: it {report.unwritable}{shared}"
+            )
         if report.missing:
-            problems.append(f"node {report.address} has no {', '.join(report.missing)}; put it on every node, or on a shared folder")
+            problems.append(
+                f"node {report.address} has no {', '.join(report.missing)}; put it on every node,"
+                " or on a shared folder"
+            )
     return problems
 
 
 def version_problems(reports: Sequence[NodeReport]) -> list[str]:
-    """Packages whose versions differ between nodes (builds for CPU and GPU of one version do not count as different)."""
+    """Packages whose versions differ between nodes (builds for CPU and GPU of one version do not
+    count as different).
+    """
     problems = []
     for package in dict.fromkeys(name for report in reports for name in report.versions):
         holders: dict[str, list[str]] = {}
         for report in reports:
-            holders.setdefault(report.versions.get(package, "not installed").partition("+")[0], []).append(report.address)
+            holders.setdefault(
+                report.versions.get(package, "not installed").partition("+")[0], []
+            ).append(report.address)
         if len(holders) > 1:
-            found = ", ".join(f"{version} on {' and '.join(addresses)}" for version, addresses in holders.items())
-            problems.append(f"the nodes have different versions of {package}: {found}; install the same one everywhere")
+            found = ", ".join(
+                f"{version} on {' and '.join(addresses)}" for version, addresses in holders.items()
+            )
+            problems.append(
+                f"the nodes have different versions of {package}: {found}; install the same one"
+                " everywhere"
+            )
     return problems
 
 
 def idle_gpus(reports: Sequence[NodeReport]) -> list[str]:
     """Nodes whose GPUs a run reserves and cannot use, since their torch was built for CPUs."""
     return [
-        f"node {report.address} has GPUs, but torch {report.versions['torch']} was built without CUDA: its processes use the CPU; install "
-        "the build for CUDA, or set cluster.gpus_per_policy=0 and cluster.gpus_per_rollout_worker=0"
+        f"node {report.address} has GPUs, but torch {report.versions['torch']} was built without"
+        " CUDA: its processes use the CPU; install the build for CUDA, or set"
+        " cluster.gpus_per_policy=0 and cluster.gpus_per_rollout_worker=0"
         for report in reports
         if report.gpu_memory and report.versions.get("torch", "").endswith("+cpu")
     ]
 
 
 def disk_problems(config: Config, bytes_each: int) -> list[str]:
-    """Whether there is room for two checkpoints of every policy; a run that is to be continued has some already."""
+    """Whether there is room for two checkpoints of every policy; a run that is to be continued has
+    some already.
+    """
     if (folder := Storage(config.out).folder) and (folder / CONFIG_FILE).is_file():
         return []
     needed = LEAST_CHECKPOINTS * config.warp.policies * bytes_each
@@ -125,8 +175,9 @@ def disk_problems(config: Config, bytes_each: int) -> list[str]:
     if free is None or free >= needed:
         return []
     return [
-        f"too little room on the disk of {key}={place}: {in_units(free, more=1)} free, {LEAST_CHECKPOINTS} checkpoints of each of "
-        f"{config.warp.policies} policies take {in_units(needed, more=1)}; free some, or choose another {key}"
+        f"too little room on the disk of {key}={place}: {in_units(free, more=1)} free,"
+        f" {LEAST_CHECKPOINTS} checkpoints of each of {config.warp.policies} policies take"
+        f" {in_units(needed, more=1)}; free some, or choose another {key}"
     ]
 
 
@@ -142,7 +193,9 @@ def free_bytes(place: str) -> int | None:
 
 @contextmanager
 def _nonce(key: str, place: str) -> Iterator[tuple[str | None, str]]:
-    """A file in the place, if it is a folder, that every node must see; afterwards the folder is as it was."""
+    """A file in the place, if it is a folder, that every node must see; afterwards the folder is as
+    it was.
+    """
     nonce = f".preflight-{uuid.uuid4().hex}"
     folder = Storage(place).folder
     if folder is None:

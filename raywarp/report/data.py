@@ -1,4 +1,6 @@
-"""What the report page shows of one run, as plain values: of a run that is finished, under way, or broken, whatever there is."""
+"""What the report page shows of one run, as plain values: of a run that is finished, under way, or
+broken, whatever there is.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,8 @@ Rows = list[dict[str, Any]]
 
 
 def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
-    """One run, for the page (see assets/page.js). It holds nothing but what JSON can hold, NaN and infinity as None.
+    """One run, for the page (see assets/page.js). It holds nothing but what JSON can hold, NaN and
+    infinity as None.
 
     Args:
         place: a run's folder, or s3://bucket/prefix.
@@ -49,40 +52,81 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     points = part("The front", lambda: points_of(front), list[Point]())
     geometry = part("Angles and norms", lambda: _geometry(files), Rows())
     moments = [_timestamp(event.get("time")) for event in events]
-    times: Mapping[str, Any] = part("Where the time went", lambda: files.record(TIMING_FILE) or {}, {})
+    times: Mapping[str, Any] = part(
+        "Where the time went", lambda: files.record(TIMING_FILE) or {}, {}
+    )
     timing: Rows = times.get("iterations", [])
-    chosen, mark = front.get("chosen"), part("Which sampler it had", lambda: read_mark(files.storage), None)
+    chosen, mark = (
+        front.get("chosen"),
+        part("Which sampler it had", lambda: read_mark(files.storage), None),
+    )
     data = {
         "name": redact(files.storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]) or "run",
         "place": redact(files.storage.uri),
-        "state": part("Whether it is finished", lambda: _state(events, moments, rows, bool(points)), {"word": "unknown"}),
+        "state": part(
+            "Whether it is finished",
+            lambda: _state(events, moments, rows, bool(points)),
+            {"word": "unknown"},
+        ),
         "mark": mark and mark.title,
         "planned": part("What was asked for", lambda: _planned(config), None),
         "front": {**front, "points": [asdict(point) for point in points]} if points else None,
         "findings": part(
             "What to look at",
             lambda: [
-                asdict(one) for one in [*_earlier_sampler(mark), *findings(points, chosen, _gaps(rows), _last(geometry), _effects(rows))]
+                asdict(one)
+                for one in [
+                    *_earlier_sampler(mark),
+                    *findings(points, chosen, _gaps(rows), _last(geometry), _effects(rows)),
+                ]
             ],
             Rows(),
         ),
-        "trajectories": [{"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)} for curve in found],
+        "trajectories": [
+            {"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)}
+            for curve in found
+        ],
         "curves": summary(found, share) if found else None,
         "geometry": geometry,
         "texts": part(
             "The texts of the front",
-            lambda: sample_texts(files.json("samples.json", front.get("files", {}).get("samples.json")), points, chosen, share),
+            lambda: sample_texts(
+                files.json("samples.json", front.get("files", {}).get("samples.json")),
+                points,
+                chosen,
+                share,
+            ),
             None,
         ),
-        "training_texts": part("Texts of the training", lambda: training_texts(files, found, config.get("store"), share), Rows()),
-        "timeline": part("The time line", lambda: timeline([*rows, *_evaluation(times)], moments), None),
+        "training_texts": part(
+            "Texts of the training",
+            lambda: training_texts(files, found, config.get("store"), share),
+            Rows(),
+        ),
+        "timeline": part(
+            "The time line", lambda: timeline([*rows, *_evaluation(times)], moments), None
+        ),
         "timing": timing,
-        "events": [{**_event_row(event), "seconds": moment} for event, moment in zip(events, moments, strict=True)],
+        "events": [
+            {**_event_row(event), "seconds": moment}
+            for event, moment in zip(events, moments, strict=True)
+        ],
         "config": part("The configuration", lambda: _settings(config), Rows()),
-        "versions": next((event["versions"] for event in reversed(events) if isinstance(event.get("versions"), Mapping)), None),
+        "versions": next(
+            (
+                event["versions"]
+                for event in reversed(events)
+                if isinstance(event.get("versions"), Mapping)
+            ),
+            None,
+        ),
         "missing": [
             *files.missing,
-            *part("What is unfinished", lambda: _unfinished(files.missing, config, found, front, events, timing), list[str]()),
+            *part(
+                "What is unfinished",
+                lambda: _unfinished(files.missing, config, found, front, events, timing),
+                list[str](),
+            ),
         ],
     }
     shown: dict[str, Any] = plain(data)
@@ -100,9 +144,16 @@ def _evaluation(times: Mapping[str, Any]) -> Rows:
 
 
 def _unfinished(
-    missing: Sequence[str], config: Mapping[str, Any], found: Sequence[Curve], front: Mapping[str, Any], events: Rows, timing: Rows
+    missing: Sequence[str],
+    config: Mapping[str, Any],
+    found: Sequence[Curve],
+    front: Mapping[str, Any],
+    events: Rows,
+    timing: Rows,
 ) -> list[str]:
-    """What a run that came to its end would have, and this one has not, but for what was said already."""
+    """What a run that came to its end would have, and this one has not, but for what was said
+    already.
+    """
     said = " ".join(missing)
     lacking = []
     if not config and CONFIG_FILE not in said:
@@ -112,7 +163,10 @@ def _unfinished(
     if not front and FRONT_FILE not in said:
         lacking.append(f"{FRONT_FILE} is missing: the front is measured after the last iteration.")
     if not events and EVENTS_FILE not in said:
-        lacking.append(f"{EVENTS_FILE} is missing or empty: when the run began, what befell it and how it ended are not known.")
+        lacking.append(
+            f"{EVENTS_FILE} is missing or empty: when the run began, what befell it and how it"
+            " ended are not known."
+        )
     if front and not timing and TIMING_FILE not in said:
         lacking.append(f"{TIMING_FILE} is missing: how busy the actors were is not known.")
     warp = {**Config().warp.model_dump(), **config["warp"]} if config else {}
@@ -120,18 +174,38 @@ def _unfinished(
     for iteration in range(1, warp.get("iterations", 0) + 1):
         steps = [done.get((iteration, policy), 0) for policy in range(1, warp["policies"] + 1)]
         if min(steps) < warp["steps"]:
-            lacking.append(f"Iteration {iteration}: {', '.join(map(str, steps))} of {warp['steps']} steps of its policies are done.")
+            lacking.append(
+                f"Iteration {iteration}: {', '.join(map(str, steps))} of {warp['steps']} steps of"
+                " its policies are done."
+            )
     return lacking
 
 
 def _state(
-    events: Sequence[Mapping[str, Any]], moments: Sequence[float | None], rows: Sequence[Mapping[str, Any]], measured: bool
+    events: Sequence[Mapping[str, Any]],
+    moments: Sequence[float | None],
+    rows: Sequence[Mapping[str, Any]],
+    measured: bool,
 ) -> dict[str, Any]:
-    """word: finished, running, silent (it may have been killed), stopped, failed or unknown; message and when, as far as they are known."""
+    """word: finished, running, silent (it may have been killed), stopped, failed or unknown;
+    message and when, as far as they are known.
+    """
     times = [moment for moment in moments if moment is not None]
     last_sign = max([*times, *(_end_of_step(row) for row in rows[-50:])], default=0.0)
-    state = {"word": "unknown", "since": times[0] if times else None, "last_sign": last_sign or None, "message": ""}
-    last = next((event for event in reversed(events) if event.get("event") in ("started", "finished", "failed", "stopped")), None)
+    state = {
+        "word": "unknown",
+        "since": times[0] if times else None,
+        "last_sign": last_sign or None,
+        "message": "",
+    }
+    last = next(
+        (
+            event
+            for event in reversed(events)
+            if event.get("event") in ("started", "finished", "failed", "stopped")
+        ),
+        None,
+    )
     if last is None:
         return {**state, "word": "finished"} if measured else state
     if last["event"] == "started":
@@ -174,7 +248,11 @@ def _settings(config: Mapping[str, Any]) -> Rows:
     """Every key with its value, and whether that is not the default."""
     default = dict(flat(Config().model_dump(mode="json")))
     return [
-        {"key": key, "value": redact(_shown(value)), "changed": key in default and default[key] != value}
+        {
+            "key": key,
+            "value": redact(_shown(value)),
+            "changed": key in default and default[key] != value,
+        }
         for key, value in flat(config)
         if not isinstance(value, Mapping)
     ]
@@ -187,10 +265,16 @@ def _shown(value: Any) -> str:
 
 
 def _geometry(files: RunFiles) -> Rows:
-    """Per iteration: names of the blocks, pairs of policies, angles in degrees and norm ratios ‖δ_b‖ / ‖δ_a‖ (pairs × blocks)."""
+    """Per iteration: names of the blocks, pairs of policies, angles in degrees and norm ratios
+    ‖δ_b‖ / ‖δ_a‖ (pairs × blocks).
+    """
     found = []
-    for name in sorted((name for name in files.storage.names("iterations") if name.isdigit()), key=int):
-        blocks = files.section(f"Iteration {name}", partial(_block_geometry, files, f"iterations/{name}"), None)
+    for name in sorted(
+        (name for name in files.storage.names("iterations") if name.isdigit()), key=int
+    ):
+        blocks = files.section(
+            f"Iteration {name}", partial(_block_geometry, files, f"iterations/{name}"), None
+        )
         if not blocks:
             continue
         norms = [[number(value) for value in block["norms"]] for block in blocks.values()]
@@ -200,8 +284,14 @@ def _geometry(files: RunFiles) -> Rows:
                 "iteration": int(name),
                 "blocks": list(blocks),
                 "pairs": [f"{a + 1}–{b + 1}" for a, b in pairs],
-                "angles": [[round(number(block["angles"][n]), 2) for block in blocks.values()] for n in range(len(pairs))],
-                "ratios": [[round(own[b] / own[a], 4) if own[a] else None for own in norms] for a, b in pairs],
+                "angles": [
+                    [round(number(block["angles"][n]), 2) for block in blocks.values()]
+                    for n in range(len(pairs))
+                ],
+                "ratios": [
+                    [round(own[b] / own[a], 4) if own[a] else None for own in norms]
+                    for a, b in pairs
+                ],
                 "norms": [[round(own[m], 5) for own in norms] for m in range(len(norms[0]))],
             }
         )
@@ -209,8 +299,14 @@ def _geometry(files: RunFiles) -> Rows:
 
 
 def _event_row(event: Mapping[str, Any]) -> dict[str, Any]:
-    """An event without a stack of hundreds of lines, and without the versions, which the page shows once."""
-    return {name: clip(value, MESSAGE) if isinstance(value, str) else value for name, value in event.items() if name != "versions"}
+    """An event without a stack of hundreds of lines, and without the versions, which the page shows
+    once.
+    """
+    return {
+        name: clip(value, MESSAGE) if isinstance(value, str) else value
+        for name, value in event.items()
+        if name != "versions"
+    }
 
 
 def _block_geometry(files: RunFiles, folder: str) -> Any:
@@ -223,8 +319,12 @@ def _last(geometry: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _effects(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    found = [(number(row.get("adapter_effect")), number(row.get("adapter_effect_error"))) for row in rows]
-    return [(value, error) for value, error in found if math.isfinite(value) and math.isfinite(error)]
+    found = [
+        (number(row.get("adapter_effect")), number(row.get("adapter_effect_error"))) for row in rows
+    ]
+    return [
+        (value, error) for value, error in found if math.isfinite(value) and math.isfinite(error)
+    ]
 
 
 def _gaps(rows: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -1,4 +1,6 @@
-"""The files of a run, for whoever only looks at it: a folder or an object store, finished or not, whole or not. Nothing is written."""
+"""The files of a run, for whoever only looks at it: a folder or an object store, finished or not,
+whole or not. Nothing is written.
+"""
 
 import hashlib
 import json
@@ -19,7 +21,8 @@ _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 @dataclass
 class RunFiles:
-    """Reads a run's files. What is absent or cannot be read is None or empty, and `missing` says so in a sentence.
+    """Reads a run's files. What is absent or cannot be read is None or empty, and `missing` says so
+    in a sentence.
 
     storage: where the run is.
     """
@@ -30,26 +33,42 @@ class RunFiles:
     def check(self) -> None:
         """Raises ConfigError where no run of raywarp is."""
         if self.storage.folder and not self.storage.folder.is_dir():
-            raise ConfigError(f"{self.storage.uri} does not exist; the argument is a run's folder, or s3://bucket/prefix")
+            raise ConfigError(
+                f"{self.storage.uri} does not exist; the argument is a run's folder, or"
+                " s3://bucket/prefix"
+            )
         names = self.storage.names("")
-        if not {METRICS_FILE, EVENTS_FILE, TIMING_FILE, FRONT_FILE, "iterations"} & set(names) and not self._is_config():
-            raise ConfigError(f"{self.storage.uri} holds no run of raywarp (neither {CONFIG_FILE} nor {METRICS_FILE})")
+        if (
+            not {METRICS_FILE, EVENTS_FILE, TIMING_FILE, FRONT_FILE, "iterations"} & set(names)
+            and not self._is_config()
+        ):
+            raise ConfigError(
+                f"{self.storage.uri} holds no run of raywarp (neither {CONFIG_FILE} nor"
+                f" {METRICS_FILE})"
+            )
 
     def section(self, what: str, build: Callable[[], Value], otherwise: Value) -> Value:
-        """What `build` makes of the files; where they are not as they were written, a sentence about `what` and `otherwise`."""
+        """What `build` makes of the files; where they are not as they were written, a sentence
+        about `what` and `otherwise`.
+        """
         try:
             return build()
         except DamagedError as error:
             self.missing.append(f"{error}.")
         except _MALFORMED as error:
-            self.missing.append(f"{what} cannot be shown: its file is not as raywarp writes it ({type(error).__name__}).")
+            self.missing.append(
+                f"{what} cannot be shown: its file is not as raywarp writes it"
+                f" ({type(error).__name__})."
+            )
         return otherwise
 
     def json(self, name: str, entry: Mapping[str, Any] | None = None) -> Any:
-        """A JSON file's content; None where there is none. Raises DamagedError where it cannot be read.
+        """A JSON file's content; None where there is none. Raises DamagedError where it cannot be
+        read.
 
         Args:
-            entry: what a manifest says of it. A file that is another one is shown, but the page says so.
+            entry: what a manifest says of it. A file that is another one is shown, but the page
+                says so.
         """
         data = self.storage.read(name)
         if data is None:
@@ -79,7 +98,9 @@ class RunFiles:
         return rows
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved configuration as plain values; None where there is none. Raises DamagedError."""
+        """The resolved configuration as plain values; None where there is none. Raises
+        DamagedError.
+        """
         data = self.storage.read(CONFIG_FILE)
         if data is None:
             return None
@@ -89,18 +110,23 @@ class RunFiles:
         return tree
 
     def policy_samples(self, key: str, place: str | None) -> list[dict[str, Any]]:
-        """The texts that a policy kept while it trained, a row per step: of its result, or of its newest checkpoint.
+        """The texts that a policy kept while it trained, a row per step: of its result, or of its
+        newest checkpoint.
 
         Args:
             place: the store of the run's policies, where that is not the run itself.
         """
         storage, name = Storage(place) if place else self.storage, f"policies/{key}"
-        checkpoints = [f"{name}/{one}" for one in storage.names(name) if one.startswith("checkpoint-")]
+        checkpoints = [
+            f"{name}/{one}" for one in storage.names(name) if one.startswith("checkpoint-")
+        ]
         for folder in [name, *reversed(checkpoints)]:
             manifest = storage.read(f"{folder}/{MANIFEST}")
             if manifest is None:
                 continue
-            path = sealed.parse_manifest(manifest, f"{folder}/{MANIFEST}")["samples.jsonl"].get("path", "samples.jsonl")
+            path = sealed.parse_manifest(manifest, f"{folder}/{MANIFEST}")["samples.jsonl"].get(
+                "path", "samples.jsonl"
+            )
             data = storage.read(f"{folder}/{path}")
             if data is not None:
                 return sealed.parse_jsonl(data)

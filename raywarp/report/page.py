@@ -1,4 +1,6 @@
-"""The report as one HTML file that needs nothing else: markup, style, scripts and charting library from assets/, and the data as JSON."""
+"""The report as one HTML file that needs nothing else: markup, style, scripts and charting library
+from assets/, and the data as JSON.
+"""
 
 import base64
 import contextlib
@@ -19,8 +21,19 @@ from raywarp.report.page_json import to_json
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage, is_uri
 
-SCRIPTS = ("dom.js", "charts.js", "front.js", "texts.js", "curves.js", "geometry.js", "timeline.js", "page.js")
-PLAIN = 1_000_000  # characters of JSON that stand in the page as they are, for whoever wants to read or parse them there
+SCRIPTS = (
+    "dom.js",
+    "charts.js",
+    "front.js",
+    "texts.js",
+    "curves.js",
+    "geometry.js",
+    "timeline.js",
+    "page.js",
+)
+# characters of JSON that stand in the page as they are, for whoever wants to read or parse them
+# there
+PLAIN = 1_000_000
 LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, as npm has it; see assets/echarts-LICENSE
 
 
@@ -42,12 +55,15 @@ def page_data(runs: Sequence[Mapping[str, Any]], title: str, live: bool = False)
 
 
 def render(data: Mapping[str, Any]) -> bytes:
-    """The whole page, in UTF-8. Its content security policy lets nothing run but these very scripts, and nothing be fetched."""
+    """The whole page, in UTF-8. Its content security policy lets nothing run but these very
+    scripts, and nothing be fetched.
+    """
     style, library, script = asset("page.css"), asset(LIBRARY), "\n".join(map(asset, SCRIPTS))
     policy = (
-        f"default-src 'none'; script-src {_source(library)} {_source(script)}; style-src {_source(style)}; "
-        f"style-src-attr 'unsafe-inline'; img-src data:; connect-src {chr(39)}{'self' if data['live'] else 'none'}{chr(39)}; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {_source(library)} {_source(script)}; style-src"
+        f" {_source(style)}; style-src-attr 'unsafe-inline'; img-src data:; connect-src"
+        f" {chr(39)}{'self' if data['live'] else 'none'}{chr(39)}; base-uri 'none'; form-action"
+        " 'none'"
     )
     kind, content = _carried(to_json(data))
     parts = {
@@ -59,11 +75,15 @@ def render(data: Mapping[str, Any]) -> bytes:
         "library": library,
         "script": script,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("page.html")).encode(errors="replace")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("page.html")).encode(
+        errors="replace"
+    )
 
 
 def _carried(text: str) -> tuple[str, str]:
-    """How the data travels in the page, its type and content: as it is, or packed where that saves megabytes."""
+    """How the data travels in the page, its type and content: as it is, or packed where that saves
+    megabytes.
+    """
     if len(text) < PLAIN:
         return "application/json", text
     return "application/gzip", base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
@@ -92,15 +112,19 @@ def save_report(runs: Sequence[str], out: str | None = None) -> tuple[str, int]:
     if out is None and len(runs) == 1:
         storage = Storage(runs[0])
         storage.write(REPORT_FILE, page)
-        return str(storage.folder / REPORT_FILE) if storage.folder else f"{storage.uri.partition('?')[0].rstrip('/')}/{REPORT_FILE}", len(
-            page
-        )
+        return (
+            str(storage.folder / REPORT_FILE)
+            if storage.folder
+            else f"{storage.uri.partition('?')[0].rstrip('/')}/{REPORT_FILE}"
+        ), len(page)
     out = out or REPORT_FILE
     if is_uri(out):
         raise ConfigError(f"--out={out} is no file of this machine")
     path = Path(out).absolute()
     if path.is_dir():
-        raise ConfigError(f"--out={out} is a folder; name a file in it, for example {path / REPORT_FILE}")
+        raise ConfigError(
+            f"--out={out} is a folder; name a file in it, for example {path / REPORT_FILE}"
+        )
     sealed.write_bytes(path, page)
     return str(path), len(page)
 
@@ -120,20 +144,30 @@ def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
     members = [member for run in runs for member in _members(run)]
     found = []
     for place, name in members:
-        with contextlib.suppress(ConfigError) if name else contextlib.nullcontext():  # a trial that has only just begun
-            found.append({**report_data(place, 1 / len(members)), **({"name": name} if name else {})})
+        with (
+            contextlib.suppress(ConfigError) if name else contextlib.nullcontext()
+        ):  # a trial that has only just begun
+            found.append(
+                {**report_data(place, 1 / len(members)), **({"name": name} if name else {})}
+            )
     if not found:
         raise ConfigError(f"{', '.join(runs)}: none of its trials has begun")
-    several = f"{PurePath(runs[0]).name}, {len(found)} trials" if len(runs) == 1 else f"{len(found)} runs"
+    several = (
+        f"{PurePath(runs[0]).name}, {len(found)} trials" if len(runs) == 1 else f"{len(found)} runs"
+    )
     title = found[0]["name"] if len(found) == 1 else several
     return page_data(found, f"{title} – raywarp report", live)
 
 
 def _members(run: str) -> list[tuple[str, str]]:
-    """The places of a sweep's trials, each with its values; of a run itself, and no name but its own."""
+    """The places of a sweep's trials, each with its values; of a run itself, and no name but its
+    own.
+    """
     from raywarp.config.search import describe
     from raywarp.sweep.files import SweepFiles
 
     files = SweepFiles(run)
     names = files.begun()
-    return [(files.trial_folder(name), describe(files.record(name, {}).point) or name) for name in names] or [(run, "")]
+    return [
+        (files.trial_folder(name), describe(files.record(name, {}).point) or name) for name in names
+    ] or [(run, "")]

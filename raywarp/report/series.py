@@ -1,4 +1,6 @@
-"""Learning curves of any length as few points: means over equal stretches of steps, with the least and the largest value of each."""
+"""Learning curves of any length as few points: means over equal stretches of steps, with the least
+and the largest value of each.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,20 +25,52 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("reward", "Reward", "", "mean over the step's completions; what training raises"),
-    Metric("kl_anchor", "KL to the anchor", "nats per completion", "to the policy's own moving average, which the penalty is about"),
-    Metric("kl_sft", "KL to SFT", "nats per completion", "full-vocabulary estimate, every kl_to_sft_every steps"),
-    Metric("entropy", "Entropy", "nats per token", "falling to 0 means that the policy says the same thing whatever it is asked"),
+    Metric(
+        "kl_anchor",
+        "KL to the anchor",
+        "nats per completion",
+        "to the policy's own moving average, which the penalty is about",
+    ),
+    Metric(
+        "kl_sft",
+        "KL to SFT",
+        "nats per completion",
+        "full-vocabulary estimate, every kl_to_sft_every steps",
+    ),
+    Metric(
+        "entropy",
+        "Entropy",
+        "nats per token",
+        "falling to 0 means that the policy says the same thing whatever it is asked",
+    ),
     Metric("length", "Length", "tokens", "mean length of a completion"),
     Metric("eos_rate", "Ended by itself", "share", "completions that ended before max_new_tokens"),
-    Metric("sampler_gap", "Sampler–trainer gap", "nats per token", "how far the log-probs of the two are apart; should stay small"),
-    Metric("adapter_effect", "Adapter's effect in the sampler", "", "over that in the trainer, at steps 0, 25, 50, …; should be 1"),
-    Metric("engine_gap", "Engine gap", "nats per token", "sampler and trainer apart without an adapter, at the same steps"),
+    Metric(
+        "sampler_gap",
+        "Sampler–trainer gap",
+        "nats per token",
+        "how far the log-probs of the two are apart; should stay small",
+    ),
+    Metric(
+        "adapter_effect",
+        "Adapter's effect in the sampler",
+        "",
+        "over that in the trainer, at steps 0, 25, 50, …; should be 1",
+    ),
+    Metric(
+        "engine_gap",
+        "Engine gap",
+        "nats per token",
+        "sampler and trainer apart without an adapter, at the same steps",
+    ),
     Metric("grad_norm", "Gradient norm", "", "before clipping"),
 )
 
 
 class Curve(NamedTuple):
-    """One policy's fine-tuning. steps: (N,) ascending; values: metric → (N,), NaN where it was not measured."""
+    """One policy's fine-tuning. steps: (N,) ascending; values: metric → (N,), NaN where it was not
+    measured.
+    """
 
     iteration: int
     policy: int
@@ -51,7 +85,9 @@ def number(value: Any) -> float:
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """The rows of metrics.jsonl, a curve per iteration and policy; rows that say of neither are left out."""
+    """The rows of metrics.jsonl, a curve per iteration and policy; rows that say of neither are
+    left out.
+    """
     groups: dict[tuple[int, int], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         iteration, policy, step = row.get("iteration"), row.get("policy"), row.get("step")
@@ -60,8 +96,19 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
     found = []
     for (iteration, policy), by_step in sorted(groups.items()):
         own = [by_step[step] for step in sorted(by_step)]
-        values = {metric.name: np.array([number(row.get(metric.name)) for row in own]) for metric in METRICS}
-        found.append(Curve(iteration, policy, str(own[-1].get("key", "")), np.array(sorted(by_step), dtype=float), values))
+        values = {
+            metric.name: np.array([number(row.get(metric.name)) for row in own])
+            for metric in METRICS
+        }
+        found.append(
+            Curve(
+                iteration,
+                policy,
+                str(own[-1].get("key", "")),
+                np.array(sorted(by_step), dtype=float),
+                values,
+            )
+        )
     return found
 
 
@@ -71,7 +118,11 @@ def summary(found: Sequence[Curve], share: float = 1.0) -> dict[str, Any]:
     Args:
         share: of the page that is there for them.
     """
-    metrics = [metric for metric in METRICS if any(np.isfinite(curve.values[metric.name]).any() for curve in found)]
+    metrics = [
+        metric
+        for metric in METRICS
+        if any(np.isfinite(curve.values[metric.name]).any() for curve in found)
+    ]
     limit = min(MOST, max(FEWEST, int(share * POINTS) // max(len(found), 1)))
     drawn = [_drawn(curve, metrics, limit) for curve in found]
     return {
@@ -90,13 +141,24 @@ def _drawn(curve: Curve, metrics: Sequence[Metric], limit: int) -> dict[str, Any
         own = curve.values[metric.name]
         values[metric.name] = {"mean": _listed(_reduce(np.nanmean, own, cuts))}
         if not whole:
-            values[metric.name] |= {"low": _listed(_reduce(np.nanmin, own, cuts)), "high": _listed(_reduce(np.nanmax, own, cuts))}
+            values[metric.name] |= {
+                "low": _listed(_reduce(np.nanmin, own, cuts)),
+                "high": _listed(_reduce(np.nanmax, own, cuts)),
+            }
     steps = [round(float(curve.steps[cut].mean()), 1) for cut in cuts]
-    return {"iteration": curve.iteration, "policy": curve.policy, "steps": steps, "last": int(curve.steps[-1]), "values": values}
+    return {
+        "iteration": curve.iteration,
+        "policy": curve.policy,
+        "steps": steps,
+        "last": int(curve.steps[-1]),
+        "values": values,
+    }
 
 
 def trajectory(curve: Curve) -> list[list[float]]:
-    """A policy's way while it trained: [KL to SFT, reward, step] means over equal stretches, where the KL was measured."""
+    """A policy's way while it trained: [KL to SFT, reward, step] means over equal stretches, where
+    the KL was measured.
+    """
     kl, reward = curve.values["kl_sft"], curve.values["reward"]
     points = []
     for cut in stretches(len(curve.steps), TRAJECTORY):
@@ -120,7 +182,9 @@ def stretches(count: int, limit: int) -> list[slice]:
 def _reduce(function: Any, values: NDArray[np.float64], cuts: Sequence[slice]) -> list[float]:
     """The function of each stretch, without what was not measured; NaN where nothing was."""
     length = max(cut.stop - cut.start for cut in cuts)
-    padded = np.concatenate([values, np.full(length * len(cuts) - len(values), np.nan)]).reshape(len(cuts), length)
+    padded = np.concatenate([values, np.full(length * len(cuts) - len(values), np.nan)]).reshape(
+        len(cuts), length
+    )
     known = np.isfinite(padded).any(axis=1)
     reduced = np.full(len(cuts), np.nan)
     reduced[known] = function(padded[known], axis=1)

@@ -1,4 +1,6 @@
-"""The report page on 127.0.0.1, made anew when it is asked for, for as long as somebody wants to watch a run."""
+"""The report page on 127.0.0.1, made anew when it is asked for, for as long as somebody wants to
+watch a run.
+"""
 
 import json
 import threading
@@ -13,7 +15,9 @@ from raywarp.report.page import read, render
 from raywarp.storage.sealed import StoreError
 
 HOST = "127.0.0.1"
-FRESH = 2.0  # seconds for which what was read is good enough, and at least this many times what the reading takes:
+# seconds for which what was read is good enough, and at least this many times what the reading
+# takes:
+FRESH = 2.0
 FACTOR = 5.0
 
 
@@ -41,17 +45,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = (self.headers.get("Host") or "").rpartition(":")[0]
-        if host not in (HOST, "localhost"):  # another site's name that leads here: its scripts could read what we answer
-            return self._answer(HTTPStatus.FORBIDDEN, "text/plain; charset=utf-8", b"only as 127.0.0.1 or localhost\n")
+        if host not in (
+            HOST,
+            "localhost",
+        ):  # another site's name that leads here: its scripts could read what we answer
+            return self._answer(
+                HTTPStatus.FORBIDDEN,
+                "text/plain; charset=utf-8",
+                b"only as 127.0.0.1 or localhost\n",
+            )
         try:
             if self.path == "/":
-                self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render(self.server.watched.data()))
+                self._answer(
+                    HTTPStatus.OK, "text/html; charset=utf-8", render(self.server.watched.data())
+                )
             elif self.path == "/data.json":
                 self._answer_data(self.server.watched.data())
             else:
-                self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is only /\n")
+                self._answer(
+                    HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is only /\n"
+                )
         except (ConfigError, StoreError) as error:
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", f"{error}\n".encode())
+            self._answer(
+                HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", f"{error}\n".encode()
+            )
 
     def _answer_data(self, data: dict[str, Any]) -> None:
         if self.headers.get("If-None-Match") == data["tag"]:
@@ -89,7 +106,9 @@ class ReportServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"--port={port} cannot be used: {getattr(error, 'strerror', None) or error}") from None
+            raise ConfigError(
+                f"--port={port} cannot be used: {getattr(error, 'strerror', None) or error}"
+            ) from None
 
     @property
     def address(self) -> str:

@@ -1,4 +1,6 @@
-"""Who of a run's actors was busy when: shares of equal slices of time, however long the run; what it stood still is cut out."""
+"""Who of a run's actors was busy when: shares of equal slices of time, however long the run; what
+it stood still is cut out.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -8,22 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLICES = 240
-PAUSE = 60.0  # seconds without any work that count as standing still, and at least this share of the rest:
+# seconds without any work that count as standing still, and at least this share of the rest:
+PAUSE = 60.0
 PAUSE_SHARE = 0.05
 
 Spans = NDArray[np.float64]  # (N, 2): start and end in Unix seconds, in order, without overlaps
 
 
-def timeline(rows: Iterable[Mapping[str, Any]], moments: Sequence[float | None] = ()) -> dict[str, Any] | None:
+def timeline(
+    rows: Iterable[Mapping[str, Any]], moments: Sequence[float | None] = ()
+) -> dict[str, Any] | None:
     """From the `spans` of metrics.jsonl's rows; None where there are none.
 
     Args:
         moments: Unix seconds of events, as far as they are known.
 
     Returns:
-        starts: Unix seconds of each slice; seconds: length of one; lanes: actor → busy share of each slice; pauses: slices before which
-        time was cut out, with its seconds; iterations: the slice where each begins, and that where the evaluation does; moments: slice
-        of each event, None where it is in no slice.
+        starts: Unix seconds of each slice; seconds: length of one; lanes: actor → busy share of
+            each slice; pauses: slices before which
+        time was cut out, with its seconds; iterations: the slice where each begins, and that where
+        the evaluation does; moments: slice of each event, None where it is in no slice.
     """
     lanes, begins = _lanes(rows)
     if not lanes:
@@ -44,12 +50,23 @@ def timeline(rows: Iterable[Mapping[str, Any]], moments: Sequence[float | None] 
     index = np.clip(np.searchsorted(before, edges[:-1], side="right") - 1, 0, len(pieces) - 1)
     first, last = pieces[0, 0] - PAUSE, pieces[-1, 1] + PAUSE
     return {
-        "starts": [round(float(start), 1) for start in pieces[index, 0] + edges[:-1] - before[index]],
+        "starts": [
+            round(float(start), 1) for start in pieces[index, 0] + edges[:-1] - before[index]
+        ],
         "seconds": width,
-        "lanes": {name: _shares(active(spans), edges) for name, spans in sorted(lanes.items(), key=lambda lane: _rank(lane[0]))},
+        "lanes": {
+            name: _shares(active(spans), edges)
+            for name, spans in sorted(lanes.items(), key=lambda lane: _rank(lane[0]))
+        },
         "pauses": [[slice_of(float(b[0])), float(b[0] - a[1])] for a, b in pairwise(pieces)],
-        "iterations": {stage: slice_of(start) for stage, start in sorted(begins.items(), key=lambda item: item[1])},
-        "moments": [slice_of(moment) if moment is not None and first <= moment <= last else None for moment in moments],
+        "iterations": {
+            stage: slice_of(start)
+            for stage, start in sorted(begins.items(), key=lambda item: item[1])
+        },
+        "moments": [
+            slice_of(moment) if moment is not None and first <= moment <= last else None
+            for moment in moments
+        ],
     }
 
 

@@ -1,1 +1,3 @@
-"""Scores of texts: a function or a sequence classifier, its Ray actor, and Bradley-Terry training of a reward model."""
+"""Scores of texts: a function or a sequence classifier, its Ray actor, and Bradley-Terry training
+of a reward model.
+"""

@@ -19,7 +19,9 @@ from raywarp.rollout.protocol import Rollout, Scores
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward worker, and the mean and deviation that standardise its scores: they go with every call, since one that dies forgets."""
+    """A reward worker, and the mean and deviation that standardise its scores: they go with every
+    call, since one that dies forgets.
+    """
 
     actor: Any
     statistics: tuple[float, float] | None = None
@@ -31,20 +33,36 @@ class Scorer:
 
 
 class RewardActor:
-    """Holds one reward for as long as a run lasts. Ray may start it again and repeat a call: a call depends on nothing but itself.
+    """Holds one reward for as long as a run lasts. Ray may start it again and repeat a call: a call
+    depends on nothing but itself.
 
     Args:
         threads: of the CPU; None leaves Ray's choice. title: what a time line calls it.
     """
 
-    def __init__(self, config: RewardConfig, trust_remote_code: bool = False, threads: int | None = None, title: str = "reward worker"):
-        self.config, self.trust_remote_code, self.threads, self.title = config, trust_remote_code, threads, title
+    def __init__(
+        self,
+        config: RewardConfig,
+        trust_remote_code: bool = False,
+        threads: int | None = None,
+        title: str = "reward worker",
+    ):
+        self.config, self.trust_remote_code, self.threads, self.title = (
+            config,
+            trust_remote_code,
+            threads,
+            title,
+        )
         self.seconds, self.done, self.work = 0.0, 0, Work()
-        own = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None  # the same after a restart
+        own = (
+            ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
+        )  # the same after a restart
         self.limit = TimeLimit(config.timeout_seconds, own or str(os.getpid()))
 
     def start(self) -> None:
-        """Load the reward. Raises what load_reward raises, which a constructor could not hand on."""
+        """Load the reward. Raises what load_reward raises, which a constructor could not hand
+        on.
+        """
         _ = self.reward
 
     @ray.method(concurrency_group=GROUP)
@@ -57,16 +75,23 @@ class RewardActor:
         """Loaded when it is first asked for: also after a death of this process."""
         return load_reward(self.config, self.trust_remote_code, self._device())
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
-        """One score per completion; see Reward.score for the arguments and the RewardError it raises."""
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> list[float]:
+        """One score per completion; see Reward.score for the arguments and the RewardError it
+        raises.
+        """
         start = time.perf_counter()
         try:
             scores = self.limit.call(lambda: self.reward.score(prompts, completions, columns))
         except TimeLimitError as error:
             source = self.config.function or self.config.model
             raise RewardError(
-                f"reward {source} {error}, for {len(completions)} completions: make it faster, or raise reward.timeout_seconds "
-                "(of a control: control.timeout_seconds)"
+                f"reward {source} {error}, for {len(completions)} completions: make it faster, or"
+                " raise reward.timeout_seconds (of a control: control.timeout_seconds)"
             ) from None
         self.seconds += time.perf_counter() - start
         self.done += 1
@@ -77,23 +102,35 @@ class RewardActor:
         return self.seconds
 
     def score_rollouts(
-        self, statistics: tuple[float, float] | None, prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], *rollouts: Rollout
+        self,
+        statistics: tuple[float, float] | None,
+        prompts: Sequence[str],
+        columns: Sequence[Mapping[str, Any]],
+        *rollouts: Rollout,
     ) -> Scores:
         """Scores of the rollout workers' completions, in order.
 
         Args:
-            statistics: mean and deviation by which they are standardised; None: those that are stored with the reward.
+            statistics: mean and deviation by which they are standardised; None: those that are
+                stored with the reward.
             prompts: N texts.
             columns: N rows with the other columns of each prompt.
-            rollouts: as the workers returned them; Ray fetches them here, so that the caller need not wait.
+            rollouts: as the workers returned them; Ray fetches them here, so that the caller need
+                not wait.
         """
         start = time.time()
-        completions = [completion.text for rollout in rollouts for completion in rollout.completions]
+        completions = [
+            completion.text for rollout in rollouts for completion in rollout.completions
+        ]
         names = columns[0] if columns else {}
         with self.work:
             if statistics:
                 self.reward.mean, self.reward.std = statistics
-            scores = Scores(self.score(prompts, completions, {name: [row[name] for row in columns] for name in names}))
+            scores = Scores(
+                self.score(
+                    prompts, completions, {name: [row[name] for row in columns] for name in names}
+                )
+            )
         scores.span, scores.who = (start, time.time()), self.title
         return scores
 

@@ -1,6 +1,8 @@
-"""Bradley–Terry training of a reward model: loss, optimiser step, validation, checkpoint. No Ray; one instance is one worker's share.
+"""Bradley–Terry training of a reward model: loss, optimiser step, validation, checkpoint. No Ray;
+one instance is one worker's share.
 
-A step is a pure function of (weights, optimiser, seed, step): a resumed training gives the bits of an uninterrupted one.
+A step is a pure function of (weights, optimiser, seed, step): a resumed training gives the bits of
+an uninterrupted one.
 """
 
 import json
@@ -25,17 +27,22 @@ from raywarp.model.device import supports_bf16
 from raywarp.rewards.classifier import classify, load_tokenizer
 from raywarp.storage.sealed import write_json
 
-CPU_GROUP = 16  # texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
+# texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
+CPU_GROUP = 16
 GPU_GROUP = 256
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """−mean log σ(r_chosen − r_rejected), in nats; both (N,). Without pairs (like ratings) there is nothing to learn: 0."""
+    """−mean log σ(r_chosen − r_rejected), in nats; both (N,). Without pairs (like ratings) there is
+    nothing to learn: 0.
+    """
     return -logsigmoid(chosen - rejected).sum() / max(len(chosen), 1)
 
 
 def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
-    """Linear warm-up (t+1)/W, then linear decay that would reach 0 one step after the last; step counts from 0."""
+    """Linear warm-up (t+1)/W, then linear decay that would reach 0 one step after the last; step
+    counts from 0.
+    """
     warm_up = (step + 1) / max(settings.warmup_steps, 1)
     decay = (settings.steps - step) / max(settings.steps - settings.warmup_steps, 1)
     return settings.lr * min(1.0, warm_up, decay)
@@ -44,8 +51,9 @@ def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
 def accuracy_interval(pairs: Sequence[Preference], correct: Sequence[bool]) -> tuple[float, float]:
     """95 % Wilson interval of the pairwise accuracy, at the effective number of pairs.
 
-    Pairs that share a text are not independent. The variance of the mean is therefore the dyadic-robust one, the sum of e_p·e_q over all
-    pairs p, q with a text in common (Fafchamps and Gubert 2007); the effective number is what gives a binomial that variance.
+    Pairs that share a text are not independent. The variance of the mean is therefore the
+    dyadic-robust one, the sum of e_p·e_q over all pairs p, q with a text in common (Fafchamps and
+    Gubert 2007); the effective number is what gives a binomial that variance.
     """
     count, mean = len(pairs), sum(correct) / len(pairs)
     per_text: dict[tuple[str, str], float] = {}
@@ -55,11 +63,17 @@ def accuracy_interval(pairs: Sequence[Preference], correct: Sequence[bool]) -> t
         squares += residual**2
         for text in (pair.chosen, pair.rejected):
             per_text[pair.prompt, text] = per_text.get((pair.prompt, text), 0.0) + residual
-    covered = sum(total**2 for total in per_text.values()) - squares  # a pair's own square is in the sums of both its texts
+    covered = (
+        sum(total**2 for total in per_text.values()) - squares
+    )  # a pair's own square is in the sums of both its texts
     effective = count * squares / covered if covered > squares > 0 else float(count)
     z = 1.96
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
-    half = z / (1 + z * z / effective) * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective**2))
+    half = (
+        z
+        / (1 + z * z / effective)
+        * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective**2))
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -70,9 +84,9 @@ class PairTrainer:
 
     Args:
         backbone: folder or hub id, already resolved.
-        train: all training data: preferences, of which a batch holds batch_size; or rated texts, of which a batch holds as many (twice
-            batch_size) and every pair among them whose ratings differ by `margin` counts. Worker `rank` of `world` takes every
-            world-th of each batch.
+        train: all training data: preferences, of which a batch holds batch_size; or rated texts, of
+            which a batch holds as many (twice batch_size) and every pair among them whose ratings
+            differ by `margin` counts. Worker `rank` of `world` takes every world-th of each batch.
         wrap: makes the module data-parallel.
 
     Raises:
@@ -92,14 +106,23 @@ class PairTrainer:
         wrap: Callable[[Any], Any] = lambda model: model,
         margin: float = 0.0,
     ):
-        self.settings, self.train, self.seed, self.device, self.rank, self.world = settings, train, seed, device, rank, world
+        self.settings, self.train, self.seed, self.device, self.rank, self.world = (
+            settings,
+            train,
+            seed,
+            device,
+            rank,
+            world,
+        )
         self.tokenizer = load_tokenizer(backbone, trust_remote_code)
         self.model = _load_model(settings, backbone, seed, trust_remote_code)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval()
         self.parallel = wrap(self.model)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.lr, weight_decay=0.0, fused=True
+        )
         self.group = CPU_GROUP if device.type == "cpu" else GPU_GROUP
         self.margin, self.step = margin, 0
         self.history: list[dict[str, float]] = []
@@ -124,7 +147,13 @@ class PairTrainer:
         self.optimizer.step()
         self.step += 1
         accuracy = (chosen > rejected).float().mean().item()
-        return {"step": self.step, "loss": loss.item(), "accuracy": accuracy, "lr": lr, "step_seconds": time.perf_counter() - start}
+        return {
+            "step": self.step,
+            "loss": loss.item(),
+            "accuracy": accuracy,
+            "lr": lr,
+            "step_seconds": time.perf_counter() - start,
+        }
 
     def validate(self, pairs: Sequence[Preference]) -> dict[str, float]:
         """Accuracy and loss on held-out pairs; the weights are kept if they are the best so far."""
@@ -136,24 +165,39 @@ class PairTrainer:
         }
         self.history.append(row)
         if self.best_step == self.step:
-            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+            self.best = {
+                name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()
+            }
         return row
 
     def scores(self, pairs: Sequence[Preference]) -> tuple[Tensor, Tensor]:
-        """Scores of the chosen and of the rejected texts, each (N,); a text that several pairs share is scored once."""
-        texts = list(dict.fromkeys((p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)))
+        """Scores of the chosen and of the rejected texts, each (N,); a text that several pairs
+        share is scored once.
+        """
+        texts = list(
+            dict.fromkeys((p.prompt, text) for p in pairs for text in (p.chosen, p.rejected))
+        )
         place = {text: n for n, text in enumerate(texts)}
         with torch.inference_mode():
             scores = self._score(self.model, texts).cpu()
-        return scores[[place[p.prompt, p.chosen] for p in pairs]], scores[[place[p.prompt, p.rejected] for p in pairs]]
+        return (
+            scores[[place[p.prompt, p.chosen] for p in pairs]],
+            scores[[place[p.prompt, p.rejected] for p in pairs]],
+        )
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint: trained weights, the best ones where they are others, optimiser, step and history."""
+        """Write a checkpoint: trained weights, the best ones where they are others, optimiser, step
+        and history.
+        """
         weights = {name: p.detach().contiguous() for name, p in self.parameters.items()}
         save_file(weights, folder / "weights.safetensors")
         if self.best_step != self.step:
             save_file(self.best, folder / "best.safetensors")
-        moments = {f"{n}/{key}": value for n, state in self.optimizer.state_dict()["state"].items() for key, value in state.items()}
+        moments = {
+            f"{n}/{key}": value
+            for n, state in self.optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
         save_file(moments, folder / "optimizer.safetensors")
         write_json(folder / "state.json", {"step": self.step, "history": self.history})
 
@@ -163,42 +207,62 @@ class PairTrainer:
         self.step, self.history = state["step"], state["history"]
         weights = load_file(folder / "weights.safetensors")
         self._assign(weights)
-        self.best = weights if self.best_step == self.step else load_file(folder / "best.safetensors")
+        self.best = (
+            weights if self.best_step == self.step else load_file(folder / "best.safetensors")
+        )
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in load_file(folder / "optimizer.safetensors").items():
             index, key = name.split("/")
             moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
     def take_best(self) -> None:
         """Put back the weights of the best validation."""
         self._assign(self.best)
 
     def export(self, folder: Path) -> None:
-        """Write model (LoRA merged) and tokenizer so that AutoModelForSequenceClassification loads them; training ends with it."""
+        """Write model (LoRA merged) and tokenizer so that AutoModelForSequenceClassification loads
+        them; training ends with it.
+        """
         model = self.model.merge_and_unload() if self.settings.lora else self.model
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _score(self, model: Any, texts: Sequence[tuple[str, str]]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=supports_bf16(self.device)):
-            prompts, completions = [prompt for prompt, _ in texts], [completion for _, completion in texts]
-            return classify(model, self.tokenizer, prompts, completions, self.settings.max_length, self.group)
+            prompts, completions = (
+                [prompt for prompt, _ in texts],
+                [completion for _, completion in texts],
+            )
+            return classify(
+                model, self.tokenizer, prompts, completions, self.settings.max_length, self.group
+            )
 
     def _batch(self) -> tuple[list[tuple[str, str]], list[int], list[int]]:
-        """The step's (prompt, completion) texts, and for each of its pairs the places of the better and the worse one."""
+        """The step's (prompt, completion) texts, and for each of its pairs the places of the better
+        and the worse one.
+        """
         rows = [self.train[n] for n in self._positions()]
         rated = [row for row in rows if isinstance(row, Snippet)]
         pairs = [row for row in rows if isinstance(row, Preference)]
         if pairs:
             texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
             return texts, list(range(len(pairs))), list(range(len(pairs), 2 * len(pairs)))
-        places = [(i, j) for i, one in enumerate(rated) for j, other in enumerate(rated) if one.rating - other.rating >= self.margin]
+        places = [
+            (i, j)
+            for i, one in enumerate(rated)
+            for j, other in enumerate(rated)
+            if one.rating - other.rating >= self.margin
+        ]
         return [("", row.text) for row in rated], [i for i, _ in places], [j for _, j in places]
 
     def _positions(self) -> list[int]:
         size = self.settings.batch_size * (2 if isinstance(self.train[0], Snippet) else 1)
-        return batch_indices(len(self.train), size, self.step, derive_seed(self.seed, "pairs"))[self.rank :: self.world]
+        return batch_indices(len(self.train), size, self.step, derive_seed(self.seed, "pairs"))[
+            self.rank :: self.world
+        ]
 
     @torch.no_grad()
     def _assign(self, weights: dict[str, Tensor]) -> None:
@@ -206,16 +270,30 @@ class PairTrainer:
             parameter.copy_(weights[name])
 
 
-def _load_model(settings: RewardTrainingConfig, backbone: str, seed: int, trust_remote_code: bool) -> Any:
+def _load_model(
+    settings: RewardTrainingConfig, backbone: str, seed: int, trust_remote_code: bool
+) -> Any:
     torch.manual_seed(derive_seed(seed, "head"))
     options = {"num_labels": 1, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    model = load_model(AutoModelForSequenceClassification, backbone, f"reward_training.backbone={backbone}", new_head=True, **options)
+    model = load_model(
+        AutoModelForSequenceClassification,
+        backbone,
+        f"reward_training.backbone={backbone}",
+        new_head=True,
+        **options,
+    )
     if not (lora := settings.lora):
         return model
     import peft  # seconds to import, and full fine-tuning does without
 
     alpha: Any = lora.alpha  # declared as int in PEFT 0.21, but only ever divided by the rank
-    adapter = peft.LoraConfig(task_type="SEQ_CLS", r=lora.rank, lora_alpha=alpha, target_modules=lora.target_modules, lora_dropout=0.0)
+    adapter = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=lora.rank,
+        lora_alpha=alpha,
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+    )
     try:
         return peft.get_peft_model(model, adapter)
     except ValueError as error:

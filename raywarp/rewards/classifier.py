@@ -1,4 +1,6 @@
-"""A one-label sequence classifier and its tokenizer, as a reward: how it reads a prompt and a completion."""
+"""A one-label sequence classifier and its tokenizer, as a reward: how it reads a prompt and a
+completion.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,20 +10,45 @@ import transformers  # not `from`: its parts take seconds to import, which a che
 from torch import Tensor
 
 from raywarp.config.schema import ConfigError
-from raywarp.data.models import check_one_label, check_tensors, load_model, read_model_config, read_tokenizer
+from raywarp.data.models import (
+    check_one_label,
+    check_tensors,
+    load_model,
+    read_model_config,
+    read_tokenizer,
+)
 from raywarp.model.device import supports_bf16
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, chat: bool = False) -> Any:
-    """Token ids and attention mask of prompt + completion, or of the two as turns of a chat, (N, longest), right-padded.
+def encode(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_length: int,
+    chat: bool = False,
+) -> Any:
+    """Token ids and attention mask of prompt + completion, or of the two as turns of a chat, (N,
+    longest), right-padded.
 
-    A text above max_length tokens (or above what the tokenizer says its model takes) loses its beginning: the completion is kept.
+    A text above max_length tokens (or above what the tokenizer says its model takes) loses its
+    beginning: the completion is kept.
     """
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     pairs = list(zip(prompts, completions, strict=True))
-    texts = [_as_turns(tokenizer, *pair) for pair in pairs] if chat else [prompt + completion for prompt, completion in pairs]
+    texts = (
+        [_as_turns(tokenizer, *pair) for pair in pairs]
+        if chat
+        else [prompt + completion for prompt, completion in pairs]
+    )
     length = min(max_length, tokenizer.model_max_length)
-    return tokenizer(texts, padding=True, truncation=True, max_length=length, add_special_tokens=not chat, return_tensors="pt")
+    return tokenizer(
+        texts,
+        padding=True,
+        truncation=True,
+        max_length=length,
+        add_special_tokens=not chat,
+        return_tensors="pt",
+    )
 
 
 def _as_turns(tokenizer: Any, prompt: str, completion: str) -> str:
@@ -31,18 +58,32 @@ def _as_turns(tokenizer: Any, prompt: str, completion: str) -> str:
 
 
 def classify(
-    model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, batch_size: int, chat: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_length: int,
+    batch_size: int,
+    chat: bool = False,
 ) -> Tensor:
-    """The classifier's scores, (N,) float32 on its device, with a gradient if autograd is on: training and scoring both call this.
+    """The classifier's scores, (N,) float32 on its device, with a gradient if autograd is on:
+    training and scoring both call this.
 
-    Texts of similar length share a forward pass of at most batch_size, which saves most of the padding.
+    Texts of similar length share a forward pass of at most batch_size, which saves most of the
+    padding.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(completions)), key=lambda n: len(prompts[n]) + len(completions[n]))
     parts = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = encode(tokenizer, [prompts[n] for n in chosen], [completions[n] for n in chosen], max_length, chat)
+        batch = encode(
+            tokenizer,
+            [prompts[n] for n in chosen],
+            [completions[n] for n in chosen],
+            max_length,
+            chat,
+        )
         parts.append(model(**batch.to(device)).logits[:, 0].float())
     place = torch.empty(len(order), dtype=torch.long, device=device)
     place[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
@@ -50,7 +91,8 @@ def classify(
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's tokenizer; where it has no padding token (GPT-2's has none) its EOS pads, behind the attention mask.
+    """A model's tokenizer; where it has no padding token (GPT-2's has none) its EOS pads, behind
+    the attention mask.
 
     Raises:
         ConfigError: it cannot be loaded, or has neither token.
@@ -58,17 +100,28 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     tokenizer = read_tokenizer(name, trust_remote_code, f"the model {name}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"the tokenizer of {name} has neither a padding nor an EOS token, so texts cannot be batched")
+            raise ConfigError(
+                f"the tokenizer of {name} has neither a padding nor an EOS token, so texts cannot"
+                " be batched"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not exactly one label; reads no weights."""
+    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not
+    exactly one label; reads no weights.
+    """
     what = f"the reward model {name}"
     config = read_model_config(name, trust_remote_code, what)
     check_one_label(name, config, trust_remote_code, what)
-    check_tensors(transformers.AutoModelForSequenceClassification, name, config, what, trust_remote_code=trust_remote_code)
+    check_tensors(
+        transformers.AutoModelForSequenceClassification,
+        name,
+        config,
+        what,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 class ClassifierReward:
@@ -98,15 +151,29 @@ class ClassifierReward:
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
         auto = transformers.AutoModelForSequenceClassification
-        model = load_model(auto, name, f"the reward model {name}", dtype=dtype, trust_remote_code=trust_remote_code)
-        if model.config.pad_token_id is None:  # a decoder's classifier reads the last token that is not this one
+        model = load_model(
+            auto, name, f"the reward model {name}", dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if (
+            model.config.pad_token_id is None
+        ):  # a decoder's classifier reads the last token that is not this one
             model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval()
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    def score(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
         """Raw scores, in the order of the completions."""
         if not completions:
             return []
         with torch.inference_mode():
-            scores = classify(self.model, self.tokenizer, prompts, completions, self.max_length, self.batch_size, self.chat)
+            scores = classify(
+                self.model,
+                self.tokenizer,
+                prompts,
+                completions,
+                self.max_length,
+                self.batch_size,
+                self.chat,
+            )
         return [float(score) for score in scores.tolist()]

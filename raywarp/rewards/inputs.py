@@ -1,4 +1,6 @@
-"""What a reward model is trained from, and whether its folder holds one already, the same or another."""
+"""What a reward model is trained from, and whether its folder holds one already, the same or
+another.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -16,12 +18,18 @@ from raywarp.storage.sealed import MANIFEST, DamagedError, read_record
 
 SETTINGS_FILE = "settings.json"
 WORK = ".ray_train"  # inside the model's folder, removed at success
-FREE_KEYS = {"reward_training.num_workers", "reward_training.use_gpu", "reward_training.sft_completions"}  # another value is no other model
+FREE_KEYS = {
+    "reward_training.num_workers",
+    "reward_training.use_gpu",
+    "reward_training.sft_completions",
+}  # another value is no other model
 
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """backbone: a hub id or an absolute folder, since Ray Train's workers run in a folder of their own."""
+    """backbone: a hub id or an absolute folder, since Ray Train's workers run in a folder of their
+    own.
+    """
 
     backbone: str
     splits: PreferenceSplits
@@ -33,9 +41,16 @@ def prepare_reward(config: Config) -> RewardInputs | None:
     Raises:
         ConfigError: wrong input, or a folder that holds another model.
     """
-    out, settings, training = Storage(config.out).folder, settings_of(config), config.reward_training
+    out, settings, training = (
+        Storage(config.out).folder,
+        settings_of(config),
+        config.reward_training,
+    )
     if out is None:
-        raise ConfigError(f"out={config.out}: a reward model is trained into a folder, which every node must reach; set out to one")
+        raise ConfigError(
+            f"out={config.out}: a reward model is trained into a folder, which every node must"
+            " reach; set out to one"
+        )
     if (stored := _finished(out)) is not None:
         _refuse_other(out, stored["settings"], settings)
         return None
@@ -44,10 +59,13 @@ def prepare_reward(config: Config) -> RewardInputs | None:
     if (begun := _begun(out)) is not None:
         _refuse_other(out, begun, settings)
     elif (out / "config.json").exists():
-        raise ConfigError(f"out={config.out} holds a model that raywarp did not train; choose another folder")
+        raise ConfigError(
+            f"out={config.out} holds a model that raywarp did not train; choose another folder"
+        )
     if training.batch_size % training.num_workers:
         raise ConfigError(
-            f"reward_training.batch_size={training.batch_size} is not a multiple of reward_training.num_workers={training.num_workers}"
+            f"reward_training.batch_size={training.batch_size} is not a multiple of"
+            f" reward_training.num_workers={training.num_workers}"
         )
     return RewardInputs(_check_backbone(config), load_preferences(config.preferences, config.seed))
 
@@ -55,22 +73,29 @@ def prepare_reward(config: Config) -> RewardInputs | None:
 def settings_of(config: Config) -> dict[str, Any]:
     """What decides the trained weights, by dotted key, as JSON gives it back."""
     sections = {"preferences": config.preferences, "reward_training": config.reward_training}
-    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump(mode="json").items()}
-    return {"seed": config.seed} | {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    flat = {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section.model_dump(mode="json").items()
+    }
+    return {"seed": config.seed} | {
+        key: value for key, value in flat.items() if key not in FREE_KEYS
+    }
 
 
 def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ConfigError(
-                f"{out} holds a reward model trained with {key}={old.get(key)}, and now {key}={new.get(key)}; "
-                "set out to another folder, or delete this one"
+                f"{out} holds a reward model trained with {key}={old.get(key)}, and now"
+                f" {key}={new.get(key)}; set out to another folder, or delete this one"
             )
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
-    """reward.json of a finished model; None where there is none, or where it is not whole: then it is said, and what marks it as
-    finished goes."""
+    """reward.json of a finished model; None where there is none, or where it is not whole: then it
+    is said, and what marks it as finished goes.
+    """
     try:
         return check_trained(out)
     except DamagedError as error:
@@ -101,7 +126,10 @@ def _check_backbone(config: Config) -> str:
     check_weights(name, what)
     from transformers import AutoModelForSequenceClassification
 
-    auto, options = AutoModelForSequenceClassification, {"num_labels": 1, "trust_remote_code": config.trust_remote_code}
+    auto, options = (
+        AutoModelForSequenceClassification,
+        {"num_labels": 1, "trust_remote_code": config.trust_remote_code},
+    )
     check_tensors(auto, name, settings, what, new_head=True, **options)
     load_tokenizer(name, config.trust_remote_code)
     return name

@@ -1,4 +1,6 @@
-"""What a person sees while a reward model is trained: a live bar in a terminal, a line per validation elsewhere."""
+"""What a person sees while a reward model is trained: a live bar in a terminal, a line per
+validation elsewhere.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -9,9 +11,14 @@ from typing import Any
 from raywarp.run.display import Display, bars
 from raywarp.storage.sealed import read_jsonl
 
-POLL = 0.5  # seconds between two looks at the workers' metrics, whose own output does not reach this terminal
+# seconds between two looks at the workers' metrics, whose own output does not reach this terminal
+POLL = 0.5
 
-VALIDATION = {"step", "validation_accuracy", "validation_loss"}  # what such a row has, unless it was damaged
+VALIDATION = {
+    "step",
+    "validation_accuracy",
+    "validation_loss",
+}  # what such a row has, unless it was damaged
 
 
 @contextmanager
@@ -52,11 +59,18 @@ class _Follower:
             if row.keys() >= VALIDATION and row["step"] not in self.validated:
                 self._validation(row)
         if steps := [row for row in rows if "loss" in row and "step" in row]:
-            self.bar.update(self.task, completed=steps[-1]["step"], note=f"loss {steps[-1]['loss']:.3f}{self.accuracy}")
+            self.bar.update(
+                self.task,
+                completed=steps[-1]["step"],
+                note=f"loss {steps[-1]['loss']:.3f}{self.accuracy}",
+            )
 
     def _validation(self, row: dict[str, Any]) -> None:
         self.validated.add(row["step"])
         self.accuracy = f"  validation accuracy {row['validation_accuracy']:.3f}"
         if not self.display.console.is_terminal:
-            scores = f"validation accuracy {row['validation_accuracy']:.3f}  loss {row['validation_loss']:.3f}"
+            scores = (
+                f"validation accuracy {row['validation_accuracy']:.3f}  loss"
+                f" {row['validation_loss']:.3f}"
+            )
             self.display.progress(f"reward step {row['step']}/{self.steps}  {scores}")

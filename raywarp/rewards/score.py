@@ -1,7 +1,8 @@
 """What scores completions: a one-label sequence classifier, or a Python function of the user's.
 
-Both are called as `score(prompts, completions, **columns) -> list[float]`: lists of N texts, and for every other column of the
-prompts' dataset a list of N values. A function does without torch and transformers, whose import takes two seconds and 270 MB of each
+Both are called as `score(prompts, completions, **columns) -> list[float]`: lists of N texts, and
+for every other column of the prompts' dataset a list of N values. A function does without torch and
+transformers, whose import takes two seconds and 270 MB of each
 process: what needs them is in classifier.py, and imported where it is called for.
 """
 
@@ -26,11 +27,15 @@ Score = Callable[..., Any]
 REWARD_FILE = "reward.json"
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
 EXCERPT = 200  # characters of a prompt or completion in an error
-_KNOWN = {"raywarp.embedded:vader": "7f7a66ec6e713b0d"}  # as it was when the module's source was hashed: the function is the same
+_KNOWN = {
+    "raywarp.embedded:vader": "7f7a66ec6e713b0d"
+}  # as it was when the module's source was hashed: the function is the same
 
 
 class RewardError(RuntimeError):
-    """A reward failed or returned something other than one finite number per completion; the message shows the text."""
+    """A reward failed or returned something other than one finite number per completion; the
+    message shows the text.
+    """
 
 
 class Reward:
@@ -43,89 +48,158 @@ class Reward:
         source: file of a user's function; errors then point to its line.
     """
 
-    def __init__(self, name: str, function: Score, mean: float = 0.0, std: float = 1.0, source: str | None = None):
-        self.name, self.function, self.mean, self.std, self.source = name, function, mean, std, source
+    def __init__(
+        self,
+        name: str,
+        function: Score,
+        mean: float = 0.0,
+        std: float = 1.0,
+        source: str | None = None,
+    ):
+        self.name, self.function, self.mean, self.std, self.source = (
+            name,
+            function,
+            mean,
+            std,
+            source,
+        )
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[float]:
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> list[float]:
         """One standardised score per completion.
 
         Args:
-            columns: per column of the dataset a list as long as the prompts; `prompts` and `completions` are not passed on.
+            columns: per column of the dataset a list as long as the prompts; `prompts` and
+                `completions` are not passed on.
 
         Raises:
             RewardError: the function raised, or did not return one finite number per completion.
         """
         if not completions:
             return []
-        extra = {key: list(values) for key, values in (columns or {}).items() if key not in ("prompts", "completions")}
+        extra = {
+            key: list(values)
+            for key, values in (columns or {}).items()
+            if key not in ("prompts", "completions")
+        }
         try:
             result = self.function(list(prompts), list(completions), **extra)
         except Exception as error:
             place = _frame(error, self.source)
-            raise self._error(f"raised {type(error).__name__}: {error}{place}; the batch begins with", prompts[0], completions[0]) from None
+            raise self._error(
+                f"raised {type(error).__name__}: {error}{place}; the batch begins with",
+                prompts[0],
+                completions[0],
+            ) from None
         return [(raw - self.mean) / self.std for raw in self._checked(result, prompts, completions)]
 
-    def _checked(self, result: Any, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def _checked(
+        self, result: Any, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[float]:
         values = result.tolist() if hasattr(result, "tolist") else result
         if not isinstance(values, list | tuple):
-            raise self._error(f"returned {type(result).__name__}, not a list of floats, for", prompts[0], completions[0])
+            raise self._error(
+                f"returned {type(result).__name__}, not a list of floats, for",
+                prompts[0],
+                completions[0],
+            )
         if len(values) != len(completions):
-            problem = f"returned {len(values)} scores for {len(completions)} completions, the first of them"
+            problem = (
+                f"returned {len(values)} scores for {len(completions)} completions, the first of"
+                " them"
+            )
             raise self._error(problem, prompts[0], completions[0])
         scores = []
         for value, prompt, completion in zip(values, prompts, completions, strict=True):
-            number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+            number = (
+                value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+            )
             if not isinstance(number, Real) or not math.isfinite(number):
-                raise self._error(f"returned {_excerpt(repr(value), 60)}, not a finite number, for", prompt, completion)
+                raise self._error(
+                    f"returned {_excerpt(repr(value), 60)}, not a finite number, for",
+                    prompt,
+                    completion,
+                )
             scores.append(float(number))
         return scores
 
     def _error(self, problem: str, prompt: str, completion: str) -> RewardError:
-        return RewardError(f"reward {self.name} {problem}\n  prompt: {_excerpt(prompt)!r}\n  completion: {_excerpt(completion)!r}")
+        return RewardError(
+            f"reward {self.name} {problem}\n  prompt: {_excerpt(prompt)!r}\n  completion:"
+            f" {_excerpt(completion)!r}"
+        )
 
 
 def load_function(path: str) -> Score:
-    """The callable that `module:function` names; modules are looked for in the current directory too.
+    """The callable that `module:function` names; modules are looked for in the current directory
+    too.
 
     Raises:
         ConfigError: not of that form, not importable, no such attribute, or not callable.
     """
     module_name, separator, name = path.partition(":")
     if not (separator and module_name and name):
-        raise ConfigError(f"the reward function '{path}' is not of the form module:function, for example my_rewards:score")
+        raise ConfigError(
+            f"the reward function '{path}' is not of the form module:function, for example"
+            " my_rewards:score"
+        )
     found: Any = _import(module_name)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ConfigError(f"the module {module_name} has no '{name}', which the reward function '{path}' asks for")
+            raise ConfigError(
+                f"the module {module_name} has no '{name}', which the reward function '{path}'"
+                " asks for"
+            )
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"the reward function '{path}' is a {type(found).__name__}, not a function")
+        raise ConfigError(
+            f"the reward function '{path}' is a {type(found).__name__}, not a function"
+        )
     return found  # type: ignore[no-any-return]
 
 
 def check_call(path: str, function: Score, columns: Iterable[str] = ()) -> None:
-    """Raises ConfigError where a reward function cannot take two lists and the columns by name, or would have to be awaited."""
+    """Raises ConfigError where a reward function cannot take two lists and the columns by name, or
+    would have to be awaited.
+    """
     if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"the reward function '{path}' is asynchronous; it must return a list of floats")
-    extra: dict[str, list[Any]] = {name: [] for name in columns if name not in ("prompts", "completions")}
+        raise ConfigError(
+            f"the reward function '{path}' is asynchronous; it must return a list of floats"
+        )
+    extra: dict[str, list[Any]] = {
+        name: [] for name in columns if name not in ("prompts", "completions")
+    }
     try:
         inspect.signature(function).bind([], [], **extra)
     except TypeError as error:
         called = ", ".join(["prompts", "completions", *(f"{name}=" for name in extra)])
-        raise ConfigError(f"the reward function '{path}' cannot be called as score({called}): {error}; add **columns to take any") from None
+        raise ConfigError(
+            f"the reward function '{path}' cannot be called as score({called}): {error}; add"
+            " **columns to take any"
+        ) from None
     except ValueError:  # a builtin that does not say what it takes
         return
 
 
-def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: str = "cpu") -> Reward:
+def load_reward(
+    config: RewardConfig, trust_remote_code: bool = False, device: str = "cpu"
+) -> Reward:
     """The reward that a configuration names, standardised where it says so.
 
     Raises:
-        ConfigError: neither model nor function, one that cannot be loaded, or standardise=true where no statistics are stored.
+        ConfigError: neither model nor function, one that cannot be loaded, or standardise=true
+            where no statistics are stored.
     """
     if config.function:
         if config.standardise:
-            raise ConfigError(f"reward.standardise=true: the function {config.function} has no stored mean and deviation to scale by")
+            raise ConfigError(
+                f"reward.standardise=true: the function {config.function} has no stored mean and"
+                " deviation to scale by"
+            )
         function = load_function(config.function)
         return Reward(config.function, function, source=_source_file(function))
     if not config.model:
@@ -135,46 +209,77 @@ def load_reward(config: RewardConfig, trust_remote_code: bool = False, device: s
     name = resolve_model(config.model, what="reward model")
     stored = statistics(name)
     if config.standardise and stored is None:
-        raise ConfigError(f"reward.standardise=true: {config.model} has no {REWARD_FILE} with score_mean and score_std")
+        raise ConfigError(
+            f"reward.standardise=true: {config.model} has no {REWARD_FILE} with score_mean and"
+            " score_std"
+        )
     mean, std = stored if stored and config.standardise is not False else (0.0, 1.0)
-    classifier = ClassifierReward(name, config.max_length, config.batch_size, trust_remote_code, device, config.template == "chat")
+    classifier = ClassifierReward(
+        name,
+        config.max_length,
+        config.batch_size,
+        trust_remote_code,
+        device,
+        config.template == "chat",
+    )
     return Reward(config.model, classifier.score, mean, std)
 
 
-def with_template(config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool = False) -> RewardConfig:
+def with_template(
+    config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool = False
+) -> RewardConfig:
     """With `template` decided where it is auto.
 
     Raises:
         ConfigError: chat is asked for, and the model has no chat template.
     """
-    if not config.model or config.template == "none" or (config.template == "auto" and prompts.template != "chat"):
+    if (
+        not config.model
+        or config.template == "none"
+        or (config.template == "auto" and prompts.template != "chat")
+    ):
         return config.model_copy(update={"template": "none"})
     from raywarp.rewards.classifier import load_tokenizer
 
     name = resolve_model(config.model, what="reward model")
     has_one = bool(load_tokenizer(name, trust_remote_code).chat_template)
     if config.template == "chat" and not has_one:
-        raise ConfigError(f"reward.template=chat, but the tokenizer of {config.model} has no chat template; use template=none")
+        raise ConfigError(
+            f"reward.template=chat, but the tokenizer of {config.model} has no chat template; use"
+            " template=none"
+        )
     own = (Path(name) / REWARD_FILE).is_file()  # raywarp trains on the two texts as they are
     wanted = config.template == "chat" or (has_one and not own)
     return config.model_copy(update={"template": "chat" if wanted else "none"})
 
 
 def reward_fingerprint(config: RewardConfig) -> str:
-    """A hash of what decides a raw score: a folder's files, a hub id's commit, a function's module source and version.
+    """A hash of what decides a raw score: a folder's files, a hub id's commit, a function's module
+    source and version.
 
     What standardises it (see statistics) is not in it: that may come later, from SFT completions.
     """
     settings: dict[str, Any] = {"version": config.version}
     if config.function in _KNOWN:
-        return content_key([_KNOWN[config.function], config.version]) if config.version else _KNOWN[config.function]
+        return (
+            content_key([_KNOWN[config.function], config.version])
+            if config.version
+            else _KNOWN[config.function]
+        )
     if config.function:
         module = _import(config.function.partition(":")[0])
         source = inspect.getsourcefile(module) if getattr(module, "__file__", None) else None
-        settings |= {"function": config.function, "source": Path(source).read_text() if source else None}
+        settings |= {
+            "function": config.function,
+            "source": Path(source).read_text() if source else None,
+        }
     elif config.model:
         name = resolve_model(config.model, what="reward model")
-        settings |= {"max_length": config.max_length, "standardise": config.standardise, "model": _model_fingerprint(name)}
+        settings |= {
+            "max_length": config.max_length,
+            "standardise": config.standardise,
+            "model": _model_fingerprint(name),
+        }
         settings |= {"template": "chat"} if config.template == "chat" else {}
     return content_key(settings)
 
@@ -214,9 +319,13 @@ def check_trained(folder: Path) -> dict[str, Any] | None:
 
 
 def own_file(path: str) -> str | None:
-    """The file of a reward function that lies in the working directory, which other nodes need as well; None for an installed one."""
+    """The file of a reward function that lies in the working directory, which other nodes need as
+    well; None for an installed one.
+    """
     file = getattr(_import(path.partition(":")[0]), "__file__", None)
-    in_job = "working_dir_files" in os.getcwd()  # Ray brings a submitted job's folder to every node itself
+    in_job = (
+        "working_dir_files" in os.getcwd()
+    )  # Ray brings a submitted job's folder to every node itself
     return file if file and not in_job and Path(file).is_relative_to(os.getcwd()) else None
 
 
@@ -227,7 +336,10 @@ def _import(module_name: str) -> ModuleType:
         return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"the reward module '{module_name}' cannot be imported ({what}); looked in {os.getcwd()} and sys.path") from None
+        raise ConfigError(
+            f"the reward module '{module_name}' cannot be imported ({what}); looked in"
+            f" {os.getcwd()} and sys.path"
+        ) from None
 
 
 def _source_file(function: Score) -> str | None:
@@ -238,7 +350,9 @@ def _source_file(function: Score) -> str | None:
 
 
 def _frame(error: BaseException, source: str | None) -> str:
-    """The file:line, in brackets, of the deepest frame in the user's own file, else of the deepest frame."""
+    """The file:line, in brackets, of the deepest frame in the user's own file, else of the deepest
+    frame.
+    """
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
     own = [frame for frame in frames if frame.filename == source] or frames
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -1,4 +1,6 @@
-"""A time limit for a call into code that is not ours, which may be a loop, a wait for a network, or C code that never lets Python run."""
+"""A time limit for a call into code that is not ours, which may be a loop, a wait for a network, or
+C code that never lets Python run.
+"""
 
 import ctypes
 import faulthandler
@@ -21,15 +23,18 @@ class TimeLimitError(Exception):
 
 
 class _Interrupt(BaseException):
-    """Raised in the middle of the call; no Exception, so that the callee's own handlers let it pass."""
+    """Raised in the middle of the call; no Exception, so that the callee's own handlers let it
+    pass.
+    """
 
 
 class TimeLimit:
     """Calls functions with a limit, one at a time.
 
-    Python code is interrupted where it is. What does not end within GRACE_SECONDS of that (C code, a wait in the kernel) takes its process
-    with it: `faulthandler` ends it from a thread that needs no interpreter, and leaves the stack in a file of this name, by which the
-    process that takes its place knows that the call must not be repeated.
+    Python code is interrupted where it is. What does not end within GRACE_SECONDS of that (C code,
+    a wait in the kernel) takes its process with it: `faulthandler` ends it from a thread that needs
+    no interpreter, and leaves the stack in a file of this name, by which the process that takes its
+    place knows that the call must not be repeated.
 
     Args:
         seconds: None for no limit.
@@ -55,7 +60,10 @@ class TimeLimit:
             self._last_words = self._stack.read_text()[-2000:]
             self._stack.unlink()
         if self._last_words:
-            text = f"took longer than {self.seconds:g} s and could not be interrupted; its process was ended at\n{self._last_words}"
+            text = (
+                f"took longer than {self.seconds:g} s and could not be interrupted; its process was"
+                f" ended at\n{self._last_words}"
+            )
             raise TimeLimitError(text)
         with self._stack.open("w") as file, locked(self._stack):
             faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, exit=True, file=file)
@@ -74,7 +82,9 @@ class TimeLimit:
             with lock:
                 if not over.is_set():
                     over.set()
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Interrupt))
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(thread), ctypes.py_object(_Interrupt)
+                    )
 
         timer = threading.Timer(self.seconds or 0, interrupt)
         timer.daemon = True
@@ -91,4 +101,6 @@ class TimeLimit:
             timer.cancel()
             with lock:
                 over.set()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)  # one that came when the call was over
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread), None
+            )  # one that came when the call was over

@@ -1,4 +1,6 @@
-"""Reward models from preferences: Bradley–Terry training on Ray Train's TorchTrainer, resumable by the same command."""
+"""Reward models from preferences: Bradley–Terry training on Ray Train's TorchTrainer, resumable by
+the same command.
+"""
 
 import json
 import math
@@ -13,7 +15,14 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from raywarp.config.schema import Config, ConfigError
@@ -38,8 +47,9 @@ from raywarp.storage.sealed import (
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """folder: loads by AutoModelForSequenceClassification. accuracy: pairwise, on `pairs` held-out test pairs; accuracy_ci: its 95 %
-    interval. best_step: the step whose weights were kept, of `steps`. already_complete: nothing was done.
+    """folder: loads by AutoModelForSequenceClassification. accuracy: pairwise, on `pairs` held-out
+    test pairs; accuracy_ci: its 95 % interval. best_step: the step whose weights were kept, of
+    `steps`. already_complete: nothing was done.
     """
 
     folder: Path
@@ -51,17 +61,25 @@ class RewardSummary:
     already_complete: bool
 
 
-def train_reward(config: Config, inputs: RewardInputs | None = None, display: Display | None = None) -> RewardSummary:
-    """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray must be initialised.
+def train_reward(
+    config: Config, inputs: RewardInputs | None = None, display: Display | None = None
+) -> RewardSummary:
+    """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray
+    must be initialised.
 
     Args:
         inputs: what prepare_reward returned, if it was called.
 
     Raises:
         ConfigError: as prepare_reward does, and for a cluster without the resources.
-        ray.train.TrainingFailedError: a worker died; the same call continues from its last checkpoint.
+        ray.train.TrainingFailedError: a worker died; the same call continues from its last
+            checkpoint.
     """
-    out, training, display = Path(config.out).absolute(), config.reward_training, display or Display()
+    out, training, display = (
+        Path(config.out).absolute(),
+        config.reward_training,
+        display or Display(),
+    )
     inputs = inputs or prepare_reward(config)
     if inputs is None:
         display.say(f"reward model {out} is already complete")
@@ -73,7 +91,9 @@ def train_reward(config: Config, inputs: RewardInputs | None = None, display: Di
         "config": config.model_dump(mode="json"),
         "backbone": inputs.backbone,
         "out": str(out),
-        "pairs": ray.put((splits.rated or splits.train, splits.validation[: training.eval_pairs], test)),
+        "pairs": ray.put(
+            (splits.rated or splits.train, splits.validation[: training.eval_pairs], test)
+        ),
     }
     if problem := _snapshot_problem(out / WORK / "run"):
         display.say(f"reward model: {problem}; its training starts over")
@@ -85,12 +105,19 @@ def train_reward(config: Config, inputs: RewardInputs | None = None, display: Di
 
 
 def _snapshot_problem(run: Path) -> str | None:
-    """What keeps Ray Train (2.60) from continuing by its list of checkpoints, which it replaces in place: a kill may leave half of it."""
-    path, there = run / "checkpoint_manager_snapshot.json", [folder.name for folder in run.glob("checkpoint_*") if folder.is_dir()]
+    """What keeps Ray Train (2.60) from continuing by its list of checkpoints, which it replaces in
+    place: a kill may leave half of it.
+    """
+    path, there = (
+        run / "checkpoint_manager_snapshot.json",
+        [folder.name for folder in run.glob("checkpoint_*") if folder.is_dir()],
+    )
     try:
         snapshot = json.loads(path.read_bytes())
         named = [
-            result["checkpoint_dir_name"] for result in (*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"]) if result
+            result["checkpoint_dir_name"]
+            for result in (*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"])
+            if result
         ]
     except FileNotFoundError:
         return f"{path} is missing" if there else None
@@ -109,7 +136,9 @@ def _run_trainer(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -
             storage_path=str(work),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="CRITICAL"),
-            worker_runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", **({} if use_gpu else CPU_ENV)}},
+            worker_runtime_env={
+                "env_vars": {"TOKENIZERS_PARALLELISM": "false", **({} if use_gpu else CPU_ENV)}
+            },
         ),
     )
     try:
@@ -122,9 +151,19 @@ def _run_trainer(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -
 
 
 def _train_worker(job: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: train, validate and checkpoint; the first one tests and writes the model."""
-    config, context, out = Config.model_validate(job["config"]), ray.train.get_context(), Path(job["out"])
-    settings, first, world = config.reward_training, context.get_world_rank() == 0, context.get_world_size()
+    """What every Ray Train worker runs: train, validate and checkpoint; the first one tests and
+    writes the model.
+    """
+    config, context, out = (
+        Config.model_validate(job["config"]),
+        ray.train.get_context(),
+        Path(job["out"]),
+    )
+    settings, first, world = (
+        config.reward_training,
+        context.get_world_rank() == 0,
+        context.get_world_size(),
+    )
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.cluster.threads or max(1, cores // context.get_local_world_size()))
     train, validation, test = ray.get(job["pairs"])
@@ -154,11 +193,15 @@ def _train_worker(job: dict[str, Any]) -> None:
             _validate(trainer, validation, out, first)
     if first:
         _test_and_export(trainer, test, job["backbone"], config, out / WORK / "model")
-    ray.train.report({"step": trainer.step})  # also a barrier: nobody leaves before the model is written
+    ray.train.report(
+        {"step": trainer.step}
+    )  # also a barrier: nobody leaves before the model is written
 
 
 def _resume(trainer: PairTrainer) -> str | None:
-    """Load the last checkpoint, if there is one; why it could not be used, if so. Every worker reads the same, and comes to the same."""
+    """Load the last checkpoint, if there is one; why it could not be used, if so. Every worker
+    reads the same, and comes to the same.
+    """
     if (checkpoint := ray.train.get_checkpoint()) is None:
         return None
     try:
@@ -173,13 +216,20 @@ def _resume(trainer: PairTrainer) -> str | None:
 def _lost_rows(metrics: Path, rows: Sequence[dict[str, Any]], steps: int) -> str:
     """What the file lacks of the steps that were done, in words; empty where it has them all."""
     lost = set(range(1, steps + 1)) - {row["step"] for row in rows if "loss" in row}
-    return f"{metrics} lacks {len(lost)} of the first {steps} steps; how the training went there is not known any more" if lost else ""
+    return (
+        f"{metrics} lacks {len(lost)} of the first {steps} steps; how the training went there is"
+        " not known any more"
+        if lost
+        else ""
+    )
 
 
 def _parallel(model: Any) -> Any:
     if ray.train.get_context().get_world_size() == 1:
         return model
-    return prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # several forward passes precede one backward
+    return prepare_model(
+        model, parallel_strategy_kwargs={"broadcast_buffers": False}
+    )  # several forward passes precede one backward
 
 
 def _validate(trainer: PairTrainer, pairs: Sequence[Preference], out: Path, first: bool) -> None:
@@ -194,7 +244,9 @@ def _validate(trainer: PairTrainer, pairs: Sequence[Preference], out: Path, firs
     append_jsonl(out / "metrics.jsonl", row)
 
 
-def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone: str, config: Config, folder: Path) -> None:
+def _test_and_export(
+    trainer: PairTrainer, test: Sequence[Preference], backbone: str, config: Config, folder: Path
+) -> None:
     trainer.take_best()
     chosen, rejected = trainer.scores(test)
     correct = (chosen > rejected).tolist()
@@ -215,8 +267,13 @@ def _test_and_export(trainer: PairTrainer, test: Sequence[Preference], backbone:
 
 
 def _move_model(out: Path) -> None:
-    """Move the finished model's files into their place, reward.json last: with it the folder counts as complete."""
-    files = sorted((out / WORK / "model").iterdir(), key=lambda path: (path.name == REWARD_FILE, path.name == MANIFEST))
+    """Move the finished model's files into their place, reward.json last: with it the folder counts
+    as complete.
+    """
+    files = sorted(
+        (out / WORK / "model").iterdir(),
+        key=lambda path: (path.name == REWARD_FILE, path.name == MANIFEST),
+    )
     for path in files:
         path.replace(out / path.name)
     shutil.rmtree(out / WORK)
@@ -225,7 +282,15 @@ def _move_model(out: Path) -> None:
 def _summary(out: Path, already_complete: bool = False) -> RewardSummary:
     stored = json.loads((out / REWARD_FILE).read_text())
     low, high = stored["accuracy_ci"]
-    return RewardSummary(out, stored["accuracy"], (low, high), stored["pairs"], stored["steps"], stored["best_step"], already_complete)
+    return RewardSummary(
+        out,
+        stored["accuracy"],
+        (low, high),
+        stored["pairs"],
+        stored["steps"],
+        stored["best_step"],
+        already_complete,
+    )
 
 
 def _check_workers(config: Config) -> bool:
@@ -236,8 +301,8 @@ def _check_workers(config: Config) -> bool:
     resource = "GPU" if use_gpu else "CPU"
     if cluster.get(resource, 0) < workers:
         raise ConfigError(
-            f"reward_training.num_workers={workers} needs {workers} {resource}s, the cluster has {cluster.get(resource, 0):g}; "
-            "lower num_workers or set reward_training.use_gpu"
+            f"reward_training.num_workers={workers} needs {workers} {resource}s, the cluster has"
+            f" {cluster.get(resource, 0):g}; lower num_workers or set reward_training.use_gpu"
         )
     return use_gpu
 
@@ -245,5 +310,9 @@ def _check_workers(config: Config) -> bool:
 def _config_error(failure: BaseException | None) -> ConfigError | None:
     """The ConfigError that a worker raised, inside whatever Ray put around it."""
     while failure is not None and not isinstance(failure, ConfigError):
-        failure = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure.__cause__
+        failure = (
+            getattr(failure, "_base_exc", None)
+            or getattr(failure, "cause", None)
+            or failure.__cause__
+        )
     return failure

@@ -1,6 +1,8 @@
-"""The pristine weights of a model as its checkpoint has them, and the same weights with adapters' changes added.
+"""The pristine weights of a model as its checkpoint has them, and the same weights with adapters'
+changes added.
 
-Weights are always made from the pristine ones, in float32, and rounded once to the engine's own dtype: nothing drifts.
+Weights are always made from the pristine ones, in float32, and rounded once to the engine's own
+dtype: nothing drifts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,17 +36,23 @@ class BaseWeights:
         self._pristine: dict[str, Tensor] = {}
         self._names: dict[str, str] = {}
 
-    def weights(self, delta: AdapterDelta, taken: dict[str, Factors]) -> Iterator[tuple[str, Tensor]]:
-        """The weights that the adapter changes, under their names, as W + ΔW; and those beside them, as they are.
+    def weights(
+        self, delta: AdapterDelta, taken: dict[str, Factors]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The weights that the adapter changes, under their names, as W + ΔW; and those beside
+        them, as they are.
 
-        An engine may fuse a module with those of the same parent (q, k and v), and then needs all of them. No others are handed out: vLLM
-        0.32 packs experts on CPUs when it loads them, and a second time would spoil them.
+        An engine may fuse a module with those of the same parent (q, k and v), and then needs all
+        of them. No others are handed out: vLLM 0.32 packs experts on CPUs when it loads them, and a
+        second time would spoil them.
 
         Args:
-            taken: gets each module's factors as its weight is handed out, so that what is there at the end was taken by the caller.
+            taken: gets each module's factors as its weight is handed out, so that what is there at
+                the end was taken by the caller.
 
         Raises:
-            CheckpointError: a module of the adapter has no weight in the checkpoint (nothing may be dropped in silence).
+            CheckpointError: a module of the adapter has no weight in the checkpoint (nothing may be
+                dropped in silence).
         """
         self._keep(delta.factors)
         modules = {self._names[module]: module for module in delta.factors}
@@ -57,7 +65,9 @@ class BaseWeights:
                 yield name, weight.to(self.dtype)
 
     def _keep(self, modules: Iterable[str]) -> None:
-        """Read the pristine weights of modules that are new. (Nobody has changed those yet, should `read` look at a live model.)"""
+        """Read the pristine weights of modules that are new. (Nobody has changed those yet, should
+        `read` look at a live model.)
+        """
         if new := [module for module in modules if module not in self._names]:
             self._names |= weight_names(new, [name for name, _ in self.read()])
             parents = {_parent(self._names[module]) for module in new}
@@ -72,7 +82,9 @@ def weight_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]
     Raises:
         CheckpointError: it has none.
     """
-    found = match_names(modules, [name.removesuffix(".weight") for name in names if name.endswith(".weight")])
+    found = match_names(
+        modules, [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    )
     if lacking := [module for module in modules if module not in found]:
         raise BaseWeightsError(f"the checkpoint has no weight for the adapted module {lacking[0]}")
     return {module: f"{name}.weight" for module, name in found.items()}
@@ -89,7 +101,8 @@ def read_files(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_files(model: str) -> list[Path]:
-    """The files that hold a model's weights, of a folder or hub id: model.safetensors, or those that its index names.
+    """The files that hold a model's weights, of a folder or hub id: model.safetensors, or those
+    that its index names.
 
     Raises:
         ConfigError: there are none, or not all of them.
@@ -99,7 +112,9 @@ def checkpoint_files(model: str) -> list[Path]:
 
 
 def _parent(name: str) -> str | None:
-    """`model.layers.0.mlp.up_proj.weight` → `model.layers.0.mlp`; None for what is no module's weight or bias."""
+    """`model.layers.0.mlp.up_proj.weight` → `model.layers.0.mlp`; None for what is no module's
+    weight or bias.
+    """
     module, _, kind = name.rpartition(".")
     return module.rpartition(".")[0] if kind in ("weight", "bias") else None
 
@@ -109,4 +124,6 @@ def _add_change(weight: Tensor, factors: Factors, transposed: bool) -> Tensor:
     if not factors.rank:
         return weight
     B, A = (factor.to(weight.device, torch.float32) for factor in factors)
-    return torch.addmm(weight.float(), A.T, B.T) if transposed else torch.addmm(weight.float(), B, A)
+    return (
+        torch.addmm(weight.float(), A.T, B.T) if transposed else torch.addmm(weight.float(), B, A)
+    )

@@ -1,4 +1,6 @@
-"""The trainer's side of the proof by effect: the sequences, a synthetic adapter that is large enough, and the trainer's log-probs."""
+"""The trainer's side of the proof by effect: the sequences, a synthetic adapter that is large
+enough, and the trainer's log-probs.
+"""
 
 import math
 import random
@@ -15,8 +17,15 @@ from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import collate, micro_batches
 from raywarp.rollout.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 
-WANTED_RMS, LARGEST_RMS = 0.65, 0.9  # nats; beyond, log-ratios are not of the kind that a policy has
-FIRST_SIZE, LARGEST_SIZE, TRIES = 0.02, 1.0, 16  # ‖ΔW‖ / ‖W‖ to begin with, and at most; and how many sizes are tried
+WANTED_RMS, LARGEST_RMS = (
+    0.65,
+    0.9,
+)  # nats; beyond, log-ratios are not of the kind that a policy has
+FIRST_SIZE, LARGEST_SIZE, TRIES = (
+    0.02,
+    1.0,
+    16,
+)  # ‖ΔW‖ / ‖W‖ to begin with, and at most; and how many sizes are tried
 NO_EFFECT = 0.01  # nats: an RMS below which an adapter of the largest size does nothing
 USUAL = 64  # tokens of each sequence but the first
 LOGITS = 2**28  # of one sequence at most: vLLM holds them all at once, in float32
@@ -24,9 +33,11 @@ LOGITS = 2**28  # of one sequence at most: vLLM holds them all at once, in float
 
 @dataclass(frozen=True)
 class Reference:
-    """What an engine is compared with. init, policy: two halves of a synthetic adapter, of which the policy alone is large enough.
+    """What an engine is compared with. init, policy: two halves of a synthetic adapter, of which
+    the policy alone is large enough.
 
-    Where the model cannot be moved so far (its logits are scaled down, say), the policy is as large as the base's own weights.
+    Where the model cannot be moved so far (its logits are scaled down, say), the policy is as large
+    as the base's own weights.
 
     none, both, alone: the trainer without an adapter, with both halves, and with the policy.
     """
@@ -49,20 +60,27 @@ def reference(model: AdaptedModel, probe: Probe, seed: int, budget: int | None =
         EffectError: no size of the adapter changes the log-probs.
     """
     none = score(model, probe, [], budget)
-    init, policy = (synthetic(model, derive_seed(seed, "effect", part)) for part in ("init", "policy"))
+    init, policy = (
+        synthetic(model, derive_seed(seed, "effect", part)) for part in ("init", "policy")
+    )
     size, exact = _sized(model, probe, policy, none, budget)
     init, policy = scale(init, size), scale(policy, size)
-    alone = Trainer(exact if model.dtype == torch.float32 else logprobs(model, probe, [INIT], budget), exact)
+    alone = Trainer(
+        exact if model.dtype == torch.float32 else logprobs(model, probe, [INIT], budget), exact
+    )
     model.set_init(add(init, policy))
     return Reference(probe, init, policy, none, score(model, probe, [INIT], budget), alone)
 
 
-def make_probe(texts: Sequence[Sequence[int]], vocabulary: int, longest: int, tokens: int, seed: int) -> Probe:
-    """Sequences with at least so many scored tokens, from the texts' own tokens, or from the whole vocabulary where there are no texts.
+def make_probe(
+    texts: Sequence[Sequence[int]], vocabulary: int, longest: int, tokens: int, seed: int
+) -> Probe:
+    """Sequences with at least so many scored tokens, from the texts' own tokens, or from the whole
+    vocabulary where there are no texts.
 
-    The first is as long as sequences of the run can be, so that it goes beyond each window that they do. The others come in pairs with
-    the same head, which the trainer may lay out in one row. Half of them are running text, half are tokens in random order; all begin
-    as a text does.
+    The first is as long as sequences of the run can be, so that it goes beyond each window that
+    they do. The others come in pairs with the same head, which the trainer may lay out in one row.
+    Half of them are running text, half are tokens in random order; all begin as a text does.
 
     Args:
         longest: tokens that the engine can score.
@@ -108,31 +126,59 @@ def synthetic(model: AdaptedModel, seed: int) -> AdapterDelta:
     return model.zero_delta().map(factors)
 
 
-def score(model: AdaptedModel, probe: Probe, adapters: Sequence[str], budget: int | None = None) -> Trainer:
+def score(
+    model: AdaptedModel, probe: Probe, adapters: Sequence[str], budget: int | None = None
+) -> Trainer:
     """The trainer's log-probs, in its own precision and in float32."""
     own = logprobs(model, probe, adapters, budget)
-    return Trainer(own, own if model.dtype == torch.float32 else logprobs(model, probe, adapters, budget, exact=True))
+    return Trainer(
+        own,
+        (
+            own
+            if model.dtype == torch.float32
+            else logprobs(model, probe, adapters, budget, exact=True)
+        ),
+    )
 
 
-def logprobs(model: AdaptedModel, probe: Probe, adapters: Sequence[str], budget: int | None = None, exact: bool = False) -> list[float]:
-    """(n,) log-probs at temperature 1 of the probe's scored tokens, with these of the model's adapters.
+def logprobs(
+    model: AdaptedModel,
+    probe: Probe,
+    adapters: Sequence[str],
+    budget: int | None = None,
+    exact: bool = False,
+) -> list[float]:
+    """(n,) log-probs at temperature 1 of the probe's scored tokens, with these of the model's
+    adapters.
 
     Args:
         exact: in float32, and each sequence in a row of its own; else as in training.
     """
-    split = [(row[:head], row[head:]) for row, head in zip(probe.sequences, probe.heads, strict=True)]
+    split = [
+        (row[:head], row[head:]) for row, head in zip(probe.sequences, probe.heads, strict=True)
+    ]
     completions = [Completion(rest, (0.0,) * len(rest), "", False) for _, rest in split]
     batch = collate([head for head, _ in split], completions).to(model.device)
     values = torch.zeros_like(batch.mask)
     for part in micro_batches(batch, budget, None if exact else model.pairs_per_token):
         values[part.completions] = (
-            model.exact_logprobs(part, adapters) if exact else model.logprobs(part, model.states(part, adapters), temperature=1.0)
+            model.exact_logprobs(part, adapters)
+            if exact
+            else model.logprobs(part, model.states(part, adapters), temperature=1.0)
         )
-    return [value for row, (_, rest) in zip(values.tolist(), split, strict=True) for value in row[: len(rest)]]
+    return [
+        value
+        for row, (_, rest) in zip(values.tolist(), split, strict=True)
+        for value in row[: len(rest)]
+    ]
 
 
-def _sized(model: AdaptedModel, probe: Probe, unit: AdapterDelta, none: Trainer, budget: int | None) -> tuple[float, list[float]]:
-    """A factor for the adapter with which its float32 log-ratios are large enough, by secants within a bracket; and the log-probs then."""
+def _sized(
+    model: AdaptedModel, probe: Probe, unit: AdapterDelta, none: Trainer, budget: int | None
+) -> tuple[float, list[float]]:
+    """A factor for the adapter with which its float32 log-ratios are large enough, by secants
+    within a bracket; and the log-probs then.
+    """
     size, low, high = FIRST_SIZE, 0.0, math.inf
     for _ in range(TRIES):
         model.set_init(scale(unit, size))
@@ -144,8 +190,11 @@ def _sized(model: AdaptedModel, probe: Probe, unit: AdapterDelta, none: Trainer,
             break
         low, high = (size, high) if rms < RMS else (low, size)
         guess = size * min(WANTED_RMS / max(rms, 1e-6), 10.0) if math.isfinite(rms) else 0.0
-        size = min(guess if low < guess < high else (low + min(high, 10 * low or high)) / 2, LARGEST_SIZE)
+        size = min(
+            guess if low < guess < high else (low + min(high, 10 * low or high)) / 2, LARGEST_SIZE
+        )
     raise EffectError(
-        f"no adapter on lora.target_modules={model.lora.target_modules!r} could be found that changes the log-probs of {model.source} by "
-        f"{RMS} to {LARGEST_RMS} nats, so it cannot be proven that adapters act: do these modules take part in a forward pass?"
+        f"no adapter on lora.target_modules={model.lora.target_modules!r} could be found that"
+        f" changes the log-probs of {model.source} by {RMS} to {LARGEST_RMS} nats, so it cannot be"
+        " proven that adapters act: do these modules take part in a forward pass?"
     )

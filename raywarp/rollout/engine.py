@@ -13,13 +13,27 @@ from raywarp.config.schema import Config, ConfigError, RolloutConfig
 from raywarp.data.text import Completion
 from raywarp.rollout.protocol import Adapter, Request
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)
-MOST_LORAS = 4  # adapters that one forward pass can mix; each has memory of its own, and further ones wait their turn
-SLOT = "raywarp_adapter"  # the key of an unmerged adapter's slot among a vLLM request's extra arguments
+LORA_RANKS = (
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    320,
+    512,
+)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)
+# adapters that one forward pass can mix; each has memory of its own, and further ones wait their
+# turn
+MOST_LORAS = 4
+SLOT = (  # the key of an unmerged adapter's slot among a vLLM request's extra arguments
+    "raywarp_adapter"
+)
 LARGE_RANK = 64  # above it vLLM has one slot, since a slot takes memory by its rank
 NO_VLLM = (
-    "vLLM {problem}: it comes with raywarp[gpu] where there is a CUDA GPU, else raywarp[cpu], of which ./cluster/local.sh install takes "
-    "the right one; or set rollout.engine=transformers, which is slower"
+    "vLLM {problem}: it comes with raywarp[gpu] where there is a CUDA GPU, else raywarp[cpu], of"
+    " which ./cluster/local.sh install takes the right one; or set rollout.engine=transformers,"
+    " which is slower"
 )
 
 
@@ -64,7 +78,8 @@ class Engine(Protocol):
         """Completions of requests whose adapters the loader has loaded."""
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """For each prompt of requests whose adapters are loaded, the log-prob at temperature 1 of every token but the first.
+        """For each prompt of requests whose adapters are loaded, the log-prob at temperature 1 of
+        every token but the first.
 
         Args:
             requests: of prompts of at least 2 tokens, and fewer than max_model_len.
@@ -83,15 +98,20 @@ def check_engine(config: Config) -> None:
     """What can be known before anything is started.
 
     Raises:
-        ConfigError: vLLM is not installed, or the adapter mode is not exact with this engine, precision or rank.
+        ConfigError: vLLM is not installed, or the adapter mode is not exact with this engine,
+            precision or rank.
     """
     rollout = config.rollout
     if rollout.engine == "transformers" and rollout.tensor_parallel_size > 1:
-        raise ConfigError(f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs rollout.engine=vllm")
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs rollout.engine=vllm"
+        )
     if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(NO_VLLM.format(problem="is not installed"))
     gpu = expects_gpu(config)
-    refusals = [mode_problem(config, on_gpu) for on_gpu in ((False, True) if gpu is None else (gpu,))]
+    refusals = [
+        mode_problem(config, on_gpu) for on_gpu in ((False, True) if gpu is None else (gpu,))
+    ]
     if all(refusals):
         raise ConfigError(refusals[0])
 
@@ -103,7 +123,10 @@ def expects_gpu(config: Config) -> bool | None:
         return share > 0
     if ray.is_initialized():
         return bool(ray.cluster_resources().get("GPU"))
-    if os.environ.get("RAY_ADDRESS") or Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").exists():
+    if (
+        os.environ.get("RAY_ADDRESS")
+        or Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").exists()
+    ):
         return None
     import torch
 
@@ -124,31 +147,45 @@ def check_mode(config: Config, gpu: bool) -> None:
 
 
 def mode_problem(config: Config, gpu: bool) -> str:
-    """Why the adapter mode would not sample the trained policy, and which one does; empty where it does."""
+    """Why the adapter mode would not sample the trained policy, and which one does; empty where it
+    does.
+    """
     from raywarp.model.device import run_dtype
 
-    rollout, mode, dtype = config.rollout, adapter_mode(config.rollout, gpu), run_dtype(config.dtype, gpu)
+    rollout, mode, dtype = (
+        config.rollout,
+        adapter_mode(config.rollout, gpu),
+        run_dtype(config.dtype, gpu),
+    )
     vllm = rollout.engine == "vllm"
     exact = "lora" if vllm and gpu else "unmerged"
     if mode == "merged" and dtype != "float32":
         return (
-            f"rollout.adapter=merged with dtype={dtype} rounds W + ΔW, and most of a small ΔW is lost; "
-            f"use rollout.adapter={exact} (or auto), or dtype=float32"
+            f"rollout.adapter=merged with dtype={dtype} rounds W + ΔW, and most of a small ΔW is"
+            f" lost; use rollout.adapter={exact} (or auto), or dtype=float32"
         )
     if mode == "lora" and not vllm:
-        return "rollout.adapter=lora is vLLM's; rollout.engine=transformers has rollout.adapter=unmerged (or auto)"
+        return (
+            "rollout.adapter=lora is vLLM's; rollout.engine=transformers has"
+            " rollout.adapter=unmerged (or auto)"
+        )
     if mode == "lora" and not gpu and dtype != "float32":
         return (
-            f"rollout.adapter=lora with dtype={dtype} on CPUs: vLLM adds an adapter's share after it has rounded the product, and "
-            "loses what is below half a step; use rollout.adapter=unmerged (or auto), or dtype=float32"
+            f"rollout.adapter=lora with dtype={dtype} on CPUs: vLLM adds an adapter's share after"
+            " it has rounded the product, and loses what is below half a step; use"
+            " rollout.adapter=unmerged (or auto), or dtype=float32"
         )
     if mode == "unmerged" and vllm and gpu:
-        return "rollout.adapter=unmerged is for CPUs; vLLM on GPUs has rollout.adapter=lora (or auto)"
+        return (
+            "rollout.adapter=unmerged is for CPUs; vLLM on GPUs has rollout.adapter=lora (or auto)"
+        )
     if mode == "lora" and not lora_slots(largest_rank(config)):
         return (
-            f"the adapters of this run reach rank {largest_rank(config)} (lora.rank={config.lora.rank} for each of its "
-            f"{config.warp.policies} policies in {config.warp.iterations} iterations), and vLLM's largest is {LORA_RANKS[-1]}; lower "
-            "lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at lora.rank"
+            f"the adapters of this run reach rank {largest_rank(config)}"
+            f" (lora.rank={config.lora.rank} for each of its {config.warp.policies} policies in"
+            f" {config.warp.iterations} iterations), and vLLM's largest is {LORA_RANKS[-1]}; lower"
+            " lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at"
+            " lora.rank"
         )
     return ""
 
@@ -164,7 +201,9 @@ def slot_count(rank: int) -> int:
 
 
 def largest_rank(config: Config) -> int:
-    """Of any adapter that a run samples: a policy on top of its init, or the last merge. (With one frozen A, merges keep lora.rank.)"""
+    """Of any adapter that a run samples: a policy on top of its init, or the last merge. (With one
+    frozen A, merges keep lora.rank.)
+    """
     rank, warp = config.lora.rank, config.warp
     if config.lora.init == "frozen":
         return rank if warp.iterations == 1 else 2 * rank

@@ -1,7 +1,9 @@
-"""Three ways to bring adapters into an engine: beside its weights, as the engine's own LoRA, or merged into float32 weights.
+"""Three ways to bring adapters into an engine: beside its weights, as the engine's own LoRA, or
+merged into float32 weights.
 
-Each hashes the tensors that were taken, for the comparison in rollout.join. Hashing is a step of its own, which can be done while the
-engine already samples. That what was taken also acts is proven by its effect (effect.py).
+Each hashes the tensors that were taken, for the comparison in rollout.join. Hashing is a step of
+its own, which can be done while the engine already samples. That what was taken also acts is proven
+by its effect (effect.py).
 """
 
 import shutil
@@ -24,17 +26,20 @@ Versions = tuple[str, ...]
 
 
 class UnmergedLoader:
-    """Factors beside the engine's weights, several adapters at once; a swap copies the factors and nothing else.
+    """Factors beside the engine's weights, several adapters at once; a swap copies the factors and
+    nothing else.
 
     Args:
-        take: hands the engine the adapters that it is to hold, in the order of their slots, each with its parts side by side; returns what
-            its layers took.
+        take: hands the engine the adapters that it is to hold, in the order of their slots, each
+            with its parts side by side; returns what its layers took.
     """
 
     def __init__(self, take: Callable[[Sequence[AdapterDelta]], Sequence[AdapterDelta] | None]):
         self._take = take
         self._slots: dict[Versions, int] = {}
-        self._parts: dict[str, AdapterDelta | str] = {}  # version → what was taken of it, or its digest
+        self._parts: dict[
+            str, AdapterDelta | str
+        ] = {}  # version → what was taken of it, or its digest
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         """Adapters with different answers cannot be in the engine at the same time."""
@@ -45,18 +50,32 @@ class UnmergedLoader:
         if wanted.keys() <= self._slots.keys():
             return
         self._slots, old = {}, self._parts  # until all is in place, nobody may take it for loaded
-        deltas = {part.version: part.fetch() for adapter in wanted.values() for part in adapter.parts}
-        taken = self._take([add(*(deltas[version] for version in versions)) for versions in wanted]) or []
+        deltas = {
+            part.version: part.fetch() for adapter in wanted.values() for part in adapter.parts
+        }
+        taken = (
+            self._take([add(*(deltas[version] for version in versions)) for versions in wanted])
+            or []
+        )
         self._parts = {}
         for versions, whole in zip(wanted, taken, strict=False):
             own = split(whole.factors, [deltas[version] for version in versions])
-            self._parts |= {v: known if isinstance(known := old.get(v), str) else part for v, part in zip(versions, own, strict=True)}
+            self._parts |= {
+                v: known if isinstance(known := old.get(v), str) else part
+                for v, part in zip(versions, own, strict=True)
+            }
         self._slots = {versions: slot for slot, versions in enumerate(wanted)}
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
         """Of what was taken, part by part, for each of the adapters that were just loaded."""
-        self._parts = {version: part if isinstance(part, str) else digest(part) for version, part in self._parts.items()}
-        return [tuple(str(self._parts.get(version, "")) for version in adapter.versions) for adapter in adapters]
+        self._parts = {
+            version: part if isinstance(part, str) else digest(part)
+            for version, part in self._parts.items()
+        }
+        return [
+            tuple(str(self._parts.get(version, "")) for version in adapter.versions)
+            for adapter in adapters
+        ]
 
     def request(self, adapter: Adapter) -> int | None:
         """The adapter's slot; None for the SFT model."""
@@ -64,21 +83,40 @@ class UnmergedLoader:
 
 
 class LoraLoader:
-    """vLLM's own LoRA, several adapters at once; init and policy as one adapter: an init in bfloat16 weights would be rounded.
+    """vLLM's own LoRA, several adapters at once; init and policy as one adapter: an init in
+    bfloat16 weights would be rounded.
 
-    Each version has a new id, name and path, since vLLM 0.32 silently takes an old id or name for the old adapter.
+    Each version has a new id, name and path, since vLLM 0.32 silently takes an old id or name for
+    the old adapter.
 
     Args:
         engine: vLLM's LLM.
         names: of modules → those by which the engine finds them.
         folder: for the files that vLLM reads.
-        zero: the SFT model's prompts get an adapter of zeros. (On CPUs vLLM 0.32 gives a prompt without an adapter its last slot's.)
+        zero: the SFT model's prompts get an adapter of zeros. (On CPUs vLLM 0.32 gives a prompt
+            without an adapter its last slot's.)
     """
 
-    def __init__(self, engine: Any, names: Callable[[Collection[str]], Mapping[str, str]], folder: Path, zero: bool = False):
-        self.engine, self.names, self.folder, self.version, self.zero = engine, names, folder, 0, zero
-        self._held: dict[Versions, tuple[Any, Versions]] = {}  # vLLM's request, digests of what was written for it
-        self._like: AdapterDelta | None = None  # an adapter that was loaded; before the first one, all slots are zero
+    def __init__(
+        self,
+        engine: Any,
+        names: Callable[[Collection[str]], Mapping[str, str]],
+        folder: Path,
+        zero: bool = False,
+    ):
+        self.engine, self.names, self.folder, self.version, self.zero = (
+            engine,
+            names,
+            folder,
+            0,
+            zero,
+        )
+        self._held: dict[
+            Versions, tuple[Any, Versions]
+        ] = {}  # vLLM's request, digests of what was written for it
+        self._like: AdapterDelta | None = (
+            None  # an adapter that was loaded; before the first one, all slots are zero
+        )
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         return None
@@ -97,7 +135,9 @@ class LoraLoader:
         return [self._held[adapter.versions][1] if adapter.parts else () for adapter in adapters]
 
     def request(self, adapter: Adapter) -> Any:
-        """The LoRARequest that goes with every prompt of this adapter; None where there is none for the SFT model."""
+        """The LoRARequest that goes with every prompt of this adapter; None where there is none for
+        the SFT model.
+        """
         return self._held.get(adapter.versions, (None, ()))[0]
 
     def _add(self, versions: Versions, deltas: Sequence[AdapterDelta]) -> tuple[Any, Versions]:
@@ -108,13 +148,24 @@ class LoraLoader:
         self._like, path = deltas[0], self.folder / f"v{self.version}"
         names = self.names(deltas[0].factors)
         whole = add(*deltas)
-        save_peft(replace(whole, factors={names[module]: f for module, f in whole.factors.items()}, target_modules=()), path)
+        save_peft(
+            replace(
+                whole,
+                factors={names[module]: f for module, f in whole.factors.items()},
+                target_modules=(),
+            ),
+            path,
+        )
         written, prefix = load_file(path / ADAPTER_FILE), "base_model.model."
         request = LoRARequest(f"v{self.version}", self.version, str(path))
         if not self.engine.llm_engine.add_lora(request):
-            raise RolloutError(f"vLLM did not load adapter version {'+'.join(versions)} (number {self.version})")
+            raise RolloutError(
+                f"vLLM did not load adapter version {'+'.join(versions)} (number {self.version})"
+            )
         factors = {
-            module: Factors(written[f"{prefix}{name}.lora_B.weight"], written[f"{prefix}{name}.lora_A.weight"])
+            module: Factors(
+                written[f"{prefix}{name}.lora_B.weight"], written[f"{prefix}{name}.lora_A.weight"]
+            )
             for module, name in names.items()
         }
         return request, tuple(digest(part) for part in split(factors, deltas))
@@ -127,7 +178,8 @@ class LoraLoader:
 
 
 class MergedLoader:
-    """Adapters as new float32 weights W + ΔW, from pristine W each time. (In bfloat16 most of a small ΔW would be rounded away.)
+    """Adapters as new float32 weights W + ΔW, from pristine W each time. (In bfloat16 most of a
+    small ΔW would be rounded away.)
 
     Args:
         install: puts weights, by name, in the place of the engine's.
@@ -137,7 +189,9 @@ class MergedLoader:
         self.checkpoint, self.install = checkpoint, install
         self.loaded: Versions | None = ()  # what was asked for
         self._taken: list[AdapterDelta | str] = []  # what there was to take, or its digest
-        self._changed: AdapterDelta | None = None  # the modules whose weights may differ from the pristine ones
+        self._changed: AdapterDelta | None = (
+            None  # the modules whose weights may differ from the pristine ones
+        )
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         return adapter.versions
@@ -151,7 +205,9 @@ class MergedLoader:
             self.loaded = adapter.versions
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
-        """Of what the weights have taken, part by part, for each of the adapters that were just loaded."""
+        """Of what the weights have taken, part by part, for each of the adapters that were just
+        loaded.
+        """
         self._taken = [part if isinstance(part, str) else digest(part) for part in self._taken]
         return [tuple(map(str, self._taken))] * len(adapters)
 
@@ -162,7 +218,9 @@ class MergedLoader:
         deltas = [part.fetch() for part in adapter.parts]
         modules = {module for delta in deltas for module in delta.factors}
         if self._changed is not None and self._changed.factors.keys() - modules:
-            self._install(zeros_like(self._changed))  # the modules of the adapter before go back to pristine weights
+            self._install(
+                zeros_like(self._changed)
+            )  # the modules of the adapter before go back to pristine weights
             self._changed = None
         if not deltas or (self._changed is None and not any(delta.rank for delta in deltas)):
             return [*deltas]  # no change to pristine weights
@@ -177,7 +235,9 @@ class MergedLoader:
 
 
 def split(factors: Mapping[str, Factors], deltas: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-    """The parts that were put side by side, as they are found in `factors`: an adapter file may have a column of zeros for rank 0."""
+    """The parts that were put side by side, as they are found in `factors`: an adapter file may
+    have a column of zeros for rank 0.
+    """
     parts, starts = [], dict.fromkeys(factors, 0)
     for delta in deltas:
         own = {}

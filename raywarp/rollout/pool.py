@@ -22,7 +22,8 @@ NOBODY = -1  # stands in the queue of idle workers when all of them are lost for
 class PoolReport:
     """What the workers have done since the last reset.
 
-    busy: share of the workers' time that was work. restarts: how often one had died and was started again (ever).
+    busy: share of the workers' time that was work. restarts: how often one had died and was started
+    again (ever).
     """
 
     workers: int
@@ -32,7 +33,9 @@ class PoolReport:
 
 @dataclass(frozen=True)
 class PoolHealth:
-    """in_flight: seconds that a worker's present call has taken. down: seconds since a worker died. events: since the last answer."""
+    """in_flight: seconds that a worker's present call has taken. down: seconds since a worker died.
+    events: since the last answer.
+    """
 
     process: Process
     in_flight: dict[int, float]
@@ -43,17 +46,21 @@ class PoolHealth:
 class RolloutPool:
     """An asynchronous actor that hands each call to the next idle worker, first come, first served.
 
-    A worker that dies is started again by Ray, where there is room, and idle again when its engine is; the call that it died of goes to
-    whichever worker is idle next, since a call depends on nothing but itself. The pool holds only counters: Ray may start it again, too.
+    A worker that dies is started again by Ray, where there is room, and idle again when its engine
+    is; the call that it died of goes to whichever worker is idle next, since a call depends on
+    nothing but itself. The pool holds only counters: Ray may start it again, too.
 
     Args:
-        workers: handles, or the actors' names (Ray complains of handles where the pool itself may be started again).
+        workers: handles, or the actors' names (Ray complains of handles where the pool itself may
+            be started again).
         max_failures: deaths that one call may cost, and attempts to start a worker's engine again.
     """
 
     def __init__(self, workers: Sequence[Any], max_failures: int = 3):
         self.names = [worker if isinstance(worker, str) else "" for worker in workers]
-        self.workers = [ray.get_actor(worker) if isinstance(worker, str) else worker for worker in workers]
+        self.workers = [
+            ray.get_actor(worker) if isinstance(worker, str) else worker for worker in workers
+        ]
         self.max_failures = max_failures
         self.idle: asyncio.Queue[int] = asyncio.Queue()
         for index in range(len(workers)):
@@ -75,7 +82,10 @@ class RolloutPool:
             RolloutError: workers died of this call again and again, or none is left.
             EffectError: the worker had been started again, and does not run the trainer's policies.
         """
-        rollouts = [replace(rollout, pool_busy=self._busy()) for rollout in await self._call("generate", requests)]
+        rollouts = [
+            replace(rollout, pool_busy=self._busy())
+            for rollout in await self._call("generate", requests)
+        ]
         return rollouts if len(requests) > 1 else rollouts[0]
 
     async def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
@@ -90,7 +100,11 @@ class RolloutPool:
             self.in_flight[index] = start = time.monotonic()
             try:
                 process, answer = await getattr(self.workers[index], method).remote(requests)
-                seconds = time.monotonic() - start if method == "logprobs" else sum(rollout.seconds for rollout in answer)
+                seconds = (
+                    time.monotonic() - start
+                    if method == "logprobs"
+                    else sum(rollout.seconds for rollout in answer)
+                )
                 if process.follows(self.processes.get(index)):
                     await self._prove(index)
                 break
@@ -107,8 +121,16 @@ class RolloutPool:
         self.idle.put_nowait(index)
         self.done += 1
         self.busy_seconds += seconds
-        if process.follows(known := self.processes.get(index)):  # it died between two calls; this one loaded its engine
-            self._tell("fault", index, cause=faults.KILLED, message="its process is a new one", process=known)
+        if process.follows(
+            known := self.processes.get(index)
+        ):  # it died between two calls; this one loaded its engine
+            self._tell(
+                "fault",
+                index,
+                cause=faults.KILLED,
+                message="its process is a new one",
+                process=known,
+            )
             self._recovered(index, time.monotonic() - start - seconds)
         self.processes[index] = process
         return answer
@@ -119,7 +141,9 @@ class RolloutPool:
             self.processes.setdefault(index, process)
 
     async def prove_with(self, proof: Proof) -> None:
-        """From now on a worker that was started again has to pass this before it gets work, or what it has done is handed on."""
+        """From now on a worker that was started again has to pass this before it gets work, or what
+        it has done is handed on.
+        """
         self.proof = proof
 
     async def reset(self) -> None:
@@ -132,7 +156,10 @@ class RolloutPool:
     async def pulse(self) -> PoolHealth:
         """How the workers are; what happened to them is told once."""
         now, events, self.events = time.monotonic(), self.events, []
-        in_flight, down = ({index: now - since for index, since in times.items()} for times in (self.in_flight, self.down))
+        in_flight, down = (
+            {index: now - since for index, since in times.items()}
+            for times in (self.in_flight, self.down)
+        )
         return PoolHealth(Process.here(done=self.done), in_flight, down, events)
 
     async def _next_worker(self) -> int:
@@ -144,14 +171,22 @@ class RolloutPool:
 
     def _lost(self, index: int, error: RayActorError) -> None:
         known = self.processes.pop(index, None)
-        self._tell("fault", index, cause=faults.kind_of(error), message=faults.explain(error), process=known)
+        self._tell(
+            "fault",
+            index,
+            cause=faults.kind_of(error),
+            message=faults.explain(error),
+            process=known,
+        )
         self.down[index] = time.monotonic()
         task = asyncio.get_running_loop().create_task(self._revive(index))
         self.revivals.add(task)
         task.add_done_callback(self.revivals.discard)
 
     async def _revive(self, index: int) -> None:
-        """Wait until Ray has started the worker again and its engine is loaded: for as long as there is no room, too."""
+        """Wait until Ray has started the worker again and its engine is loaded: for as long as
+        there is no room, too.
+        """
         failures = faults.Failures(self.max_failures)
         while True:
             try:
@@ -159,11 +194,15 @@ class RolloutPool:
                 await self._prove(index)
                 break
             except Exception as error:
-                if not faults.is_restarting(error) and not (faults.is_survivable(error) and failures.again()):
+                if not faults.is_restarting(error) and not (
+                    faults.is_survivable(error) and failures.again()
+                ):
                     return self._give_up(index, error)
                 await asyncio.sleep(failures.pause() or 0.5)
                 if self.names[index]:
-                    with contextlib.suppress(ValueError):  # there is none of that name for a moment, where another one takes its place
+                    with contextlib.suppress(
+                        ValueError
+                    ):  # there is none of that name for a moment, where another one takes its place
                         self.workers[index] = ray.get_actor(self.names[index])
         self.processes[index] = started["process"]
         self._recovered(index, time.monotonic() - self.down.pop(index))
@@ -176,7 +215,9 @@ class RolloutPool:
 
     def _give_up(self, index: int, error: Exception) -> None:
         del self.down[index]  # it is waited for no more
-        self.gone[index] = f"rollout worker {index + 1} cannot be started again: {faults.explain(error)}"
+        self.gone[index] = (
+            f"rollout worker {index + 1} cannot be started again: {faults.explain(error)}"
+        )
         self._tell("lost", index, cause=faults.kind_of(error), message=faults.explain(error))
         if len(self.gone) == len(self.workers):
             self.idle.put_nowait(NOBODY)
@@ -194,6 +235,7 @@ class RolloutPool:
 
 def _died_again(index: int, deaths: int, error: RayActorError) -> str:
     return (
-        f"rollout worker {index + 1} died again and again ({deaths} deaths in one call); is there too little memory for it "
-        f"(rollout.kv_cache_gib, rollout.gpu_memory_utilization)? {faults.explain(error)}"
+        f"rollout worker {index + 1} died again and again ({deaths} deaths in one call); is there"
+        " too little memory for it (rollout.kv_cache_gib, rollout.gpu_memory_utilization)?"
+        f" {faults.explain(error)}"
     )

@@ -1,12 +1,16 @@
-"""What the rollout pool, R engines that all policies and the evaluation share, is asked and answers.
+"""What the rollout pool, R engines that all policies and the evaluation share, is asked and
+answers.
 
-A request names the version of the adapter that it wants sampled; a worker answers with the digests of the tensors that its engine took, and
-whoever asked compares them with its own (see `join`), so a stale or mixed-up adapter cannot go unnoticed.
+A request names the version of the adapter that it wants sampled; a worker answers with the digests
+of the tensors that its engine took, and whoever asked compares them with its own (see `join`), so a
+stale or mixed-up adapter cannot go unnoticed.
 
-**Calls and workers.** A batch is one call to one engine, that of the next idle worker, and not spread over all of them: what an
-engine computes depends in its last bits on which sequences it computes together, so a batch that is cut by the number of workers would give
-another policy for every R. It also costs one swap of adapters, not R, and with at least two policies per worker nobody idles. Fewer
-policies than workers want `rollout.chunk_size`, by which a batch is cut in the same places whatever R is.
+**Calls and workers.** A batch is one call to one engine, that of the next idle worker, and not
+spread over all of them: what an engine computes depends in its last bits on which sequences it
+computes together, so a batch that is cut by the number of workers would give another policy for
+every R. It also costs one swap of adapters, not R, and with at least two policies per worker nobody
+idles. Fewer policies than workers want `rollout.chunk_size`, by which a batch is cut in the same
+places whatever R is.
 """
 
 from collections.abc import Sequence
@@ -18,7 +22,9 @@ import ray
 
 from raywarp.data.text import Completion
 
-if TYPE_CHECKING:  # torch is imported where an adapter is put or fetched: the pool, which does neither, saves its seconds and megabytes
+# torch is imported where an adapter is put or fetched: the pool, which does neither, saves its
+# seconds and megabytes
+if TYPE_CHECKING:
     from raywarp.algorithm.deltas import AdapterDelta
     from raywarp.rollout.transport import PackedAdapter
 
@@ -33,12 +39,15 @@ class RolloutError(RuntimeError):
 class AdapterPart:
     """One summand of an adapter on its way to the workers.
 
-    version: another one for each put. rank: of the content. ref: to it. hashed: its digest to be; stays with whoever put it.
+    version: another one for each put. rank: of the content. ref: to it. hashed: its digest to be;
+    stays with whoever put it.
     """
 
     version: str
     rank: int
-    ref: Any  # ray.ObjectRef[PackedAdapter]; inside a dataclass, so that Ray does not fetch it before it is wanted
+    # ray.ObjectRef[PackedAdapter]; inside a dataclass, so that Ray does not fetch it before it is
+    # wanted
+    ref: Any
     hashed: "Future[str] | None" = field(default=None, compare=False)
 
     @classmethod
@@ -46,7 +55,9 @@ class AdapterPart:
         from raywarp.rollout.transport import PackedAdapter
 
         packed = PackedAdapter.pack(delta)
-        hashed = _HASHER.submit(packed.digest)  # 10 ms for 20 MB, in which the adapter is on its way
+        hashed = _HASHER.submit(
+            packed.digest
+        )  # 10 ms for 20 MB, in which the adapter is on its way
         ref = ray.put(packed)
         return cls(ref.hex(), delta.rank, ref, hashed)
 
@@ -55,7 +66,9 @@ class AdapterPart:
 
     @property
     def digest(self) -> str:
-        """Of the content as it was put; somebody to whom this was sent has to look at the content itself."""
+        """Of the content as it was put; somebody to whom this was sent has to look at the content
+        itself.
+        """
         from raywarp.rollout.transport import digest
 
         return self.hashed.result() if self.hashed else digest(self.fetch())
@@ -70,7 +83,8 @@ class AdapterPart:
 class Adapter:
     """What to sample from: base + init + policy; neither gives the SFT model.
 
-    init: an iteration's θ_init. policy: the change on top of it. Engines hold both beside the weights, each at its own rank.
+    init: an iteration's θ_init. policy: the change on top of it. Engines hold both beside the
+    weights, each at its own rank.
     """
 
     init: AdapterPart | None = None
@@ -107,7 +121,10 @@ class Request:
     def cut(self, size: int) -> list["Request"]:
         """Requests of at most `size` prompts, in order."""
         starts = range(0, len(self.prompts), size)
-        return [Request(self.prompts[n : n + size], self.seeds[n : n + size], self.adapter) for n in starts]
+        return [
+            Request(self.prompts[n : n + size], self.seeds[n : n + size], self.adapter)
+            for n in starts
+        ]
 
 
 @dataclass(frozen=True)
@@ -132,15 +149,22 @@ class Rollout:
 
 
 class Scores(list[float]):
-    """One number per completion. span: when a process was at it, start and end in Unix seconds. who: its name in a time line."""
+    """One number per completion. span: when a process was at it, start and end in Unix seconds.
+    who: its name in a time line.
+    """
 
     span: tuple[float, float] | None = None
     who: str = ""
 
 
-def work_of(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list[tuple[str, float, float]]:
+def work_of(
+    rollouts: Sequence[Rollout], scores: Sequence[Scores]
+) -> list[tuple[str, float, float]]:
     """Who worked on these, from when to when in Unix seconds."""
-    pieces = [(f"rollout worker {rollout.worker}", rollout.ended - rollout.seconds, rollout.ended) for rollout in rollouts]
+    pieces = [
+        (f"rollout worker {rollout.worker}", rollout.ended - rollout.seconds, rollout.ended)
+        for rollout in rollouts
+    ]
     return pieces + [(one.who, *one.span) for one in scores if one.span]
 
 
@@ -152,26 +176,33 @@ def spans_of(pieces: Sequence[tuple[str, float, float]]) -> dict[str, list[list[
     return spans
 
 
-def submit(pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False) -> list[list[Any]]:
+def submit(
+    pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False
+) -> list[list[Any]]:
     """Ask for the requests' completions; nothing is waited for.
 
     Args:
         chunk: prompts per call at most; None leaves each request whole.
-        together: the requests (of the same number of prompts) share their calls, where the engine can mix adapters.
+        together: the requests (of the same number of prompts) share their calls, where the engine
+            can mix adapters.
 
     Returns:
-        for each request the refs of its Rollouts, which one after another are in the order of its prompts.
+        for each request the refs of its Rollouts, which one after another are in the order of its
+        prompts.
     """
     cut = [request.cut(chunk or max(len(request.prompts), 1)) for request in requests]
     if not together:
         return [[pool.generate.remote([part]) for part in parts] for parts in cut]
-    calls = [pool.generate.options(num_returns=len(call)).remote(call) for call in zip(*cut, strict=True)]
+    calls = [
+        pool.generate.options(num_returns=len(call)).remote(call) for call in zip(*cut, strict=True)
+    ]
     refs = calls if len(requests) > 1 else [[call] for call in calls]
     return [list(of_request) for of_request in zip(*refs, strict=True)]
 
 
 def join(rollouts: Sequence[Rollout], adapter: Adapter) -> list[Completion]:
-    """All completions of a request, after checking that every worker sampled from the adapter that was meant.
+    """All completions of a request, after checking that every worker sampled from the adapter that
+    was meant.
 
     Raises:
         RolloutError: a worker's engine held another version.
@@ -180,7 +211,10 @@ def join(rollouts: Sequence[Rollout], adapter: Adapter) -> list[Completion]:
     for rollout in rollouts:
         if rollout.digests != digests:
             held, meant = _short_digests(rollout.digests), _short_digests(digests)
-            raise RolloutError(f"rollout worker {rollout.worker} sampled from adapter version {held} instead of {meant}")
+            raise RolloutError(
+                f"rollout worker {rollout.worker} sampled from adapter version {held} instead of"
+                f" {meant}"
+            )
     return [completion for rollout in rollouts for completion in rollout.completions]
 
 

@@ -1,9 +1,10 @@
-"""transformers as the engine of a rollout worker, where vLLM does not exist: slower, and the same completions within sampling.
+"""transformers as the engine of a rollout worker, where vLLM does not exist: slower, and the same
+completions within sampling.
 
 Adapted layers are the trainer's own.
 
-Each completion draws its random numbers from its own seed, so they do not depend on what else is in the batch.
-N completions, P longest prompt, T longest completion, V vocabulary.
+Each completion draws its random numbers from its own seed, so they do not depend on what else is in
+the batch. N completions, P longest prompt, T longest completion, V vocabulary.
 """
 
 import inspect
@@ -32,29 +33,45 @@ SCORED = 1024  # tokens that are scored at once, or one sequence: their logits a
 
 
 class TransformersEngine:
-    """A causal language model with adapters beside its weights, or (in float32) merged into them."""
+    """A causal language model with adapters beside its weights, or (in float32) merged into
+    them.
+    """
 
     def __init__(self, settings: EngineSettings):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
-        self.device = torch.device("cuda" if settings.gpu and torch.cuda.is_available() else "cpu")  # a GPU may be a mere number to Ray
+        self.device = torch.device(
+            "cuda" if settings.gpu and torch.cuda.is_available() else "cpu"
+        )  # a GPU may be a mere number to Ray
         remote = settings.trust_remote_code
         what = f"model={settings.model}"
-        model = load_model(AutoModelForCausalLM, settings.model, what, dtype=settings.dtype, trust_remote_code=remote)
+        model = load_model(
+            AutoModelForCausalLM,
+            settings.model,
+            what,
+            dtype=settings.dtype,
+            trust_remote_code=remote,
+        )
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.layers: dict[str, AdaptedLinear] = {}
         self.loader: Loader = UnmergedLoader(self._take)
         if self.adapter_mode == "merged":
-            self.loader = MergedLoader(BaseWeights(self.parameters.items, getattr(torch, settings.dtype)), self._install)
-        declared = _end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+            self.loader = MergedLoader(
+                BaseWeights(self.parameters.items, getattr(torch, settings.dtype)), self._install
+            )
+        declared = _end_tokens(
+            self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id
+        )
         self.end = set() if settings.rollout.ignore_eos else declared
         self._passes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         keep_layers_unscaled(self.model)
         self._lengths = Lengths(self.model)
-        choose_and_set_attention(self.model, settings.model, find_head(self.model, self._lengths), self._lengths)
+        choose_and_set_attention(
+            self.model, settings.model, find_head(self.model, self._lengths), self._lengths
+        )
         self.cached = self._may_cache()
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -62,12 +79,20 @@ class TransformersEngine:
         answers = []
         for request in requests:
             self.activate(request.adapter)
-            answers.append([completion for part in request.cut(ROWS) for completion in self._complete(part.prompts, part.seeds)])
+            answers.append(
+                [
+                    completion
+                    for part in request.cut(ROWS)
+                    for completion in self._complete(part.prompts, part.seeds)
+                ]
+            )
         return answers
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
         """See Engine.logprobs."""
-        rows = max(1, SCORED // max(len(prompt) for request in requests for prompt in request.prompts))
+        rows = max(
+            1, SCORED // max(len(prompt) for request in requests for prompt in request.prompts)
+        )
         answers = []
         for request in requests:
             self.activate(request.adapter)
@@ -90,7 +115,9 @@ class TransformersEngine:
             layer.activate([str(slot)] if str(slot) in layer.adapters else [])
 
     def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-        """Hold these adapters, by the number of their slot, in the place of those before; returns what the layers hold."""
+        """Hold these adapters, by the number of their slot, in the place of those before; returns
+        what the layers hold.
+        """
         for layer in self.layers.values():
             layer.adapters.clear()
         for slot, delta in enumerate(adapters):
@@ -98,11 +125,17 @@ class TransformersEngine:
                 held = self._layer(module).add(str(slot), f.rank, 1.0)
                 held.A.data.copy_(f.A)
                 held.B.data.copy_(f.B)
-        return [replace(delta, factors=self._held(str(slot), delta.factors)) for slot, delta in enumerate(adapters)]
+        return [
+            replace(delta, factors=self._held(str(slot), delta.factors))
+            for slot, delta in enumerate(adapters)
+        ]
 
     def _held(self, slot: str, modules: Iterable[str]) -> dict[str, Factors]:
         held = {module: self.layers[module].adapters[slot] for module in modules}
-        return {module: Factors(adapter.B.data.cpu(), adapter.A.data.cpu()) for module, adapter in held.items()}
+        return {
+            module: Factors(adapter.B.data.cpu(), adapter.A.data.cpu())
+            for module, adapter in held.items()
+        }
 
     def _layer(self, module: str) -> AdaptedLinear:
         if module not in self.layers:
@@ -117,7 +150,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _may_cache(self) -> bool:
-        """Whether padded prompts and a cache give the model's own logits, as whole sequences alone do: measured on the probe."""
+        """Whether padded prompts and a cache give the model's own logits, as whole sequences alone
+        do: measured on the probe.
+        """
         batch = probe(self.model)
         answers = batch.responses[:, :_FORCED]
         try:
@@ -126,31 +161,50 @@ class TransformersEngine:
             for n in range(_FORCED):
                 attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
                 logits, cache = self._pass(answers[:, n : n + 1], attention, cache)
-        except Exception:  # a model's own code meets a cache or a mask that it may not know: whatever it raises means no
+        # a model's own code meets a cache or a mask that it may not know: whatever it raises means
+        # no
+        except Exception:
             return False
-        whole = [[*prompt, *answer] for prompt, answer in zip(batch.prompts, answers.tolist(), strict=True)]
+        whole = [
+            [*prompt, *answer]
+            for prompt, answer in zip(batch.prompts, answers.tolist(), strict=True)
+        ]
         return close(logits, torch.stack([logits[-1] for logits in self._alone(whole)]))
 
     def _pass(self, ids: Tensor, attention: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """(N, V) logits of each row's next token, and the cache with these ids in it."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         arguments: dict[str, Any] = {"position_ids": positions} if self._passes_positions else {}
-        output = self.model(input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, **arguments)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=attention,
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
+        )
         return output.logits[:, -1], output.past_key_values
 
     def _alone(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """(L, V) logits of each whole sequence: no cache, no padding; those of equal length share a pass."""
+        """(L, V) logits of each whole sequence: no cache, no padding; those of equal length share a
+        pass.
+        """
         found: dict[int, Tensor] = {}
         for length in {len(sequence) for sequence in sequences}:
             chosen = [n for n, sequence in enumerate(sequences) if len(sequence) == length]
             self._lengths.restore()
-            logits = self.model(input_ids=torch.tensor([sequences[n] for n in chosen], device=self.device), use_cache=False).logits
+            logits = self.model(
+                input_ids=torch.tensor([sequences[n] for n in chosen], device=self.device),
+                use_cache=False,
+            ).logits
             found |= dict(zip(chosen, logits, strict=True))
         return [found[n] for n in range(len(sequences))]
 
     @torch.inference_mode()
     def _complete(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        rollout, end = self.settings.rollout, torch.tensor(sorted(self.end), dtype=torch.long, device=self.device)
+        rollout, end = (
+            self.settings.rollout,
+            torch.tensor(sorted(self.end), dtype=torch.long, device=self.device),
+        )
         uniform = uniform_numbers(seeds, rollout.max_new_tokens).to(self.device)
         ids, attention = _left_padded(prompts, self.device)
         sequences = [list(prompt) for prompt in prompts]
@@ -170,7 +224,10 @@ class TransformersEngine:
                 break
             ids = chosen[:, None]
             attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
-            sequences = [[*sequence, token] for sequence, token in zip(sequences, chosen.tolist(), strict=True)]
+            sequences = [
+                [*sequence, token]
+                for sequence, token in zip(sequences, chosen.tolist(), strict=True)
+            ]
         rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
         return [self._completion(*row) for row in rows]
 
@@ -178,28 +235,48 @@ class TransformersEngine:
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Whole sequences, laid out as prompts are where that gives the same."""
         scored = []
-        for logits, prompt in zip(self._padded(prompts) if self.cached else self._alone(prompts), prompts, strict=True):
-            logprobs, tokens = logits[:-1].float().log_softmax(-1), torch.tensor(prompt[1:], device=self.device)
+        for logits, prompt in zip(
+            self._padded(prompts) if self.cached else self._alone(prompts), prompts, strict=True
+        ):
+            logprobs, tokens = (
+                logits[:-1].float().log_softmax(-1),
+                torch.tensor(prompt[1:], device=self.device),
+            )
             scored.append(tuple(logprobs.gather(-1, tokens[:, None])[:, 0].tolist()))
         return scored
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """(L, V) logits of each whole sequence, from one padded pass."""
         ids, attention = _left_padded(prompts, self.device)
-        arguments: dict[str, Any] = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self._passes_positions else {}
-        logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False, **arguments).logits
+        arguments: dict[str, Any] = (
+            {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+            if self._passes_positions
+            else {}
+        )
+        logits = self.model(
+            input_ids=ids, attention_mask=attention, use_cache=False, **arguments
+        ).logits
         return [row[-len(prompt) :] for row, prompt in zip(logits, prompts, strict=True)]
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         """What comes after the first EOS is not part of the completion; the EOS is."""
-        length = next((n for n, token in enumerate(tokens, start=1) if token in self.end), len(tokens))
+        length = next(
+            (n for n, token in enumerate(tokens, start=1) if token in self.end), len(tokens)
+        )
         text: Any = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), text, tokens[length - 1] in self.end)
+        return Completion(
+            tuple(tokens[:length]), tuple(logprobs[:length]), text, tokens[length - 1] in self.end
+        )
 
 
 def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
     """(N, count) numbers in [0, 1), float64: each row from its own seed alone."""
-    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
+    return torch.stack(
+        [
+            torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for seed in seeds
+        ]
+    )
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +291,9 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     """
     logprobs = (logits.float() / temperature).log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
-    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(
+        cumulative, uniform[:, None] * cumulative[:, -1:], right=True
+    ).clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
@@ -228,4 +307,9 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 def _end_tokens(*declared: int | Sequence[int] | None) -> set[int]:
     """Those of the tokenizer and of the model's generation config, as vLLM has it."""
-    return {token for value in declared if value is not None for token in ([value] if isinstance(value, int) else value)}
+    return {
+        token
+        for value in declared
+        if value is not None
+        for token in ([value] if isinstance(value, int) else value)
+    }

@@ -1,4 +1,6 @@
-"""An adapter between processes: as one array, and the hash by which the two ends know that they hold the same one."""
+"""An adapter between processes: as one array, and the hash by which the two ends know that they
+hold the same one.
+"""
 
 import hashlib
 import warnings
@@ -14,7 +16,8 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """All factors in one array, which is copied and mapped as a whole: a pickle of 420 tensors takes 5 times as long.
+    """All factors in one array, which is copied and mapped as a whole: a pickle of 420 tensors
+    takes 5 times as long.
 
     numbers: B and A of each module after another, by the modules' names.
     shapes: module → d_out, rank, d_in.
@@ -30,7 +33,11 @@ class PackedAdapter:
         factors = sorted(delta.factors.items())
         tensors = [tensor.detach().cpu().reshape(-1) for _, f in factors for tensor in f]
         numbers = torch.cat(tensors).numpy() if tensors else np.zeros(0, np.float32)
-        return cls(numbers, {module: (f.B.shape[0], f.rank, f.A.shape[1]) for module, f in factors}, replace(delta, factors={}))
+        return cls(
+            numbers,
+            {module: (f.B.shape[0], f.rank, f.A.shape[1]) for module, f in factors},
+            replace(delta, factors={}),
+        )
 
     def unpack(self) -> AdapterDelta:
         """Its tensors are views of the array, which may be read-only."""
@@ -40,21 +47,29 @@ class PackedAdapter:
         factors, start = {}, 0
         for module, (d_out, rank, d_in) in self.shapes.items():
             middle, end = start + d_out * rank, start + (d_out + d_in) * rank
-            factors[module] = Factors(numbers[start:middle].view(d_out, rank), numbers[middle:end].view(rank, d_in))
+            factors[module] = Factors(
+                numbers[start:middle].view(d_out, rank), numbers[middle:end].view(rank, d_in)
+            )
             start = end
         return replace(self.rest, factors=factors)
 
     def digest(self) -> str:
         """The adapter's (see adapters.digest), in one go."""
-        total = begin_digest((module, rank, self.numbers.dtype.name) for module, (_, rank, _) in self.shapes.items())
+        total = begin_digest(
+            (module, rank, self.numbers.dtype.name) for module, (_, rank, _) in self.shapes.items()
+        )
         total.update(self.numbers.data)
         return total.hexdigest()
 
 
 def digest(delta: AdapterDelta) -> str:
-    """SHA-256 of every module's name and factors: two adapters with one digest are the same adapter."""
+    """SHA-256 of every module's name and factors: two adapters with one digest are the same
+    adapter.
+    """
     factors = sorted(delta.factors.items())
-    total = begin_digest((module, f.rank, str(f.B.dtype).removeprefix("torch.")) for module, f in factors)
+    total = begin_digest(
+        (module, f.rank, str(f.B.dtype).removeprefix("torch.")) for module, f in factors
+    )
     for _, f in factors:
         for tensor in f:
             total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -63,4 +78,6 @@ def digest(delta: AdapterDelta) -> str:
 
 def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
     """Of names, ranks and dtypes; the numbers follow, in the same order."""
-    return hashlib.sha256("\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode())
+    return hashlib.sha256(
+        "\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode()
+    )

@@ -1,8 +1,11 @@
-"""One linear layer of an engine with several adapters beside its weight: y = round(x·Wᵀ + b + Σ B·(A·x)), token by token.
+"""One linear layer of an engine with several adapters beside its weight: y = round(x·Wᵀ + b + Σ
+B·(A·x)), token by token.
 
-Which rows of the layer an adapted module has become (engines stack q, k and v, and reorder heads) is found by the weights themselves.
+Which rows of the layer an adapted module has become (engines stack q, k and v, and reorder heads)
+is found by the weights themselves.
 
-n tokens of a pass, d_in and d_out the layer's sizes in this process, R the sum of the ranks that are stacked.
+n tokens of a pass, d_in and d_out the layer's sizes in this process, R the sum of the ranks that
+are stacked.
 """
 
 from collections import defaultdict, deque
@@ -28,7 +31,9 @@ def by_product(weight: Tensor) -> Multiply:
 
 @dataclass
 class Pass:
-    """The forward pass under way. slots: (n,) the adapter of each token. only: the slot that all tokens share, or None."""
+    """The forward pass under way. slots: (n,) the adapter of each token. only: the slot that all
+    tokens share, or None.
+    """
 
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     only: int | None = NO_ADAPTER
@@ -53,7 +58,9 @@ class SideBySide(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What a layer has of an adapted module: rows `own` of the layer are rows `theirs` of the module, and its columns are `columns`."""
+    """What a layer has of an adapted module: rows `own` of the layer are rows `theirs` of the
+    module, and its columns are `columns`.
+    """
 
     own: Tensor
     theirs: Tensor
@@ -65,7 +72,8 @@ class Product:
 
     Args:
         weight: (d_out, d_in).
-        multiply: makes an engine's fastest product with a small weight that stays as it is until the next swap.
+        multiply: makes an engine's fastest product with a small weight that stays as it is until
+            the next swap.
     """
 
     def __init__(self, weight: Tensor, multiply: Callable[[Tensor], Multiply] = by_product):
@@ -123,8 +131,14 @@ class Product:
         return SideBySide(A, B, slots, self.multiply(A), self.multiply(B))
 
     def _stack(self, slot: int, factors: Mapping[str, Factors]) -> SideBySide | None:
-        """The modules that share this layer, as one pair: B is zero outside each module's own rows."""
-        shares = [(share, factors[module]) for module, share in self.shares.items() if module in factors and factors[module].rank]
+        """The modules that share this layer, as one pair: B is zero outside each module's own
+        rows.
+        """
+        shares = [
+            (share, factors[module])
+            for module, share in self.shares.items()
+            if module in factors and factors[module].rank
+        ]
         if not shares:
             return None
         B, start = torch.zeros(self.d_out, sum(f.rank for _, f in shares), dtype=self.dtype), 0

@@ -15,8 +15,22 @@ from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
-from raywarp.rollout.base_weights import BaseWeights, BaseWeightsError, checkpoint_files, read_files, weight_names
-from raywarp.rollout.engine import NO_VLLM, SLOT, EngineSettings, Loader, adapter_mode, lora_slots, slot_count
+from raywarp.rollout.base_weights import (
+    BaseWeights,
+    BaseWeightsError,
+    checkpoint_files,
+    read_files,
+    weight_names,
+)
+from raywarp.rollout.engine import (
+    NO_VLLM,
+    SLOT,
+    EngineSettings,
+    Loader,
+    adapter_mode,
+    lora_slots,
+    slot_count,
+)
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
 from raywarp.rollout.row_signatures import ModuleRows
@@ -24,14 +38,22 @@ from raywarp.storage import scratch
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 CPU_TOKENS = 4096  # of prompts in one pass
-NOT_THIS_MODEL = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)  # by which vLLM says so
+NOT_THIS_MODEL = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    AssertionError,
+)  # by which vLLM says so
 
 
 class VllmEngine:
     """One vLLM LLM; in this process, or with tensor_parallel_size > 1 in one process per GPU.
 
     Raises:
-        ConfigError: no vLLM here, no weights that can be read, or too little KV cache for even one completion.
+        ConfigError: no vLLM here, no weights that can be read, or too little KV cache for even one
+            completion.
     """
 
     def __init__(self, settings: EngineSettings):
@@ -40,9 +62,13 @@ class VllmEngine:
         except ImportError as error:
             raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
-        self.folder = scratch.claim()  # for adapters, and for the sockets of its processes, which outlive those that are killed
+        self.folder = (
+            scratch.claim()
+        )  # for adapters, and for the sockets of its processes, which outlive those that are killed
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
-        refusals = NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)  # a GPU's faults are RuntimeErrors, too
+        refusals = (
+            NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)
+        )  # a GPU's faults are RuntimeErrors, too
         try:
             if self.adapter_mode == "lora":
                 _check_lora(settings)
@@ -52,32 +78,49 @@ class VllmEngine:
             scratch.remove(self.folder)
             raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
-        self._known: set[str] = set()  # adapted modules that have been found among the engine's layers
-        self._names: dict[str, str] = {}  # of modules → by which vLLM's LoRA finds them; a model's files are read for them once
+        self._known: set[str] = (
+            set()
+        )  # adapted modules that have been found among the engine's layers
+        self._names: dict[
+            str, str
+            # of modules → by which vLLM's LoRA finds them; a model's files are read for them once
+        ] = {}
         self.loader: Loader = self._loader()
 
     def _try_out(self) -> None:
         """One pass: what vLLM cannot compute here (a kernel that CPUs lack, say) shows at once."""
         from vllm import SamplingParams, TokensPrompt
 
-        self.llm.generate([TokensPrompt(prompt_token_ids=[0, 0])], SamplingParams(max_tokens=1), use_tqdm=False)
+        self.llm.generate(
+            [TokensPrompt(prompt_token_ids=[0, 0])], SamplingParams(max_tokens=1), use_tqdm=False
+        )
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of requests whose adapters are loaded, all in one call to vLLM."""
         from vllm import TokensPrompt
 
-        asked = [(prompt, seed, request) for request in requests for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
+        asked = [
+            (prompt, seed, request)
+            for request in requests
+            for prompt, seed in zip(request.prompts, request.seeds, strict=True)
+        ]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
             [self._sampling(seed, request) for _, seed, request in asked],
-            lora_request=[self.loader.request(request.adapter) for _, _, request in asked] if self.adapter_mode == "lora" else None,
+            lora_request=(
+                [self.loader.request(request.adapter) for _, _, request in asked]
+                if self.adapter_mode == "lora"
+                else None
+            ),
             use_tqdm=False,
         )
         completions = iter([_completion(output.outputs[0]) for output in outputs])
         return [[next(completions) for _ in request.prompts] for request in requests]
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """See Engine.logprobs. vLLM 0.32 scores prompts before its processing of logits, so at temperature 1 in each logprobs_mode."""
+        """See Engine.logprobs. vLLM 0.32 scores prompts before its processing of logits, so at
+        temperature 1 in each logprobs_mode.
+        """
         from vllm import SamplingParams, TokensPrompt
 
         if self.adapter_mode == "lora":
@@ -86,32 +129,60 @@ class VllmEngine:
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in asked],
             [
-                SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=self._slot(request))
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=1,
+                    prompt_logprobs=0,
+                    detokenize=False,
+                    extra_args=self._slot(request),
+                )
                 for _, request in asked
             ],
-            lora_request=[self.loader.request(request.adapter) for _, request in asked] if self.adapter_mode == "lora" else None,
+            lora_request=(
+                [self.loader.request(request.adapter) for _, request in asked]
+                if self.adapter_mode == "lora"
+                else None
+            ),
             use_tqdm=False,
         )
         rows = iter([_prompt_logprobs(output) for output in outputs])
         return [[next(rows) for _ in request.prompts] for request in requests]
 
     def capacity(self) -> int:
-        """Completions of full length that run at the same time; more than these wait for each other."""
+        """Completions of full length that run at the same time; more than these wait for each
+        other.
+        """
         config: Any = self.llm.llm_engine.vllm_config
-        block, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks - 1  # vLLM keeps one empty
-        at_once: int = min(config.scheduler_config.max_num_seqs, blocks // -(-self.settings.max_model_len // block))
+        block, blocks = (
+            config.cache_config.block_size,
+            config.cache_config.num_gpu_blocks - 1,
+        )  # vLLM keeps one empty
+        at_once: int = min(
+            config.scheduler_config.max_num_seqs, blocks // -(-self.settings.max_model_len // block)
+        )
         return at_once
 
     def lost(self) -> bool:
-        """Whether one of the processes of a model that is split has died; this engine cannot go on then."""
+        """Whether one of the processes of a model that is split has died; this engine cannot go on
+        then.
+        """
         return bool(getattr(self.llm.llm_engine.model_executor, "is_failed", False))
 
     def close(self) -> None:
-        """Stop the engine's processes, which leave shared memory behind if they are killed, and take its files away."""
+        """Stop the engine's processes, which leave shared memory behind if they are killed, and
+        take its files away.
+        """
         scratch.remove(self.folder)  # first: a stop that takes too long is cut short
-        segments = _shared_memory_of([worker.proc.pid for worker in getattr(self.llm.llm_engine.model_executor, "workers", [])])
+        segments = _shared_memory_of(
+            [
+                worker.proc.pid
+                for worker in getattr(self.llm.llm_engine.model_executor, "workers", [])
+            ]
+        )
         self.llm.llm_engine.engine_core.shutdown()
-        for segment in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
+        for (
+            segment
+        ) in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
             segment.unlink(missing_ok=True)
 
     def _sampling(self, seed: int, request: Request) -> Any:
@@ -139,29 +210,54 @@ class VllmEngine:
             return UnmergedLoader(self._take)
         if self.adapter_mode == "lora":
             return LoraLoader(self.llm, self._lora_names, self.folder, zero=not self.settings.gpu)
-        return MergedLoader(BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install)
+        return MergedLoader(
+            BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install
+        )
 
     def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-        """Give the model's layers these adapters in the place of those before; returns what they took."""
+        """Give the model's layers these adapters in the place of those before; returns what they
+        took.
+        """
         if new := {module for adapter in adapters for module in adapter.factors} - self._known:
             self._find(sorted(new), adapters[0].fan_in_fan_out)
-        (taken, *_) = self.llm.collective_rpc("take_adapters", args=([dict(adapter.factors) for adapter in adapters],))
-        return [replace(delta, factors={module: f for module, f in delta.factors.items() if module in taken}) for delta in adapters]
+        taken, *_ = self.llm.collective_rpc(
+            "take_adapters", args=([dict(adapter.factors) for adapter in adapters],)
+        )
+        return [
+            replace(
+                delta, factors={module: f for module, f in delta.factors.items() if module in taken}
+            )
+            for delta in adapters
+        ]
 
     def _find(self, new: list[str], transposed: bool) -> None:
-        """Let the layers look for the modules' rows. Raises ConfigError for a module that is not found whole."""
-        dtype, parts = getattr(torch, self.settings.dtype), self.settings.rollout.tensor_parallel_size
+        """Let the layers look for the modules' rows. Raises ConfigError for a module that is not
+        found whole.
+        """
+        dtype, parts = (
+            getattr(torch, self.settings.dtype),
+            self.settings.rollout.tensor_parallel_size,
+        )
         known = self._known | set(new)
-        modules = {name: module for module, name in weight_names(known, [name for name, _ in self._read()]).items()}
-        weights = {modules[name]: weight.to(dtype) for name, weight in self._read() if name in modules}
-        rows = {module: ModuleRows.of(weight.T if transposed else weight, parts) for module, weight in weights.items()}
+        modules = {
+            name: module
+            for module, name in weight_names(known, [name for name, _ in self._read()]).items()
+        }
+        weights = {
+            modules[name]: weight.to(dtype) for name, weight in self._read() if name in modules
+        }
+        rows = {
+            module: ModuleRows.of(weight.T if transposed else weight, parts)
+            for module, weight in weights.items()
+        }
         found = self.llm.collective_rpc("find_adapted", args=(rows,))
         for module in new:
             if not torch.stack([one[module] for one in found]).any(0).all():
                 raise ConfigError(
-                    f"model={self.settings.model}: vLLM has no linear layer with the weights of {module}, and would ignore its adapter; "
-                    "leave it out of lora.target_modules, for example lora.target_modules=[q_proj, k_proj, v_proj, o_proj], "
-                    "or set rollout.engine=transformers"
+                    f"model={self.settings.model}: vLLM has no linear layer with the weights of"
+                    f" {module}, and would ignore its adapter; leave it out of lora.target_modules,"
+                    " for example lora.target_modules=[q_proj, k_proj, v_proj, o_proj], or set"
+                    " rollout.engine=transformers"
                 )
         self._known = known
 
@@ -170,7 +266,7 @@ class VllmEngine:
         if new := [module for module in modules if module not in self._names]:
             theirs = weight_names(new, [name for name, _ in self._read()])
             pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
-            (found, *_) = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
+            found, *_ = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
             if lacking := [module for module in new if module not in found]:
                 raise BaseWeightsError(f"vLLM's LoRA has no module for {lacking[0]}")
             self._names |= found
@@ -179,10 +275,16 @@ class VllmEngine:
     def _files(self) -> str | Path:
         """What vLLM is to load: a folder without files that are not the model's, or a hub id."""
         folder = Path(self.settings.model)
-        return own_files_only(folder, self.folder / "model") if folder.is_dir() else self.settings.model
+        return (
+            own_files_only(folder, self.folder / "model")
+            if folder.is_dir()
+            else self.settings.model
+        )
 
     def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are passed (and says so at level WARNING)."""
+        """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are
+        passed (and says so at level WARNING).
+        """
         if self.settings.rollout.tensor_parallel_size > 1:
             weights = list(weights)  # an iterator cannot go to other processes
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -198,24 +300,43 @@ class VllmEngine:
             "trust_remote_code": settings.trust_remote_code,
             "tensor_parallel_size": rollout.tensor_parallel_size,
             "logprobs_mode": "processed_logprobs",
-            "enable_prefix_caching": False,  # new weights under an old prefix would reuse its stale KV blocks (vLLM 0.32)
+            "enable_prefix_caching": (
+                False
+            ),  # new weights under an old prefix would reuse its stale KV blocks (vLLM 0.32)
             "disable_log_stats": True,
             "load_format": "safetensors",  # never a pickle
-            "generation_config": "vllm",  # a model's own top_p or repetition penalty would change what log-probs mean
+            "generation_config": (
+                "vllm"
+            ),  # a model's own top_p or repetition penalty would change what log-probs mean
         }
         if rollout.tensor_parallel_size > 1:
-            arguments |= {"distributed_executor_backend": "mp"}  # inside a placement group vLLM would ask Ray for bundles of its own
+            arguments |= {
+                "distributed_executor_backend": "mp"
+            }  # inside a placement group vLLM would ask Ray for bundles of its own
         if settings.gpu:
             arguments |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         else:
             cache = int(rollout.kv_cache_gib * 2**30)
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache, "max_num_seqs": CPU_SEQUENCES}
-            # A prompt that is cut in two sets a seed's generator back, which CPU generators cannot do (vLLM 0.32).
-            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_TOKENS, settings.max_model_len)}
+            arguments |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": cache,
+                "max_num_seqs": CPU_SEQUENCES,
+            }
+            # A prompt that is cut in two sets a seed's generator back, which CPU generators cannot
+            # do (vLLM 0.32).
+            arguments |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_TOKENS, settings.max_model_len),
+            }
         if self.adapter_mode == "lora":
             rank = lora_slots(settings.lora_rank)
             slots = slot_count(rank)
-            arguments |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": 4 * slots, "max_lora_rank": rank}
+            arguments |= {
+                "enable_lora": True,
+                "max_loras": slots,
+                "max_cpu_loras": 4 * slots,
+                "max_lora_rank": rank,
+            }
         if self.adapter_mode == "unmerged":
             arguments |= {"worker_extension_cls": "raywarp.rollout.vllm_layers.AdaptedWorker"}
         return arguments
@@ -232,8 +353,13 @@ def _shared_memory_of(processes: Sequence[int]) -> set[Path]:
 
 
 def _completion(output: Any) -> Completion:
-    logprobs = tuple(float(entry[token].logprob) for token, entry in zip(output.token_ids, output.logprobs, strict=True))
-    return Completion(tuple(output.token_ids), logprobs, output.text, output.finish_reason == "stop")
+    logprobs = tuple(
+        float(entry[token].logprob)
+        for token, entry in zip(output.token_ids, output.logprobs, strict=True)
+    )
+    return Completion(
+        tuple(output.token_ids), logprobs, output.text, output.finish_reason == "stop"
+    )
 
 
 class _NoLora:
@@ -244,7 +370,9 @@ class _NoLora:
 
 
 def _leave_logits_alone(worker: Any) -> None:
-    """vLLM 0.32's kernels take as many rows of logits as there are sequences, and fail over those of a whole prompt."""
+    """vLLM 0.32's kernels take as many rows of logits as there are sequences, and fail over those
+    of a whole prompt.
+    """
     from vllm.lora.layers import LogitsProcessorWithLoRA
 
     for module in worker.get_model().modules():
@@ -264,24 +392,36 @@ def _refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigErr
     if isinstance(error, ConfigError):
         return error
     if "KV cache" in text or "cache blocks" in text:
-        more = "rollout.gpu_memory_utilization" if settings.gpu else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
+        more = (
+            "rollout.gpu_memory_utilization"
+            if settings.gpu
+            else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
+        )
         return ConfigError(
-            f"the KV cache has no room for one completion of {settings.max_model_len} tokens with its prompt: raise {more}, or lower "
-            f"rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens (vLLM: {text.splitlines()[0]})"
+            f"the KV cache has no room for one completion of {settings.max_model_len} tokens with"
+            f" its prompt: raise {more}, or lower"
+            f" rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens"
+            f" (vLLM: {text.splitlines()[0]})"
         )
     return ConfigError(
-        f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and dtype={settings.dtype} "
-        f"({type(error).__name__}: {' '.join(text.split())[:200]}); set rollout.engine=transformers"
+        f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and"
+        f" dtype={settings.dtype} ({type(error).__name__}: {' '.join(text.split())[:200]}); set"
+        " rollout.engine=transformers"
         + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
     )
 
 
 def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Runs in vLLM's process: the first of each module's two names, its own and its file's, that leads vLLM 0.32 to one of its layers."""
+    """Runs in vLLM's process: the first of each module's two names, its own and its file's, that
+    leads vLLM 0.32 to one of its layers.
+    """
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     model = worker.get_model()
-    packed, mapper = getattr(model, "packed_modules_mapping", {}), getattr(model, "hf_to_vllm_mapper", None)
+    packed, mapper = (
+        getattr(model, "packed_modules_mapping", {}),
+        getattr(model, "hf_to_vllm_mapper", None),
+    )
     layers = {name for name, _ in model.named_modules()}
     for layer in list(layers):
         parent, _, last = layer.rpartition(".")
@@ -289,7 +429,11 @@ def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, s
     found = {}
     for pair in names:
         for name in pair:
-            if pair[0] not in found and parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0] in layers:
+            if (
+                pair[0] not in found
+                and parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0]
+                in layers
+            ):
                 found[pair[0]] = name
     return found
 
@@ -300,8 +444,17 @@ def _check_lora(settings: EngineSettings) -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
 
-    config = EngineArgs(model=settings.model, trust_remote_code=settings.trust_remote_code).create_model_config()
+    config = EngineArgs(
+        model=settings.model, trust_remote_code=settings.trust_remote_code
+    ).create_model_config()
     model_class, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
     if not supports_lora(model_class):
-        exact = "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers" if settings.gpu else "rollout.adapter=unmerged"
-        raise ConfigError(f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set {exact}")
+        exact = (
+            "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers"
+            if settings.gpu
+            else "rollout.adapter=unmerged"
+        )
+        raise ConfigError(
+            f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set"
+            f" {exact}"
+        )

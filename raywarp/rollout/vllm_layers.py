@@ -1,7 +1,7 @@
 """Adapters on the linear layers of a vLLM model on CPUs; see unmerged.py.
 
-vLLM imports this module in each of its processes, as `worker_extension_cls`, before it makes the model; `_keep_product` then takes the
-place of the step by which vLLM 0.32 packs a layer's weight.
+vLLM imports this module in each of its processes, as `worker_extension_cls`, before it makes the
+model; `_keep_product` then takes the place of the step by which vLLM 0.32 packs a layer's weight.
 """
 
 import re
@@ -29,17 +29,32 @@ class AdaptedWorker:
         """Module → (d_out,) which of its rows this process has found among its layers."""
         model = self.model_runner.model
         if "products" not in vars(self):
-            self.products = {name: layer.cpu_linear for name, layer in model.named_modules() if _is_adaptable(layer)}
+            self.products = {
+                name: layer.cpu_linear
+                for name, layer in model.named_modules()
+                if _is_adaptable(layer)
+            }
             model.register_forward_pre_hook(self._begin_pass)
-        found = {module: torch.zeros(rows.d_out, dtype=torch.bool) for module, rows in modules.items()}
+        found = {
+            module: torch.zeros(rows.d_out, dtype=torch.bool) for module, rows in modules.items()
+        }
         for name, layer in self.products.items():
-            layer.find({module: rows for module, rows in modules.items() if _block_numbers(module) == _block_numbers(name)}, self.rank)
+            layer.find(
+                {
+                    module: rows
+                    for module, rows in modules.items()
+                    if _block_numbers(module) == _block_numbers(name)
+                },
+                self.rank,
+            )
             for module, share in layer.shares.items():
                 found[module][share.theirs] = True
         return found
 
     def take_adapters(self, adapters: Sequence[Mapping[str, Factors]]) -> set[str]:
-        """Hold these adapters, and no others; returns the modules of which a layer has taken a share."""
+        """Hold these adapters, and no others; returns the modules of which a layer has taken a
+        share.
+        """
         for layer in self.products.values():
             layer.take(adapters)
         return {module for layer in self.products.values() for module in layer.shares}
@@ -48,7 +63,9 @@ class AdaptedWorker:
         """Look up whose tokens the pass has, request after request."""
         runner = self.model_runner
         requests = [runner.requests[name] for name in runner.input_batch.req_ids]
-        slots = [(request.sampling_params.extra_args or {}).get(SLOT, NO_ADAPTER) for request in requests]
+        slots = [
+            (request.sampling_params.extra_args or {}).get(SLOT, NO_ADAPTER) for request in requests
+        ]
         PASS.only = slots[0] if len(set(slots)) == 1 else None if slots else NO_ADAPTER
         if PASS.only is None:
             lengths = torch.from_numpy(runner.query_start_loc.np[: len(slots) + 1]).diff()
@@ -56,12 +73,21 @@ class AdaptedWorker:
 
 
 def _keep_product(method: UnquantizedLinearMethod, layer: Any) -> None:
-    """In the place of process_weights_after_loading: pack the weight for a product that can add to its sum."""
-    if not isinstance(layer, LinearBase) or layer.weight.ndim != 2 or layer.weight.is_meta or getattr(layer, "_cpu_skip_gemm_dispatch", 0):
+    """In the place of process_weights_after_loading: pack the weight for a product that can add to
+    its sum.
+    """
+    if (
+        not isinstance(layer, LinearBase)
+        or layer.weight.ndim != 2
+        or layer.weight.is_meta
+        or getattr(layer, "_cpu_skip_gemm_dispatch", 0)
+    ):
         _THEIRS(method, layer)
     else:
         layer.cpu_linear = Product(layer.weight.data, _multiply)
-        layer.weight = torch.nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
+        layer.weight = torch.nn.Parameter(
+            torch.empty(0, dtype=layer.weight.dtype), requires_grad=False
+        )
 
 
 def _multiply(weight: Tensor) -> Multiply:
@@ -77,7 +103,9 @@ def _is_adaptable(layer: Any) -> bool:
 
 
 def _block_numbers(name: str) -> list[str]:
-    """Those of a module's path: its block, above all, which is called by the same number everywhere."""
+    """Those of a module's path: its block, above all, which is called by the same number
+    everywhere.
+    """
     return re.findall(r"(?<=\.)\d+(?=\.)", name)
 
 

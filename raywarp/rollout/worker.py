@@ -17,9 +17,11 @@ from raywarp.rollout.protocol import Request, Rollout
 
 
 class RolloutWorker:
-    """One engine. Ray runs its methods one at a time, but for `stack` and `loads`, so a swap and the generation after it are one step.
+    """One engine. Ray runs its methods one at a time, but for `stack` and `loads`, so a swap and
+    the generation after it are one step.
 
-    A call depends on nothing but itself: Ray may start a worker that died again, and repeat the call that it died of.
+    A call depends on nothing but itself: Ray may start a worker that died again, and repeat the
+    call that it died of.
 
     Args:
         number: counted from 1, for messages.
@@ -43,8 +45,8 @@ class RolloutWorker:
         return self.loading.busy
 
     def start(self) -> dict[str, Any]:
-        """Load the engine; returns what a run's results depend on (`numerics`), how many completions run at once (`capacity`), and this
-        `process`.
+        """Load the engine; returns what a run's results depend on (`numerics`), how many
+        completions run at once (`capacity`), and this `process`.
 
         Raises:
             ConfigError: what the engine cannot do.
@@ -54,10 +56,14 @@ class RolloutWorker:
         return {"numerics": numerics, "capacity": engine.capacity(), "process": Process.here()}
 
     def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
-        """This process, and the requests' Rollouts; those that the engine can hold at the same time run together."""
+        """This process, and the requests' Rollouts; those that the engine can hold at the same time
+        run together.
+        """
         return self._answer(self._generate, requests)
 
-    def logprobs(self, requests: Sequence[Request]) -> tuple[Process, list[list[tuple[float, ...]]]]:
+    def logprobs(
+        self, requests: Sequence[Request]
+    ) -> tuple[Process, list[list[tuple[float, ...]]]]:
         """This process, and for each prompt of the requests what Engine.logprobs says of it."""
         return self._answer(self._logprobs, requests)
 
@@ -66,7 +72,9 @@ class RolloutWorker:
         if self.engine is not None:
             self.engine.close()
 
-    def _answer(self, work: Callable[[Engine, Sequence[Request]], Any], requests: Sequence[Request]) -> tuple[Process, Any]:
+    def _answer(
+        self, work: Callable[[Engine, Sequence[Request]], Any], requests: Sequence[Request]
+    ) -> tuple[Process, Any]:
         self.thread = threading.get_ident()
         engine = self._engine()
         try:
@@ -78,9 +86,13 @@ class RolloutWorker:
                 os._exit(1)  # Ray starts this worker again, and repeats the call
             raise
 
-    def _logprobs(self, engine: Engine, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+    def _logprobs(
+        self, engine: Engine, requests: Sequence[Request]
+    ) -> list[list[tuple[float, ...]]]:
         found = []
-        for _, group in itertools.groupby(requests, key=lambda request: engine.loader.in_weights(request.adapter)):
+        for _, group in itertools.groupby(
+            requests, key=lambda request: engine.loader.in_weights(request.adapter)
+        ):
             together = list(group)
             engine.loader.load([request.adapter for request in together])
             found += engine.logprobs(together)
@@ -88,14 +100,21 @@ class RolloutWorker:
 
     def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
         rollouts = []
-        for _, group in itertools.groupby(requests, key=lambda request: engine.loader.in_weights(request.adapter)):
+        for _, group in itertools.groupby(
+            requests, key=lambda request: engine.loader.in_weights(request.adapter)
+        ):
             together, start = list(group), time.perf_counter()
             adapters = [request.adapter for request in together]
             engine.loader.load(adapters)
             swapped = time.perf_counter()
-            digests = self.hasher.submit(engine.loader.digests, adapters)  # while the engine samples
+            digests = self.hasher.submit(
+                engine.loader.digests, adapters
+            )  # while the engine samples
             completions = engine.sample(together)
-            seconds, swap = (time.perf_counter() - start) / len(together), (swapped - start) / len(together)
+            seconds, swap = (
+                (time.perf_counter() - start) / len(together),
+                (swapped - start) / len(together),
+            )
             ended = time.time()
             parts = zip(completions, digests.result(), strict=True)
             rollouts += [Rollout(c, d, self.number, seconds, swap, ended=ended) for c, d in parts]

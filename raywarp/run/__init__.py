@@ -1,1 +1,3 @@
-"""A run's folder: configuration, policies, keys, events, front, figures, card, loggers, and what the terminal shows."""
+"""A run's folder: configuration, policies, keys, events, front, figures, card, loggers, and what
+the terminal shows.
+"""

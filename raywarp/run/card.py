@@ -1,4 +1,6 @@
-"""README.md of a run's chosen adapter: what it is, what it was made from, how good and how far it is, and how to use it."""
+"""README.md of a run's chosen adapter: what it is, what it was made from, how good and how far it
+is, and how to use it.
+"""
 
 import json
 import re
@@ -20,7 +22,9 @@ from raywarp.storage.location import is_uri
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of what comes in a package
 
 
-def card(config: Config, points: Sequence[Point], chosen: Point, rank: int, modules: Sequence[str]) -> str:
+def card(
+    config: Config, points: Sequence[Point], chosen: Point, rank: int, modules: Sequence[str]
+) -> str:
     """Markdown with the front matter of a model hub.
 
     Args:
@@ -36,10 +40,22 @@ def card(config: Config, points: Sequence[Point], chosen: Point, rank: int, modu
     }
     warp = config.warp
     about = [
-        f"A LoRA adapter that aligns {_code(base or config.model)} with a reward by WARP (Weight Averaged Rewarded Policies, arXiv",
-        f"2406.16768), made with raywarp {version('raywarp')}: {warp.iterations} × {warp.policies} policies of {warp.steps} steps,",
-        "averaged in ΔW on the sphere. Of the line from the SFT model (η = 0) to the last average (η = 1) this is",
-        f"η = {chosen.eta or 0:g}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}, at a KL to the SFT model of",
+        (
+            f"A LoRA adapter that aligns {_code(base or config.model)} with a reward by WARP"
+            " (Weight Averaged Rewarded Policies, arXiv"
+        ),
+        (
+            f"2406.16768), made with raywarp {version('raywarp')}: {warp.iterations} ×"
+            f" {warp.policies} policies of {warp.steps} steps,"
+        ),
+        (
+            "averaged in ΔW on the sphere. Of the line from the SFT model (η = 0) to the last"
+            " average (η = 1) this is"
+        ),
+        (
+            f"η = {chosen.eta or 0:g}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}, at a KL"
+            " to the SFT model of"
+        ),
         f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats per completion.",
     ]
     parts = [
@@ -68,7 +84,9 @@ def marked(text: str, mark: Mark) -> str:
 
 def hub_name(model: str) -> str | None:
     """The id on a model hub; None for a folder."""
-    return HUB_NAMES.get(model) or (None if Path(model).expanduser().is_dir() or is_uri(model) else model)
+    return HUB_NAMES.get(model) or (
+        None if Path(model).expanduser().is_dir() or is_uri(model) else model
+    )
 
 
 def _front(config: Config, points: Sequence[Point], chosen: Point) -> str:
@@ -77,8 +95,15 @@ def _front(config: Config, points: Sequence[Point], chosen: Point) -> str:
         name, *measured = front_cells(point)
         rows.append((f"**{name}** (this adapter)" if name == chosen.name else name, *measured))
     front = config.front
-    each = "one completion" if front.completions_per_prompt == 1 else f"{front.completions_per_prompt} completions"
-    sampling = f"{front.prompts} held-out prompts, {each} each at temperature {config.rollout.temperature:g}"
+    each = (
+        "one completion"
+        if front.completions_per_prompt == 1
+        else f"{front.completions_per_prompt} completions"
+    )
+    sampling = (
+        f"{front.prompts} held-out prompts, {each} each at temperature"
+        f" {config.rollout.temperature:g}"
+    )
     note = f"{sampling}; KL is to the SFT model, ± is half of a 95 % interval over prompts."
     return f"{_table(FRONT_HEADINGS, rows)}\n\n{note}"
 
@@ -90,18 +115,41 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
         ("base", _code(config.model)),
         ("prompts", _code(config.prompts.dataset)),
         ("reward", _reward_name(config.reward)),
-        *([("control score, which training never saw", _reward_name(config.control))] if config.control else []),
-        ("adapter", f"rank {rank} on {', '.join(map(_code, names))}; each policy had rank {config.lora.rank}"),
-        ("WARP", f"EMA rate {warp.ema_rate:g}, LITI rate {warp.liti_rate:g}, KL coefficient {warp.kl_coef:g}, advantage {warp.advantage}"),
+        *(
+            [("control score, which training never saw", _reward_name(config.control))]
+            if config.control
+            else []
+        ),
+        (
+            "adapter",
+            (
+                f"rank {rank} on {', '.join(map(_code, names))}; each policy had rank"
+                f" {config.lora.rank}"
+            ),
+        ),
+        (
+            "WARP",
+            (
+                f"EMA rate {warp.ema_rate:g}, LITI rate {warp.liti_rate:g}, KL coefficient"
+                f" {warp.kl_coef:g}, advantage {warp.advantage}"
+            ),
+        ),
         ("optimiser", f"AdamW, learning rate {optim.lr:g}, {optim.batch_size} completions a step"),
-        ("sampling", f"at most {rollout.max_new_tokens} tokens at temperature {rollout.temperature:g}"),
+        (
+            "sampling",
+            f"at most {rollout.max_new_tokens} tokens at temperature {rollout.temperature:g}",
+        ),
         ("seed", str(config.seed)),
     ]
     return rows
 
 
 def _reward_name(reward: RewardConfig) -> str:
-    return f"function {_code(reward.function)}" if reward.function else f"model {_code(reward.model or '')}"
+    return (
+        f"function {_code(reward.function)}"
+        if reward.function
+        else f"model {_code(reward.model or '')}"
+    )
 
 
 def _use(config: Config, base: str | None, rank: int) -> str:
@@ -113,20 +161,34 @@ def _use(config: Config, base: str | None, rank: int) -> str:
     )
     slots = lora_slots(rank)
     serve = (
-        f"```sh\nvllm serve {name} --enable-lora --max-lora-rank {slots} --lora-modules warp=/path/to/this/folder\n```"
+        f"```sh\nvllm serve {name} --enable-lora --max-lora-rank {slots} --lora-modules"
+        " warp=/path/to/this/folder\n```"
         if slots
-        else "vLLM serves no LoRA of this rank: merge it into float32 weights, or truncate it with `raywarp merge lerp FOLDER --rank 256`."
+        else (
+            "vLLM serves no LoRA of this rank: merge it into float32 weights, or truncate it with"
+            " `raywarp merge lerp FOLDER --rank 256`."
+        )
     )
     return f"{load}\n\n{serve}"
 
 
 def _limits(config: Config, chosen: Point) -> str:
     kind = "a function" if config.reward.function else "itself a model"
-    control = "compare it with the control score" if chosen.control is not None else "no control score was measured"
+    control = (
+        "compare it with the control score"
+        if chosen.control is not None
+        else "no control score was measured"
+    )
     return "\n".join(
         [
-            f"- The reward is {kind}, and a policy learns whatever raises it: {control}, and read the texts.",
-            f"- Prompts and completions were as above, of up to {config.rollout.max_new_tokens} tokens; nothing is known of others.",
+            (
+                f"- The reward is {kind}, and a policy learns whatever raises it: {control}, and"
+                " read the texts."
+            ),
+            (
+                f"- Prompts and completions were as above, of up to {config.rollout.max_new_tokens}"
+                " tokens; nothing is known of others."
+            ),
             "- Where the base model is wrong or harmful, so may this be.",
             "- Intervals are over prompts, of one training run.",
         ]
@@ -135,7 +197,9 @@ def _limits(config: Config, chosen: Point) -> str:
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
 
 
 def _code(text: str) -> str:

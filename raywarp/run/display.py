@@ -1,4 +1,6 @@
-"""What a person sees while a run goes on: a live line per policy in a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a live line per policy in a terminal, plain lines
+elsewhere.
+"""
 
 import contextlib
 import time
@@ -8,7 +10,14 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
@@ -26,13 +35,22 @@ PLAIN_EVERY = 5  # steps between the lines of a policy where there is no termina
 
 
 def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:
-    """Live bars with a note each and the time left; hidden where there is no terminal, or nobody wants to see them.
+    """Live bars with a note each and the time left; hidden where there is no terminal, or nobody
+    wants to see them.
 
     Args:
         more: columns before the time left.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), *more)
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        *more,
+    )
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal
+    )
 
 
 class Bars:
@@ -50,8 +68,13 @@ class Bars:
         return not self.console.is_terminal and not self.quiet
 
     def add(self, job: Job, finished: bool) -> None:
-        name, note = f"  iteration {job.iteration} policy {job.index}", "already done" if finished else "waiting for rollouts"
-        self.tasks[job.key] = self.live.add_task(name, total=self.steps, completed=self.steps if finished else 0, note=note)
+        name, note = (
+            f"  iteration {job.iteration} policy {job.index}",
+            "already done" if finished else "waiting for rollouts",
+        )
+        self.tasks[job.key] = self.live.add_task(
+            name, total=self.steps, completed=self.steps if finished else 0, note=note
+        )
         if finished and self.plain:
             self.console.print(f"{name}: already done ({job.key})")
 
@@ -59,15 +82,24 @@ class Bars:
         if event["event"] == "resumed":
             self.live.update(self.tasks[event["key"]], completed=event["step"])
             if event["step"] and not self.quiet:
-                self.console.print(f"  iteration {event['iteration']} policy {event['policy']} continues at step {event['step']}")
+                self.console.print(
+                    f"  iteration {event['iteration']} policy {event['policy']} continues at step"
+                    f" {event['step']}"
+                )
         if event["event"] != "step":
             return
         step, speed = event["step"] + 1, event["tokens"] / step_seconds(event)
-        note = f"reward {event['reward']:+.2f}  KL to anchor {event['kl_anchor']:.2f}  {speed:.0f} tokens/s"
+        note = (
+            f"reward {event['reward']:+.2f}  KL to anchor {event['kl_anchor']:.2f}  {speed:.0f}"
+            " tokens/s"
+        )
         self.live.update(self.tasks[event["key"]], completed=step, note=note)
         left = self._left(event["key"], step)
         if self.plain and (step % PLAIN_EVERY == 0 or step in (1, self.steps)):
-            self.console.print(f"  iteration {event['iteration']} policy {event['policy']} step {step}/{self.steps}  {note}{left}")
+            self.console.print(
+                f"  iteration {event['iteration']} policy {event['policy']} step"
+                f" {step}/{self.steps}  {note}{left}"
+            )
 
     def _left(self, key: str, step: int) -> str:
         """How long a policy will take at the pace that it has had here."""
@@ -79,7 +111,9 @@ class Bars:
 
 
 class Display:
-    """Everything that `train` says, on one console; when quiet, only faults, what was found damaged, and the results."""
+    """Everything that `train` says, on one console; when quiet, only faults, what was found
+    damaged, and the results.
+    """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = terminal.console() if console is None else console
@@ -91,16 +125,26 @@ class Display:
             self.say(text)
 
     def say(self, text: str) -> None:
-        self.console.print(f"[{time.monotonic() - self.start:5.0f} s] {text}", highlight=False, markup=False)
+        self.console.print(
+            f"[{time.monotonic() - self.start:5.0f} s] {text}", highlight=False, markup=False
+        )
 
     def event(self, row: dict[str, Any]) -> None:
         """A line of events.jsonl, for those that a person should know of."""
         if row["event"] in _QUIET:
             return
         who = f"iteration {row['iteration']} policy {row['policy']}" if "policy" in row else ""
-        parts = [row.get("what", ""), who, f"step {row['step']}" if "step" in row and who else "", row.get("cause", "")]
+        parts = [
+            row.get("what", ""),
+            who,
+            f"step {row['step']}" if "step" in row and who else "",
+            row.get("cause", ""),
+        ]
         parts += [f"{row['steps_repeated']} steps again" if "steps_repeated" in row else ""]
-        parts += [f"{row['seconds_lost']:.1f} s lost" if "seconds_lost" in row else "", row.get("message", "")]
+        parts += [
+            f"{row['seconds_lost']:.1f} s lost" if "seconds_lost" in row else "",
+            row.get("message", ""),
+        ]
         self.say(f"{row['event']}: {', '.join(part for part in parts if part)}")
 
     def faults(self, events: Sequence[dict[str, Any]]) -> None:
@@ -111,8 +155,13 @@ class Display:
             self.say(f"faults survived: {sum(counts.values())} ({kinds}); events.jsonl tells them")
 
     @contextlib.contextmanager
-    def iteration(self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: int) -> Iterator[Bars]:
-        self.progress(f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {steps} steps each")
+    def iteration(
+        self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: int
+    ) -> Iterator[Bars]:
+        self.progress(
+            f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {steps} steps"
+            " each"
+        )
         bars = Bars(self.console, steps, self.quiet)
         with bars.live:
             for job in jobs:
@@ -123,7 +172,10 @@ class Display:
         blocks = geometry(task_vectors).values()
         angles = sorted(angle for block in blocks for angle in block["angles"])
         if angles:
-            spread = f"{angles[0]:.0f} to {angles[-1]:.0f} degrees, median {angles[len(angles) // 2]:.0f}"
+            spread = (
+                f"{angles[0]:.0f} to {angles[-1]:.0f} degrees, median"
+                f" {angles[len(angles) // 2]:.0f}"
+            )
             self.progress(f"iteration {number} merged; angles between task vectors: {spread}")
         else:
             self.progress(f"iteration {number}: one policy, nothing to merge")
@@ -131,14 +183,20 @@ class Display:
     @contextlib.contextmanager
     def evaluation(self, count: int) -> Iterator[Callable[[Point], None]]:
         self.progress(f"evaluating {count} points on held-out prompts")
-        bar = Progress(*Progress.get_default_columns(), console=self.console, disable=self.quiet or not self.console.is_terminal)
+        bar = Progress(
+            *Progress.get_default_columns(),
+            console=self.console,
+            disable=self.quiet or not self.console.is_terminal,
+        )
         with bar:
             task = bar.add_task("  evaluation", total=count)
 
             def done(point: Point) -> None:
                 bar.advance(task)
                 if not self.console.is_terminal:
-                    self.progress(f"  {point.name}: reward {point.reward:+.2f} at KL {point.kl:.2f}")
+                    self.progress(
+                        f"  {point.name}: reward {point.reward:+.2f} at KL {point.kl:.2f}"
+                    )
 
             yield done
 
@@ -150,19 +208,35 @@ class Display:
         if mark := read_mark(Storage(run.folder)):
             self.say(f"{mark.level}: {mark.title.lower()}. {mark.text}")
         if not self.quiet:
-            print_samples(self.console, run.samples()[:PRINTED_SAMPLES], list(dict.fromkeys(["sft", chosen.name, "slerp"])))
+            print_samples(
+                self.console,
+                run.samples()[:PRINTED_SAMPLES],
+                list(dict.fromkeys(["sft", chosen.name, "slerp"])),
+            )
         self.progress(f"front: {run.folder / 'front.png'}")
         self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
-        self.say(f"all of it on one page: raywarp report {run.mirror.storage.uri if run.mirror else run.folder}")
+        self.say(
+            "all of it on one page: raywarp report"
+            f" {run.mirror.storage.uri if run.mirror else run.folder}"
+        )
 
     def timing(self, run: Run) -> None:
         """Where the time went, for each iteration that was trained, and what is the bottleneck."""
         if self.quiet:
             return
         for row in run.timing():
-            phases = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.2f} s" for name, seconds in row["phases"].items())
-            shares = f"trainers {row['trainer_busy']:.0%}, rollout workers {row['pool_busy']:.0%}, reward {row['reward_busy']:.0%} busy"
-            speed = f"{row['steps']} steps in {row['seconds']:.0f} s ({row['steps_per_second']:.2f} steps/s)"
+            phases = ", ".join(
+                f"{name.removesuffix('_seconds')} {seconds:.2f} s"
+                for name, seconds in row["phases"].items()
+            )
+            shares = (
+                f"trainers {row['trainer_busy']:.0%}, rollout workers {row['pool_busy']:.0%},"
+                f" reward {row['reward_busy']:.0%} busy"
+            )
+            speed = (
+                f"{row['steps']} steps in {row['seconds']:.0f} s ({row['steps_per_second']:.2f}"
+                " steps/s)"
+            )
             self.say(f"iteration {row['iteration']}: {speed}; {shares}; a step: {phases}")
             if row["restarts"]:
                 self.say(f"  {row['restarts']} rollout worker(s) died and were started again")

@@ -1,4 +1,6 @@
-"""What happens to a run, for its events.jsonl and for whoever watches; from which it also learns that the driver before it was killed."""
+"""What happens to a run, for its events.jsonl and for whoever watches; from which it also learns
+that the driver before it was killed.
+"""
 
 from types import TracebackType
 from typing import Any
@@ -15,31 +17,51 @@ ENDS = {"finished", "failed", "stopped"}
 
 
 class Journal:
-    """A context manager around a run. Nothing is written before `begin`, since a run that cannot start leaves no folder."""
+    """A context manager around a run. Nothing is written before `begin`, since a run that cannot
+    start leaves no folder.
+    """
 
     def __init__(self, run: Run, display: Display, gauges: RunMetrics):
         self.run, self.display, self.gauges, self.begun = run, display, gauges, False
 
     def begin(self) -> None:
         """The run has its actors. Where the one before it came to no end, its driver was killed."""
-        last = next((row for row in reversed(self.run.events()) if row["event"] in ENDS | {"started"}), None)
+        last = next(
+            (row for row in reversed(self.run.events()) if row["event"] in ENDS | {"started"}), None
+        )
         self.begun = True
         if last and last["event"] == "started":
-            self.report("fault", what="driver", cause="killed", message=f"the run that started at {last['time']} did not come to its end")
-        self.report("started", versions=versions((*PACKAGES, "ray", "peft", "datasets", "numpy")), sampler=SAMPLER_VERSION)
+            self.report(
+                "fault",
+                what="driver",
+                cause="killed",
+                message=f"the run that started at {last['time']} did not come to its end",
+            )
+        self.report(
+            "started",
+            versions=versions((*PACKAGES, "ray", "peft", "datasets", "numpy")),
+            sampler=SAMPLER_VERSION,
+        )
 
     def report(self, event: str, **details: Any) -> None:
         """See Run.add_event."""
         if event == "fault":
             self.gauges.fault(details["what"], details["cause"])
-        self.display.event(self.run.add_event(event, **details) if self.begun else {"event": event, **details})
+        self.display.event(
+            self.run.add_event(event, **details) if self.begun else {"event": event, **details}
+        )
 
     def __enter__(self) -> "Journal":
         if lost := self.run.lost_events():
             self.display.say(lost)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if not self.begun:
             return
         if error is None:
@@ -50,4 +72,6 @@ class Journal:
         elif isinstance(error, GeneratorExit):
             self.report("stopped", message="ended by whoever asked for it")
         else:
-            self.report("failed", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            self.report(
+                "failed", message=str(error).splitlines()[0] if str(error) else type(error).__name__
+            )

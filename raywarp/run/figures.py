@@ -16,7 +16,9 @@ FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "token
 
 
 def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -> None:
-    """front.png: reward over KL to SFT with 95 % intervals; the LITI front is a line, every point has its name."""
+    """front.png: reward over KL to SFT with 95 % intervals; the LITI front is a line, every point
+    has its name.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,13 +26,40 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
 
     figure, axes = plt.subplots(figsize=(8, 5.5), dpi=150, layout="constrained")
     line = sorted((p for p in points if p.eta is not None), key=lambda p: p.eta or 0)
-    axes.plot([p.kl for p in line], [p.reward for p in line], color="#3b6fb6", linewidth=1.5, label="LITI front (SFT to SLERP)")
+    axes.plot(
+        [p.kl for p in line],
+        [p.reward for p in line],
+        color="#3b6fb6",
+        linewidth=1.5,
+        label="LITI front (SFT to SLERP)",
+    )
     for point in points:
-        colour = "#3b6fb6" if point.eta is not None else ("#c76a2b" if point.name == "lerp" else "#7a7a7a")
+        colour = (
+            "#3b6fb6"
+            if point.eta is not None
+            else ("#c76a2b" if point.name == "lerp" else "#7a7a7a")
+        )
         marker = "o" if point.eta is not None else ("D" if point.name == "lerp" else "s")
-        axes.errorbar(point.kl, point.reward, yerr=point.reward_ci, xerr=point.kl_ci, fmt=marker, color=colour, capsize=3, markersize=6)
+        axes.errorbar(
+            point.kl,
+            point.reward,
+            yerr=point.reward_ci,
+            xerr=point.kl_ci,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            markersize=6,
+        )
     _name_points(axes, points)
-    axes.plot(chosen.kl, chosen.reward, "o", markersize=14, fillstyle="none", color="black", label=f"chosen: {chosen.name}")
+    axes.plot(
+        chosen.kl,
+        chosen.reward,
+        "o",
+        markersize=14,
+        fillstyle="none",
+        color="black",
+        label=f"chosen: {chosen.name}",
+    )
     axes.set_xlabel("KL(policy ‖ SFT), nats per completion")
     axes.set_ylabel("reward (standardised, 95 % intervals)")
     axes.set_title(title)
@@ -44,12 +73,19 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
 
 
 def _name_points(axes: object, points: Sequence[Point]) -> None:
-    """Front points are named above, the others below, so that neighbours of different kinds do not cover each other."""
+    """Front points are named above, the others below, so that neighbours of different kinds do not
+    cover each other.
+    """
     for place, point in enumerate(sorted(points, key=lambda p: p.kl)):
         above = point.eta is not None
         offset = (-6, 9) if above else (6, -15 - 10 * (place % 2))
         axes.annotate(  # type: ignore[attr-defined]
-            point.name, (point.kl, point.reward), textcoords="offset points", xytext=offset, ha="right" if above else "left", fontsize=9
+            point.name,
+            (point.kl, point.reward),
+            textcoords="offset points",
+            xytext=offset,
+            ha="right" if above else "left",
+            fontsize=9,
         )
 
 
@@ -70,7 +106,10 @@ def front_table(points: Sequence[Point], chosen: Point) -> Table:
     """The front in the order of front.json, for the terminal."""
     table = Table(
         box=SIMPLE_HEAD,
-        title="KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is chosen",
+        title=(
+            "KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is"
+            " chosen"
+        ),
         title_justify="left",
     )
     for heading in FRONT_HEADINGS:
@@ -83,7 +122,12 @@ def front_table(points: Sequence[Point], chosen: Point) -> Table:
 
 def print_samples(console: Console, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Prompts with their completions side by side; rows have "prompt" and one entry per column."""
-    table = Table(box=SIMPLE_HEAD, title="the same prompts, before and after", title_justify="left", show_lines=True)
+    table = Table(
+        box=SIMPLE_HEAD,
+        title="the same prompts, before and after",
+        title_justify="left",
+        show_lines=True,
+    )
     table.add_column("prompt")
     for column in columns:
         table.add_column(column)

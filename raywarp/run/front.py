@@ -1,6 +1,7 @@
 """The KL–reward front: every point of it measured on held-out prompts with the same sampling.
 
-KL is KL(π ‖ SFT) in nats per completion by the full-vocabulary estimator, at the sampling temperature; intervals are 95 %.
+KL is KL(π ‖ SFT) in nats per completion by the full-vocabulary estimator, at the sampling
+temperature; intervals are 95 %.
 """
 
 import math
@@ -37,9 +38,11 @@ class Point:
 
     name: sft, policy m, lerp, liti η, or slerp.
     eta: how far along the line from SFT to SLERP; None for points off that line.
-    reward, reward_ci: mean and the half-width of its 95 % interval over prompts; likewise kl and control.
+    reward, reward_ci: mean and the half-width of its 95 % interval over prompts; likewise kl and
+    control.
     kl: nats per completion. control: mean of the score that training never saw (None without one).
-    distinct_2: different pairs of successive words over all pairs. length: tokens. eos_rate: completions that ended by themselves.
+    distinct_2: different pairs of successive words over all pairs. length: tokens. eos_rate:
+    completions that ended by themselves.
     """
 
     name: str
@@ -64,7 +67,9 @@ class Candidate:
     delta: AdapterDelta | None
 
 
-def candidates(init: AdapterDelta, task_vectors: Sequence[AdapterDelta], etas: Sequence[float]) -> list[Candidate]:
+def candidates(
+    init: AdapterDelta, task_vectors: Sequence[AdapterDelta], etas: Sequence[float]
+) -> list[Candidate]:
     """SFT, each policy, LERP, and the LITI front η·(θ_slerp − θ_sft), of which η = 1 is SLERP.
 
     Args:
@@ -74,9 +79,15 @@ def candidates(init: AdapterDelta, task_vectors: Sequence[AdapterDelta], etas: S
     """
     merged = compress(add(init, slerp(task_vectors)))
     points = [Candidate("sft", 0.0, None)]
-    points += [Candidate(f"policy {m}", None, add(init, vector)) for m, vector in enumerate(task_vectors, start=1)]
+    points += [
+        Candidate(f"policy {m}", None, add(init, vector))
+        for m, vector in enumerate(task_vectors, start=1)
+    ]
     points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors))))]
-    points += [Candidate(f"liti {eta:g}", eta, scale(merged, eta)) for eta in sorted(set(etas) - {0.0, 1.0})]
+    points += [
+        Candidate(f"liti {eta:g}", eta, scale(merged, eta))
+        for eta in sorted(set(etas) - {0.0, 1.0})
+    ]
     return [*points, Candidate("slerp", 1.0, merged)]
 
 
@@ -84,7 +95,9 @@ def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
     """Means and intervals of one point's completions, `group` of them per prompt."""
     reward, reward_ci = mean_interval(scored.rewards, group)
     kl, kl_ci = mean_interval(scored.kl, group)
-    control, control_ci = mean_interval(scored.control, group) if scored.control is not None else (None, None)
+    control, control_ci = (
+        mean_interval(scored.control, group) if scored.control is not None else (None, None)
+    )
     return Point(
         name=candidate.name,
         eta=candidate.eta,
@@ -101,7 +114,9 @@ def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
 
 
 def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval over prompts (normal approximation; a prompt's `group` values are averaged first)."""
+    """Mean, and half the width of its 95 % interval over prompts (normal approximation; a prompt's
+    `group` values are averaged first).
+    """
     means = [sum(values[i : i + group]) / group for i in range(0, len(values), group)]
     mean = sum(means) / len(means)
     if len(means) < 2:
@@ -111,22 +126,32 @@ def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float
 
 
 def distinct_2(texts: Sequence[str]) -> float:
-    """Different pairs of successive words over all pairs, in all texts together (Li et al. 2016); 0 where there is no pair."""
+    """Different pairs of successive words over all pairs, in all texts together (Li et al. 2016); 0
+    where there is no pair.
+    """
     pairs = [pair for words in map(str.split, texts) for pair in pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def choose(points: Sequence[Point], rule: ChooseConfig) -> Point:
-    """The point that adapter/ will hold: η as given, or the largest η on the front whose KL stays within max_kl (at least SFT's 0)."""
+    """The point that adapter/ will hold: η as given, or the largest η on the front whose KL stays
+    within max_kl (at least SFT's 0).
+    """
     front = [point for point in points if point.eta is not None]
     if rule.eta is not None:
         return next(point for point in front if point.eta == rule.eta)
-    return max((point for point in front if point.kl <= (rule.max_kl or 0)), key=lambda point: point.eta or 0)
+    return max(
+        (point for point in front if point.kl <= (rule.max_kl or 0)),
+        key=lambda point: point.eta or 0,
+    )
 
 
-def sample_rows(results: Sequence[tuple[Point, Scored]], held_out: Sequence[Prompt], front: FrontConfig) -> list[dict[str, Any]]:
-    """Rows of the first prompts: {"prompt": …, point's name: its first completion, …}; "rewards", "kl" and "control" (where there is one)
-    have that completion's own values, by point."""
+def sample_rows(
+    results: Sequence[tuple[Point, Scored]], held_out: Sequence[Prompt], front: FrontConfig
+) -> list[dict[str, Any]]:
+    """Rows of the first prompts: {"prompt": …, point's name: its first completion, …}; "rewards",
+    "kl" and "control" (where there is one) have that completion's own values, by point.
+    """
     rows = []
     for n, prompt in enumerate(held_out[: min(front.samples, front.prompts)]):
         first = n * front.completions_per_prompt
@@ -134,9 +159,15 @@ def sample_rows(results: Sequence[tuple[Point, Scored]], held_out: Sequence[Prom
         values: dict[str, dict[str, float]] = {
             "rewards": {point.name: scored.rewards[first] for point, scored in results},
             "kl": {point.name: scored.kl[first] for point, scored in results},
-            "control": {point.name: scored.control[first] for point, scored in results if scored.control is not None},
+            "control": {
+                point.name: scored.control[first]
+                for point, scored in results
+                if scored.control is not None
+            },
         }
-        rows.append({"prompt": prompt.text, **texts, **{name: own for name, own in values.items() if own}})
+        rows.append(
+            {"prompt": prompt.text, **texts, **{name: own for name, own in values.items() if own}}
+        )
     return rows
 
 

@@ -1,4 +1,6 @@
-"""What policies, fronts and numerics are called: hashes of all that determines them, and of nothing else."""
+"""What policies, fronts and numerics are called: hashes of all that determines them, and of nothing
+else.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,33 +9,50 @@ from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.run.front import wanted_etas
 
-ALGORITHM_VERSION = 3  # part of every key: raise it when the same settings no longer give the same policy
+ALGORITHM_VERSION = (
+    3  # part of every key: raise it when the same settings no longer give the same policy
+)
 
 
-def policy_keys(config: Config, inputs: Mapping[str, object], iteration: int, init_key: str) -> list[str]:
-    """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the cluster, not worker counts).
+def policy_keys(
+    config: Config, inputs: Mapping[str, object], iteration: int, init_key: str
+) -> list[str]:
+    """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the
+    cluster, not worker counts).
 
-    How a batch is cut up to fit into memory changes a gradient by rounding only: a run that was short of it continues with smaller parts.
+    How a batch is cut up to fit into memory changes a gradient by rounding only: a run that was
+    short of it continues with smaller parts.
 
     Args:
         inputs: fingerprints of base, prompts and reward, and the numerical settings.
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
     warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
-    sampling = {"completions_per_prompt", "max_new_tokens", "temperature", "ignore_eos", "missing_eos_penalty", "chunk_size"}
+    sampling = {
+        "completions_per_prompt",
+        "max_new_tokens",
+        "temperature",
+        "ignore_eos",
+        "missing_eos_penalty",
+        "chunk_size",
+    }
     rollout = config.rollout.model_dump(include=sampling)
     shared = {
         "algorithm": ALGORITHM_VERSION,
         "init": init_key,
         "inputs": dict(inputs),
         "lora": config.lora.model_dump(),
-        "optim": config.optim.model_dump(exclude={"max_tokens_per_microbatch", "gradient_checkpointing"}),
+        "optim": config.optim.model_dump(
+            exclude={"max_tokens_per_microbatch", "gradient_checkpointing"}
+        ),
         "warp": warp,
         "rollout": rollout,
         "seed": config.seed,
         "iteration": iteration,
     }
-    return [identity.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)]
+    return [
+        identity.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)
+    ]
 
 
 def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
@@ -45,17 +64,33 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
     chain, init_key = list[list[str]](), "sft"
     for iteration in range(1, config.warp.iterations + 1):
         chain.append(policy_keys(config, inputs, iteration, init_key))
-        init_key = identity.content_key({"parents": [init_key, *chain[-1]], "merge": "slerp", "liti_rate": config.warp.liti_rate})
+        init_key = identity.content_key(
+            {
+                "parents": [init_key, *chain[-1]],
+                "merge": "slerp",
+                "liti_rate": config.warp.liti_rate,
+            }
+        )
     return chain
 
 
 def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
-    """Of all that a session's numerics follow from, but for the machines: what a finished run found holds wherever its folder is read."""
-    sections = config.model_dump(include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"})
-    return identity.content_key([ALGORITHM_VERSION, sections, dict(inputs), versions((*PACKAGES, "peft"))])
+    """Of all that a session's numerics follow from, but for the machines: what a finished run found
+    holds wherever its folder is read.
+    """
+    sections = config.model_dump(
+        include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"}
+    )
+    return identity.content_key(
+        [ALGORITHM_VERSION, sections, dict(inputs), versions((*PACKAGES, "peft"))]
+    )
 
 
 def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
-    """Of the front of an iteration whose policies have these keys. Which of its points is chosen is no part of it."""
-    front = config.front.model_dump(exclude={"choose"}) | {"etas": sorted({*wanted_etas(config), 0.0, 1.0})}
+    """Of the front of an iteration whose policies have these keys. Which of its points is chosen is
+    no part of it.
+    """
+    front = config.front.model_dump(exclude={"choose"}) | {
+        "etas": sorted({*wanted_etas(config), 0.0, 1.0})
+    }
     return identity.content_key([keys, evaluation, front, config.cluster.threads])

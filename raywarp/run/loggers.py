@@ -1,4 +1,5 @@
-"""Where a run's numbers, picture, texts and adapter go besides its folder, when `loggers` asks for it: TensorBoard, W&B, MLflow.
+"""Where a run's numbers, picture, texts and adapter go besides its folder, when `loggers` asks for
+it: TensorBoard, W&B, MLflow.
 
 A service that fails gets no more of the run, and the run says so and goes on.
 """
@@ -20,7 +21,9 @@ from raywarp.run.folder import PICTURE, Run
 from raywarp.storage import sealed
 from raywarp.storage.sealed import DamagedError
 
-IDS_FILE = "loggers.json"  # the services' own ids of this run, by which a continued one goes on there
+IDS_FILE = (  # the services' own ids of this run, by which a continued one goes on there
+    "loggers.json"
+)
 TENSORBOARD = "tensorboard"  # a folder
 FRONT_TABLE, SAMPLE_TABLE = "front", "samples"
 _LABELS = ("iteration", "policy", "step", "key", "spans")
@@ -31,7 +34,9 @@ def check_loggers(config: Config) -> None:
     """Raises ConfigError where a logger's package is not installed, and says how to install it."""
     for name in config.loggers:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"loggers={config.loggers}: {name} is not installed; pip install 'raywarp[{name}]'")
+            raise ConfigError(
+                f"loggers={config.loggers}: {name} is not installed; pip install 'raywarp[{name}]'"
+            )
 
 
 class Loggers:
@@ -44,7 +49,8 @@ class Loggers:
     Raises:
         ConfigError: a service refuses: for want of a login, say.
 
-    Metrics are named `<metric>/iteration <i> policy <m>`, with the policy's own step, so that policies lie over one another.
+    Metrics are named `<metric>/iteration <i> policy <m>`, with the policy's own step, so that
+    policies lie over one another.
     """
 
     def __init__(self, config: Config, run: Run, group: str = "", lazy: bool = False):
@@ -55,18 +61,26 @@ class Loggers:
         if self._sinks is not None:
             return
         self._sinks = {}
-        starters: dict[str, Callable[..., Any]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
+        starters: dict[str, Callable[..., Any]] = {
+            "tensorboard": _TensorBoard,
+            "wandb": _Wandb,
+            "mlflow": _Mlflow,
+        }
         ids = _known_ids(self.run.folder)
         for name in self.config.loggers:
             try:
                 self._sinks[name] = starters[name](self.config, self.run, ids.get(name), self.group)
             except Exception as error:
-                raise ConfigError(f"loggers={self.config.loggers}: {name} does not start: {first_line(error)}") from None
+                raise ConfigError(
+                    f"loggers={self.config.loggers}: {name} does not start: {first_line(error)}"
+                ) from None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
         policy = f"iteration {row['iteration']} policy {row['policy']}"
-        values = {f"{name}/{policy}": float(value) for name, value in row.items() if name not in _LABELS}
+        values = {
+            f"{name}/{policy}": float(value) for name, value in row.items() if name not in _LABELS
+        }
         self.log_values(values, row["step"], f"step/{policy}")
 
     def log_values(self, values: Mapping[str, float], step: int, axis: str) -> None:
@@ -74,7 +88,9 @@ class Loggers:
         self._each(lambda sink: sink.log(values, step, axis))
 
     def finish(self, run: Run) -> None:
-        """The front with its picture, the texts of its points, and the chosen adapter, of a run that has them."""
+        """The front with its picture, the texts of its points, and the chosen adapter, of a run
+        that has them.
+        """
         front, samples = front_rows(run), text_rows(run)
         self._each(lambda sink: sink.finish(run, front, samples))
 
@@ -114,7 +130,9 @@ def front_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def text_rows(run: Run) -> list[dict[str, Any]]:
-    """A row per prompt and point: the text, and its own reward, KL and control score (where there is one)."""
+    """A row per prompt and point: the text, and its own reward, KL and control score (where there
+    is one).
+    """
     points = [point["name"] for point in run.front()["points"]]
     return [
         {
@@ -170,13 +188,17 @@ class _TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name.replace(" ", "_"), value, step)
 
-    def finish(self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
+    def finish(
+        self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+    ) -> None:
         from matplotlib.image import imread
 
         self.writer.add_image(FRONT_TABLE, imread(run.folder / PICTURE)[..., :3], dataformats="HWC")
         self.writer.add_text(FRONT_TABLE, _markdown(front))
         prompts = list(dict.fromkeys(row["prompt"] for row in samples))[:_SHOWN_PROMPTS]
-        self.writer.add_text(SAMPLE_TABLE, _markdown([row for row in samples if row["prompt"] in prompts]))
+        self.writer.add_text(
+            SAMPLE_TABLE, _markdown([row for row in samples if row["prompt"] in prompts])
+        )
         self.writer.add_text("adapter", str(run.folder / "adapter"))
 
     def close(self, failed: bool) -> None:
@@ -218,11 +240,15 @@ class _Wandb:
 
     def log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         for name in values.keys() - self._defined:
-            self.run.define_metric(name, step_metric=axis)  # wandb's own step may only grow, and policies take turns
+            self.run.define_metric(
+                name, step_metric=axis
+            )  # wandb's own step may only grow, and policies take turns
         self._defined |= values.keys()
         self.run.log({**values, axis: step})
 
-    def finish(self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
+    def finish(
+        self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+    ) -> None:
         tables = {FRONT_TABLE: front, SAMPLE_TABLE: samples}
         made = {
             name: self.wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
@@ -231,8 +257,14 @@ class _Wandb:
         }
         self.run.log({**made, "front picture": self.wandb.Image(str(run.folder / PICTURE))})
         chosen = next(row for row in front if row["chosen"])
-        self.run.summary.update({name: value for name, value in chosen.items() if value is not None})
-        artifact = self.wandb.Artifact(f"{re.sub(r'[^A-Za-z0-9_.-]', '-', self.name)}-adapter", type="model", metadata=dict(chosen))
+        self.run.summary.update(
+            {name: value for name, value in chosen.items() if value is not None}
+        )
+        artifact = self.wandb.Artifact(
+            f"{re.sub(r'[^A-Za-z0-9_.-]', '-', self.name)}-adapter",
+            type="model",
+            metadata=dict(chosen),
+        )
         artifact.add_dir(str(run.folder / "adapter"))
         self.run.log_artifact(artifact)
 
@@ -250,9 +282,19 @@ class _Mlflow:
         self.mlflow, self.client = mlflow, MlflowClient()
         self.id = known if known and self._is_there(known) else ""
         if not self.id:
-            self.id = mlflow.start_run(run_name=run_name(config), nested=True, tags={"raywarp.group": group} if group else None).info.run_id
+            self.id = mlflow.start_run(
+                run_name=run_name(config),
+                nested=True,
+                tags={"raywarp.group": group} if group else None,
+            ).info.run_id
             mlflow.end_run("RUNNING")  # not the active one any more, so that several go on at once
-            mlflow.log_params({key: str(value) for key, value in flat(config.model_dump(mode="json", exclude_none=True))}, run_id=self.id)
+            mlflow.log_params(
+                {
+                    key: str(value)
+                    for key, value in flat(config.model_dump(mode="json", exclude_none=True))
+                },
+                run_id=self.id,
+            )
             mlflow.log_text(to_yaml(config), CONFIG_FILE, run_id=self.id)
         _save_id(run.folder, "mlflow", self.id)
 
@@ -265,12 +307,17 @@ class _Mlflow:
     def log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         self.mlflow.log_metrics(dict(values), step=step, run_id=self.id)
 
-    def finish(self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
+    def finish(
+        self, run: Run, front: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+    ) -> None:
         self.mlflow.log_artifact(str(run.folder / PICTURE), run_id=self.id)
         for name, rows in ((FRONT_TABLE, front), (SAMPLE_TABLE, samples)):
             self.mlflow.log_table(_columns(rows), f"{name}.json", run_id=self.id)
         chosen = next(row for row in front if row["chosen"])
-        self.mlflow.log_metrics({f"chosen/{name}": value for name, value in chosen.items() if type(value) is float}, run_id=self.id)
+        self.mlflow.log_metrics(
+            {f"chosen/{name}": value for name, value in chosen.items() if type(value) is float},
+            run_id=self.id,
+        )
         self.mlflow.log_artifacts(str(run.folder / "adapter"), "adapter", run_id=self.id)
 
     def close(self, failed: bool) -> None:

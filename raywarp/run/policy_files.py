@@ -1,13 +1,17 @@
-"""A policy's files in a store: its checkpoints while it trains, and its result. safetensors and JSON, verified before they are read.
+"""A policy's files in a store: its checkpoints while it trains, and its result. safetensors and
+JSON, verified before they are read.
 
-policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW's moments and step, states of the random generators
-                                 progress.json       step, prompts drawn, version of the adapter that the next rollouts are sampled from
+policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW's moments and step,
+                                                     states of the random generators
+                                 progress.json       step, prompts drawn, version of the adapter
+                                                     that the next rollouts are sampled from
                                  metrics.jsonl       a row per step so far
                                  samples.jsonl       a completion per step so far
 policies/<key>/                                      θ_m as a PEFT adapter, metrics and samples
 
-The learning rate follows from the step, the prompts of a step from (seed, iteration, policy, step), and the seeds of its completions from
-(seed, iteration, policy, step, index): they need no state of their own.
+The learning rate follows from the step, the prompts of a step from (seed, iteration, policy, step),
+and the seeds of its completions from (seed, iteration, policy, step, index): they need no state of
+their own.
 """
 
 import json
@@ -31,9 +35,11 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a policy stands: everything that its next steps depend on, and what was measured until then.
+    """Where a policy stands: everything that its next steps depend on, and what was measured until
+    then.
 
-    state: see Policy.state. progress: step, prompts_drawn, rollout_version, and whose checkpoint it is (iteration, policy, key).
+    state: see Policy.state. progress: step, prompts_drawn, rollout_version, and whose checkpoint it
+    is (iteration, policy, key).
     metrics, samples: a row per finished step.
     """
 
@@ -68,7 +74,11 @@ class PolicyFiles:
 
     def checkpoints(self) -> list[str]:
         """Names in the store, oldest first."""
-        return [f"{self.name}/{name}" for name in self.storage.names(self.name) if name.startswith("checkpoint-")]
+        return [
+            f"{self.name}/{name}"
+            for name in self.storage.names(self.name)
+            if name.startswith("checkpoint-")
+        ]
 
     def load_checkpoint(self, name: str) -> Checkpoint | None:
         """A checkpoint, verified; None where nothing finished is there.
@@ -82,8 +92,16 @@ class PolicyFiles:
         try:
             progress = json.loads((folder / "progress.json").read_bytes())
             state = load_file(folder / "state.safetensors")
-            checkpoint = Checkpoint(state, progress, read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "samples.jsonl"))
-            whole = len(checkpoint.metrics) == len(checkpoint.samples) == checkpoint.step and progress["key"] == self.key
+            checkpoint = Checkpoint(
+                state,
+                progress,
+                read_jsonl(folder / "metrics.jsonl"),
+                read_jsonl(folder / "samples.jsonl"),
+            )
+            whole = (
+                len(checkpoint.metrics) == len(checkpoint.samples) == checkpoint.step
+                and progress["key"] == self.key
+            )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{folder} cannot be read: {error}") from None
         if not whole:
@@ -94,7 +112,12 @@ class PolicyFiles:
         """Remove a checkpoint that is of no use."""
         self.storage.remove(name)
 
-    def save_result(self, adapter: AdapterDelta, metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> None:
+    def save_result(
+        self,
+        adapter: AdapterDelta,
+        metrics: Sequence[dict[str, Any]],
+        samples: Sequence[dict[str, Any]],
+    ) -> None:
         """The finished policy; its checkpoints go.
 
         Raises:
@@ -107,7 +130,9 @@ class PolicyFiles:
             self.storage.remove(old)
 
 
-def _save_rows(folder: Path, metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> None:
+def _save_rows(
+    folder: Path, metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]
+) -> None:
     write_jsonl(folder / "metrics.jsonl", metrics)
     write_jsonl(folder / "samples.jsonl", samples)
 
@@ -122,7 +147,9 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that gets it."""
+    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that
+    gets it.
+    """
 
     iteration: int
     index: int

@@ -1,6 +1,8 @@
-"""A run's metrics on Ray's own endpoints, for Prometheus and the dashboard: ray_raywarp_… with the tags run, iteration and policy.
+"""A run's metrics on Ray's own endpoints, for Prometheus and the dashboard: ray_raywarp_… with the
+tags run, iteration and policy.
 
-Ray's agents publish what a process measured every 10 seconds, as long as the process lives; metrics.jsonl has every step.
+Ray's agents publish what a process measured every 10 seconds, as long as the process lives;
+metrics.jsonl has every step.
 """
 
 from collections.abc import Mapping
@@ -15,13 +17,28 @@ GAUGES = {
     "raywarp_step": ("step", "last finished optimiser step, counted from 0"),
     "raywarp_reward": ("reward", "mean reward of the step's completions"),
     "raywarp_kl_anchor_nats": ("kl_anchor", "KL to the EMA anchor, nats per completion"),
-    "raywarp_kl_sft_nats": ("kl_sft", "KL to the SFT model, nats per completion, where it was measured"),
-    "raywarp_adapter_effect": ("adapter_effect", "an adapter's effect in the sampler over that in the trainer, where it was measured"),
-    "raywarp_engine_gap_nats": ("engine_gap", "sampler and trainer apart without an adapter, nats per token, where it was measured"),
+    "raywarp_kl_sft_nats": (
+        "kl_sft",
+        "KL to the SFT model, nats per completion, where it was measured",
+    ),
+    "raywarp_adapter_effect": (
+        "adapter_effect",
+        "an adapter's effect in the sampler over that in the trainer, where it was measured",
+    ),
+    "raywarp_engine_gap_nats": (
+        "engine_gap",
+        "sampler and trainer apart without an adapter, nats per token, where it was measured",
+    ),
     "raywarp_rollout_seconds": ("rollout_seconds", "seconds of generation"),
     "raywarp_update_seconds": ("update_seconds", "seconds of the optimiser step"),
-    "raywarp_trainer_busy_ratio": ("trainer_busy", "share of the time that the policy's trainer worked, 0 to 1"),
-    "raywarp_pool_busy_ratio": ("pool_busy", "share of the time that the rollout workers worked, 0 to 1"),
+    "raywarp_trainer_busy_ratio": (
+        "trainer_busy",
+        "share of the time that the policy's trainer worked, 0 to 1",
+    ),
+    "raywarp_pool_busy_ratio": (
+        "pool_busy",
+        "share of the time that the rollout workers worked, 0 to 1",
+    ),
 }
 
 
@@ -32,7 +49,8 @@ def step_seconds(row: Mapping[str, Any]) -> float:
 
 
 class RunMetrics:
-    """The gauges and counters of one run, made once Ray is running; without it there is nobody to tell.
+    """The gauges and counters of one run, made once Ray is running; without it there is nobody to
+    tell.
 
     Args:
         run: name of the run, the tag by which several on one cluster are told apart.
@@ -46,12 +64,26 @@ class RunMetrics:
         if self._is_made or not ray.is_initialized():
             return self._is_made
         self._is_made = True
-        self._gauges = {name: Gauge(name, description, POLICY) for name, (_, description) in GAUGES.items()}
-        self._step_seconds = Gauge("raywarp_step_seconds", "seconds of a step: waiting for rollouts, request and update", POLICY)
-        self._speed = Gauge("raywarp_tokens_per_second", "sampled and trained tokens per second of the step", POLICY)
-        self._steps = Counter("raywarp_steps_total", "optimiser steps done, by all policies", POLICY)
+        self._gauges = {
+            name: Gauge(name, description, POLICY) for name, (_, description) in GAUGES.items()
+        }
+        self._step_seconds = Gauge(
+            "raywarp_step_seconds",
+            "seconds of a step: waiting for rollouts, request and update",
+            POLICY,
+        )
+        self._speed = Gauge(
+            "raywarp_tokens_per_second", "sampled and trained tokens per second of the step", POLICY
+        )
+        self._steps = Counter(
+            "raywarp_steps_total", "optimiser steps done, by all policies", POLICY
+        )
         self._tokens = Counter("raywarp_tokens_total", "tokens sampled and trained on", POLICY)
-        self._faults = Counter("raywarp_faults_total", "actors and nodes that died or hung, and were replaced", ("run", "what", "cause"))
+        self._faults = Counter(
+            "raywarp_faults_total",
+            "actors and nodes that died or hung, and were replaced",
+            ("run", "what", "cause"),
+        )
         return True
 
     def step(self, row: Mapping[str, Any]) -> None:

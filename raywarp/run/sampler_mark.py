@@ -1,7 +1,9 @@
-"""Whether a run was sampled by an earlier version of raywarp, and what that means for what it found.
+"""Whether a run was sampled by an earlier version of raywarp, and what that means for what it
+found.
 
-Until SAMPLER_VERSION 1, an adapter was added to the engine's weights. In bfloat16 most of a small change is lost there, and reward and KL
-belonged to two policies. A run says which sampler it had in config.yaml, front.json and events.jsonl. One that says nothing is older.
+Until SAMPLER_VERSION 1, an adapter was added to the engine's weights. In bfloat16 most of a small
+change is lost there, and reward and KL belonged to two policies. A run says which sampler it had in
+config.yaml, front.json and events.jsonl. One that says nothing is older.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ from raywarp.storage.sealed import DamagedError
 
 @dataclass(frozen=True)
 class Mark:
-    """level: warning, or note where nothing was rounded. title, text: for a person. reason: why the run cannot be continued."""
+    """level: warning, or note where nothing was rounded. title, text: for a person. reason: why the
+    run cannot be continued.
+    """
 
     level: str
     title: str
@@ -24,48 +28,60 @@ class Mark:
 
 
 _LOST = (
-    "bfloat16 loses what is below half a step of a weight: most of a small change, most of all at a small η. Completions and rewards are "
-    "of such rounded policies, and KL is of the adapters as they are: reward and KL of a point belong to two policies. "
+    "bfloat16 loses what is below half a step of a weight: most of a small change, most of all at a"
+    " small η. Completions and rewards are of such rounded policies, and KL is of the adapters as"
+    " they are: reward and KL of a point belong to two policies. "
 )
-_AGAIN = "Do not compare this front with one of this version. To measure it, train again into another folder."
+_AGAIN = (
+    "Do not compare this front with one of this version. To measure it, train again into another"
+    " folder."
+)
 _EARLIER = "it was sampled by an earlier version of raywarp"
 _MERGED = Mark(
     "warning",
     "Sampled from rounded weights",
-    f"An earlier version of raywarp made this run, which sampled from W + ΔW in bfloat16: {_LOST}{_AGAIN}",
+    "An earlier version of raywarp made this run, which sampled from W + ΔW in bfloat16:"
+    f" {_LOST}{_AGAIN}",
     f"{_EARLIER}, whose policies were rounded to bfloat16 when they were sampled",
 )
 _LORA = Mark(
     "warning",
     "Sampled in part from rounded weights",
-    "An earlier version of raywarp made this run. It added an iteration's init, and adapters above the engine's LoRA rank, to bfloat16 "
-    f"weights: {_LOST}Policies of the first iteration were sampled as they are. {_AGAIN}",
+    "An earlier version of raywarp made this run. It added an iteration's init, and adapters above"
+    f" the engine's LoRA rank, to bfloat16 weights: {_LOST}Policies of the first iteration were"
+    f" sampled as they are. {_AGAIN}",
     f"{_EARLIER}, whose inits were rounded to bfloat16 when they were sampled",
 )
 _UNKNOWN = Mark(
     "warning",
     "Perhaps sampled from rounded weights",
-    "An earlier version of raywarp made this run, and how it sampled is not known. If it did so from W + ΔW in bfloat16, as on CPUs: "
-    f"{_LOST}{_AGAIN}",
+    "An earlier version of raywarp made this run, and how it sampled is not known. If it did so"
+    f" from W + ΔW in bfloat16, as on CPUs: {_LOST}{_AGAIN}",
     f"{_EARLIER}, whose policies may have been rounded to bfloat16 when they were sampled",
 )
 _EXACT = Mark(
     "note",
     "Sampled by an earlier version",
-    "An earlier version of raywarp made this run, in float32, so no change was lost by rounding: reward and KL are of the same policies. "
-    "This version cannot continue it.",
-    f"{_EARLIER}, whose policies this version does not continue (its weights were float32, and were not rounded)",
+    "An earlier version of raywarp made this run, in float32, so no change was lost by rounding:"
+    " reward and KL are of the same policies. This version cannot continue it.",
+    f"{_EARLIER}, whose policies this version does not continue (its weights were float32, and were"
+    " not rounded)",
 )
 
 
 def sampler_mark(config: bytes | None, front: bytes | None, events: bytes | None) -> Mark | None:
-    """The mark of a run by the content of its config.yaml, front.json and events.jsonl (None: not there); None where it needs none.
+    """The mark of a run by the content of its config.yaml, front.json and events.jsonl (None: not
+    there); None where it needs none.
 
-    What is damaged says nothing. Where nothing is left that could say it, there is no mark: no policy of such a run is taken anyway.
+    What is damaged says nothing. Where nothing is left that could say it, there is no mark: no
+    policy of such a run is taken anyway.
     """
     tree, record = read_saved_config(config or b"") or {}, _record(front)
     starts = [row for row in sealed.parse_jsonl(events or b"") if row.get("event") == "started"]
-    said = [saved_sampler(config) if config and tree else None, *(row.get("sampler") for row in (record, *starts))]
+    said = [
+        saved_sampler(config) if config and tree else None,
+        *(row.get("sampler") for row in (record, *starts)),
+    ]
     known = [version for version in said if isinstance(version, int)]
     if (known and min(known) >= SAMPLER_VERSION) or not (known or tree or record or starts):
         return None

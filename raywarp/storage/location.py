@@ -1,9 +1,11 @@
-"""Where results live: a folder, or a prefix of an object store's bucket (s3://, gs://), through pyarrow.fs.
+"""Where results live: a folder, or a prefix of an object store's bucket (s3://, gs://), through
+pyarrow.fs.
 
-A name such as `policies/<key>` is a folder of files that is there once its manifest is, which is written last; readers verify sha256.
-In a folder the files are made beside their place and moved there. Object stores cannot move: there they lie under a prefix of their
-own (`policies/<key>/.<unique>/<file>`), the manifest says which one, and what it does not name is ignored.
-The first one to finish a name wins; whoever comes later throws the own files away.
+A name such as `policies/<key>` is a folder of files that is there once its manifest is, which is
+written last; readers verify sha256. In a folder the files are made beside their place and moved
+there. Object stores cannot move: there they lie under a prefix of their own
+(`policies/<key>/.<unique>/<file>`), the manifest says which one, and what it does not name is
+ignored. The first one to finish a name wins; whoever comes later throws the own files away.
 """
 
 import errno
@@ -31,23 +33,28 @@ from raywarp.storage import sealed
 from raywarp.storage.locks import locked
 from raywarp.storage.sealed import MANIFEST, DamagedError
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what is being written has the name that it will have, a dot before and 8 digits behind
+_TEMPORARY = re.compile(
+    r"\..+\.[0-9a-f]{8}"
+)  # what is being written has the name that it will have, a dot before and 8 digits behind
 _CREDENTIALS = ("AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
 
 
 def is_uri(place: str) -> bool:
-    """Whether a store is an object store rather than a folder of this machine or of a shared file system."""
+    """Whether a store is an object store rather than a folder of this machine or of a shared file
+    system.
+    """
     return "://" in place and not place.startswith("file://")
 
 
 class Storage:
-    """A folder or an object store's prefix. Travels to other processes, and takes the driver's credentials along, in memory only.
+    """A folder or an object store's prefix. Travels to other processes, and takes the driver's
+    credentials along, in memory only.
 
     uri: as given, a folder absolute. folder: where it lies, or None for an object store.
 
     Args:
-        place: a folder, file:///…, s3://bucket/prefix?region=…&endpoint_override=… or gs://bucket/prefix. Credentials come from the
-            environment.
+        place: a folder, file:///…, s3://bucket/prefix?region=…&endpoint_override=… or
+            gs://bucket/prefix. Credentials come from the environment.
 
     Nothing is opened before it is used; a place that cannot be opened raises a ConfigError then.
     """
@@ -58,13 +65,21 @@ class Storage:
         self.uri = str(self.folder or place)
 
     def __reduce__(self) -> Any:
-        own = {name: value for name, value in os.environ.items() if self.folder is None and name.startswith(_CREDENTIALS)}
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if self.folder is None and name.startswith(_CREDENTIALS)
+        }
         return _reopen, (self.uri, own)
 
     @property
     def cache(self) -> Path:
         """The folder of this machine that holds what was fetched."""
-        base = Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
+        base = (
+            Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp"))
+            .expanduser()
+            .absolute()
+        )
         return self.folder or base / "stores" / identity.content_key(self.uri)
 
     def read(self, name: str) -> bytes | None:
@@ -101,11 +116,21 @@ class Storage:
         """Every file under a name, relative to the store."""
         with self._explained("read"):
             if self.folder:
-                return sorted(str(path.relative_to(self.folder)) for path in _below(self.folder / name) if path.is_file())
-            return sorted(info.path[len(self._root) :].lstrip("/") for info in self._list(name, recursive=True) if info.is_file)
+                return sorted(
+                    str(path.relative_to(self.folder))
+                    for path in _below(self.folder / name)
+                    if path.is_file()
+                )
+            return sorted(
+                info.path[len(self._root) :].lstrip("/")
+                for info in self._list(name, recursive=True)
+                if info.is_file
+            )
 
     def remove(self, name: str) -> None:
-        """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks finished."""
+        """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks
+        finished.
+        """
         with self._explained("write"):
             if self.folder:
                 return sealed.remove(self.folder / name)
@@ -124,7 +149,9 @@ class Storage:
         """
         if self.folder:
             folder = self.folder / name
-            if not folder.is_dir() or not any(path.is_file() and not path.name.startswith(".") for path in folder.iterdir()):
+            if not folder.is_dir() or not any(
+                path.is_file() and not path.name.startswith(".") for path in folder.iterdir()
+            ):
                 return None
             sealed.check_sealed(folder)
             return folder
@@ -140,7 +167,9 @@ class Storage:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A temporary folder to fill; if the body succeeds its files become the name's, unless somebody has finished it before."""
+        """A temporary folder to fill; if the body succeeds its files become the name's, unless
+        somebody has finished it before.
+        """
         with self._explained("write"):
             if self.folder:
                 with self._writing_beside(self.folder / name) as folder:
@@ -152,13 +181,21 @@ class Storage:
                 self._upload(folder, name)
 
     def clean(self, name: str, age: float = sealed.DAY) -> None:
-        """Remove what interrupted writers left under a name longer than `age` seconds ago; a day leaves room for clocks that differ."""
+        """Remove what interrupted writers left under a name longer than `age` seconds ago; a day
+        leaves room for clocks that differ.
+        """
         with self._explained("write"):
             if self.folder:
-                for path in [one for one in _below(self.folder / name) if _TEMPORARY.fullmatch(one.name)]:
+                for path in [
+                    one for one in _below(self.folder / name) if _TEMPORARY.fullmatch(one.name)
+                ]:
                     with suppress(FileNotFoundError):  # its writer is done with it
                         if not age or time.time() - path.stat().st_mtime > age:
-                            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                            (
+                                shutil.rmtree(path, ignore_errors=True)
+                                if path.is_dir()
+                                else path.unlink()
+                            )
                 return
             self._clean_prefixes(name, datetime.now(UTC) - timedelta(seconds=age))
 
@@ -192,12 +229,17 @@ class Storage:
 
     def put(self, path: Path, name: str) -> None:
         """Copy one file of this machine into an object store."""
-        with path.open("rb") as source, self._explained("write"), self._fs.open_output_stream(self._path(name)) as stream:
+        with (
+            path.open("rb") as source,
+            self._explained("write"),
+            self._fs.open_output_stream(self._path(name)) as stream,
+        ):
             while block := source.read(1 << 22):
                 stream.write(block)
 
     def get(self, name: str, path: Path) -> None:
-        """Copy one file of an object store to this machine; a reader there sees the old file or the new.
+        """Copy one file of an object store to this machine; a reader there sees the old file or the
+        new.
 
         Raises:
             FileNotFoundError: there is none.
@@ -205,7 +247,11 @@ class Storage:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with self._explained("read"), self._fs.open_input_stream(self._path(name)) as stream, temporary.open("wb") as target:
+            with (
+                self._explained("read"),
+                self._fs.open_input_stream(self._path(name)) as stream,
+                temporary.open("wb") as target,
+            ):
                 while block := stream.read(1 << 22):
                     target.write(block)
             temporary.replace(path)
@@ -243,7 +289,9 @@ class Storage:
         try:
             return fs.FileSystem.from_uri(self.uri)  # type: ignore[no-any-return]
         except (ArrowInvalid, NotImplementedError) as error:
-            raise ConfigError(f"{self.uri} cannot be opened as a store: {str(error).splitlines()[0]}") from None
+            raise ConfigError(
+                f"{self.uri} cannot be opened as a store: {str(error).splitlines()[0]}"
+            ) from None
 
     @property
     def _fs(self) -> Any:
@@ -257,7 +305,9 @@ class Storage:
         return f"{self._root}/{name}".rstrip("/")
 
     def _list(self, name: str, recursive: bool) -> list[Any]:
-        listed: list[Any] = self._fs.get_file_info(fs.FileSelector(self._path(name), allow_not_found=True, recursive=recursive))
+        listed: list[Any] = self._fs.get_file_info(
+            fs.FileSelector(self._path(name), allow_not_found=True, recursive=recursive)
+        )
         return listed
 
     def _explained(self, verb: str) -> AbstractContextManager[None]:
@@ -265,7 +315,9 @@ class Storage:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files and folders in a folder, in which others are at work meanwhile: pathlib's rglob fails at what vanishes (Python 3.11)."""
+    """All files and folders in a folder, in which others are at work meanwhile: pathlib's rglob
+    fails at what vanishes (Python 3.11).
+    """
     for parent, folders, names in os.walk(folder):
         yield from (Path(parent, name) for name in [*folders, *names])
 

@@ -1,4 +1,6 @@
-"""Folders that a process writes, and has locked, at the longest for as long as it lives: the kernel takes a dead one's lock back."""
+"""Folders that a process writes, and has locked, at the longest for as long as it lives: the kernel
+takes a dead one's lock back.
+"""
 
 import errno
 import fcntl
@@ -15,8 +17,10 @@ LOCK_POLL_SECONDS = 0.1
 
 
 def lock(path: Path) -> int:
-    """A descriptor that holds the lock until it is closed. Raises BlockingIOError where another one does, FileNotFoundError where somebody
-    took it away meanwhile, too, and another OSError where the file system cannot lock it."""
+    """A descriptor that holds the lock until it is closed. Raises BlockingIOError where another one
+    does, FileNotFoundError where somebody took it away meanwhile, too, and another OSError where
+    the file system cannot lock it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,7 +34,9 @@ def lock(path: Path) -> int:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the file system can lock it (NFS cannot: then two may be in the body)."""
+    """One process at a time, where the file system can lock it (NFS cannot: then two may be in the
+    body).
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -65,13 +71,16 @@ def writable(key: str, place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{key}={place} cannot be written: {error.strerror or error}; choose another folder") from None
+        raise ConfigError(
+            f"{key}={place} cannot be written: {error.strerror or error}; choose another folder"
+        ) from None
 
 
 @contextmanager
 def exclusive(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """In the body no other command of this machine is at work in the folder of `out`, which is `made`; yields whether one was just
-    before. Where a file system cannot lock folders (NFS), nobody is kept out.
+    """In the body no other command of this machine is at work in the folder of `out`, which is
+    `made`; yields whether one was just before. Where a file system cannot lock folders (NFS),
+    nobody is kept out.
 
     Raises:
         ConfigError: one is, and does not end within ENDING_SECONDS; or the folder cannot be made.
@@ -83,7 +92,9 @@ def exclusive(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bo
             yield waited
     finally:
         if descriptor is not None:
-            os.close(descriptor)  # after the folder, where that goes: else another command finds it before
+            os.close(
+                descriptor
+            )  # after the folder, where that goes: else another command finds it before
 
 
 def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None, bool]:
@@ -95,10 +106,16 @@ def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None,
             folder.mkdir(parents=True, exist_ok=True)
         except BlockingIOError:
             if deadline is None:
-                say(f"another command is at work in {folder}; waiting {ENDING_SECONDS:g} s for its end")
+                say(
+                    f"another command is at work in {folder}; waiting {ENDING_SECONDS:g} s for"
+                    " its end"
+                )
                 deadline = time.monotonic() + ENDING_SECONDS
             if time.monotonic() > deadline:
-                raise ConfigError(f"another command is at work in {folder}; stop it or wait for its end, or choose another out") from None
+                raise ConfigError(
+                    f"another command is at work in {folder}; stop it or wait for its end, or"
+                    " choose another out"
+                ) from None
             time.sleep(LOCK_POLL_SECONDS)
         except OSError:
             return None, deadline is not None

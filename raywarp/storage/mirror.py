@@ -1,4 +1,6 @@
-"""The run's folder where `out` is an object store: the driver works in a local copy, and what changes in it is put there."""
+"""The run's folder where `out` is an object store: the driver works in a local copy, and what
+changes in it is put there.
+"""
 
 import shutil
 import time
@@ -12,10 +14,12 @@ SHARE = 0.05  # of the driver's time at most goes into that
 
 
 class Mirror:
-    """A local copy of everything under `out` but its policies, which go there by themselves (see policy_files.py).
+    """A local copy of everything under `out` but its policies, which go there by themselves (see
+    policy_files.py).
 
-    An object store cannot append, so a file that grows (metrics.jsonl, events.jsonl) is put as a whole now and then. What a death in
-    between loses of metrics.jsonl is in the policies' folders, from which the next invocation makes it anew.
+    An object store cannot append, so a file that grows (metrics.jsonl, events.jsonl) is put as a
+    whole now and then. What a death in between loses of metrics.jsonl is in the policies' folders,
+    from which the next invocation makes it anew.
     """
 
     def __init__(self, storage: Storage):
@@ -49,7 +53,11 @@ class Mirror:
             self.push()
 
     def _versions(self) -> dict[Path, tuple[int, int]]:
-        paths = [path for path in self.folder.rglob("*") if path.is_file() and not _is_policys(path.relative_to(self.folder))]
+        paths = [
+            path
+            for path in self.folder.rglob("*")
+            if path.is_file() and not _is_policys(path.relative_to(self.folder))
+        ]
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 

@@ -1,4 +1,6 @@
-"""Temporary files and folders for as long as their process lives, which has them locked: what a killed one leaves, others take away."""
+"""Temporary files and folders for as long as their process lives, which has them locked: what a
+killed one leaves, others take away.
+"""
 
 import os
 import shutil
@@ -15,7 +17,9 @@ _held: dict[Path, int] = {}
 
 
 def claim() -> Path:
-    """A new folder, locked by this process before it has its name; and an end to those that no process of this machine has locked."""
+    """A new folder, locked by this process before it has its name; and an end to those that no
+    process of this machine has locked.
+    """
     _take_away()
     unnamed = Path(tempfile.mkdtemp(prefix=NEW))
     held = lock(unnamed)
@@ -38,7 +42,9 @@ def _take_away() -> None:
 
 
 def left(prefix: str, young: float = YOUNG) -> Iterator[Path]:
-    """What lies in the temporary folder under such a name and belongs to nobody any more; each is locked until the next is asked for."""
+    """What lies in the temporary folder under such a name and belongs to nobody any more; each is
+    locked until the next is asked for.
+    """
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         try:
             if time.time() - path.stat().st_mtime < young:

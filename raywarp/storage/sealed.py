@@ -1,6 +1,8 @@
-"""Files that count only when they are whole: a folder's manifest lists sizes and sha256, and is written last; a record has its own sha256.
+"""Files that count only when they are whole: a folder's manifest lists sizes and sha256, and is
+written last; a record has its own sha256.
 
-Policies lie under a key, the hash of everything that determines them. Resuming is looking the key up.
+Policies lie under a key, the hash of everything that determines them. Resuming is looking the key
+up.
 """
 
 import errno
@@ -21,16 +23,22 @@ DAY = 86400.0  # seconds
 
 
 class StoreError(RuntimeError):
-    """Something cannot be read or written: no room, no access, no network. What was finished is intact, and the same command continues."""
+    """Something cannot be read or written: no room, no access, no network. What was finished is
+    intact, and the same command continues.
+    """
 
 
 class DamagedError(ValueError):
-    """A file or folder is not, or not wholly, what was once written; the message says which and why."""
+    """A file or folder is not, or not wholly, what was once written; the message says which and
+    why.
+    """
 
 
 @contextmanager
 def explained(verb: str, place: object) -> Iterator[None]:
-    """Turns an OSError of the body (but for a missing file) into a StoreError that says what to do."""
+    """Turns an OSError of the body (but for a missing file) into a StoreError that says what to
+    do.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -43,7 +51,9 @@ def explained(verb: str, place: object) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old content or the new, never half of it. A write that fails leaves the old one."""
+    """Replace a file at once: a reader sees the old content or the new, never half of it. A write
+    that fails leaves the old one.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +84,9 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The file's rows; none if there is no file, and a line that a kill cut off or damage made unreadable is not a row."""
+    """The file's rows; none if there is no file, and a line that a kill cut off or damage made
+    unreadable is not a row.
+    """
     return parse_jsonl(path.read_bytes()) if path.is_file() else []
 
 
@@ -138,7 +150,11 @@ def _record_sha256(value: Mapping[str, Any]) -> str:
 
 def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Name → size and sha256 of the files that a folder directly holds."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")]
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    ]
     return {path.name: file_entry(path) for path in files}
 
 
@@ -153,11 +169,16 @@ def seal(folder: Path) -> None:
 
 
 def parse_manifest(data: bytes, where: object) -> dict[str, dict[str, Any]]:
-    """Name → entry with size, sha256 and perhaps path. Raises DamagedError for anything else, names that leave the folder included."""
+    """Name → entry with size, sha256 and perhaps path. Raises DamagedError for anything else, names
+    that leave the folder included.
+    """
     try:
         manifest: dict[str, dict[str, Any]] = json.loads(data)
         whole = bool(manifest) and all(
-            Path(name).name == name and type(entry["size"]) is int and isinstance(entry["sha256"], str) for name, entry in manifest.items()
+            Path(name).name == name
+            and type(entry["size"]) is int
+            and isinstance(entry["sha256"], str)
+            for name, entry in manifest.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
@@ -178,7 +199,9 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def check_sealed(folder: Path) -> None:
-    """Raises DamagedError that says what keeps a folder from being finished and as it was written."""
+    """Raises DamagedError that says what keeps a folder from being finished and as it was
+    written.
+    """
     try:
         data = (folder / MANIFEST).read_bytes()
     except OSError:
@@ -197,7 +220,9 @@ def is_sealed(folder: Path) -> bool:
 
 
 def move_into(folder: Path, new: Path, last: str) -> None:
-    """Let the files of `new` take their places in `folder`; that without which the others do not count goes first and comes back last."""
+    """Let the files of `new` take their places in `folder`; that without which the others do not
+    count goes first and comes back last.
+    """
     (folder / last).unlink(missing_ok=True)
     for path in sorted(new.iterdir(), key=lambda path: path.name == last):
         path.replace(folder / path.name)
@@ -205,11 +230,13 @@ def move_into(folder: Path, new: Path, last: str) -> None:
 
 @contextmanager
 def new_files(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder, whose files take their places in `folder` if the body succeeds; if it fails, `folder` is as it was.
+    """A temporary folder, whose files take their places in `folder` if the body succeeds; if it
+    fails, `folder` is as it was.
 
     Args:
-        last: the file without which the others do not count. Where there is one already it goes first and comes back last, so that an
-            interruption leaves nothing that looks whole. Other files in `folder` stay.
+        last: the file without which the others do not count. Where there is one already it goes
+            first and comes back last, so that an interruption leaves nothing that looks whole.
+            Other files in `folder` stay.
 
     Raises:
         OSError: it cannot be written.
@@ -233,6 +260,8 @@ def new_files(folder: Path, last: str) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks finished."""
+    """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks
+    finished.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,1 +1,3 @@
-"""Ray Tune over a configuration's keys: the sweep, its trials, their listeners, its files, and what it found."""
+"""Ray Tune over a configuration's keys: the sweep, its trials, their listeners, its files, and what
+it found.
+"""

@@ -1,8 +1,11 @@
-"""What a sweep's folder holds besides its trials' runs, and where: a record of each trial, by which a rerun knows what is done.
+"""What a sweep's folder holds besides its trials' runs, and where: a record of each trial, by which
+a rerun knows what is done.
 
-trials/<name>.json     a trial's values, a row per finished iteration, and which policies were trained for it
+trials/<name>.json     a trial's values, a row per finished iteration, and which policies were
+                       trained for it
 trials/<name>/         its run; policies are in the store that all trials share
-numerics/<key>.json    what a policy's key depends on and only running engines know, so that a finished trial needs none
+numerics/<key>.json    what a policy's key depends on and only running engines know, so that a
+                       finished trial needs none
 plan.json              threads of each process, since results depend on them
 sweep.json, sweep.png, best.yaml
 """
@@ -21,8 +24,10 @@ SWEEP_FILE = "sweep.json"
 class Record:
     """One trial, so far.
 
-    point: dotted key → value. rows: of iterations 1, 2, …: policies (keys), front_key, front (points), chosen, and the objectives' values.
-    trained: keys of the policies whose training this trial has begun. failed: why it ended early, or None.
+    point: dotted key → value. rows: of iterations 1, 2, …: policies (keys), front_key, front
+    (points), chosen, and the objectives' values.
+    trained: keys of the policies whose training this trial has begun. failed: why it ended early,
+    or None.
     """
 
     point: dict[str, Any]
@@ -44,14 +49,26 @@ class SweepFiles:
     def begun(self) -> list[str]:
         """Names of the trials whose runs have begun; the best first, once that is known."""
         trials = (self._read(SWEEP_FILE) or {}).get("trials")
-        ranked = [trial.get("name") for trial in trials if isinstance(trial, dict)] if isinstance(trials, list) else []
+        ranked = (
+            [trial.get("name") for trial in trials if isinstance(trial, dict)]
+            if isinstance(trials, list)
+            else []
+        )
         found = [name for name in self._storage.names("trials") if not name.endswith(".json")]
-        return sorted(found, key=lambda name: (ranked.index(name) if name in ranked else len(ranked), name))
+        return sorted(
+            found, key=lambda name: (ranked.index(name) if name in ranked else len(ranked), name)
+        )
 
     def record(self, name: str, point: Mapping[str, Any]) -> Record:
-        """Of the trial with this name and these values; a new one where there is none that can be read."""
+        """Of the trial with this name and these values; a new one where there is none that can be
+        read.
+        """
         tree = self._read(f"trials/{name}.json")
-        return Record(**tree) if tree is not None and tree.keys() == asdict(Record({})).keys() else Record(dict(point))
+        return (
+            Record(**tree)
+            if tree is not None and tree.keys() == asdict(Record({})).keys()
+            else Record(dict(point))
+        )
 
     def save_record(self, name: str, record: Record) -> None:
         self._write(f"trials/{name}.json", asdict(record))

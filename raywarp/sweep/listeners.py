@@ -15,7 +15,9 @@ from raywarp.sweep.trial import SweepPlan
 
 
 class TrialListener(Protocol):
-    """trial: Tune's own, with `trial_id` and `config`. A trial that ended or died is not heard of again."""
+    """trial: Tune's own, with `trial_id` and `config`. A trial that ended or died is not heard of
+    again.
+    """
 
     def began(self, trial: Any) -> None: ...
 
@@ -27,7 +29,9 @@ class TrialListener(Protocol):
 
 
 def callback(listener: TrialListener) -> Callback:
-    """For Tune, which stores its callbacks: consoles and connections cannot be, so what it stores is an empty one."""
+    """For Tune, which stores its callbacks: consoles and connections cannot be, so what it stores
+    is an empty one.
+    """
 
     class Listening(Callback):
         def __reduce__(self) -> Any:
@@ -36,7 +40,9 @@ def callback(listener: TrialListener) -> Callback:
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             listener.began(trial)
 
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
             listener.reported(trial, result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -60,15 +66,22 @@ class SweepProgress:
     def began(self, trial: Any) -> None:
         point = self.plan.point(trial.config)
         iterations = self.plan.config(point).warp.iterations
-        self.under_way[trial.trial_id] = self.bars.add_task(f"  {describe(point)}", total=iterations, note="iteration 1")
+        self.under_way[trial.trial_id] = self.bars.add_task(
+            f"  {describe(point)}", total=iterations, note="iteration 1"
+        )
 
     def reported(self, trial: Any, result: dict[str, Any]) -> None:
         who = describe(self.plan.point(trial.config))
         if "failed" in result:
             return self.display.say(f"  {who}: failed: {result['failed'].splitlines()[0]}")
-        found = f"reward {result['reward']:+.2f} at KL {result['kl']:.2f}, hypervolume {result['hypervolume']:.2f}"
+        found = (
+            f"reward {result['reward']:+.2f} at KL {result['kl']:.2f}, hypervolume"
+            f" {result['hypervolume']:.2f}"
+        )
         if trial.trial_id in self.under_way:
-            self.bars.update(self.under_way[trial.trial_id], completed=result["iteration"], note=found)
+            self.bars.update(
+                self.under_way[trial.trial_id], completed=result["iteration"], note=found
+            )
         return self.display.progress(f"  {who}: iteration {result['iteration']}: {found}")
 
     def ended(self, trial: Any) -> None:
@@ -78,18 +91,27 @@ class SweepProgress:
 
     def died(self, trial: Any) -> None:
         self.ended(trial)
-        self.display.say(f"  {describe(self.plan.point(trial.config))}: its process died again and again")
+        self.display.say(
+            f"  {describe(self.plan.point(trial.config))}: its process died again and again"
+        )
 
     def __enter__(self) -> "SweepProgress":
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.bars.stop()
 
 
 class SweepLoggers:
-    """In the process that runs the sweep. What an earlier invocation measured and logged is not logged again."""
+    """In the process that runs the sweep. What an earlier invocation measured and logged is not
+    logged again.
+    """
 
     def __init__(self, plan: SweepPlan, run: Run, display: Display):
         self.plan, self.run, self.display = plan, run, display
@@ -99,15 +121,25 @@ class SweepLoggers:
 
     def began(self, trial: Any) -> None:
         point = self.plan.point(trial.config)
-        config = self.plan.config(point).model_copy(update={"loggers": self.plan.space.base.loggers})
+        config = self.plan.config(point).model_copy(
+            update={"loggers": self.plan.space.base.loggers}
+        )
         folder = self.run.folder / "loggers" / name_of(point)
-        folder.mkdir(parents=True, exist_ok=True)  # not the trial's own, which is another process's to make
+        folder.mkdir(
+            parents=True, exist_ok=True
+        )  # not the trial's own, which is another process's to make
         if was_logged(folder):
             self.old.add(trial.trial_id)
-        self.trials[trial.trial_id] = Loggers(config, Run(folder, say=self.display.say), self.group, lazy=True)
+        self.trials[trial.trial_id] = Loggers(
+            config, Run(folder, say=self.display.say), self.group, lazy=True
+        )
 
     def reported(self, trial: Any, result: dict[str, Any]) -> None:
-        if trial.trial_id not in self.trials or "failed" in result or (result["known"] and trial.trial_id in self.old):
+        if (
+            trial.trial_id not in self.trials
+            or "failed" in result
+            or (result["known"] and trial.trial_id in self.old)
+        ):
             return
         values = {name: result[name] for name in DIRECTIONS if name in result}
         try:

@@ -1,4 +1,6 @@
-"""What a sweep has found: its trials ranked, the Pareto-optimal points of all fronts, what sharing saved; as table, plot and files."""
+"""What a sweep has found: its trials ranked, the Pareto-optimal points of all fronts, what sharing
+saved; as table, plot and files.
+"""
 
 import io
 from collections.abc import Sequence
@@ -29,7 +31,8 @@ class Outcome:
     """One trial at its end.
 
     state: finished, stopped (by ASHA, after some of its iterations), failed, or unfinished.
-    measured: see trial.measures; of the last iteration, empty without one. policies: keys, of all iterations that were begun.
+    measured: see trial.measures; of the last iteration, empty without one. policies: keys, of all
+    iterations that were begun.
     """
 
     name: str
@@ -46,7 +49,8 @@ class Outcome:
 class Sweep:
     """trials: the best first. best: the first finished one's name, None without any.
 
-    optimal: (trial, η) of the points of all fronts that no other point has more reward than at no more KL; SFT, in every front, left out.
+    optimal: (trial, η) of the points of all fronts that no other point has more reward than at no
+    more KL; SFT, in every front, left out.
     asked, executed: policy runs. seconds: of an executed one, on average.
     """
 
@@ -70,7 +74,10 @@ class Sweep:
         line = f"{self.asked} policy runs were asked for, {self.executed} executed"
         if self.asked <= self.executed:
             return line
-        return f"{line}: sharing saved {self.asked - self.executed} of them, about {_duration(self.saved_seconds)} of training"
+        return (
+            f"{line}: sharing saved {self.asked - self.executed} of them, about"
+            f" {_duration(self.saved_seconds)} of training"
+        )
 
 
 def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]]) -> Sweep:
@@ -84,32 +91,58 @@ def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]
         front = front_line(record.rows[-1]["front"]) if record.rows else []
         done, last = len(record.rows), config.warp.iterations
         stopped = space.search == "asha" and done > 0
-        state = "failed" if record.failed else "finished" if done == last else "stopped" if stopped else "unfinished"
+        state = (
+            "failed"
+            if record.failed
+            else "finished"
+            if done == last
+            else "stopped"
+            if stopped
+            else "unfinished"
+        )
         policies = [key for row in record.rows for key in row["policies"]]
         policies += [key for key in record.trained if key not in policies]
         measured = measures(space, config, front) if front else {}
-        message = record.failed or ("its process died again and again; the same command continues" if state == "unfinished" else "")
+        message = record.failed or (
+            "its process died again and again; the same command continues"
+            if state == "unfinished"
+            else ""
+        )
         outcomes.append(Outcome(name, dict(point), state, message, done, measured, front, policies))
     every = [(o.name, point) for o in outcomes for point in o.front]
     places = pareto([(point.kl, point.reward) for _, point in every])
     optimal = [(every[n][0], every[n][1].eta or 0.0) for n in places if every[n][1].eta]
     asked, executed = sum(len(o.policies) for o in outcomes), len(trained)
-    return Sweep(rank(outcomes, objectives), objectives, optimal, asked, executed, _mean_seconds(plan.store, trained))
+    return Sweep(
+        rank(outcomes, objectives),
+        objectives,
+        optimal,
+        asked,
+        executed,
+        _mean_seconds(plan.store, trained),
+    )
 
 
 def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome]:
-    """Finished ones first, the best of them at the top: by the objective, or, of several, those that none is better than in all, then by
-    hypervolume.
+    """Finished ones first, the best of them at the top: by the objective, or, of several, those
+    that none is better than in all, then by hypervolume.
     """
 
     def worth(outcome: Outcome) -> list[float]:
         """Less is better."""
-        return [outcome.measured[name] * (1 if DIRECTIONS[name] == "min" else -1) for name in objectives]
+        return [
+            outcome.measured[name] * (1 if DIRECTIONS[name] == "min" else -1) for name in objectives
+        ]
 
     def beaten(outcome: Outcome) -> bool:
         mine = worth(outcome)
-        others = [worth(other) for other in outcomes if other.measured and other.state == outcome.state]
-        return any(other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in others)
+        others = [
+            worth(other) for other in outcomes if other.measured and other.state == outcome.state
+        ]
+        return any(
+            other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
+            for other in others
+        )
 
     def place(outcome: Outcome) -> tuple[Any, ...]:
         order = ["finished", "stopped", "unfinished", "failed"].index(outcome.state)
@@ -124,7 +157,9 @@ def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome
 
 def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
     """sweep.json, sweep.png and best.yaml, in the sweep's folder."""
-    optimal = {name: [eta for other, eta in sweep.optimal if other == name] for name, _ in sweep.optimal}
+    optimal = {
+        name: [eta for other, eta in sweep.optimal if other == name] for name, _ in sweep.optimal
+    }
     rows = [
         {
             "name": trial.name,
@@ -134,7 +169,16 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
             "iterations": trial.iterations,
             **trial.measured,
             "pareto_etas": optimal.get(trial.name, []),
-            "front": [{"eta": p.eta, "kl": p.kl, "kl_ci": p.kl_ci, "reward": p.reward, "reward_ci": p.reward_ci} for p in trial.front],
+            "front": [
+                {
+                    "eta": p.eta,
+                    "kl": p.kl,
+                    "kl_ci": p.kl_ci,
+                    "reward": p.reward,
+                    "reward_ci": p.reward_ci,
+                }
+                for p in trial.front
+            ],
             "policies": trial.policies,
         }
         for trial in sweep.trials
@@ -155,9 +199,14 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
     }
     sealed.write_json(run.folder / SWEEP_FILE, tree)
     if any(trial.front for trial in sweep.trials):
-        plot_sweep(sweep, run.folder / "sweep.png", f"{len(sweep.trials)} trials: {plan.space.base.model}")
+        plot_sweep(
+            sweep, run.folder / "sweep.png", f"{len(sweep.trials)} trials: {plan.space.base.model}"
+        )
     if best := next((trial for trial in sweep.trials if trial.name == sweep.best), None):
-        text = f"# The best of {len(sweep.trials)} trials by {', '.join(sweep.objectives)}: {describe(best.point)}\n"
+        text = (
+            f"# The best of {len(sweep.trials)} trials by {', '.join(sweep.objectives)}:"
+            f" {describe(best.point)}\n"
+        )
         sealed.write_text(run.folder / "best.yaml", text + to_yaml(plan.config(best.point)))
     run.push()
 
@@ -174,7 +223,10 @@ def sweep_table(sweep: Sweep) -> Table:
     """The trials, the best first."""
     optimal = {name for name, _ in sweep.optimal}
     by = ", ".join(sweep.objectives)
-    title = f"trials by {by}; reward and KL of the chosen point, ± is half of a 95 % interval, * has a Pareto-optimal point"
+    title = (
+        f"trials by {by}; reward and KL of the chosen point, ± is half of a 95 % interval, * has a"
+        " Pareto-optimal point"
+    )
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     keys = list(sweep.trials[0].point) if sweep.trials else []
     for heading in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
@@ -192,19 +244,29 @@ def sweep_table(sweep: Sweep) -> Table:
                 f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f}",
                 chosen.name,
             ]
-        table.add_row(trial.name + (" *" if trial.name in optimal else ""), *values, *found, str(trial.iterations), trial.state)
+        table.add_row(
+            trial.name + (" *" if trial.name in optimal else ""),
+            *values,
+            *found,
+            str(trial.iterations),
+            trial.state,
+        )
     return table
 
 
 def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
-    """sweep.png: every trial's front, the Pareto-optimal points of all of them together, and the hypervolume per trial beside it."""
+    """sweep.png: every trial's front, the Pareto-optimal points of all of them together, and the
+    hypervolume per trial beside it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [trial for trial in sweep.trials if trial.front]
-    figure, (axes, bars) = plt.subplots(1, 2, figsize=(12, 5.5), dpi=150, layout="constrained", width_ratios=(3, 2))
+    figure, (axes, bars) = plt.subplots(
+        1, 2, figsize=(12, 5.5), dpi=150, layout="constrained", width_ratios=(3, 2)
+    )
     colours = plt.get_cmap("viridis")
     for n, trial in enumerate(shown):
         colour = colours(n / max(len(shown) - 1, 1) * 0.9)
@@ -216,7 +278,9 @@ def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
     best = [points[name, eta] for name, eta in sweep.optimal]
     kl, reward = [point.kl for point in best], [point.reward for point in best]
     axes.step(kl, reward, where="post", color="black", linewidth=0.8, linestyle="--")
-    axes.plot(kl, reward, "o", markersize=9, fillstyle="none", color="black", label="Pareto-optimal")
+    axes.plot(
+        kl, reward, "o", markersize=9, fillstyle="none", color="black", label="Pareto-optimal"
+    )
     axes.set_xlabel("KL(policy ‖ SFT), nats per completion")
     axes.set_ylabel("reward")
     axes.set_title(title)
@@ -224,8 +288,14 @@ def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
     axes.legend(loc="best", fontsize=8)
     bars.set_yticks(range(len(shown)), [trial.name for trial in shown], fontsize=8)
     bars.invert_yaxis()
-    corner = sorted({tuple(round(value, 4) for value in trial.measured["reference"]) for trial in shown})
-    where = f"KL ≤ {corner[0][0]:g}, reward ≥ {corner[0][1]:.3g}" if len(corner) == 1 else "each trial's reference"
+    corner = sorted(
+        {tuple(round(value, 4) for value in trial.measured["reference"]) for trial in shown}
+    )
+    where = (
+        f"KL ≤ {corner[0][0]:g}, reward ≥ {corner[0][1]:.3g}"
+        if len(corner) == 1
+        else "each trial's reference"
+    )
     bars.set_xlabel(f"hypervolume ({where}), nats × reward")
     image = io.BytesIO()
     figure.savefig(image, format="png")
@@ -243,9 +313,20 @@ def _mean_seconds(place: str, keys: set[str]) -> float:
             continue
         rows = sealed.read_jsonl(folder / "metrics.jsonl") if folder else []
         if rows:
-            spent.append(sum(row["rollout_seconds"] + row["request_seconds"] + row["update_seconds"] for row in rows))
+            spent.append(
+                sum(
+                    row["rollout_seconds"] + row["request_seconds"] + row["update_seconds"]
+                    for row in rows
+                )
+            )
     return sum(spent) / len(spent) if spent else 0.0
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -39,7 +39,8 @@ _SETTINGS = {
 
 
 def tune(config: Config, display: Display | None = None) -> Sweep:
-    """Run the sweep that config.tune describes, or continue it: what its folder `out` already holds is not computed again.
+    """Run the sweep that config.tune describes, or continue it: what its folder `out` already holds
+    is not computed again.
 
     Raises:
         ConfigError: the input is wrong; nothing was started.
@@ -67,19 +68,31 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
 
 
 def _refuse_earlier(files: SweepFiles) -> None:
-    """Raises ConfigError where a trial was sampled by an earlier version: its front and a new one's cannot be compared."""
+    """Raises ConfigError where a trial was sampled by an earlier version: its front and a new one's
+    cannot be compared.
+    """
     for name in files.begun():
         if mark := read_mark(Storage(files.trial_folder(name))):
-            raise ConfigError(f"the sweep in out={files.out} cannot be continued: of trial {name}, {mark.reason}; choose another out")
+            raise ConfigError(
+                f"the sweep in out={files.out} cannot be continued: of trial {name}, {mark.reason};"
+                " choose another out"
+            )
 
 
 def check_inputs(space: SearchSpace) -> Inputs:
-    """The inputs of the first trial; those of others that differ in what is read are checked, too, as far as they are known now."""
+    """The inputs of the first trial; those of others that differ in what is read are checked, too,
+    as far as they are known now.
+    """
     different: dict[str, Config] = {}
     for point in space.points or [space.first()]:
         config = space.config(point)
-        read = config.model_dump(include={"model", "prompts", "reward", "control", "lora", "trust_remote_code"})
-        different.setdefault(identity.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]), config)
+        read = config.model_dump(
+            include={"model", "prompts", "reward", "control", "lora", "trust_remote_code"}
+        )
+        different.setdefault(
+            identity.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]),
+            config,
+        )
     first, *_ = [prepare(config) for config in list(different.values())[:MOST_PREPARED]]
     return first
 
@@ -87,17 +100,29 @@ def check_inputs(space: SearchSpace) -> Inputs:
 def _plan_sweep(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
     """What the trials have in common, and how many of them run at the same time.
 
-    All of them get the same number of actors, so that the next one never finds less room than it counted on, and of threads, on which
-    results depend: a continued sweep's are those that it began with.
+    All of them get the same number of actors, so that the next one never finds less room than it
+    counted on, and of threads, on which results depend: a continued sweep's are those that it began
+    with.
     """
     largest, settings = space.largest(), space.settings
-    each, concurrent = resources.fit_several(largest, min(settings.max_concurrent or space.trials, space.trials))
+    each, concurrent = resources.fit_several(
+        largest, min(settings.max_concurrent or space.trials, space.trials)
+    )
     before = files.plan().get("threads") if largest.cluster.threads is None else None
     threads = before or each.threads
-    cluster = space.base.cluster.model_copy(update={"threads": threads, "policy_actors": each.policy.count})
-    base = space.base.model_copy(update={"cluster": cluster, "out": files.out, "store": _absolute(space.base.store)})
-    files.save_plan({"threads": threads, "policy_actors": each.policy.count, "concurrent": concurrent})
-    return SweepPlan(SearchSpace(base, settings, space.domains), uuid.uuid4().hex, os.getcwd()), concurrent
+    cluster = space.base.cluster.model_copy(
+        update={"threads": threads, "policy_actors": each.policy.count}
+    )
+    base = space.base.model_copy(
+        update={"cluster": cluster, "out": files.out, "store": _absolute(space.base.store)}
+    )
+    files.save_plan(
+        {"threads": threads, "policy_actors": each.policy.count, "concurrent": concurrent}
+    )
+    return (
+        SweepPlan(SearchSpace(base, settings, space.domains), uuid.uuid4().hex, os.getcwd()),
+        concurrent,
+    )
 
 
 def _absolute(place: str | None) -> str | None:
@@ -117,11 +142,18 @@ def _run_trials(plan: SweepPlan, run: Run, concurrent: int, display: Display) ->
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         space, shown = plan.space, SweepProgress(plan, display)
-        listeners: list[TrialListener] = [shown, *([SweepLoggers(plan, run, display)] if space.base.loggers else [])]
-        trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), _resources())
+        listeners: list[TrialListener] = [
+            shown,
+            *([SweepLoggers(plan, run, display)] if space.base.loggers else []),
+        ]
+        trainable = ray_tune.with_resources(
+            ray_tune.with_parameters(Trial, plan=plan), _resources()
+        )
         tuner = ray_tune.Tuner(
             trainable,
-            param_space={} if space.search == "optuna" else {"point": ray_tune.grid_search(space.points)},
+            param_space=(
+                {} if space.search == "optuna" else {"point": ray_tune.grid_search(space.points)}
+            ),
             tune_config=_tune_config(space, concurrent),
             run_config=ray_tune.RunConfig(
                 name="trials",
@@ -145,16 +177,24 @@ def _tune_config(space: SearchSpace, concurrent: int) -> Any:
     objectives = space.settings.objectives
     modes = [DIRECTIONS[name] for name in objectives]
     if space.search == "optuna":
-        return ray_tune.TuneConfig(search_alg=_optuna(space, concurrent), num_samples=space.trials, reuse_actors=True)
+        return ray_tune.TuneConfig(
+            search_alg=_optuna(space, concurrent), num_samples=space.trials, reuse_actors=True
+        )
     if space.search == "asha":
         longest = max(space.config(point).warp.iterations for point in space.points)
-        scheduler = ASHAScheduler(metric=objectives[0], mode=modes[0], max_t=longest, grace_period=1, reduction_factor=2)
-        return ray_tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=True)
+        scheduler = ASHAScheduler(
+            metric=objectives[0], mode=modes[0], max_t=longest, grace_period=1, reduction_factor=2
+        )
+        return ray_tune.TuneConfig(
+            scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=True
+        )
     return ray_tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
 
 
 def _optuna(space: SearchSpace, concurrent: int) -> Any:
-    """Trials in groups that start together: what is suggested then does not depend on which of them ends first, and a rerun repeats it."""
+    """Trials in groups that start together: what is suggested then does not depend on which of them
+    ends first, and a rerun repeats it.
+    """
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from ray.tune.search import ConcurrencyLimiter
@@ -164,31 +204,41 @@ def _optuna(space: SearchSpace, concurrent: int) -> Any:
     kinds: dict[str, Callable[[Any], Any]] = {
         "choice": lambda domain: CategoricalDistribution(choice_texts(domain)),
         "uniform": lambda domain: FloatDistribution(domain.uniform[0], domain.uniform[1]),
-        "loguniform": lambda domain: FloatDistribution(domain.loguniform[0], domain.loguniform[1], log=True),
+        "loguniform": lambda domain: FloatDistribution(
+            domain.loguniform[0], domain.loguniform[1], log=True
+        ),
         "randint": lambda domain: IntDistribution(domain.randint[0], domain.randint[1] - 1),
     }
     modes = [DIRECTIONS[name] for name in space.settings.objectives]
     names = [str(name) for name in space.settings.objectives]
     metric, mode = (names, modes) if len(names) > 1 else (names[0], modes[0])
     found = OptunaSearch(
-        space={key: kinds[domain.kind](domain) for key, domain in space.domains.items()}, metric=metric, mode=mode, seed=space.seed
+        space={key: kinds[domain.kind](domain) for key, domain in space.domains.items()},
+        metric=metric,
+        mode=mode,
+        seed=space.seed,
     )
     return ConcurrencyLimiter(found, max_concurrent=concurrent, batch=True)
 
 
 def _resources() -> Any:
-    """A thousandth of the node that this process is on, and no CPU, which a run that just fits would lack.
+    """A thousandth of the node that this process is on, and no CPU, which a run that just fits
+    would lack.
 
     The trial's process does what a run's driver does, and sees the same files here.
     """
     from ray import tune as ray_tune
 
     here = f"node:{ray.util.get_node_ip_address()}"
-    return ray_tune.PlacementGroupFactory([{here: 0.001} if here in ray.cluster_resources() else {"CPU": 0.001}])
+    return ray_tune.PlacementGroupFactory(
+        [{here: 0.001} if here in ray.cluster_resources() else {"CPU": 0.001}]
+    )
 
 
 def _end_trials(plan: SweepPlan) -> None:
-    """Whatever still runs saves its policies and ends: after a signal, within the 3 s that Ray leaves a job."""
+    """Whatever still runs saves its policies and ends: after a signal, within the 3 s that Ray
+    leaves a job.
+    """
     table, deadline = Table(plan.store), time.monotonic() + runtime.SAVE_SECONDS
     handles, busy = table.ask("trials", plan.id)
     if not handles:
@@ -198,7 +248,12 @@ def _end_trials(plan: SweepPlan) -> None:
     while busy and time.monotonic() < deadline:
         time.sleep(0.05)
         _, busy = table.ask("trials", plan.id)
-    runtime.note([f"{total - busy} of {total} policies under way are saved where they were, the others at their last checkpoint"])
+    runtime.note(
+        [
+            f"{total - busy} of {total} policies under way are saved where they were, the others at"
+            " their last checkpoint"
+        ]
+    )
     for handle in handles:
         ray.kill(handle)
 

@@ -1,7 +1,9 @@
-"""One trial of a sweep: a WARP run, iteration by iteration, inside a Ray Tune actor that asks for next to nothing itself.
+"""One trial of a sweep: a WARP run, iteration by iteration, inside a Ray Tune actor that asks for
+next to nothing itself.
 
-The run's own actors bring their placement groups, and exist only while there is something to train or to measure for them: a trial that
-waits for another one's policies, or finds all of its own done, holds none.
+The run's own actors bring their placement groups, and exist only while there is something to train
+or to measure for them: a trial that waits for another one's policies, or finds all of its own done,
+holds none.
 """
 
 import os
@@ -43,7 +45,8 @@ STOP_POLL = 0.25  # seconds between two looks at whether the sweep is to stop
 class SweepPlan:
     """What all trials of a sweep have in common.
 
-    space: its base has the sweep's place, store, and actors and threads of a trial. id: of this invocation.
+    space: its base has the sweep's place, store, and actors and threads of a trial. id: of this
+    invocation.
     folder: the working directory of the command.
     """
 
@@ -56,10 +59,14 @@ class SweepPlan:
         return self.space.resolved(decode(tunes))
 
     def config(self, point: dict[str, Any]) -> Config:
-        """A trial's whole configuration; its values are in it, its place is its own, and its policies are where all trials' are."""
+        """A trial's whole configuration; its values are in it, its place is its own, and its
+        policies are where all trials' are.
+        """
         config = self.space.config(point)
         place = within(self.space.base.out, f"trials/{name_of(point)}")
-        return config.model_copy(update={"out": place, "store": self.store, "loggers": [], "tune": None})
+        return config.model_copy(
+            update={"out": place, "store": self.store, "loggers": [], "tune": None}
+        )
 
     @property
     def store(self) -> str:
@@ -68,17 +75,26 @@ class SweepPlan:
 
 def front_line(points: list[dict[str, Any]]) -> list[Point]:
     """Those of a front.json that lie on the line from SFT to SLERP, by rising η."""
-    return sorted((Point(**point) for point in points if point["eta"] is not None), key=lambda point: point.eta or 0)
+    return sorted(
+        (Point(**point) for point in points if point["eta"] is not None),
+        key=lambda point: point.eta or 0,
+    )
 
 
 def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str, Any]:
-    """What trials are compared by: the hypervolume of a front, and reward, KL and control of its chosen point."""
+    """What trials are compared by: the hypervolume of a front, and reward, KL and control of its
+    chosen point.
+    """
     settings, sft = space.settings, line[0]
     reference_kl = settings.reference_kl or space.base.front.choose.max_kl or 10.0
-    reference_reward = sft.reward if settings.reference_reward is None else settings.reference_reward
+    reference_reward = (
+        sft.reward if settings.reference_reward is None else settings.reference_reward
+    )
     chosen = front.choose(line, config.front.choose)
     values: dict[str, Any] = {
-        "hypervolume": hypervolume([(point.kl, point.reward) for point in line], (reference_kl, reference_reward)),
+        "hypervolume": hypervolume(
+            [(point.kl, point.reward) for point in line], (reference_kl, reference_reward)
+        ),
         "reward": chosen.reward,
         "kl": chosen.kl,
     }
@@ -88,7 +104,9 @@ def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str,
 
 
 class Trial(Trainable):
-    """A step is an iteration of WARP. What it needs is made in the first one, so that what is wrong is reported as the trial's failure."""
+    """A step is an iteration of WARP. What it needs is made in the first one, so that what is wrong
+    is reported as the trial's failure.
+    """
 
     def setup(self, config: dict[str, Any], plan: SweepPlan) -> None:  # type: ignore[override]
         _move_to(plan.folder)
@@ -100,7 +118,9 @@ class Trial(Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Another trial in the same process, whose imports take longer than everything else in a short trial."""
+        """Another trial in the same process, whose imports take longer than everything else in a
+        short trial.
+        """
         self.cleanup()
         self.point = self.plan.point(new_config)
         self.name, self.own = name_of(self.point), self.plan.config(self.point)
@@ -108,7 +128,9 @@ class Trial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """The next iteration's measures; those of a trial that failed are not numbers, and it is done."""
+        """The next iteration's measures; those of a trial that failed are not numbers, and it is
+        done.
+        """
         try:
             self._prepare()
             iteration = len(self.shown) + 1
@@ -118,10 +140,19 @@ class Trial(Trainable):
             self.cleanup()
             self.record.failed = str(error).strip() or type(error).__name__
             self.files.save_record(self.name, self.record)
-            return {**dict.fromkeys(DIRECTIONS, float("nan")), "failed": self.record.failed, "done": True}
+            return {
+                **dict.fromkeys(DIRECTIONS, float("nan")),
+                "failed": self.record.failed,
+                "done": True,
+            }
         self.shown.append(row)
         measured = {name: row[name] for name in DIRECTIONS if name in row}
-        return {**measured, "iteration": iteration, "known": bool(known), "done": iteration == self.own.warp.iterations}
+        return {
+            **measured,
+            "iteration": iteration,
+            "known": bool(known),
+            "done": iteration == self.own.warp.iterations,
+        }
 
     def cleanup(self) -> None:
         """Everything that this trial holds is given back."""
@@ -145,7 +176,9 @@ class Trial(Trainable):
             self.claims.wait([folder])
 
     def _known(self, iteration: int) -> dict[str, Any] | None:
-        """What was measured of exactly these policies, by an earlier invocation or by another trial; None where something is to be done."""
+        """What was measured of exactly these policies, by an earlier invocation or by another
+        trial; None where something is to be done.
+        """
         chain = self._chain()
         if chain is None:
             return None
@@ -182,7 +215,9 @@ class Trial(Trainable):
                 self.claims.wait(elsewhere.keys)
 
     def _wait_for_others(self) -> None:
-        """While others are at work on all that is missing of an iteration, nothing has to be started to find that out."""
+        """While others are at work on all that is missing of an iteration, nothing has to be
+        started to find that out.
+        """
         place = Storage(self.plan.store)
         for keys in self._chain() or []:
             missing = [key for key in keys if not place.has(f"policies/{key}")]
@@ -201,13 +236,24 @@ class Trial(Trainable):
         keys = list(stage.keys[stage.iteration - 1])
         front = front_key(self.own, self.inputs.evaluation, keys)
         last = stage.iteration == self.own.warp.iterations
-        points = stage.run.front()["points"] if last else self._stored_front(front) or self._measure_front(stage, front)
+        points = (
+            stage.run.front()["points"]
+            if last
+            else self._stored_front(front) or self._measure_front(stage, front)
+        )
         return self._row(stage.iteration, keys, front, points)
 
-    def _row(self, iteration: int, keys: list[str], front: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    def _row(
+        self, iteration: int, keys: list[str], front: str, points: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """The iteration's row of the record, which has it from now on."""
         line = front_line(points)
-        row = {"iteration": iteration, "policies": keys, "front_key": front, "front": [asdict(point) for point in line]}
+        row = {
+            "iteration": iteration,
+            "policies": keys,
+            "front_key": front,
+            "front": [asdict(point) for point in line],
+        }
         row.update(measures(self.plan.space, self.own, line))
         rows = [*self.record.rows[: iteration - 1], row, *self.record.rows[iteration:]]
         if rows != self.record.rows:
@@ -228,7 +274,9 @@ class Trial(Trainable):
         candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         with self.display.evaluation(len(wanted)) as done:
-            results = evaluation.evaluate(stage.session, self.own, wanted, self.inputs.prompts.held_out, done)
+            results = evaluation.evaluate(
+                stage.session, self.own, wanted, self.inputs.prompts.held_out, done
+            )
         points = [asdict(point) for point, _ in results]
         with Storage(self.plan.store).writing(f"fronts/{key}") as folder:
             sealed.write_jsonl(folder / "front.jsonl", points)
@@ -257,7 +305,11 @@ def _move_to(folder: str) -> None:
 
 def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Of everything that a session's numerics and a reward's statistics may follow from."""
-    sections = config.model_dump(include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"})
+    sections = config.model_dump(
+        include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"}
+    )
     machine = [run_dtype(config.dtype, resources.cluster_gpus() > 0), resources.cluster_gpus() > 0]
     completions = config.reward_training.sft_completions
-    return identity.content_key([sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions])
+    return identity.content_key(
+        [sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions]
+    )

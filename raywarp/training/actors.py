@@ -1,4 +1,6 @@
-"""How the actors of a run are made: of which class, where, with what; and made anew where one has died."""
+"""How the actors of a run are made: of which class, where, with what; and made anew where one has
+died.
+"""
 
 import contextlib
 import os
@@ -24,13 +26,19 @@ from raywarp.rollout.worker import RolloutWorker
 from raywarp.training.policy_actor import PolicyActor
 
 VLLM_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the actor is the engine's process: no second one to lose, and a faster start
+    "VLLM_ENABLE_V1_MULTIPROCESSING": (
+        "0"
+    ),  # the actor is the engine's process: no second one to lose, and a faster start
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # a warning for each weight that a swap leaves as it is (vLLM 0.32)
+    "VLLM_LOGGING_LEVEL": (
+        "ERROR"
+    ),  # a warning for each weight that a swap leaves as it is (vLLM 0.32)
 }
 VLLM_CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
+    "TORCHDYNAMO_DISABLE": (
+        "1"
+    ),  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
 }
 FEWEST_TOKENS = 8  # that an engine takes, so that shorter runs' engines can be proven, too
 REWARD_TITLES = ("reward worker", "control worker")
@@ -55,10 +63,32 @@ class Actors:
         model: folder or hub id. dtype: of the base. prompt_tokens: the longest prompt.
     """
 
-    def __init__(self, config: Config, plan: resources.Plan, model: str, dtype: str, prompt_tokens: int, kinds: Kinds):
-        self.config, self.plan, self.model, self.dtype, self.kinds = config, plan, model, dtype, kinds
-        cpu_env = cpu_environment(plan.threads, plan.crowded) if plan.threads and not plan.uses_gpus else {}
-        self.environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path(), **cpu_env}
+    def __init__(
+        self,
+        config: Config,
+        plan: resources.Plan,
+        model: str,
+        dtype: str,
+        prompt_tokens: int,
+        kinds: Kinds,
+    ):
+        self.config, self.plan, self.model, self.dtype, self.kinds = (
+            config,
+            plan,
+            model,
+            dtype,
+            kinds,
+        )
+        cpu_env = (
+            cpu_environment(plan.threads, plan.crowded)
+            if plan.threads and not plan.uses_gpus
+            else {}
+        )
+        self.environment = {
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": _python_path(),
+            **cpu_env,
+        }
         self.settings = EngineSettings(
             model=model,
             dtype=dtype,
@@ -75,13 +105,19 @@ class Actors:
         self.worker_names: list[str] = []
 
     def workers(self) -> list[Any]:
-        """The rollout workers. Ray starts one that dies again, as often as that happens; the pool counts."""
+        """The rollout workers. Ray starts one that dies again, as often as that happens; the pool
+        counts.
+        """
         groups = self._reserve(self.plan.rollout, "rollout")
-        self.worker_names = [placement_groups.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)]
+        self.worker_names = [
+            placement_groups.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)
+        ]
         return [self._worker(index) for index in range(len(groups))]
 
     def worker_again(self, index: int) -> Any:
-        """Another rollout worker of the same name, for one that has lost its node and finds no other; it comes when there is room."""
+        """Another rollout worker of the same name, for one that has lost its node and finds no
+        other; it comes when there is room.
+        """
         with contextlib.suppress(RayError, ValueError):
             ray.kill(ray.get_actor(self.worker_names[index]))
         self._ask_again("rollout", index)
@@ -89,16 +125,42 @@ class Actors:
 
     def _worker(self, index: int) -> Any:
         environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
-        group, options = self.groups["rollout"][index], {"max_restarts": -1, "name": self.worker_names[index]}
-        return self._make(self.kinds.worker, self.plan.rollout, group, environment, options, self.settings, index + 1, watched=True)
+        group, options = (
+            self.groups["rollout"][index],
+            {"max_restarts": -1, "name": self.worker_names[index]},
+        )
+        return self._make(
+            self.kinds.worker,
+            self.plan.rollout,
+            group,
+            environment,
+            options,
+            self.settings,
+            index + 1,
+            watched=True,
+        )
 
     def pool(self) -> Any:
-        """Where the driver is, which no run survives: Ray takes any node for what needs nothing, and its loss would take the pool along.
-        With a soft affinity, too (2.60)."""
+        """Where the driver is, which no run survives: Ray takes any node for what needs nothing,
+        and its loss would take the pool along. With a soft affinity, too (2.60).
+        """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         name = placement_groups.unique_name("raywarp-pool", 1)
-        options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here, "name": name}
-        return self._make(self.kinds.pool, None, None, self.environment, options, self.worker_names, self.config.cluster.max_failures)
+        options = {
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "scheduling_strategy": here,
+            "name": name,
+        }
+        return self._make(
+            self.kinds.pool,
+            None,
+            None,
+            self.environment,
+            options,
+            self.worker_names,
+            self.config.cluster.max_failures,
+        )
 
     def policies(self) -> list[ActorSlot]:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
@@ -107,22 +169,41 @@ class Actors:
         def maker(n: int) -> Callable[[PlacementGroup | None], Any]:
             def make(group: PlacementGroup | None) -> Any:
                 options = {"name": placement_groups.unique_name("raywarp-policy", n)}
-                return self._make(self.kinds.policy, need, group, self.environment, options, *arguments, watched=True)
+                return self._make(
+                    self.kinds.policy,
+                    need,
+                    group,
+                    self.environment,
+                    options,
+                    *arguments,
+                    watched=True,
+                )
 
             return make
 
         again = partial(self._ask_again, "policy")
-        self.places = [ActorSlot(f"policy actor {n}", maker(n), group, partial(again, n - 1)) for n, group in enumerate(groups, 1)]
+        self.places = [
+            ActorSlot(f"policy actor {n}", maker(n), group, partial(again, n - 1))
+            for n, group in enumerate(groups, 1)
+        ]
         for place in self.places:
             place.renew()
         return self.places
 
     def rewards(self) -> list[Any]:
-        """The reward worker, and that of the control score if there is one. Ray starts them again and repeats their calls."""
+        """The reward worker, and that of the control score if there is one. Ray starts them again
+        and repeats their calls.
+        """
         sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
-        sources = [with_template(source, self.config.prompts, self.config.trust_remote_code) for source in sources]
+        sources = [
+            with_template(source, self.config.prompts, self.config.trust_remote_code)
+            for source in sources
+        ]
         groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
-        restart = {"max_restarts": -1, "max_task_retries": -1}  # a retry is spent on a worker that is only not there yet (Ray 2.60)
+        restart = {
+            "max_restarts": -1,
+            "max_task_retries": -1,
+        }  # a retry is spent on a worker that is only not there yet (Ray 2.60)
         common = (self.config.trust_remote_code, self.plan.threads)
         return [
             self._make(
@@ -136,7 +217,9 @@ class Actors:
                 title,
                 watched=True,
             )
-            for n, (source, group, title) in enumerate(zip(sources, groups, REWARD_TITLES[: len(sources)], strict=True), 1)
+            for n, (source, group, title) in enumerate(
+                zip(sources, groups, REWARD_TITLES[: len(sources)], strict=True), 1
+            )
         ]
 
     def stop(self) -> None:
@@ -147,7 +230,9 @@ class Actors:
             placement_groups.release(groups)
 
     def _reserve(self, need: resources.Need, name: str) -> list[PlacementGroup | None]:
-        groups = placement_groups.reserve(need, f"raywarp-{name}", self.config.cluster.timeout_seconds)
+        groups = placement_groups.reserve(
+            need, f"raywarp-{name}", self.config.cluster.timeout_seconds
+        )
         self.groups[name] = groups
         return groups
 
@@ -165,16 +250,26 @@ class Actors:
         *arguments: Any,
         watched: bool = False,
     ) -> Any:
-        """watched: it answers while it works, in a thread of the concurrency group `watch`; and while it has calls that wait for others'
-        results, behind which Ray would hold back the question."""
-        also: dict[str, Any] = {"concurrency_groups": {health.GROUP: 1}, "allow_out_of_order_execution": True} if watched else {}
+        """watched: it answers while it works, in a thread of the concurrency group `watch`; and
+        while it has calls that wait for others' results, behind which Ray would hold back the
+        question.
+        """
+        also: dict[str, Any] = (
+            {"concurrency_groups": {health.GROUP: 1}, "allow_out_of_order_execution": True}
+            if watched
+            else {}
+        )
         remote: Any = ray.remote(**also)(kind) if also else ray.remote(kind)
         where = placement_groups.options(need, group) if need else {"num_cpus": 0}
-        actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(*arguments)
+        actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(
+            *arguments
+        )
         self.made.append(actor)
         return actor
 
 
 def _python_path() -> str:
-    """The driver's folder first: a user's reward module lies there, and on a cluster's node the worker may start elsewhere."""
+    """The driver's folder first: a user's reward module lies there, and on a cluster's node the
+    worker may start elsewhere.
+    """
     return os.pathsep.join(part for part in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if part)

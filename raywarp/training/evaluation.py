@@ -13,7 +13,9 @@ from raywarp.training.session import Session
 
 
 class PendingPoint:
-    """One adapter's completions of the prompts, under way; asked for again if whoever worked on it dies."""
+    """One adapter's completions of the prompts, under way; asked for again if whoever worked on it
+    dies.
+    """
 
     def __init__(self, session: Session, request: Request, prompts: Sequence[Prompt]):
         self.session, self.request, self.prompts = session, request, prompts
@@ -32,7 +34,9 @@ class PendingPoint:
 
     def _wait(self) -> Scored:
         if not self.refs:
-            (rollouts,) = submit(self.session.pool, [self.request], self.session.config.rollout.chunk_size)
+            (rollouts,) = submit(
+                self.session.pool, [self.request], self.session.config.rollout.chunk_size
+            )
             self.measure(rollouts)
         refs, self.refs = self.refs, []
         kl, rewards, *rest = self.session.get(refs)
@@ -65,17 +69,32 @@ def sft_scores(session: Session, prompts: Sequence[Prompt]) -> list[float]:
 
 
 def submit_points(
-    session: Session, deltas: Sequence[AdapterDelta | None], prompts: Sequence[Prompt], seeds: Sequence[int]
+    session: Session,
+    deltas: Sequence[AdapterDelta | None],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
 ) -> list[PendingPoint]:
-    """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is waited for.
+    """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is
+    waited for.
 
-    Where the engine can mix adapters, each of its calls has all of them and a share of the prompts; else a call has one.
+    Where the engine can mix adapters, each of its calls has all of them and a share of the prompts;
+    else a call has one.
     """
     session.start()
-    adapters = [Adapter(policy=AdapterPart.put(delta)) if delta is not None and delta.rank else SFT for delta in deltas]
-    requests = [Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters]
+    adapters = [
+        Adapter(policy=AdapterPart.put(delta)) if delta is not None and delta.rank else SFT
+        for delta in deltas
+    ]
+    requests = [
+        Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters
+    ]
     mixes = session.engine["adapter"] == "lora"
-    answers = submit(session.pool, requests, session.chunk if mixes else session.config.rollout.chunk_size, together=mixes)
+    answers = submit(
+        session.pool,
+        requests,
+        session.chunk if mixes else session.config.rollout.chunk_size,
+        together=mixes,
+    )
     pending = [PendingPoint(session, request, prompts) for request in requests]
     for point, rollouts in zip(pending, answers, strict=True):
         point.measure(rollouts)
@@ -83,9 +102,15 @@ def submit_points(
 
 
 def evaluate(
-    session: Session, config: Config, points: Sequence[Candidate], held_out: Sequence[Prompt], done: Callable[[Point], None]
+    session: Session,
+    config: Config,
+    points: Sequence[Candidate],
+    held_out: Sequence[Prompt],
+    done: Callable[[Point], None],
 ) -> list[tuple[Point, Scored]]:
-    """Measure all points; generation, scores and KL passes of different points overlap. `done` hears of each as it is there."""
+    """Measure all points; generation, scores and KL passes of different points overlap. `done`
+    hears of each as it is there.
+    """
     chosen = held_out[: config.front.prompts]
     prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
     seeds = [derive_seed(config.seed, "evaluation", n) for n in range(len(prompts))]

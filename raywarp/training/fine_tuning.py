@@ -1,4 +1,6 @@
-"""Stage 1 of one iteration, come what may: policies on their actors, and those of a dead actor continued from their checkpoints."""
+"""Stage 1 of one iteration, come what may: policies on their actors, and those of a dead actor
+continued from their checkpoints.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +25,8 @@ TICK = 0.25  # seconds between two looks at everything but the policies' events
 class PolicyProgress:
     """How far one policy has come.
 
-    step, furthest: finished steps, now and ever. resumed: the step of the checkpoint that it went on from. lost_at, lost_step: when it
-    was lost, and how far it was then.
+    step, furthest: finished steps, now and ever. resumed: the step of the checkpoint that it went
+    on from. lost_at, lost_step: when it was lost, and how far it was then.
     """
 
     job: Job
@@ -50,7 +52,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class Lost:
-    """Jobs whose actor is to be made anew, and when; where its node is gone, as soon as Ray has noticed, but not later than `latest`."""
+    """Jobs whose actor is to be made anew, and when; where its node is gone, as soon as Ray has
+    noticed, but not later than `latest`.
+    """
 
     place: ActorSlot
     jobs: list[Job]
@@ -68,11 +72,25 @@ class FineTuning:
     Args:
         places: the policy actors.
         work: what every job gets: init, prompts, pool and reward.
-        tick: looks after everything but the policy actors, and raises what ends the run; returns whether any of that is at work.
+        tick: looks after everything but the policy actors, and raises what ends the run; returns
+            whether any of that is at work.
     """
 
-    def __init__(self, config: Config, places: Sequence[ActorSlot], work: Sequence[Any], tick: Callable[[], bool], report: health.Report):
-        self.config, self.places, self.work, self.tick, self.report = config, places, work, tick, report
+    def __init__(
+        self,
+        config: Config,
+        places: Sequence[ActorSlot],
+        work: Sequence[Any],
+        tick: Callable[[], bool],
+        report: health.Report,
+    ):
+        self.config, self.places, self.work, self.tick, self.report = (
+            config,
+            places,
+            work,
+            tick,
+            report,
+        )
         self.streams: list[Stream] = []
         self.waiting: list[Lost] = []
         self.courses: dict[str, PolicyProgress] = {}
@@ -82,13 +100,16 @@ class FineTuning:
         self.standstill = health.Standstill()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
-        """Yields the policies' events: resumed (also after a death: the steps behind it are done again), step, done.
+        """Yields the policies' events: resumed (also after a death: the steps behind it are done
+        again), step, done.
 
         Raises:
             FaultError: a policy failed more than cluster.max_failures times without getting on.
             Stopped, and whatever a job raised: after a checkpoint of every policy.
         """
-        self.courses = {job.key: PolicyProgress(job, Failures(self.config.cluster.max_failures)) for job in jobs}
+        self.courses = {
+            job.key: PolicyProgress(job, Failures(self.config.cluster.max_failures)) for job in jobs
+        }
         for slot, place in enumerate(self.places):
             if own := list(jobs[slot :: len(self.places)]):
                 self._give(place, own)
@@ -103,14 +124,21 @@ class FineTuning:
             raise
 
     def _give(self, place: ActorSlot, jobs: list[Job]) -> None:
-        events = place.actor.fine_tune.options(num_returns="streaming", name=task_name(jobs)).remote(jobs, *self.work)
+        events = place.actor.fine_tune.options(
+            num_returns="streaming", name=task_name(jobs)
+        ).remote(jobs, *self.work)
         self.streams.append(Stream(place, jobs, events))
 
     def _next_event(self) -> Iterator[dict[str, Any]]:
         if not self.streams:
             time.sleep(TICK)
             return
-        ready, _ = ray.wait([stream.events for stream in self.streams], num_returns=1, fetch_local=False, timeout=TICK)
+        ready, _ = ray.wait(
+            [stream.events for stream in self.streams],
+            num_returns=1,
+            fetch_local=False,
+            timeout=TICK,
+        )
         if not ready:
             return
         self.standstill.over()
@@ -130,7 +158,9 @@ class FineTuning:
             stream.heard = True
             if event["event"] == "fault":
                 label = {name: event[name] for name in ("iteration", "policy", "key", "step")}
-                self.report("fault", what="checkpoint", **label, cause="damaged", message=event["cause"])
+                self.report(
+                    "fault", what="checkpoint", **label, cause="damaged", message=event["cause"]
+                )
                 return
             self._note(event)
             yield event
@@ -142,9 +172,16 @@ class FineTuning:
             return
         if event["event"] == "resumed":
             course.step = course.resumed = event["step"]
-            self.rows = [row for row in self.rows if row["key"] != event["key"] or row["step"] < course.step]
+            self.rows = [
+                row for row in self.rows if row["key"] != event["key"] or row["step"] < course.step
+            ]
             if course.lost_at is not None:
-                self.report("continued", **course.job.label, step=course.step, steps_repeated=max(course.lost_step - course.step, 0))
+                self.report(
+                    "continued",
+                    **course.job.label,
+                    step=course.step,
+                    steps_repeated=max(course.lost_step - course.step, 0),
+                )
             elif course.step:
                 self.report("resumed", **course.job.label, step=course.step)
         else:
@@ -155,25 +192,42 @@ class FineTuning:
             course.failures.progressed()
         if course.lost_at is not None and course.step >= course.lost_step:
             seconds = time.monotonic() - course.lost_at
-            self.report("recovered", what="policy", **course.job.label, step=course.step, seconds_lost=seconds)
+            self.report(
+                "recovered",
+                what="policy",
+                **course.job.label,
+                step=course.step,
+                seconds_lost=seconds,
+            )
             course.lost_at = None
 
     def _lost(self, place: ActorSlot, error: RayError) -> None:
-        """The actor, or its work, is gone: say so for every policy that it had, and make it anew after a pause."""
+        """The actor, or its work, is gone: say so for every policy that it had, and make it anew
+        after a pause.
+        """
         cause = place.cause(error)
         ours = [stream for stream in self.streams if stream.place is place]
         self.streams = [stream for stream in self.streams if stream.place is not place]
         jobs = [job for stream in ours for job in stream.jobs if not self.courses[job.key].done]
         pause, text = 0.0, faults.explain(error)
         for course in (self.courses[job.key] for job in jobs):
-            self.report("fault", what=place.name, **course.job.label, step=course.step, cause=cause, message=text)
+            self.report(
+                "fault",
+                what=place.name,
+                **course.job.label,
+                step=course.step,
+                cause=cause,
+                message=text,
+            )
             if course.lost_at is None:
                 course.lost_at, course.lost_step = time.monotonic(), course.step
             if not course.failures.again():
                 raise FaultError(self._given_up(course, cause, text))
             pause = max(pause, course.failures.pause())
         now = time.monotonic()
-        self.waiting.append(Lost(place, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds))
+        self.waiting.append(
+            Lost(place, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds)
+        )
 
     def _renew_what_is_due(self) -> None:
         due = [lost for lost in self.waiting if lost.is_due()]
@@ -193,13 +247,22 @@ class FineTuning:
                         self._report_hang(stream.place, self.courses[job.key], text)
             elif time.monotonic() - stream.since > self.config.cluster.timeout_seconds:
                 self._move(stream)
-        at_work = others_work or bool(self.waiting) or any(not stream.heard or stream.place.at_work for stream in self.streams)
+        at_work = (
+            others_work
+            or bool(self.waiting)
+            or any(not stream.heard or stream.place.at_work for stream in self.streams)
+        )
         if self.standstill.lasts(at_work, self.config.cluster.hang_seconds):
             self._end_standstill()
 
     def _end_standstill(self) -> None:
-        """Completions or scores that were asked for do not come any more: the policies ask again, in new actors."""
-        text = f"has waited for {self.standstill.seconds:.0f} s for completions or scores that nobody works at; started again"
+        """Completions or scores that were asked for do not come any more: the policies ask again,
+        in new actors.
+        """
+        text = (
+            f"has waited for {self.standstill.seconds:.0f} s for completions or scores that nobody"
+            " works at; started again"
+        )
         for stream in self.streams:
             for job in stream.jobs:
                 self._report_hang(stream.place, self.courses[job.key], text)
@@ -208,11 +271,22 @@ class FineTuning:
 
     def _report_hang(self, place: ActorSlot, course: PolicyProgress, text: str) -> None:
         if not course.done:
-            self.report("hang", what=place.name, **course.job.label, step=course.step, cause=faults.HANG, message=text)
+            self.report(
+                "hang",
+                what=place.name,
+                **course.job.label,
+                step=course.step,
+                cause=faults.HANG,
+                message=text,
+            )
 
     def _move(self, stream: Stream) -> None:
-        """There is no room for this actor any more: its policies go to those that are there, one after another."""
-        away = [lost.place for lost in self.waiting] + [other.place for other in self.streams if not other.heard]
+        """There is no room for this actor any more: its policies go to those that are there, one
+        after another.
+        """
+        away = [lost.place for lost in self.waiting] + [
+            other.place for other in self.streams if not other.heard
+        ]
         others = [place for place in self.places if not place.gone and place not in away]
         if not others:
             raise stream.place.no_room(self.config.cluster.timeout_seconds)
@@ -221,38 +295,55 @@ class FineTuning:
         stream.place.leave()
         for job in stream.jobs:
             self.report(
-                "moved", what=stream.place.name, **job.label, message=f"no room for it: {placement_groups.lack()}; to {target.name}"
+                "moved",
+                what=stream.place.name,
+                **job.label,
+                message=f"no room for it: {placement_groups.lack()}; to {target.name}",
             )
         self._give(target, stream.jobs)
 
     def _load(self, place: ActorSlot) -> int:
         """Policies that an actor still has to train."""
-        return sum(not self.courses[job.key].done for stream in self.streams if stream.place is place for job in stream.jobs)
+        return sum(
+            not self.courses[job.key].done
+            for stream in self.streams
+            if stream.place is place
+            for job in stream.jobs
+        )
 
     def _given_up(self, course: PolicyProgress, cause: str, text: str) -> str:
         job, optim = course.job, self.config.optim
         hint = ""
         if cause == faults.OUT_OF_MEMORY:
             hint = (
-                f"; lower optim.max_tokens_per_microbatch={optim.max_tokens_per_microbatch}, or set optim.gradient_checkpointing=true, "
-                "or give it a larger node"
+                f"; lower optim.max_tokens_per_microbatch={optim.max_tokens_per_microbatch}, or set"
+                " optim.gradient_checkpointing=true, or give it a larger node"
             )
         return (
-            f"policy {job.index} of iteration {job.iteration} failed {course.failures.count} times without getting beyond step "
-            f"{course.furthest} ({cause}: {text}){hint}; cluster.max_failures={self.config.cluster.max_failures}; what was saved is kept, "
-            f"and the same command{' (these keys may change)' if hint else ''} continues"
+            f"policy {job.index} of iteration {job.iteration} failed {course.failures.count} times"
+            f" without getting beyond step {course.furthest} ({cause}: {text}){hint};"
+            f" cluster.max_failures={self.config.cluster.max_failures}; what was saved is kept, and"
+            f" the same command{' (these keys may change)' if hint else ''} continues"
         )
 
     def _save(self, at_once: bool) -> None:
-        """Every policy that is under way makes a checkpoint of its last finished step: after a signal in the little time that there may
-        be, else when the step that is under way is over."""
-        deadline = time.monotonic() + (runtime.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds)
+        """Every policy that is under way makes a checkpoint of its last finished step: after a
+        signal in the little time that there may be, else when the step that is under way is over.
+        """
+        deadline = time.monotonic() + (
+            runtime.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds
+        )
         streams = [stream for stream in self.streams if stream.heard]
         open_jobs = [course for course in self.courses.values() if not course.done]
         for place in {id(stream.place): stream.place for stream in streams}.values():
             place.actor.stop.remote()
         while streams and (left := deadline - time.monotonic()) > 0:
-            ready, _ = ray.wait([stream.events for stream in streams], num_returns=1, fetch_local=False, timeout=left)
+            ready, _ = ray.wait(
+                [stream.events for stream in streams],
+                num_returns=1,
+                fetch_local=False,
+                timeout=left,
+            )
             for stream in [stream for stream in streams if ready and stream.events is ready[0]]:
                 try:
                     event: Any = ray.get(next(stream.events))
@@ -260,7 +351,11 @@ class FineTuning:
                     streams.remove(stream)
                 else:
                     course = self.courses[event["key"]]
-                    course.step = event["step"] + (event["event"] == "step") if "step" in event else course.step
+                    course.step = (
+                        event["step"] + (event["event"] == "step")
+                        if "step" in event
+                        else course.step
+                    )
                     self.saved |= {event["key"]} if event["event"] in ("stopped", "done") else set()
         lines = [self._saved_line(course, course.job.key in self.saved) for course in open_jobs]
         runtime.note(lines)
@@ -273,18 +368,26 @@ class FineTuning:
         return (
             f"{name} is saved at step {course.step}"
             if saved
-            else f"{name} was not saved: its last checkpoint is of step {max(course.resumed, course.step // every * every)}"
+            else (
+                f"{name} was not saved: its last checkpoint is of step"
+                f" {max(course.resumed, course.step // every * every)}"
+            )
         )
 
 
 def hang_of(place: ActorSlot, hang_seconds: float) -> str:
-    """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty where it does not hang."""
+    """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty
+    where it does not hang.
+    """
     try:
         process = place.poll()
     except RayError:
         return ""  # it is dead, as whoever waits for its work is about to hear
     if process is not None and process.working > hang_seconds:
-        text = f"at work for {process.working:.0f} s without an end, in process {process.id}:\n{health.stack_of(place.actor)}"
+        text = (
+            f"at work for {process.working:.0f} s without an end, in process"
+            f" {process.id}:\n{health.stack_of(place.actor)}"
+        )
     elif place.pulse.hangs(hang_seconds):
         text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
     else:

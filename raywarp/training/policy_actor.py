@@ -1,6 +1,8 @@
-"""The Ray actor that fine-tunes policies: one base model, and every policy it was given in turn, whichever has its rollouts.
+"""The Ray actor that fine-tunes policies: one base model, and every policy it was given in turn,
+whichever has its rollouts.
 
-While one policy updates, the shared rollout workers generate for another; within a policy every batch is on-policy.
+While one policy updates, the shared rollout workers generate for another; within a policy every
+batch is on-policy.
 """
 
 import functools
@@ -25,12 +27,24 @@ from raywarp.model.batches import collate, micro_batches
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import effect
 from raywarp.rollout.proof import PROOF_STEPS, Proof, requests
-from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join, spans_of, submit, work_of
+from raywarp.rollout.protocol import (
+    SFT,
+    Adapter,
+    AdapterPart,
+    Request,
+    Scores,
+    join,
+    spans_of,
+    submit,
+    work_of,
+)
 from raywarp.rollout.transport import digest
 from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
 
-if TYPE_CHECKING:  # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the class on
+# imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the
+# class on
+if TYPE_CHECKING:
     from raywarp.model.policy import Policy
     from raywarp.rollout.effect_probe import Reference
 
@@ -38,17 +52,24 @@ STOP_SECONDS = 0.1  # seconds between two looks at whether to stop, while nothin
 
 
 def task_name(jobs: Sequence[Job]) -> str:
-    """What the dashboard and the process's title say that an actor is at work on: PolicyActor.fine_tune iteration 1 policies 1, 3."""
+    """What the dashboard and the process's title say that an actor is at work on:
+    PolicyActor.fine_tune iteration 1 policies 1, 3.
+    """
     indices = ", ".join(str(job.index) for job in jobs)
-    return f"PolicyActor.fine_tune iteration {jobs[0].iteration} {'policy' if len(jobs) == 1 else 'policies'} {indices}"
+    return (
+        f"PolicyActor.fine_tune iteration {jobs[0].iteration}"
+        f" {'policy' if len(jobs) == 1 else 'policies'} {indices}"
+    )
 
 
 @dataclass
 class Progress:
-    """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it waits for.
+    """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it
+    waits for.
 
-    requested: when it asked for them, in Unix seconds. probed: the sampler's log-probs of the probe without and with its adapter, where
-    they were asked for. saved_step: of its last checkpoint. discarded: why older ones could not be used.
+    requested: when it asked for them, in Unix seconds. probed: the sampler's log-probs of the probe
+    without and with its adapter, where they were asked for. saved_step: of its last checkpoint.
+    discarded: why older ones could not be used.
     """
 
     job: Job
@@ -67,7 +88,8 @@ class Progress:
 
 
 class PolicyActor:
-    """Holds the base across iterations. Its methods are called one at a time, but for those by which it is watched.
+    """Holds the base across iterations. Its methods are called one at a time, but for those by
+    which it is watched.
 
     Args:
         model: folder or hub id of the SFT model.
@@ -119,29 +141,43 @@ class PolicyActor:
         return self.model.zero_delta()
 
     def reference(self, texts: Sequence[Sequence[int]], longest: int, tokens: int) -> "Reference":
-        """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for the arguments."""
+        """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for
+        the arguments.
+        """
         from raywarp.rollout.effect_probe import make_probe, reference
 
         with self.work:
             self._load()
             probe = make_probe(texts, self.model.vocabulary, longest, tokens, self.config.seed)
-            return reference(self.model, probe, self.config.seed, self.config.optim.max_tokens_per_microbatch)
+            return reference(
+                self.model, probe, self.config.seed, self.config.optim.max_tokens_per_microbatch
+            )
 
     def fine_tune(
-        self, jobs: Sequence[Job], init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer, proof: Proof | None = None
+        self,
+        jobs: Sequence[Job],
+        init: AdapterPart,
+        prompts: Sequence[Prompt],
+        pool: Any,
+        reward: Scorer,
+        proof: Proof | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was of no use), resumed (with the metrics so
-        far), step, done; or stopped.
+        """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was
+        of no use), resumed (with the metrics so far), step, done; or stopped.
 
         Args:
             proof: by which the sampler is examined again every EVERY steps; None leaves that out.
 
         Raises:
-            EffectError: the sampler does not run a policy as it is here, after a checkpoint of every policy here.
+            EffectError: the sampler does not run a policy as it is here, after a checkpoint of
+                every policy here.
             RewardError: from the reward, after a checkpoint of every policy here.
             FaultError: the reward worker died again and again.
         """
-        self.thread, self.working_since = threading.get_ident(), time.monotonic() + START_SECONDS  # no hang before that
+        self.thread, self.working_since = (
+            threading.get_ident(),
+            time.monotonic() + START_SECONDS,
+        )  # no hang before that
         self._load()
         self.working_since = time.monotonic()
         initial = init.fetch()
@@ -152,21 +188,44 @@ class PolicyActor:
             if (metrics := _finished_metrics(job)) is None:
                 under_way.append(self._start(job))
             else:
-                yield {"event": "resumed", **job.label, "step": self.config.warp.steps, "metrics": metrics}
+                yield {
+                    "event": "resumed",
+                    **job.label,
+                    "step": self.config.warp.steps,
+                    "metrics": metrics,
+                }
                 yield {"event": "done", **job.label}
         try:
             for progress in under_way:
                 for cause in progress.discarded:
-                    yield {"event": "fault", **progress.job.label, "step": progress.policy.step, "cause": cause}
-                yield {"event": "resumed", **progress.job.label, "step": progress.policy.step, "metrics": progress.metrics}
+                    yield {
+                        "event": "fault",
+                        **progress.job.label,
+                        "step": progress.policy.step,
+                        "cause": cause,
+                    }
+                yield {
+                    "event": "resumed",
+                    **progress.job.label,
+                    "step": progress.policy.step,
+                    "metrics": progress.metrics,
+                }
             self.started, self.busy_seconds = time.perf_counter(), 0.0
-            waiting = {self._request(p, init, prompts, pool, reward): p for p in under_way if self._unfinished(p)}
+            waiting = {
+                self._request(p, init, prompts, pool, reward): p
+                for p in under_way
+                if self._unfinished(p)
+            }
             idle = time.perf_counter()
             while waiting:
                 if self.stopping.is_set():
                     for progress in under_way:
                         self._checkpoint(progress)
-                        yield {"event": "stopped", **progress.job.label, "step": progress.policy.step}
+                        yield {
+                            "event": "stopped",
+                            **progress.job.label,
+                            "step": progress.policy.step,
+                        }
                     return
                 self.working_since = None
                 ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_SECONDS)
@@ -174,7 +233,10 @@ class PolicyActor:
                 if not ready:
                     continue
                 progress = waiting.pop(ready[0])
-                yield {"event": "step", **self._step(progress, _scores(ready[0]), time.perf_counter() - idle)}
+                yield {
+                    "event": "step",
+                    **self._step(progress, _scores(ready[0]), time.perf_counter() - idle),
+                }
                 if self._unfinished(progress):
                     waiting[self._request(progress, init, prompts, pool, reward)] = progress
                 idle = time.perf_counter()
@@ -193,10 +255,16 @@ class PolicyActor:
     def _work(self, row: Mapping[str, Any], requested: float) -> list[tuple[str, float, float]]:
         """This actor's own for a step that is just over, as work_of has it."""
         now = time.time()
-        return [(self.title, requested - row["request_seconds"], requested), (self.title, now - row["update_seconds"], now)]
+        return [
+            (self.title, requested - row["request_seconds"], requested),
+            (self.title, now - row["update_seconds"], now),
+        ]
 
-    def kl_to_sft(self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any) -> Scores:
-        """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the adapter's parts.
+    def kl_to_sft(
+        self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any
+    ) -> Scores:
+        """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the
+        adapter's parts.
 
         Args:
             prompts: token ids of N prompts.
@@ -212,9 +280,13 @@ class PolicyActor:
             self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
             batch = collate(prompts, completions).to(self.model.device)
             kl = torch.zeros(len(batch), device=self.model.device)
-            for part in micro_batches(batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token):
+            for part in micro_batches(
+                batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token
+            ):
                 policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
-                kl[part.completions] = self.model.completion_kl(part, policy, sft, self.config.rollout.temperature)
+                kl[part.completions] = self.model.completion_kl(
+                    part, policy, sft, self.config.rollout.temperature
+                )
         values = Scores(kl.tolist())
         values.span, values.who = (start, time.time()), self.title
         return values
@@ -222,7 +294,9 @@ class PolicyActor:
     @functools.cached_property
     def title(self) -> str:
         """What a run's time line calls it."""
-        number = re.match(r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or "")
+        number = re.match(
+            r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or ""
+        )
         return f"policy actor {number[1] if number else 1}"
 
     def _load(self) -> None:
@@ -242,7 +316,11 @@ class PolicyActor:
             try:
                 if checkpoint := progress.files.load_checkpoint(name):
                     progress.policy.load_state(checkpoint.state)
-                    progress.metrics, progress.samples, progress.saved_step = checkpoint.metrics, checkpoint.samples, checkpoint.step
+                    progress.metrics, progress.samples, progress.saved_step = (
+                        checkpoint.metrics,
+                        checkpoint.samples,
+                        checkpoint.step,
+                    )
                     break
             except DamagedError as error:
                 progress.discarded.append(str(error))
@@ -252,20 +330,36 @@ class PolicyActor:
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
 
-    def _request(self, progress: Progress, init: AdapterPart, prompts: Sequence[Prompt], pool: Any, reward: Scorer) -> Any:
+    def _request(
+        self,
+        progress: Progress,
+        init: AdapterPart,
+        prompts: Sequence[Prompt],
+        pool: Any,
+        reward: Scorer,
+    ) -> Any:
         """Ask for the next step's completions and their scores; the ref of the scores."""
         start = time.perf_counter()
-        job, step, group = progress.job, progress.policy.step, self.config.rollout.completions_per_prompt
+        job, step, group = (
+            progress.job,
+            progress.policy.step,
+            self.config.rollout.completions_per_prompt,
+        )
         order = derive_seed(self.config.seed, "prompts", job.iteration, job.index)
         chosen = batch_indices(len(prompts), self.config.optim.batch_size // group, step, order)
         progress.prompts = [prompts[i] for i in chosen for _ in range(group)]
-        seeds = [derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n) for n in range(self.config.optim.batch_size)]
+        seeds = [
+            derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n)
+            for n in range(self.config.optim.batch_size)
+        ]
         progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
         progress.probed = None
         if self.proof and step and step % PROOF_STEPS == 0:
-            progress.probed = pool.logprobs.remote(requests(self.proof.probe, [SFT, progress.adapter]))
+            progress.probed = pool.logprobs.remote(
+                requests(self.proof.probe, [SFT, progress.adapter])
+            )
         scores = reward.submit(progress.prompts, progress.rollouts)
         progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()
         return scores
@@ -276,7 +370,9 @@ class PolicyActor:
         completions = join(rollouts, progress.adapter)
         batch = collate([p.token_ids for p in progress.prompts], completions)
         effect_in_engine = self._effect(progress)
-        measured = progress.policy.update(batch, torch.tensor(scores), completions, step % self.config.kl_to_sft_every == 0)
+        measured = progress.policy.update(
+            batch, torch.tensor(scores), completions, step % self.config.kl_to_sft_every == 0
+        )
         row = {
             **progress.job.label,
             "step": step,
@@ -300,8 +396,14 @@ class PolicyActor:
         return row
 
     def _effect(self, progress: Progress) -> dict[str, float]:
-        """Metrics of what the adapter of the step did in the engine; before the first step, of the synthetic one at the start."""
-        if not self.proof or not self.proof.found or (progress.probed is None and progress.policy.step):
+        """Metrics of what the adapter of the step did in the engine; before the first step, of the
+        synthetic one at the start.
+        """
+        if (
+            not self.proof
+            or not self.proof.found
+            or (progress.probed is None and progress.policy.step)
+        ):
             return {}
         if progress.probed is None:
             return self.proof.found.metrics()
@@ -311,16 +413,26 @@ class PolicyActor:
         self.working_since = None  # the pool may have other work before this
         before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))
         self.working_since = time.monotonic()
-        ours = score(self.model, self.proof.probe, [INIT, progress.policy.name], self.config.optim.max_tokens_per_microbatch)
+        ours = score(
+            self.model,
+            self.proof.probe,
+            [INIT, progress.policy.name],
+            self.config.optim.max_tokens_per_microbatch,
+        )
         found = effect(self.proof.none, ours, before, adapted)
         if fault := found.fault():
             job = progress.job
-            raise self.proof.sampler.refusal(f"iteration {job.iteration} policy {job.index} step {progress.policy.step}", fault)
+            raise self.proof.sampler.refusal(
+                f"iteration {job.iteration} policy {job.index} step {progress.policy.step}", fault
+            )
         return found.metrics()
 
     def _checkpoint(self, progress: Progress) -> None:
         """Everything up to the last finished step."""
-        policy, prompts = progress.policy, self.config.optim.batch_size // self.config.rollout.completions_per_prompt
+        policy, prompts = (
+            progress.policy,
+            self.config.optim.batch_size // self.config.rollout.completions_per_prompt,
+        )
         if policy.step == progress.saved_step:
             return
         position = {
@@ -329,19 +441,25 @@ class PolicyActor:
             "prompts_drawn": policy.step * prompts,
             "rollout_version": digest(policy.task_vector()),
         }
-        progress.files.save_checkpoint(Checkpoint(policy.state(), position, progress.metrics, progress.samples))
+        progress.files.save_checkpoint(
+            Checkpoint(policy.state(), position, progress.metrics, progress.samples)
+        )
         progress.saved_step = policy.step
 
     def _finish(self, progress: Progress, init: AdapterDelta) -> None:
         """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
-        progress.files.save_result(add(init, progress.policy.task_vector()), progress.metrics, progress.samples)
+        progress.files.save_result(
+            add(init, progress.policy.task_vector()), progress.metrics, progress.samples
+        )
 
 
 def _scores(ref: Any) -> Scores:
     try:
         scores: Scores = ray.get(ref)
     except RayActorError as error:  # Ray has repeated the call as often as it was told to
-        raise FaultError(f"the reward worker died again and again at one batch: {explain(error)}") from None
+        raise FaultError(
+            f"the reward worker died again and again at one batch: {explain(error)}"
+        ) from None
     return scores
 
 
@@ -354,6 +472,15 @@ def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:
     return read_jsonl(folder / "metrics.jsonl") if folder else None
 
 
-def _sample(step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]) -> dict[str, Any]:
-    """The step's first prompt with its completion and reward, for whoever wants to see the policy change."""
-    return {"step": step, "prompt": prompts[0].text, "completion": completions[0].text, "reward": scores[0]}
+def _sample(
+    step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]
+) -> dict[str, Any]:
+    """The step's first prompt with its completion and reward, for whoever wants to see the policy
+    change.
+    """
+    return {
+        "step": step,
+        "prompt": prompts[0].text,
+        "completion": completions[0].text,
+        "reward": scores[0],
+    }

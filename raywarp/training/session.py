@@ -1,4 +1,6 @@
-"""What a run asks of its actors: to fine-tune policies, to sample and score; whichever of them may die meanwhile."""
+"""What a run asks of its actors: to fine-tune policies, to sample and score; whichever of them may
+die meanwhile.
+"""
 
 import contextlib
 import itertools
@@ -33,7 +35,9 @@ from raywarp.training.timing import Timing, measure
 
 def log_event(event: str, **details: Any) -> None:
     """Where nobody else listens."""
-    logging.getLogger(__name__).warning(", ".join([event, *(f"{name} {value}" for name, value in details.items())]))
+    logging.getLogger(__name__).warning(
+        ", ".join([event, *(f"{name} {value}" for name, value in details.items())])
+    )
 
 
 class Session:
@@ -43,12 +47,15 @@ class Session:
         model: folder or hub id, already resolved.
         prompt_tokens: the longest prompt, in tokens.
         policies: whether policy actors are wanted, too.
-        shares: the cluster with others, who take what this one gives back: there is no waiting for that, then.
-        report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see Run.add_event.
+        shares: the cluster with others, who take what this one gives back: there is no waiting for
+            that, then.
+        report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see
+            Run.add_event.
         check: is called when Ray is there, before anything is started.
         lazy: the actors are started when something is first asked of them.
-        texts: token ids of some of the run's texts, on which the sampler is proven to run the trainer's policies before anything else;
-            tokens of the whole vocabulary take their place. Without policies there is nothing to prove.
+        texts: token ids of some of the run's texts, on which the sampler is proven to run the
+            trainer's policies before anything else; tokens of the whole vocabulary take their
+            place. Without policies there is nothing to prove.
         proves: whether that is done.
     """
 
@@ -66,7 +73,13 @@ class Session:
         texts: Sequence[Sequence[int]] = (),
         proves: bool = True,
     ):
-        self.config, self.model, self.prompt_tokens, self._trains, self._kinds = config, model, prompt_tokens, policies, kinds
+        self.config, self.model, self.prompt_tokens, self._trains, self._kinds = (
+            config,
+            model,
+            prompt_tokens,
+            policies,
+            kinds,
+        )
         self.report, self._shares, self._check, self._lazy = report, shares, check, lazy
         self._texts, self._proves = texts, proves and policies
         self.proof: Proof | None = None
@@ -101,13 +114,20 @@ class Session:
             raise
         self.is_started = True
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.is_started:
             self._stop(isinstance(error, KeyboardInterrupt))
             self.is_started = False
 
     def numerics(self) -> dict[str, Any]:
-        """The settings that decide a result's bits, as they turned out here: dtype, threads, engine, adapter mode."""
+        """The settings that decide a result's bits, as they turned out here: dtype, threads,
+        engine, adapter mode.
+        """
         self.start()
         return {"dtype": self.dtype, "threads": self.plan.threads, **self.engine}
 
@@ -117,8 +137,11 @@ class Session:
         self.start()
         return self._zero
 
-    def fine_tune(self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]) -> Generator[dict[str, Any]]:
-        """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as they happen (see FineTuning.run).
+    def fine_tune(
+        self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]
+    ) -> Generator[dict[str, Any]]:
+        """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as
+        they happen (see FineTuning.run).
 
         To be closed where it is left before its end: it then saves what is under way.
 
@@ -134,8 +157,12 @@ class Session:
         fine_tuning = FineTuning(self.config, self.present(), work, self._tick, self.report)
         yield from fine_tuning.run(jobs)
         report: PoolReport = self.get(self.pool.report.remote())
-        reward_seconds = max(self._reward_seconds() - before, 0.0)  # a worker that was started again counts from 0
-        self.timing = measure(fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds)
+        reward_seconds = max(
+            self._reward_seconds() - before, 0.0
+        )  # a worker that was started again counts from 0
+        self.timing = measure(
+            fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds
+        )
 
     def set_reward_statistics(self, mean: float, deviation: float) -> None:
         """From now on a reward is (raw − mean) / deviation."""
@@ -144,10 +171,12 @@ class Session:
             self.reward = Scorer(self.reward.actor, self._statistics)
 
     def persist(self, work: Callable[[], Any]) -> Any:
-        """The result of work that depends on nothing but itself: done again, with new policy actors where they have died.
+        """The result of work that depends on nothing but itself: done again, with new policy actors
+        where they have died.
 
         Raises:
-            whatever it raised, where that was no death; FaultError: it was, more than cluster.max_failures times without a success.
+            whatever it raised, where that was no death; FaultError: it was, more than
+            cluster.max_failures times without a success.
         """
         while True:
             try:
@@ -161,7 +190,9 @@ class Session:
                 return result
 
     def present(self) -> list[ActorSlot]:
-        """The policy actors; one that was given up for want of room comes back once there is some."""
+        """The policy actors; one that was given up for want of room comes back once there is
+        some.
+        """
         for place in self.policies:
             if place.gone and placement_groups.is_found(place.group):
                 place.renew()
@@ -182,17 +213,27 @@ class Session:
         """ray.get, with an eye on the actors meanwhile.
 
         Raises:
-            GetTimeoutError: everybody waits, and nobody works; what was asked for is to be asked for again.
+            GetTimeoutError: everybody waits, and nobody works; what was asked for is to be asked
+                for again.
         """
-        wanted, standstill, seconds = refs if isinstance(refs, list) else [refs], health.Standstill(), self.config.cluster.hang_seconds
+        wanted, standstill, seconds = (
+            refs if isinstance(refs, list) else [refs],
+            health.Standstill(),
+            self.config.cluster.hang_seconds,
+        )
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
             runtime.check()
             at_work = self._tick() or not self._helpers
             for place in self.policies:
                 if text := hang_of(place, seconds):
                     self.report("hang", what=place.name, cause=faults.HANG, message=text)
-            if standstill.lasts(at_work or any(place.at_work for place in self.policies if not place.gone), seconds):
-                text = f"nobody has worked for {standstill.seconds:.0f} s at what is waited for; it is asked for again"
+            if standstill.lasts(
+                at_work or any(place.at_work for place in self.policies if not place.gone), seconds
+            ):
+                text = (
+                    f"nobody has worked for {standstill.seconds:.0f} s at what is waited for; it is"
+                    " asked for again"
+                )
                 self.report("hang", what="evaluation", cause=faults.HANG, message=text)
                 raise GetTimeoutError(text)
         return ray.get(refs)
@@ -207,19 +248,31 @@ class Session:
         text = faults.explain(error)
         if not self._failures.again():
             most = self.config.cluster.max_failures
-            raise FaultError(f"{text}; that happened more than cluster.max_failures={most} times; the same command continues")
+            raise FaultError(
+                f"{text}; that happened more than cluster.max_failures={most} times; the same"
+                " command continues"
+            )
         time.sleep(self._failures.pause())
         deadline = time.monotonic() + self.config.cluster.timeout_seconds
         for place in self.present():
             try:
                 place.process = self.get(place.actor.pulse.remote())
             except RayError as death:
-                self.report("fault", what=place.name, cause=place.cause(death), message=faults.explain(death))
+                self.report(
+                    "fault",
+                    what=place.name,
+                    cause=place.cause(death),
+                    message=faults.explain(death),
+                )
                 if place.await_room(deadline):
                     place.renew()
                 else:
                     place.leave()
-                    self.report("lost", what=place.name, message=f"no room for it: {placement_groups.lack()}")
+                    self.report(
+                        "lost",
+                        what=place.name,
+                        message=f"no room for it: {placement_groups.lack()}",
+                    )
         if self.policies and all(place.gone for place in self.policies):
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
@@ -232,20 +285,30 @@ class Session:
         self.plan = plan = placement_groups.await_plan(config)
         self._free_before = ray.available_resources()
         self.dtype = run_dtype(config.dtype, plan.uses_gpus)
-        self._actors = actors = Actors(config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds)
+        self._actors = actors = Actors(
+            config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds
+        )
         self.workers = actors.workers()
         self.pool = actors.pool()
         if self._trains:
             self.policies = actors.policies()
         scorers = actors.rewards()
-        self.reward, self.control = Scorer(scorers[0], self._statistics), Scorer(scorers[1]) if config.control else None
-        engines, zeros, rewards = (_start(actors) for actors in (self.workers, [place.actor for place in self.policies], scorers))
+        self.reward, self.control = (
+            Scorer(scorers[0], self._statistics),
+            Scorer(scorers[1]) if config.control else None,
+        )
+        engines, zeros, rewards = (
+            _start(actors)
+            for actors in (self.workers, [place.actor for place in self.policies], scorers)
+        )
         started = self._started("a rollout worker", self.workers, engines, actors.groups["rollout"])
         self.pool.know.remote([worker["process"] for worker in started])
         self.engine: dict[str, str] = started[0]["numerics"]
         self._check_capacity(started[0]["capacity"])
         if self._trains:
-            attempts = itertools.chain([zeros], iter(lambda: _start([place.actor for place in self.present()]), None))
+            attempts = itertools.chain(
+                [zeros], iter(lambda: _start([place.actor for place in self.present()]), None)
+            )
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
         self._started("the reward worker", scorers, rewards, actors.groups["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
@@ -253,25 +316,42 @@ class Session:
         places = rooms["rollout"]
         self._helpers = [
             SupervisedPool(
-                "rollout pool", self.pool, hang, self.report, most, places, wait, workers=self.workers, again=actors.worker_again
+                "rollout pool",
+                self.pool,
+                hang,
+                self.report,
+                most,
+                places,
+                wait,
+                workers=self.workers,
+                again=actors.worker_again,
             )
         ]
         for name, scorer, group in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
-            self._helpers.append(SupervisedActor(name, scorer, hang, self.report, most, [group], wait))
+            self._helpers.append(
+                SupervisedActor(name, scorer, hang, self.report, most, [group], wait)
+            )
         if self._proves:
             self.examine_workers()
 
     def examine_workers(self) -> None:
-        """Compare a synthetic adapter's effect in each worker's engine and in the trainer; see proof.py. Part of the start.
+        """Compare a synthetic adapter's effect in each worker's engine and in the trainer; see
+        proof.py. Part of the start.
 
         Raises:
             EffectError: an engine does not run the trainer's policies.
         """
         assert self._actors
-        longest, groups, texts = self._actors.settings.max_model_len - 1, self._actors.groups["rollout"], ray.put(list(self._texts))
+        longest, groups, texts = (
+            self._actors.settings.max_model_len - 1,
+            self._actors.groups["rollout"],
+            ray.put(list(self._texts)),
+        )
 
         def reference(tokens: int) -> Any:
-            return self.persist(lambda: self.get(self.present()[0].actor.reference.remote(texts, longest, tokens)))
+            return self.persist(
+                lambda: self.get(self.present()[0].actor.reference.remote(texts, longest, tokens))
+            )
 
         def score(requests: Sequence[Request]) -> list[Any]:
             asked = ray.put(list(requests))
@@ -279,21 +359,36 @@ class Session:
             def ask(worker: Any) -> Any:
                 return worker.logprobs.remote(asked)
 
-            return [scores for _, scores in self._started("a rollout worker", self.workers, list(map(ask, self.workers)), groups, ask)]
+            return [
+                scores
+                for _, scores in self._started(
+                    "a rollout worker", self.workers, list(map(ask, self.workers)), groups, ask
+                )
+            ]
 
         sampler = Sampler(self.model, self.engine["engine"], self.engine["adapter"], self.dtype)
         self.proof = prove(sampler, reference, score)
         self.get(self.pool.prove_with.remote(self.proof))
 
     def _started(
-        self, what: str, actors: list[Any], refs: list[Any], groups: Sequence[Any], ask: Callable[[Any], Any] = lambda a: _start([a])[0]
+        self,
+        what: str,
+        actors: list[Any],
+        refs: list[Any],
+        groups: Sequence[Any],
+        ask: Callable[[Any], Any] = lambda a: _start([a])[0],
     ) -> list[Any]:
-        """What the actors' starts returned, asked again of those that died; Ray starts them again where their groups have a node.
+        """What the actors' starts returned, asked again of those that died; Ray starts them again
+        where their groups have a node.
 
         Args:
             ask: what was asked, where that was not `start`.
         """
-        failures, results, wait = Failures(self.config.cluster.max_failures), [], self.config.cluster.timeout_seconds
+        failures, results, wait = (
+            Failures(self.config.cluster.max_failures),
+            [],
+            self.config.cluster.timeout_seconds,
+        )
         for actor, ref, group in zip(actors, refs, groups, strict=True):
             lost: float | None = None
             while True:
@@ -307,33 +402,51 @@ class Session:
                     lost = None if has_node else lost or time.monotonic()
                     if lost and time.monotonic() - lost > wait:
                         raise FaultError(
-                            f"{what} has waited {wait:.0f} s for another node after it lost its own while it started: {placement_groups.lack()}; "
-                            "add nodes, or raise cluster.timeout_seconds; the same command continues"
+                            f"{what} has waited {wait:.0f} s for another node after it lost its own"
+                            f" while it started: {placement_groups.lack()}; add nodes, or raise"
+                            " cluster.timeout_seconds; the same command continues"
                         ) from None
                     if has_node and not faults.is_restarting(error) and not failures.again():
                         cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
-                        raise FaultError(f"{what} died again and again while it started ({cause})") from None
+                        raise FaultError(
+                            f"{what} died again and again while it started ({cause})"
+                        ) from None
                 time.sleep(failures.pause() or 0.5)
                 ref = ask(actor)
         return results
 
     def _check_capacity(self, capacity: int) -> None:
-        """A batch that an engine cannot hold at once is generated in several rounds: correct, but slow."""
-        rollout, asked = self.config.rollout, self.config.rollout.chunk_size or self.config.optim.batch_size
+        """A batch that an engine cannot hold at once is generated in several rounds: correct, but
+        slow.
+        """
+        rollout, asked = (
+            self.config.rollout,
+            self.config.rollout.chunk_size or self.config.optim.batch_size,
+        )
         if capacity < asked:
-            memory = f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}" if not self.plan.rollout.gpus else "rollout.gpu_memory_utilization"
+            memory = (
+                f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
+                if not self.plan.rollout.gpus
+                else "rollout.gpu_memory_utilization"
+            )
             logging.getLogger(__name__).warning(
-                f"a rollout worker's KV cache holds {capacity} completions of {self.prompt_tokens} + {rollout.max_new_tokens} tokens "
-                f"at once, a batch has {asked}: raise {memory}, or lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens"
+                f"a rollout worker's KV cache holds {capacity} completions of {self.prompt_tokens}"
+                f" + {rollout.max_new_tokens} tokens at once, a batch has {asked}: raise {memory},"
+                " or lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens"
             )
 
     def _stop(self, at_once: bool) -> None:
-        """Engines first and by themselves, since a killed one may leave shared memory behind; then everything else."""
+        """Engines first and by themselves, since a killed one may leave shared memory behind; then
+        everything else.
+        """
         for helper in self._helpers:
             with contextlib.suppress(Exception):
                 helper.last_check(0.25 if at_once else 5)
         with contextlib.suppress(Exception):
-            ray.get([worker.shutdown.remote() for worker in self._living_workers()], timeout=0.5 if at_once else 20)
+            ray.get(
+                [worker.shutdown.remote() for worker in self._living_workers()],
+                timeout=0.5 if at_once else 20,
+            )
         if self._actors:
             self._actors.stop()
         if not at_once and not self._shares:
@@ -341,7 +454,9 @@ class Session:
 
     def _living_workers(self) -> list[Any]:
         """Without those for which there is no room since a loss."""
-        down = next((helper.down for helper in self._helpers if isinstance(helper, SupervisedPool)), {})
+        down = next(
+            (helper.down for helper in self._helpers if isinstance(helper, SupervisedPool)), {}
+        )
         return [worker for index, worker in enumerate(self.workers) if index not in down]
 
 

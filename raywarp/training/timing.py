@@ -1,4 +1,6 @@
-"""Where a run's time went: seconds of each phase, how busy trainers and rollout workers were, and what to add."""
+"""Where a run's time went: seconds of each phase, how busy trainers and rollout workers were, and
+what to add.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +17,8 @@ class Timing:
     """One iteration's fine-tuning.
 
     seconds: from first request to last step. steps: of all policies.
-    trainer_busy, pool_busy, reward_busy: share of the time that trainers, rollout workers and reward worker had work.
+    trainer_busy, pool_busy, reward_busy: share of the time that trainers, rollout workers and
+    reward worker had work.
     phases: mean seconds of a policy's step; swap is part of rollout.
     restarts: rollout workers that died and were started again.
     """
@@ -36,14 +39,21 @@ class Timing:
 
     def bound(self) -> str:
         """The critical path, and what would shorten it."""
-        shares = {"rollouts": self.pool_busy, "updates": self.trainer_busy, "rewards": self.reward_busy}
+        shares = {
+            "rollouts": self.pool_busy,
+            "updates": self.trainer_busy,
+            "rewards": self.reward_busy,
+        }
         most = max(shares, key=lambda name: shares[name])
         if shares[most] < SATURATED:
             return (
-                f"neither rollouts nor updates bound: a policy waits for its own rollouts; let trainers share policies "
-                f"(cluster.policy_actors below {self.trainers})"
+                "neither rollouts nor updates bound: a policy waits for its own rollouts; let"
+                f" trainers share policies (cluster.policy_actors below {self.trainers})"
                 if self.trainers > 1
-                else "neither rollouts nor updates bound: a policy waits for its own rollouts; more policies would use the gaps"
+                else (
+                    "neither rollouts nor updates bound: a policy waits for its own rollouts; more"
+                    " policies would use the gaps"
+                )
             )
         remedy = {
             "rollouts": "add rollout workers (rollout.workers)",
@@ -56,12 +66,19 @@ class Timing:
         return {**asdict(self), "steps_per_second": self.steps_per_second, "bound": self.bound()}
 
 
-def measure(rows: Sequence[Mapping[str, Any]], seconds: float, trainers: int, pool: PoolReport, reward_seconds: float) -> Timing:
+def measure(
+    rows: Sequence[Mapping[str, Any]],
+    seconds: float,
+    trainers: int,
+    pool: PoolReport,
+    reward_seconds: float,
+) -> Timing:
     """From the steps' metrics, the pool's report and the wall clock.
 
     Args:
         rows: one per step.
-        seconds: of the wall clock. trainers: that had a policy. reward_seconds: of the reward worker's work.
+        seconds: of the wall clock. trainers: that had a policy. reward_seconds: of the reward
+            worker's work.
     """
     busy = sum(row["update_seconds"] + row["request_seconds"] for row in rows)
     return Timing(
@@ -72,6 +89,8 @@ def measure(rows: Sequence[Mapping[str, Any]], seconds: float, trainers: int, po
         trainer_busy=busy / (seconds * trainers) if trainers else 0.0,
         pool_busy=pool.busy,
         reward_busy=reward_seconds / seconds,
-        phases={name: sum(row[name] for row in rows) / len(rows) if rows else 0.0 for name in PHASES},
+        phases={
+            name: sum(row[name] for row in rows) / len(rows) if rows else 0.0 for name in PHASES
+        },
         restarts=pool.restarts,
     )

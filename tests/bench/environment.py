@@ -1,6 +1,8 @@
-"""Virtual environments for the tools that a benchmark compares raywarp with: made once by pip, kept in the cache folder.
+"""Virtual environments for the tools that a benchmark compares raywarp with: made once by pip, kept
+in the cache folder.
 
-Each has raywarp's own packages behind its own, so both sides run the same torch wherever the other tool allows it.
+Each has raywarp's own packages behind its own, so both sides run the same torch wherever the other
+tool allows it.
 """
 
 import hashlib
@@ -23,7 +25,11 @@ def python_with(name: str, requirements: Sequence[str]) -> Path:
     """
     ours = sysconfig.get_paths()["purelib"]
     version = hashlib.sha256("\n".join([sys.version, ours, *requirements]).encode()).hexdigest()[:8]
-    folder = Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")) / "bench" / f"{name}-{version}"
+    folder = (
+        Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp"))
+        / "bench"
+        / f"{name}-{version}"
+    )
     python, ready = folder / "bin" / "python", folder / "ready"
     if ready.is_file():
         return python
@@ -32,8 +38,12 @@ def python_with(name: str, requirements: Sequence[str]) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     site_packages = next(folder.glob("lib/python3*/site-packages"))
     (site_packages / "beside.pth").write_text(ours + "\n")
-    installed = subprocess.run([str(python), "-m", "pip", "install", *requirements], capture_output=True, text=True)
+    installed = subprocess.run(
+        [str(python), "-m", "pip", "install", *requirements], capture_output=True, text=True
+    )
     if installed.returncode:
-        raise RuntimeError(f"pip could not install {' '.join(requirements)}:\n{installed.stderr[-2000:]}")
+        raise RuntimeError(
+            f"pip could not install {' '.join(requirements)}:\n{installed.stderr[-2000:]}"
+        )
     ready.touch()
     return python

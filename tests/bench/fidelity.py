@@ -2,14 +2,17 @@
 
     .venv/bin/python tests/bench/fidelity.py
 
-The adapters are η times the merge of a finished run on the embedded model (the quickstart, which is run first where it is not there).
-At each η completions are sampled from vLLM. Log-ratios (adapter over SFT, nats per token) are taken of the sampler's own log-probs, of the
-trainer's in the same precision, and of a float32 model. The latter are the instrument of every slope, since bfloat16's noise biases a plain
-regression. KLs are over the whole vocabulary: the sampler's from the logits of vLLM's own passes, the reported one from the trainer's. The
-texts' own mean log-ratio in float32 is the third, independent one. Standard errors are jackknifed over completions.
+The adapters are η times the merge of a finished run on the embedded model (the quickstart, which is
+run first where it is not there). At each η completions are sampled from vLLM. Log-ratios (adapter
+over SFT, nats per token) are taken of the sampler's own log-probs, of the trainer's in the same
+precision, and of a float32 model. The latter are the instrument of every slope, since bfloat16's
+noise biases a plain regression. KLs are over the whole vocabulary: the sampler's from the logits of
+vLLM's own passes, the reported one from the trainer's. The texts' own mean log-ratio in float32 is
+the third, independent one. Standard errors are jackknifed over completions.
 
-Seconds are medians of turns: 32 completions of 24 tokens, from another adapter of rank 16 each time, unmerged and merged in a process each.
-(Merged in bfloat16 rounds; it is here for its speed alone.) The last line is JSON.
+Seconds are medians of turns: 32 completions of 24 tokens, from another adapter of rank 16 each
+time, unmerged and merged in a process each. (Merged in bfloat16 rounds; it is here for its speed
+alone.) The last line is JSON.
 """
 
 import argparse
@@ -24,9 +27,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(os.cpu_count()), GOMP_SPINCOUNT="20000")
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind")
-os.environ.update(TORCHDYNAMO_DISABLE="1", MALLOC_MMAP_THRESHOLD_=str(8 << 30), MALLOC_TRIM_THRESHOLD_=str(8 << 30))
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS=str(os.cpu_count()),
+    GOMP_SPINCOUNT="20000",
+)
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+)
+os.environ.update(
+    TORCHDYNAMO_DISABLE="1",
+    MALLOC_MMAP_THRESHOLD_=str(8 << 30),
+    MALLOC_TRIM_THRESHOLD_=str(8 << 30),
+)
 
 import torch
 from torch import Tensor
@@ -66,12 +82,23 @@ def adapter(version: str, delta: AdapterDelta) -> Adapter:
 def finished_run(folder: Path) -> tuple[Config, Path]:
     """The run's configuration and folder, after a quickstart where there is none."""
     if not (folder / "front.json").is_file():
-        subprocess.run([sys.executable, "-m", "raywarp.cli", "quickstart", f"out={folder}"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "raywarp.cli", "quickstart", f"out={folder}"], check=True
+        )
     return load_config(folder / "config.yaml"), folder
 
 
 def engine_for(model: str, dtype: str, mode: str, rank: int) -> Any:
-    rollout = load_config({"rollout": {"adapter": mode, "max_new_tokens": TOKENS, "temperature": 1.0, "ignore_eos": True}}).rollout
+    rollout = load_config(
+        {
+            "rollout": {
+                "adapter": mode,
+                "max_new_tokens": TOKENS,
+                "temperature": 1.0,
+                "ignore_eos": True,
+            }
+        }
+    ).rollout
     torch.set_num_threads(THREADS)
     return start_engine(EngineSettings(model, dtype, 96, rank, rollout, gpu=False))
 
@@ -97,7 +124,9 @@ class Sampler:
         return self.engine.sample([Request(prompts, list(range(len(prompts))), wanted)])[0]
 
     def logprobs(self, prompts: Sequence[Sequence[int]], batch: Batch, wanted: Adapter) -> Tensor:
-        """(N, T, V) float32 log-probs at the response tokens, each sequence in a pass of its own."""
+        """(N, T, V) float32 log-probs at the response tokens, each sequence in a pass of its
+        own.
+        """
         from vllm import SamplingParams, TokensPrompt
 
         self.engine.loader.load([wanted])
@@ -106,8 +135,12 @@ class Sampler:
         for prompt, response in zip(prompts, batch.responses.tolist(), strict=True):
             self._seen.clear()
             settings = SamplingParams(max_tokens=1, prompt_logprobs=0, extra_args=extra)
-            self.engine.llm.generate([TokensPrompt(prompt_token_ids=[*prompt, *response])], [settings], use_tqdm=False)
-            (logits,) = [seen for seen in self._seen if len(seen) == len(prompt) + len(response) - 1]
+            self.engine.llm.generate(
+                [TokensPrompt(prompt_token_ids=[*prompt, *response])], [settings], use_tqdm=False
+            )
+            (logits,) = [
+                seen for seen in self._seen if len(seen) == len(prompt) + len(response) - 1
+            ]
             rows.append(logits[len(prompt) - 1 :].float().log_softmax(-1))
         return torch.stack(rows)
 
@@ -118,9 +151,16 @@ def trainer_logprobs(model: AdaptedModel, batch: Batch, delta: AdapterDelta | No
         model.set_init(delta)
     rows = []
     for n in range(0, len(batch), 8):
-        part = Batch(batch.prompts[n : n + 8], batch.responses[n : n + 8], batch.mask[n : n + 8], batch.sampler_logprobs[n : n + 8])
+        part = Batch(
+            batch.prompts[n : n + 8],
+            batch.responses[n : n + 8],
+            batch.mask[n : n + 8],
+            batch.sampler_logprobs[n : n + 8],
+        )
         with torch.no_grad():
-            rows.append(model.logits(part, [INIT] if delta is not None else []).float().log_softmax(-1))
+            rows.append(
+                model.logits(part, [INIT] if delta is not None else []).float().log_softmax(-1)
+            )
     return torch.cat(rows)
 
 
@@ -139,7 +179,10 @@ def jackknife(statistic: Callable[[Tensor], float], count: int) -> tuple[float, 
     everything = torch.arange(count)
     left_out = [statistic(everything[everything != n]) for n in range(count)]
     mean = sum(left_out) / count
-    return statistic(everything), ((count - 1) / count * sum((value - mean) ** 2 for value in left_out)) ** 0.5
+    return (
+        statistic(everything),
+        ((count - 1) / count * sum((value - mean) ** 2 for value in left_out)) ** 0.5,
+    )
 
 
 def slope(instrument: Tensor, y: Tensor, x: Tensor) -> tuple[float, float]:
@@ -148,8 +191,13 @@ def slope(instrument: Tensor, y: Tensor, x: Tensor) -> tuple[float, float]:
     return jackknife(lambda rows: float(over[rows].sum() / under[rows].sum()), len(instrument))
 
 
-def measure(model: str, dtype: str, merged: AdapterDelta, prompts: Sequence[Sequence[int]], lora: Any) -> list[dict[str, Any]]:
-    trainer, exact = (AdaptedModel(model, lora, kind, torch.device("cpu")) for kind in (getattr(torch, dtype), torch.float32))
+def measure(
+    model: str, dtype: str, merged: AdapterDelta, prompts: Sequence[Sequence[int]], lora: Any
+) -> list[dict[str, Any]]:
+    trainer, exact = (
+        AdaptedModel(model, lora, kind, torch.device("cpu"))
+        for kind in (getattr(torch, dtype), torch.float32)
+    )
     sampler, rows = Sampler(model, dtype, merged.rank), []
     for eta in ETAS:
         delta = scale(merged, eta)
@@ -157,11 +205,16 @@ def measure(model: str, dtype: str, merged: AdapterDelta, prompts: Sequence[Sequ
         batch = collate(prompts, sampler.complete(prompts, wanted))
         theirs, theirs_sft = (sampler.logprobs(prompts, batch, one) for one in (wanted, SFT))
         ours, ours_sft = (trainer_logprobs(trainer, batch, one) for one in (delta, None))
-        truth = chosen(trainer_logprobs(exact, batch, delta), batch) - chosen(trainer_logprobs(exact, batch, None), batch)
+        truth = chosen(trainer_logprobs(exact, batch, delta), batch) - chosen(
+            trainer_logprobs(exact, batch, None), batch
+        )
         sampled = batch.sampler_logprobs - chosen(theirs_sft, batch)
         trained = chosen(ours, batch) - chosen(ours_sft, batch)
         kl_sampled, kl_reported = kl(theirs, theirs_sft), kl(ours, ours_sft)
-        ratio = jackknife(lambda rows, a=kl_sampled, b=kl_reported: float(a[rows].sum() / b[rows].sum()), len(batch))
+        ratio = jackknife(
+            lambda rows, a=kl_sampled, b=kl_reported: float(a[rows].sum() / b[rows].sum()),
+            len(batch),
+        )
         own = truth.sum(1)
         rows.append(
             {
@@ -188,13 +241,22 @@ def row_text(row: dict[str, Any]) -> str:
     return "  ".join([*texts, f"kl_reported {row['kl_reported']:.3f}", f"gap {row['gap']:.4f}"])
 
 
-def serve(pipe: Any, model: str, dtype: str, mode: str, like: AdapterDelta, prompts: Sequence[Sequence[int]]) -> None:
+def serve(
+    pipe: Any,
+    model: str,
+    dtype: str,
+    mode: str,
+    like: AdapterDelta,
+    prompts: Sequence[Sequence[int]],
+) -> None:
     """A process with an engine: one turn for each number that it is sent."""
     engine, seeds = engine_for(model, dtype, mode, like.rank), list(range(len(prompts)))
     pipe.send("ready")
     while (turn := pipe.recv()) is not None:
         generator = torch.Generator().manual_seed(turn)
-        changed = like.map(lambda _, f, g=generator: Factors(f.B + 1e-3 * torch.randn(f.B.shape, generator=g), f.A))
+        changed = like.map(
+            lambda _, f, g=generator: Factors(f.B + 1e-3 * torch.randn(f.B.shape, generator=g), f.A)
+        )
         wanted, start = adapter(f"turn {turn}", changed), time.perf_counter()
         engine.loader.load([wanted])
         swapped = time.perf_counter()
@@ -203,7 +265,9 @@ def serve(pipe: Any, model: str, dtype: str, mode: str, like: AdapterDelta, prom
     engine.close()
 
 
-def turns(model: str, dtype: str, policy: AdapterDelta, prompts: Sequence[Sequence[int]], count: int) -> dict[str, dict[str, float]]:
+def turns(
+    model: str, dtype: str, policy: AdapterDelta, prompts: Sequence[Sequence[int]], count: int
+) -> dict[str, dict[str, float]]:
     """Median seconds of a swap and of a generation, unmerged and merged in turns."""
     context, pipes, seconds = multiprocessing.get_context("spawn"), {}, dict[str, list[Any]]()
     for mode in ("unmerged", "merged"):
@@ -221,8 +285,13 @@ def turns(model: str, dtype: str, policy: AdapterDelta, prompts: Sequence[Sequen
     for pipe, process in pipes.values():
         pipe.send(None)
         process.join()
-    ratio = statistics.median(a[1] / b[1] for a, b in zip(seconds["unmerged"], seconds["merged"], strict=True))
-    found = {mode: {"swap": _median(rows, 0), "generation": _median(rows, 1)} for mode, rows in seconds.items()}
+    ratio = statistics.median(
+        a[1] / b[1] for a, b in zip(seconds["unmerged"], seconds["merged"], strict=True)
+    )
+    found = {
+        mode: {"swap": _median(rows, 0), "generation": _median(rows, 1)}
+        for mode, rows in seconds.items()
+    }
     return {**found, "ratio": {"generation": ratio}}
 
 
@@ -231,8 +300,15 @@ def _median(rows: Sequence[tuple[float, float]], column: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="a finished run on the embedded model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="a finished run on the embedded model",
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
@@ -244,15 +320,28 @@ def main() -> None:
     prompts = [list(prompt.token_ids) for prompt in splits.held_out[:PROMPTS]]
     merged = load_peft(run / "iterations" / str(config.warp.iterations) / "merged")
     norm = sum(float((f.B @ f.A).square().sum()) for f in merged.factors.values()) ** 0.5
-    print(f"the merge of {run}: rank {merged.rank}, ‖ΔW‖ {norm:.2f}; {len(prompts)} completions of {TOKENS} tokens", flush=True)
+    print(
+        f"the merge of {run}: rank {merged.rank}, ‖ΔW‖ {norm:.2f}; {len(prompts)} completions of"
+        f" {TOKENS} tokens",
+        flush=True,
+    )
     rows, speed = [], {}
     for dtype in options.dtypes:
         rows += measure(model, dtype, merged, prompts, config.lora)
-        policy = scale(merged, 0.5).map(lambda _, f: Factors(f.B[:, :16].contiguous(), f.A[:16].contiguous()))
+        policy = scale(merged, 0.5).map(
+            lambda _, f: Factors(f.B[:, :16].contiguous(), f.A[:16].contiguous())
+        )
         speed[dtype] = found = turns(model, dtype, policy, prompts[:GENERATED], options.turns)
         for mode in ("unmerged", "merged"):
-            print(f"{dtype:9} {mode:8}  generation {found[mode]['generation']:.2f} s  swap {found[mode]['swap']:.3f} s", flush=True)
-        print(f"{dtype:9} generation, unmerged over merged: {found['ratio']['generation']:.3f}", flush=True)
+            print(
+                f"{dtype:9} {mode:8}  generation {found[mode]['generation']:.2f} s  swap"
+                f" {found[mode]['swap']:.3f} s",
+                flush=True,
+            )
+        print(
+            f"{dtype:9} generation, unmerged over merged: {found['ratio']['generation']:.3f}",
+            flush=True,
+        )
     first = {row["eta"]: row for row in rows if row["dtype"] == options.dtypes[0]}
     summary = {
         "slope_02": first[0.2]["slope"][0],

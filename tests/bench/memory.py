@@ -1,10 +1,12 @@
-"""`raywarp plan`'s estimate of memory against the peaks of a real run's processes (VmHWM): the embedded model, a few steps, any config.
+"""`raywarp plan`'s estimate of memory against the peaks of a real run's processes (VmHWM): the
+embedded model, a few steps, any config.
 
     python tests/bench/memory.py                                        # the quickstart's sizes
     python tests/bench/memory.py optim.batch_size=64 rollout.max_new_tokens=64
 
-The last line is JSON: for each kind of process the estimate and the measured peak in bytes, and their ratio. A KV cache on a CPU is
-reserved, and takes memory only as it fills, so the estimate is also compared without it.
+The last line is JSON: for each kind of process the estimate and the measured peak in bytes, and
+their ratio. A KV cache on a CPU is reserved, and takes memory only as it fills, so the estimate is
+also compared without it.
 """
 
 import contextlib
@@ -20,8 +22,18 @@ from raywarp.config.load import load_config
 from raywarp.planning.plan import plan
 from raywarp.warp import train
 
-FEW = ["warp.steps=3", "warp.iterations=2", "warp.policies=2", "front.prompts=8", "front.etas=[0.5]"]
-NAMES = {"policy": "ray::PolicyActor", "rollout_worker": "ray::RolloutWorker", "reward_worker": "ray::RewardActor"}
+FEW = [
+    "warp.steps=3",
+    "warp.iterations=2",
+    "warp.policies=2",
+    "front.prompts=8",
+    "front.etas=[0.5]",
+]
+NAMES = {
+    "policy": "ray::PolicyActor",
+    "rollout_worker": "ray::RolloutWorker",
+    "reward_worker": "ray::RewardActor",
+}
 
 
 def main() -> None:
@@ -42,7 +54,10 @@ def main() -> None:
             "ratio": round(ratio, 3),
             "ratio_without_cache": round(without, 3),
         }
-        print(f"{process.need.key}: estimate {process.bytes >> 20} MiB (KV cache {cache >> 20}), measured {peak >> 20} MiB")
+        print(
+            f"{process.need.key}: estimate {process.bytes >> 20} MiB (KV cache {cache >> 20}),"
+            f" measured {peak >> 20} MiB"
+        )
     print(json.dumps(result))
 
 
@@ -50,7 +65,10 @@ def _watch(peaks: dict[str, int], over: threading.Event) -> None:
     while not over.wait(0.3):
         with contextlib.suppress(psutil.Error, OSError, StopIteration):  # one has ended meanwhile
             for process in psutil.Process().children(recursive=True):
-                kind = next((kind for kind, name in NAMES.items() if process.name().startswith(name[:15])), None)
+                kind = next(
+                    (kind for kind, name in NAMES.items() if process.name().startswith(name[:15])),
+                    None,
+                )
                 if kind:
                     peaks[kind] = max(peaks[kind], _peak(process.pid))
 

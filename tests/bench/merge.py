@@ -1,18 +1,23 @@
-"""What does an exact merge cost, beside reading and writing the files, and beside the other ways to merge?
+"""What does an exact merge cost, beside reading and writing the files, and beside the other ways to
+merge?
 
-Adapters with the shapes of a Llama-3-8B (32 blocks, all-linear, rank 16, float32, random factors), M = 2 and M = 5, merged by
-`raywarp merge slerp … --liti 0.3`. In turn with it, each side in a process of its own that imports its libraries before the clock starts:
+Adapters with the shapes of a Llama-3-8B (32 blocks, all-linear, rank 16, float32, random factors),
+M = 2 and M = 5, merged by `raywarp merge slerp … --liti 0.3`. In turn with it, each side in a
+process of its own that imports its libraries before the clock starts:
 
-- io: the same adapters read and written by the safetensors library (load_file, save_file) and nothing else.
+- io: the same adapters read and written by the safetensors library (load_file, save_file) and
+  nothing else.
 - raw: their bytes through one 8 MB buffer with read() and write(), the least that a program can do.
-- dense: SLERP of the same adapters with every ΔW formed in float32, a block at a time; nothing is written (28 GB would have to be).
-  Timed on the first 8 blocks, times 4.
-- on a base cut down to 2 blocks of a Llama-3.2-1B: PEFT's add_weighted_adapter (svd and cat; that call alone, the model already loaded),
-  and mergekit's nuslerp of the two models that the adapters make of the base (their making is not counted), in an environment of its own.
+- dense: SLERP of the same adapters with every ΔW formed in float32, a block at a time; nothing is
+  written (28 GB would have to be). Timed on the first 8 blocks, times 4.
+- on a base cut down to 2 blocks of a Llama-3.2-1B: PEFT's add_weighted_adapter (svd and cat; that
+  call alone, the model already loaded), and mergekit's nuslerp of the two models that the adapters
+  make of the base (their making is not counted), in an environment of its own.
 
     .venv/bin/python tests/bench/merge.py [--repeats 7]
 
-Medians; ratios are of medians of runs in turn. largest_block_mb is the largest block's factors in all adapters that were merged.
+Medians; ratios are of medians of runs in turn. largest_block_mb is the largest block's factors in
+all adapters that were merged.
 """
 
 import argparse
@@ -39,9 +44,16 @@ LLAMA_1B = {"hidden": 2048, "key_value": 512, "inner": 8192, "blocks": 2}
 def sizes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
     """Module → (d_out, d_in) of one block."""
     hidden, key_value, inner = shape["hidden"], shape["key_value"], shape["inner"]
-    attention = {"q_proj": (hidden, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden), "o_proj": (hidden, hidden)}
+    attention = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, hidden),
+    }
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    return {f"self_attn.{name}": size for name, size in attention.items()} | {f"mlp.{name}": size for name, size in mlp.items()}
+    return {f"self_attn.{name}": size for name, size in attention.items()} | {
+        f"mlp.{name}": size for name, size in mlp.items()
+    }
 
 
 def write_adapter(folder: Path, shape: dict[str, int], seed: int) -> None:
@@ -53,12 +65,20 @@ def write_adapter(folder: Path, shape: dict[str, int], seed: int) -> None:
     for block in range(shape["blocks"]):
         for name, (d_out, d_in) in sizes(shape).items():
             prefix = f"base_model.model.model.layers.{block}.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, d_in, generator=generator) / d_in**0.5
+            tensors[f"{prefix}.lora_A.weight"] = (
+                torch.randn(RANK, d_in, generator=generator) / d_in**0.5
+            )
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, RANK, generator=generator) / 100
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = [name.rsplit(".", 1)[1] for name in sizes(shape)]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": targets,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -89,8 +109,12 @@ def write_model(folder: Path, shape: dict[str, int], adapter: Path | None = None
 def side_ours(adapters: Sequence[str], out: Path) -> float:
     from raywarp.cli import commands
 
-    import_module("raywarp.adapters.merge_report")  # which the command imports when it runs, with torch and the rest
-    return clock(lambda: commands.main(["merge", "slerp", *adapters, "--liti", "0.3", "--out", str(out)]))
+    import_module(
+        "raywarp.adapters.merge_report"
+    )  # which the command imports when it runs, with torch and the rest
+    return clock(
+        lambda: commands.main(["merge", "slerp", *adapters, "--liti", "0.3", "--out", str(out)])
+    )
 
 
 def side_io(adapters: Sequence[str], out: Path) -> float:
@@ -129,15 +153,29 @@ def side_dense(adapters: Sequence[str], out: Path) -> float:
             modules = [name for name in names if f".layers.{block}." in name]
             merged: list[Any] = []
             for m, file in enumerate(files):
-                change = [file.get_tensor(f"{name}.lora_B.weight") @ file.get_tensor(f"{name}.lora_A.weight") for name in modules]
+                change = [
+                    file.get_tensor(f"{name}.lora_B.weight")
+                    @ file.get_tensor(f"{name}.lora_A.weight")
+                    for name in modules
+                ]
                 if m == 0:
                     merged = change
                     continue
-                dot = sum(float((x * y).sum(dtype=torch.float64)) for x, y in zip(merged, change, strict=True))
-                norms = [sum(float(x.norm()) ** 2 for x in side) ** 0.5 for side in (merged, change)]
+                dot = sum(
+                    float((x * y).sum(dtype=torch.float64))
+                    for x, y in zip(merged, change, strict=True)
+                )
+                norms = [
+                    sum(float(x.norm()) ** 2 for x in side) ** 0.5 for side in (merged, change)
+                ]
                 angle = torch.acos(torch.tensor(dot / (norms[0] * norms[1])))
-                stay, go = (float(torch.sin(part * angle) / torch.sin(angle)) for part in (1 - 1 / (m + 1), 1 / (m + 1)))
-                merged = [x.mul_(stay).add_(y, alpha=go) for x, y in zip(merged, change, strict=True)]
+                stay, go = (
+                    float(torch.sin(part * angle) / torch.sin(angle))
+                    for part in (1 - 1 / (m + 1), 1 / (m + 1))
+                )
+                merged = [
+                    x.mul_(stay).add_(y, alpha=go) for x, y in zip(merged, change, strict=True)
+                ]
             for x in merged:
                 x.mul_(0.3)
 
@@ -148,9 +186,15 @@ def side_peft(adapters: Sequence[str], out: Path, how: str) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(out.parent / "base")), adapters[0], adapter_name="0")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(str(out.parent / "base")),
+        adapters[0],
+        adapter_name="0",
+    )
     model.load_adapter(adapters[1], "1")
-    return clock(lambda: model.add_weighted_adapter(["0", "1"], [0.5, 0.5], "merged", combination_type=how))
+    return clock(
+        lambda: model.add_weighted_adapter(["0", "1"], [0.5, 0.5], "merged", combination_type=how)
+    )
 
 
 MERGEKIT = """
@@ -165,12 +209,18 @@ config = MergeConfiguration.model_validate(
 start = time.perf_counter()
 run_merge(config, out, options=MergeOptions(copy_tokenizer=False, quiet=True))
 print(json.dumps({"seconds": time.perf_counter() - start}))
-"""
+"""  # noqa: E501
 
 
 def peak_mb() -> float:
-    """Of this process since it began; getrusage would count its parent's, too, which was this program before it."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    """Of this process since it began; getrusage would count its parent's, too, which was this
+    program before it.
+    """
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -201,18 +251,30 @@ def measure(command: Sequence[str], out: Path) -> dict[str, float]:
     return result
 
 
-def in_turn(sides: dict[str, Sequence[str]], out: Path, repeats: int) -> dict[str, dict[str, float]]:
+def in_turn(
+    sides: dict[str, Sequence[str]], out: Path, repeats: int
+) -> dict[str, dict[str, float]]:
     """Side → medians of its runs; the sides take turns."""
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side, command in sides.items():
             runs[side].append(measure(command, out))
-    return {side: {key: statistics.median(run[key] for run in own) for key in own[0]} for side, own in runs.items()}
+    return {
+        side: {key: statistics.median(run[key] for run in own) for key in own[0]}
+        for side, own in runs.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each fast side [7]; slow sides run once or twice")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=7,
+        help="runs of each fast side [7]; slow sides run once or twice",
+    )
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -238,7 +300,9 @@ def compare(folder: Path, repeats: int) -> dict[str, Any]:
     numbers = sum(RANK * (d_out + d_in) for d_out, d_in in sizes(LLAMA_8B).values())
     result: dict[str, Any] = {"adapter_mb": round(numbers * 4 * LLAMA_8B["blocks"] / 2**20, 1)}
     for count in (2, 5):
-        fast = in_turn({side: command(side, large[:count]) for side in ("ours", "io", "raw")}, out, repeats)
+        fast = in_turn(
+            {side: command(side, large[:count]) for side in ("ours", "io", "raw")}, out, repeats
+        )
         dense = in_turn({"dense": command("dense", large[:count])}, out, 2)["dense"]
         dense["seconds"] *= LLAMA_8B["blocks"] / DENSE_BLOCKS
         again = measure(command("ours", large[:count]), out)
@@ -266,11 +330,29 @@ def compare(folder: Path, repeats: int) -> dict[str, Any]:
     for n, adapter in enumerate(small):
         write_adapter(adapter, LLAMA_1B, seed=n)
         write_model(folder / f"model{n}", LLAMA_1B, adapter)
-    mergekit = [str(python_with("mergekit", ["mergekit==0.1.5"])), "-c", MERGEKIT, str(folder), str(out)]
-    cut = in_turn({"ours": command("ours", small), "peft_cat": command("peft_cat", small), "mergekit": mergekit}, out, 3)
+    mergekit = [
+        str(python_with("mergekit", ["mergekit==0.1.5"])),
+        "-c",
+        MERGEKIT,
+        str(folder),
+        str(out),
+    ]
+    cut = in_turn(
+        {
+            "ours": command("ours", small),
+            "peft_cat": command("peft_cat", small),
+            "mergekit": mergekit,
+        },
+        out,
+        3,
+    )
     cut |= in_turn({"peft_svd": command("peft_svd", small)}, out, 1)
     for side, own in cut.items():
-        print(f"  {side:20s} {own['seconds']:10.3f} s, {own['seconds'] / cut['ours']['seconds']:.1f} times ours", flush=True)
+        print(
+            f"  {side:20s} {own['seconds']:10.3f} s, {own['seconds'] / cut['ours']['seconds']:.1f}"
+            " times ours",
+            flush=True,
+        )
     each = (result["m2"], result["m5"])
     return {
         "time_over_io": max(own["time_over_io"] for own in each),

@@ -1,10 +1,12 @@
-"""The rollout worker on the embedded model: start to first token, seconds per swap, tokens per second, and the sampler–trainer gap.
+"""The rollout worker on the embedded model: start to first token, seconds per swap, tokens per
+second, and the sampler–trainer gap.
 
     .venv/bin/python tests/bench/rollout.py
 
-One Ray actor with the real engine; 32 completions of 24 tokens for 8 prompts; each batch from a new version of a rank-16 adapter on an
-init of rank 32, as in a second iteration. The gap is the mean |Δ log-prob| per token between sampler and trainer at the same dtype. Medians
-of the batches after the first. The last line is JSON.
+One Ray actor with the real engine; 32 completions of 24 tokens for 8 prompts; each batch from a new
+version of a rank-16 adapter on an init of rank 32, as in a second iteration. The gap is the mean |Δ
+log-prob| per token between sampler and trainer at the same dtype. Medians of the batches after the
+first. The last line is JSON.
 """
 
 import argparse
@@ -32,7 +34,10 @@ from raywarp.training.session import Session
 
 PROMPTS, GROUP, TOKENS = 8, 4, 24
 UNMERGED = [("vllm", "unmerged"), ("transformers", "unmerged")]
-MODES = {"bfloat16": UNMERGED, "float32": [*UNMERGED, ("vllm", "merged"), ("vllm", "lora")]}  # those that are exact
+MODES = {
+    "bfloat16": UNMERGED,
+    "float32": [*UNMERGED, ("vllm", "merged"), ("vllm", "lora")],
+}  # those that are exact
 
 
 def changed(delta: AdapterDelta, seed: int) -> AdapterDelta:
@@ -41,7 +46,9 @@ def changed(delta: AdapterDelta, seed: int) -> AdapterDelta:
     return delta.map(lambda _, f: Factors(torch.randn(f.B.shape, generator=g) * 3e-3, f.A))
 
 
-def measure(model: str, trainer: AdaptedModel, engine: str, adapter: str, dtype: str, batches: int) -> dict[str, Any]:
+def measure(
+    model: str, trainer: AdaptedModel, engine: str, adapter: str, dtype: str, batches: int
+) -> dict[str, Any]:
     config = parse_config(
         {
             "dtype": dtype,
@@ -51,7 +58,11 @@ def measure(model: str, trainer: AdaptedModel, engine: str, adapter: str, dtype:
         }
     )
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(1000, 20000, (6,), generator=generator).tolist() for _ in range(PROMPTS) for _ in range(GROUP)]
+    prompts = [
+        torch.randint(1000, 20000, (6,), generator=generator).tolist()
+        for _ in range(PROMPTS)
+        for _ in range(GROUP)
+    ]
     start, rows = time.perf_counter(), []
     with Session(config, model, 8, policies=False) as session:
         vectors = [changed(trainer.delta("policy"), n) for n in range(batches)]
@@ -65,23 +76,51 @@ def measure(model: str, trainer: AdaptedModel, engine: str, adapter: str, dtype:
             if not number:
                 first = time.perf_counter() - start
             tokens = sum(len(c.token_ids) for c in completions)
-            rows.append((rollout.swap_seconds, tokens / (rollout.seconds - rollout.swap_seconds), rollout.seconds))
+            rows.append(
+                (
+                    rollout.swap_seconds,
+                    tokens / (rollout.seconds - rollout.swap_seconds),
+                    rollout.seconds,
+                )
+            )
     trainer.set_init(add(init, vectors[-1]))
     batch = collate(prompts, completions)
-    own = losses.token_logprobs(trainer.logits(batch, ["init"]), batch.responses, config.rollout.temperature)
+    own = losses.token_logprobs(
+        trainer.logits(batch, ["init"]), batch.responses, config.rollout.temperature
+    )
     gap = float(losses.sampler_gap(own, batch.sampler_logprobs, batch.mask))
     swap, speed, seconds = (statistics.median(column) for column in zip(*rows[1:], strict=True))
-    row = {"engine": engine, "adapter": adapter, "dtype": dtype, "start_to_first_batch_seconds": first, "first_swap_seconds": rows[0][0]}
-    return {**row, "swap_seconds": swap, "tokens_per_second": speed, "batch_seconds": seconds, "sampler_gap": gap}
+    row = {
+        "engine": engine,
+        "adapter": adapter,
+        "dtype": dtype,
+        "start_to_first_batch_seconds": first,
+        "first_swap_seconds": rows[0][0],
+    }
+    return {
+        **row,
+        "swap_seconds": swap,
+        "tokens_per_second": speed,
+        "batch_seconds": seconds,
+        "sampler_gap": gap,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--only", nargs="+", default=[], help="for example vllm-unmerged-bfloat16")
     options = parser.parse_args()
     model = resolve_model(SMOLLM2)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     rows = []
     for dtype in ("bfloat16", "float32"):
         lora = parse_config({}).lora
@@ -91,7 +130,13 @@ def main() -> None:
             if options.only and f"{engine}-{adapter}-{dtype}" not in options.only:
                 continue
             rows.append(row := measure(model, trainer, engine, adapter, dtype, options.batches))
-            print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in row.items()), flush=True)
+            print(
+                "  ".join(
+                    f"{name} {value:.4g}" if isinstance(value, float) else value
+                    for name, value in row.items()
+                ),
+                flush=True,
+            )
     ray.shutdown()
     print(json.dumps(rows))
 

@@ -1,18 +1,21 @@
-"""How a run's cost grows with policies and rollout workers, on a simulated cluster, and what a gather of adapters costs the driver.
+"""How a run's cost grows with policies and rollout workers, on a simulated cluster, and what a
+gather of adapters costs the driver.
 
     .venv/bin/python tests/bench/scaling.py --generate 0.5 --update 0.5
 
-**Steps.** Ray with logical GPUs on this machine; Session, placement, PolicyActor.fine_tune, the pool, the rewards, the adapters on
-their way (of SmolLM2-135M at rank 16, 19 MB) and the check of every swap are the real ones. Only the work in them is replaced by waits
-of the given lengths: the engine's generation and the policy's update. A batch goes to one worker as a whole (raywarp/rollout/protocol.py says why),
-so R workers serve R policies at a time: that keeps the pool full as soon as M ≥ 2R, costs one swap per batch, and keeps the results the
-same for every R.
+**Steps.** Ray with logical GPUs on this machine; Session, placement, PolicyActor.fine_tune, the
+pool, the rewards, the adapters on their way (of SmolLM2-135M at rank 16, 19 MB) and the check of
+every swap are the real ones. Only the work in them is replaced by waits of the given lengths: the
+engine's generation and the policy's update. A batch goes to one worker as a whole
+(raywarp/rollout/protocol.py says why), so R workers serve R policies at a time: that keeps the pool
+full as soon as M ≥ 2R, costs one swap per batch, and keeps the results the same for every R.
 
-Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its two waits, from one step's end to the next (median). Shares
-are those of timing.json, first and last step included.
+Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its two waits, from one
+step's end to the next (median). Shares are those of timing.json, first and last step included.
 
-**Gather.** The driver's part of an iteration with adapters in the shapes of an 8 B Llama (rank 16, all linear layers), for M = 2, 4, 8:
-read the policies, SLERP, LITI, write; seconds, and the peak of the process's memory beyond what it had.
+**Gather.** The driver's part of an iteration with adapters in the shapes of an 8 B Llama (rank 16,
+all linear layers), for M = 2, 4, 8: read the policies, SLERP, LITI, write; seconds, and the peak of
+the process's memory beyond what it had.
 
 The last line is JSON.
 """
@@ -53,20 +56,41 @@ from raywarp.training.actors import Kinds
 from raywarp.training.policy_actor import PolicyActor
 from raywarp.training.session import Session
 
-SMOLLM2 = (30, {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}, (1536, 576))
-LLAMA_8B = (32, {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}, (14336, 4096))
+SMOLLM2 = (
+    30,
+    {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)},
+    (1536, 576),
+)
+LLAMA_8B = (
+    32,
+    {
+        "q_proj": (4096, 4096),
+        "k_proj": (1024, 4096),
+        "v_proj": (1024, 4096),
+        "o_proj": (4096, 4096),
+    },
+    (14336, 4096),
+)
 RANK, BATCH, LENGTH = 16, 32, 24
 
 
-def random_adapter(shapes: tuple[int, dict[str, tuple[int, int]], tuple[int, int]], rank: int, seed: int) -> AdapterDelta:
+def random_adapter(
+    shapes: tuple[int, dict[str, tuple[int, int]], tuple[int, int]], rank: int, seed: int
+) -> AdapterDelta:
     """Factors for all linear layers of a Llama."""
     layers, attention, (wide, narrow) = shapes
     sizes = {f"self_attn.{name}": size for name, size in attention.items()}
-    sizes |= {"mlp.gate_proj": (wide, narrow), "mlp.up_proj": (wide, narrow), "mlp.down_proj": (narrow, wide)}
+    sizes |= {
+        "mlp.gate_proj": (wide, narrow),
+        "mlp.up_proj": (wide, narrow),
+        "mlp.down_proj": (narrow, wide),
+    }
     g = torch.Generator().manual_seed(seed)
     return AdapterDelta(
         {
-            f"model.layers.{n}.{name}": Factors(torch.randn(out, rank, generator=g), torch.randn(rank, inp, generator=g))
+            f"model.layers.{n}.{name}": Factors(
+                torch.randn(out, rank, generator=g), torch.randn(rank, inp, generator=g)
+            )
             for n in range(layers)
             for name, (out, inp) in sizes.items()
         }
@@ -114,7 +138,13 @@ class WaitingPolicy:
     def task_vector(self) -> AdapterDelta:
         return self.adapter
 
-    def update(self, batch: Batch, rewards: torch.Tensor, completions: Sequence[Completion], with_sft_kl: bool) -> dict[str, float]:
+    def update(
+        self,
+        batch: Batch,
+        rewards: torch.Tensor,
+        completions: Sequence[Completion],
+        with_sft_kl: bool,
+    ) -> dict[str, float]:
         time.sleep(self.seconds)
         self.step += 1
         return {}
@@ -153,27 +183,49 @@ def config_for(policies: int, workers: int, trainers: int, steps: int) -> Config
             "warp": {"iterations": 1, "policies": policies, "steps": steps},
             "optim": {"batch_size": BATCH},
             "rollout": {"workers": workers, "max_new_tokens": LENGTH},
-            "cluster": {"policy_actors": trainers, "cpus_per_policy": 0, "cpus_per_rollout_worker": 0},
+            "cluster": {
+                "policy_actors": trainers,
+                "cpus_per_policy": 0,
+                "cpus_per_rollout_worker": 0,
+            },
             "checkpoint_every": 10**6,
         }
     )
 
 
-def run(policies: int, workers: int, trainers: int, steps: int, waits: Kinds, folder: Path) -> dict[str, Any]:
-    """One iteration of fine-tuning; its timing.json row, and what a step took beyond the waits if nobody else could be in the way."""
+def run(
+    policies: int, workers: int, trainers: int, steps: int, waits: Kinds, folder: Path
+) -> dict[str, Any]:
+    """One iteration of fine-tuning; its timing.json row, and what a step took beyond the waits if
+    nobody else could be in the way.
+    """
     prompts = [Prompt(f"prompt {n}", (3, 4, n % 50), {}) for n in range(64)]
     place = f"{policies}-{workers}-{trainers}"
     jobs = [Job(1, m, f"{place}-{m}", Storage(folder)) for m in range(1, policies + 1)]
-    with Session(config_for(policies, workers, trainers, steps), "none", 3, kinds=waits, proves=False) as session:
-        ends = [time.perf_counter() for event in session.fine_tune(jobs, session.zero, prompts) if event["event"] == "step"]
+    with Session(
+        config_for(policies, workers, trainers, steps), "none", 3, kinds=waits, proves=False
+    ) as session:
+        ends = [
+            time.perf_counter()
+            for event in session.fine_tune(jobs, session.zero, prompts)
+            if event["event"] == "step"
+        ]
     assert session.timing is not None
     assert len(ends) == policies * steps == session.timing.steps
     interval = statistics.median(after - before for before, after in pairwise(ends))
-    return {"policies": policies, "workers": workers, "trainers": trainers, "step_interval_seconds": interval, **session.timing.row()}
+    return {
+        "policies": policies,
+        "workers": workers,
+        "trainers": trainers,
+        "step_interval_seconds": interval,
+        **session.timing.row(),
+    }
 
 
 def gather(policies: int, folder: Path) -> dict[str, float]:
-    """What the driver does with an iteration's policies, in 8 B shapes; run in a process of its own."""
+    """What the driver does with an iteration's policies, in 8 B shapes; run in a process of its
+    own.
+    """
     for m in range(1, policies + 1):
         save_peft(random_adapter(LLAMA_8B, RANK, m), folder / str(m))
     context = multiprocessing.get_context("spawn")
@@ -206,17 +258,36 @@ def _gather(policies: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generate", type=float, default=0.5, help="seconds of a batch's generation")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--generate", type=float, default=0.5, help="seconds of a batch's generation"
+    )
     parser.add_argument("--update", type=float, default=0.5, help="seconds of an update")
-    parser.add_argument("--steps", type=int, default=36, help="steps per policy (fewer where the pool is not made for the policies)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=36,
+        help="steps per policy (fewer where the pool is not made for the policies)",
+    )
     parser.add_argument("--policies", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
     settings = [(2, 1, 1), *((m, r, m) for m in options.policies for r in options.workers)]
-    ray.init(address="local", num_cpus=2, num_gpus=32, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=32,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     waits, rows = waiting_kinds(options.generate, options.update), []
-    print("policies workers trainers  steps/s  trainers  pool   step s = waits + swap + request + rest")
+    print(
+        "policies workers trainers  steps/s  trainers  pool   step s = waits + swap + request +"
+        " rest"
+    )
     for m, r, trainers in settings:
         claimed = (m, r) == (1, 1) or m == 2 * r
         steps = options.steps if claimed else max(options.steps // 10, 3)
@@ -226,27 +297,56 @@ def main() -> None:
         step, phases = m / row["steps_per_second"], row["phases"]
         parts = f"{step:6.3f}   {phases['swap_seconds']:.3f}   {phases['request_seconds']:.3f}"
         shares = f"{row['trainer_busy']:8.1%} {row['pool_busy']:7.1%}"
-        print(f"{m:8} {r:7} {trainers:8} {row['steps_per_second']:8.3f} {shares}  {parts}  {row['bound']}", flush=True)
+        print(
+            f"{m:8} {r:7} {trainers:8} {row['steps_per_second']:8.3f} {shares}  {parts} "
+            f" {row['bound']}",
+            flush=True,
+        )
     ray.shutdown()
     gathers = []
     for m in (2, 4, 8):
         with tempfile.TemporaryDirectory() as folder:
             gathers.append(gather(m, Path(folder)))
         found = gathers[-1]
-        seconds = " + ".join(f"{found[f'{name}_seconds']:.2f} s {name}" for name in ("read", "slerp", "liti", "write"))
-        print(f"gather of {m} adapters of {found['adapter_mib']:.0f} MiB: {seconds}; {found['peak_mib']:.0f} MiB at the peak", flush=True)
-    print(json.dumps({"generate": options.generate, "update": options.update, **summary(rows, options), "runs": rows, "gathers": gathers}))
+        seconds = " + ".join(
+            f"{found[f'{name}_seconds']:.2f} s {name}"
+            for name in ("read", "slerp", "liti", "write")
+        )
+        print(
+            f"gather of {m} adapters of {found['adapter_mib']:.0f} MiB: {seconds};"
+            f" {found['peak_mib']:.0f} MiB at the peak",
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                "generate": options.generate,
+                "update": options.update,
+                **summary(rows, options),
+                "runs": rows,
+                "gathers": gathers,
+            }
+        )
+    )
 
 
 def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict[str, float]:
     """The figures that are claimed, as far as the chosen sizes show them."""
     by = {(row["policies"], row["workers"], row["trainers"]): row for row in rows}
-    found = {"interleaved_trainer_busy": by[2, 1, 1]["trainer_busy"], "interleaved_pool_busy": by[2, 1, 1]["pool_busy"]}
+    found = {
+        "interleaved_trainer_busy": by[2, 1, 1]["trainer_busy"],
+        "interleaved_pool_busy": by[2, 1, 1]["pool_busy"],
+    }
     if (2, 1, 2) in by:
-        found |= {"apart_trainer_busy": by[2, 1, 2]["trainer_busy"], "apart_pool_busy": by[2, 1, 2]["pool_busy"]}
+        found |= {
+            "apart_trainer_busy": by[2, 1, 2]["trainer_busy"],
+            "apart_pool_busy": by[2, 1, 2]["pool_busy"],
+        }
         for m in (4, 8):
             if (m, m // 2, m) in by:
-                found[f"linear_to_{m}"] = by[m, m // 2, m]["steps_per_second"] / (by[2, 1, 2]["steps_per_second"] * m / 2)
+                found[f"linear_to_{m}"] = by[m, m // 2, m]["steps_per_second"] / (
+                    by[2, 1, 2]["steps_per_second"] * m / 2
+                )
     if (1, 1, 1) in by:
         step = by[1, 1, 1]["step_interval_seconds"]
         found |= {"overhead_seconds": step - options.generate - options.update}

@@ -1,7 +1,9 @@
-"""TRL's RLOOTrainer, step by step on command: the other side of step.py, run by a Python that has TRL.
+"""TRL's RLOOTrainer, step by step on command: the other side of step.py, run by a Python that has
+TRL.
 
-Reads a JSON object of settings from its first argument. Prints one JSON line when it is ready and one per optimiser step; before each
-step it waits for a line on its input, so that two sides can take turns (not with `free_running`). Ends with its peak memory.
+Reads a JSON object of settings from its first argument. Prints one JSON line when it is ready and
+one per optimiser step; before each step it waits for a line on its input, so that two sides can
+take turns (not with `free_running`). Ends with its peak memory.
 """
 
 import json
@@ -34,7 +36,10 @@ def main() -> None:
     analyzer = SentimentIntensityAnalyzer()
 
     def vader(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return [analyzer.polarity_scores(p + c)["compound"] for p, c in zip(prompts, completions, strict=True)]
+        return [
+            analyzer.polarity_scores(p + c)["compound"]
+            for p, c in zip(prompts, completions, strict=True)
+        ]
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     trainer = RLOOTrainer(
@@ -43,7 +48,13 @@ def main() -> None:
         args=arguments(settings),
         train_dataset=Dataset.from_dict({"prompt": settings["prompts"]}),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=16,
+            lora_alpha=16,
+            target_modules="all-linear",
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        ),
     )
     steps = Steps(trainer, settings["free_running"])
     trainer.add_callback(steps)
@@ -55,12 +66,16 @@ def main() -> None:
 
 
 def arguments(settings: dict[str, Any]) -> RLOOConfig:
-    """The same work on all variants; what a tuned one adds comes with the settings (see step.py)."""
+    """The same work on all variants; what a tuned one adds comes with the settings (see
+    step.py).
+    """
     common: dict[str, Any] = {
         "output_dir": settings["folder"],
         "use_cpu": True,
         "max_steps": settings["steps"],
-        "per_device_train_batch_size": settings["prompts_per_step"] * settings["completions_per_prompt"],
+        "per_device_train_batch_size": (
+            settings["prompts_per_step"] * settings["completions_per_prompt"]
+        ),
         "num_generations": settings["completions_per_prompt"],
         "max_completion_length": settings["new_tokens"],
         "temperature": settings["temperature"],
@@ -70,13 +85,17 @@ def arguments(settings: dict[str, Any]) -> RLOOConfig:
         "save_strategy": "no",
         "disable_tqdm": True,
         "bf16": settings["dtype"] == "bfloat16",
-        "generation_kwargs": {"min_new_tokens": settings["new_tokens"]} if settings["forced"] else None,
+        "generation_kwargs": (
+            {"min_new_tokens": settings["new_tokens"]} if settings["forced"] else None
+        ),
     }
     return RLOOConfig(**common | settings["options"])
 
 
 class Steps(TrainerCallback):
-    """Waits before each step, and reports it: seconds, of them by phase, and the tokens it trained on."""
+    """Waits before each step, and reports it: seconds, of them by phase, and the tokens it trained
+    on.
+    """
 
     def __init__(self, trainer: RLOOTrainer, free_running: bool):
         self.trainer, self.free_running = trainer, free_running

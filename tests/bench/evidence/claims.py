@@ -1,4 +1,6 @@
-"""The claims: which curves each compares, how, and the verdict. Effects are in standard deviations of the SFT model's reward."""
+"""The claims: which curves each compares, how, and the verdict. Effects are in standard deviations
+of the SFT model's reward.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +31,9 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Claim:
-    """text: what is claimed. The first of the parts gives the claim's effect. shown: curves in its figure, besides those compared."""
+    """text: what is claimed. The first of the parts gives the claim's effect. shown: curves in its
+    figure, besides those compared.
+    """
 
     name: str
     text: str
@@ -39,7 +43,15 @@ class Claim:
 
     @property
     def curves(self) -> list[Curve]:
-        return list(dict.fromkeys([*(curve for part in self.parts for curve in part.curves), *self.shown, *self.hidden]))
+        return list(
+            dict.fromkeys(
+                [
+                    *(curve for part in self.parts for curve in part.curves),
+                    *self.shown,
+                    *self.hidden,
+                ]
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -94,14 +106,20 @@ def samples(settings: Settings, results: Results, resamples: int = RESAMPLES) ->
 
 
 def judge(claim: Claim, of_seeds: Mapping[int, Sample]) -> Judged:
-    """Effects with intervals, and the verdict: what all deciding parts say, else undecided. Other parts are left out that no seed has."""
+    """Effects with intervals, and the verdict: what all deciding parts say, else undecided. Other
+    parts are left out that no seed has.
+    """
     effects: dict[str, Effect] = {}
     for part in claim.parts:
-        values = [part.effect(sample) for sample in of_seeds.values() if part.is_measured(sample.seed)]
+        values = [
+            part.effect(sample) for sample in of_seeds.values() if part.is_measured(sample.seed)
+        ]
         if not values and not part.decides:
             continue
         stacked = np.stack(values) if values else np.zeros((0, 2))
-        effects[part.name] = fronts.paired_bootstrap(stacked, np.random.default_rng(derive_seed(claim.name, part.name)))
+        effects[part.name] = fronts.paired_bootstrap(
+            stacked, np.random.default_rng(derive_seed(claim.name, part.name))
+        )
     verdicts = {part.name: part.verdict(effects[part.name]) for part in claim.parts if part.decides}
     return Judged(claim, effects, combined(list(verdicts.values())), verdicts)
 
@@ -119,21 +137,34 @@ def facts_of(claim: Claim, results: Results) -> dict[str, Any]:
     if claim.name == "H11":
         return {
             f"{name}, seed {number}": facts[arm]["errors"]
-            for arm, name in (("warp", "A independent"), ("shared", "A shared at the start"), ("frozen", "A shared and frozen"))
+            for arm, name in (
+                ("warp", "A independent"),
+                ("shared", "A shared at the start"),
+                ("frozen", "A shared and frozen"),
+            )
             for number, facts in own.items()
             if "errors" in facts.get(arm, {})
         }
     if claim.name == "H12":
-        return {f"seed {number}": wall_clock(facts) for number, facts in own.items() if "ema-long" in facts and "warp-i2" in facts}
+        return {
+            f"seed {number}": wall_clock(facts)
+            for number, facts in own.items()
+            if "ema-long" in facts and "warp-i2" in facts
+        }
     return {}
 
 
 def wall_clock(facts: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of training, from the phases of a policy's step that has machine and engine to itself: WARP's I·T with one machine per
-    policy, the one run's M·I·T."""
+    """Seconds of training, from the phases of a policy's step that has machine and engine to
+    itself: WARP's I·T with one machine per policy, the one run's M·I·T.
+    """
     step, steps = facts["ema-long"]["step_seconds"], facts["ema-long"]["steps"]
     policies = ARMS["warp-i2"].policies
-    return {"step_seconds": step, "warp_on_m_machines": round(step * steps / policies, 1), "one_run": round(step * steps, 1)}
+    return {
+        "step_seconds": step,
+        "warp_on_m_machines": round(step * steps / policies, 1),
+        "one_run": round(step * steps, 1),
+    }
 
 
 def _claims() -> dict[str, Claim]:
@@ -147,9 +178,28 @@ def _claims() -> dict[str, Claim]:
             *in_all_ways(c["slerp"], policies, "SLERP over each policy"),
             above(c["lerp"], policies, "LERP over each policy"),
             above(c["slerp"], (c["lerp"],), "SLERP over LERP"),
-            at_the_end("SLERP over LERP at η = 1, not at equal KL", c["slerp"], "slerp@1", (c["lerp"],), ("lerp@1",)),
-            at_the_end("… and its KL more than LERP's", c["slerp"], "slerp@1", (c["lerp"],), ("lerp@1",), "kl"),
-            at_the_end("SLERP over each policy at η = 1, not at equal KL", c["slerp"], "slerp@1", policies, ends),
+            at_the_end(
+                "SLERP over LERP at η = 1, not at equal KL",
+                c["slerp"],
+                "slerp@1",
+                (c["lerp"],),
+                ("lerp@1",),
+            ),
+            at_the_end(
+                "… and its KL more than LERP's",
+                c["slerp"],
+                "slerp@1",
+                (c["lerp"],),
+                ("lerp@1",),
+                "kl",
+            ),
+            at_the_end(
+                "SLERP over each policy at η = 1, not at equal KL",
+                c["slerp"],
+                "slerp@1",
+                policies,
+                ends,
+            ),
         ),
         hidden=(c["slerp-weights"], c["lerp-weights"]),
     )
@@ -173,7 +223,11 @@ def _claims() -> dict[str, Claim]:
             above(exact, (c["peft"],), "exact over PEFT linear", upper=True),
             above(exact, (c["svd"],), "exact over SVD back to r"),
             above(exact, (c["svd"],), "exact over SVD back to r", upper=True),
-            above(c["shared"], (c["shared-factors"],), "A shared at the start: exact over SLERP of A and B apart"),
+            above(
+                c["shared"],
+                (c["shared-factors"],),
+                "A shared at the start: exact over SLERP of A and B apart",
+            ),
             above(exact, (c["shared"],), "A independent over A shared at the start"),
             above(exact, (c["frozen"],), "A independent over A shared and frozen"),
             above(exact, (c["frozen"],), "A independent over A shared and frozen", upper=True),
@@ -186,26 +240,68 @@ def _claims() -> dict[str, Claim]:
         "At equal compute WARP's front (M = 2, I = 2) lies above that of one run of M·I·T steps.",
         (
             *in_all_ways(warp, (ema,), "WARP over one run, EMA anchor, scaled"),
-            *(part for run, _ in anchored for part in in_all_ways(warp, (run,), f"WARP over {run.label}")),
-            *(above(run, (training,), f"{run.label}, over its own training") for run, training in anchored),
+            *(
+                part
+                for run, _ in anchored
+                for part in in_all_ways(warp, (run,), f"WARP over {run.label}")
+            ),
+            *(
+                above(run, (training,), f"{run.label}, over its own training")
+                for run, training in anchored
+            ),
             above(c["slerp-i2-init"], (warp,), "WARP anchored at each init over WARP with the EMA"),
-            above(c["slerp-i2-init"], (c["sft-0.1-long"],), "WARP anchored at each init over one run of 4T, SFT anchor, scaled"),
+            above(
+                c["slerp-i2-init"],
+                (c["sft-0.1-long"],),
+                "WARP anchored at each init over one run of 4T, SFT anchor, scaled",
+            ),
             above(warp, (c["ema-training"],), "WARP over one run, EMA anchor, as it trained"),
             above(warp, policies, "WARP over the policies of its first iteration, scaled"),
-            above(warp, four, "WARP over the best of four policies of T steps, scaled", rival=np.max),
+            above(
+                warp, four, "WARP over the best of four policies of T steps, scaled", rival=np.max
+            ),
             above(c["slerp"], (c["ema-half"],), "I = 1 over one run of 2T, EMA anchor, scaled"),
-            above(c["slerp"], (c["ema-half"],), "I = 1 over one run of 2T, EMA anchor, scaled", upper=True),
-            above(warp, (c["ema-half"],), "equal wall clock on M machines: WARP over one run of 2T, EMA anchor, scaled"),
+            above(
+                c["slerp"],
+                (c["ema-half"],),
+                "I = 1 over one run of 2T, EMA anchor, scaled",
+                upper=True,
+            ),
+            above(
+                warp,
+                (c["ema-half"],),
+                "equal wall clock on M machines: WARP over one run of 2T, EMA anchor, scaled",
+            ),
         ),
     )
-    runs = [(c[f"sft-{coef:g}-long"], c[f"sft-{coef:g}-training"]) for coef in sorted(SFT_COEFS, key=lambda coef: coef != BEST_COEF)]
+    runs = [
+        (c[f"sft-{coef:g}-long"], c[f"sft-{coef:g}-training"])
+        for coef in sorted(SFT_COEFS, key=lambda coef: coef != BEST_COEF)
+    ]
     h1 = Claim(
         "H1",
-        "The front along training is better with the EMA as the anchor than with the SFT model, whatever β.",
+        "The front along training is better with the EMA as the anchor than with the SFT model,"
+        " whatever β.",
         (
-            *(above(c["ema-training"], (training,), f"EMA anchor over {training.label}", decides=True) for _, training in runs),
-            *(above(c["ema-training"], (training,), f"EMA anchor over {training.label}", upper=True) for _, training in runs),
-            *(above(ema, (run,), f"EMA anchor, scaled, over {run.label}", upper=True) for run, _ in runs),
+            *(
+                above(
+                    c["ema-training"],
+                    (training,),
+                    f"EMA anchor over {training.label}",
+                    decides=True,
+                )
+                for _, training in runs
+            ),
+            *(
+                above(
+                    c["ema-training"], (training,), f"EMA anchor over {training.label}", upper=True
+                )
+                for _, training in runs
+            ),
+            *(
+                above(ema, (run,), f"EMA anchor, scaled, over {run.label}", upper=True)
+                for run, _ in runs
+            ),
             above(c["sft-0.3-long"], (c["sft-0.1-long"],)),
         ),
     )
@@ -231,24 +327,45 @@ def _claims() -> dict[str, Claim]:
     )
     h4 = Claim(
         "H4",
-        f"Task vectors of one block are orthogonal (90 ± {ANGLE_MARGIN:g} degrees) and of one length (ratio above {1 - RATIO_MARGIN:g}).",
+        f"Task vectors of one block are orthogonal (90 ± {ANGLE_MARGIN:g} degrees) and of one"
+        f" length (ratio above {1 - RATIO_MARGIN:g}).",
         (
             *geometry_parts("warp", "A independent", decides=True),
             *geometry_parts("shared", "A shared at the start", decides=False),
             *geometry_parts("frozen", "A shared and frozen", decides=False),
             *geometry_parts("half-lr", "half the learning rate", decides=False),
             *geometry_parts("double-lr", "twice the learning rate", decides=False),
-            *in_all_ways(c["half-lr"], (c["slerp"],), "front with half the learning rate over that with all of it", decides=False),
-            *in_all_ways(c["double-lr"], (c["slerp"],), "front with twice the learning rate over that with once", decides=False),
+            *in_all_ways(
+                c["half-lr"],
+                (c["slerp"],),
+                "front with half the learning rate over that with all of it",
+                decides=False,
+            ),
+            *in_all_ways(
+                c["double-lr"],
+                (c["slerp"],),
+                "front with twice the learning rate over that with once",
+                decides=False,
+            ),
         ),
         shown=(c["slerp"], c["shared"], c["frozen"]),
     )
     h3_rank = Claim(
         "H3-rank",
-        "With four times the rank, too, the merge of two policies beats each of them, scaled, at equal KL.",
+        "With four times the rank, too, the merge of two policies beats each of them, scaled, at"
+        " equal KL.",
         (
-            *in_all_ways(c["high-rank"], (c["high-rank-1"], c["high-rank-2"]), "SLERP over each policy, four times the rank"),
-            *in_all_ways(c["high-rank"], (c["slerp"],), "front with four times the rank over that with once", decides=False),
+            *in_all_ways(
+                c["high-rank"],
+                (c["high-rank-1"], c["high-rank-2"]),
+                "SLERP over each policy, four times the rank",
+            ),
+            *in_all_ways(
+                c["high-rank"],
+                (c["slerp"],),
+                "front with four times the rank over that with once",
+                decides=False,
+            ),
             *geometry_parts("high-rank", "four times the rank", decides=False),
         ),
     )

@@ -1,4 +1,6 @@
-"""Averages of adapters that are not exact in ΔW, as they are found elsewhere, and how far they are off."""
+"""Averages of adapters that are not exact in ΔW, as they are found elsewhere, and how far they are
+off.
+"""
 
 from collections.abc import Sequence
 
@@ -10,22 +12,31 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors, inner
 
 
 def slerp_of_factors(deltas: Sequence[AdapterDelta]) -> AdapterDelta:
-    """SLERP of the A and of the B tensors apart, each tensor with an angle of its own: what tools for whole weights make of adapters."""
+    """SLERP of the A and of the B tensors apart, each tensor with an angle of its own: what tools
+    for whole weights make of adapters.
+    """
 
     def merge(module: str, _: Factors) -> Factors:
         factors = [delta.factors[module] for delta in deltas]
-        return Factors(_slerp_tensors([f.B for f in factors]), _slerp_tensors([f.A for f in factors]))
+        return Factors(
+            _slerp_tensors([f.B for f in factors]), _slerp_tensors([f.A for f in factors])
+        )
 
     return deltas[0].map(merge)
 
 
 def peft_linear(deltas: Sequence[AdapterDelta]) -> AdapterDelta:
-    """PEFT's add_weighted_adapter(combination_type="linear") with weights 1/M: (Σ √w B)(Σ √w A), for scaling 1 or folded into B."""
+    """PEFT's add_weighted_adapter(combination_type="linear") with weights 1/M: (Σ √w B)(Σ √w A),
+    for scaling 1 or folded into B.
+    """
     root = len(deltas) ** -0.5
 
     def merge(module: str, _: Factors) -> Factors:
         factors = [delta.factors[module] for delta in deltas]
-        return Factors(sum((f.B for f in factors[1:]), factors[0].B) * root, sum((f.A for f in factors[1:]), factors[0].A) * root)
+        return Factors(
+            sum((f.B for f in factors[1:]), factors[0].B) * root,
+            sum((f.A for f in factors[1:]), factors[0].A) * root,
+        )
 
     return deltas[0].map(merge)
 

@@ -1,4 +1,6 @@
-"""What was measured, per prompt, without texts: one compressed file per seed, small enough to commit; all else is drawn from them."""
+"""What was measured, per prompt, without texts: one compressed file per seed, small enough to
+commit; all else is drawn from them.
+"""
 
 import io
 import json
@@ -20,7 +22,8 @@ SCALE = 10**DIGITS
 class Measured:
     """A point: N numbers each, but for distinct_2, which is of all completions together.
 
-    reward: standardised. control: raw score of the second reward model. vader: from −1 to 1. kl: to SFT, nats. length: tokens.
+    reward: standardised. control: raw score of the second reward model. vader: from −1 to 1. kl: to
+    SFT, nats. length: tokens.
     finished: it ended by itself.
     """
 
@@ -39,9 +42,11 @@ SCORES = ("reward", "control", "vader", "kl")
 
 @dataclass
 class Seed:
-    """points: name → what was measured. facts: what else is known of the arms: geometry, timing, errors of merges.
+    """points: name → what was measured. facts: what else is known of the arms: geometry, timing,
+    errors of merges.
 
-    sampler: the version that sampled them; 0 before there was one, when policies were sampled from rounded weights.
+    sampler: the version that sampled them; 0 before there was one, when policies were sampled from
+    rounded weights.
     """
 
     points: dict[str, Measured]
@@ -70,11 +75,13 @@ class Results:
         return self.seeds.setdefault(number, Seed({}, {}))
 
     def check_sampler(self, seed: int) -> None:
-        """Raises OtherSettingsError where nothing may be added to a seed: its points were sampled by an earlier version."""
+        """Raises OtherSettingsError where nothing may be added to a seed: its points were sampled
+        by an earlier version.
+        """
         if self.seed(seed).sampler < SAMPLER_VERSION:
             raise OtherSettingsError(
-                f"the numbers of seed {seed} in {self.folder} were sampled by an earlier version, from rounded weights; "
-                "choose another --results, or move them away"
+                f"the numbers of seed {seed} in {self.folder} were sampled by an earlier version,"
+                " from rounded weights; choose another --results, or move them away"
             )
 
     @property
@@ -96,7 +103,9 @@ class Results:
             columns[column] = np.round(values * (SCALE if column in SCORES else 1)).astype(np.int32)
         columns["distinct_2"] = np.array([own.points[name].distinct_2 for name in names])
         content = io.BytesIO()
-        about = json.dumps({"settings": self.settings, "points": names, "facts": own.facts, "sampler": own.sampler})
+        about = json.dumps(
+            {"settings": self.settings, "points": names, "facts": own.facts, "sampler": own.sampler}
+        )
         np.savez_compressed(content, about=np.frombuffer(about.encode(), dtype=np.uint8), **columns)
         write_bytes(self.folder / f"seed-{seed}.npz", content.getvalue())
 
@@ -104,12 +113,20 @@ class Results:
         with np.load(path) as file:
             about = json.loads(file["about"].tobytes())
             columns = {name: file[name] for name in [*PER_PROMPT, "distinct_2"]}
-        if differing := [key for key, value in self.settings.items() if about["settings"].get(key) != value]:
+        if differing := [
+            key for key, value in self.settings.items() if about["settings"].get(key) != value
+        ]:
             there = {key: about["settings"].get(key) for key in differing}
             here = {key: self.settings[key] for key in differing}
-            raise OtherSettingsError(f"{path} is of other settings ({there} there, {here} here); choose another --results, or move it away")
+            raise OtherSettingsError(
+                f"{path} is of other settings ({there} there, {here} here); choose another"
+                " --results, or move it away"
+            )
         points = {}
         for n, name in enumerate(about["points"]):
-            row = {column: columns[column][n] / (SCALE if column in SCORES else 1) for column in PER_PROMPT}
+            row = {
+                column: columns[column][n] / (SCALE if column in SCORES else 1)
+                for column in PER_PROMPT
+            }
             points[name] = Measured(**row, distinct_2=float(columns["distinct_2"][n]))
         return Seed(points, about["facts"], about.get("sampler", 0))

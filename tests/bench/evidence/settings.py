@@ -1,4 +1,6 @@
-"""What the study trains: its settings, the arms, and the configuration of each as a user would write it."""
+"""What the study trains: its settings, the arms, and the configuration of each as a user would
+write it.
+"""
 
 import json
 import os
@@ -13,16 +15,19 @@ from raywarp.data import embedded
 from raywarp.storage.sealed import write_text
 
 SELECTION_FILE = "selection.json"
-# A reward model from human ratings; a reward by function, to rule out luck; the first with another backbone for its control model.
+# A reward model from human ratings; a reward by function, to rule out luck; the first with another
+# backbone for its control model.
 REVIEWS, PRESENT_TENSE, OTHER_CONTROL = TASKS = ("reviews", "present-tense", "smollm2-control")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a number. Points that were measured under other settings are refused, not mixed in.
+    """Everything that decides a number. Points that were measured under other settings are refused,
+    not mixed in.
 
-    task: of TASKS, or tiny (of seconds, for tests). steps: T. prompts: held out, for every point. kls: where fronts are compared;
-    upper_kls likewise, where they reach so far; reference_kl: of the hypervolume.
+    task: of TASKS, or tiny (of seconds, for tests). steps: T. prompts: held out, for every point.
+    kls: where fronts are compared; upper_kls likewise, where they reach so far; reference_kl: of
+    the hypervolume.
     """
 
     task: str = REVIEWS
@@ -60,7 +65,9 @@ TINY = Settings(
 
 
 def selected(settings: Settings, *folders: Path) -> Settings:
-    """With the learning rate that `--select` chose: of the first of the results' folders for which it was run."""
+    """With the learning rate that `--select` chose: of the first of the results' folders for which
+    it was run.
+    """
     found = [path for folder in folders if (path := folder / SELECTION_FILE).is_file()]
     return replace(settings, lr=json.loads(found[0].read_text())["lr"]) if found else settings
 
@@ -69,7 +76,8 @@ def selected(settings: Settings, *folders: Path) -> Settings:
 class Arm:
     """One run of raywarp.
 
-    length: its steps, in units of T. lr, rank: in units of the study's. init: of A. ema_rate, kl_coef: None for the study's.
+    length: its steps, in units of T. lr, rank: in units of the study's. init: of A. ema_rate,
+    kl_coef: None for the study's.
     kept: points of training whose policies are kept, in units of T; the end is kept anyway.
     """
 
@@ -104,7 +112,10 @@ ARMS = {
         Arm("double-lr", lr=2.0),
         Arm("high-rank", rank=4),
         Arm("ema-long", policies=1, length=4, kept=LATE),
-        *(Arm(f"sft-{coef:g}-long", policies=1, length=4, ema_rate=0.0, kl_coef=coef, kept=LATE) for coef in SFT_COEFS),
+        *(
+            Arm(f"sft-{coef:g}-long", policies=1, length=4, ema_rate=0.0, kl_coef=coef, kept=LATE)
+            for coef in SFT_COEFS
+        ),
     )
 }
 
@@ -114,7 +125,9 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 
 def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
-    """The arm's configuration. Its own front is made small: the study measures with more prompts, and keeps what each gave."""
+    """The arm's configuration. Its own front is made small: the study measures with more prompts,
+    and keeps what each gave.
+    """
     cores, rank = os.cpu_count() or 2, settings.rank * arm.rank
     tree: dict[str, Any] = {
         "seed": seed,
@@ -130,7 +143,10 @@ def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
             "kl_coef": settings.kl_coef if arm.kl_coef is None else arm.kl_coef,
         },
         "optim": {"lr": settings.lr * arm.lr, "batch_size": settings.batch_size, "warmup_steps": 2},
-        "rollout": {"completions_per_prompt": settings.group, "max_new_tokens": settings.new_tokens},
+        "rollout": {
+            "completions_per_prompt": settings.group,
+            "max_new_tokens": settings.new_tokens,
+        },
         # Threads are part of a policy's key, and arms of different M share policies.
         "cluster": {"threads": cores if arm.policies == 1 else max(1, cores // 2)},
         "front": {"prompts": 2, "etas": [0.0, 1.0], "choose": {"eta": 1.0}, "samples": 1},
@@ -148,19 +164,34 @@ def _checkpoint_every(settings: Settings, arm: Arm) -> int:
 
 
 def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
-    """Of the reward models that the task needs: the reward, and a control from ratings of other snippets."""
+    """Of the reward models that the task needs: the reward, and a control from ratings of other
+    snippets.
+    """
     if settings.task not in (REVIEWS, OTHER_CONTROL):
         return []
     own = seed_folder(folder, seed)
     ratings = own / "control.jsonl"
     if not ratings.is_file():
-        rows = [json.dumps({"text": snippet.text, "rating": snippet.rating}) for snippet in embedded.split_snippets(seed).control]
+        rows = [
+            json.dumps({"text": snippet.text, "rating": snippet.rating})
+            for snippet in embedded.split_snippets(seed).control
+        ]
         write_text(ratings, "\n".join(rows) + "\n")
     task = {"seed": seed, **_task(settings.task, seed, folder), "control": None}
     control = SMOLLM2 if settings.task == OTHER_CONTROL else MINILM
     return [
-        load_config({**task, "out": str(own / name), "preferences": {"dataset": source}, "reward_training": {"backbone": backbone}})
-        for name, source, backbone in (("reward", SNIPPETS, MINILM), ("control", str(ratings), control))
+        load_config(
+            {
+                **task,
+                "out": str(own / name),
+                "preferences": {"dataset": source},
+                "reward_training": {"backbone": backbone},
+            }
+        )
+        for name, source, backbone in (
+            ("reward", SNIPPETS, MINILM),
+            ("control", str(ratings), control),
+        )
     ]
 
 
@@ -171,7 +202,11 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
         return _tiny_task(tiny_project(folder))
     model = {"model": SMOLLM2, "prompts": {"dataset": SNIPPETS, "max_words": 4}}
     if name == PRESENT_TENSE:
-        return {**model, "reward": {"function": "bench.evidence.present_tense:score"}, "control": {"function": "raywarp.embedded:vader"}}
+        return {
+            **model,
+            "reward": {"function": "bench.evidence.present_tense:score"},
+            "control": {"function": "raywarp.embedded:vader"},
+        }
     return {
         **model,
         "reward": {"model": str(own / "reward")},
@@ -207,6 +242,11 @@ def _tiny_task(project: Path) -> dict[str, Any]:
 def _merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Section by section; where both say something, `other` does."""
     sections = {
-        name: {**tree.get(name, {}), **value} if isinstance(value, Mapping) and name in tree else value for name, value in other.items()
+        name: (
+            {**tree.get(name, {}), **value}
+            if isinstance(value, Mapping) and name in tree
+            else value
+        )
+        for name, value in other.items()
     }
     return {**tree, **sections}
