@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import WORDS, save_tokenizer
+from tiny_models import WORDS, save_tokenizer
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 

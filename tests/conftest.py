@@ -38,39 +38,21 @@ if (
 ):  # of two that run side by side, neither sees what the other's runs have there for a moment
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
 
+from tiny_models import WORDS, save_tiny_gpt2, save_tiny_llama
+
 from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
 from raywarp.model.batches import Batch
 from raywarp.storage import scratch
 
-WORDS = (
-    *(
-        "the",
-        "a",
-        "film",
-        "is",
-        "was",
-        "good",
-        "bad",
-        "great",
-        "awful",
-        "and",
-        "plot",
-        "acting",
-        "of",
-        "in",
-        "story",
-    ),
-    *("very", "not", "movie", "this", "it", "I", "liked", "hated", "fine", "dull"),
-)
 SLOW = (
     "faults",
     "sweep",
-    "rollout",
+    "pool",
     "jobs",
     "warp",
     "stored_runs",
     "three_nodes",
-    "reward_training",
+    "training",
     "evidence",
     "nodes",
 )  # minutes
@@ -131,73 +113,6 @@ def assert_same_change(x: AdapterDelta, y: AdapterDelta, tolerance: float = 1e-1
         torch.testing.assert_close(
             dense(f), dense(y.factors[module]), rtol=tolerance, atol=tolerance
         )
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer with a chat template, one BOS in front, EOS never appended."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-    )
-    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    fast.save_pretrained(folder)
-
-
-def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """2 layers, 64 wide, grouped-query attention: small enough to train in a test, real enough for
-    vLLM.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=3 + len(WORDS),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
-def save_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
-    """Conv1D weights and the dropout of 0.1 that GPT-2 ships."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=3 + len(WORDS),
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        n_positions=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 def installed_in(root: Path) -> str:
@@ -361,3 +276,19 @@ def logger_environment(folder: Path) -> dict[str, str]:
         for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
     }
     return services | caches
+
+
+@pytest.fixture(scope="module")
+def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder, the working directory of the file's tests, as a user's is."""
+    folder = tmp_path_factory.mktemp("working")
+    with contextlib.chdir(folder):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def project(working_directory: Path) -> Path:
+    """A user's folder with a reward module and prompts."""
+    from tiny_run import make_project
+
+    return make_project(working_directory)

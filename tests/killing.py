@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 import yaml
-from conftest import save_tiny_llama, write_prompts
+from conftest import write_prompts
+from tiny_models import save_tiny_llama
 
 from raywarp.adapters.peft import load_peft
 from raywarp.rollout.transport import digest

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import WORDS
 from rich.console import Console
+from tiny_models import WORDS
 
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config

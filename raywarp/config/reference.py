@@ -17,7 +17,7 @@ _PAGE_HEAD = """\
 # Configuration
 
 Every key of a configuration file. A file holds those that differ from their defaults; `section.key=value` behind a command overrides
-one. This page is what `raywarp config --docs` prints, and `tests/test_config_docs.py` compares the two.
+one. This page is what `raywarp config --docs` prints, and `tests/config/test_reference.py` compares the two.
 
 ```sh
 raywarp config --init my.yaml                        # the same as a commented file

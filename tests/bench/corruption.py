@@ -34,11 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
 import ray.train
-from conftest import save_tiny_llama
 from rich.console import Console
 from rich.table import Table
 from test_reward_training import FILLER, _kill_worker_after_checkpoint, make_config
-from test_rewards import build_bert
+from tiny_models import build_bert, save_tiny_llama
 from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp.cli.commands import _exit_code

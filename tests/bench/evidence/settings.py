@@ -216,7 +216,7 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def tiny_project(folder: Path) -> Path:
     """Its model, prompts and reward module, made if need be."""
-    from conftest import save_tiny_llama
+    from tiny_models import save_tiny_llama
     from tiny_run import make_project
 
     project = (folder / "project").absolute()
