@@ -24,7 +24,6 @@ from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
-from raywarp.reward_stage import reward_statistics
 from raywarp.rollout.protocol import spans_of
 from raywarp.run import front
 from raywarp.run.card import card
@@ -37,6 +36,7 @@ from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
 from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import RunMetrics
+from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive
 from raywarp.training import evaluation

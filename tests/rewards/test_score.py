@@ -18,7 +18,6 @@ from transformers import (
 from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
 from raywarp.data.text import Completion
 from raywarp.planning.inputs import prepare
-from raywarp.reward_stage import is_standardised, reward_statistics, save_standardisation
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.classifier import ClassifierReward, classify, encode
 from raywarp.rewards.score import (
@@ -32,6 +31,7 @@ from raywarp.rewards.score import (
 )
 from raywarp.rollout.protocol import Rollout
 from raywarp.run.folder import Run
+from raywarp.standardisation import is_standardised, reward_statistics, save_standardisation
 from raywarp.storage import sealed
 from raywarp.training.session import Session
 
