@@ -1,4 +1,4 @@
-"""A reward model's mean and deviation over SFT completions, by which its scores are standardised."""
+"""A reward model's mean and deviation over SFT completions, by which rewards are standardised."""
 
 from collections.abc import Sequence
 from pathlib import Path
