@@ -5,6 +5,8 @@ Weights are always made from the pristine ones, in float32, and rounded once to 
 dtype: nothing drifts.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from raywarp.adapters.weight_files import download_weights, weight_files
 from raywarp.algorithm.deltas import AdapterDelta, Factors
-from raywarp.rollout.module_names import match_names
+
+_OTHER_TOWERS = re.compile(r"vision|visual|audio|image|speech|mtp|nextn")
 
 
 class BaseWeightsError(RuntimeError):
@@ -88,6 +91,54 @@ def weight_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]
     if lacking := [module for module in modules if module not in found]:
         raise BaseWeightsError(f"the checkpoint has no weight for the adapted module {lacking[0]}")
     return {module: f"{name}.weight" for module, name in found.items()}
+
+
+def match_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """Module → the name that means it: its own, or the one that agrees in the most parts from the
+    end. Others are left out.
+
+    Two names that fit equally well mean neither; neither does a name that two modules would share.
+    """
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name in names:
+        alike[_shape_of_name(name)].append(name)
+    best = {module: _best_match(module, alike[_shape_of_name(module)]) for module in modules}
+    found = {module: name for module, name in best.items() if name is not None}
+    owners: dict[str, list[str]] = defaultdict(list)
+    for module, name in found.items():
+        owners[name].append(module)
+    return {module: name for module, name in found.items() if len(owners[name]) == 1}
+
+
+def _best_match(module: str, names: list[str]) -> str | None:
+    if module in names:
+        return module
+    fitting = sorted(
+        ((_agreement(module, name), name) for name in names if _is_same_tower(module, name)),
+        reverse=True,
+    )
+    if not fitting or (len(fitting) > 1 and fitting[0][0] == fitting[1][0]):
+        return None
+    return fitting[0][1]
+
+
+def _shape_of_name(name: str) -> tuple[str, ...]:
+    """What all names of a module have in common: its last part, and its numbers."""
+    parts = name.split(".")
+    return (parts[-1], *(part for part in parts if part.isdigit()))
+
+
+def _agreement(module: str, name: str) -> tuple[int, int]:
+    """Parts in common from the end, and parts in common at all."""
+    ours, theirs = module.split("."), name.split(".")
+    same = [a == b for a, b in zip(reversed(ours), reversed(theirs), strict=False)]
+    return next((n for n, equal in enumerate(same) if not equal), len(same)), len(
+        set(ours) & set(theirs)
+    )
+
+
+def _is_same_tower(module: str, name: str) -> bool:
+    return bool(_OTHER_TOWERS.search(module)) or not _OTHER_TOWERS.search(name)
 
 
 def read_files(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
