@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
 from raywarp.rollout.base_weights import (
     BaseWeights,
-    BaseWeightsError,
     checkpoint_files,
     read_files,
     weight_names,
@@ -34,6 +33,7 @@ from raywarp.rollout.engine import (
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
 from raywarp.rollout.row_signatures import ModuleRows
+from raywarp.rollout.vllm_lora import LoraNames, check_lora, leave_logits_alone
 from raywarp.storage import scratch
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
@@ -71,7 +71,7 @@ class VllmEngine:
         )  # a GPU's faults are RuntimeErrors, too
         try:
             if self.adapter_mode == "lora":
-                _check_lora(settings)
+                check_lora(settings)
             self.llm: Any = LLM(**self._arguments())
             self._try_out()
         except refusals as error:
@@ -81,10 +81,6 @@ class VllmEngine:
         self._known: set[str] = (
             set()
         )  # adapted modules that have been found among the engine's layers
-        self._names: dict[
-            str, str
-            # of modules → by which vLLM's LoRA finds them; a model's files are read for them once
-        ] = {}
         self.loader: Loader = self._loader()
 
     def _try_out(self) -> None:
@@ -124,7 +120,7 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
 
         if self.adapter_mode == "lora":
-            self.llm.collective_rpc(_leave_logits_alone)
+            self.llm.collective_rpc(leave_logits_alone)
         asked = [(prompt, request) for request in requests for prompt in request.prompts]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in asked],
@@ -209,7 +205,9 @@ class VllmEngine:
         if self.adapter_mode == "unmerged":
             return UnmergedLoader(self._take)
         if self.adapter_mode == "lora":
-            return LoraLoader(self.llm, self._lora_names, self.folder, zero=not self.settings.gpu)
+            return LoraLoader(
+                self.llm, LoraNames(self.llm, self._read), self.folder, zero=not self.settings.gpu
+            )
         return MergedLoader(
             BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install
         )
@@ -260,17 +258,6 @@ class VllmEngine:
                     " rollout.engine=transformers"
                 )
         self._known = known
-
-    def _lora_names(self, modules: Collection[str]) -> dict[str, str]:
-        """Module → the name by which vLLM's LoRA finds it."""
-        if new := [module for module in modules if module not in self._names]:
-            theirs = weight_names(new, [name for name, _ in self._read()])
-            pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
-            found, *_ = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
-            if lacking := [module for module in new if module not in found]:
-                raise BaseWeightsError(f"vLLM's LoRA has no module for {lacking[0]}")
-            self._names |= found
-        return {module: self._names[module] for module in modules}
 
     def _files(self) -> str | Path:
         """What vLLM is to load: a folder without files that are not the model's, or a hub id."""
@@ -362,24 +349,6 @@ def _completion(output: Any) -> Completion:
     )
 
 
-class _NoLora:
-    """Takes the place of vLLM's LoRA kernels at the logits, where raywarp has no adapter."""
-
-    def add_lora_logits(self, y: Tensor, *_: Any, **__: Any) -> Tensor:
-        return y
-
-
-def _leave_logits_alone(worker: Any) -> None:
-    """vLLM 0.32's kernels take as many rows of logits as there are sequences, and fail over those
-    of a whole prompt.
-    """
-    from vllm.lora.layers import LogitsProcessorWithLoRA
-
-    for module in worker.get_model().modules():
-        if isinstance(module, LogitsProcessorWithLoRA) and not bool(module.lora_b_stacked.any()):
-            module.punica_wrapper = _NoLora()
-
-
 def _prompt_logprobs(output: Any) -> tuple[float, ...]:
     """Of all tokens but the first; an entry holds the most likely token, too."""
     entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
@@ -409,52 +378,3 @@ def _refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigErr
         " rollout.engine=transformers"
         + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
     )
-
-
-def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Runs in vLLM's process: the first of each module's two names, its own and its file's, that
-    leads vLLM 0.32 to one of its layers.
-    """
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    model = worker.get_model()
-    packed, mapper = (
-        getattr(model, "packed_modules_mapping", {}),
-        getattr(model, "hf_to_vllm_mapper", None),
-    )
-    layers = {name for name, _ in model.named_modules()}
-    for layer in list(layers):
-        parent, _, last = layer.rpartition(".")
-        layers |= {f"{parent}.{part}" for part in packed.get(last, ())}
-    found = {}
-    for pair in names:
-        for name in pair:
-            if (
-                pair[0] not in found
-                and parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0]
-                in layers
-            ):
-                found[pair[0]] = name
-    return found
-
-
-def _check_lora(settings: EngineSettings) -> None:
-    """Raises ConfigError where vLLM's class of this model takes no LoRA."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.interfaces import supports_lora
-
-    config = EngineArgs(
-        model=settings.model, trust_remote_code=settings.trust_remote_code
-    ).create_model_config()
-    model_class, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
-    if not supports_lora(model_class):
-        exact = (
-            "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers"
-            if settings.gpu
-            else "rollout.adapter=unmerged"
-        )
-        raise ConfigError(
-            f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set"
-            f" {exact}"
-        )
