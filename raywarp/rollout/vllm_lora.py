@@ -1,4 +1,4 @@
-"""vLLM's own LoRA, as raywarp uses it: which models take it, its names, and its logits."""
+"""vLLM's own LoRA: which models support it, how it names their modules, and its logits."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -11,7 +11,11 @@ from raywarp.rollout.engine import EngineSettings
 
 
 def check_lora(settings: EngineSettings) -> None:
-    """Raises ConfigError where vLLM's class of this model takes no LoRA."""
+    """Check that vLLM's class of this model supports LoRA.
+
+    Raises:
+        ConfigError: it does not; the message says what to set instead.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
@@ -33,16 +37,13 @@ def check_lora(settings: EngineSettings) -> None:
 
 
 class LoraNames:
-    """A callable from modules to the names by which vLLM's LoRA finds them.
+    """The names by which vLLM's LoRA finds modules, for use as a function.
 
-    A model's files are read once for each module.
+    Known names are kept, so a model's files are read only once for them.
 
     Args:
         llm: vLLM's LLM.
-        read: yields every weight of the checkpoint under its name.
-
-    Raises:
-        BaseWeightsError: vLLM's LoRA or the checkpoint has no such module.
+        read: yields every weight of the checkpoint with its name.
     """
 
     def __init__(self, llm: Any, read: Read):
@@ -50,7 +51,11 @@ class LoraNames:
         self._known: dict[str, str] = {}
 
     def __call__(self, modules: Collection[str]) -> dict[str, str]:
-        """Return module → the name by which vLLM's LoRA finds it."""
+        """Return module → the name by which vLLM's LoRA finds it.
+
+        Raises:
+            BaseWeightsError: the checkpoint or vLLM's LoRA has no such module.
+        """
         if new := [module for module in modules if module not in self._known]:
             theirs = weight_names(new, [name for name, _ in self.read()])
             pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
@@ -62,8 +67,11 @@ class LoraNames:
 
 
 def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Runs in vLLM's process: the first of each module's two names, its own and its file's, that
-    leads vLLM 0.32 to one of its layers.
+    """Return module → the name that leads vLLM 0.32 to one of its layers. Runs in vLLM's process.
+
+    Args:
+        worker: vLLM's.
+        names: for each module, its own name and that in its file. The first that works is used.
     """
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -89,15 +97,17 @@ def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, s
 
 
 class _NoLora:
-    """Takes the place of vLLM's LoRA kernels at the logits, where raywarp has no adapter."""
+    """A replacement for vLLM's LoRA kernels at the logits, where raywarp has no adapter."""
 
     def add_lora_logits(self, y: Tensor, *_: Any, **__: Any) -> Tensor:
         return y
 
 
 def leave_logits_alone(worker: Any) -> None:
-    """vLLM 0.32's kernels take as many rows of logits as there are sequences, and fail over those
-    of a whole prompt.
+    """Turn vLLM's LoRA kernels off at the logits, where no adapter acts. Runs in vLLM's process.
+
+    The kernels of vLLM 0.32 expect as many rows of logits as there are sequences. They fail when a
+    whole prompt is scored.
     """
     from vllm.lora.layers import LogitsProcessorWithLoRA
 
