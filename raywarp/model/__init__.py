@@ -1,3 +1,1 @@
-"""The policy's model: base and adapters, layers, attention, head, batches, device, and what of an
-architecture is supported.
-"""
+"""The policy's model: base and adapters, layers, attention, head, batches and supported models."""

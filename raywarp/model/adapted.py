@@ -1,8 +1,8 @@
 """One frozen base model with any number of LoRA adapters on it.
 
-All policies of an actor share the base; each has a trainable adapter and an EMA of it, and all
-share the init adapter. Which adapters take part is said anew for every forward pass, so that no
-pass can run with the wrong ones left active.
+All policies of an actor share the base and the init adapter. Each has a trainable adapter and an
+EMA of it. Every forward pass names the adapters that take part, so no pass can run with adapters
+that an earlier one left active.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,14 +36,20 @@ INIT = "init"
 
 
 class AdaptedModel:
-    """The base and its adapters. Dropout is off; base weights are never written.
+    """The base and its adapters. Dropout is off, and base weights are never written.
 
     Args:
         source: hub id or folder of a causal language model.
         lora: rank, alpha and target modules of every policy.
-        dtype: of the base, and of all products; adapters are float32.
-        gradient_checkpointing: a trained pass keeps each block's input only, and computes the rest
-            again for its gradients.
+        dtype: of the base and of all products. Adapters are float32.
+        device: of the base and the adapters.
+        trust_remote_code: whether the model's own code may run.
+        gradient_checkpointing: whether a trained pass keeps only each block's input and recomputes
+            the rest for its gradients.
+
+    Attributes:
+        targets: the adapted modules.
+        pairs_per_token: for micro_batches; None where completions cannot share a row.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class AdaptedModel:
             checkpoint_blocks(self._base)
 
     def zero_delta(self) -> AdapterDelta:
-        """The change that changes nothing: every adapted weight at rank 0."""
+        """Return the change that changes nothing: every adapted weight at rank 0."""
         factors = {}
         for name, layer in self._layers.items():
             d_out, d_in = layer.weight.shape
@@ -85,8 +91,9 @@ class AdaptedModel:
         return AdapterDelta(factors, self.targets.names, self.source, fan_in_fan_out=conv1d)
 
     def add_policy(self, name: str, seed: int) -> None:
-        """A new trainable adapter: A Kaiming-uniform from the seed, B zero, as PEFT starts them; ΔW
-        = 0.
+        """Add a trainable adapter with ΔW = 0, as PEFT initialises it.
+
+        A is Kaiming-uniform from the seed, and B is zero.
         """
         for module, layer in self._layers.items():
             A = layer.add(name, self.lora.rank, self.lora.alpha / self.lora.rank).A.data
@@ -95,7 +102,7 @@ class AdaptedModel:
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
 
     def add_copy(self, name: str, of: str) -> None:
-        """A frozen adapter with the same factors as another one."""
+        """Add a frozen adapter with the same factors as another one."""
         for layer in self._layers.values():
             theirs = layer.adapters[of]
             ours = layer.add(name, theirs.rank, theirs.scale)
@@ -103,7 +110,7 @@ class AdaptedModel:
             ours.B.data.copy_(theirs.B.data)
 
     def set_init(self, delta: AdapterDelta) -> None:
-        """Make `init` this change exactly, whatever its rank."""
+        """Make `init` exactly this change, at its own rank."""
         for module, layer in self._layers.items():
             f = delta.factors[module]
             adapter = layer.add(INIT, f.rank, 1.0)
@@ -116,7 +123,7 @@ class AdaptedModel:
             layer.active = None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """`module.A` and `module.B` → the adapter's own parameters, (r, d_in) and (d_out, r)."""
+        """Return the adapter's own parameters: `module.A` (r, d_in) and `module.B` (d_out, r)."""
         named: dict[str, Tensor] = {}
         for module, layer in self._layers.items():
             named[f"{module}.A"] = layer.adapters[name].A
@@ -124,8 +131,9 @@ class AdaptedModel:
         return named
 
     def trainable(self, name: str) -> list[Tensor]:
-        """Those of an adapter's parameters that training changes: A and B, or B alone with
-        lora.init=frozen.
+        """Return the adapter's parameters that training changes.
+
+        They are A and B, or B alone with lora.init=frozen.
         """
         return [
             tensor
@@ -134,7 +142,7 @@ class AdaptedModel:
         ]
 
     def delta(self, name: str) -> AdapterDelta:
-        """A copy of the adapter's change, on the CPU, with its scaling folded into B."""
+        """Return a copy of the adapter's change on the CPU, with its scaling folded into B."""
         factors = {}
         for module, layer in self._layers.items():
             adapter = layer.adapters[name]
@@ -144,14 +152,16 @@ class AdaptedModel:
         return AdapterDelta(factors, zero.target_modules, zero.base_model, zero.fan_in_fan_out)
 
     def base_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The frozen weights, for whoever wants to see that they stay what they were."""
+        """Yield the frozen weights, so that a caller can check that they never change."""
         yield from self._base.named_parameters()
 
     def logits(self, batch: Batch, adapters: Sequence[str], train: str | None = None) -> Tensor:
-        """(N, T, V) logits that predict the response tokens, zero on padding: for tests and small
-        uses; the others never hold so many.
+        """Return the (N, T, V) logits that predict the response tokens, zero on padding.
+
+        This is for tests and small inputs. The other methods never hold that many logits.
 
         Args:
+            batch: N completions.
             adapters, train: see `states`.
         """
         (whole,) = micro_batches(batch)
@@ -160,42 +170,59 @@ class AdaptedModel:
         return padded[whole.completions.argsort()]
 
     def logprobs(self, part: MicroBatch, states: Tensor, temperature: float) -> Tensor:
-        """(C, T) log π of the response tokens at the sampling temperature, zero on padding, from
-        (n, D) `states`.
+        """Return the (C, T) log π of the response tokens, zero on padding.
+
+        Args:
+            part: C completions.
+            states: (n, D), from `states`.
+            temperature: of the sampling.
         """
         return part.padded(chunked_logprobs(states, self._head, part.tokens, temperature))
 
     def completion_kl(
         self, part: MicroBatch, states: Tensor, reference_states: Tensor, temperature: float
     ) -> Tensor:
-        """(C,) full-vocabulary KL in nats per completion, from two (n, D) `states`."""
+        """Return the (C,) full-vocabulary KL of each completion, in nats.
+
+        Args:
+            part: C completions.
+            states, reference_states: (n, D) each, from `states`.
+            temperature: of the sampling.
+        """
         return part.padded(chunked_kl(states, reference_states, self._head, temperature)).sum(-1)
 
     @torch.no_grad()
     def exact_logprobs(self, part: MicroBatch, adapters: Sequence[str]) -> Tensor:
-        """(C, T) log π at temperature 1 in float32, whatever the model's own precision, zero on
-        padding. Not for shared rows.
+        """Return the (C, T) log π at temperature 1 in float32, zero on padding.
+
+        The result is float32 for a model of any precision.
+
+        Args:
+            part: completions that do not share rows.
+            adapters: those that take part.
         """
         with in_float32(self._base, adapters):
             states = last_states(self._base, part, self._head, self._lengths)
         return part.padded(chunked_logprobs(states, widened(self._head), part.tokens, 1.0))
 
     def weight_norms(self) -> dict[str, float]:
-        """Adapted module → ‖W‖, Frobenius."""
+        """Return adapted module → Frobenius norm ‖W‖."""
         return {name: float(layer.weight.float().norm()) for name, layer in self._layers.items()}
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids."""
         size: int = self._base.config.get_text_config().vocab_size
         return size
 
     def states(self, part: MicroBatch, adapters: Sequence[str], train: str | None = None) -> Tensor:
-        """(n, D) last hidden states, from which the head predicts the response tokens.
+        """Return the (n, D) last hidden states, from which the head predicts the response tokens.
 
         Args:
-            adapters: those that take part, their changes added; none gives the SFT model.
-            train: the one of them whose tensors get gradients. No other parameter ever does.
+            part: n response tokens.
+            adapters: those that take part, with their changes added. None of them gives the SFT
+                model.
+            train: the one of them whose tensors get gradients. No other parameter ever gets any.
         """
         for layer in self._layers.values():
             layer.activate(adapters, train)
@@ -207,13 +234,17 @@ class AdaptedModel:
 
 
 def replace_targets(base: Any, lora: LoraConfig) -> tuple[Targets, dict[str, AdaptedLinear]]:
-    """Put our layer in the place of each module that `lora.target_modules` means.
+    """Replace each module that `lora.target_modules` means by an AdaptedLinear.
+
+    Args:
+        base: a causal language model of transformers.
+        lora: rank and target modules.
 
     Returns:
-        what that is, and module → the layer that now stands there.
+        the resolved targets, and module → its new layer.
 
     Raises:
-        ConfigError: they do not fit the model.
+        ConfigError: the targets do not fit the model.
     """
     targets = find_targets(base, lora)
     layers = {name: AdaptedLinear(base.get_submodule(name)) for name in targets.modules}

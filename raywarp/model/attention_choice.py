@@ -1,9 +1,10 @@
-"""Which attention a loaded model runs: the short-row kernel, torch's, or the model's eager code,
-whichever is the fastest that is right.
+"""The choice of a loaded model's attention: the fastest correct one.
 
-transformers passes a kernel whatever options a model has, and torch's kernel ignores those that it
-does not know (Gemma-2's soft cap): then only eager code is right. Some models look at the
-attention's name (DeepSeek-V3.2): a name of ours must not change them.
+The candidates are the short-row kernel, torch's kernel, and the model's eager code.
+
+transformers passes any option of a model to a kernel, and torch's kernel ignores options that it
+does not know. Gemma-2's soft cap is one. Then only eager code is correct. Some models
+(DeepSeek-V3.2) inspect the attention's name, and a name of ours must not change what they compute.
 """
 
 import contextlib
@@ -35,17 +36,18 @@ def choose_attention(
     """Set a model's attention.
 
     Args:
+        model: a causal language model of transformers.
         name: of the model, for the message.
-        alone: gives the states of the probe's tokens, a pass for each sequence. together: the same
-            from one padded pass.
+        alone: returns the states of the probe's tokens, from one pass for each sequence.
+        together: returns the same states from one padded pass.
 
     Raises:
-        ConfigError: eager code and torch's kernel give different results, or a sequence alone and
-            beside others does; which of the two was trained cannot be known.
+        ConfigError: eager code and torch's kernel disagree, or a sequence alone and beside others
+            do. Which of the two the model was trained with cannot be known.
     """
     own = model.config._attn_implementation
     eager = _states(model, "eager", alone)
-    if eager is None:  # a model that has no other attention than its own
+    if eager is None:  # the model has only its own attention
         return
     dropped: set[str] = set()
     with options_that_sdpa_drops(dropped):
@@ -78,11 +80,11 @@ def choose_attention(
 
 
 def may_use_short_rows(model: Any) -> bool:
-    """Whether a model on a CPU takes its attention from transformers' registry, and a name of ours
-    is known not to change it.
+    """Return whether the short-row kernel may serve a model.
 
-    That is measured where the probe is longer than all of the model's limits; else no code of it
-    may ask for the name.
+    The model must be on a CPU and take its attention from transformers' registry. A name of ours
+    must also be known not to change it. The probe measures this if it is longer than all of the
+    model's limits. Otherwise no code of the model may ask for the name.
     """
     if model.device.type not in ("cpu", "meta") or not model._supports_attention_backend:
         return False
@@ -91,8 +93,9 @@ def may_use_short_rows(model: Any) -> bool:
 
 
 def set_attention(model: Any, name: str) -> None:
-    """transformers' switch; for a model that it does not support, the configuration itself, where
-    its code looks it up.
+    """Set the attention by transformers' switch.
+
+    Where a model does not support the switch, set the configuration field that its code reads.
     """
     if name == model.config._attn_implementation:
         return
@@ -104,8 +107,10 @@ def set_attention(model: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def options_that_sdpa_drops(found: set[str]) -> Iterator[None]:
-    """Collect the options that models pass to torch's kernel inside this context, and that it does
-    not know.
+    """Collect the options that models pass to torch's kernel and that it does not know.
+
+    Args:
+        found: receives their names while the context is open.
     """
 
     def watch(module: torch.nn.Module, *tensors: Any, **options: Any) -> Any:
@@ -124,15 +129,16 @@ def options_that_sdpa_drops(found: set[str]) -> Iterator[None]:
 
 
 def _states(model: Any, name: str, run: Callable[[], Tensor]) -> Tensor | None:
-    """What `run` gives with this attention; None where the model cannot have it. The attention that
-    the model had is put back.
+    """Return what `run` returns with this attention; None where the model cannot have it.
+
+    The model's previous attention is restored.
     """
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         set_attention(model, name)
         return run() if model.config._attn_implementation == name else None
-    except Exception:  # whatever a model's own code raises where it does not know this attention
+    except Exception:  # the model's own code may raise anything where it lacks this attention
         return None
     finally:
         for config, own in before:

@@ -1,8 +1,7 @@
-"""What a causal LM of transformers lets us do: take its hidden states before the vocabulary's
-product, and let completions share a prompt.
+"""What a causal LM of transformers allows: states before the head's product, and shared prompts.
 
-Neither can be read off a model's class, so both are tried when it is loaded; where one fails, the
-plain way is taken.
+The class of a model shows neither, so both are tried when the model is loaded. Where one fails, the
+plain way is used.
 """
 
 import functools
@@ -24,8 +23,9 @@ _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's 
 
 
 def last_states(model: Any, part: MicroBatch, head: LogitHead, lengths: Lengths) -> Tensor:
-    """(n, D) states that the head turns into the logits of the response tokens; the logits
-    themselves where the head is the plain one.
+    """Return the (n, D) states that the head turns into the response tokens' logits.
+
+    With the plain head, the states are the logits themselves.
     """
     if lengths.limits.lowest is None:
         return _pass(model, part, head)
@@ -55,16 +55,17 @@ def _pass(model: Any, part: MicroBatch, head: LogitHead) -> Tensor:
 
 @torch.no_grad()
 def find_head(model: Any, lengths: Lengths) -> LogitHead:
-    """The model's head on its backbone's last hidden states, or the plain one (the whole model
-    gives the logits, all positions of a micro-batch at once) where it does more than a product with
-    a scale or a soft cap.
+    """Return the model's head on its backbone's last hidden states.
+
+    Where the head does more than a product with a scale or a soft cap, return the plain head. The
+    whole model then gives the logits, for all positions of a micro-batch at once.
     """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(linear, torch.nn.Linear) or model.base_model is model:
         return _PLAIN_HEAD
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
-    )  # Cohere's, Granite's
+    )  # Cohere has the first, Granite the second
     head = LogitHead(
         linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None)
     )
@@ -73,7 +74,7 @@ def find_head(model: Any, lengths: Lengths) -> LogitHead:
         states = last_states(model, part, head, lengths)
     except (AttributeError, TypeError):
         return _PLAIN_HEAD
-    if states.dtype != linear.weight.dtype:  # Mamba's, which are float32 beside a bfloat16 head
+    if states.dtype != linear.weight.dtype:  # Mamba has float32 states and a bfloat16 head
         return _PLAIN_HEAD
     return (
         head
@@ -83,8 +84,9 @@ def find_head(model: Any, lengths: Lengths) -> LogitHead:
 
 
 def choose_and_set_attention(model: Any, name: str, head: LogitHead, lengths: Lengths) -> None:
-    """The fastest attention that gives what the model's eager code gives, one sequence at a time;
-    see choose_attention.
+    """Set the fastest attention that agrees with the model's eager code on single sequences.
+
+    See choose_attention.
     """
     batch = probe(model)
     (part,) = micro_batches(batch)
@@ -102,13 +104,14 @@ def choose_and_set_attention(model: Any, name: str, head: LogitHead, lengths: Le
 
 @torch.no_grad()
 def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | None:
-    """How many query–key pairs of attention cost as much as one token of everything else; None
-    where completions cannot share a row.
+    """Return how many query–key pairs of attention cost as much as one token of everything else.
+
+    Returns:
+        None where completions cannot share a row.
     """
     config = model.config.get_text_config()
-    if (
-        is_local(model.config) or lengths.limits.lowest is not None
-    ):  # a mask of our own would take the place of a window
+    # Our own mask would replace the mask of a window.
+    if is_local(model.config) or lengths.limits.lowest is not None:
         return None
     weights = sum(
         p.numel()
@@ -120,16 +123,14 @@ def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | No
     (apart,), (together,) = micro_batches(batch), micro_batches(batch, pairs_per_token=1e9)
     try:
         shared = last_states(model, together, head, lengths)
-    except (
-        Exception
-    ):  # a model's own code meets a mask that it may not know: whatever it raises means no
+    except Exception:  # the model's own code may not know this mask; any exception means no
         return None
     separate = last_states(model, apart, head, lengths)
     return cost if close(_in_order(together, shared), _in_order(apart, separate)) else None
 
 
 def _in_order(part: MicroBatch, states: Tensor) -> Tensor:
-    """(n, D) states of a micro-batch with those of the batch's first completion first."""
+    """Return the (n, D) states of a micro-batch, in the order of the batch's completions."""
     rows = torch.repeat_interleave(
         part.completions, part.padded(torch.ones(len(states), device=states.device)).sum(-1).long()
     )
@@ -137,16 +138,19 @@ def _in_order(part: MicroBatch, states: Tensor) -> Tensor:
 
 
 def keep_layers_unscaled(model: Any) -> None:
-    """RWKV divides some weights in place in evaluation, against overflow in float16, and would
-    leave out what is added to them.
+    """Turn off RWKV's rescaling.
+
+    In evaluation, RWKV divides some weights in place, against overflow in float16. It would not
+    divide what an adapter adds to them.
     """
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0
 
 
 def checkpoint_blocks(model: torch.nn.Module) -> None:
-    """A block keeps only its input for the backward. transformers' own switch works in training
-    mode only, which brings dropout back.
+    """Make each block keep only its input for the backward pass.
+
+    transformers' own switch works only in training mode, which turns dropout on again.
     """
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):

@@ -1,10 +1,10 @@
-"""Batches of completions as tensors padded on the right, and micro-batches: rows for one forward
-pass each.
+"""Batches of completions, padded on the right, and micro-batches: rows for one forward pass each.
 
-A row is a prompt with one completion behind it, or with several: then the prompt is computed once,
-and a completion's tokens see the prompt and themselves only. Rows are padded on the right; a
-response's last token is left out, since nothing is predicted from it. R rows, L tokens in a row, C
-completions, n response tokens, T the longest completion of the batch.
+A row is a prompt followed by one completion or by several. With several, the prompt is computed
+once, and a completion's tokens attend only to the prompt and to their own completion. A response's
+last token is left out of the row, since nothing is predicted from it.
+
+R rows, L tokens in a row, C completions, n response tokens, T the longest completion of the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,13 @@ from raywarp.data.text import Completion
 
 @dataclass(frozen=True)
 class Batch:
-    """prompts: N sequences of token ids. responses, mask, sampler_logprobs: (N, T); a mask is 1 on
-    response tokens.
+    """N completions with their prompts.
+
+    Attributes:
+        prompts: N sequences of token ids.
+        responses: (N, T) token ids.
+        mask: (N, T), 1 on response tokens.
+        sampler_logprobs: (N, T).
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -39,8 +44,9 @@ class Batch:
 
 
 def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Batch:
-    """Pad completions; the mask follows from lengths, so the padding token does not matter (0 is
-    used).
+    """Pad completions to a Batch.
+
+    The mask follows from the lengths, so the padding token (0) does not matter.
     """
     longest = max(len(completion.token_ids) for completion in completions)
     responses, mask, logprobs = [], [], []
@@ -62,14 +68,17 @@ def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Completion])
 class MicroBatch:
     """One forward pass's share of a batch.
 
-    shape: (C, T).
-    visible: (R, L, L), which tokens each token attends to; None where each row is one sequence and
-    attention is plainly causal.
-    completions: (C,) indices into the batch.
-    input_ids, positions: (R, L).
-    sources: (n,) index into the R·L tokens of the one whose state predicts each response token.
-    tokens: (n,) the response tokens.
-    places: (n,) index into (C, T) of each.
+    Attributes:
+        shape: (C, T).
+        visible: (R, L, L), which tokens each token attends to. None where each row is one sequence
+            and attention is plainly causal.
+        completions: (C,) indices into the batch.
+        input_ids: (R, L).
+        positions: (R, L).
+        sources: (n,) indices into the R·L tokens: the token whose state predicts each response
+            token.
+        tokens: (n,) the response tokens.
+        places: (n,) index of each in (C, T), flattened.
     """
 
     shape: tuple[int, int]
@@ -82,7 +91,7 @@ class MicroBatch:
     places: Tensor
 
     def padded(self, values: Tensor) -> Tensor:
-        """(C, T) from (n,), zero on padding; differentiable."""
+        """Return (C, T) from (n,), zero on padding; differentiable."""
         return (
             values.new_zeros(self.shape[0] * self.shape[1])
             .index_put((self.places,), values)
@@ -92,7 +101,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt and the completions behind it, as indices into the batch."""
+    """A prompt and the completions after it.
+
+    Attributes:
+        completions: indices into the batch.
+        length: in tokens.
+    """
 
     completions: tuple[int, ...]
     length: int
@@ -101,14 +115,15 @@ class _Row:
 def micro_batches(
     batch: Batch, max_tokens: int | None = None, pairs_per_token: float | None = None
 ) -> list[MicroBatch]:
-    """Lay a batch out, rows of similar length together.
+    """Lay a batch out in micro-batches, with rows of similar length together.
 
     Args:
-        max_tokens: the most tokens of a micro-batch, padding included (a longer single row has one
-            of its own); None for no limit.
+        batch: N completions.
+        max_tokens: the most tokens of a micro-batch, padding included; None for no limit. A longer
+            single row gets a micro-batch of its own.
         pairs_per_token: how many query–key pairs of attention cost as much as a token elsewhere in
-            the model. Completions share a row with their prompt where that is cheaper; None forbids
-            it, for a model that does not support it.
+            the model. Completions share a row with their prompt where that is cheaper. None forbids
+            sharing, for a model that does not support it.
     """
     lengths = [int(length) for length in batch.mask.sum(-1).tolist()]
     units = list(_units(batch, lengths, max_tokens, pairs_per_token))
@@ -118,7 +133,7 @@ def micro_batches(
 def _units(
     batch: Batch, lengths: Sequence[int], max_tokens: int | None, pairs_per_token: float | None
 ) -> Iterator[list[_Row]]:
-    """The rows of each prompt's completions, which stay together where the budget lets them."""
+    """Yield the rows of each prompt's completions. They stay together where the budget allows."""
     for _, run in groupby(range(len(batch)), key=batch.prompts.__getitem__):
         indices = tuple(run)
         prompt = len(batch.prompts[indices[0]])
@@ -144,7 +159,7 @@ def _cost(rows: Sequence[_Row], pairs_per_token: float) -> float:
 
 
 def _fill(units: list[list[_Row]], max_tokens: int | None) -> Iterator[list[_Row]]:
-    """Longest first, as many as the budget holds."""
+    """Yield groups of rows, the longest first, as many as the budget allows."""
     rows: list[_Row] = []
     for unit in sorted(units, key=lambda unit: -max(row.length for row in unit)):
         longest = max(row.length for row in rows + unit)
@@ -161,9 +176,8 @@ def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> Micr
     completions = [n for row in rows for n in row.completions]
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.arange(width).repeat(len(rows), 1)
-    segments = torch.full(
-        (len(rows), width), -1
-    )  # 0 in the prompt, k in its k-th completion, −1 on padding
+    # 0 in the prompt, k in its k-th completion, −1 on padding.
+    segments = torch.full((len(rows), width), -1)
     sources: list[int] = []
     for r, row in enumerate(rows):
         prompt = batch.prompts[row.completions[0]]

@@ -1,34 +1,37 @@
-"""What the machine is good at: bfloat16, and the environment in which its CPU trains fastest."""
+"""What the machine supports: bfloat16, and the environment in which its CPU trains fastest."""
 
 import torch
 
 CPU_ENV = {
-    # glibc hands large blocks back to the kernel after every free; kept, they save a training step
-    # its page faults.
+    # By default glibc returns large blocks to the kernel after every free. Keeping them saves page
+    # faults in every training step.
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
-# How often an OpenMP thread looks for its next piece of work, for half a millisecond or less,
-# before it sleeps; waking it takes as long as such a piece. A step of SmolLM2-135M on two cores is
-# thousands of them: 2.5 s against 3.1 (rollouts 0.9 of it, not 1.15; updates 1.4, not 1.65).
+# How often an OpenMP thread polls for its next piece of work before it sleeps: for half a
+# millisecond or less. Waking it takes as long as such a piece. A step of SmolLM2-135M on two cores
+# has thousands of pieces and takes 2.5 s instead of 3.1 s. Rollouts take 0.9 s of it instead of
+# 1.15 s, and updates 1.4 s instead of 1.65 s.
 SPIN = {"GOMP_SPINCOUNT": "20000"}
-# But where more threads have work than there are cores, those that spin take it from them: three
-# times as long, for two policies on one trainer.
+# Where more threads have work than there are cores, spinning threads take cores from the others.
+# Two policies on one trainer then take three times as long.
 SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def cpu_environment(threads: int, crowded: bool) -> dict[str, str]:
-    """Environment variables of a CPU process with so many threads.
+    """Return the environment variables of a CPU process with `threads` threads.
 
     Args:
-        crowded: the processes of its node have more threads at work than there are cores.
+        threads: of OpenMP.
+        crowded: whether the processes of its node have more busy threads than there are cores.
     """
     return {**CPU_ENV, "OMP_NUM_THREADS": str(threads), **(SLEEP if crowded else SPIN)}
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is done by the hardware; an emulation is ten times slower than
-    float32.
+    """Return whether the hardware computes in bfloat16.
+
+    Emulation is ten times slower than float32.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -38,7 +41,10 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def run_dtype(dtype: str, gpus: bool) -> str:
-    """What dtype: auto becomes: bfloat16 on GPUs and where the CPU has it."""
+    """Return dtype, with auto resolved.
+
+    auto means bfloat16 on GPUs and on CPUs that support it, else float32.
+    """
     if dtype != "auto":
         return dtype
     return "bfloat16" if gpus or supports_bf16(torch.device("cpu")) else "float32"

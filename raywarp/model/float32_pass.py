@@ -1,9 +1,8 @@
-"""Forward passes in float32 of a model that is loaded in a narrower precision, without a second
-copy of it in memory.
+"""Float32 forward passes of a model loaded in a narrower precision, without a second copy of it.
 
-One block's weights at a time are widened before its forward and put back after it. bfloat16 widens
-exactly, so the pass is what the same files give when they are loaded in float32 (but for files that
-are stored wider than the model is loaded).
+One block's weights at a time are widened before its forward pass and restored after it. bfloat16
+widens exactly. So the pass gives what the same files give when they are loaded in float32. Files
+stored wider than the model is loaded are the exception.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,10 @@ from raywarp.model.linear import AdaptedLinear
 
 @contextmanager
 def in_float32(base: Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Within the body the model's forward passes are float32, with these adapters in its layers;
-    afterwards no adapter is active.
+    """Make the model's forward passes float32 inside the context, with these adapters active.
 
-    Not for passes with gradients: what autograd would keep is put back too early.
+    Afterwards no adapter is active. Passes with gradients are not supported: what autograd would
+    keep is narrowed too early.
     """
     units = [_Wide(module, adapters) for module in _blocks(base)]
     handles = [handle for unit in units for handle in unit.hook()]
@@ -40,7 +39,10 @@ def in_float32(base: Module, adapters: Sequence[str]) -> Iterator[None]:
 
 
 def widened(head: LogitHead) -> LogitHead:
-    """The same head in float32; a model's own head (no weight here) is one of its modules."""
+    """Return the same head in float32.
+
+    A model's own head has no weight here: it is one of the model's modules.
+    """
     if head.weight is None:
         return head
     return replace(
@@ -49,7 +51,7 @@ def widened(head: LogitHead) -> LogitHead:
 
 
 class _Wide:
-    """A module whose weights are float32 while its forward runs."""
+    """A module whose weights are float32 while its forward pass runs."""
 
     def __init__(self, module: Module, adapters: Sequence[str]):
         self.module, self.adapters = module, adapters
@@ -67,7 +69,7 @@ class _Wide:
                 self.kept.append((tensor, tensor.data))
                 tensor.data = tensor.data.float()
         for layer in self._layers():
-            layer.activate(self.adapters)  # in the precision that the weight has now
+            layer.activate(self.adapters)  # in the weight's present precision
 
     def narrow(self) -> None:
         for tensor, data in self.kept:
@@ -81,8 +83,10 @@ class _Wide:
 
 
 def _blocks(module: Module) -> Iterator[Module]:
-    """Blocks and adapted layers, whole, since a block's code may use a layer's weight without
-    calling it; elsewhere, what owns weights.
+    """Yield whole blocks and adapted layers, and elsewhere the modules that own weights.
+
+    Blocks and adapted layers are whole, since a block's code may use a layer's weight without
+    calling the layer.
     """
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     if (

@@ -1,5 +1,6 @@
-"""Log-probs and KL from hidden states, a few rows of logits at a time: no (n, V) tensor exists, nor
-is one saved for the backward.
+"""Log-probs and KL from hidden states, computed over a few rows of logits at a time.
+
+No (n, V) tensor exists, and none is saved for the backward pass.
 
 n response tokens, D hidden size, V vocabulary.
 """
@@ -13,17 +14,18 @@ from torch import Tensor
 from raywarp.model.linear import product
 
 CHUNK_BYTES = 32 << 20  # of float32 logits in one product: about what the last-level cache holds
-SLICE_BYTES = (
-    4 << 20
-)  # of them that are normalised at a time, so that each pass over them finds them in the cache
+SLICE_BYTES = 4 << 20  # of logits normalised at a time, so that every pass finds them in the cache
 
 
 @dataclass(frozen=True)
 class LogitHead:
     """How a model turns hidden states into logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
-    weight: (V, D), frozen; None says that the states are logits already.
-    bias: (V,) or None. softcap: None for no tanh.
+    Attributes:
+        weight: (V, D), frozen. None means that the states are already logits.
+        bias: (V,) or None.
+        scale: of the logits.
+        softcap: None for no tanh.
     """
 
     weight: Tensor | None
@@ -32,7 +34,7 @@ class LogitHead:
     softcap: float | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """(n, V) from (n, D), in the states' dtype."""
+        """Return (n, V) logits from (n, D) states, in the states' dtype."""
         if self.weight is None:
             return states
         logits = product(states, self.weight, self.bias)
@@ -41,16 +43,18 @@ class LogitHead:
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """(n, D) gradient of the states from the (n, V) gradient of the product h·Wᵀ."""
+        """Return the (n, D) gradient of the states from the (n, V) gradient of the product h·Wᵀ."""
         return gradient if self.weight is None else product(gradient, self.weight.T)
 
 
 def chunked_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperature: float) -> Tensor:
-    """log π(token) at the sampling temperature, differentiable in the states.
+    """Return log π(token) at the sampling temperature, differentiable in the states.
 
     Args:
         states: (n, D).
+        head: turns states into logits.
         tokens: (n,).
+        temperature: of the sampling.
 
     Returns:
         (n,) float32.
@@ -67,7 +71,13 @@ def chunked_logprobs(states: Tensor, head: LogitHead, tokens: Tensor, temperatur
 def chunked_kl(
     states: Tensor, reference_states: Tensor, head: LogitHead, temperature: float
 ) -> Tensor:
-    """(n,) KL(π ‖ π_ref) in nats at each token; see losses.full_vocabulary_kl."""
+    """Return the (n,) KL(π ‖ π_ref) in nats at each token; see losses.full_vocabulary_kl.
+
+    Args:
+        states, reference_states: (n, D) each.
+        head: turns states into logits.
+        temperature: of the sampling.
+    """
     from raywarp.algorithm import losses
 
     pairs = _chunks(head, states, reference_states)
@@ -80,9 +90,11 @@ def chunked_kl(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """d log π(token) / d state is a vector of D numbers, known while the chunk's logits are at
-    hand: it is kept instead of them, and the backward is one multiplication, with neither the
-    logits saved nor the vocabulary's product done again.
+    """Log-probs that keep their derivative instead of the logits.
+
+    d log π(token) / d state is a vector of D numbers, known while the chunk's logits exist. With it
+    the backward pass is one multiplication. No logits are saved, and the vocabulary's product is
+    not repeated.
     """
 
     @staticmethod
@@ -105,12 +117,13 @@ class _TokenLogprobs(torch.autograd.Function):
 def _chunk_logprobs(
     states: Tensor, head: LogitHead, tokens: Tensor, temperature: float, slopes: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(n,) float32 log-probs and, if asked for, their (n, D) derivatives by the states (else
-    nothing in particular).
+    """Return (n,) float32 log-probs and, with `slopes`, their (n, D) derivatives by the states.
+
+    Without `slopes`, the second result has no meaning.
     """
     logits = head.logits(states)
     if slopes and head.weight is None:
-        logits = logits.clone()  # is written below
+        logits = logits.clone()  # since they are overwritten below
     logprobs = []
     rows = max(1, SLICE_BYTES // (4 * logits.shape[-1]))
     for part, chosen in zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True):
@@ -121,8 +134,8 @@ def _chunk_logprobs(
             logprobs.append(scaled.log_softmax(-1).gather(-1, chosen).squeeze(-1).float())
             continue
         probabilities = scaled.softmax(-1)
-        # The largest probability is 1 / Σ exp(x − max x): no second pass of exponentials is needed
-        # for its logarithm.
+        # The largest probability is 1 / Σ exp(x − max x). So the normaliser's logarithm needs no
+        # second pass of exponentials.
         own = (
             scaled.gather(-1, chosen)
             - scaled.amax(-1, keepdim=True)
@@ -133,7 +146,7 @@ def _chunk_logprobs(
         slope = probabilities.mul_(-factor).scatter_add_(-1, chosen, torch.full_like(own, factor))
         if head.softcap is not None:
             slope *= 1 - (part.to(slope.dtype) / head.softcap) ** 2
-        part.copy_(slope)  # in place of the logits, which nobody needs any more
+        part.copy_(slope)  # in place of the logits, which are no longer needed
     return torch.cat(logprobs), head.pull_back(logits) if slopes else logits
 
 

@@ -1,10 +1,14 @@
-"""Models that compute something else for a longer pass, padding included: longrope, dynamic NTK,
-and attention to the top k tokens.
+"""Sequence lengths that change what a model computes, and passes cut accordingly.
 
-transformers 5.19 chooses a rope's frequencies once per pass, and dynamic NTK remembers the longest
-pass so far; which of equal scores are among the top k depends on the pass's width. So sequences of
-different kinds never share a pass here, and each pass starts from the frequencies that the model
-was loaded with.
+Some models compute something else for a longer pass, padding included. They use longrope, dynamic
+NTK, or attention to the top k tokens:
+
+- transformers 5.19 chooses a rope's frequencies once per pass.
+- Dynamic NTK remembers the longest pass so far.
+- Which of equal scores are among the top k depends on the pass's width.
+
+So sequences of different kinds never share a pass here. Each pass starts from the frequencies that
+the model was loaded with.
 """
 
 import re
@@ -17,15 +21,17 @@ from torch import Tensor
 
 from raywarp.model.batches import MicroBatch
 
-_TOP_K = re.compile(
-    r"(index|sparse|attn|attention).*top_?k$|keep_window"
-)  # DeepSeek-V3.2's, Doge's
+# The keys of DeepSeek-V3.2 and of Doge.
+_TOP_K = re.compile(r"(index|sparse|attn|attention).*top_?k$|keep_window")
 
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """switches: sequences of more tokens than each of these are of another kind. growing: above it
-    every length is a kind of its own.
+    """The lengths at which a model changes.
+
+    Attributes:
+        switches: sequences with more tokens than one of these are of another kind.
+        growing: above it, every length is a kind of its own; None where there is no such limit.
     """
 
     switches: tuple[int, ...] = ()
@@ -33,20 +39,23 @@ class LengthLimits:
 
     @property
     def lowest(self) -> int | None:
-        """The longest sequence that is of a short one's kind; None where all are."""
+        """The longest sequence of the same kind as a short one; None where all are of that kind."""
         return min(
             (*self.switches, *(() if self.growing is None else (self.growing,))), default=None
         )
 
     def kind(self, length: int) -> tuple[int, ...]:
-        """Sequences of equal kind may share a pass."""
+        """Return the kind of a length. Sequences of equal kind may share a pass."""
         grown = length if self.growing is not None and length > self.growing else 0
         return (*(int(length > switch) for switch in self.switches), grown)
 
 
 def length_limits(config: Any, ropes_only: bool = False) -> LengthLimits:
-    """Read off transformers' configuration of a language model, whichever of its layers are
-    meant.
+    """Return the limits in transformers' configuration of a language model, for any of its layers.
+
+    Args:
+        config: of the model.
+        ropes_only: whether to leave out top-k limits.
     """
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or 0
@@ -83,8 +92,9 @@ def _ropes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 class Lengths:
-    """How a loaded model's passes are cut. Its rotary embeddings are kept as loaded, to be put back
-    before a pass.
+    """How a loaded model's passes are cut.
+
+    Its rotary embeddings are kept as loaded, and restored before a pass.
     """
 
     def __init__(self, model: Any):
@@ -104,14 +114,14 @@ class Lengths:
             module._buffers.update(buffers)
 
     def passes(self, part: MicroBatch) -> list[tuple[Tensor, MicroBatch]]:
-        """Cut a micro-batch of one sequence a row into passes of sequences of one kind, each no
-        wider than its longest.
+        """Cut a micro-batch of one sequence per row into passes of sequences of one kind.
 
-        A row lacks its sequence's last token. Where the length counts, a column of padding stands
-        for it.
+        Each pass is as wide as its longest sequence needs. A row lacks its sequence's last token.
+        Where the length counts, a column of padding stands for it.
 
         Returns:
-            which of the n response tokens are in a pass, and the pass (input_ids and sources only).
+            for each pass, which of the n response tokens it has, and the pass. Only its input_ids
+            and sources are valid.
         """
         assert part.visible is None, "sequences that share a row are taken for one"
         width = part.input_ids.shape[1]

@@ -1,9 +1,11 @@
-"""A frozen linear layer with LoRA adapters on it: W·x + Σ s·B·(A·x) over the adapters that take
-part, as one pair of small products.
+"""A frozen linear layer with LoRA adapters on it: W·x + Σ s·B·(A·x) over the active adapters.
 
-The sum is rounded once: round(W·x + δ), never round(round(W·x) + δ), which loses every δ below half
-a unit in the last place of W·x. n tokens, d_in and d_out the layer's sizes, r an adapter's rank, R
-the sum of ranks that take part.
+The sum over adapters is one pair of small products.
+
+The result is rounded once: round(W·x + δ). round(round(W·x) + δ) would lose every δ below half a
+unit in the last place of W·x.
+
+n tokens, d_in and d_out the layer's sizes, r an adapter's rank, R the sum of the active ranks.
 """
 
 from collections.abc import Sequence
@@ -15,8 +17,8 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
-# MKL's float32 product runs at half speed on AMD's CPUs (AVX2 code: 220 GFLOP/s on two Zen 5 cores
-# against oneDNN's 480).
+# MKL's float32 product runs at half speed on AMD's CPUs, with AVX2 code: 220 GFLOP/s on two Zen 5
+# cores, against oneDNN's 480.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -25,8 +27,12 @@ _HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 @dataclass
 class LayerAdapter:
-    """One adapter's share of a layer: A (r, d_in) and B (d_out, r) are float32 parameters, scale is
-    alpha / r.
+    """One adapter's share of a layer.
+
+    Attributes:
+        A: (r, d_in), float32.
+        B: (d_out, r), float32.
+        scale: alpha / r.
     """
 
     A: Parameter
@@ -39,10 +45,13 @@ class LayerAdapter:
 
 
 class Active(NamedTuple):
-    """The adapters that take part, stacked in the layer's own precision; `trained` are the columns
-    of the one with gradients.
+    """The adapters that take part, stacked in the layer's own precision.
 
-    A: (R, d_in). B: (d_out, R), scaled.
+    Attributes:
+        A: (R, d_in).
+        B: (d_out, R), scaled.
+        adapter: the one with gradients, or None.
+        trained: its rows of A and columns of B.
     """
 
     A: Tensor
@@ -52,25 +61,28 @@ class Active(NamedTuple):
 
 
 class AdaptedLinear(Module):
-    """Stands where the layer stood; what it adds is decided by `activate` before every forward
-    pass.
+    """A replacement for a linear layer, with adapters.
+
+    `activate` decides before every forward pass which adapters take part.
+
+    Args:
+        base: the replaced layer.
     """
 
     def __init__(self, base: Linear | Conv1D):
         super().__init__()
         self.base = base
-        self.adapters: dict[
-            str, LayerAdapter
-        ] = {}  # no parameters of this module: the model's own stay the frozen ones
+        # Not registered as parameters of this module: the model's own stay the frozen ones.
+        self.adapters: dict[str, LayerAdapter] = {}
         self.active: Active | None = None
 
     @property
     def weight(self) -> Tensor:
-        """(d_out, d_in), whichever way the base stores it."""
+        """The (d_out, d_in) weight, for both layouts in which bases store it."""
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
 
     def add(self, name: str, rank: int, scale: float) -> LayerAdapter:
-        """A new adapter of zeros."""
+        """Add an adapter of zeros."""
         d_out, d_in = self.weight.shape
         A, B = (
             Parameter(torch.zeros(*shape, device=self.weight.device), requires_grad=False)
@@ -81,8 +93,11 @@ class AdaptedLinear(Module):
 
     @torch.no_grad()
     def activate(self, names: Sequence[str], trained: str | None = None) -> None:
-        """From now on these adapters take part, and `trained`, one of them, gets gradients (in
-        float32).
+        """Make these adapters take part from now on.
+
+        Args:
+            names: of the adapters.
+            trained: the one of them that gets gradients, in float32; None for no gradients.
         """
         chosen = [self.adapters[name] for name in names if self.adapters[name].rank]
         self.active = None
@@ -124,7 +139,7 @@ class AdaptedLinear(Module):
 
 
 def _side_by_side(factors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
-    """A copy of the factors in one tensor."""
+    """Return a copy of the factors in one tensor."""
     return (
         factors[0].to(dtype, copy=True)
         if len(factors) == 1
@@ -139,16 +154,16 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
 ) -> Tensor:
-    """Return x·weightᵀ + bias + added, summed in float32 and rounded once (in float64 for float64).
+    """Return x·weightᵀ + bias + added, summed in float32 and rounded once.
 
-    A sum after the product's own rounding would lose every change below half a unit in the last
-    place of the product.
+    float64 is summed in float64. Adding after the product's own rounding would lose every change
+    below half a unit in the last place of the product.
 
     Args:
         x: (n, d_in).
         weight: (d_out, d_in).
         bias: (d_out,).
-        added: (n, d_out), in x's dtype; not changed.
+        added: (n, d_out), in x's dtype; not modified.
     """
     if _onednn_takes(x, weight, biased_sum=bias is not None and added is not None):
         if added is None:
@@ -164,8 +179,9 @@ def product(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return a (d_out, d_in) weight in the layout that `packed_product` reads fastest, for a weight
-    that nothing else reads.
+    """Return a (d_out, d_in) weight in the layout that `packed_product` reads fastest.
+
+    Use it for a weight that nothing else reads.
     """
     packed: Tensor = (
         torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -178,7 +194,7 @@ def pack(weight: Tensor) -> Tensor:
 def packed_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None
 ) -> Tensor:
-    """Return what `product` does, with a weight from `pack`. Without gradients."""
+    """Return what `product` returns, with a weight from `pack`. It supports no gradients."""
     if not weight.is_mkldnn:
         return product(x, weight, bias, added)
     if added is None:
@@ -189,11 +205,11 @@ def packed_product(
 
 
 def _onednn_takes(x: Tensor, weight: Tensor, biased_sum: bool) -> bool:
-    """Whether oneDNN's product with its sum in the accumulator can be used, and is wanted.
+    """Return whether oneDNN's product, with its sum in the accumulator, is possible and worthwhile.
 
-    In bfloat16 torch's own calls reach oneDNN, too, and take 5 % less in an update; only a bias
-    besides the sum is beyond them. Autograd does not know it, and it multiplies with a part of a
-    larger matrix a thousand times as slowly (torch 2.13).
+    In bfloat16, torch's own calls reach oneDNN too, and take 5 % less time in an update. Only a
+    bias besides the sum is beyond them. oneDNN's product has no autograd. With a part of a larger
+    matrix it is a thousand times slower (torch 2.13).
     """
     if (
         not _HAS_ONEDNN
@@ -208,7 +224,7 @@ def _onednn_takes(x: Tensor, weight: Tensor, biased_sum: bool) -> bool:
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x·weightᵀ before it is rounded to 16 bits."""
+    """Return x·weightᵀ before it is rounded to 16 bits."""
     if x.dtype in (torch.float32, torch.float64):
         return torch.nn.functional.linear(x, weight)
     if x.device.type == "cuda" and not torch.is_grad_enabled():
@@ -219,13 +235,17 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
 def _adapted_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(n, d_out) of the adapted layer and (n, R) of A alone."""
+    """Return (n, d_out) of the adapted layer and (n, R) of A alone."""
     low = product(x, A)
     return product(x, weight, bias, added=product(low, B)), low
 
 
 class _TrainedProduct(torch.autograd.Function):
-    """Keeps the layer's input and r numbers per token; with B alone trained, only the latter."""
+    """The product that trains an adapter.
+
+    It keeps the layer's input and r numbers per token for the backward pass. With B alone trained,
+    it keeps only the latter.
+    """
 
     @staticmethod
     def forward(

@@ -1,5 +1,6 @@
-"""One policy's fine-tuning (stage 1 of WARP): an adapter, its EMA as the anchor of the KL, and one
-optimiser step at a time.
+"""One policy's fine-tuning (stage 1 of WARP), one optimiser step at a time.
+
+A policy is an adapter. Its EMA is the anchor of the KL.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,17 @@ from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import Batch, MicroBatch, micro_batches
 from raywarp.storage.sealed import DamagedError
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
 
 class Policy:
     """θ_m and θ_ema_m on the actor's shared base, both starting from the iteration's init.
 
     Args:
-        model: the base; its `init` adapter is already this iteration's.
-        iteration, index: i and m, both counted from 1.
+        model: the base. Its `init` adapter is already this iteration's.
+        config: of the run.
+        iteration: i, counted from 1.
+        index: m, counted from 1.
     """
 
     def __init__(self, model: AdaptedModel, config: Config, iteration: int, index: int):
@@ -44,22 +47,23 @@ class Policy:
         self.step = 0
 
     def task_vector(self) -> AdapterDelta:
-        """θ_m − θ_init."""
+        """Return θ_m − θ_init."""
         return self.model.delta(self.name)
 
     def update(
         self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool
     ) -> dict[str, float]:
-        """One optimiser step on fresh completions, then one step of the EMA.
+        """Take one optimiser step on fresh completions, then one step of the EMA.
 
         Args:
             batch: N completions, those of a prompt next to each other.
             rewards: (N,) r(x, y), already standardised.
-            with_sft_kl: also measure KL(π_θ ‖ π_sft), one more pass.
+            completions: the N completions as the sampler returned them.
+            with_sft_kl: whether to measure KL(π_θ ‖ π_sft) too, which takes one more pass.
 
         Returns:
-            metrics of the policy before the step: KL in nats per completion, entropy and gap in
-            nats per token.
+            metrics of the policy before the step. KL is in nats per completion, entropy and gap are
+            in nats per token.
         """
         with rng.using(self.rng, self.model.device):
             return self._update(batch, rewards, completions, with_sft_kl)
@@ -97,8 +101,8 @@ class Policy:
             )
             loss.backward()
 
-        # An advantage needs the others of its baseline: with all of them in one micro-batch, one
-        # pass gives log-probs and gradient.
+        # An advantage needs the other completions of its baseline. With all of them in one
+        # micro-batch, one pass gives log-probs and gradient.
         at_once = all(
             _is_whole(part.completions, self._baseline_size(len(batch))) for part in parts
         )
@@ -131,9 +135,9 @@ class Policy:
         return {name: float(value) for name, value in metrics.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on: adapter, EMA, optimiser moments and step,
-        random generators.
+        """Return everything that the next steps depend on.
 
+        That is the adapter, the EMA, the optimiser's moments and step, and the random generators.
         The learning rate follows from the step.
         """
         saved: dict[str, Tensor] = {
@@ -151,11 +155,11 @@ class Policy:
         return saved
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from `state()` as if nothing had happened in between.
+        """Continue from `state()` as if there had been no interruption.
 
         Raises:
-            DamagedError: it is not the state of a policy like this one, after at least one step;
-                nothing was changed.
+            DamagedError: it is not the state of such a policy after at least one step. Nothing was
+                changed.
         """
         self._check_state(saved)
         for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
@@ -171,7 +175,7 @@ class Policy:
         self.step = int(saved["step"])
 
     def _check_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Names, shapes and dtypes against the model's."""
+        """Compare names, shapes and dtypes with the model's."""
         expected = {
             "step": torch.tensor(0),
             **{f"rng/{name}": states for name, states in self.rng.items()},
@@ -209,8 +213,10 @@ class Policy:
             )
 
     def _without_gradients(self, saved: Mapping[str, Tensor]) -> set[int]:
-        """Which trained tensors have never had a gradient, since no token reached them (a router's
-        choice has none): AdamW keeps nothing of them, and they are what they were at the start.
+        """Return the indices of trained tensors that have never had a gradient.
+
+        No token reached them, for example because a router chose other experts. AdamW keeps nothing
+        for them, and they still have their initial values.
         """
         names = [
             name
@@ -231,13 +237,14 @@ class Policy:
         }
 
     def close(self) -> None:
-        """Take both adapters off the base."""
+        """Remove both adapters from the base."""
         self.model.remove(self.name)
         self.model.remove(self.ema_name)
 
     def _optimise(self) -> Tensor:
-        """Clip, step AdamW with linear warm-up, then move the EMA: once per optimiser step,
-        whatever the micro-batches.
+        """Clip, step AdamW with linear warm-up, then move the EMA.
+
+        This happens once per optimiser step, for any number of micro-batches.
         """
         optim = self.config.optim
         for group in self.optimiser.param_groups:
@@ -257,8 +264,9 @@ class Policy:
     def _measure(
         self, part: MicroBatch, train: bool, with_sft_kl: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(C, T) log-probs of policy and anchor, and (C,) KL to SFT (zero unless asked). The
-        trained pass is last, and alone in memory.
+        """Return (C, T) log-probs of policy and anchor, and the (C,) KL to SFT.
+
+        The KL is zero unless asked for. The trained pass comes last, so that it is alone in memory.
         """
         started = self.step > 0  # before the first step the anchor is the policy
         anchor = self._logprobs(part, self.ema_name) if started else None
@@ -275,7 +283,7 @@ class Policy:
         return self.model.logprobs(part, states, self._temperature)
 
     def _baseline_size(self, completions: int) -> int:
-        """How many successive completions an advantage depends on."""
+        """Return how many successive completions an advantage depends on."""
         return {"rloo": self.config.rollout.completions_per_prompt, "none": 1}.get(
             self.config.warp.advantage, completions
         )
@@ -286,7 +294,7 @@ class Policy:
 
 
 def _is_whole(completions: Tensor, size: int) -> bool:
-    """Whether these indices are groups of `size`, each complete and in order."""
+    """Return whether these indices are groups of `size`, each complete and in order."""
     if len(completions) % size:
         return False
     groups = completions.view(-1, size)
@@ -295,8 +303,9 @@ def _is_whole(completions: Tensor, size: int) -> bool:
 
 
 def _init_seed(config: Config, iteration: int, index: int) -> int:
-    """The seed of A: one per policy and iteration, one per iteration, or one for the run (frozen:
-    then every merge stays at rank r).
+    """Return the seed of A: one per policy and iteration, one per iteration, or one per run.
+
+    The last is for lora.init=frozen, where every merge stays at rank r.
     """
     if config.lora.init == "independent":
         return derive_seed(config.seed, "lora", iteration, index)

@@ -1,8 +1,8 @@
 """A few sequences on which a fast way is compared with a model's own eager code before it is used.
 
-The longest of them is longer than every window, chunk, top-k and rope limit of the configuration,
-up to LONGEST tokens. Limits above that are not measured: there a fast way is used only if the
-configuration alone says that it is right.
+The longest sequence exceeds every window, chunk, top-k and rope limit of the configuration, up to
+LONGEST tokens. Limits above LONGEST are not measured. There a fast way is used only if the
+configuration alone shows that it is correct.
 """
 
 import functools
@@ -19,45 +19,46 @@ from raywarp.data.text import Completion
 from raywarp.model.batches import Batch, collate
 from raywarp.model.lengths import length_limits
 
-# tokens of a probe's prompt; one pass of it costs about a second for 1e9 parameters on two cores
+# Tokens of a probe's prompt. One pass of it takes about a second for 1e9 parameters on two cores.
 LONGEST = 320
 _SHORTEST = 16
 _LOCAL = re.compile(r"window|chunk|local|span|block_size|stride|top_?k$|sparse_\w*(size|tokens)")
 _NOT_LOCAL = re.compile(r"expert|group|layers|token_id")
-# relative error of a token's state: a hundred times that of rounding, a few times less than
-# Falcon's two ways of ALiBi
+# Relative error of a token's state: a hundred times that of rounding, and a few times less than the
+# difference between Falcon's two ways of ALiBi.
 _FLOAT32 = 1e-3
 _HALF_CLOSE, _HALF_CONTRADICTORY = 0.05, 0.25
 
 
 def local_limits(config: Any) -> set[int]:
-    """Every number of a configuration that can make attention local or sparse, in tokens, by its
-    name.
+    """Return every number of a configuration that can make attention local or sparse, in tokens.
+
+    The numbers are recognised by their names.
     """
     return set(_local(config.get_text_config().to_dict())) - {0}
 
 
 def is_local(config: Any) -> bool:
-    """Whether some layer may not attend to the whole sequence: it has a window, a chunk or a top k,
-    or a type of its own.
+    """Return whether some layer may not attend to the whole sequence.
+
+    Such a layer has a window, a chunk or a top k, or a type of its own.
     """
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     return bool(kinds - {"full_attention"}) or bool(local_limits(config))
 
 
 def probe(model: Any) -> Batch:
-    """Two completions of a long prompt and one of a short one, of whichever tokens the model has.
+    """Return two completions of a long prompt and one of a short one.
 
-    The first completion is as long as the prompt: where it shares a row with the second, that one
-    is far from the prompt.
+    Their tokens are ids of the model's vocabulary. The first completion is as long as the prompt.
+    Where it shares a row with the second, the second is therefore far from the prompt.
     """
     config = model.config.get_text_config()
     limits = {*local_limits(config), length_limits(config).lowest or 0}
     long = max([_SHORTEST, *(limit + 8 for limit in limits if limit <= LONGEST)])
     most = getattr(config, "max_position_embeddings", None)
-    if (
-        most and length_limits(config).lowest is None
-    ):  # a model with a table of positions has no others
+    # A model with a table of positions has no positions beyond it.
+    if most and length_limits(config).lowest is None:
         long = max(1, min(long, most // 2 - 8))
     ids = [n * 7919 % config.vocab_size for n in range(1, 2 * long + 15)]
     parts = [
@@ -70,7 +71,7 @@ def probe(model: Any) -> Batch:
 
 
 def single(batch: Batch, n: int) -> Batch:
-    """The n-th completion with its prompt, without padding."""
+    """Return the n-th completion with its prompt, without padding."""
     length = int(batch.mask[n].sum())
     cut = (
         tensor[n : n + 1, :length]
@@ -80,8 +81,10 @@ def single(batch: Batch, n: int) -> Batch:
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two ways give the same (n, D) states: every token in float32; in half precision,
-    where an expert more or less may be chosen by rounding, half of them.
+    """Return whether two ways give the same (n, D) states.
+
+    In float32 every token must agree. In half precision half of them must, since rounding may
+    change which experts are chosen.
     """
     errors = _errors(ours, theirs)
     return bool(
@@ -91,12 +94,15 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def contradictory(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two ways give (n, D) states that rounding does not explain."""
+    """Return whether two ways give (n, D) states whose difference rounding does not explain."""
     return bool(_errors(ours, theirs).median() > _limit(ours, _HALF_CONTRADICTORY))
 
 
 def source_of(kind: type) -> str:
-    """The code of a class with its ancestors, as far as it is at hand."""
+    """Return the source code of a class and its ancestors, as far as it is available.
+
+    Classes of torch, raywarp and the builtins are left out.
+    """
     ancestors = [
         ancestor
         for ancestor in kind.__mro__
@@ -109,7 +115,7 @@ def source_of(kind: type) -> str:
 
 @functools.cache
 def _classes_of(module: str) -> dict[str, str]:
-    """Class → its code, for those on a module's top level."""
+    """Return class → its code, for those on a module's top level."""
     try:
         parts = re.split(
             r"^(?=class (\w+))", inspect.getsource(sys.modules[module]), flags=re.MULTILINE
@@ -124,7 +130,7 @@ def _limit(states: Tensor, half: float) -> float:
 
 
 def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
-    """(n,) relative errors; not a number counts as wrong."""
+    """Return the (n,) relative errors; NaN counts as infinite."""
     errors: Tensor = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1)
     return errors.nan_to_num(nan=torch.inf)
 

@@ -1,9 +1,8 @@
-"""The global random number generators (torch's, numpy's, Python's) as tensors: what a checkpoint
-keeps of them.
+"""The global random number generators of torch, numpy and Python, as tensors for a checkpoint.
 
-Nothing in raywarp draws from them while it trains: adapters, batches and samples have seeds of
-their own (seeding.py), and dropout is off. A model's own code may. So each policy has states of its
-own, whichever other policies share its process.
+Nothing in raywarp draws from them while it trains. Adapters, batches and samples have seeds of
+their own (identity.derive_seed), and dropout is off. A model's own code may draw from them. So each
+policy has states of its own, independent of the other policies in its process.
 """
 
 import math
@@ -18,7 +17,7 @@ from torch import Tensor
 
 
 def capture(device: torch.device) -> dict[str, Tensor]:
-    """The states as they are: of the CPU's generators, and of the device's if it is a GPU."""
+    """Return the current states of the CPU's generators, and of the device's if it is a GPU."""
     _, words, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = legacy
@@ -33,7 +32,7 @@ def capture(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Make the generators go on from what `capture` returned."""
+    """Set the generators to states that `capture` returned."""
     torch.set_rng_state(states["torch"])
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(
@@ -47,8 +46,9 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def using(states: dict[str, Tensor], device: torch.device) -> Iterator[None]:
-    """Draw from these states inside the block, which go on with it; outside everything is as it
-    was.
+    """Draw from these states inside the context, and advance them.
+
+    Outside it, the generators are unaffected.
     """
     before = capture(device)
     restore(states, device)
@@ -60,9 +60,7 @@ def using(states: dict[str, Tensor], device: torch.device) -> Iterator[None]:
 
 
 def seeded(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The states after seeding every generator with it; the generators themselves stay as they
-    are.
-    """
+    """Return the states after seeding every generator. The generators themselves are unaffected."""
     states = capture(device)
     with using(states, device):
         random.seed(seed)

@@ -1,8 +1,8 @@
-"""Models that an engine, or transformers itself, would run as another model than the trainer's:
-refused by name before anything starts.
+"""Models that cannot be sampled as they are trained, refused by name before anything starts.
 
-Each rule was measured (docs/architectures.md). What cannot be known from the configuration is
-refused where the model is loaded.
+An engine, or transformers itself, would run them as another model than the trainer's. Each rule was
+measured (docs/architectures.md). What the configuration does not show is refused where the model is
+loaded.
 """
 
 import importlib.util
@@ -20,11 +20,13 @@ def refuse_unsupported(model: str, settings: Any, rollout: RolloutConfig, longes
     """Raise where the sampler could not be the trainer's model.
 
     Args:
-        model: as the user named it. settings: transformers' configuration of it.
+        model: as the user named it.
+        settings: transformers' configuration of it.
+        rollout: the section of the configuration.
         longest: tokens of the longest prompt with its completion.
 
     Raises:
-        ConfigError: says what, and what would do.
+        ConfigError: says what is not supported, and what to set instead.
     """
     for rule in (
         _alibi_of_falcon,
@@ -49,7 +51,9 @@ def _alibi_of_falcon(settings: Any, rollout: RolloutConfig, longest: int) -> str
 
 
 def _changing_rope(settings: Any, rollout: RolloutConfig, longest: int) -> str:
-    """A sampler holds keys that were rotated while the sequence was short; vLLM has one set of
+    """Refuse a rope that changes with the length.
+
+    A sampler holds keys that were rotated while the sequence was short. vLLM has one set of
     frequencies for a whole engine.
     """
     limits = length_limits(settings, ropes_only=True)

@@ -1,7 +1,7 @@
-"""Which modules of a model get adapters, and what stays as it is.
+"""The modules of a model that get adapters, and those that stay as they are.
 
-Only a linear layer of the language model is adapted. Experts that are fused in one tensor, routers
-with a forward of their own, and the towers of other modalities stay; the caller is told.
+Only linear layers of the language model are adapted. Experts fused in one tensor, routers with a
+forward method of their own, and the towers of other modalities stay. The caller learns which.
 """
 
 import re
@@ -22,21 +22,24 @@ from raywarp.model.probe import source_of
 
 ALL_LINEAR = "all-linear"
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|img|audio|speech|video)")
+# PEFT 0.21 refuses adapters on the out_proj of these.
 _MAMBA = {
     "falcon_h1",
     "mamba",
     "mamba2",
     "falcon_mamba",
     "nemotron_h",
-}  # PEFT 0.21 refuses adapters of their out_proj
+}
 
 
 @dataclass(frozen=True)
 class Targets:
     """What gets adapters.
 
-    modules: full names of the adapted layers. names: how PEFT finds exactly these.
-    left: under all-linear, what multiplies by weights of its own and stays as it is.
+    Attributes:
+        modules: full names of the adapted layers.
+        names: the names by which PEFT finds exactly these.
+        left: under all-linear, the modules with weights of their own that stay as they are.
     """
 
     modules: tuple[str, ...]
@@ -45,11 +48,11 @@ class Targets:
 
 
 def find_targets(base: Any, lora: LoraConfig) -> Targets:
-    """Resolve lora.target_modules for a model, on any device.
+    """Resolve lora.target_modules for a model on any device.
 
     Raises:
-        ConfigError: a name fits nothing, or something that is not adapted; the message says which
-            names would do.
+        ConfigError: a name fits nothing, or something that is not adapted. The message says which
+            names would fit.
     """
     linear = [name for name, module in base.named_modules() if is_linear(module)]
     language = _LanguageModel(base)
@@ -74,15 +77,19 @@ def find_targets(base: Any, lora: LoraConfig) -> Targets:
 
 
 def is_linear(module: Module) -> bool:
-    """Whether a module computes x·Wᵀ + b and nothing else; for a subclass, by its results."""
+    """Return whether a module computes x·Wᵀ + b and nothing else.
+
+    A subclass is judged by its results.
+    """
     if "forward" in vars(module) or not isinstance(module, Linear | Conv1D):
         return False
     return type(module).forward in (Linear.forward, Conv1D.forward) or _acts_linearly(type(module))
 
 
 def _acts_linearly(kind: Callable[..., Linear]) -> bool:
-    """Try a small one: Falcon's linear layers are a subclass with the same results, routers are
-    not.
+    """Try a small instance of the class.
+
+    Falcon's linear layers are a subclass with the same results; routers are not.
     """
     generator = torch.Generator().manual_seed(0)
     try:
@@ -93,15 +100,16 @@ def _acts_linearly(kind: Callable[..., Linear]) -> bool:
             torch.testing.assert_close(
                 layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
             )
-    # a class of someone else's, with arguments and demands of its own: whatever it raises means no
+    # A third-party class may need other arguments. Any exception means no.
     except Exception:
         return False
     return True
 
 
 class _LanguageModel:
-    """The names that belong to the language model: not to a tower of another modality, nor to what
-    connects one.
+    """The names that belong to the language model.
+
+    They exclude the towers of other modalities and what connects them.
     """
 
     def __init__(self, base: Any):
@@ -135,8 +143,9 @@ class _LanguageModel:
 class _Readable:
     """The names that PEFT finds again in an adapter's file.
 
-    In models whose experts transformers 5 fused, PEFT 0.21 takes the names of their projections for
-    the experts' tensors, also where a dense layer or a shared expert has them.
+    transformers 5 fused the experts of some models. In these, PEFT 0.21 takes the names of the
+    experts' projections for the fused tensors. It does so even where a dense layer or a shared
+    expert has them.
     """
 
     def __init__(self, base: Any):
@@ -152,7 +161,7 @@ class _Readable:
                 self._known[last] = (
                     set(config.target_modules or ()) == {last} and not config.target_parameters
                 )
-            except ValueError:  # it would stand for a part of one tensor
+            except ValueError:  # the name would stand for a part of one tensor
                 self._known[last] = False
         return self._known[last]
 
@@ -162,13 +171,14 @@ def _is_under(name: str, places: Iterable[str]) -> bool:
 
 
 def _is_bypassed(base: Any, name: str) -> bool:
-    """Whether the code around a layer multiplies by its weight itself, as state-space models do: an
-    adapter there would not act.
+    """Return whether the code around a layer multiplies by its weight itself.
+
+    State-space models do so. An adapter there would have no effect.
     """
     parent, _, last = name.rpartition(".")
     if base.config.get_text_config().model_type in _MAMBA and last == "out_proj":
         return True
-    pattern = (  # [: Bloom's, for a setting that nobody has
+    pattern = (  # [ is allowed for Bloom, which indexes a weight in an unused setting
         rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape)|\[| = )"
     )
     return re.search(pattern, source_of(type(base.get_submodule(parent)))) is not None
@@ -177,7 +187,7 @@ def _is_bypassed(base: Any, name: str) -> bool:
 def _explicit(
     base: Any, lora: LoraConfig, adaptable: list[str], language: _LanguageModel
 ) -> tuple[list[str], tuple[str, ...]]:
-    """The modules that the configuration names, and their names for PEFT."""
+    """Return the modules that the configuration names, and their names for PEFT."""
     wanted = lora.target_modules
     problem, modules = f"lora.target_modules={wanted!r}", dict(base.named_modules())
     found = {
@@ -219,15 +229,16 @@ def _entries(wanted: str | list[str]) -> list[str]:
 
 
 def _matches(wanted: str | list[str], modules: Iterable[str]) -> list[str]:
-    """As PEFT does: a name in a list is a whole path or its end; a text alone is a pattern for the
-    whole path.
+    """Return the matching modules, as PEFT matches them.
+
+    A name in a list is a whole path or its end. A string alone is a pattern for the whole path.
     """
     config = PeftLoraConfig(target_modules=wanted)
     return [name for name in modules if check_target_module_exists(config, name)]
 
 
 def _shortest_names(base: Any, chosen: Iterable[str]) -> tuple[str, ...]:
-    """Last parts of paths where they fit the chosen modules only, else whole paths."""
+    """Return last parts of paths where they fit only the chosen modules, else whole paths."""
     chosen = set(chosen)
     others = {name.rpartition(".")[2] for name, _ in base.named_modules() if name not in chosen}
     return tuple(
@@ -236,7 +247,7 @@ def _shortest_names(base: Any, chosen: Iterable[str]) -> tuple[str, ...]:
 
 
 def _would_do(adaptable: list[str]) -> str:
-    """What the configuration can say instead."""
+    """Return what the configuration can say instead."""
     attention = [name for name in adaptable if "att" in name] or adaptable
     names = dict.fromkeys(name.rpartition(".")[2] for name in attention)
     return (
@@ -246,8 +257,9 @@ def _would_do(adaptable: list[str]) -> str:
 
 
 def _left(base: Any, chosen: set[str], language: _LanguageModel) -> Iterator[str]:
-    """What has matrices and stays: towers as wholes, else modules, those of all blocks counted
-    together.
+    """Yield what has matrices and stays: whole towers, else modules.
+
+    The modules of all blocks count together.
     """
     above = {name[:end] for name in chosen for end in range(len(name)) if name[end] == "."}
     places: dict[str, set[str]] = {}
@@ -266,7 +278,7 @@ def _left(base: Any, chosen: set[str], language: _LanguageModel) -> Iterator[str
 
 
 def _has_matrix(module: Module) -> bool:
-    """Whether a module multiplies by a matrix of its own, or by one per expert."""
+    """Return whether a module multiplies by a matrix of its own, or by one per expert."""
     if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d):
         return False
     return any(

@@ -1,3 +1,1 @@
-"""Sampling: the protocol, engines (vLLM, transformers), how adapters reach them, workers, the pool,
-and the proof by effect.
-"""
+"""Sampling: protocol, engines, adapter loaders, workers, the pool, and the proof by effect."""

@@ -1,12 +1,16 @@
-"""Whether an engine runs the policy that the trainer holds, judged by what an adapter does to the
-log-probs of fixed sequences.
+"""The effect of an adapter in an engine, compared with its effect in the trainer.
 
-Log-ratio: a token's log-prob with an adapter less that without one, in nats. n scored tokens; z is
-the trainer's float32 log-ratio, t the trainer's in its own precision, s the sampler's.
+The comparison shows whether an engine runs the policy that the trainer holds. It uses log-probs of
+fixed sequences.
 
-The slope of s relative to t is Σ z·s / Σ z·t: z is the instrument. Both s and t carry the noise of
-their precision, and a regression of one on the other would be biased towards 0. No module here
-knows Ray or torch: the pool, which judges too, has no torch.
+A log-ratio is a token's log-prob with an adapter minus that without one, in nats. n is the number
+of scored tokens. z is the trainer's float32 log-ratio, t the trainer's in its own precision, and s
+the sampler's.
+
+The slope of s relative to t is Σ z·s / Σ z·t, with z as the instrument. Both s and t carry the
+noise of their precision, so a regression of one on the other would be biased towards 0.
+
+This module imports neither Ray nor torch: the pool judges effects too, and does not load torch.
 """
 
 import math
@@ -18,34 +22,34 @@ from raywarp.config.schema import ConfigError
 SLOPES = (0.9, 1.1)  # of an engine that runs the trainer's policy
 PRECISE = 0.03  # standard error up to which a slope is judged
 RMS = 0.5  # nats, of log-ratios that are large enough to be judged
-NOISE, FLOOR = (
-    4.0,
-    0.02,
-    # an engine may be so many times the precision's own noise away, and so many nats per token
-    # besides
-)
+# The allowed distance is NOISE times the noise of the precision, plus FLOOR nats per token.
+NOISE, FLOOR = 4.0, 0.02
 
 
 class EffectError(ConfigError):
-    """The sampler does not run the policy that is trained; the message names model, engine and
-    mode, and what to try.
+    """The sampler does not run the trained policy.
+
+    The message names model, engine and mode, and what to try.
     """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Sequences of token ids to score. heads: how many tokens at the start of each are not scored,
-    at least one.
+    """Sequences to score.
+
+    Attributes:
+        sequences: token ids of each.
+        heads: number of tokens at the start of each that are not scored; at least 1.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     heads: tuple[int, ...]
 
     def scored(self, logprobs: Sequence[Sequence[float]]) -> list[float]:
-        """(n,) the scored tokens' log-probs of all sequences in a row.
+        """Return the (n,) log-probs of the scored tokens, sequence after sequence.
 
         Args:
-            logprobs: for each sequence the log-prob of every token but the first.
+            logprobs: for each sequence, the log-prob of every token but the first.
         """
         return [
             value
@@ -56,14 +60,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class Trainer:
-    """(n,) log-probs of a probe by the trainer. own: in its own precision. exact: in float32."""
+    """The trainer's (n,) log-probs of a probe.
+
+    Attributes:
+        own: in the trainer's own precision.
+        exact: in float32.
+    """
 
     own: list[float]
     exact: list[float]
 
     @property
     def noise(self) -> float:
-        """Nats per token that the precision explains."""
+        """The mean distance that the precision explains, in nats per token."""
         return distance(self.own, self.exact)
 
 
@@ -71,12 +80,15 @@ class Trainer:
 class Effect:
     """What an adapter does in an engine.
 
-    slope, error: of the sampler's log-ratios relative to the trainer's, and its standard error.
-    rms: of the float32 log-ratios, nats.
-    engine_gap, adapted_gap: mean |sampler − trainer| in nats per token, without and with the
-    adapter.
-    noise, adapted_noise: how much of these the trainer's precision explains.
-    least: the RMS from which on the effect is judged.
+    Attributes:
+        slope: of the sampler's log-ratios relative to the trainer's.
+        error: the slope's standard error.
+        rms: root mean square of the float32 log-ratios, in nats.
+        engine_gap: mean |sampler − trainer| without the adapter, in nats per token.
+        adapted_gap: the same with the adapter.
+        noise: the part of engine_gap that the trainer's precision explains.
+        adapted_noise: the part of adapted_gap that the trainer's precision explains.
+        least: the smallest rms at which the effect is judged.
     """
 
     slope: float
@@ -90,12 +102,14 @@ class Effect:
 
     @property
     def is_judged(self) -> bool:
-        """Whether the log-ratios are large and the slope precise enough to tell."""
+        """Whether the log-ratios are large enough and the slope is precise enough to judge."""
         return self.rms >= self.least and self.error <= PRECISE
 
     def doubt(self) -> tuple[bool, float]:
-        """By which several are sorted: those that cannot be told come last, then those further from
-        1.
+        """Return the sort key of several effects.
+
+        Judged effects come first, ordered by the distance of their slope from 1. The others come
+        last.
         """
         return not self.is_judged, abs(self.slope - 1)
 
@@ -106,7 +120,7 @@ class Effect:
         )
 
     def metrics(self) -> dict[str, float]:
-        """For a row of metrics.jsonl; what is not known is left out."""
+        """Return the values for a row of metrics.jsonl, without those that are not finite."""
         found = {
             "adapter_effect": self.slope,
             "adapter_effect_error": self.error,
@@ -115,7 +129,7 @@ class Effect:
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def fault(self) -> str:
-        """What is wrong, in words; empty where nothing is, or where it cannot be told."""
+        """Return a description of the fault; empty if there is none or it cannot be judged."""
         if not self.engine_gap <= allowed(self.noise):
             return (
                 f"without any adapter its log-probs are {self.engine_gap:.3g} nats per token from"
@@ -134,8 +148,13 @@ class Effect:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What is on trial. model: folder or hub id. engine: rollout.engine. mode: what rollout.adapter
-    became. dtype: of the weights.
+    """The sampler under examination.
+
+    Attributes:
+        model: folder or hub id.
+        engine: rollout.engine.
+        mode: rollout.adapter, with auto resolved.
+        dtype: of the weights.
     """
 
     model: str
@@ -144,10 +163,11 @@ class Sampler:
     dtype: str
 
     def refusal(self, who: str, fault: str) -> EffectError:
-        """The error that ends a run, in one line.
+        """Return the error that ends a run, in one line.
 
         Args:
             who: the process, as in "rollout worker 1".
+            fault: from Effect.fault.
         """
         remedies = [
             *(["rollout.engine=transformers"] if self.engine != "transformers" else []),
@@ -166,11 +186,11 @@ class Sampler:
 def effect(
     base: Trainer, adapted: Trainer, sampled_base: Sequence[float], sampled: Sequence[float]
 ) -> Effect:
-    """Compare the sampler with the trainer.
+    """Return how an adapter's effect in the sampler compares with that in the trainer.
 
     Args:
         base, adapted: the trainer without and with the adapter.
-        sampled_base, sampled: (n,) the sampler's log-probs, likewise.
+        sampled_base, sampled: (n,) log-probs of the sampler without and with the adapter.
     """
     instrument, trainers = (
         differences(adapted.exact, base.exact),
@@ -191,12 +211,16 @@ def effect(
 def slope(
     instrument: Sequence[float], ours: Sequence[float], theirs: Sequence[float]
 ) -> tuple[float, float]:
-    """Return Σ z·theirs / Σ z·ours and its standard error by the delta method: √(Σ z²·e²) / |Σ
-    z·ours|, e = theirs − slope·ours.
+    """Return the slope Σ z·theirs / Σ z·ours and its standard error by the delta method.
+
+    The error is √(Σ z²·e²) / |Σ z·ours| with e = theirs − slope·ours.
 
     Args:
-        instrument, ours, theirs: (n,) each. Where Σ z·ours is 0, slope and error are not known:
-            (nan, inf).
+        instrument: (n,) z.
+        ours, theirs: (n,) log-ratios.
+
+    Returns:
+        slope and error; (nan, inf) where Σ z·ours is 0.
     """
     total = math.fsum(z * t for z, t in zip(instrument, ours, strict=True))
     if not total:
@@ -209,7 +233,7 @@ def slope(
 
 
 def allowed(noise: float) -> float:
-    """Nats per token that an engine may be away from the trainer."""
+    """Return the nats per token by which an engine may differ from the trainer."""
     return NOISE * noise + FLOOR
 
 
@@ -218,7 +242,7 @@ def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Mean |difference|."""
+    """Return the mean |difference|."""
     return math.fsum(map(abs, differences(one, other))) / len(one)
 
 

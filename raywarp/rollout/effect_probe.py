@@ -1,6 +1,4 @@
-"""The trainer's side of the proof by effect: the sequences, a synthetic adapter that is large
-enough, and the trainer's log-probs.
-"""
+"""The trainer's side of the proof by effect: sequences, a synthetic adapter, and its log-probs."""
 
 import math
 import random
@@ -17,29 +15,29 @@ from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import collate, micro_batches
 from raywarp.rollout.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 
-WANTED_RMS, LARGEST_RMS = (
-    0.65,
-    0.9,
-)  # nats; beyond, log-ratios are not of the kind that a policy has
-FIRST_SIZE, LARGEST_SIZE, TRIES = (
-    0.02,
-    1.0,
-    16,
-)  # ‖ΔW‖ / ‖W‖ to begin with, and at most; and how many sizes are tried
-NO_EFFECT = 0.01  # nats: an RMS below which an adapter of the largest size does nothing
-USUAL = 64  # tokens of each sequence but the first
-LOGITS = 2**28  # of one sequence at most: vLLM holds them all at once, in float32
+# Nats. Above the largest, log-ratios no longer resemble those of a trained policy.
+WANTED_RMS, LARGEST_RMS = 0.65, 0.9
+# The first and the largest ‖ΔW‖ / ‖W‖, and how many sizes are tried.
+FIRST_SIZE, LARGEST_SIZE, TRIES = 0.02, 1.0, 16
+NO_EFFECT = 0.01  # nats: below this RMS an adapter of the largest size has no effect
+USUAL = 64  # tokens of each sequence except the first
+LOGITS = 2**28  # at most, for one sequence: vLLM holds them all at once, in float32
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What an engine is compared with. init, policy: two halves of a synthetic adapter, of which
-    the policy alone is large enough.
+    """What an engine is compared with.
 
-    Where the model cannot be moved so far (its logits are scaled down, say), the policy is as large
-    as the base's own weights.
+    The synthetic adapter has two halves, init and policy. The policy alone is large enough to be
+    judged. Where the model cannot be moved that far, the policy is as large as the base's own
+    weights. This happens where a model scales its logits down, for example.
 
-    none, both, alone: the trainer without an adapter, with both halves, and with the policy.
+    Attributes:
+        probe: the scored sequences.
+        init, policy: the two halves.
+        none: the trainer without an adapter.
+        both: the trainer with both halves.
+        alone: the trainer with the policy.
     """
 
     probe: Probe
@@ -54,7 +52,10 @@ def reference(model: AdaptedModel, probe: Probe, seed: int, budget: int | None =
     """Make the synthetic adapter and score the probe. Replaces the model's init.
 
     Args:
-        budget: tokens of a micro-batch at most.
+        model: the trainer's model.
+        probe: the sequences to score.
+        seed: of the adapter's random factors.
+        budget: the largest number of tokens in a micro-batch.
 
     Raises:
         EffectError: no size of the adapter changes the log-probs.
@@ -75,15 +76,21 @@ def reference(model: AdaptedModel, probe: Probe, seed: int, budget: int | None =
 def make_probe(
     texts: Sequence[Sequence[int]], vocabulary: int, longest: int, tokens: int, seed: int
 ) -> Probe:
-    """Sequences with at least so many scored tokens, from the texts' own tokens, or from the whole
-    vocabulary where there are no texts.
+    """Return sequences with at least `tokens` scored tokens.
 
-    The first is as long as sequences of the run can be, so that it goes beyond each window that
-    they do. The others come in pairs with the same head, which the trainer may lay out in one row.
-    Half of them are running text, half are tokens in random order; all begin as a text does.
+    Their tokens come from the texts, or from the whole vocabulary where there are no texts.
+
+    The first sequence is as long as the run's sequences can be, so it exceeds every window that
+    they exceed. The others come in pairs with the same head, which the trainer may lay out in one
+    row. Half of them are running text, and half are tokens in random order. All begin as a text
+    does.
 
     Args:
-        longest: tokens that the engine can score.
+        texts: token ids of each text.
+        vocabulary: number of token ids.
+        longest: number of tokens that the engine can score.
+        tokens: number of scored tokens.
+        seed: of the random choices.
     """
     generator = random.Random(derive_seed(seed, "probe"))
     texts = [tuple(text) for text in texts if text]
@@ -104,7 +111,7 @@ def make_probe(
 
 
 def _running(texts: Sequence[Sequence[int]], generator: random.Random) -> Iterator[int]:
-    """The texts in random order, again and again."""
+    """Yield the texts' tokens without end, the texts in random order."""
     while True:
         yield from generator.choice(texts)
 
@@ -114,7 +121,10 @@ def _take(tokens: Iterator[int], count: int) -> tuple[int, ...]:
 
 
 def synthetic(model: AdaptedModel, seed: int) -> AdapterDelta:
-    """Random factors of the run's rank in every adapted module, both non-zero, with ‖ΔW‖ = ‖W‖."""
+    """Return random factors for every adapted module, with ‖ΔW‖ = ‖W‖.
+
+    They have the run's rank, and both B and A are non-zero.
+    """
     wanted = model.weight_norms()
 
     def factors(module: str, zero: Factors) -> Factors:
@@ -129,7 +139,7 @@ def synthetic(model: AdaptedModel, seed: int) -> AdapterDelta:
 def score(
     model: AdaptedModel, probe: Probe, adapters: Sequence[str], budget: int | None = None
 ) -> Trainer:
-    """The trainer's log-probs, in its own precision and in float32."""
+    """Return the trainer's log-probs, in its own precision and in float32."""
     own = logprobs(model, probe, adapters, budget)
     return Trainer(
         own,
@@ -148,11 +158,14 @@ def logprobs(
     budget: int | None = None,
     exact: bool = False,
 ) -> list[float]:
-    """(n,) log-probs at temperature 1 of the probe's scored tokens, with these of the model's
-    adapters.
+    """Return the (n,) log-probs at temperature 1 of the probe's scored tokens.
 
     Args:
-        exact: in float32, and each sequence in a row of its own; else as in training.
+        model: the trainer's model.
+        probe: the sequences to score.
+        adapters: names of the model's adapters that take part.
+        budget: the largest number of tokens in a micro-batch.
+        exact: use float32, and a row of its own for each sequence. Otherwise score as in training.
     """
     split = [
         (row[:head], row[head:]) for row, head in zip(probe.sequences, probe.heads, strict=True)
@@ -176,8 +189,9 @@ def logprobs(
 def _sized(
     model: AdaptedModel, probe: Probe, unit: AdapterDelta, none: Trainer, budget: int | None
 ) -> tuple[float, list[float]]:
-    """A factor for the adapter with which its float32 log-ratios are large enough, by secants
-    within a bracket; and the log-probs then.
+    """Return a size of the adapter with large enough float32 log-ratios, and its log-probs.
+
+    The size is a factor. The search uses secants within a bracket.
     """
     size, low, high = FIRST_SIZE, 0.0, math.inf
     for _ in range(TRIES):

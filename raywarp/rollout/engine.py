@@ -1,4 +1,7 @@
-"""What a rollout worker runs: vLLM, or transformers where vLLM does not exist; one interface."""
+"""The interface of a rollout worker's engine, its settings, and the checks before it starts.
+
+The engine is vLLM, or transformers where vLLM does not exist.
+"""
 
 import importlib.util
 import os
@@ -13,23 +16,13 @@ from raywarp.config.schema import Config, ConfigError, RolloutConfig
 from raywarp.data.text import Completion
 from raywarp.rollout.protocol import Adapter, Request
 
-LORA_RANKS = (
-    8,
-    16,
-    32,
-    64,
-    128,
-    256,
-    320,
-    512,
-)  # vLLM 0.32 allocates its LoRA slots for one of these (1 and 2 aside)
-# adapters that one forward pass can mix; each has memory of its own, and further ones wait their
-# turn
+# vLLM 0.32 allocates its LoRA slots for one of these ranks (besides 1 and 2).
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Adapters that one forward pass can mix. Each takes memory; further adapters wait their turn.
 MOST_LORAS = 4
-SLOT = (  # the key of an unmerged adapter's slot among a vLLM request's extra arguments
-    "raywarp_adapter"
-)
-LARGE_RANK = 64  # above it vLLM has one slot, since a slot takes memory by its rank
+# The key of an unmerged adapter's slot in the extra arguments of a vLLM request.
+SLOT = "raywarp_adapter"
+LARGE_RANK = 64  # above it vLLM gets one slot, since a slot's memory grows with its rank
 NO_VLLM = (
     "vLLM {problem}: it comes with raywarp[gpu] where there is a CUDA GPU, else raywarp[cpu], of"
     " which ./cluster/local.sh install takes the right one; or set rollout.engine=transformers,"
@@ -39,12 +32,17 @@ NO_VLLM = (
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a worker's engine needs to know.
+    """What a worker needs to start its engine.
 
-    model: hub id or folder.
-    dtype: float32 or bfloat16.
-    max_model_len: tokens of the longest prompt and completion.
-    lora_rank: the largest of any adapter that is sampled; see largest_rank.
+    Attributes:
+        model: hub id or folder.
+        dtype: float32 or bfloat16.
+        max_model_len: tokens of the longest prompt and completion together.
+        lora_rank: the largest rank of any sampled adapter; see largest_rank.
+        rollout: the section of the configuration.
+        gpu: whether the worker has a GPU.
+        trust_remote_code: whether the model's own code may run.
+        seed: of the engine.
     """
 
     model: str
@@ -58,7 +56,7 @@ class EngineSettings:
 
 
 class Loader(Protocol):
-    """See loaders.py."""
+    """How an engine takes adapters; loaders.py implements and explains the methods."""
 
     def in_weights(self, adapter: Adapter) -> Hashable: ...
     def load(self, adapters: Sequence[Adapter]) -> None: ...
@@ -67,7 +65,11 @@ class Loader(Protocol):
 
 
 class Engine(Protocol):
-    """Made from EngineSettings; adapter_mode is what `rollout.adapter: auto` became."""
+    """What a rollout worker runs. It is made from EngineSettings.
+
+    Attributes:
+        adapter_mode: rollout.adapter, with auto resolved.
+    """
 
     adapter_mode: str
 
@@ -75,27 +77,27 @@ class Engine(Protocol):
     def loader(self) -> Loader: ...
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Completions of requests whose adapters the loader has loaded."""
+        """Return the completions of each request. The loader has loaded their adapters."""
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """For each prompt of requests whose adapters are loaded, the log-prob at temperature 1 of
-        every token but the first.
+        """Return, for each prompt, the log-prob at temperature 1 of every token but the first.
 
         Args:
-            requests: of prompts of at least 2 tokens, and fewer than max_model_len.
+            requests: their adapters are loaded. Each prompt has at least 2 and fewer than
+                max_model_len tokens.
         """
 
     def capacity(self) -> int:
-        """Completions of full length that run at the same time."""
+        """Return how many completions of full length run at the same time."""
 
     def lost(self) -> bool:
-        """Whether it needs to be started again."""
+        """Return whether the engine has to be started again."""
 
     def close(self) -> None: ...
 
 
 def check_engine(config: Config) -> None:
-    """What can be known before anything is started.
+    """Check what can be known before anything starts.
 
     Raises:
         ConfigError: vLLM is not installed, or the adapter mode is not exact with this engine,
@@ -117,7 +119,7 @@ def check_engine(config: Config) -> None:
 
 
 def expects_gpu(config: Config) -> bool | None:
-    """Whether rollout workers will have GPUs; None where only the cluster can tell."""
+    """Return whether rollout workers will have GPUs; None where only the cluster can tell."""
     share = config.cluster.gpus_per_rollout_worker
     if share is not None:
         return share > 0
@@ -134,21 +136,29 @@ def expects_gpu(config: Config) -> bool | None:
 
 
 def adapter_mode(rollout: RolloutConfig, gpu: bool) -> str:
-    """What rollout.adapter becomes: vLLM's LoRA on GPUs, factors beside the weights elsewhere."""
+    """Return rollout.adapter, with auto resolved.
+
+    auto means vLLM's LoRA on GPUs, and factors beside the weights elsewhere.
+    """
     if rollout.adapter != "auto":
         return rollout.adapter
     return "lora" if gpu and rollout.engine == "vllm" else "unmerged"
 
 
 def check_mode(config: Config, gpu: bool) -> None:
-    """Raises ConfigError where the adapter mode is not exact on workers with GPUs, or without."""
+    """Check that the adapter mode is exact on workers with or without GPUs.
+
+    Raises:
+        ConfigError: it is not; the message names one that is.
+    """
     if problem := mode_problem(config, gpu):
         raise ConfigError(problem)
 
 
 def mode_problem(config: Config, gpu: bool) -> str:
-    """Why the adapter mode would not sample the trained policy, and which one does; empty where it
-    does.
+    """Return why the adapter mode would not sample the trained policy, and which mode does.
+
+    The text is empty where the mode is exact.
     """
     from raywarp.model.device import run_dtype
 
@@ -191,18 +201,20 @@ def mode_problem(config: Config, gpu: bool) -> str:
 
 
 def lora_slots(rank: int) -> int:
-    """The smallest rank that vLLM has slots for; 0 where none is that large."""
+    """Return the smallest rank ≥ `rank` for which vLLM has slots; 0 where there is none."""
     return next((allowed for allowed in LORA_RANKS if rank <= allowed), 0)
 
 
 def slot_count(rank: int) -> int:
-    """Adapters of this rank that one pass of vLLM's LoRA can mix."""
+    """Return how many adapters of this rank one pass of vLLM's LoRA can mix."""
     return MOST_LORAS if rank <= LARGE_RANK else 1
 
 
 def largest_rank(config: Config) -> int:
-    """Of any adapter that a run samples: a policy on top of its init, or the last merge. (With one
-    frozen A, merges keep lora.rank.)
+    """Return the largest rank of any adapter that a run samples.
+
+    It is that of a policy on top of its init, or that of the last merge. With one frozen A, merges
+    keep lora.rank.
     """
     rank, warp = config.lora.rank, config.warp
     if config.lora.init == "frozen":

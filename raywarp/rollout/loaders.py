@@ -1,9 +1,8 @@
-"""Three ways to bring adapters into an engine: beside its weights, as the engine's own LoRA, or
-merged into float32 weights.
+"""Adapter loaders: factors beside an engine's weights, the engine's own LoRA, or merged weights.
 
-Each hashes the tensors that were taken, for the comparison in rollout.join. Hashing is a step of
-its own, which can be done while the engine already samples. That what was taken also acts is proven
-by its effect (effect.py).
+Each loader hashes the tensors that the engine took, for the comparison in protocol.join. Hashing is
+a separate step, which can run while the engine already samples. The proof by effect (effect.py)
+shows that the loaded tensors also act.
 """
 
 import shutil
@@ -26,30 +25,30 @@ Versions = tuple[str, ...]
 
 
 class UnmergedLoader:
-    """Factors beside the engine's weights, several adapters at once; a swap copies the factors and
-    nothing else.
+    """Factors beside the engine's weights, several adapters at once.
+
+    A swap copies only the factors.
 
     Args:
-        take: hands the engine the adapters that it is to hold, in the order of their slots, each
-            with its parts side by side; returns what its layers took.
+        take: gives the engine the adapters to hold, in the order of their slots, each with its
+            parts side by side. It returns what the engine's layers took.
     """
 
     def __init__(self, take: Callable[[Sequence[AdapterDelta]], Sequence[AdapterDelta] | None]):
         self._take = take
         self._slots: dict[Versions, int] = {}
-        self._parts: dict[
-            str, AdapterDelta | str
-        ] = {}  # version → what was taken of it, or its digest
+        # Version → what the engine took of it, or the digest of that.
+        self._parts: dict[str, AdapterDelta | str] = {}
 
     def in_weights(self, adapter: Adapter) -> Hashable:
-        """Adapters with different answers cannot be in the engine at the same time."""
+        """Return a key; adapters with different keys cannot be in the engine at the same time."""
         return None
 
     def load(self, adapters: Sequence[Adapter]) -> None:
         wanted = {adapter.versions: adapter for adapter in adapters if adapter.parts}
         if wanted.keys() <= self._slots.keys():
             return
-        self._slots, old = {}, self._parts  # until all is in place, nobody may take it for loaded
+        self._slots, old = {}, self._parts  # nothing counts as loaded until all is in place
         deltas = {
             part.version: part.fetch() for adapter in wanted.values() for part in adapter.parts
         }
@@ -67,7 +66,7 @@ class UnmergedLoader:
         self._slots = {versions: slot for slot, versions in enumerate(wanted)}
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
-        """Of what was taken, part by part, for each of the adapters that were just loaded."""
+        """Return the digests of what was taken, part by part, for each adapter just loaded."""
         self._parts = {
             version: part if isinstance(part, str) else digest(part)
             for version, part in self._parts.items()
@@ -78,23 +77,23 @@ class UnmergedLoader:
         ]
 
     def request(self, adapter: Adapter) -> int | None:
-        """The adapter's slot; None for the SFT model."""
+        """Return the adapter's slot; None for the SFT model."""
         return self._slots[adapter.versions] if adapter.parts else None
 
 
 class LoraLoader:
-    """vLLM's own LoRA, several adapters at once; init and policy as one adapter: an init in
-    bfloat16 weights would be rounded.
+    """vLLM's own LoRA, several adapters at once.
 
-    Each version has a new id, name and path, since vLLM 0.32 silently takes an old id or name for
-    the old adapter.
+    Init and policy form one adapter, since an init in bfloat16 weights would be rounded. Each
+    version has a new id, name and path: vLLM 0.32 silently takes a known id or name for the old
+    adapter.
 
     Args:
         engine: vLLM's LLM.
-        names: of modules → those by which the engine finds them.
+        names: maps modules to the names by which the engine finds them.
         folder: for the files that vLLM reads.
-        zero: the SFT model's prompts get an adapter of zeros. (On CPUs vLLM 0.32 gives a prompt
-            without an adapter its last slot's.)
+        zero: whether the SFT model's prompts get an adapter of zeros. On CPUs, vLLM 0.32 runs a
+            prompt without an adapter with the adapter of its last slot.
     """
 
     def __init__(
@@ -111,12 +110,10 @@ class LoraLoader:
             0,
             zero,
         )
-        self._held: dict[
-            Versions, tuple[Any, Versions]
-        ] = {}  # vLLM's request, digests of what was written for it
-        self._like: AdapterDelta | None = (
-            None  # an adapter that was loaded; before the first one, all slots are zero
-        )
+        # Versions → vLLM's request, and the digests of the files that were written for it.
+        self._held: dict[Versions, tuple[Any, Versions]] = {}
+        # Any loaded adapter, as a template of zeros. Before the first one, all slots are zero.
+        self._like: AdapterDelta | None = None
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         return None
@@ -131,13 +128,11 @@ class LoraLoader:
             self._held[()] = (self._add((), [zeros_like(self._like)])[0], ())
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
-        """Of the files that vLLM read, part by part."""
+        """Return the digests of the files that vLLM read, part by part."""
         return [self._held[adapter.versions][1] if adapter.parts else () for adapter in adapters]
 
     def request(self, adapter: Adapter) -> Any:
-        """The LoRARequest that goes with every prompt of this adapter; None where there is none for
-        the SFT model.
-        """
+        """Return the LoRARequest for this adapter's prompts; None if the SFT model has none."""
         return self._held.get(adapter.versions, (None, ()))[0]
 
     def _add(self, versions: Versions, deltas: Sequence[AdapterDelta]) -> tuple[Any, Versions]:
@@ -178,20 +173,21 @@ class LoraLoader:
 
 
 class MergedLoader:
-    """Adapters as new float32 weights W + ΔW, from pristine W each time. (In bfloat16 most of a
-    small ΔW would be rounded away.)
+    """Adapters merged into float32 weights W + ΔW, computed from pristine W each time.
+
+    In bfloat16, most of a small ΔW would be rounded away.
 
     Args:
-        install: puts weights, by name, in the place of the engine's.
+        checkpoint: the pristine weights.
+        install: replaces the engine's weights of these names.
     """
 
     def __init__(self, checkpoint: BaseWeights, install: Install):
         self.checkpoint, self.install = checkpoint, install
-        self.loaded: Versions | None = ()  # what was asked for
-        self._taken: list[AdapterDelta | str] = []  # what there was to take, or its digest
-        self._changed: AdapterDelta | None = (
-            None  # the modules whose weights may differ from the pristine ones
-        )
+        self.loaded: Versions | None = ()  # the adapter that was requested
+        self._taken: list[AdapterDelta | str] = []  # its parts as taken, or their digests
+        # The modules whose weights may differ from the pristine ones.
+        self._changed: AdapterDelta | None = None
 
     def in_weights(self, adapter: Adapter) -> Hashable:
         return adapter.versions
@@ -200,14 +196,12 @@ class MergedLoader:
         """Load adapters that agree on `in_weights`."""
         adapter = adapters[0]
         if self.loaded != adapter.versions:
-            self.loaded = None  # until all is in place, nobody may take it for loaded
+            self.loaded = None  # nothing counts as loaded until all is in place
             self._taken = self._load(adapter)
             self.loaded = adapter.versions
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
-        """Of what the weights have taken, part by part, for each of the adapters that were just
-        loaded.
-        """
+        """Return the digests of what the weights took, part by part, for each loaded adapter."""
         self._taken = [part if isinstance(part, str) else digest(part) for part in self._taken]
         return [tuple(map(str, self._taken))] * len(adapters)
 
@@ -218,9 +212,8 @@ class MergedLoader:
         deltas = [part.fetch() for part in adapter.parts]
         modules = {module for delta in deltas for module in delta.factors}
         if self._changed is not None and self._changed.factors.keys() - modules:
-            self._install(
-                zeros_like(self._changed)
-            )  # the modules of the adapter before go back to pristine weights
+            # The modules of the previous adapter go back to their pristine weights.
+            self._install(zeros_like(self._changed))
             self._changed = None
         if not deltas or (self._changed is None and not any(delta.rank for delta in deltas)):
             return [*deltas]  # no change to pristine weights
@@ -235,8 +228,9 @@ class MergedLoader:
 
 
 def split(factors: Mapping[str, Factors], deltas: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-    """The parts that were put side by side, as they are found in `factors`: an adapter file may
-    have a column of zeros for rank 0.
+    """Return the parts that were put side by side, as they are in `factors`.
+
+    An adapter file may have a column of zeros for rank 0.
     """
     parts, starts = [], dict.fromkeys(factors, 0)
     for delta in deltas:

@@ -15,15 +15,17 @@ from raywarp.cluster.health import Process
 from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import Request, RolloutError
 
-NOBODY = -1  # stands in the queue of idle workers when all of them are lost for good
+NOBODY = -1  # in the queue of idle workers: all workers are lost for good
 
 
 @dataclass(frozen=True)
 class PoolReport:
     """What the workers have done since the last reset.
 
-    busy: share of the workers' time that was work. restarts: how often one had died and was started
-    again (ever).
+    Attributes:
+        workers: how many there are.
+        busy: share of the workers' time that was work.
+        restarts: how often a worker died and was started again, since the pool started.
     """
 
     workers: int
@@ -33,8 +35,13 @@ class PoolReport:
 
 @dataclass(frozen=True)
 class PoolHealth:
-    """in_flight: seconds that a worker's present call has taken. down: seconds since a worker died.
-    events: since the last answer.
+    """How the workers are.
+
+    Attributes:
+        process: the pool's own.
+        in_flight: worker's index → seconds that its present call has taken.
+        down: worker's index → seconds since it died.
+        events: since the last answer.
     """
 
     process: Process
@@ -46,14 +53,14 @@ class PoolHealth:
 class RolloutPool:
     """An asynchronous actor that hands each call to the next idle worker, first come, first served.
 
-    A worker that dies is started again by Ray, where there is room, and idle again when its engine
-    is; the call that it died of goes to whichever worker is idle next, since a call depends on
-    nothing but itself. The pool holds only counters: Ray may start it again, too.
+    When a worker dies, Ray restarts it once there is room. It becomes idle when its engine is
+    loaded. The call that failed goes to the next idle worker, since a call depends on nothing
+    outside itself. The pool holds only counters, so Ray may restart the pool too.
 
     Args:
-        workers: handles, or the actors' names (Ray complains of handles where the pool itself may
-            be started again).
-        max_failures: deaths that one call may cost, and attempts to start a worker's engine again.
+        workers: handles or names of the actors. Ray complains about handles where the pool itself
+            may be restarted.
+        max_failures: deaths allowed in one call, and attempts to restart a worker's engine.
     """
 
     def __init__(self, workers: Sequence[Any], max_failures: int = 3):
@@ -76,11 +83,11 @@ class RolloutPool:
         self.proof: Proof | None = None
 
     async def generate(self, requests: Sequence[Request]) -> Any:
-        """The Rollouts of one call, a list (or, where num_returns is 1, the Rollout itself).
+        """Return the Rollouts of one call: a list, or the Rollout itself where num_returns is 1.
 
         Raises:
-            RolloutError: workers died of this call again and again, or none is left.
-            EffectError: the worker had been started again, and does not run the trainer's policies.
+            RolloutError: workers died repeatedly in this call, or none is left.
+            EffectError: the worker was restarted and does not run the trainer's policies.
         """
         rollouts = [
             replace(rollout, pool_busy=self._busy())
@@ -89,7 +96,10 @@ class RolloutPool:
         return rollouts if len(requests) > 1 else rollouts[0]
 
     async def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """What Engine.logprobs of the next idle worker says. Raises as `generate` does."""
+        """Return what Engine.logprobs of the next idle worker returns.
+
+        Raises as `generate` does.
+        """
         scores: list[list[tuple[float, ...]]] = await self._call("logprobs", requests)
         return scores
 
@@ -121,9 +131,8 @@ class RolloutPool:
         self.idle.put_nowait(index)
         self.done += 1
         self.busy_seconds += seconds
-        if process.follows(
-            known := self.processes.get(index)
-        ):  # it died between two calls; this one loaded its engine
+        # The worker died between two calls, and this call loaded its engine.
+        if process.follows(known := self.processes.get(index)):
             self._tell(
                 "fault",
                 index,
@@ -136,25 +145,26 @@ class RolloutPool:
         return answer
 
     async def know(self, processes: Sequence[Process]) -> None:
-        """The workers' first processes, so that a death before the first call is seen, too."""
+        """Record the workers' first processes, so that a death before the first call is noticed."""
         for index, process in enumerate(processes):
             self.processes.setdefault(index, process)
 
     async def prove_with(self, proof: Proof) -> None:
-        """From now on a worker that was started again has to pass this before it gets work, or what
-        it has done is handed on.
+        """Set the proof that a restarted worker has to pass.
+
+        From now on it passes the proof before it gets work, or before its results are handed on.
         """
         self.proof = proof
 
     async def reset(self) -> None:
-        """Start counting anew."""
+        """Reset the counters."""
         self.busy_seconds, self.start = 0.0, time.monotonic()
 
     async def report(self) -> PoolReport:
         return PoolReport(len(self.workers), self._busy(), self.restarts)
 
     async def pulse(self) -> PoolHealth:
-        """How the workers are; what happened to them is told once."""
+        """Return how the workers are. Each event is reported once."""
         now, events, self.events = time.monotonic(), self.events, []
         in_flight, down = (
             {index: now - since for index, since in times.items()}
@@ -165,7 +175,7 @@ class RolloutPool:
     async def _next_worker(self) -> int:
         index = await self.idle.get()
         if index == NOBODY:
-            self.idle.put_nowait(NOBODY)  # for whoever else waits
+            self.idle.put_nowait(NOBODY)  # for the other calls that wait
             raise RolloutError("; ".join(self.gone.values()))
         return index
 
@@ -184,8 +194,9 @@ class RolloutPool:
         task.add_done_callback(self.revivals.discard)
 
     async def _revive(self, index: int) -> None:
-        """Wait until Ray has started the worker again and its engine is loaded: for as long as
-        there is no room, too.
+        """Wait until Ray has restarted the worker and its engine is loaded.
+
+        This includes the time until there is room for it.
         """
         failures = faults.Failures(self.max_failures)
         while True:
@@ -200,9 +211,8 @@ class RolloutPool:
                     return self._give_up(index, error)
                 await asyncio.sleep(failures.pause() or 0.5)
                 if self.names[index]:
-                    with contextlib.suppress(
-                        ValueError
-                    ):  # there is none of that name for a moment, where another one takes its place
+                    # While a new actor takes its place, no actor has that name for a moment.
+                    with contextlib.suppress(ValueError):
                         self.workers[index] = ray.get_actor(self.names[index])
         self.processes[index] = started["process"]
         self._recovered(index, time.monotonic() - self.down.pop(index))
@@ -214,7 +224,7 @@ class RolloutPool:
             self.proof.examine(answers, index + 1)
 
     def _give_up(self, index: int, error: Exception) -> None:
-        del self.down[index]  # it is waited for no more
+        del self.down[index]  # the pool no longer waits for it
         self.gone[index] = (
             f"rollout worker {index + 1} cannot be started again: {faults.explain(error)}"
         )

@@ -1,9 +1,11 @@
-"""The engines' side of the proof by effect: what a rollout worker is asked, and what its answer is
-compared with.
+"""The engines' side of the proof by effect: requests to rollout workers and their judgement.
 
-The probe is scored without an adapter, with both halves of the synthetic one, with its policy
-alone, and without one again. So an engine that drops, halves or mixes up an init or a policy, keeps
-an old one, or spoils its weights in a swap, is found before the first step.
+The probe is scored four times: without an adapter, with both halves of the synthetic adapter, with
+its policy alone, and without one again. This finds, before the first step, an engine that
+
+- drops, halves or confuses an init or a policy,
+- keeps an old one, or
+- corrupts its weights in a swap.
 """
 
 import logging
@@ -15,25 +17,28 @@ from typing import TYPE_CHECKING
 from raywarp.rollout.effect import Effect, Probe, Sampler, Trainer, distance, effect
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request
 
-if TYPE_CHECKING:  # the pool judges, too, and has no torch
+if TYPE_CHECKING:  # the pool imports this module, and must not load torch
     from raywarp.rollout.effect_probe import Reference
 
-TokenScores = Sequence[
-    Sequence[Sequence[float]]
-]  # for each request and each of its prompts, the log-prob of every token but the first
+# For each request and each of its prompts: the log-prob of every token but the first.
+TokenScores = Sequence[Sequence[Sequence[float]]]
 
-TOKENS = (256, 1024, 4096)  # scored tokens, one after another until the slope is precise
-PROOF_STEPS = 25  # optimiser steps of a policy from one proof of its own adapter to the next
+TOKENS = (256, 1024, 4096)  # scored tokens, increased until the slope is precise
+PROOF_STEPS = 25  # optimiser steps between two proofs of a policy's own adapter
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Sent to the pool and to the policy actors.
+    """What the pool and the policy actors need to judge an engine.
 
-    adapters: both halves, the policy alone. none, trained: the trainer's log-probs without an
-    adapter, and with each of these.
-    found: what the worker that is furthest from the trainer did at the start; None until that is
-    known.
+    Attributes:
+        probe: the scored sequences.
+        sampler: the sampler under examination, for messages.
+        adapters: both halves, and the policy alone.
+        none: the trainer's log-probs without an adapter.
+        trained: the trainer's log-probs with each of the adapters.
+        found: the effect in the worker furthest from the trainer at the start; None until it is
+            known.
     """
 
     probe: Probe
@@ -47,14 +52,16 @@ class Proof:
         return requests(self.probe, [SFT, *self.adapters, SFT])
 
     def examine(self, answers: TokenScores, worker: int) -> Effect:
-        """What the synthetic adapter does in a worker's engine: of both cases the less precise one,
-        or that further from the trainer.
+        """Return what the synthetic adapter does in a worker's engine.
+
+        Of the two adapters, the one returned cannot be judged, or is further from the trainer.
 
         Args:
-            answers: to `requests`. worker: counted from 1.
+            answers: to `requests`.
+            worker: its number, counted from 1.
 
         Raises:
-            EffectError: it is not what it does in the trainer.
+            EffectError: the effect differs from that in the trainer.
         """
         before, *adapted, after = map(self.probe.scored, answers)
         effects = [
@@ -65,9 +72,8 @@ class Proof:
             (distance(scores, self.none.own) for scores in (before, after)),
             key=lambda found: (math.isnan(found), found),
         )
-        effects = [
-            replace(one, engine_gap=gap, least=0.0) for one in effects
-        ]  # a synthetic adapter is as large as it can be
+        # A synthetic adapter is already as large as it can be, so it is judged at any RMS.
+        effects = [replace(one, engine_gap=gap, least=0.0) for one in effects]
         for found in effects:
             if fault := found.fault():
                 raise self.sampler.refusal(f"rollout worker {worker}", fault)
@@ -75,8 +81,9 @@ class Proof:
 
 
 def requests(probe: Probe, adapters: Sequence[Adapter]) -> list[Request]:
-    """The probe's sequences with each adapter, for an engine's `logprobs`; their seeds mean nothing
-    there.
+    """Return the probe's sequences with each adapter, for an engine's `logprobs`.
+
+    The seeds have no meaning there.
     """
     return [Request(probe.sequences, [0] * len(probe.sequences), adapter) for adapter in adapters]
 
@@ -86,11 +93,13 @@ def prove(
     reference: Callable[[int], "Reference"],
     score: Callable[[Sequence[Request]], Sequence[TokenScores]],
 ) -> Proof:
-    """Compare each worker's engine with the trainer, on more and more text until the effect is
-    known precisely.
+    """Compare each worker's engine with the trainer.
+
+    The text grows until the effect is known precisely.
 
     Args:
-        reference: asks a policy actor for a probe of so many scored tokens and the trainer's
+        sampler: the sampler under examination.
+        reference: asks a policy actor for a probe with that many scored tokens and the trainer's
             log-probs.
         score: asks every worker.
 

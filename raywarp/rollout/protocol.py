@@ -1,16 +1,18 @@
-"""What the rollout pool, R engines that all policies and the evaluation share, is asked and
-answers.
+"""The rollout protocol: what the pool of R engines is asked, and what it answers.
 
-A request names the version of the adapter that it wants sampled; a worker answers with the digests
-of the tensors that its engine took, and whoever asked compares them with its own (see `join`), so a
-stale or mixed-up adapter cannot go unnoticed.
+All policies and the evaluation share the pool. A request names the version of the adapter to
+sample from. A worker answers with the digests of the tensors that its engine took, and the caller
+compares them with its own (see `join`). So a stale or mixed-up adapter cannot go unnoticed.
 
-**Calls and workers.** A batch is one call to one engine, that of the next idle worker, and not
-spread over all of them: what an engine computes depends in its last bits on which sequences it
-computes together, so a batch that is cut by the number of workers would give another policy for
-every R. It also costs one swap of adapters, not R, and with at least two policies per worker nobody
-idles. Fewer policies than workers want `rollout.chunk_size`, by which a batch is cut in the same
-places whatever R is.
+**Calls and workers.** A batch is one call to one engine, that of the next idle worker. It is not
+spread over all engines, for two reasons:
+
+- The last bits of an engine's results depend on which sequences it computes together. A batch cut
+  by the number of workers would give a different policy for every R.
+- One call costs one swap of adapters instead of R.
+
+With at least two policies per worker, no worker idles. With fewer policies than workers, set
+`rollout.chunk_size`, which cuts a batch in the same places for every R.
 """
 
 from collections.abc import Sequence
@@ -22,8 +24,8 @@ import ray
 
 from raywarp.data.text import Completion
 
-# torch is imported where an adapter is put or fetched: the pool, which does neither, saves its
-# seconds and megabytes
+# torch is imported only where an adapter is put or fetched. The pool does neither, and so saves
+# the import's time and memory.
 if TYPE_CHECKING:
     from raywarp.algorithm.deltas import AdapterDelta
     from raywarp.rollout.transport import PackedAdapter
@@ -39,14 +41,16 @@ class RolloutError(RuntimeError):
 class AdapterPart:
     """One summand of an adapter on its way to the workers.
 
-    version: another one for each put. rank: of the content. ref: to it. hashed: its digest to be;
-    stays with whoever put it.
+    Attributes:
+        version: a new one for each put.
+        rank: of the content.
+        ref: the content in the object store.
+        hashed: the future digest; it stays with the process that put the part.
     """
 
     version: str
     rank: int
-    # ray.ObjectRef[PackedAdapter]; inside a dataclass, so that Ray does not fetch it before it is
-    # wanted
+    # ray.ObjectRef[PackedAdapter]. Inside a dataclass, Ray does not fetch it before it is needed.
     ref: Any
     hashed: "Future[str] | None" = field(default=None, compare=False)
 
@@ -55,9 +59,8 @@ class AdapterPart:
         from raywarp.rollout.transport import PackedAdapter
 
         packed = PackedAdapter.pack(delta)
-        hashed = _HASHER.submit(
-            packed.digest
-        )  # 10 ms for 20 MB, in which the adapter is on its way
+        # Takes 10 ms for 20 MB, during which the adapter is already on its way.
+        hashed = _HASHER.submit(packed.digest)
         ref = ray.put(packed)
         return cls(ref.hex(), delta.rank, ref, hashed)
 
@@ -66,25 +69,29 @@ class AdapterPart:
 
     @property
     def digest(self) -> str:
-        """Of the content as it was put; somebody to whom this was sent has to look at the content
-        itself.
+        """The digest of the content as it was put.
+
+        A process that received this part has no such digest, and computes it from the content.
         """
         from raywarp.rollout.transport import digest
 
         return self.hashed.result() if self.hashed else digest(self.fetch())
 
     def fetch(self) -> "AdapterDelta":
-        """The adapter, its tensors read-only: they lie in the object store."""
+        """Return the adapter. Its tensors are read-only, since they lie in the object store."""
         packed: PackedAdapter = ray.get(self.ref)
         return packed.unpack()
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What to sample from: base + init + policy; neither gives the SFT model.
+    """What to sample from: base + init + policy. Without both it is the SFT model.
 
-    init: an iteration's θ_init. policy: the change on top of it. Engines hold both beside the
-    weights, each at its own rank.
+    Engines hold both beside the weights, each at its own rank.
+
+    Attributes:
+        init: the iteration's θ_init.
+        policy: the change on top of it.
     """
 
     init: AdapterPart | None = None
@@ -110,8 +117,10 @@ SFT = Adapter()
 class Request:
     """One completion per prompt from one adapter.
 
-    prompts: token ids of each prompt.
-    seeds: of each prompt's sampling; the same call gives the same completions again.
+    Attributes:
+        prompts: token ids of each prompt.
+        seeds: one for each prompt's sampling. Repeating a call gives the same completions.
+        adapter: what to sample from.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -119,7 +128,7 @@ class Request:
     adapter: Adapter = SFT
 
     def cut(self, size: int) -> list["Request"]:
-        """Requests of at most `size` prompts, in order."""
+        """Return requests of at most `size` prompts, in order."""
         starts = range(0, len(self.prompts), size)
         return [
             Request(self.prompts[n : n + size], self.seeds[n : n + size], self.adapter)
@@ -131,12 +140,14 @@ class Request:
 class Rollout:
     """A worker's answer to one request.
 
-    completions: in the order of the prompts.
-    digests: of the adapter's parts as the engine took them.
-    worker: counted from 1.
-    seconds: that the worker spent on it, of which swap_seconds on loading the adapter.
-    pool_busy: share of all workers' time that was work, in this iteration so far.
-    ended: when the worker had it, in Unix seconds.
+    Attributes:
+        completions: in the order of the prompts.
+        digests: of the adapter's parts as the engine took them.
+        worker: its number, counted from 1.
+        seconds: that the worker spent on the request.
+        swap_seconds: the part of them spent on loading the adapter.
+        pool_busy: share of all workers' time that was work, in this iteration so far.
+        ended: when the worker finished, in Unix seconds.
     """
 
     completions: list[Completion]
@@ -149,8 +160,11 @@ class Rollout:
 
 
 class Scores(list[float]):
-    """One number per completion. span: when a process was at it, start and end in Unix seconds.
-    who: its name in a time line.
+    """One number per completion.
+
+    Attributes:
+        span: when a process computed them: start and end in Unix seconds.
+        who: the process's name in a timeline.
     """
 
     span: tuple[float, float] | None = None
@@ -160,7 +174,7 @@ class Scores(list[float]):
 def work_of(
     rollouts: Sequence[Rollout], scores: Sequence[Scores]
 ) -> list[tuple[str, float, float]]:
-    """Who worked on these, from when to when in Unix seconds."""
+    """Return who worked on these, with start and end in Unix seconds."""
     pieces = [
         (f"rollout worker {rollout.worker}", rollout.ended - rollout.seconds, rollout.ended)
         for rollout in rollouts
@@ -169,7 +183,7 @@ def work_of(
 
 
 def spans_of(pieces: Sequence[tuple[str, float, float]]) -> dict[str, list[list[float]]]:
-    """By who it was; to a millisecond."""
+    """Return the pieces of work by who did them, rounded to a millisecond."""
     spans: dict[str, list[list[float]]] = {}
     for who, start, end in pieces:
         spans.setdefault(who, []).append([round(start, 3), round(end, 3)])
@@ -179,16 +193,17 @@ def spans_of(pieces: Sequence[tuple[str, float, float]]) -> dict[str, list[list[
 def submit(
     pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False
 ) -> list[list[Any]]:
-    """Ask for the requests' completions; nothing is waited for.
+    """Request completions without waiting for them.
 
     Args:
-        chunk: prompts per call at most; None leaves each request whole.
-        together: the requests (of the same number of prompts) share their calls, where the engine
-            can mix adapters.
+        pool: handle of the RolloutPool.
+        requests: what to sample.
+        chunk: the largest number of prompts per call; None leaves each request whole.
+        together: whether the requests share their calls, where the engine can mix adapters. They
+            must have the same number of prompts.
 
     Returns:
-        for each request the refs of its Rollouts, which one after another are in the order of its
-        prompts.
+        for each request, the refs of its Rollouts in the order of its prompts.
     """
     cut = [request.cut(chunk or max(len(request.prompts), 1)) for request in requests]
     if not together:
@@ -201,8 +216,7 @@ def submit(
 
 
 def join(rollouts: Sequence[Rollout], adapter: Adapter) -> list[Completion]:
-    """All completions of a request, after checking that every worker sampled from the adapter that
-    was meant.
+    """Return all completions of a request, after checking which adapter every worker sampled from.
 
     Raises:
         RolloutError: a worker's engine held another version.

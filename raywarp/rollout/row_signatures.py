@@ -1,7 +1,7 @@
-"""Rows of weights, recognised by their bits: how an engine's fused or reordered layers are matched
-with a model's modules.
+"""Signatures of weight rows, which match an engine's layers to a model's modules.
 
-d_in and d_out are a module's sizes.
+An engine may fuse or reorder rows. Rows are recognised by their bits. d_in and d_out are a module's
+sizes.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_COLUMNS = 256  # of a row that its signature is made of, spread evenly
+_COLUMNS = 256  # of a row, evenly spread, from which its signature is computed
 
 
 def row_signatures(weight: Tensor) -> Tensor:
-    """(d_out,) int64 of (d_out, d_in): equal rows have equal signatures, and others differ but for
-    one chance in 2⁶⁰.
+    """Return the (d_out,) int64 signatures of a (d_out, d_in) weight's rows.
+
+    Equal rows have equal signatures. Different rows have different ones, except with a chance of
+    2⁻⁶⁰.
     """
     step = max(1, weight.shape[1] // _COLUMNS)
     bits = (
@@ -33,7 +35,10 @@ def row_signatures(weight: Tensor) -> Tensor:
 class ModuleRows:
     """Signatures of a module's rows, as an engine may hold them.
 
-    d_in: of the whole module. whole: (d_out,). parts: (P, d_out), of P equal shares of the columns.
+    Attributes:
+        d_in: of the whole module.
+        whole: (d_out,) signatures of whole rows.
+        parts: (P, d_out) signatures of P equal shares of the columns.
     """
 
     d_in: int
@@ -42,9 +47,11 @@ class ModuleRows:
 
     @classmethod
     def of(cls, weight: Tensor, parts: int) -> "ModuleRows":
-        """
+        """Return the signatures of a weight, whole and in equal shares of its columns.
+
         Args:
             weight: (d_out, d_in), in the engine's precision.
+            parts: P. If d_in is not divisible by P, there is one share with all columns.
         """
         shares = weight.chunk(parts, dim=1) if weight.shape[1] % parts == 0 else [weight]
         return cls(
@@ -58,8 +65,14 @@ class ModuleRows:
         return len(self.whole)
 
     def of_width(self, width: int, part: int) -> tuple[Tensor, slice] | None:
-        """(d_out,) signatures and the columns of a share with so many of them; None where there is
-        none.
+        """Return the (d_out,) signatures and the columns of a share that is `width` wide.
+
+        Args:
+            width: number of columns in this process.
+            part: number of this process's share.
+
+        Returns:
+            None where there is no share of that width.
         """
         if width == self.d_in:
             return self.whole, slice(None)

@@ -1,9 +1,9 @@
-"""transformers as the engine of a rollout worker, where vLLM does not exist: slower, and the same
-completions within sampling.
+"""transformers as the engine of a rollout worker, where vLLM does not exist.
 
-Adapted layers are the trainer's own.
+It is slower than vLLM, and its completions follow the same distribution. Its adapted layers are the
+trainer's own.
 
-Each completion draws its random numbers from its own seed, so they do not depend on what else is in
+Each completion draws its random numbers from its own seed, so they do not depend on the rest of
 the batch. N completions, P longest prompt, T longest completion, V vocabulary.
 """
 
@@ -29,21 +29,21 @@ from raywarp.rollout.protocol import Adapter, Request
 
 _FORCED = 3  # tokens of a probe that are fed through the cache
 ROWS = 64  # completions that run at once
-SCORED = 1024  # tokens that are scored at once, or one sequence: their logits are held
+SCORED = 1024  # tokens scored at once, or one sequence, since their logits are held
 
 
 class TransformersEngine:
-    """A causal language model with adapters beside its weights, or (in float32) merged into
-    them.
+    """A causal language model with adapters beside its weights, or merged into them.
+
+    Merging is for float32.
     """
 
     def __init__(self, settings: EngineSettings):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
-        self.device = torch.device(
-            "cuda" if settings.gpu and torch.cuda.is_available() else "cpu"
-        )  # a GPU may be a mere number to Ray
+        # Ray may count a GPU that torch does not see.
+        self.device = torch.device("cuda" if settings.gpu and torch.cuda.is_available() else "cpu")
         remote = settings.trust_remote_code
         what = f"model={settings.model}"
         model = load_model(
@@ -75,7 +75,7 @@ class TransformersEngine:
         self.cached = self._may_cache()
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Completions of requests whose adapters are loaded."""
+        """Return the completions of each request. The loader has loaded their adapters."""
         answers = []
         for request in requests:
             self.activate(request.adapter)
@@ -89,7 +89,7 @@ class TransformersEngine:
         return answers
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """See Engine.logprobs."""
+        """Return log-probs as Engine.logprobs does."""
         rows = max(
             1, SCORED // max(len(prompt) for request in requests for prompt in request.prompts)
         )
@@ -106,17 +106,19 @@ class TransformersEngine:
         return False
 
     def close(self) -> None:
-        """There is nothing to stop."""
+        """Do nothing, since there is nothing to stop."""
 
     def activate(self, adapter: Adapter) -> None:
-        """From now on this adapter, which is loaded, takes part."""
+        """Make this loaded adapter take part from now on."""
         slot = self.loader.request(adapter)
         for layer in self.layers.values():
             layer.activate([str(slot)] if str(slot) in layer.adapters else [])
 
     def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-        """Hold these adapters, by the number of their slot, in the place of those before; returns
-        what the layers hold.
+        """Hold these adapters, by their slot's number, in place of the previous ones.
+
+        Returns:
+            what the layers hold.
         """
         for layer in self.layers.values():
             layer.adapters.clear()
@@ -150,8 +152,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _may_cache(self) -> bool:
-        """Whether padded prompts and a cache give the model's own logits, as whole sequences alone
-        do: measured on the probe.
+        """Return whether padded prompts and a cache give the model's own logits.
+
+        Its own logits are those of whole sequences, each alone. The probe measures this.
         """
         batch = probe(self.model)
         answers = batch.responses[:, :_FORCED]
@@ -161,8 +164,7 @@ class TransformersEngine:
             for n in range(_FORCED):
                 attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
                 logits, cache = self._pass(answers[:, n : n + 1], attention, cache)
-        # a model's own code meets a cache or a mask that it may not know: whatever it raises means
-        # no
+        # The model's own code may not know this cache or mask. Any exception means no.
         except Exception:
             return False
         whole = [
@@ -172,7 +174,7 @@ class TransformersEngine:
         return close(logits, torch.stack([logits[-1] for logits in self._alone(whole)]))
 
     def _pass(self, ids: Tensor, attention: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """(N, V) logits of each row's next token, and the cache with these ids in it."""
+        """Return the (N, V) logits of each row's next token, and the cache with these ids in it."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         arguments: dict[str, Any] = {"position_ids": positions} if self._passes_positions else {}
         output = self.model(
@@ -185,8 +187,9 @@ class TransformersEngine:
         return output.logits[:, -1], output.past_key_values
 
     def _alone(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """(L, V) logits of each whole sequence: no cache, no padding; those of equal length share a
-        pass.
+        """Return the (L, V) logits of each whole sequence, without a cache or padding.
+
+        Sequences of equal length share a pass.
         """
         found: dict[int, Tensor] = {}
         for length in {len(sequence) for sequence in sequences}:
@@ -233,7 +236,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """Whole sequences, laid out as prompts are where that gives the same."""
+        """Score whole sequences, laid out as prompts are where that gives the same result."""
         scored = []
         for logits, prompt in zip(
             self._padded(prompts) if self.cached else self._alone(prompts), prompts, strict=True
@@ -246,7 +249,7 @@ class TransformersEngine:
         return scored
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """(L, V) logits of each whole sequence, from one padded pass."""
+        """Return the (L, V) logits of each whole sequence, from one padded pass."""
         ids, attention = _left_padded(prompts, self.device)
         arguments: dict[str, Any] = (
             {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
@@ -259,7 +262,7 @@ class TransformersEngine:
         return [row[-len(prompt) :] for row, prompt in zip(logits, prompts, strict=True)]
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
-        """What comes after the first EOS is not part of the completion; the EOS is."""
+        """Cut the tokens after the first EOS; the EOS itself is part of the completion."""
         length = next(
             (n for n, token in enumerate(tokens, start=1) if token in self.end), len(tokens)
         )
@@ -270,7 +273,7 @@ class TransformersEngine:
 
 
 def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
-    """(N, count) numbers in [0, 1), float64: each row from its own seed alone."""
+    """Return (N, count) float64 numbers in [0, 1), each row from its own seed alone."""
     return torch.stack(
         [
             torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -280,10 +283,11 @@ def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row by inversion of the distribution function, and its log-prob.
+    """Draw one token per row by inverting the distribution function.
 
     Args:
         logits: (N, V).
+        temperature: of the sampling.
         uniform: (N,) in [0, 1).
 
     Returns:
@@ -298,7 +302,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, P) token ids and attention mask."""
+    """Return the (N, P) token ids and attention mask."""
     longest = max(len(prompt) for prompt in prompts)
     ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     attention = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -306,7 +310,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 
 def _end_tokens(*declared: int | Sequence[int] | None) -> set[int]:
-    """Those of the tokenizer and of the model's generation config, as vLLM has it."""
+    """Return the end tokens of the tokenizer and of the model's generation config, as vLLM does."""
     return {
         token
         for value in declared

@@ -1,6 +1,4 @@
-"""An adapter between processes: as one array, and the hash by which the two ends know that they
-hold the same one.
-"""
+"""An adapter between processes, packed in one array, and the hash that both ends compare."""
 
 import hashlib
 import warnings
@@ -16,12 +14,14 @@ from raywarp.algorithm.deltas import AdapterDelta, Factors
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """All factors in one array, which is copied and mapped as a whole: a pickle of 420 tensors
-    takes 5 times as long.
+    """All factors in one array, which is copied and mapped as a whole.
 
-    numbers: B and A of each module after another, by the modules' names.
-    shapes: module → d_out, rank, d_in.
-    rest: everything but the factors.
+    A pickle of 420 tensors takes 5 times as long.
+
+    Attributes:
+        numbers: B and A of each module, one module after another, in the order of their names.
+        shapes: module → (d_out, rank, d_in).
+        rest: the adapter without its factors.
     """
 
     numbers: "np.ndarray[Any, np.dtype[Any]]"
@@ -40,9 +40,9 @@ class PackedAdapter:
         )
 
     def unpack(self) -> AdapterDelta:
-        """Its tensors are views of the array, which may be read-only."""
+        """Return the adapter. Its tensors are views of the array, which may be read-only."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about arrays that it must not write to
+            warnings.simplefilter("ignore")  # torch warns about read-only arrays
             numbers = torch.from_numpy(self.numbers)
         factors, start = {}, 0
         for module, (d_out, rank, d_in) in self.shapes.items():
@@ -54,7 +54,7 @@ class PackedAdapter:
         return replace(self.rest, factors=factors)
 
     def digest(self) -> str:
-        """The adapter's (see adapters.digest), in one go."""
+        """Return the adapter's digest, as `digest` in this module does, in one pass."""
         total = begin_digest(
             (module, rank, self.numbers.dtype.name) for module, (_, rank, _) in self.shapes.items()
         )
@@ -63,8 +63,9 @@ class PackedAdapter:
 
 
 def digest(delta: AdapterDelta) -> str:
-    """SHA-256 of every module's name and factors: two adapters with one digest are the same
-    adapter.
+    """Return the SHA-256 of every module's name and factors.
+
+    Two adapters with the same digest are the same adapter.
     """
     factors = sorted(delta.factors.items())
     total = begin_digest(
@@ -77,7 +78,10 @@ def digest(delta: AdapterDelta) -> str:
 
 
 def begin_digest(modules: Iterable[tuple[str, int, str]]) -> "hashlib._Hash":
-    """Of names, ranks and dtypes; the numbers follow, in the same order."""
+    """Return a hash that has taken names, ranks and dtypes.
+
+    The numbers follow, in the same order.
+    """
     return hashlib.sha256(
         "\n".join(f"{name} {rank} {dtype}" for name, rank, dtype in modules).encode()
     )

@@ -1,11 +1,12 @@
-"""One linear layer of an engine with several adapters beside its weight: y = round(x·Wᵀ + b + Σ
-B·(A·x)), token by token.
+"""An engine's linear layer with several adapters beside its weight.
 
-Which rows of the layer an adapted module has become (engines stack q, k and v, and reorder heads)
-is found by the weights themselves.
+y = round(x·Wᵀ + b + Σ B·(A·x)), token by token.
 
-n tokens of a pass, d_in and d_out the layer's sizes in this process, R the sum of the ranks that
-are stacked.
+An engine stacks q, k and v, and reorders heads. Which rows of the layer belong to an adapted module
+is found by comparing the weights themselves.
+
+n is the number of tokens of a pass. d_in and d_out are the layer's sizes in this process. R is the
+sum of the stacked ranks.
 """
 
 from collections import defaultdict, deque
@@ -25,14 +26,17 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 def by_product(weight: Tensor) -> Multiply:
-    """x → x·Wᵀ"""
+    """Return x → x·Wᵀ."""
     return lambda x: product(x, weight)
 
 
 @dataclass
 class Pass:
-    """The forward pass under way. slots: (n,) the adapter of each token. only: the slot that all
-    tokens share, or None.
+    """The current forward pass.
+
+    Attributes:
+        slots: (n,) the adapter of each token.
+        only: the slot that all tokens share, or None.
     """
 
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -43,10 +47,14 @@ PASS = Pass()
 
 
 class SideBySide(NamedTuple):
-    """Adapters of a layer side by side.
+    """Adapters of a layer, side by side.
 
-    A: (R, d_in). B: (d_out, R). slots: (R,) the adapter that each column of B belongs to.
-    down, up: (n, R) from (n, d_in), and (n, d_out) from (n, R): products with A and with B.
+    Attributes:
+        A: (R, d_in).
+        B: (d_out, R).
+        slots: (R,) the adapter that each column of B belongs to.
+        down: the product with A, (n, d_in) → (n, R).
+        up: the product with B, (n, R) → (n, d_out).
     """
 
     A: Tensor
@@ -58,8 +66,12 @@ class SideBySide(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What a layer has of an adapted module: rows `own` of the layer are rows `theirs` of the
-    module, and its columns are `columns`.
+    """A layer's share of an adapted module.
+
+    Attributes:
+        own: rows of the layer.
+        theirs: the same rows in the module.
+        columns: of the module that the layer has.
     """
 
     own: Tensor
@@ -72,7 +84,7 @@ class Product:
 
     Args:
         weight: (d_out, d_in).
-        multiply: makes an engine's fastest product with a small weight that stays as it is until
+        multiply: returns the engine's fastest product with a small weight that stays the same until
             the next swap.
     """
 
@@ -86,7 +98,13 @@ class Product:
         self.mixed: SideBySide | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(n, d_out) from (n, d_in). `weight` is what the engine has kept of its own: nothing."""
+        """Return (n, d_out) from (n, d_in).
+
+        Args:
+            x: (n, d_in).
+            weight: what the engine kept of its own weight; it is empty.
+            bias: (d_out,) or None.
+        """
         stack, x = self.mixed if PASS.only is None else self.stacks.get(PASS.only), x.contiguous()
         if stack is None:
             return packed_product(x, self.packed, bias)
@@ -96,10 +114,11 @@ class Product:
         return packed_product(x, self.packed, bias, added=stack.up(low))
 
     def find(self, modules: Mapping[str, ModuleRows], part: int) -> None:
-        """Learn which rows of these modules the layer has.
+        """Find which rows of these modules the layer has.
 
         Args:
-            part: of a layer whose input is split, the number of this process's share.
+            modules: signatures of each module's rows.
+            part: number of this process's share, for a layer whose input is split.
         """
         places: dict[int, deque[tuple[str, int]]] = defaultdict(deque)
         columns = {}
@@ -119,7 +138,7 @@ class Product:
             self.shares[module] = Share(ours, theirs, columns[module])
 
     def take(self, adapters: Sequence[Mapping[str, Factors]]) -> None:
-        """Hold these adapters, and no others; an adapter's slot is its place among them."""
+        """Hold these adapters and no others. An adapter's slot is its index."""
         stacks = [self._stack(slot, factors) for slot, factors in enumerate(adapters)]
         self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
         own, self.mixed = list(self.stacks.values()), None
@@ -131,8 +150,9 @@ class Product:
         return SideBySide(A, B, slots, self.multiply(A), self.multiply(B))
 
     def _stack(self, slot: int, factors: Mapping[str, Factors]) -> SideBySide | None:
-        """The modules that share this layer, as one pair: B is zero outside each module's own
-        rows.
+        """Return the modules that share this layer as one pair of A and B.
+
+        B is zero outside each module's own rows.
         """
         shares = [
             (share, factors[module])

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
 from raywarp.rollout.base_weights import (
     BaseWeights,
-    BaseWeightsError,
     checkpoint_files,
     read_files,
     weight_names,
@@ -34,10 +33,12 @@ from raywarp.rollout.engine import (
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
 from raywarp.rollout.row_signatures import ModuleRows
+from raywarp.rollout.vllm_lora import LoraNames, check_lora, leave_logits_alone
 from raywarp.storage import scratch
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
-CPU_TOKENS = 4096  # of prompts in one pass
+CPU_TOKENS = 4096  # prompt tokens in one pass
+# The errors by which vLLM reports that it cannot run a model.
 NOT_THIS_MODEL = (
     ValueError,
     TypeError,
@@ -45,15 +46,17 @@ NOT_THIS_MODEL = (
     LookupError,
     NotImplementedError,
     AssertionError,
-)  # by which vLLM says so
+)
 
 
 class VllmEngine:
-    """One vLLM LLM; in this process, or with tensor_parallel_size > 1 in one process per GPU.
+    """An engine around one vLLM LLM.
+
+    It runs in this process. With tensor_parallel_size > 1, it runs in one process per GPU.
 
     Raises:
-        ConfigError: no vLLM here, no weights that can be read, or too little KV cache for even one
-            completion.
+        ConfigError: vLLM is not available, the weights cannot be read, or the KV cache is too small
+            for one completion.
     """
 
     def __init__(self, settings: EngineSettings):
@@ -62,33 +65,28 @@ class VllmEngine:
         except ImportError as error:
             raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
-        self.folder = (
-            scratch.claim()
-        )  # for adapters, and for the sockets of its processes, which outlive those that are killed
+        # For adapters and for the sockets of vLLM's processes. Sockets outlive killed processes.
+        self.folder = scratch.claim()
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
-        refusals = (
-            NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)
-        )  # a GPU's faults are RuntimeErrors, too
+        # On a GPU a RuntimeError may be a hardware fault, so it is no refusal there.
+        refusals = NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)
         try:
             if self.adapter_mode == "lora":
-                _check_lora(settings)
+                check_lora(settings)
             self.llm: Any = LLM(**self._arguments())
             self._try_out()
         except refusals as error:
             scratch.remove(self.folder)
             raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
-        self._known: set[str] = (
-            set()
-        )  # adapted modules that have been found among the engine's layers
-        self._names: dict[
-            str, str
-            # of modules → by which vLLM's LoRA finds them; a model's files are read for them once
-        ] = {}
+        self._known: set[str] = set()  # adapted modules found among the engine's layers
         self.loader: Loader = self._loader()
 
     def _try_out(self) -> None:
-        """One pass: what vLLM cannot compute here (a kernel that CPUs lack, say) shows at once."""
+        """Run one pass, so that what vLLM cannot compute here fails now.
+
+        An example is a kernel that CPUs lack.
+        """
         from vllm import SamplingParams, TokensPrompt
 
         self.llm.generate(
@@ -96,7 +94,10 @@ class VllmEngine:
         )
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Completions of requests whose adapters are loaded, all in one call to vLLM."""
+        """Return the completions of each request, all from one call to vLLM.
+
+        The loader has loaded the requests' adapters.
+        """
         from vllm import TokensPrompt
 
         asked = [
@@ -118,13 +119,15 @@ class VllmEngine:
         return [[next(completions) for _ in request.prompts] for request in requests]
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """See Engine.logprobs. vLLM 0.32 scores prompts before its processing of logits, so at
-        temperature 1 in each logprobs_mode.
+        """Return log-probs as Engine.logprobs does.
+
+        vLLM 0.32 scores prompts before it processes logits. So the temperature is 1 in each
+        logprobs_mode.
         """
         from vllm import SamplingParams, TokensPrompt
 
         if self.adapter_mode == "lora":
-            self.llm.collective_rpc(_leave_logits_alone)
+            self.llm.collective_rpc(leave_logits_alone)
         asked = [(prompt, request) for request in requests for prompt in request.prompts]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in asked],
@@ -149,30 +152,25 @@ class VllmEngine:
         return [[next(rows) for _ in request.prompts] for request in requests]
 
     def capacity(self) -> int:
-        """Completions of full length that run at the same time; more than these wait for each
-        other.
-        """
+        """Return how many completions of full length run at the same time; more have to wait."""
         config: Any = self.llm.llm_engine.vllm_config
-        block, blocks = (
-            config.cache_config.block_size,
-            config.cache_config.num_gpu_blocks - 1,
-        )  # vLLM keeps one empty
+        # vLLM keeps one block empty.
+        block, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks - 1
         at_once: int = min(
             config.scheduler_config.max_num_seqs, blocks // -(-self.settings.max_model_len // block)
         )
         return at_once
 
     def lost(self) -> bool:
-        """Whether one of the processes of a model that is split has died; this engine cannot go on
-        then.
-        """
+        """Return whether a process of a split model has died. This engine then cannot continue."""
         return bool(getattr(self.llm.llm_engine.model_executor, "is_failed", False))
 
     def close(self) -> None:
-        """Stop the engine's processes, which leave shared memory behind if they are killed, and
-        take its files away.
+        """Stop the engine's processes and remove its files.
+
+        Processes that are killed leave shared memory behind.
         """
-        scratch.remove(self.folder)  # first: a stop that takes too long is cut short
+        scratch.remove(self.folder)  # first, since a slow stop may be interrupted
         segments = _shared_memory_of(
             [
                 worker.proc.pid
@@ -180,9 +178,8 @@ class VllmEngine:
             ]
         )
         self.llm.llm_engine.engine_core.shutdown()
-        for (
-            segment
-        ) in segments:  # those through which CPU processes talk are left behind by vLLM 0.32
+        # vLLM 0.32 leaves the segments behind through which its CPU processes communicate.
+        for segment in segments:
             segment.unlink(missing_ok=True)
 
     def _sampling(self, seed: int, request: Request) -> Any:
@@ -201,7 +198,7 @@ class VllmEngine:
         )
 
     def _slot(self, request: Request) -> dict[str, Any] | None:
-        """What tells the layers which unmerged adapter a request's tokens have."""
+        """Return the argument that tells the layers a request's unmerged adapter."""
         slot = self.loader.request(request.adapter)
         return {SLOT: slot} if self.adapter_mode == "unmerged" and slot is not None else None
 
@@ -209,14 +206,18 @@ class VllmEngine:
         if self.adapter_mode == "unmerged":
             return UnmergedLoader(self._take)
         if self.adapter_mode == "lora":
-            return LoraLoader(self.llm, self._lora_names, self.folder, zero=not self.settings.gpu)
+            return LoraLoader(
+                self.llm, LoraNames(self.llm, self._read), self.folder, zero=not self.settings.gpu
+            )
         return MergedLoader(
             BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install
         )
 
     def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-        """Give the model's layers these adapters in the place of those before; returns what they
-        took.
+        """Give the model's layers these adapters in place of the previous ones.
+
+        Returns:
+            what the layers took.
         """
         if new := {module for adapter in adapters for module in adapter.factors} - self._known:
             self._find(sorted(new), adapters[0].fan_in_fan_out)
@@ -231,8 +232,10 @@ class VllmEngine:
         ]
 
     def _find(self, new: list[str], transposed: bool) -> None:
-        """Let the layers look for the modules' rows. Raises ConfigError for a module that is not
-        found whole.
+        """Let the layers look for the modules' rows.
+
+        Raises:
+            ConfigError: a module's rows are not all found.
         """
         dtype, parts = (
             getattr(torch, self.settings.dtype),
@@ -261,19 +264,8 @@ class VllmEngine:
                 )
         self._known = known
 
-    def _lora_names(self, modules: Collection[str]) -> dict[str, str]:
-        """Module → the name by which vLLM's LoRA finds it."""
-        if new := [module for module in modules if module not in self._names]:
-            theirs = weight_names(new, [name for name, _ in self._read()])
-            pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
-            found, *_ = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
-            if lacking := [module for module in new if module not in found]:
-                raise BaseWeightsError(f"vLLM's LoRA has no module for {lacking[0]}")
-            self._names |= found
-        return {module: self._names[module] for module in modules}
-
     def _files(self) -> str | Path:
-        """What vLLM is to load: a folder without files that are not the model's, or a hub id."""
+        """Return what vLLM is to load: a folder with only the model's own files, or a hub id."""
         folder = Path(self.settings.model)
         return (
             own_files_only(folder, self.folder / "model")
@@ -282,11 +274,13 @@ class VllmEngine:
         )
 
     def _install(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """vLLM 0.32 keeps what it is not given, so only the blocks that an adapter changes are
-        passed (and says so at level WARNING).
+        """Replace the weights of these names.
+
+        vLLM 0.32 keeps the weights that it is not given. So only the blocks that an adapter changes
+        are passed; vLLM reports this at level WARNING.
         """
         if self.settings.rollout.tensor_parallel_size > 1:
-            weights = list(weights)  # an iterator cannot go to other processes
+            weights = list(weights)  # an iterator cannot be sent to other processes
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
 
@@ -300,19 +294,16 @@ class VllmEngine:
             "trust_remote_code": settings.trust_remote_code,
             "tensor_parallel_size": rollout.tensor_parallel_size,
             "logprobs_mode": "processed_logprobs",
-            "enable_prefix_caching": (
-                False
-            ),  # new weights under an old prefix would reuse its stale KV blocks (vLLM 0.32)
+            # After a swap, a known prefix would reuse stale KV blocks (vLLM 0.32).
+            "enable_prefix_caching": False,
             "disable_log_stats": True,
             "load_format": "safetensors",  # never a pickle
-            "generation_config": (
-                "vllm"
-            ),  # a model's own top_p or repetition penalty would change what log-probs mean
+            # A model's own top_p or repetition penalty would change what log-probs mean.
+            "generation_config": "vllm",
         }
         if rollout.tensor_parallel_size > 1:
-            arguments |= {
-                "distributed_executor_backend": "mp"
-            }  # inside a placement group vLLM would ask Ray for bundles of its own
+            # Inside a placement group, vLLM would ask Ray for bundles of its own.
+            arguments |= {"distributed_executor_backend": "mp"}
         if settings.gpu:
             arguments |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         else:
@@ -322,8 +313,8 @@ class VllmEngine:
                 "kv_cache_memory_bytes": cache,
                 "max_num_seqs": CPU_SEQUENCES,
             }
-            # A prompt that is cut in two sets a seed's generator back, which CPU generators cannot
-            # do (vLLM 0.32).
+            # Cutting a prompt in two would need a seeded generator to be set back, which CPU
+            # generators cannot do (vLLM 0.32).
             arguments |= {
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_TOKENS, settings.max_model_len),
@@ -343,7 +334,7 @@ class VllmEngine:
 
 
 def _shared_memory_of(processes: Sequence[int]) -> set[Path]:
-    """vLLM's segments that these processes have mapped."""
+    """Return vLLM's shared-memory segments that these processes have mapped."""
     found = set()
     for process in processes:
         with contextlib.suppress(OSError):
@@ -362,32 +353,17 @@ def _completion(output: Any) -> Completion:
     )
 
 
-class _NoLora:
-    """Takes the place of vLLM's LoRA kernels at the logits, where raywarp has no adapter."""
-
-    def add_lora_logits(self, y: Tensor, *_: Any, **__: Any) -> Tensor:
-        return y
-
-
-def _leave_logits_alone(worker: Any) -> None:
-    """vLLM 0.32's kernels take as many rows of logits as there are sequences, and fail over those
-    of a whole prompt.
-    """
-    from vllm.lora.layers import LogitsProcessorWithLoRA
-
-    for module in worker.get_model().modules():
-        if isinstance(module, LogitsProcessorWithLoRA) and not bool(module.lora_b_stacked.any()):
-            module.punica_wrapper = _NoLora()
-
-
 def _prompt_logprobs(output: Any) -> tuple[float, ...]:
-    """Of all tokens but the first; an entry holds the most likely token, too."""
+    """Return the log-probs of all tokens but the first.
+
+    An entry holds the most likely token too.
+    """
     entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return tuple(float(entry[token].logprob) for token, entry in entries)
 
 
 def _refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigError:
-    """What vLLM's error comes to, with the names of our keys."""
+    """Return vLLM's error in terms of this project's keys."""
     text = str(error)
     if isinstance(error, ConfigError):
         return error
@@ -409,52 +385,3 @@ def _refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigErr
         " rollout.engine=transformers"
         + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
     )
-
-
-def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Runs in vLLM's process: the first of each module's two names, its own and its file's, that
-    leads vLLM 0.32 to one of its layers.
-    """
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    model = worker.get_model()
-    packed, mapper = (
-        getattr(model, "packed_modules_mapping", {}),
-        getattr(model, "hf_to_vllm_mapper", None),
-    )
-    layers = {name for name, _ in model.named_modules()}
-    for layer in list(layers):
-        parent, _, last = layer.rpartition(".")
-        layers |= {f"{parent}.{part}" for part in packed.get(last, ())}
-    found = {}
-    for pair in names:
-        for name in pair:
-            if (
-                pair[0] not in found
-                and parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0]
-                in layers
-            ):
-                found[pair[0]] = name
-    return found
-
-
-def _check_lora(settings: EngineSettings) -> None:
-    """Raises ConfigError where vLLM's class of this model takes no LoRA."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.interfaces import supports_lora
-
-    config = EngineArgs(
-        model=settings.model, trust_remote_code=settings.trust_remote_code
-    ).create_model_config()
-    model_class, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
-    if not supports_lora(model_class):
-        exact = (
-            "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers"
-            if settings.gpu
-            else "rollout.adapter=unmerged"
-        )
-        raise ConfigError(
-            f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set"
-            f" {exact}"
-        )

@@ -1,7 +1,7 @@
 """Adapters on the linear layers of a vLLM model on CPUs; see unmerged.py.
 
 vLLM imports this module in each of its processes, as `worker_extension_cls`, before it makes the
-model; `_keep_product` then takes the place of the step by which vLLM 0.32 packs a layer's weight.
+model. `_keep_product` then replaces the step in which vLLM 0.32 packs a layer's weight.
 """
 
 import re
@@ -20,13 +20,13 @@ from raywarp.rollout.unmerged import NO_ADAPTER, PASS, Multiply, Product, by_pro
 
 
 class AdaptedWorker:
-    """Methods that vLLM adds to each of its workers, to be called by name."""
+    """Methods that vLLM adds to each of its workers. The engine calls them by name."""
 
     model_runner: Any
     rank: int
 
     def find_adapted(self, modules: Mapping[str, ModuleRows]) -> dict[str, Tensor]:
-        """Module → (d_out,) which of its rows this process has found among its layers."""
+        """Return module → (d_out,) which of its rows this process found among its layers."""
         model = self.model_runner.model
         if "products" not in vars(self):
             self.products = {
@@ -52,15 +52,17 @@ class AdaptedWorker:
         return found
 
     def take_adapters(self, adapters: Sequence[Mapping[str, Factors]]) -> set[str]:
-        """Hold these adapters, and no others; returns the modules of which a layer has taken a
-        share.
+        """Hold these adapters and no others.
+
+        Returns:
+            the modules of which a layer took a share.
         """
         for layer in self.products.values():
             layer.take(adapters)
         return {module for layer in self.products.values() for module in layer.shares}
 
     def _begin_pass(self, *_: Any) -> None:
-        """Look up whose tokens the pass has, request after request."""
+        """Look up which adapter each token of the pass uses, request after request."""
         runner = self.model_runner
         requests = [runner.requests[name] for name in runner.input_batch.req_ids]
         slots = [
@@ -73,8 +75,9 @@ class AdaptedWorker:
 
 
 def _keep_product(method: UnquantizedLinearMethod, layer: Any) -> None:
-    """In the place of process_weights_after_loading: pack the weight for a product that can add to
-    its sum.
+    """Pack the weight for a product that can add to its sum.
+
+    It replaces process_weights_after_loading.
     """
     if (
         not isinstance(layer, LinearBase)
@@ -91,7 +94,7 @@ def _keep_product(method: UnquantizedLinearMethod, layer: Any) -> None:
 
 
 def _multiply(weight: Tensor) -> Multiply:
-    """vLLM's own product, at half the cost of torch's for a low rank."""
+    """Return vLLM's own product, which costs half as much as torch's for a low rank."""
     if not ops._supports_onednn:
         return by_product(weight)
     handler = ops.create_onednn_mm(weight.T, 32)
@@ -103,8 +106,9 @@ def _is_adaptable(layer: Any) -> bool:
 
 
 def _block_numbers(name: str) -> list[str]:
-    """Those of a module's path: its block, above all, which is called by the same number
-    everywhere.
+    """Return the numbers in a module's path.
+
+    They contain its block's number above all, which is the same under every name.
     """
     return re.findall(r"(?<=\.)\d+(?=\.)", name)
 

@@ -1,4 +1,4 @@
-"""The Ray actor around an engine; wrapped by ray.remote where it is placed."""
+"""The Ray actor around an engine; ray.remote wraps it where it is placed."""
 
 import contextlib
 import itertools
@@ -17,13 +17,14 @@ from raywarp.rollout.protocol import Request, Rollout
 
 
 class RolloutWorker:
-    """One engine. Ray runs its methods one at a time, but for `stack` and `loads`, so a swap and
-    the generation after it are one step.
+    """The actor of one engine.
 
-    A call depends on nothing but itself: Ray may start a worker that died again, and repeat the
-    call that it died of.
+    Ray runs its methods one at a time, except `stack` and `loads`. So a swap and the generation
+    after it are one step. A call depends on nothing outside itself: Ray may restart a dead worker
+    and repeat the call during which it died.
 
     Args:
+        settings: of the engine.
         number: counted from 1, for messages.
     """
 
@@ -36,39 +37,43 @@ class RolloutWorker:
 
     @ray.method(concurrency_group=GROUP)
     def stack(self) -> str:
-        """Where generate is."""
+        """Return the Python stack of the thread that works on a call."""
         return stack_here(self.thread)
 
     @ray.method(concurrency_group=GROUP)
     def loads(self) -> bool:
-        """Whether it starts its engine just now, be it in generate."""
+        """Return whether the engine is starting now, also inside generate."""
         return self.loading.busy
 
     def start(self) -> dict[str, Any]:
-        """Load the engine; returns what a run's results depend on (`numerics`), how many
-        completions run at once (`capacity`), and this `process`.
+        """Load the engine.
+
+        Returns:
+            `numerics` (what a run's results depend on), `capacity` (how many completions run at
+            once) and this `process`.
 
         Raises:
-            ConfigError: what the engine cannot do.
+            ConfigError: the engine cannot do what the settings ask.
         """
         engine = self._engine()
         numerics = {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}
         return {"numerics": numerics, "capacity": engine.capacity(), "process": Process.here()}
 
     def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
-        """This process, and the requests' Rollouts; those that the engine can hold at the same time
-        run together.
+        """Return this process and the requests' Rollouts.
+
+        Requests whose adapters the engine can hold at the same time run together.
         """
         return self._answer(self._generate, requests)
 
     def logprobs(
         self, requests: Sequence[Request]
     ) -> tuple[Process, list[list[tuple[float, ...]]]]:
-        """This process, and for each prompt of the requests what Engine.logprobs says of it."""
+        """Return this process and the result of Engine.logprobs for each prompt of the requests."""
         return self._answer(self._logprobs, requests)
 
     def shutdown(self) -> None:
-        """Stop the engine and take its temporary files away."""
+        """Stop the engine and remove its temporary files."""
         if self.engine is not None:
             self.engine.close()
 
@@ -83,7 +88,7 @@ class RolloutWorker:
             if engine.lost():
                 with contextlib.suppress(Exception):
                     engine.close()
-                os._exit(1)  # Ray starts this worker again, and repeats the call
+                os._exit(1)  # Ray restarts this worker and repeats the call
             raise
 
     def _logprobs(
@@ -107,9 +112,8 @@ class RolloutWorker:
             adapters = [request.adapter for request in together]
             engine.loader.load(adapters)
             swapped = time.perf_counter()
-            digests = self.hasher.submit(
-                engine.loader.digests, adapters
-            )  # while the engine samples
+            # Runs while the engine samples.
+            digests = self.hasher.submit(engine.loader.digests, adapters)
             completions = engine.sample(together)
             seconds, swap = (
                 (time.perf_counter() - start) / len(together),
@@ -121,7 +125,7 @@ class RolloutWorker:
         return rollouts
 
     def _engine(self) -> Engine:
-        """The engine, started where it is not: also after a death of this process."""
+        """Return the engine. Start it where it is not running, also after this process died."""
         if self.engine is None:
             with self.loading:
                 self.engine = self._start_engine()
@@ -132,7 +136,11 @@ class RolloutWorker:
 
 
 def start_engine(settings: EngineSettings) -> Engine:
-    """The engine that rollout.engine names; raises ConfigError as the engine does."""
+    """Return the engine that rollout.engine names.
+
+    Raises:
+        ConfigError: from the engine.
+    """
     if settings.rollout.engine == "transformers":
         from raywarp.rollout.transformers_engine import TransformersEngine
 

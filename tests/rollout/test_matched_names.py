@@ -2,7 +2,7 @@
 
 import pytest
 
-from raywarp.rollout.module_names import match_names
+from raywarp.rollout.base_weights import match_names
 
 LAYER = "layers.3.self_attn.q_proj"
 

@@ -1,0 +1,116 @@
+"""vLLM's own LoRA: which models support it, how it names their modules, and its logits."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from raywarp.config.schema import ConfigError
+from raywarp.rollout.base_weights import BaseWeightsError, Read, weight_names
+from raywarp.rollout.engine import EngineSettings
+
+
+def check_lora(settings: EngineSettings) -> None:
+    """Check that vLLM's class of this model supports LoRA.
+
+    Raises:
+        ConfigError: it does not; the message says what to set instead.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    config = EngineArgs(
+        model=settings.model, trust_remote_code=settings.trust_remote_code
+    ).create_model_config()
+    model_class, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
+    if not supports_lora(model_class):
+        exact = (
+            "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers"
+            if settings.gpu
+            else "rollout.adapter=unmerged"
+        )
+        raise ConfigError(
+            f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set"
+            f" {exact}"
+        )
+
+
+class LoraNames:
+    """The names by which vLLM's LoRA finds modules, for use as a function.
+
+    Known names are kept, so a model's files are read only once for them.
+
+    Args:
+        llm: vLLM's LLM.
+        read: yields every weight of the checkpoint with its name.
+    """
+
+    def __init__(self, llm: Any, read: Read):
+        self.llm, self.read = llm, read
+        self._known: dict[str, str] = {}
+
+    def __call__(self, modules: Collection[str]) -> dict[str, str]:
+        """Return module → the name by which vLLM's LoRA finds it.
+
+        Raises:
+            BaseWeightsError: the checkpoint or vLLM's LoRA has no such module.
+        """
+        if new := [module for module in modules if module not in self._known]:
+            theirs = weight_names(new, [name for name, _ in self.read()])
+            pairs = [(module, theirs[module].removesuffix(".weight")) for module in new]
+            found, *_ = self.llm.collective_rpc(_known_to_lora, args=(pairs,))
+            if lacking := [module for module in new if module not in found]:
+                raise BaseWeightsError(f"vLLM's LoRA has no module for {lacking[0]}")
+            self._known |= found
+        return {module: self._known[module] for module in modules}
+
+
+def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return module → the name that leads vLLM 0.32 to one of its layers. Runs in vLLM's process.
+
+    Args:
+        worker: vLLM's.
+        names: for each module, its own name and that in its file. The first that works is used.
+    """
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    model = worker.get_model()
+    packed, mapper = (
+        getattr(model, "packed_modules_mapping", {}),
+        getattr(model, "hf_to_vllm_mapper", None),
+    )
+    layers = {name for name, _ in model.named_modules()}
+    for layer in list(layers):
+        parent, _, last = layer.rpartition(".")
+        layers |= {f"{parent}.{part}" for part in packed.get(last, ())}
+    found = {}
+    for pair in names:
+        for name in pair:
+            if (
+                pair[0] not in found
+                and parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0]
+                in layers
+            ):
+                found[pair[0]] = name
+    return found
+
+
+class _NoLora:
+    """A replacement for vLLM's LoRA kernels at the logits, where raywarp has no adapter."""
+
+    def add_lora_logits(self, y: Tensor, *_: Any, **__: Any) -> Tensor:
+        return y
+
+
+def leave_logits_alone(worker: Any) -> None:
+    """Turn vLLM's LoRA kernels off at the logits, where no adapter acts. Runs in vLLM's process.
+
+    The kernels of vLLM 0.32 expect as many rows of logits as there are sequences. They fail when a
+    whole prompt is scored.
+    """
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+
+    for module in worker.get_model().modules():
+        if isinstance(module, LogitsProcessorWithLoRA) and not bool(module.lora_b_stacked.any()):
+            module.punica_wrapper = _NoLora()
