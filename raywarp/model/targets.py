@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from raywarp.config.schema import ConfigError, LoraConfig
@@ -145,25 +143,30 @@ class _Readable:
 
     transformers 5 fused the experts of some models. In these, PEFT 0.21 takes the names of the
     experts' projections for the fused tensors. It does so even where a dense layer or a shared
-    expert has them.
+    expert has them. PEFT takes seconds to import, so only such a model asks it.
     """
 
     def __init__(self, base: Any):
         self._base = base
+        self._is_converted = get_checkpoint_conversion_mapping(base.config.model_type) is not None
         self._known: dict[str, bool] = {}
 
     def __contains__(self, name: str) -> bool:
         last = name.rpartition(".")[2]
         if last not in self._known:
-            config = PeftLoraConfig(target_modules=[last])
-            try:
-                convert_peft_config_for_transformers(config, self._base, None)
-                self._known[last] = (
-                    set(config.target_modules or ()) == {last} and not config.target_parameters
-                )
-            except ValueError:  # the name would stand for a part of one tensor
-                self._known[last] = False
+            self._known[last] = not self._is_converted or self._asks_peft(last)
         return self._known[last]
+
+    def _asks_peft(self, last: str) -> bool:
+        from peft import LoraConfig as PeftLoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        config = PeftLoraConfig(target_modules=[last])
+        try:
+            convert_peft_config_for_transformers(config, self._base, None)
+        except ValueError:  # the name would stand for a part of one tensor
+            return False
+        return set(config.target_modules or ()) == {last} and not config.target_parameters
 
 
 def _is_under(name: str, places: Iterable[str]) -> bool:
@@ -233,8 +236,10 @@ def _matches(wanted: str | list[str], modules: Iterable[str]) -> list[str]:
 
     A name in a list is a whole path or its end. A string alone is a pattern for the whole path.
     """
-    config = PeftLoraConfig(target_modules=wanted)
-    return [name for name in modules if check_target_module_exists(config, name)]
+    if isinstance(wanted, str):
+        return [name for name in modules if re.fullmatch(wanted, name)]
+    ends = tuple(f".{entry}" for entry in wanted)
+    return [name for name in modules if name in wanted or name.endswith(ends)]
 
 
 def _shortest_names(base: Any, chosen: Iterable[str]) -> tuple[str, ...]:

@@ -3,17 +3,22 @@ is named, or refused.
 """
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from architectures import FAMILIES
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch.nn import Linear
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
 from raywarp.config.schema import ConfigError, LoraConfig
-from raywarp.model.targets import find_targets, is_linear
+from raywarp.model.targets import _matches, find_targets, is_linear
 
 ATTENTION = r"set lora.target_modules: \[q_proj, k_proj, v_proj, o_proj\], or all-linear"
 
@@ -166,3 +171,25 @@ def test_what_cannot_be_adapted_is_refused_with_what_would_do(
 def test_a_layer_whose_weight_is_read_past_it_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="names backbone.layers.0.mixer.dt_proj, a Linear"):
         find_targets(meta_model("Mamba"), LoraConfig(target_modules=["in_proj", "dt_proj"]))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [["q_proj"], ["self_attn.q_proj", "proj"], ["layers.0.mlp"], r".*\.0\..*_proj", "q_proj"],
+)
+def test_names_match_as_in_peft(wanted: str | list[str]) -> None:
+    names = [name for name, _ in meta_model("Llama").named_modules()]
+    config = peft.LoraConfig(target_modules=wanted)
+    assert _matches(wanted, names) == [n for n in names if check_target_module_exists(config, n)]
+
+
+def test_peft_is_imported_for_fused_experts_alone(tiny_llama: Path) -> None:
+    script = (
+        "import sys, torch; from raywarp.config.schema import LoraConfig;"
+        " from raywarp.model.adapted"
+        " import AdaptedModel; AdaptedModel(sys.argv[1], LoraConfig(), torch.float32,"
+        " torch.device('cpu')); print('peft' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(tiny_llama)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
