@@ -10,7 +10,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,7 +20,7 @@ from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
-from raywarp.data.text import Completion, Prompt
+from raywarp.data.text import Prompt
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.model.batches import collate, micro_batches
 from raywarp.rewards.actor import Scorer
@@ -38,9 +37,8 @@ from raywarp.rollout.protocol import (
     submit,
     work_of,
 )
-from raywarp.rollout.transport import digest
-from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
-from raywarp.storage.sealed import DamagedError, read_jsonl
+from raywarp.run.policy_files import Job
+from raywarp.training.checkpoints import Progress, finished_metrics
 
 # imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the
 # class on
@@ -60,31 +58,6 @@ def task_name(jobs: Sequence[Job]) -> str:
         f"PolicyActor.fine_tune iteration {jobs[0].iteration}"
         f" {'policy' if len(jobs) == 1 else 'policies'} {indices}"
     )
-
-
-@dataclass
-class Progress:
-    """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it
-    waits for.
-
-    requested: when it asked for them, in Unix seconds. probed: the sampler's log-probs of the probe
-    without and with its adapter, where they were asked for. saved_step: of its last checkpoint.
-    discarded: why older ones could not be used.
-    """
-
-    job: Job
-    policy: "Policy"
-    files: PolicyFiles
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
-    adapter: Adapter = SFT
-    rollouts: list[Any] = field(default_factory=list)
-    request_seconds: float = 0.0
-    requested: float = 0.0
-    probed: Any = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    saved_step: int = 0
-    discarded: list[str] = field(default_factory=list)
 
 
 class PolicyActor:
@@ -185,7 +158,7 @@ class PolicyActor:
         self.proof = proof
         under_way = []
         for job in jobs:
-            if (metrics := _finished_metrics(job)) is None:
+            if (metrics := finished_metrics(job)) is None:
                 under_way.append(self._start(job))
             else:
                 yield {
@@ -198,18 +171,8 @@ class PolicyActor:
         try:
             for progress in under_way:
                 for cause in progress.discarded:
-                    yield {
-                        "event": "fault",
-                        **progress.job.label,
-                        "step": progress.policy.step,
-                        "cause": cause,
-                    }
-                yield {
-                    "event": "resumed",
-                    **progress.job.label,
-                    "step": progress.policy.step,
-                    "metrics": progress.metrics,
-                }
+                    yield progress.event("fault", cause=cause)
+                yield progress.event("resumed", metrics=progress.metrics)
             self.started, self.busy_seconds = time.perf_counter(), 0.0
             waiting = {
                 self._request(p, init, prompts, pool, reward): p
@@ -221,11 +184,7 @@ class PolicyActor:
                 if self.stopping.is_set():
                     for progress in under_way:
                         self._checkpoint(progress)
-                        yield {
-                            "event": "stopped",
-                            **progress.job.label,
-                            "step": progress.policy.step,
-                        }
+                        yield progress.event("stopped")
                     return
                 self.working_since = None
                 ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_SECONDS)
@@ -241,7 +200,7 @@ class PolicyActor:
                     waiting[self._request(progress, init, prompts, pool, reward)] = progress
                 idle = time.perf_counter()
             for progress in under_way:
-                self._finish(progress, initial)
+                progress.save_result(initial)
                 yield {"event": "done", **progress.job.label}
         except Exception:
             for progress in under_way:
@@ -310,22 +269,8 @@ class PolicyActor:
         return Policy(self.model, self.config, job.iteration, job.index)
 
     def _start(self, job: Job) -> Progress:
-        """The policy as its newest checkpoint has it that is whole, or new."""
-        progress = Progress(job, self._new_policy(job), PolicyFiles(job.store, job.key))
-        for name in reversed(progress.files.checkpoints()):
-            try:
-                if checkpoint := progress.files.load_checkpoint(name):
-                    progress.policy.load_state(checkpoint.state)
-                    progress.metrics, progress.samples, progress.saved_step = (
-                        checkpoint.metrics,
-                        checkpoint.samples,
-                        checkpoint.step,
-                    )
-                    break
-            except DamagedError as error:
-                progress.discarded.append(str(error))
-                progress.files.discard(name)
-        return progress
+        """Resume the policy from its newest checkpoint that is whole, or begin it."""
+        return Progress.resume(job, self._new_policy(job))
 
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
@@ -390,7 +335,7 @@ class PolicyActor:
         self.busy_seconds += row["request_seconds"] + row["update_seconds"]
         row["trainer_busy"] = self.busy_seconds / (time.perf_counter() - self.started)
         progress.metrics.append(row)
-        progress.samples.append(_sample(step, progress.prompts, completions, scores))
+        progress.add_sample(step, completions, scores)
         if progress.policy.step % self.config.checkpoint_every == 0:
             self._checkpoint(progress)
         return row
@@ -428,28 +373,9 @@ class PolicyActor:
         return found.metrics()
 
     def _checkpoint(self, progress: Progress) -> None:
-        """Everything up to the last finished step."""
-        policy, prompts = (
-            progress.policy,
-            self.config.optim.batch_size // self.config.rollout.completions_per_prompt,
-        )
-        if policy.step == progress.saved_step:
-            return
-        position = {
-            **progress.job.label,
-            "step": policy.step,
-            "prompts_drawn": policy.step * prompts,
-            "rollout_version": digest(policy.task_vector()),
-        }
-        progress.files.save_checkpoint(
-            Checkpoint(policy.state(), position, progress.metrics, progress.samples)
-        )
-        progress.saved_step = policy.step
-
-    def _finish(self, progress: Progress, init: AdapterDelta) -> None:
-        """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
-        progress.files.save_result(
-            add(init, progress.policy.task_vector()), progress.metrics, progress.samples
+        """Save everything up to the last finished step."""
+        progress.save_checkpoint(
+            self.config.optim.batch_size // self.config.rollout.completions_per_prompt
         )
 
 
@@ -461,26 +387,3 @@ def _scores(ref: Any) -> Scores:
             f"the reward worker died again and again at one batch: {explain(error)}"
         ) from None
     return scores
-
-
-def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:
-    """Those of a policy that an actor finished, and died before it could say so."""
-    try:
-        folder = job.store.fetch(f"policies/{job.key}")
-    except DamagedError:
-        return None
-    return read_jsonl(folder / "metrics.jsonl") if folder else None
-
-
-def _sample(
-    step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]
-) -> dict[str, Any]:
-    """The step's first prompt with its completion and reward, for whoever wants to see the policy
-    change.
-    """
-    return {
-        "step": step,
-        "prompt": prompts[0].text,
-        "completion": completions[0].text,
-        "reward": scores[0],
-    }
