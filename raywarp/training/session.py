@@ -25,11 +25,12 @@ from raywarp.model.device import run_dtype
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.pool import PoolReport
-from raywarp.rollout.proof import Proof, prove
-from raywarp.rollout.protocol import AdapterPart, Request
+from raywarp.rollout.proof import Proof
+from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
 from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds
 from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
+from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
 
 
@@ -89,6 +90,7 @@ class Session:
         self._free_before: dict[str, float] = {}
         self._actors: Actors | None = None
         self._helpers: list[SupervisedActor] = []
+        self._startup = Startup(config, self.get)
         self._failures = Failures(config.cluster.max_failures)
         self.policies: list[ActorSlot] = []
         self.workers: list[Any] = []
@@ -298,19 +300,22 @@ class Session:
             Scorer(scorers[1]) if config.control else None,
         )
         engines, zeros, rewards = (
-            _start(actors)
+            request_start(actors)
             for actors in (self.workers, [place.actor for place in self.policies], scorers)
         )
-        started = self._started("a rollout worker", self.workers, engines, actors.groups["rollout"])
+        started = self._startup.results(
+            "a rollout worker", self.workers, engines, actors.groups["rollout"]
+        )
         self.pool.know.remote([worker["process"] for worker in started])
         self.engine: dict[str, str] = started[0]["numerics"]
-        self._check_capacity(started[0]["capacity"])
+        warn_of_small_cache(config, plan, self.prompt_tokens, started[0]["capacity"])
         if self._trains:
             attempts = itertools.chain(
-                [zeros], iter(lambda: _start([place.actor for place in self.present()]), None)
+                [zeros],
+                iter(lambda: request_start([place.actor for place in self.present()]), None),
             )
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
-        self._started("the reward worker", scorers, rewards, actors.groups["reward"])
+        self._startup.results("the reward worker", scorers, rewards, actors.groups["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
         places = rooms["rollout"]
@@ -335,105 +340,25 @@ class Session:
             self.examine_workers()
 
     def examine_workers(self) -> None:
-        """Compare a synthetic adapter's effect in each worker's engine and in the trainer; see
-        proof.py. Part of the start.
+        """Prove that each worker's engine runs the trainer's policies. Part of the start.
+
+        Compares a synthetic adapter's effect in each engine and in the trainer (rollout/proof.py).
 
         Raises:
             EffectError: an engine does not run the trainer's policies.
         """
         assert self._actors
-        longest, groups, texts = (
-            self._actors.settings.max_model_len - 1,
-            self._actors.groups["rollout"],
-            ray.put(list(self._texts)),
-        )
+        longest, texts = self._actors.settings.max_model_len - 1, ray.put(list(self._texts))
 
         def reference(tokens: int) -> Any:
             return self.persist(
                 lambda: self.get(self.present()[0].actor.reference.remote(texts, longest, tokens))
             )
 
-        def score(requests: Sequence[Request]) -> list[Any]:
-            asked = ray.put(list(requests))
-
-            def ask(worker: Any) -> Any:
-                return worker.logprobs.remote(asked)
-
-            return [
-                scores
-                for _, scores in self._started(
-                    "a rollout worker", self.workers, list(map(ask, self.workers)), groups, ask
-                )
-            ]
-
         sampler = Sampler(self.model, self.engine["engine"], self.engine["adapter"], self.dtype)
-        self.proof = prove(sampler, reference, score)
+        groups = self._actors.groups["rollout"]
+        self.proof = self._startup.prove_workers(sampler, reference, self.workers, groups)
         self.get(self.pool.prove_with.remote(self.proof))
-
-    def _started(
-        self,
-        what: str,
-        actors: list[Any],
-        refs: list[Any],
-        groups: Sequence[Any],
-        ask: Callable[[Any], Any] = lambda a: _start([a])[0],
-    ) -> list[Any]:
-        """What the actors' starts returned, asked again of those that died; Ray starts them again
-        where their groups have a node.
-
-        Args:
-            ask: what was asked, where that was not `start`.
-        """
-        failures, results, wait = (
-            Failures(self.config.cluster.max_failures),
-            [],
-            self.config.cluster.timeout_seconds,
-        )
-        for actor, ref, group in zip(actors, refs, groups, strict=True):
-            lost: float | None = None
-            while True:
-                try:
-                    results.append(self.get(ref))
-                    break
-                except RayError as error:
-                    if not faults.is_survivable(error):
-                        raise faults.cause_of(error) from None
-                    has_node = placement_groups.has_node(group)
-                    lost = None if has_node else lost or time.monotonic()
-                    if lost and time.monotonic() - lost > wait:
-                        raise FaultError(
-                            f"{what} has waited {wait:.0f} s for another node after it lost its own"
-                            f" while it started: {placement_groups.lack()}; add nodes, or raise"
-                            " cluster.timeout_seconds; the same command continues"
-                        ) from None
-                    if has_node and not faults.is_restarting(error) and not failures.again():
-                        cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
-                        raise FaultError(
-                            f"{what} died again and again while it started ({cause})"
-                        ) from None
-                time.sleep(failures.pause() or 0.5)
-                ref = ask(actor)
-        return results
-
-    def _check_capacity(self, capacity: int) -> None:
-        """A batch that an engine cannot hold at once is generated in several rounds: correct, but
-        slow.
-        """
-        rollout, asked = (
-            self.config.rollout,
-            self.config.rollout.chunk_size or self.config.optim.batch_size,
-        )
-        if capacity < asked:
-            memory = (
-                f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
-                if not self.plan.rollout.gpus
-                else "rollout.gpu_memory_utilization"
-            )
-            logging.getLogger(__name__).warning(
-                f"a rollout worker's KV cache holds {capacity} completions of {self.prompt_tokens}"
-                f" + {rollout.max_new_tokens} tokens at once, a batch has {asked}: raise {memory},"
-                " or lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens"
-            )
 
     def _stop(self, at_once: bool) -> None:
         """Engines first and by themselves, since a killed one may leave shared memory behind; then
@@ -458,7 +383,3 @@ class Session:
             (helper.down for helper in self._helpers if isinstance(helper, SupervisedPool)), {}
         )
         return [worker for index, worker in enumerate(self.workers) if index not in down]
-
-
-def _start(actors: Sequence[Any]) -> list[Any]:
-    return [actor.start.options(max_task_retries=0).remote() for actor in actors]
