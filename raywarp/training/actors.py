@@ -101,7 +101,7 @@ class Actors:
         )
         self.groups: dict[str, list[PlacementGroup | None]] = {}
         self.made: list[Any] = []
-        self.places: list[ActorSlot] = []
+        self.slots: list[ActorSlot] = []
         self.worker_names: list[str] = []
 
     def workers(self) -> list[Any]:
@@ -182,13 +182,13 @@ class Actors:
             return make
 
         again = partial(self._ask_again, "policy")
-        self.places = [
+        self.slots = [
             ActorSlot(f"policy actor {n}", maker(n), group, partial(again, n - 1))
             for n, group in enumerate(groups, 1)
         ]
-        for place in self.places:
-            place.renew()
-        return self.places
+        for slot in self.slots:
+            slot.renew()
+        return self.slots
 
     def rewards(self) -> list[Any]:
         """The reward worker, and that of the control score if there is one. Ray starts them again

@@ -23,8 +23,8 @@ class PendingPoint:
 
     def measure(self, rollouts: list[Any]) -> None:
         """Ask for everything that follows from the rollouts."""
-        session, place = self.session, self.session.next_policy()
-        kl = place.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
+        session, slot = self.session, self.session.next_policy()
+        kl = slot.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
         scorers = [session.reward, *([session.control] if session.control else [])]
         self.refs = [kl, *(scorer.submit(self.prompts, rollouts) for scorer in scorers), *rollouts]
 

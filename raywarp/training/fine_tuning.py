@@ -43,7 +43,7 @@ class PolicyProgress:
 class Stream:
     """Jobs that were given to an actor, and what it tells of them. heard: it has begun."""
 
-    place: ActorSlot
+    slot: ActorSlot
     jobs: list[Job]
     events: Any
     since: float = field(default_factory=time.monotonic)
@@ -56,21 +56,21 @@ class Lost:
     noticed, but not later than `latest`.
     """
 
-    place: ActorSlot
+    slot: ActorSlot
     jobs: list[Job]
     due: float
     latest: float
 
     def is_due(self) -> bool:
         now = time.monotonic()
-        return now >= self.due and (now >= self.latest or self.place.has_ground())
+        return now >= self.due and (now >= self.latest or self.slot.has_ground())
 
 
 class FineTuning:
     """The jobs of one iteration.
 
     Args:
-        places: the policy actors.
+        slots: the policy actors.
         work: what every job gets: init, prompts, pool and reward.
         tick: looks after everything but the policy actors, and raises what ends the run; returns
             whether any of that is at work.
@@ -79,14 +79,14 @@ class FineTuning:
     def __init__(
         self,
         config: Config,
-        places: Sequence[ActorSlot],
+        slots: Sequence[ActorSlot],
         work: Sequence[Any],
         tick: Callable[[], bool],
         report: health.Report,
     ):
-        self.config, self.places, self.work, self.tick, self.report = (
+        self.config, self.slots, self.work, self.tick, self.report = (
             config,
-            places,
+            slots,
             work,
             tick,
             report,
@@ -110,9 +110,9 @@ class FineTuning:
         self.courses = {
             job.key: PolicyProgress(job, Failures(self.config.cluster.max_failures)) for job in jobs
         }
-        for slot, place in enumerate(self.places):
-            if own := list(jobs[slot :: len(self.places)]):
-                self._give(place, own)
+        for number, slot in enumerate(self.slots):
+            if own := list(jobs[number :: len(self.slots)]):
+                self._give(slot, own)
         self.trainers = len(self.streams)
         try:
             while self.streams or self.waiting:
@@ -123,11 +123,11 @@ class FineTuning:
             self._save(isinstance(error, KeyboardInterrupt) or runtime.is_requested())
             raise
 
-    def _give(self, place: ActorSlot, jobs: list[Job]) -> None:
-        events = place.actor.fine_tune.options(
-            num_returns="streaming", name=task_name(jobs)
-        ).remote(jobs, *self.work)
-        self.streams.append(Stream(place, jobs, events))
+    def _give(self, slot: ActorSlot, jobs: list[Job]) -> None:
+        events = slot.actor.fine_tune.options(num_returns="streaming", name=task_name(jobs)).remote(
+            jobs, *self.work
+        )
+        self.streams.append(Stream(slot, jobs, events))
 
     def _next_event(self) -> Iterator[dict[str, Any]]:
         if not self.streams:
@@ -153,7 +153,7 @@ class FineTuning:
                 if not isinstance(cause := faults.cause_of(error), StoreError):
                     self.saved |= {job.key for job in stream.jobs}  # by the actor, before it raised
                 raise cause from None
-            self._lost(stream.place, error)
+            self._lost(stream.slot, error)
         else:
             stream.heard = True
             if event["event"] == "fault":
@@ -201,19 +201,19 @@ class FineTuning:
             )
             course.lost_at = None
 
-    def _lost(self, place: ActorSlot, error: RayError) -> None:
+    def _lost(self, slot: ActorSlot, error: RayError) -> None:
         """The actor, or its work, is gone: say so for every policy that it had, and make it anew
         after a pause.
         """
-        cause = place.cause(error)
-        ours = [stream for stream in self.streams if stream.place is place]
-        self.streams = [stream for stream in self.streams if stream.place is not place]
+        cause = slot.cause(error)
+        ours = [stream for stream in self.streams if stream.slot is slot]
+        self.streams = [stream for stream in self.streams if stream.slot is not slot]
         jobs = [job for stream in ours for job in stream.jobs if not self.courses[job.key].done]
         pause, text = 0.0, faults.explain(error)
         for course in (self.courses[job.key] for job in jobs):
             self.report(
                 "fault",
-                what=place.name,
+                what=slot.name,
                 **course.job.label,
                 step=course.step,
                 cause=cause,
@@ -226,31 +226,31 @@ class FineTuning:
             pause = max(pause, course.failures.pause())
         now = time.monotonic()
         self.waiting.append(
-            Lost(place, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds)
+            Lost(slot, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds)
         )
 
     def _renew_what_is_due(self) -> None:
         due = [lost for lost in self.waiting if lost.is_due()]
         self.waiting = [lost for lost in self.waiting if lost not in due]
         for lost in due:
-            lost.place.renew()
+            lost.slot.renew()
             if lost.jobs:
-                self._give(lost.place, lost.jobs)
+                self._give(lost.slot, lost.jobs)
 
     def _look_after(self) -> None:
         runtime.check()
         others_work = self.tick()
         for stream in list(self.streams):
-            if stream.heard or placement_groups.is_found(stream.place.group):
-                if text := hang_of(stream.place, self.config.cluster.hang_seconds):
+            if stream.heard or placement_groups.is_found(stream.slot.group):
+                if text := hang_of(stream.slot, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
-                        self._report_hang(stream.place, self.courses[job.key], text)
+                        self._report_hang(stream.slot, self.courses[job.key], text)
             elif time.monotonic() - stream.since > self.config.cluster.timeout_seconds:
                 self._move(stream)
         at_work = (
             others_work
             or bool(self.waiting)
-            or any(not stream.heard or stream.place.at_work for stream in self.streams)
+            or any(not stream.heard or stream.slot.at_work for stream in self.streams)
         )
         if self.standstill.lasts(at_work, self.config.cluster.hang_seconds):
             self._end_standstill()
@@ -265,15 +265,15 @@ class FineTuning:
         )
         for stream in self.streams:
             for job in stream.jobs:
-                self._report_hang(stream.place, self.courses[job.key], text)
-            stream.place.give_up()
+                self._report_hang(stream.slot, self.courses[job.key], text)
+            stream.slot.give_up()
         self.standstill.over()
 
-    def _report_hang(self, place: ActorSlot, course: PolicyProgress, text: str) -> None:
+    def _report_hang(self, slot: ActorSlot, course: PolicyProgress, text: str) -> None:
         if not course.done:
             self.report(
                 "hang",
-                what=place.name,
+                what=slot.name,
                 **course.job.label,
                 step=course.step,
                 cause=faults.HANG,
@@ -284,30 +284,30 @@ class FineTuning:
         """There is no room for this actor any more: its policies go to those that are there, one
         after another.
         """
-        away = [lost.place for lost in self.waiting] + [
-            other.place for other in self.streams if not other.heard
+        away = [lost.slot for lost in self.waiting] + [
+            other.slot for other in self.streams if not other.heard
         ]
-        others = [place for place in self.places if not place.gone and place not in away]
+        others = [slot for slot in self.slots if not slot.gone and slot not in away]
         if not others:
-            raise stream.place.no_room(self.config.cluster.timeout_seconds)
+            raise stream.slot.no_room(self.config.cluster.timeout_seconds)
         target = min(others, key=self._load)
         self.streams.remove(stream)
-        stream.place.leave()
+        stream.slot.leave()
         for job in stream.jobs:
             self.report(
                 "moved",
-                what=stream.place.name,
+                what=stream.slot.name,
                 **job.label,
                 message=f"no room for it: {placement_groups.lack()}; to {target.name}",
             )
         self._give(target, stream.jobs)
 
-    def _load(self, place: ActorSlot) -> int:
+    def _load(self, slot: ActorSlot) -> int:
         """Policies that an actor still has to train."""
         return sum(
             not self.courses[job.key].done
             for stream in self.streams
-            if stream.place is place
+            if stream.slot is slot
             for job in stream.jobs
         )
 
@@ -335,8 +335,8 @@ class FineTuning:
         )
         streams = [stream for stream in self.streams if stream.heard]
         open_jobs = [course for course in self.courses.values() if not course.done]
-        for place in {id(stream.place): stream.place for stream in streams}.values():
-            place.actor.stop.remote()
+        for slot in {id(stream.slot): stream.slot for stream in streams}.values():
+            slot.actor.stop.remote()
         while streams and (left := deadline - time.monotonic()) > 0:
             ready, _ = ray.wait(
                 [stream.events for stream in streams],
@@ -375,22 +375,22 @@ class FineTuning:
         )
 
 
-def hang_of(place: ActorSlot, hang_seconds: float) -> str:
+def hang_of(slot: ActorSlot, hang_seconds: float) -> str:
     """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty
     where it does not hang.
     """
     try:
-        process = place.poll()
+        process = slot.poll()
     except RayError:
         return ""  # it is dead, as whoever waits for its work is about to hear
     if process is not None and process.working > hang_seconds:
         text = (
             f"at work for {process.working:.0f} s without an end, in process"
-            f" {process.id}:\n{health.stack_of(place.actor)}"
+            f" {process.id}:\n{health.stack_of(slot.actor)}"
         )
-    elif place.pulse.hangs(hang_seconds):
-        text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
+    elif slot.pulse.hangs(hang_seconds):
+        text = f"its process has not answered for {slot.pulse.silent:.0f} s, so there is no stack"
     else:
         return ""
-    place.give_up()
+    slot.give_up()
     return text

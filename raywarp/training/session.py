@@ -195,17 +195,17 @@ class Session:
         """The policy actors; one that was given up for want of room comes back once there is
         some.
         """
-        for place in self.policies:
-            if place.gone and placement_groups.is_found(place.group):
-                place.renew()
-        return [place for place in self.policies if not place.gone]
+        for slot in self.policies:
+            if slot.gone and placement_groups.is_found(slot.group):
+                slot.renew()
+        return [slot for slot in self.policies if not slot.gone]
 
     def next_policy(self) -> ActorSlot:
         """They take turns."""
-        place = self.present()[0]
-        self.policies.remove(place)
-        self.policies.append(place)
-        return place
+        slot = self.present()[0]
+        self.policies.remove(slot)
+        self.policies.append(slot)
+        return slot
 
     @property
     def chunk(self) -> int:
@@ -226,11 +226,11 @@ class Session:
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
             runtime.check()
             at_work = self._tick() or not self._helpers
-            for place in self.policies:
-                if text := hang_of(place, seconds):
-                    self.report("hang", what=place.name, cause=faults.HANG, message=text)
+            for slot in self.policies:
+                if text := hang_of(slot, seconds):
+                    self.report("hang", what=slot.name, cause=faults.HANG, message=text)
             if standstill.lasts(
-                at_work or any(place.at_work for place in self.policies if not place.gone), seconds
+                at_work or any(slot.at_work for slot in self.policies if not slot.gone), seconds
             ):
                 text = (
                     f"nobody has worked for {standstill.seconds:.0f} s at what is waited for; it is"
@@ -256,26 +256,26 @@ class Session:
             )
         time.sleep(self._failures.pause())
         deadline = time.monotonic() + self.config.cluster.timeout_seconds
-        for place in self.present():
+        for slot in self.present():
             try:
-                place.process = self.get(place.actor.pulse.remote())
+                slot.process = self.get(slot.actor.pulse.remote())
             except RayError as death:
                 self.report(
                     "fault",
-                    what=place.name,
-                    cause=place.cause(death),
+                    what=slot.name,
+                    cause=slot.cause(death),
                     message=faults.explain(death),
                 )
-                if place.await_room(deadline):
-                    place.renew()
+                if slot.await_room(deadline):
+                    slot.renew()
                 else:
-                    place.leave()
+                    slot.leave()
                     self.report(
                         "lost",
-                        what=place.name,
+                        what=slot.name,
                         message=f"no room for it: {placement_groups.lack()}",
                     )
-        if self.policies and all(place.gone for place in self.policies):
+        if self.policies and all(slot.gone for slot in self.policies):
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
     def _reward_seconds(self) -> float:
@@ -301,7 +301,7 @@ class Session:
         )
         engines, zeros, rewards = (
             request_start(actors)
-            for actors in (self.workers, [place.actor for place in self.policies], scorers)
+            for actors in (self.workers, [slot.actor for slot in self.policies], scorers)
         )
         started = self._startup.results(
             "a rollout worker", self.workers, engines, actors.groups["rollout"]
@@ -312,13 +312,13 @@ class Session:
         if self._trains:
             attempts = itertools.chain(
                 [zeros],
-                iter(lambda: request_start([place.actor for place in self.present()]), None),
+                iter(lambda: request_start([slot.actor for slot in self.present()]), None),
             )
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
         self._startup.results("the reward worker", scorers, rewards, actors.groups["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
-        places = rooms["rollout"]
+        worker_groups = rooms["rollout"]
         self._helpers = [
             SupervisedPool(
                 "rollout pool",
@@ -326,7 +326,7 @@ class Session:
                 hang,
                 self.report,
                 most,
-                places,
+                worker_groups,
                 wait,
                 workers=self.workers,
                 again=actors.worker_again,
