@@ -22,10 +22,10 @@ class Progress:
 
     Attributes:
         metrics: one row per finished step.
-        prompts: of the step that is under way, one per completion.
-        adapter: the version of the policy that the step's completions are sampled from.
+        prompts: prompts of the present step, one per completion.
+        adapter: version of the policy that samples the step's completions.
         rollouts: refs of the workers' rollouts for the step.
-        request_seconds: time that asking for them took.
+        request_seconds: time spent on asking for them.
         requested: when they were asked for, in Unix seconds.
         probed: ref of the sampler's log-probs of the probe, without and with the policy's adapter.
             None where they were not asked for.

@@ -1,6 +1,4 @@
-"""Stage 1 of one iteration, come what may: policies on their actors, and those of a dead actor
-continued from their checkpoints.
-"""
+"""Stage 1: fine-tune the policies. When an actor dies, resume its policies from checkpoints."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +16,19 @@ from raywarp.run.policy_files import Job
 from raywarp.storage.sealed import StoreError
 from raywarp.training.policy_actor import task_name
 
-TICK = 0.25  # seconds between two looks at everything but the policies' events
+TICK = 0.25  # seconds between two checks of everything but the policies' events
 
 
 @dataclass
 class PolicyProgress:
     """How far one policy has come.
 
-    step, furthest: finished steps, now and ever. resumed: the step of the checkpoint that it went
-    on from. lost_at, lost_step: when it was lost, and how far it was then.
+    Attributes:
+        step: finished steps at present.
+        furthest: the most finished steps so far.
+        resumed: step of the checkpoint that it was resumed from.
+        lost_at: when its actor was lost, on the monotonic clock.
+        lost_step: its step at that time.
     """
 
     job: Job
@@ -41,7 +43,11 @@ class PolicyProgress:
 
 @dataclass
 class Stream:
-    """Jobs that were given to an actor, and what it tells of them. heard: it has begun."""
+    """Jobs that an actor was given, with the events that it sends.
+
+    Attributes:
+        heard: the actor has sent an event.
+    """
 
     slot: ActorSlot
     jobs: list[Job]
@@ -52,8 +58,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class Lost:
-    """Jobs whose actor is to be made anew, and when; where its node is gone, as soon as Ray has
-    noticed, but not later than `latest`.
+    """Jobs whose actor is to be replaced when due, once Ray has noticed the loss of its node.
+
+    If Ray has not noticed it by `latest`, the actor is replaced then.
     """
 
     slot: ActorSlot
@@ -67,13 +74,12 @@ class Lost:
 
 
 class FineTuning:
-    """The jobs of one iteration.
+    """The fine-tuning of one iteration's jobs.
 
     Args:
-        slots: the policy actors.
-        work: what every job gets: init, prompts, pool and reward.
-        tick: looks after everything but the policy actors, and raises what ends the run; returns
-            whether any of that is at work.
+        slots: those of the policy actors.
+        work: what every job gets: init, prompts, pool, reward and proof.
+        tick: checks all other actors, and raises what ends the run. Returns whether one works.
     """
 
     def __init__(
@@ -100,12 +106,11 @@ class FineTuning:
         self.standstill = health.Standstill()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
-        """Yields the policies' events: resumed (also after a death: the steps behind it are done
-        again), step, done.
+        """Yield the policies' events: resumed (after a death too, so steps may repeat), step, done.
 
         Raises:
-            FaultError: a policy failed more than cluster.max_failures times without getting on.
-            Stopped, and whatever a job raised: after a checkpoint of every policy.
+            FaultError: a policy failed more than cluster.max_failures times without progress.
+            Stopped: as any exception of a job, it is raised after a checkpoint of every policy.
         """
         self.courses = {
             job.key: PolicyProgress(job, Failures(self.config.cluster.max_failures)) for job in jobs
@@ -151,7 +156,7 @@ class FineTuning:
             if not faults.is_survivable(error):
                 self.streams.remove(stream)
                 if not isinstance(cause := faults.cause_of(error), StoreError):
-                    self.saved |= {job.key for job in stream.jobs}  # by the actor, before it raised
+                    self.saved |= {job.key for job in stream.jobs}  # the actor saved, then raised
                 raise cause from None
             self._lost(stream.slot, error)
         else:
@@ -202,9 +207,7 @@ class FineTuning:
             course.lost_at = None
 
     def _lost(self, slot: ActorSlot, error: RayError) -> None:
-        """The actor, or its work, is gone: say so for every policy that it had, and make it anew
-        after a pause.
-        """
+        """Report a lost actor for each of its policies, and plan its replacement after a pause."""
         cause = slot.cause(error)
         ours = [stream for stream in self.streams if stream.slot is slot]
         self.streams = [stream for stream in self.streams if stream.slot is not slot]
@@ -256,9 +259,7 @@ class FineTuning:
             self._end_standstill()
 
     def _end_standstill(self) -> None:
-        """Completions or scores that were asked for do not come any more: the policies ask again,
-        in new actors.
-        """
+        """Replace the policy actors, since the results that they asked for no longer arrive."""
         text = (
             f"has waited for {self.standstill.seconds:.0f} s for completions or scores that nobody"
             " works at; started again"
@@ -281,9 +282,7 @@ class FineTuning:
             )
 
     def _move(self, stream: Stream) -> None:
-        """There is no room for this actor any more: its policies go to those that are there, one
-        after another.
-        """
+        """Give the policies of an actor that no node has room for to the least loaded actor."""
         away = [lost.slot for lost in self.waiting] + [
             other.slot for other in self.streams if not other.heard
         ]
@@ -303,7 +302,7 @@ class FineTuning:
         self._give(target, stream.jobs)
 
     def _load(self, slot: ActorSlot) -> int:
-        """Policies that an actor still has to train."""
+        """Return the number of policies that an actor still has to train."""
         return sum(
             not self.courses[job.key].done
             for stream in self.streams
@@ -327,8 +326,9 @@ class FineTuning:
         )
 
     def _save(self, at_once: bool) -> None:
-        """Every policy that is under way makes a checkpoint of its last finished step: after a
-        signal in the little time that there may be, else when the step that is under way is over.
+        """Let every policy that is being trained save its last finished step.
+
+        After a signal there is little time. Otherwise wait for the end of the present step.
         """
         deadline = time.monotonic() + (
             runtime.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds
@@ -376,13 +376,14 @@ class FineTuning:
 
 
 def hang_of(slot: ActorSlot, hang_seconds: float) -> str:
-    """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty
-    where it does not hang.
+    """Kill a policy actor that hangs, and return how it hangs, with its stack if it still answers.
+
+    The result is "" where it does not hang.
     """
     try:
         process = slot.poll()
     except RayError:
-        return ""  # it is dead, as whoever waits for its work is about to hear
+        return ""  # it is dead, and its pending calls are about to fail
     if process is not None and process.working > hang_seconds:
         text = (
             f"at work for {process.working:.0f} s without an end, in process"

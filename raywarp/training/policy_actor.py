@@ -1,8 +1,7 @@
-"""The Ray actor that fine-tunes policies: one base model, and every policy it was given in turn,
-whichever has its rollouts.
+"""The Ray actor that fine-tunes policies: one base model, and every policy it was given.
 
-While one policy updates, the shared rollout workers generate for another; within a policy every
-batch is on-policy.
+It turns to the policy whose rollouts are ready. While one policy updates, the shared rollout
+workers generate for another. Within a policy every batch is on-policy.
 """
 
 import functools
@@ -40,18 +39,18 @@ from raywarp.rollout.protocol import (
 from raywarp.run.policy_files import Job
 from raywarp.training.checkpoints import Progress, finished_metrics
 
-# imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the
-# class on
+# Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:
     from raywarp.model.policy import Policy
     from raywarp.rollout.effect_probe import Reference
 
-STOP_SECONDS = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
+STOP_SECONDS = 0.1  # time between two checks of whether to stop, while there is no other work
 
 
 def task_name(jobs: Sequence[Job]) -> str:
-    """What the dashboard and the process's title say that an actor is at work on:
-    PolicyActor.fine_tune iteration 1 policies 1, 3.
+    """Return the name of an actor's task, for the dashboard and the process's title.
+
+    For example PolicyActor.fine_tune iteration 1 policies 1, 3.
     """
     indices = ", ".join(str(job.index) for job in jobs)
     return (
@@ -61,13 +60,14 @@ def task_name(jobs: Sequence[Job]) -> str:
 
 
 class PolicyActor:
-    """Holds the base across iterations. Its methods are called one at a time, but for those by
-    which it is watched.
+    """Holds the base model across iterations. Its methods run one at a time.
+
+    Those of the concurrency group "watch" run beside the others.
 
     Args:
         model: folder or hub id of the SFT model.
         dtype: float32 or bfloat16.
-        threads: of torch on a CPU; None leaves torch's own choice.
+        threads: CPU threads of torch. None leaves torch's own choice.
     """
 
     def __init__(self, config: Config, model: str, dtype: str, threads: int | None):
@@ -79,21 +79,21 @@ class PolicyActor:
 
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
-        """Answered while a policy is updated."""
+        """Return what this process does. It answers while a policy is updated."""
         return Process.here(self.working_since, busy=self.work.busy)
 
     @ray.method(concurrency_group=GROUP)
     def stop(self) -> None:
-        """Let fine_tune save every policy and end, as soon as no update is under way."""
+        """Let fine_tune save every policy and end, as soon as no update is running."""
         self.stopping.set()
 
     @ray.method(concurrency_group=GROUP)
     def stack(self) -> str:
-        """Where fine_tune is."""
+        """Return the stack of fine_tune."""
         return stack_here(self.thread)
 
     def start(self) -> AdapterDelta:
-        """Load the base; returns the change of the SFT model, rank 0 in every adapted module.
+        """Load the base. Return the SFT model's task vector, of rank 0 in every adapted module.
 
         Raises:
             ConfigError: lora.target_modules does not fit the model.
@@ -114,8 +114,9 @@ class PolicyActor:
         return self.model.zero_delta()
 
     def reference(self, texts: Sequence[Sequence[int]], longest: int, tokens: int) -> "Reference":
-        """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for
-        the arguments.
+        """Return the probe, a synthetic adapter, and its effect in the trainer.
+
+        See effect_probe.make_probe for the arguments.
         """
         from raywarp.rollout.effect_probe import make_probe, reference
 
@@ -135,22 +136,22 @@ class PolicyActor:
         reward: Scorer,
         proof: Proof | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was
-        of no use), resumed (with the metrics so far), step, done; or stopped.
+        """Train the jobs' policies to the end, and yield their events.
+
+        Events are fault (an unusable checkpoint), resumed (with the metrics so far), step, done and
+        stopped.
 
         Args:
-            proof: by which the sampler is examined again every EVERY steps; None leaves that out.
+            proof: examines the sampler again every PROOF_STEPS steps. None leaves that out.
 
         Raises:
-            EffectError: the sampler does not run a policy as it is here, after a checkpoint of
-                every policy here.
-            RewardError: from the reward, after a checkpoint of every policy here.
+            EffectError: the sampler does not run a policy as this trainer does. Each policy is
+                saved before.
+            RewardError: the reward failed. Each policy is saved before.
             FaultError: the reward worker died again and again.
         """
-        self.thread, self.working_since = (
-            threading.get_ident(),
-            time.monotonic() + START_SECONDS,
-        )  # no hang before that
+        # The start counts as work only after START_SECONDS, so it is no hang before.
+        self.thread, self.working_since = threading.get_ident(), time.monotonic() + START_SECONDS
         self._load()
         self.working_since = time.monotonic()
         initial = init.fetch()
@@ -212,7 +213,7 @@ class PolicyActor:
                 progress.policy.close()
 
     def _work(self, row: Mapping[str, Any], requested: float) -> list[tuple[str, float, float]]:
-        """This actor's own for a step that is just over, as work_of has it."""
+        """Return this actor's spans of the step that has just ended, in the form of work_of."""
         now = time.time()
         return [
             (self.title, requested - row["request_seconds"], requested),
@@ -222,10 +223,10 @@ class PolicyActor:
     def kl_to_sft(
         self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any
     ) -> Scores:
-        """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the
-        adapter's parts.
+        """Return the full-vocabulary KL(π ‖ π_sft) of each completion in nats.
 
         Args:
+            adapter: π is the base with its parts.
             prompts: token ids of N prompts.
             rollouts: the workers' Rollouts for them, in order.
         """
@@ -252,14 +253,14 @@ class PolicyActor:
 
     @functools.cached_property
     def title(self) -> str:
-        """What a run's time line calls it."""
+        """Return the actor's name in a run's time line."""
         number = re.match(
             r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or ""
         )
         return f"policy actor {number[1] if number else 1}"
 
     def _load(self) -> None:
-        """Make good for `start` in an actor that takes the place of one that died."""
+        """Load the base in an actor that replaced a dead one, and so was never told to start."""
         if not hasattr(self, "model"):
             self.start()
 
@@ -283,7 +284,7 @@ class PolicyActor:
         pool: Any,
         reward: Scorer,
     ) -> Any:
-        """Ask for the next step's completions and their scores; the ref of the scores."""
+        """Ask for the next step's completions and their scores. Return the ref of the scores."""
         start = time.perf_counter()
         job, step, group = (
             progress.job,
@@ -341,8 +342,9 @@ class PolicyActor:
         return row
 
     def _effect(self, progress: Progress) -> dict[str, float]:
-        """Metrics of what the adapter of the step did in the engine; before the first step, of the
-        synthetic one at the start.
+        """Return metrics of what the step's adapter did in the engine.
+
+        Before the first step they are those of the synthetic adapter at the start.
         """
         if (
             not self.proof
@@ -355,7 +357,7 @@ class PolicyActor:
         from raywarp.model.adapted import INIT
         from raywarp.rollout.effect_probe import score
 
-        self.working_since = None  # the pool may have other work before this
+        self.working_since = None  # the pool may do other work before this
         before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))
         self.working_since = time.monotonic()
         ours = score(
@@ -382,7 +384,7 @@ class PolicyActor:
 def _scores(ref: Any) -> Scores:
     try:
         scores: Scores = ray.get(ref)
-    except RayActorError as error:  # Ray has repeated the call as often as it was told to
+    except RayActorError as error:  # Ray has spent all retries of the call
         raise FaultError(
             f"the reward worker died again and again at one batch: {explain(error)}"
         ) from None

@@ -1,6 +1,4 @@
-"""What a run asks of its actors: to fine-tune policies, to sample and score; whichever of them may
-die meanwhile.
-"""
+"""The session of a run: its actors, which fine-tune, sample and score. It replaces dead ones."""
 
 import contextlib
 import itertools
@@ -35,29 +33,29 @@ from raywarp.training.timing import Timing, measure
 
 
 def log_event(event: str, **details: Any) -> None:
-    """Where nobody else listens."""
+    """Log an event of the actors, where no run records it."""
     logging.getLogger(__name__).warning(
         ", ".join([event, *(f"{name} {value}" for name, value in details.items())])
     )
 
 
 class Session:
-    """A context manager: the actors live inside it.
+    """A context manager that holds the actors of a run.
 
     Args:
         model: folder or hub id, already resolved.
-        prompt_tokens: the longest prompt, in tokens.
-        policies: whether policy actors are wanted, too.
-        shares: the cluster with others, who take what this one gives back: there is no waiting for
-            that, then.
-        report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see
+        prompt_tokens: length of the longest prompt, in tokens.
+        policies: whether policy actors are needed too.
+        report: is called with events of the actors: `report("fault", what=…, cause=…, …)`. See
             Run.add_event.
-        check: is called when Ray is there, before anything is started.
-        lazy: the actors are started when something is first asked of them.
-        texts: token ids of some of the run's texts, on which the sampler is proven to run the
-            trainer's policies before anything else; tokens of the whole vocabulary take their
-            place. Without policies there is nothing to prove.
-        proves: whether that is done.
+        shares: whether other sessions take the resources that this one frees, so that it must not
+            wait for them.
+        check: is called once Ray is running, before any actor starts.
+        lazy: start the actors when they are first needed.
+        texts: token ids of some of the run's texts. The sampler is proven on them before anything
+            else. Without texts, tokens of the whole vocabulary are used. Without policies there is
+            no proof.
+        proves: whether the sampler is proven.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class Session:
         return self
 
     def start(self) -> None:
-        """Make the actors, unless they are there."""
+        """Start the actors, unless they are running."""
         if self.is_started:
             return
         start_ray()
@@ -127,27 +125,23 @@ class Session:
             self.is_started = False
 
     def numerics(self) -> dict[str, Any]:
-        """The settings that decide a result's bits, as they turned out here: dtype, threads,
-        engine, adapter mode.
-        """
+        """Return the settings that decide a result's bits: dtype, threads, engine, adapter mode."""
         self.start()
         return {"dtype": self.dtype, "threads": self.plan.threads, **self.engine}
 
     @property
     def zero(self) -> AdapterDelta:
-        """The change that changes nothing, of the model's adapted weights."""
+        """The zero task vector of the model's adapted weights."""
         self.start()
         return self._zero
 
     def fine_tune(
         self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]
     ) -> Generator[dict[str, Any]]:
-        """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as
-        they happen (see FineTuning.run).
+        """Fine-tune all jobs on the policy actors, and yield their events (see FineTuning.run).
 
-        To be closed where it is left before its end: it then saves what is under way.
-
-        Afterwards `timing` says where the time went.
+        Close the generator to end early: it then saves the policies in training. Afterwards
+        `timing` says where the time went.
         """
         if not jobs:
             self.timing = None
@@ -159,26 +153,26 @@ class Session:
         fine_tuning = FineTuning(self.config, self.present(), work, self._tick, self.report)
         yield from fine_tuning.run(jobs)
         report: PoolReport = self.get(self.pool.report.remote())
-        reward_seconds = max(
-            self._reward_seconds() - before, 0.0
-        )  # a worker that was started again counts from 0
+        # A reward worker that was restarted counts from 0.
+        reward_seconds = max(self._reward_seconds() - before, 0.0)
         self.timing = measure(
             fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds
         )
 
     def set_reward_statistics(self, mean: float, deviation: float) -> None:
-        """From now on a reward is (raw − mean) / deviation."""
+        """Standardise all later rewards as (raw − mean) / deviation."""
         self._statistics = (mean, deviation)
         if self.is_started:
             self.reward = Scorer(self.reward.actor, self._statistics)
 
     def persist(self, work: Callable[[], Any]) -> Any:
-        """The result of work that depends on nothing but itself: done again, with new policy actors
-        where they have died.
+        """Return the result of work that can be repeated.
+
+        If policy actors die, replace them and do the work again.
 
         Raises:
-            whatever it raised, where that was no death; FaultError: it was, more than
-            cluster.max_failures times without a success.
+            FaultError: actors died more than cluster.max_failures times without a success.
+            Exception: any other exception of the work.
         """
         while True:
             try:
@@ -192,16 +186,14 @@ class Session:
                 return result
 
     def present(self) -> list[ActorSlot]:
-        """The policy actors; one that was given up for want of room comes back once there is
-        some.
-        """
+        """Return the policy actors' slots. Renew a slot that was given up, if it has room again."""
         for slot in self.policies:
             if slot.gone and placement_groups.is_found(slot.group):
                 slot.renew()
         return [slot for slot in self.policies if not slot.gone]
 
     def next_policy(self) -> ActorSlot:
-        """They take turns."""
+        """Return the slot whose turn it is."""
         slot = self.present()[0]
         self.policies.remove(slot)
         self.policies.append(slot)
@@ -212,11 +204,10 @@ class Session:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
     def get(self, refs: Any) -> Any:
-        """ray.get, with an eye on the actors meanwhile.
+        """Return ray.get's result, and check the actors while it waits.
 
         Raises:
-            GetTimeoutError: everybody waits, and nobody works; what was asked for is to be asked
-                for again.
+            GetTimeoutError: every actor waits and none works. Ask for the results again.
         """
         wanted, standstill, seconds = (
             refs if isinstance(refs, list) else [refs],
@@ -241,7 +232,7 @@ class Session:
         return ray.get(refs)
 
     def _tick(self) -> bool:
-        """Look after the pool and the reward workers; whether one of them is at work."""
+        """Check the pool and the reward workers. Return whether one of them works."""
         for helper in self._helpers:
             helper.check()
         return any(helper.at_work for helper in self._helpers)
@@ -261,19 +252,14 @@ class Session:
                 slot.process = self.get(slot.actor.pulse.remote())
             except RayError as death:
                 self.report(
-                    "fault",
-                    what=slot.name,
-                    cause=slot.cause(death),
-                    message=faults.explain(death),
+                    "fault", what=slot.name, cause=slot.cause(death), message=faults.explain(death)
                 )
                 if slot.await_room(deadline):
                     slot.renew()
                 else:
                     slot.leave()
                     self.report(
-                        "lost",
-                        what=slot.name,
-                        message=f"no room for it: {placement_groups.lack()}",
+                        "lost", what=slot.name, message=f"no room for it: {placement_groups.lack()}"
                     )
         if self.policies and all(slot.gone for slot in self.policies):
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
@@ -311,8 +297,7 @@ class Session:
         warn_of_small_cache(config, plan, self.prompt_tokens, started[0]["capacity"])
         if self._trains:
             attempts = itertools.chain(
-                [zeros],
-                iter(lambda: request_start([slot.actor for slot in self.present()]), None),
+                [zeros], iter(lambda: request_start([slot.actor for slot in self.present()]), None)
             )
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
         self._startup.results("the reward worker", scorers, rewards, actors.groups["reward"])
@@ -342,7 +327,8 @@ class Session:
     def examine_workers(self) -> None:
         """Prove that each worker's engine runs the trainer's policies. Part of the start.
 
-        Compares a synthetic adapter's effect in each engine and in the trainer (rollout/proof.py).
+        A synthetic adapter's effect in each engine is compared with that in the trainer
+        (rollout/proof.py).
 
         Raises:
             EffectError: an engine does not run the trainer's policies.
@@ -361,8 +347,9 @@ class Session:
         self.get(self.pool.prove_with.remote(self.proof))
 
     def _stop(self, at_once: bool) -> None:
-        """Engines first and by themselves, since a killed one may leave shared memory behind; then
-        everything else.
+        """Shut the engines down, then stop all other actors.
+
+        A killed engine may leave shared memory behind.
         """
         for helper in self._helpers:
             with contextlib.suppress(Exception):
@@ -378,7 +365,7 @@ class Session:
             placement_groups.wait_until_free(self._free_before)
 
     def _living_workers(self) -> list[Any]:
-        """Without those for which there is no room since a loss."""
+        """Return the rollout workers that are not away after a loss."""
         down = next(
             (helper.down for helper in self._helpers if isinstance(helper, SupervisedPool)), {}
         )
