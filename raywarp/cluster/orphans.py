@@ -1,10 +1,11 @@
-"""What becomes of a Ray that a driver started for itself when that driver is killed: nothing of it
-is left some seconds later.
+"""The end of a Ray that a driver started, when that driver is killed: no process of it stays.
 
-Most of Ray's processes end with the driver, but two of its agents try for a minute to tell the
-control server, which is gone, that the raylet is gone (Ray 2.60). A process that the driver starts
-before its Ray waits for the driver's end, and then ends what has not ended by itself. It is this
-file, run by itself: it uses nothing but the standard library, and Linux's /proc.
+Most of Ray's processes end with the driver. But two of its agents try for a minute to report the
+raylet's end to the control server, which is gone too (Ray 2.60). So the driver starts one more
+process before its Ray. That process waits for the driver's end, and some seconds later ends what is
+left.
+
+The process runs this file as a script. The file uses only the standard library and Linux's /proc.
 """
 
 import os
@@ -18,16 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-GRACE = 5.0  # seconds in which they may end by themselves
-LOOK = 0.2  # seconds between two looks while Ray starts
+GRACE = 5.0  # seconds that the processes have to end by themselves
+LOOK = 0.2  # seconds between two looks at the processes
 RAY = ("raylet", "gcs_server")
-MARK = "RAYWARP_ORPHANS"  # in the environment of what is started meanwhile
+MARK = "RAYWARP_ORPHANS"  # environment variable of the processes that start in the block
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Around the start of Ray: what the body makes this process start is ended after this process.
-    Nothing is, if it joins a cluster.
+    """Wrap the start of Ray: what starts in the block ends soon after this process ends.
+
+    Nothing is ended if this process joins a cluster instead.
     """
     mark = uuid.uuid4().hex
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark]
@@ -46,14 +48,14 @@ def watched() -> Iterator[None]:
                 os.write(watcher.stdin.fileno(), b"started\n")
 
 
-_watchers: list[
-    "subprocess.Popen[bytes]"
-] = []  # kept: this process's end is the end of their input
+# Kept so that the watchers' input ends only when this process ends.
+_watchers: list["subprocess.Popen[bytes]"] = []
 
 
 def _processes() -> dict[int, tuple[int, str, str]]:
-    """Process → parent, name, and when it started in ticks since the machine did: its id may be
-    another's one day.
+    """Return each process's parent, name and start, in ticks since the machine started.
+
+    The start tells a process from a later one with the same id.
     """
     found = {}
     for folder in Path("/proc").iterdir():
@@ -66,9 +68,7 @@ def _processes() -> dict[int, tuple[int, str, str]]:
 
 
 def _descendants(roots: set[int], known: dict[int, str]) -> bool:
-    """Add the descendants of some processes to those that are known; whether a Ray is among all of
-    them.
-    """
+    """Add the descendants of the roots to `known`. Return whether a Ray is among all of them."""
     there, ray = _processes(), False
     for pid in there:
         ancestor = pid
@@ -81,8 +81,9 @@ def _descendants(roots: set[int], known: dict[int, str]) -> bool:
 
 
 def _marked(mark: str) -> dict[int, str]:
-    """Processes that have the mark in their environment, as agents do until they write their title
-    over it.
+    """Return the processes with the mark in their environment, and when they started.
+
+    Ray's agents have it until they write their title over it.
     """
     found = {}
     for pid, (_, _, started) in _processes().items():
@@ -114,11 +115,10 @@ def _watch(driver: int, mark: str) -> None:
         own |= _descendants({driver}, known)
     sys.stdin.readline()
     if not (own or _descendants({driver}, known)):
-        return  # it has joined a cluster
-    sys.stdin.read()  # to the driver's end
-    _end(
-        known | _marked(mark)
-    )  # among them what a raylet had only just started when it died with the driver
+        return  # the driver has joined a cluster
+    sys.stdin.read()  # returns when the driver ends
+    # The mark also finds what a raylet had only just started when it died with the driver.
+    _end(known | _marked(mark))
 
 
 if __name__ == "__main__":

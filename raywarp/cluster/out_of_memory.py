@@ -1,6 +1,4 @@
-"""Whether a process that was killed was killed for want of memory: by Ray's memory monitor, or by
-the kernel.
-"""
+"""Out-of-memory kills: whether Ray's memory monitor or the kernel killed a process."""
 
 import contextlib
 import importlib
@@ -13,13 +11,14 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 COUNTERS = Path("/proc/vmstat")
-TOLD_SECONDS = 2.0  # in which Ray's control service has heard of a death
-ASKED_SECONDS = 10.0  # for another node's counter
+TOLD_SECONDS = 2.0  # Ray's control service learns of a death within this time
+ASKED_SECONDS = 10.0  # time limit for reading another node's counter
 
 
 def kernel_kills() -> int:
-    """How many processes the kernel of this machine has killed for want of memory since it started;
-    0 where it does not say.
+    """Return how many processes this machine's kernel has killed for lack of memory since boot.
+
+    The result is 0 where the machine does not say.
     """
     with contextlib.suppress(OSError):
         for line in COUNTERS.read_text().splitlines():
@@ -29,18 +28,20 @@ def kernel_kills() -> int:
 
 
 def explains(process: int, node: str, kills_before: int) -> bool:
-    """Whether want of memory explains the death of a Ray worker.
+    """Return whether lack of memory explains the death of a Ray worker.
 
     Args:
-        process, node: its id, and that of its node. kills_before: kernel_kills there, while it
-            lived.
+        process: its process id.
+        node: Ray's id of its node.
+        kills_before: kernel_kills of that node while the worker was alive.
     """
     return killed_by_ray(process, node) or kernel_kills_on(node) > kills_before
 
 
 def killed_by_ray(process: int, node: str) -> bool:
-    """Whether Ray's memory monitor chose it. Of an actor that Ray starts again no error says so;
-    the table of workers does (2.60).
+    """Return whether Ray's memory monitor killed the worker.
+
+    No error says so for an actor that Ray restarts, but Ray's table of workers does (Ray 2.60).
     """
     deadline = time.monotonic() + TOLD_SECONDS
     while (worker := _dead_worker(process, node)) is None and time.monotonic() < deadline:
@@ -49,7 +50,7 @@ def killed_by_ray(process: int, node: str) -> bool:
 
 
 def kernel_kills_on(node: str) -> int:
-    """kernel_kills of a node; 0 where it does not answer."""
+    """Return kernel_kills of a node. It is 0 where the node does not answer."""
     if node == ray.get_runtime_context().get_node_id():
         return kernel_kills()
     there = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -66,11 +67,12 @@ def kernel_kills_on(node: str) -> int:
 
 
 def _dead_worker(process: int, node: str) -> Any:
-    """Its row in Ray's table of workers, once that says that it is dead."""
+    """Return the worker's row in Ray's table of workers, once that says it is dead."""
     from ray._private.state import state
 
     gcs: Any = importlib.import_module("ray.core.generated.gcs_pb2")
-    with contextlib.suppress(AttributeError):  # there is no public way without a dashboard (2.60)
+    # Ray 2.60 has no public way to read the table without a dashboard.
+    with contextlib.suppress(AttributeError):
         accessor: Any = state._global_state_accessor
         rows = (gcs.WorkerTableData.FromString(row) for row in accessor.get_worker_table())
         return next(

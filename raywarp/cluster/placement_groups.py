@@ -1,6 +1,4 @@
-"""The room that each actor has: a placement group of its own, waited for, asked for again, and
-taken back from the dead.
-"""
+"""Placement groups, one per actor: reserve, request again after a node loss, release."""
 
 import contextlib
 import re
@@ -22,16 +20,18 @@ from raywarp.cluster import faults
 from raywarp.cluster.resources import Need, Plan, make_plan
 from raywarp.config.schema import Config, ConfigError
 
-ACTORS_GROUP = re.compile(
-    r"raywarp-.*\.(?P<actor>[0-9a-f]{32})"
-)  # as group_name makes it; others' groups are none of our business
+# A name that group_name has made in an actor. Groups with other names are left alone.
+ACTORS_GROUP = re.compile(r"raywarp-.*\.(?P<actor>[0-9a-f]{32})")
 
 
 def await_plan(config: Config) -> Plan:
-    """make_plan, after a wait of at most cluster.timeout_seconds if others have what the cluster
-    would have for it.
+    """Return make_plan's result. Wait if the cluster is large enough but others hold its resources.
 
-    The actors of a driver that was killed are gone a little later than it is.
+    The wait takes at most cluster.timeout_seconds. It is needed because the actors of a killed
+    driver end a little later than the driver.
+
+    Raises:
+        ConfigError: the cluster is too small, or its resources did not become free in time.
     """
     deadline = time.monotonic() + config.cluster.timeout_seconds
     while True:
@@ -46,10 +46,15 @@ def await_plan(config: Config) -> Plan:
 
 
 def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None]:
-    """One ready placement group for each actor of a kind (None for one that asks for nothing).
+    """Return one ready placement group for each actor of a kind.
+
+    The group is None for an actor that needs no resources.
+
+    Args:
+        timeout: seconds to wait.
 
     Raises:
-        ConfigError: the cluster had no room for it within the time.
+        ConfigError: the cluster had no room for them within that time.
     """
     if not need.bundle():
         return [None] * need.count
@@ -74,9 +79,10 @@ def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None
 
 
 def ask_again(group: PlacementGroup | None) -> PlacementGroup | None:
-    """A group that asks for the same room as if for the first time, in the place of one that lost
-    its node. For that one Ray (2.60) tries again without a pause, which takes a core of the head
-    node, and half of another, for as long as there is no room.
+    """Replace a group that lost its node by a new one that asks for the same resources.
+
+    For the old group Ray (2.60) retries without a pause. While there is no room, that takes a core
+    of the head node and half a core of another node.
     """
     if group is None:
         return None
@@ -89,8 +95,9 @@ def ask_again(group: PlacementGroup | None) -> PlacementGroup | None:
 
 
 def options(need: Need, group: PlacementGroup | None) -> dict[str, Any]:
-    """Ray's options for an actor in its group. The strategy is explicit, so a Tune trial's own
-    group does not capture the actor.
+    """Return Ray's options for an actor in its group.
+
+    The strategy is explicit, so that a Tune trial's own group does not capture the actor.
     """
     chosen: dict[str, Any] = {"num_gpus": need.gpus, "num_cpus": need.cpus}
     if group is not None:
@@ -107,8 +114,9 @@ def release(groups: list[PlacementGroup | None] | list[PlacementGroup]) -> None:
 
 
 def is_found(group: PlacementGroup | None) -> bool:
-    """Whether a placement group is on a node. For one that waits, what dead trials still hold is
-    taken back.
+    """Return whether a placement group is on a node.
+
+    While it is not, the groups that dead trials still hold are removed.
     """
     found = group is None or placement_group_table(group)["state"] == "CREATED"
     if not found:
@@ -117,36 +125,39 @@ def is_found(group: PlacementGroup | None) -> bool:
 
 
 def has_node(group: PlacementGroup | None) -> bool:
-    """Whether it is on a node that lives, as far as that can be seen: Ray may still count on one
-    that is gone.
+    """Return whether the group is on a node that lives.
+
+    Ray may still count on a node that is gone, so the node is asked too.
     """
     return is_found(group) and not faults.unnoticed(node_of(group))
 
 
 def take_back() -> None:
-    """Remove the groups of actors that have died, a sweep's trials: Ray (2.60) keeps them until the
-    actor's job is over, too, so that the other trials would never have their room.
+    """Remove the placement groups of dead actors, which are a sweep's trials.
+
+    Ray (2.60) keeps these groups until the actor's job ends. The other trials would never get their
+    resources.
     """
     for group in placement_group_table().values():
         asked = ACTORS_GROUP.fullmatch(group["name"])
         if asked and group["state"] != "REMOVED" and _is_dead(asked["actor"]):
-            with contextlib.suppress(ValueError):  # somebody else was faster
+            with contextlib.suppress(ValueError):  # another process has removed it already
                 remove_placement_group(get_placement_group(group["name"]))
 
 
 def lost_node(group: PlacementGroup | None) -> bool:
-    """Whether Ray looks for a new node for it, since the one that it had is gone."""
+    """Return whether Ray looks for a new node for the group, because its node is gone."""
     return group is not None and placement_group_table(group)["state"] == "RESCHEDULING"
 
 
 def node_of(group: PlacementGroup | None) -> str:
-    """The node that Ray has chosen for it; empty while there is none."""
+    """Return the node that Ray has chosen for the group. It is empty while there is none."""
     nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"] if group else {}
     return next(iter(nodes.values()), "")
 
 
 def lack() -> str:
-    """What the cluster has free of what."""
+    """Return in words how many GPUs and CPUs of the cluster are free."""
     free, total = ray.available_resources(), ray.cluster_resources()
     return "the cluster has " + ", ".join(
         f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("GPU", "CPU")
@@ -154,15 +165,17 @@ def lack() -> str:
 
 
 def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
-    """Ray gives a removed group's resources back a little later; a session that starts at once must
-    not see them as taken.
+    """Wait until a removed group's resources are free again, at most `seconds`.
+
+    Ray returns them a little later. A session that starts at once must not see them as taken.
+
+    Args:
+        before: resources that were free before the group was made.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        now, total = (
-            ray.available_resources(),
-            ray.cluster_resources(),
-        )  # a node that has been lost does not come back
+        # The total is read each time, because a lost node does not come back.
+        now, total = ray.available_resources(), ray.cluster_resources()
         if all(
             now.get(resource, 0.0) >= min(before.get(resource, 0.0), total.get(resource, 0.0))
             for resource in ("CPU", "GPU")
@@ -172,22 +185,25 @@ def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
 
 
 def group_name(name: str, number: int | str) -> str:
-    """A unique name, and after a full stop the actor that asks, if it is one:
-    raywarp-policy-1-5f0c2a9b.9d607ad8…
+    """Return a unique name, which ends in a full stop and the calling actor's id if there is one.
+
+    For example raywarp-policy-1-5f0c2a9b.9d607ad8…
     """
     actor = ray.get_runtime_context().get_actor_id()
     return unique_name(name, number) + (f".{actor}" if actor else "")
 
 
 def unique_name(name: str, number: int | str) -> str:
-    """As the dashboard shows it. Ray refuses a second group or actor of a name, and sessions may
-    overlap: raywarp-policy-1-5f0c2a9b.
+    """Return a unique name for a group or actor, as the dashboard shows it.
+
+    Ray refuses a second group or actor of the same name, and sessions may overlap. For example
+    raywarp-policy-1-5f0c2a9b.
     """
     return f"{name}-{number}-{uuid.uuid4().hex[:8]}"
 
 
 def _is_dead(actor: str) -> bool:
-    from ray._private.state import state  # there is no public way without a dashboard (2.60)
+    from ray._private.state import state  # Ray 2.60: no public way without a dashboard
 
     row: dict[str, Any] = state.actor_table(actor)
     return bool(row.get("State") == "DEAD")

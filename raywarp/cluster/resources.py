@@ -1,6 +1,4 @@
-"""Which actors a run has, and what each asks for: as many as fit into the cluster, checked before
-anything starts.
-"""
+"""Resources of a run: its actors with their GPUs and CPUs, fitted to the cluster at the start."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,8 +10,13 @@ from raywarp.config.schema import Config, ConfigError
 
 @dataclass(frozen=True)
 class Need:
-    """What one actor asks for; key is the config's name of its kind, as in
-    cluster.gpus_per_<key>.
+    """The resources of one kind of actor.
+
+    Attributes:
+        key: name of the kind in the config, as in cluster.gpus_per_<key>.
+        gpus: GPUs per actor.
+        cpus: CPUs per actor.
+        count: number of actors.
     """
 
     key: str
@@ -32,10 +35,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actors of a run, what each asks for, and the threads of each CPU process (None where GPUs
-    do the work).
+    """The actors of a run, with the resources and threads of each.
 
-    crowded: on some node, more threads have work at the same time than there are cores.
+    Attributes:
+        threads: of each CPU process. None where GPUs do the work.
+        crowded: whether some node has more busy threads at one time than cores.
     """
 
     policy: Need
@@ -56,15 +60,15 @@ class Plan:
 def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan:
     """Fit the run into the running cluster.
 
-    As many policy actors as there is room for, at most M; an actor holds several policies if need
-    be.
+    There are as many policy actors as fit, at most M. An actor holds several policies if there are
+    fewer actors than policies.
 
     Args:
-        available: resources; default: what is free now.
+        available: free resources, by default those of the cluster at present.
 
     Raises:
-        ConfigError: not even one policy actor and the rollout workers fit; says what was asked,
-            what is there, and which keys to change.
+        ConfigError: not even one policy actor and the rollout workers fit. The message says what
+            was asked, what is there, and which keys to change.
     """
     cluster, gpus = config.cluster, cluster_gpus()
     available = ray.available_resources() if available is None else available
@@ -79,8 +83,7 @@ def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan
 
 
 def fit_several(config: Config, most: int) -> tuple[Plan, int]:
-    """How many such runs, at most `most`, the whole cluster has room for at the same time, and each
-    one's plan.
+    """Return a run's plan and how many such runs fit into the whole cluster, at most `most`.
 
     Raises:
         ConfigError: not even one fits.
@@ -101,12 +104,12 @@ def fit_several(config: Config, most: int) -> tuple[Plan, int]:
 
 
 def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
-    """What the run would ask for with so many policy actors (by default as many as it can use),
-    whether it is there or not.
+    """Return the plan that the run would ask for, whether the cluster has the resources or not.
 
     Args:
-        cluster_gpus: of the whole cluster: where it has some, an actor gets one unless the config
+        cluster_gpus: GPUs of the whole cluster. If it has any, an actor gets one unless the config
             says otherwise.
+        actors: number of policy actors, by default as many as the run can use.
     """
     cluster, default = config.cluster, 1.0 if cluster_gpus else 0.0
     per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else default
@@ -138,13 +141,13 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
 
 
 def cluster_gpus() -> float:
-    """Of the running cluster, free or not."""
+    """Return the number of GPUs in the running cluster, free or not."""
     gpus: float = ray.cluster_resources().get("GPU", 0)
     return gpus
 
 
 def _too_large(needs: list[Need]) -> list[str]:
-    """Actors for which no node would do, if it were free."""
+    """Return a message for each kind of actor that is too large for every node, even a free one."""
     nodes, messages = [node["Resources"] for node in ray.nodes() if node["Alive"]], []
     for need in needs:
         bundle = need.bundle()
@@ -169,7 +172,7 @@ def _too_large(needs: list[Need]) -> list[str]:
 def _what_would_fit(
     config: Config, gpus: float, most: int, available: dict[str, float]
 ) -> list[str]:
-    """The most actors and workers for which there is room."""
+    """Return a message with the most policy actors and rollout workers that fit, if any do."""
     counts = [
         (actors, workers)
         for actors in range(1, most + 1)
@@ -209,11 +212,10 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
 
 
 def _threads(config: Config, policy: Need, rollout: Need, runs: int = 1) -> tuple[int | None, bool]:
-    """Cores of the smallest node over those of its processes that have work at the same time, and
-    whether that is too many threads.
+    """Return the threads per process, and whether they are more than a node's cores.
 
-    A policy's rollouts and updates take turns, so no more processes than policies have work at any
-    time.
+    The threads are the cores of the smallest node, divided by its processes that work at one time.
+    A policy's rollouts and updates alternate, so no more processes than policies work at one time.
     """
     if policy.gpus or rollout.gpus:
         return config.cluster.threads, False

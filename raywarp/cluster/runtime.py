@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C as an exception: Ray stops a job with SIGTERM, and with SIGKILL three seconds
-later.
+"""The Ray runtime's start, and SIGTERM and Ctrl-C as an exception.
+
+Ray stops a job with SIGTERM, and with SIGKILL three seconds later.
 """
 
 import contextlib
@@ -11,12 +12,16 @@ from types import FrameType
 
 from raywarp.cluster import orphans
 
-SAVE_SECONDS = 2.0  # of the three, for the policies' checkpoints
+SAVE_SECONDS = 2.0  # of these three seconds, the time for the policies' checkpoints
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop by the signal of this number; the same command continues. Its text
-    says what was saved.
+    """The run was told to stop by a signal. The same command continues it.
+
+    The message says what was saved.
+
+    Args:
+        number: of the signal.
     """
 
     def __init__(self, number: int):
@@ -42,10 +47,9 @@ _saved: list[str] = []
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """In the body SIGTERM and SIGINT raise Stopped, once; a second Ctrl-C interrupts at once.
-    Nothing changes outside the main thread.
+    """Let SIGTERM and SIGINT raise Stopped once in the block. A second Ctrl-C interrupts at once.
 
-    After a ray.init in the body, `keep_listening` is to be called.
+    Outside the main thread nothing changes. Call `keep_listening` after a ray.init in the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -56,7 +60,7 @@ def stoppable() -> Iterator[None]:
     _inside.append(True)
     try:
         yield
-    # Ray raises one of its own in the place of whatever a handler raises while it waits (2.60)
+    # While Ray waits, it replaces what a handler raises by its own KeyboardInterrupt (Ray 2.60).
     except KeyboardInterrupt as error:
         raise (
             Stopped(_received[0]) if _received and not isinstance(error, Stopped) else error
@@ -69,33 +73,31 @@ def stoppable() -> Iterator[None]:
 
 
 def keep_listening() -> None:
-    """Inside `stoppable`, after ray.init, which sets a handler of its own (Ray 2.60)."""
+    """Set the signal handlers again after ray.init, which sets its own (Ray 2.60)."""
     if _inside and threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _stop)
 
 
 def check() -> None:
-    """Raise the Stopped of a signal that came while Python could not pass an exception on (in a
-    destructor, say).
-    """
+    """Raise Stopped if a signal came while Python could not raise it, as in a destructor."""
     if _received:
         raise Stopped(_received[0])
 
 
 def is_requested() -> bool:
-    """Whether a signal has come."""
+    """Return whether a signal has come."""
     return bool(_received)
 
 
 def request(number: int) -> None:
-    """As if the signal of this number had come: the next `check` raises."""
+    """Act as if this signal had come: the next `check` raises."""
     if not _received:
         _received.append(number)
 
 
 def note(lines: list[str]) -> None:
-    """What was saved, for the message of whoever ends the run."""
+    """Keep the lines that say what was saved, for the message of Stopped."""
     _saved[:] = lines
 
 
@@ -108,11 +110,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS (a job's) or the last `ray start`, or start one here for as
-    long as this process lives.
+    """Join a cluster, or start one here that lives as long as this process.
 
-    Not address="auto", which joins whatever Ray runs on this machine (2.60), another program's or
-    another user's.
+    The cluster is that of RAY_ADDRESS (as in a job) or of the last `ray start`. The address is not
+    "auto", because that joins any Ray on this machine (Ray 2.60), also another program's or another
+    user's.
     """
     import ray
 
@@ -121,7 +123,7 @@ def start_ray() -> None:
     with orphans.watched():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        except ConnectionError:  # the last `ray start` is gone
+        except ConnectionError:  # the cluster of the last `ray start` is gone
             ray.init(
                 address="local",
                 log_to_driver=False,

@@ -1,6 +1,4 @@
-"""Actors that are watched and started again: what Ray restarts by itself, and the slots of policy
-actors, which the driver renews.
-"""
+"""Supervised actors: those that Ray restarts, and the slots of policy actors."""
 
 import contextlib
 import time
@@ -28,14 +26,17 @@ from raywarp.cluster.health import (
 
 @dataclass
 class SupervisedActor:
-    """An actor that Ray itself starts again: the pool, or a reward worker. Its deaths and its
-    silence are noticed and reported.
+    """An actor that Ray restarts: the pool or a reward worker. Its deaths and hangs are reported.
 
-    max_failures: deaths in a row, without a finished call in between, that do not end the run.
-    groups: placement groups of which at least one has to be on a node. longest_wait: seconds
-    without, after which the run ends.
-    at_work: whether it was, when it was last heard; also while it is away. ended: its process has
-    been killed by us, and does not count as back, whatever it still answers.
+    Attributes:
+        max_failures: deaths in a row that do not end the run. A finished call resets the count.
+        groups: placement groups, of which at least one has to be on a node.
+        longest_wait: seconds without a node after which the run ends.
+        at_work: whether it worked at its last answer. Also true while it is away.
+        down_since: when it died, on the monotonic clock. None while it is alive.
+        ended: its process was killed by us. It does not count as recovered, even if it still
+            answers.
+        heard: when it answered last, on the monotonic clock.
     """
 
     name: str
@@ -58,7 +59,11 @@ class SupervisedActor:
         self.pulse = Pulse(lambda: self.actor.pulse.options(max_task_retries=0).remote())
 
     def check(self) -> Any:
-        """The answer to the last question, if there is a new one."""
+        """Return the answer to the last question, if there is a new one.
+
+        Raises:
+            FaultError: it died too often, or no node has had room for it for too long.
+        """
         try:
             answer = self.pulse.poll()
         except RayError as error:
@@ -86,15 +91,15 @@ class SupervisedActor:
         return answer
 
     def last_check(self, seconds: float) -> None:
-        """Have told what has happened since the last answer, within that time."""
+        """Report what has happened since the last answer, within this many seconds."""
         deadline = time.monotonic() + seconds
-        for _ in range(2):  # a question may be under way that was asked too early
+        for _ in range(2):  # an open question may have been asked too early
             self.pulse.due = 0.0
             while self.check() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
 
     def _check_room(self, what: str, seconds: float) -> None:
-        """Raises FaultError where it has been away for too long because no node has room for it."""
+        """Raise FaultError if it has been away for too long because no node has room for it."""
         if (
             self.groups
             and not any(map(placement_groups.is_found, self.groups))
@@ -118,9 +123,8 @@ class SupervisedActor:
             )
 
     def _answered(self, process: Process) -> None:
-        if self.down_since is None and process.follows(
-            self.process
-        ):  # it died between two questions
+        # It died between two questions.
+        if self.down_since is None and process.follows(self.process):
             self._died(
                 cause_of_death(faults.KILLED, self.process), "its process is a new one", self.heard
             )
@@ -140,10 +144,13 @@ class SupervisedActor:
 
 @dataclass
 class SupervisedPool(SupervisedActor):
-    """The pool, and through it the rollout workers: what it tells of their deaths, and which of
-    their calls do not end.
+    """The pool and its rollout workers, whose deaths and endless calls the pool knows.
 
-    again: another worker in the place of one that has been without room for longest_wait.
+    Attributes:
+        workers: handles of the rollout workers.
+        again: replaces the worker of this index after longest_wait seconds without a node.
+        killed: when the worker of each index was killed because it hung, on the monotonic clock.
+        down: seconds for which the worker of each index has been away.
     """
 
     workers: list[Any] = field(default_factory=list)
@@ -195,8 +202,9 @@ def _worker(index: int) -> str:
 
 
 def loads(worker: Any) -> bool:
-    """Whether a rollout worker is alive and starts its engine: in a call, if it took another's
-    place before that.
+    """Return whether a rollout worker is alive and loading its engine.
+
+    A worker that replaced another loads it in its first call.
     """
     with contextlib.suppress(RayError):
         return bool(
@@ -206,22 +214,25 @@ def loads(worker: Any) -> bool:
 
 
 def restart(actor: Any) -> None:
-    """Kill an actor that Ray then starts again."""
+    """Kill an actor, which Ray then restarts."""
     with contextlib.suppress(RayError):
         ray.kill(actor, no_restart=False)
 
 
 @dataclass(eq=False)
 class ActorSlot:
-    """A policy actor's place: its placement group, which Ray moves to another node when it loses
-    one, and whoever is in it now.
+    """The slot of a policy actor: its placement group, and the actor that is in it now.
 
-    Ray itself never starts a policy actor again (a repeated call would return an untrained policy):
-    `renew` does.
+    Ray moves the group to another node when it loses one. Ray itself never restarts a policy actor,
+    because a repeated call would return an untrained policy. `renew` does.
 
-    hung: it was killed because it did not get on. gone: it was given up, for want of room. process:
-    what it last said of itself.
-    at_work: whether it was, when it was last heard; a new one is.
+    Attributes:
+        make: creates an actor in the group.
+        ask_again: replaces the group by a new one.
+        hung: the actor was killed because it hung.
+        gone: the slot was given up because no node has room for it.
+        at_work: whether the actor worked at its last answer. True for a new one.
+        process: its last answer.
     """
 
     name: str
@@ -236,7 +247,7 @@ class ActorSlot:
     process: Process | None = None
 
     def poll(self) -> Process | None:
-        """See Pulse.poll."""
+        """Return the actor's new answer, if there is one. See Pulse.poll."""
         try:
             answer: Process | None = self.pulse.poll()
         except RayError:
@@ -247,27 +258,27 @@ class ActorSlot:
         return answer
 
     def give_up(self) -> None:
-        """Kill it since it does not get on; whoever waits for its work hears of its death."""
+        """Kill a hung actor. Its pending calls then fail."""
         self.hung, self.at_work = True, False
         self.kill()
         self.pulse.forget(health.DEATH_SECONDS)
 
     def cause(self, death: RayError) -> str:
-        """What its actor died of."""
+        """Return the cause of its actor's death."""
         return faults.HANG if self.hung else cause_of_death(faults.kind_of(death), self.process)
 
     def has_ground(self) -> bool:
-        """Whether a new actor would not go to a node that is gone, as Ray is still to find out."""
+        """Return False if Ray would place a new actor on a node that is gone unnoticed."""
         return not faults.unnoticed(placement_groups.node_of(self.group))
 
     def await_room(self, deadline: float) -> bool:
-        """Whether there is a living node for a new actor, after a wait until then at most."""
+        """Wait for a living node until the deadline, and return whether there is one."""
         while not (found := placement_groups.has_node(self.group)) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 
     def renew(self) -> None:
-        """A new actor, after an end to the one before, whatever has become of that."""
+        """Create a new actor. Kill the one before, in any state."""
         self.kill()
         self.actor, self.hung, self.gone, self.process, self.at_work = (
             self.make(self.group),
@@ -280,13 +291,13 @@ class ActorSlot:
         self.pulse = Pulse(lambda: actor.pulse.remote())
 
     def leave(self) -> None:
-        """There is no room for it; `renew` lets it come back when its group has a node again."""
+        """Give up the slot, which no node has room for. Once its group has a node, call `renew`."""
         self.gone = True
         self.kill()
         self.group = self.ask_again()
 
     def no_room(self, seconds: float) -> faults.FaultError:
-        """Of a run that can't go on without it."""
+        """Return the error of a run that cannot continue without this slot."""
         return faults.FaultError(
             f"{self.name} has waited {seconds:.0f} s for"
             f" {self.group.bundle_specs if self.group else {}} after a loss:"

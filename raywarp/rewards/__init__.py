@@ -1,3 +1,1 @@
-"""Scores of texts: a function or a sequence classifier, its Ray actor, and Bradley-Terry training
-of a reward model.
-"""
+"""Rewards: a function or a sequence classifier, its Ray actor, and Bradley–Terry training."""

@@ -1,4 +1,4 @@
-"""The Ray actor that scores completions; wrapped by ray.remote where it is placed."""
+"""The Ray actor that scores completions. It is wrapped by ray.remote where it is placed."""
 
 import functools
 import os
@@ -19,25 +19,32 @@ from raywarp.rollout.protocol import Rollout, Scores
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward worker, and the mean and deviation that standardise its scores: they go with every
-    call, since one that dies forgets.
+    """A reward worker with the statistics that standardise its scores.
+
+    They are sent with every call, since a worker that dies forgets them.
+
+    Attributes:
+        actor: handle of a RewardActor.
+        statistics: mean and standard deviation of the raw score, or None.
     """
 
     actor: Any
     statistics: tuple[float, float] | None = None
 
     def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
-        """Ask for the scores of the rollouts behind these refs; the ref of Scores."""
+        """Ask for the scores of the rollouts behind these refs. Return the ref of Scores."""
         texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
         return self.actor.score_rollouts.remote(self.statistics, texts, columns, *rollouts)
 
 
 class RewardActor:
-    """Holds one reward for as long as a run lasts. Ray may start it again and repeat a call: a call
-    depends on nothing but itself.
+    """Holds one reward for as long as a run lasts.
+
+    Ray may restart the actor and repeat a call, so a call depends only on its arguments.
 
     Args:
-        threads: of the CPU; None leaves Ray's choice. title: what a time line calls it.
+        threads: CPU threads of torch. None leaves Ray's choice.
+        title: name of the actor in a run's time line.
     """
 
     def __init__(
@@ -54,25 +61,28 @@ class RewardActor:
             title,
         )
         self.seconds, self.done, self.work = 0.0, 0, Work()
-        own = (
-            ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
-        )  # the same after a restart
+        # The actor's id stays the same after a restart.
+        own = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
         self.limit = TimeLimit(config.timeout_seconds, own or str(os.getpid()))
 
     def start(self) -> None:
-        """Load the reward. Raises what load_reward raises, which a constructor could not hand
-        on.
+        """Load the reward.
+
+        A constructor could not hand on the exceptions of load_reward, so this is a call of its own.
+
+        Raises:
+            ConfigError: see load_reward.
         """
         _ = self.reward
 
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
-        """Answered while a score is computed."""
+        """Return what this process does. It answers while a score is computed."""
         return Process.here(done=self.done, busy=self.work.busy)
 
     @functools.cached_property
     def reward(self) -> Reward:
-        """Loaded when it is first asked for: also after a death of this process."""
+        """Load the reward when it is first used, also after a death of this process."""
         return load_reward(self.config, self.trust_remote_code, self._device())
 
     def score(
@@ -81,8 +91,10 @@ class RewardActor:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> list[float]:
-        """One score per completion; see Reward.score for the arguments and the RewardError it
-        raises.
+        """Return one score per completion. See Reward.score for the arguments.
+
+        Raises:
+            RewardError: the reward failed, or took longer than its timeout_seconds.
         """
         start = time.perf_counter()
         try:
@@ -98,7 +110,7 @@ class RewardActor:
         return scores
 
     def seconds_of_work(self) -> float:
-        """Seconds spent on scores so far, by this process."""
+        """Return the seconds that this process has spent on scores so far."""
         return self.seconds
 
     def score_rollouts(
@@ -108,15 +120,15 @@ class RewardActor:
         columns: Sequence[Mapping[str, Any]],
         *rollouts: Rollout,
     ) -> Scores:
-        """Scores of the rollout workers' completions, in order.
+        """Return the scores of the rollout workers' completions, in order.
 
         Args:
-            statistics: mean and deviation by which they are standardised; None: those that are
-                stored with the reward.
+            statistics: mean and standard deviation that standardise the scores. None takes those
+                that are stored with the reward.
             prompts: N texts.
             columns: N rows with the other columns of each prompt.
-            rollouts: as the workers returned them; Ray fetches them here, so that the caller need
-                not wait.
+            rollouts: as the workers returned them. Ray fetches them here, so the caller need not
+                wait.
         """
         start = time.time()
         completions = [
@@ -137,7 +149,7 @@ class RewardActor:
     def _device(self) -> str:
         if not self.config.model:
             return "cpu"
-        import torch  # a function may do without
+        import torch  # a reward function may not need it
 
         if self.threads:
             torch.set_num_threads(self.threads)

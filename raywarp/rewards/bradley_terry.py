@@ -1,8 +1,7 @@
-"""Bradley–Terry training of a reward model: loss, optimiser step, validation, checkpoint. No Ray;
-one instance is one worker's share.
+"""Bradley–Terry training of a reward model: loss, optimiser step, validation, checkpoint.
 
-A step is a pure function of (weights, optimiser, seed, step): a resumed training gives the bits of
-an uninterrupted one.
+It does not use Ray. One instance is one worker's share. A step is a pure function of (weights,
+optimiser, seed, step), so a resumed training gives the bits of an uninterrupted one.
 """
 
 import json
@@ -27,21 +26,28 @@ from raywarp.model.device import supports_bf16
 from raywarp.rewards.classifier import classify, load_tokenizer
 from raywarp.storage.sealed import write_json
 
-# texts of similar length per forward pass on a CPU, where padding costs more than small matrices do
+# Texts of similar length per forward pass. On a CPU padding costs more than small matrices do.
 CPU_GROUP = 16
 GPU_GROUP = 256
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """−mean log σ(r_chosen − r_rejected), in nats; both (N,). Without pairs (like ratings) there is
-    nothing to learn: 0.
+    """Return −mean log σ(r_chosen − r_rejected) in nats, which is 0 without pairs.
+
+    A batch of equal ratings has no pairs.
+
+    Args:
+        chosen: (N,) scores of the better texts.
+        rejected: (N,) scores of the worse texts.
     """
     return -logsigmoid(chosen - rejected).sum() / max(len(chosen), 1)
 
 
 def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
-    """Linear warm-up (t+1)/W, then linear decay that would reach 0 one step after the last; step
-    counts from 0.
+    """Return the learning rate of a step, which counts from 0.
+
+    It rises linearly as (t+1)/W during warm-up. Then it falls linearly, and would reach 0 one step
+    after the last.
     """
     warm_up = (step + 1) / max(settings.warmup_steps, 1)
     decay = (settings.steps - step) / max(settings.steps - settings.warmup_steps, 1)
@@ -49,11 +55,15 @@ def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
 
 
 def accuracy_interval(pairs: Sequence[Preference], correct: Sequence[bool]) -> tuple[float, float]:
-    """95 % Wilson interval of the pairwise accuracy, at the effective number of pairs.
+    """Return the 95 % Wilson interval of the pairwise accuracy, at the effective number of pairs.
 
-    Pairs that share a text are not independent. The variance of the mean is therefore the
-    dyadic-robust one, the sum of e_p·e_q over all pairs p, q with a text in common (Fafchamps and
-    Gubert 2007); the effective number is what gives a binomial that variance.
+    Pairs that share a text are not independent. So the variance of the mean is the dyadic-robust
+    one (Fafchamps and Gubert 2007). It sums e_p·e_q over all pairs p, q with a text in common.
+    The effective number of pairs gives a binomial that variance.
+
+    Args:
+        pairs: N preferences.
+        correct: N flags: whether the chosen text scored higher.
     """
     count, mean = len(pairs), sum(correct) / len(pairs)
     per_text: dict[tuple[str, str], float] = {}
@@ -63,9 +73,8 @@ def accuracy_interval(pairs: Sequence[Preference], correct: Sequence[bool]) -> t
         squares += residual**2
         for text in (pair.chosen, pair.rejected):
             per_text[pair.prompt, text] = per_text.get((pair.prompt, text), 0.0) + residual
-    covered = (
-        sum(total**2 for total in per_text.values()) - squares
-    )  # a pair's own square is in the sums of both its texts
+    # A pair's own square is in the sums of both its texts.
+    covered = sum(total**2 for total in per_text.values()) - squares
     effective = count * squares / covered if covered > squares > 0 else float(count)
     z = 1.96
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
@@ -78,16 +87,19 @@ def accuracy_interval(pairs: Sequence[Preference], correct: Sequence[bool]) -> t
 
 
 class PairTrainer:
-    """A sequence classifier with one label, its AdamW, and where it stands.
+    """A sequence classifier with one label, its AdamW, and its position in the training.
 
-    Dropout is off: the model stays in eval mode.
+    The model stays in eval mode, so dropout is off.
 
     Args:
         backbone: folder or hub id, already resolved.
-        train: all training data: preferences, of which a batch holds batch_size; or rated texts, of
-            which a batch holds as many (twice batch_size) and every pair among them whose ratings
-            differ by `margin` counts. Worker `rank` of `world` takes every world-th of each batch.
+        train: all training data, either preferences or rated texts. A batch holds batch_size
+            preferences, or twice as many rated texts. In a batch of rated texts, each pair whose
+            ratings differ by at least `margin` counts.
+        rank: this worker's number. It takes every world-th item of each batch.
+        world: number of workers.
         wrap: makes the module data-parallel.
+        margin: see `train`.
 
     Raises:
         ConfigError: the backbone cannot be loaded as a sequence classifier.
@@ -133,7 +145,10 @@ class PairTrainer:
         return int(max(self.history, key=lambda row: row["validation_accuracy"])["step"])
 
     def update(self) -> dict[str, float]:
-        """One optimiser step; returns its metrics. Accuracy and loss are of this worker's pairs."""
+        """Do one optimiser step, and return its metrics.
+
+        Accuracy and loss are those of this worker's pairs.
+        """
         start, lr = time.perf_counter(), learning_rate(self.settings, self.step)
         texts, better, worse = self._batch()
         for group in self.optimizer.param_groups:
@@ -156,7 +171,7 @@ class PairTrainer:
         }
 
     def validate(self, pairs: Sequence[Preference]) -> dict[str, float]:
-        """Accuracy and loss on held-out pairs; the weights are kept if they are the best so far."""
+        """Return accuracy and loss on held-out pairs. Keep the best weights so far."""
         chosen, rejected = self.scores(pairs)
         row = {
             "step": self.step,
@@ -171,8 +186,9 @@ class PairTrainer:
         return row
 
     def scores(self, pairs: Sequence[Preference]) -> tuple[Tensor, Tensor]:
-        """Scores of the chosen and of the rejected texts, each (N,); a text that several pairs
-        share is scored once.
+        """Return the scores of the chosen and of the rejected texts, each (N,).
+
+        A text that several pairs share is scored once.
         """
         texts = list(
             dict.fromkeys((p.prompt, text) for p in pairs for text in (p.chosen, p.rejected))
@@ -186,8 +202,9 @@ class PairTrainer:
         )
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint: trained weights, the best ones where they are others, optimiser, step
-        and history.
+        """Write a checkpoint: weights, optimiser, step and history.
+
+        The best weights are written too, unless they are the present ones.
         """
         weights = {name: p.detach().contiguous() for name, p in self.parameters.items()}
         save_file(weights, folder / "weights.safetensors")
@@ -219,12 +236,13 @@ class PairTrainer:
         )
 
     def take_best(self) -> None:
-        """Put back the weights of the best validation."""
+        """Restore the weights of the best validation."""
         self._assign(self.best)
 
     def export(self, folder: Path) -> None:
-        """Write model (LoRA merged) and tokenizer so that AutoModelForSequenceClassification loads
-        them; training ends with it.
+        """Write the model, with LoRA merged, and the tokenizer. This ends the training.
+
+        AutoModelForSequenceClassification loads the result.
         """
         model = self.model.merge_and_unload() if self.settings.lora else self.model
         model.save_pretrained(folder)
@@ -241,8 +259,9 @@ class PairTrainer:
             )
 
     def _batch(self) -> tuple[list[tuple[str, str]], list[int], list[int]]:
-        """The step's (prompt, completion) texts, and for each of its pairs the places of the better
-        and the worse one.
+        """Return the step's texts, and for each pair the index of its better and of its worse text.
+
+        A text is a tuple (prompt, completion).
         """
         rows = [self.train[n] for n in self._positions()]
         rated = [row for row in rows if isinstance(row, Snippet)]
@@ -284,9 +303,9 @@ def _load_model(
     )
     if not (lora := settings.lora):
         return model
-    import peft  # seconds to import, and full fine-tuning does without
+    import peft  # takes seconds to import, and full fine-tuning does not need it
 
-    alpha: Any = lora.alpha  # declared as int in PEFT 0.21, but only ever divided by the rank
+    alpha: Any = lora.alpha  # PEFT 0.21 declares an int, but only divides it by the rank
     adapter = peft.LoraConfig(
         task_type="SEQ_CLS",
         r=lora.rank,

@@ -1,12 +1,10 @@
-"""A one-label sequence classifier and its tokenizer, as a reward: how it reads a prompt and a
-completion.
-"""
+"""A one-label sequence classifier and its tokenizer as a reward for a prompt and a completion."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers  # not `from`: its parts take seconds to import, which a check need not wait for
+import transformers  # not `from`: its parts take seconds to import, and a check need not wait
 from torch import Tensor
 
 from raywarp.config.schema import ConfigError
@@ -27,11 +25,16 @@ def encode(
     max_length: int,
     chat: bool = False,
 ) -> Any:
-    """Token ids and attention mask of prompt + completion, or of the two as turns of a chat, (N,
-    longest), right-padded.
+    """Return token ids and attention mask of prompt + completion, (N, longest), right-padded.
 
-    A text above max_length tokens (or above what the tokenizer says its model takes) loses its
-    beginning: the completion is kept.
+    A text of more than max_length tokens loses its beginning, so that the completion is kept. The
+    same holds above the limit that the tokenizer gives for its model.
+
+    Args:
+        prompts: N texts.
+        completions: N texts.
+        max_length: tokens per text.
+        chat: encode prompt and completion as two turns of a chat.
     """
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     pairs = list(zip(prompts, completions, strict=True))
@@ -66,11 +69,17 @@ def classify(
     batch_size: int,
     chat: bool = False,
 ) -> Tensor:
-    """The classifier's scores, (N,) float32 on its device, with a gradient if autograd is on:
-    training and scoring both call this.
+    """Return the classifier's scores, (N,) float32 on its device.
 
-    Texts of similar length share a forward pass of at most batch_size, which saves most of the
-    padding.
+    Training and scoring both call this. The scores have a gradient if autograd is on. Texts of
+    similar length share a forward pass of at most batch_size, which saves most of the padding.
+
+    Args:
+        prompts: N texts.
+        completions: N texts.
+        max_length: tokens per text, see encode.
+        batch_size: texts per forward pass.
+        chat: see encode.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(completions)), key=lambda n: len(prompts[n]) + len(completions[n]))
@@ -91,8 +100,9 @@ def classify(
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's tokenizer; where it has no padding token (GPT-2's has none) its EOS pads, behind
-    the attention mask.
+    """Return a model's tokenizer, with a padding token.
+
+    Where it has none (GPT-2's has none), its EOS token pads, behind the attention mask.
 
     Raises:
         ConfigError: it cannot be loaded, or has neither token.
@@ -109,8 +119,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the model (folder or hub id) cannot be read, is not whole or has not
-    exactly one label; reads no weights.
+    """Raise ConfigError if the model cannot be read, is incomplete, or has not exactly one label.
+
+    No weights are read. The name is a folder or hub id.
     """
     what = f"the reward model {name}"
     config = read_model_config(name, trust_remote_code, what)
@@ -129,12 +140,12 @@ class ClassifierReward:
 
     Args:
         name: folder or hub id, already resolved.
-        max_length: tokens per text; see encode.
+        max_length: tokens per text, see encode.
         batch_size: texts per forward pass.
         chat: prompt and completion are turns of its chat template.
 
     Raises:
-        ConfigError: not loadable, or not one label.
+        ConfigError: the model cannot be loaded, or has not exactly one label.
     """
 
     def __init__(
@@ -154,16 +165,15 @@ class ClassifierReward:
         model = load_model(
             auto, name, f"the reward model {name}", dtype=dtype, trust_remote_code=trust_remote_code
         )
-        if (
-            model.config.pad_token_id is None
-        ):  # a decoder's classifier reads the last token that is not this one
+        # A decoder's classifier reads the last token that is not the padding token.
+        if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval()
 
     def score(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float]:
-        """Raw scores, in the order of the completions."""
+        """Return the raw scores, in the order of the completions."""
         if not completions:
             return []
         with torch.inference_mode():

@@ -1,6 +1,4 @@
-"""What a reward model is trained from, and whether its folder holds one already, the same or
-another.
-"""
+"""Inputs of a reward model's training, and the check whether its folder already holds a model."""
 
 import shutil
 from dataclasses import dataclass
@@ -17,18 +15,22 @@ from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError, read_record
 
 SETTINGS_FILE = "settings.json"
-WORK = ".ray_train"  # inside the model's folder, removed at success
+WORK = ".ray_train"  # a folder inside the model's folder, removed at success
+# Keys that may change without making it another model.
 FREE_KEYS = {
     "reward_training.num_workers",
     "reward_training.use_gpu",
     "reward_training.sft_completions",
-}  # another value is no other model
+}
 
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """backbone: a hub id or an absolute folder, since Ray Train's workers run in a folder of their
-    own.
+    """The checked inputs of a reward model's training.
+
+    Attributes:
+        backbone: a hub id or an absolute folder, since Ray Train's workers run in their own folder.
+        splits: the preference pairs.
     """
 
     backbone: str
@@ -36,10 +38,10 @@ class RewardInputs:
 
 
 def prepare_reward(config: Config) -> RewardInputs | None:
-    """Check all that the training reads; None where the folder config.out holds the finished model.
+    """Check all inputs of the training. Return None where config.out holds the finished model.
 
     Raises:
-        ConfigError: wrong input, or a folder that holds another model.
+        ConfigError: an input is wrong, or the folder holds another model.
     """
     out, settings, training = (
         Storage(config.out).folder,
@@ -71,7 +73,7 @@ def prepare_reward(config: Config) -> RewardInputs | None:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What decides the trained weights, by dotted key, as JSON gives it back."""
+    """Return the settings that decide the trained weights, by dotted key, as JSON values."""
     sections = {"preferences": config.preferences, "reward_training": config.reward_training}
     flat = {
         f"{name}.{key}": value
@@ -93,8 +95,9 @@ def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
-    """reward.json of a finished model; None where there is none, or where it is not whole: then it
-    is said, and what marks it as finished goes.
+    """Return reward.json of a finished model, or None.
+
+    A damaged model is reported, and loses the files that mark it as finished.
     """
     try:
         return check_trained(out)
@@ -106,7 +109,7 @@ def _finished(out: Path) -> dict[str, Any] | None:
 
 
 def _begun(out: Path) -> dict[str, Any] | None:
-    """The settings of a training under way; where they are lost or damaged it starts over."""
+    """Return the settings of a training that has begun. Without them it starts over."""
     path = out / WORK / SETTINGS_FILE
     try:
         if (settings := read_record(path)) or not (out / WORK / "run").is_dir():

@@ -1,6 +1,4 @@
-"""What a person sees while a reward model is trained: a live bar in a terminal, a line per
-validation elsewhere.
-"""
+"""The progress of a reward model's training: a bar in a terminal, else a line per validation."""
 
 import threading
 from collections.abc import Iterator
@@ -11,19 +9,16 @@ from typing import Any
 from raywarp.run.display import Display, bars
 from raywarp.storage.sealed import read_jsonl
 
-# seconds between two looks at the workers' metrics, whose own output does not reach this terminal
+# Seconds between two looks at the metrics. The workers' own output does not reach this terminal.
 POLL = 0.5
 
-VALIDATION = {
-    "step",
-    "validation_accuracy",
-    "validation_loss",
-}  # what such a row has, unless it was damaged
+# Keys of a validation's row, unless the row was damaged.
+VALIDATION = {"step", "validation_accuracy", "validation_loss"}
 
 
 @contextmanager
 def following(metrics: Path, steps: int, display: Display) -> Iterator[None]:
-    """Show what the workers write meanwhile, but for what was there before."""
+    """Show what the workers write to the metrics file in the block, without its earlier rows."""
     over, follower = threading.Event(), _Follower(metrics, steps, display)
 
     def follow() -> None:

@@ -1,9 +1,10 @@
-"""What scores completions: a one-label sequence classifier, or a Python function of the user's.
+"""Sources of scores for completions: a one-label sequence classifier, or a user's Python function.
 
-Both are called as `score(prompts, completions, **columns) -> list[float]`: lists of N texts, and
-for every other column of the prompts' dataset a list of N values. A function does without torch and
-transformers, whose import takes two seconds and 270 MB of each
-process: what needs them is in classifier.py, and imported where it is called for.
+Both are called as `score(prompts, completions, **columns) -> list[float]`. Prompts and completions
+are lists of N texts. Every other column of the prompts' dataset is a list of N values.
+
+A function needs neither torch nor transformers, whose import takes two seconds and 270 MB in each
+process. So the code that needs them is in classifier.py, and is imported only where it is called.
 """
 
 import importlib
@@ -27,25 +28,26 @@ Score = Callable[..., Any]
 REWARD_FILE = "reward.json"
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
 EXCERPT = 200  # characters of a prompt or completion in an error
-_KNOWN = {
-    "raywarp.embedded:vader": "7f7a66ec6e713b0d"
-}  # as it was when the module's source was hashed: the function is the same
+# Kept from the time when the module's source was hashed, since the function is still the same.
+_KNOWN = {"raywarp.embedded:vader": "7f7a66ec6e713b0d"}
 
 
 class RewardError(RuntimeError):
-    """A reward failed or returned something other than one finite number per completion; the
-    message shows the text.
+    """A reward failed, or did not return one finite number per completion.
+
+    The message shows the text.
     """
 
 
 class Reward:
-    """A source of scores with its standardisation, whose results are checked.
+    """A source of scores with its standardisation. Its results are checked.
 
     Args:
-        name: how errors call it.
+        name: name of the reward in errors.
         function: score(prompts, completions, **columns).
-        mean, std: the score returned is (raw - mean) / std.
-        source: file of a user's function; errors then point to its line.
+        mean: mean of the raw score.
+        std: standard deviation of the raw score. The score returned is (raw - mean) / std.
+        source: file of a user's function. Errors then point to its line.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class Reward:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> list[float]:
-        """One standardised score per completion.
+        """Return one standardised score per completion.
 
         Args:
-            columns: per column of the dataset a list as long as the prompts; `prompts` and
+            prompts: N texts.
+            completions: N texts.
+            columns: for each column of the dataset a list of N values. Columns named `prompts` or
                 `completions` are not passed on.
 
         Raises:
@@ -135,11 +139,11 @@ class Reward:
 
 
 def load_function(path: str) -> Score:
-    """The callable that `module:function` names; modules are looked for in the current directory
-    too.
+    """Return the callable that `module:function` names. Modules in the current directory count too.
 
     Raises:
-        ConfigError: not of that form, not importable, no such attribute, or not callable.
+        ConfigError: the path has another form, the module cannot be imported, or the name is
+            missing or not callable.
     """
     module_name, separator, name = path.partition(":")
     if not (separator and module_name and name):
@@ -163,8 +167,9 @@ def load_function(path: str) -> Score:
 
 
 def check_call(path: str, function: Score, columns: Iterable[str] = ()) -> None:
-    """Raises ConfigError where a reward function cannot take two lists and the columns by name, or
-    would have to be awaited.
+    """Raise ConfigError if a reward function does not fit the call or is asynchronous.
+
+    It must take two lists, and the columns by name.
     """
     if inspect.iscoroutinefunction(function):
         raise ConfigError(
@@ -181,17 +186,17 @@ def check_call(path: str, function: Score, columns: Iterable[str] = ()) -> None:
             f"the reward function '{path}' cannot be called as score({called}): {error}; add"
             " **columns to take any"
         ) from None
-    except ValueError:  # a builtin that does not say what it takes
+    except ValueError:  # a builtin without a signature
         return
 
 
 def load_reward(
     config: RewardConfig, trust_remote_code: bool = False, device: str = "cpu"
 ) -> Reward:
-    """The reward that a configuration names, standardised where it says so.
+    """Return the reward that a configuration names, standardised where it says so.
 
     Raises:
-        ConfigError: neither model nor function, one that cannot be loaded, or standardise=true
+        ConfigError: there is neither model nor function, it cannot be loaded, or standardise=true
             where no statistics are stored.
     """
     if config.function:
@@ -228,10 +233,10 @@ def load_reward(
 def with_template(
     config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool = False
 ) -> RewardConfig:
-    """With `template` decided where it is auto.
+    """Return the configuration with `template` decided where it is auto.
 
     Raises:
-        ConfigError: chat is asked for, and the model has no chat template.
+        ConfigError: template=chat, but the model has no chat template.
     """
     if (
         not config.model
@@ -254,10 +259,10 @@ def with_template(
 
 
 def reward_fingerprint(config: RewardConfig) -> str:
-    """A hash of what decides a raw score: a folder's files, a hub id's commit, a function's module
-    source and version.
+    """Return a hash of what decides a raw score.
 
-    What standardises it (see statistics) is not in it: that may come later, from SFT completions.
+    That is a folder's files, a hub id's commit, or the source of a function's module, and the
+    version. The statistics are left out, since they may be added later from SFT completions.
     """
     settings: dict[str, Any] = {"version": config.version}
     if config.function in _KNOWN:
@@ -294,17 +299,19 @@ def _model_fingerprint(name: str) -> str:
 
 
 def statistics(name: str) -> tuple[float, float] | None:
-    """Mean and standard deviation of the score over SFT completions, where a folder has them.
+    """Return the mean and standard deviation of the score over SFT completions.
+
+    The result is None where the folder has none.
 
     Raises:
-        DamagedError: it has, or had.
+        DamagedError: the file that holds them is damaged.
     """
     stored = read_record(Path(name) / REWARD_FILE) or {}
     return (stored["score_mean"], stored["score_std"]) if "score_mean" in stored else None
 
 
 def check_trained(folder: Path) -> dict[str, Any] | None:
-    """What reward.json says of a model that raywarp trained; None for any other model.
+    """Return reward.json of a model that raywarp trained, or None for any other model.
 
     Raises:
         DamagedError: raywarp trained it, and its files are not what was written.
@@ -319,13 +326,13 @@ def check_trained(folder: Path) -> dict[str, Any] | None:
 
 
 def own_file(path: str) -> str | None:
-    """The file of a reward function that lies in the working directory, which other nodes need as
-    well; None for an installed one.
+    """Return the file of a reward function in the working directory, which other nodes need too.
+
+    The result is None for an installed function.
     """
     file = getattr(_import(path.partition(":")[0]), "__file__", None)
-    in_job = (
-        "working_dir_files" in os.getcwd()
-    )  # Ray brings a submitted job's folder to every node itself
+    # Ray copies a submitted job's folder to every node itself.
+    in_job = "working_dir_files" in os.getcwd()
     return file if file and not in_job and Path(file).is_relative_to(os.getcwd()) else None
 
 
@@ -350,10 +357,8 @@ def _source_file(function: Score) -> str | None:
 
 
 def _frame(error: BaseException, source: str | None) -> str:
-    """The file:line, in brackets, of the deepest frame in the user's own file, else of the deepest
-    frame.
-    """
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
+    """Return " (file:line)" of the deepest frame in the user's file, else of the deepest one."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is in this file
     own = [frame for frame in frames if frame.filename == source] or frames
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 

@@ -1,6 +1,4 @@
-"""A time limit for a call into code that is not ours, which may be a loop, a wait for a network, or
-C code that never lets Python run.
-"""
+"""A time limit for calls into foreign code, such as a loop, a network wait or C code."""
 
 import ctypes
 import faulthandler
@@ -15,44 +13,46 @@ from raywarp.storage.locks import locked
 
 Result = TypeVar("Result")
 STUCK_PREFIX = "raywarp-stuck-"
-GRACE_SECONDS = 5.0  # for the call to end after it was interrupted, before its process does
+GRACE_SECONDS = 5.0  # an interrupted call that lasts longer than this ends its process
 
 
 class TimeLimitError(Exception):
-    """The call took longer than it may; the message says so in seconds."""
+    """The call took longer than its limit. The message gives the limit in seconds."""
 
 
 class _Interrupt(BaseException):
-    """Raised in the middle of the call; no Exception, so that the callee's own handlers let it
-    pass.
+    """Raised in the middle of the call.
+
+    It is no Exception, so the callee's own handlers let it pass.
     """
 
 
 class TimeLimit:
-    """Calls functions with a limit, one at a time.
+    """Calls functions with a time limit, one at a time.
 
-    Python code is interrupted where it is. What does not end within GRACE_SECONDS of that (C code,
-    a wait in the kernel) takes its process with it: `faulthandler` ends it from a thread that needs
-    no interpreter, and leaves the stack in a file of this name, by which the process that takes its
-    place knows that the call must not be repeated.
+    Python code is interrupted where it is. Other code, such as C code or a wait in the kernel, may
+    not end within GRACE_SECONDS after that. Then `faulthandler` ends the process, from a thread
+    that needs no interpreter. It leaves the stack in a file of this name. From that file the next
+    process knows that the call must not be repeated.
 
     Args:
         seconds: None for no limit.
-        name: unique to whoever calls, and the same after a restart.
+        name: unique to the caller, and the same after a restart.
     """
 
     def __init__(self, seconds: float | None, name: str):
         self.seconds, self._stack = seconds, Path(tempfile.gettempdir()) / f"{STUCK_PREFIX}{name}"
         self._last_words = ""
         for path in scratch.left(STUCK_PREFIX):
-            if not path.stat().st_size:  # of a process that was killed in a call, and not by us
+            # An empty file is of a process that others killed during a call.
+            if not path.stat().st_size:
                 path.unlink()
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """The function's result.
+        """Return the function's result.
 
         Raises:
-            TimeLimitError: it took longer, in this process or in the one before.
+            TimeLimitError: the call took too long, in this process or in the one before.
         """
         if self.seconds is None:
             return function()
@@ -101,6 +101,5 @@ class TimeLimit:
             timer.cancel()
             with lock:
                 over.set()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread), None
-            )  # one that came when the call was over
+            # Clear an interrupt that came when the call was over.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)

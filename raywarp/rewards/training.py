@@ -1,6 +1,4 @@
-"""Reward models from preferences: Bradley–Terry training on Ray Train's TorchTrainer, resumable by
-the same command.
-"""
+"""Bradley–Terry training of a reward model on Ray Train, resumable by the same command."""
 
 import json
 import math
@@ -47,9 +45,16 @@ from raywarp.storage.sealed import (
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """folder: loads by AutoModelForSequenceClassification. accuracy: pairwise, on `pairs` held-out
-    test pairs; accuracy_ci: its 95 % interval. best_step: the step whose weights were kept, of
-    `steps`. already_complete: nothing was done.
+    """The result of a reward model's training.
+
+    Attributes:
+        folder: holds the model, for AutoModelForSequenceClassification.
+        accuracy: pairwise accuracy on held-out test pairs.
+        accuracy_ci: its 95 % interval.
+        pairs: number of test pairs.
+        steps: number of steps.
+        best_step: the step whose weights were kept.
+        already_complete: the model was finished before, and nothing was done.
     """
 
     folder: Path
@@ -64,15 +69,17 @@ class RewardSummary:
 def train_reward(
     config: Config, inputs: RewardInputs | None = None, display: Display | None = None
 ) -> RewardSummary:
-    """Train the reward model into the folder config.out, continuing where a killed run stopped; Ray
-    must be initialised.
+    """Train the reward model into the folder config.out. Continue where a killed run stopped.
+
+    Ray must be initialised.
 
     Args:
         inputs: what prepare_reward returned, if it was called.
+        display: shows the progress.
 
     Raises:
-        ConfigError: as prepare_reward does, and for a cluster without the resources.
-        ray.train.TrainingFailedError: a worker died; the same call continues from its last
+        ConfigError: as in prepare_reward, or the cluster lacks the resources.
+        ray.train.TrainingFailedError: a worker died. The same call continues from its last
             checkpoint.
     """
     out, training, display = (
@@ -105,8 +112,9 @@ def train_reward(
 
 
 def _snapshot_problem(run: Path) -> str | None:
-    """What keeps Ray Train (2.60) from continuing by its list of checkpoints, which it replaces in
-    place: a kill may leave half of it.
+    """Return why Ray Train (2.60) cannot continue by its list of checkpoints, if it cannot.
+
+    Ray Train overwrites the list in place, so a kill may leave half of it.
     """
     path, there = (
         run / "checkpoint_manager_snapshot.json",
@@ -151,9 +159,7 @@ def _run_trainer(job: dict[str, Any], workers: int, use_gpu: bool, work: Path) -
 
 
 def _train_worker(job: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: train, validate and checkpoint; the first one tests and
-    writes the model.
-    """
+    """Train, validate and checkpoint in each worker. The first tests and writes the model."""
     config, context, out = (
         Config.model_validate(job["config"]),
         ray.train.get_context(),
@@ -193,14 +199,14 @@ def _train_worker(job: dict[str, Any]) -> None:
             _validate(trainer, validation, out, first)
     if first:
         _test_and_export(trainer, test, job["backbone"], config, out / WORK / "model")
-    ray.train.report(
-        {"step": trainer.step}
-    )  # also a barrier: nobody leaves before the model is written
+    # The report is also a barrier: no worker leaves before the model is written.
+    ray.train.report({"step": trainer.step})
 
 
 def _resume(trainer: PairTrainer) -> str | None:
-    """Load the last checkpoint, if there is one; why it could not be used, if so. Every worker
-    reads the same, and comes to the same.
+    """Load the last checkpoint, if there is one. Return why it could not be used, if so.
+
+    Every worker reads the same checkpoint, and comes to the same result.
     """
     if (checkpoint := ray.train.get_checkpoint()) is None:
         return None
@@ -214,7 +220,7 @@ def _resume(trainer: PairTrainer) -> str | None:
 
 
 def _lost_rows(metrics: Path, rows: Sequence[dict[str, Any]], steps: int) -> str:
-    """What the file lacks of the steps that were done, in words; empty where it has them all."""
+    """Return in words which finished steps the file lacks, or "" where it has them all."""
     lost = set(range(1, steps + 1)) - {row["step"] for row in rows if "loss" in row}
     return (
         f"{metrics} lacks {len(lost)} of the first {steps} steps; how the training went there is"
@@ -227,9 +233,8 @@ def _lost_rows(metrics: Path, rows: Sequence[dict[str, Any]], steps: int) -> str
 def _parallel(model: Any) -> Any:
     if ray.train.get_context().get_world_size() == 1:
         return model
-    return prepare_model(
-        model, parallel_strategy_kwargs={"broadcast_buffers": False}
-    )  # several forward passes precede one backward
+    # Buffers are not broadcast, because several forward passes precede one backward pass.
+    return prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
 
 
 def _validate(trainer: PairTrainer, pairs: Sequence[Preference], out: Path, first: bool) -> None:
@@ -267,8 +272,9 @@ def _test_and_export(
 
 
 def _move_model(out: Path) -> None:
-    """Move the finished model's files into their place, reward.json last: with it the folder counts
-    as complete.
+    """Move the finished model's files into their folder, reward.json last.
+
+    The folder counts as complete once it has reward.json.
     """
     files = sorted(
         (out / WORK / "model").iterdir(),
@@ -294,7 +300,7 @@ def _summary(out: Path, already_complete: bool = False) -> RewardSummary:
 
 
 def _check_workers(config: Config) -> bool:
-    """Whether the workers get GPUs; raises ConfigError where the cluster cannot hold them."""
+    """Return whether the workers get GPUs. Raise ConfigError if the cluster is too small."""
     training, cluster = config.reward_training, ray.cluster_resources()
     workers = training.num_workers
     use_gpu = training.use_gpu if training.use_gpu is not None else cluster.get("GPU", 0) >= 1
@@ -308,7 +314,7 @@ def _check_workers(config: Config) -> bool:
 
 
 def _config_error(failure: BaseException | None) -> ConfigError | None:
-    """The ConfigError that a worker raised, inside whatever Ray put around it."""
+    """Return the ConfigError that a worker raised, without Ray's wrapping."""
     while failure is not None and not isinstance(failure, ConfigError):
         failure = (
             getattr(failure, "_base_exc", None)

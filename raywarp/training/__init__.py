@@ -1,3 +1,1 @@
-"""Fine-tuning on the cluster: the session, its actors, policies in turn, and the evaluation of a
-front.
-"""
+"""Training of policies: a run's session, its actors, fine-tuning, evaluation and timing."""

@@ -1,6 +1,4 @@
-"""How the actors of a run are made: of which class, where, with what; and made anew where one has
-died.
-"""
+"""Creation of a run's Ray actors: their classes, resources, environment and arguments."""
 
 import contextlib
 import os
@@ -26,27 +24,24 @@ from raywarp.rollout.worker import RolloutWorker
 from raywarp.training.policy_actor import PolicyActor
 
 VLLM_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": (
-        "0"
-    ),  # the actor is the engine's process: no second one to lose, and a faster start
+    # The engine runs in the actor's process: no second one can be lost, and it starts faster.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": (
-        "ERROR"
-    ),  # a warning for each weight that a swap leaves as it is (vLLM 0.32)
+    # vLLM 0.32 warns of each weight that a swap does not change.
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 VLLM_CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": (
-        "1"
-    ),  # else the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32)
+    # Otherwise the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32).
+    "TORCHDYNAMO_DISABLE": "1",
 }
-FEWEST_TOKENS = 8  # that an engine takes, so that shorter runs' engines can be proven, too
+FEWEST_TOKENS = 8  # lowest max_model_len, so that the engines of shorter runs can be proven too
 REWARD_TITLES = ("reward worker", "control worker")
 
 
 @dataclass(frozen=True)
 class Kinds:
-    """The classes of the actors: a benchmark puts waits in the place of their work."""
+    """The classes of the actors. A benchmark replaces their work by waits."""
 
     worker: type[RolloutWorker] = RolloutWorker
     policy: type[PolicyActor] = PolicyActor
@@ -57,10 +52,12 @@ REAL = Kinds()
 
 
 class Actors:
-    """Makes all actors of a run; what it has made and reserved goes with `stop`.
+    """Creates all actors of a run. `stop` removes them and their placement groups.
 
     Args:
-        model: folder or hub id. dtype: of the base. prompt_tokens: the longest prompt.
+        model: folder or hub id.
+        dtype: of the base model.
+        prompt_tokens: length of the longest prompt, in tokens.
     """
 
     def __init__(
@@ -101,12 +98,13 @@ class Actors:
         )
         self.groups: dict[str, list[PlacementGroup | None]] = {}
         self.made: list[Any] = []
-        self.places: list[ActorSlot] = []
+        self.slots: list[ActorSlot] = []
         self.worker_names: list[str] = []
 
     def workers(self) -> list[Any]:
-        """The rollout workers. Ray starts one that dies again, as often as that happens; the pool
-        counts.
+        """Return the rollout workers.
+
+        Ray restarts a worker as often as it dies. The pool counts its deaths.
         """
         groups = self._reserve(self.plan.rollout, "rollout")
         self.worker_names = [
@@ -115,8 +113,9 @@ class Actors:
         return [self._worker(index) for index in range(len(groups))]
 
     def worker_again(self, index: int) -> Any:
-        """Another rollout worker of the same name, for one that has lost its node and finds no
-        other; it comes when there is room.
+        """Replace a rollout worker that lost its node and has found no other.
+
+        The new one has the same name, and starts when there is room.
         """
         with contextlib.suppress(RayError, ValueError):
             ray.kill(ray.get_actor(self.worker_names[index]))
@@ -141,8 +140,11 @@ class Actors:
         )
 
     def pool(self) -> Any:
-        """Where the driver is, which no run survives: Ray takes any node for what needs nothing,
-        and its loss would take the pool along. With a soft affinity, too (2.60).
+        """Return the rollout pool, which is placed on the driver's node.
+
+        No run survives the loss of the driver's node. Otherwise Ray places an actor without
+        resources on any node, also under a soft affinity (Ray 2.60). The loss of that node would
+        end the pool.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         name = placement_groups.unique_name("raywarp-pool", 1)
@@ -182,17 +184,18 @@ class Actors:
             return make
 
         again = partial(self._ask_again, "policy")
-        self.places = [
+        self.slots = [
             ActorSlot(f"policy actor {n}", maker(n), group, partial(again, n - 1))
             for n, group in enumerate(groups, 1)
         ]
-        for place in self.places:
-            place.renew()
-        return self.places
+        for slot in self.slots:
+            slot.renew()
+        return self.slots
 
     def rewards(self) -> list[Any]:
-        """The reward worker, and that of the control score if there is one. Ray starts them again
-        and repeats their calls.
+        """Return the reward worker, and the worker of the control score if there is one.
+
+        Ray restarts them and repeats their calls.
         """
         sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
         sources = [
@@ -200,10 +203,8 @@ class Actors:
             for source in sources
         ]
         groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
-        restart = {
-            "max_restarts": -1,
-            "max_task_retries": -1,
-        }  # a retry is spent on a worker that is only not there yet (Ray 2.60)
+        # Retries are unlimited, because Ray 2.60 also counts one for a worker that is restarting.
+        restart = {"max_restarts": -1, "max_task_retries": -1}
         common = (self.config.trust_remote_code, self.plan.threads)
         return [
             self._make(
@@ -250,9 +251,12 @@ class Actors:
         *arguments: Any,
         watched: bool = False,
     ) -> Any:
-        """watched: it answers while it works, in a thread of the concurrency group `watch`; and
-        while it has calls that wait for others' results, behind which Ray would hold back the
-        question.
+        """Create an actor.
+
+        Args:
+            watched: it answers in a thread of its own while it works (health.GROUP). It also
+                answers while calls wait for others' results, behind which Ray would hold the
+                question back.
         """
         also: dict[str, Any] = (
             {"concurrency_groups": {health.GROUP: 1}, "allow_out_of_order_execution": True}
@@ -269,7 +273,8 @@ class Actors:
 
 
 def _python_path() -> str:
-    """The driver's folder first: a user's reward module lies there, and on a cluster's node the
-    worker may start elsewhere.
+    """Return the PYTHONPATH of the actors, with the driver's folder first.
+
+    A user's reward module is in that folder, and on another node the worker may start elsewhere.
     """
     return os.pathsep.join(part for part in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if part)

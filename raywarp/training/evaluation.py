@@ -1,4 +1,4 @@
-"""A point of the front while it is measured, and its completions and scores afterwards."""
+"""The measurement of a point of the front: its completions, rewards, control scores and KL."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +13,7 @@ from raywarp.training.session import Session
 
 
 class PendingPoint:
-    """One adapter's completions of the prompts, under way; asked for again if whoever worked on it
-    dies.
-    """
+    """The pending completions of one adapter. They are requested again if an actor dies."""
 
     def __init__(self, session: Session, request: Request, prompts: Sequence[Prompt]):
         self.session, self.request, self.prompts = session, request, prompts
@@ -23,8 +21,8 @@ class PendingPoint:
 
     def measure(self, rollouts: list[Any]) -> None:
         """Ask for everything that follows from the rollouts."""
-        session, place = self.session, self.session.next_policy()
-        kl = place.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
+        session, slot = self.session, self.session.next_policy()
+        kl = slot.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
         scorers = [session.reward, *([session.control] if session.control else [])]
         self.refs = [kl, *(scorer.submit(self.prompts, rollouts) for scorer in scorers), *rollouts]
 
@@ -54,7 +52,7 @@ class PendingPoint:
 
 
 def sft_scores(session: Session, prompts: Sequence[Prompt]) -> list[float]:
-    """The reward of one SFT completion per prompt."""
+    """Return the reward of one SFT completion per prompt."""
     session.start()
     seeds = [derive_seed(session.config.seed, "standardise", n) for n in range(len(prompts))]
     request = Request([prompt.token_ids for prompt in prompts], seeds, SFT)
@@ -74,11 +72,15 @@ def submit_points(
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
 ) -> list[PendingPoint]:
-    """Ask for completions, rewards, control scores and KL of base + delta for each; nothing is
-    waited for.
+    """Ask for completions, rewards, control scores and KL of base + delta, without waiting.
 
-    Where the engine can mix adapters, each of its calls has all of them and a share of the prompts;
-    else a call has one.
+    If the engine can mix adapters, each of its calls has all adapters and a share of the prompts.
+    Otherwise a call has one adapter.
+
+    Args:
+        deltas: task vectors of the points. None or rank 0 stands for the SFT model.
+        prompts: N prompts.
+        seeds: N sampling seeds, one per prompt.
     """
     session.start()
     adapters = [
@@ -108,8 +110,11 @@ def evaluate(
     held_out: Sequence[Prompt],
     done: Callable[[Point], None],
 ) -> list[tuple[Point, Scored]]:
-    """Measure all points; generation, scores and KL passes of different points overlap. `done`
-    hears of each as it is there.
+    """Measure all points. Generation, scores and KL passes of different points overlap.
+
+    Args:
+        held_out: prompts, of which the first config.front.prompts are used.
+        done: is called with each point once it is measured.
     """
     chosen = held_out[: config.front.prompts]
     prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]

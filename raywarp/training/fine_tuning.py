@@ -1,6 +1,4 @@
-"""Stage 1 of one iteration, come what may: policies on their actors, and those of a dead actor
-continued from their checkpoints.
-"""
+"""Stage 1: fine-tune the policies. When an actor dies, resume its policies from checkpoints."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +16,19 @@ from raywarp.run.policy_files import Job
 from raywarp.storage.sealed import StoreError
 from raywarp.training.policy_actor import task_name
 
-TICK = 0.25  # seconds between two looks at everything but the policies' events
+TICK = 0.25  # seconds between two checks of everything but the policies' events
 
 
 @dataclass
 class PolicyProgress:
     """How far one policy has come.
 
-    step, furthest: finished steps, now and ever. resumed: the step of the checkpoint that it went
-    on from. lost_at, lost_step: when it was lost, and how far it was then.
+    Attributes:
+        step: finished steps at present.
+        furthest: the most finished steps so far.
+        resumed: step of the checkpoint that it was resumed from.
+        lost_at: when its actor was lost, on the monotonic clock.
+        lost_step: its step at that time.
     """
 
     job: Job
@@ -41,9 +43,13 @@ class PolicyProgress:
 
 @dataclass
 class Stream:
-    """Jobs that were given to an actor, and what it tells of them. heard: it has begun."""
+    """Jobs that an actor was given, with the events that it sends.
 
-    place: ActorSlot
+    Attributes:
+        heard: the actor has sent an event.
+    """
+
+    slot: ActorSlot
     jobs: list[Job]
     events: Any
     since: float = field(default_factory=time.monotonic)
@@ -52,41 +58,41 @@ class Stream:
 
 @dataclass(frozen=True)
 class Lost:
-    """Jobs whose actor is to be made anew, and when; where its node is gone, as soon as Ray has
-    noticed, but not later than `latest`.
+    """Jobs whose actor is to be replaced when due, once Ray has noticed the loss of its node.
+
+    If Ray has not noticed it by `latest`, the actor is replaced then.
     """
 
-    place: ActorSlot
+    slot: ActorSlot
     jobs: list[Job]
     due: float
     latest: float
 
     def is_due(self) -> bool:
         now = time.monotonic()
-        return now >= self.due and (now >= self.latest or self.place.has_ground())
+        return now >= self.due and (now >= self.latest or self.slot.has_ground())
 
 
 class FineTuning:
-    """The jobs of one iteration.
+    """The fine-tuning of one iteration's jobs.
 
     Args:
-        places: the policy actors.
-        work: what every job gets: init, prompts, pool and reward.
-        tick: looks after everything but the policy actors, and raises what ends the run; returns
-            whether any of that is at work.
+        slots: those of the policy actors.
+        work: what every job gets: init, prompts, pool, reward and proof.
+        tick: checks all other actors, and raises what ends the run. Returns whether one works.
     """
 
     def __init__(
         self,
         config: Config,
-        places: Sequence[ActorSlot],
+        slots: Sequence[ActorSlot],
         work: Sequence[Any],
         tick: Callable[[], bool],
         report: health.Report,
     ):
-        self.config, self.places, self.work, self.tick, self.report = (
+        self.config, self.slots, self.work, self.tick, self.report = (
             config,
-            places,
+            slots,
             work,
             tick,
             report,
@@ -100,19 +106,18 @@ class FineTuning:
         self.standstill = health.Standstill()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
-        """Yields the policies' events: resumed (also after a death: the steps behind it are done
-        again), step, done.
+        """Yield the policies' events: resumed (after a death too, so steps may repeat), step, done.
 
         Raises:
-            FaultError: a policy failed more than cluster.max_failures times without getting on.
-            Stopped, and whatever a job raised: after a checkpoint of every policy.
+            FaultError: a policy failed more than cluster.max_failures times without progress.
+            Stopped: as any exception of a job, it is raised after a checkpoint of every policy.
         """
         self.courses = {
             job.key: PolicyProgress(job, Failures(self.config.cluster.max_failures)) for job in jobs
         }
-        for slot, place in enumerate(self.places):
-            if own := list(jobs[slot :: len(self.places)]):
-                self._give(place, own)
+        for number, slot in enumerate(self.slots):
+            if own := list(jobs[number :: len(self.slots)]):
+                self._give(slot, own)
         self.trainers = len(self.streams)
         try:
             while self.streams or self.waiting:
@@ -123,11 +128,11 @@ class FineTuning:
             self._save(isinstance(error, KeyboardInterrupt) or runtime.is_requested())
             raise
 
-    def _give(self, place: ActorSlot, jobs: list[Job]) -> None:
-        events = place.actor.fine_tune.options(
-            num_returns="streaming", name=task_name(jobs)
-        ).remote(jobs, *self.work)
-        self.streams.append(Stream(place, jobs, events))
+    def _give(self, slot: ActorSlot, jobs: list[Job]) -> None:
+        events = slot.actor.fine_tune.options(num_returns="streaming", name=task_name(jobs)).remote(
+            jobs, *self.work
+        )
+        self.streams.append(Stream(slot, jobs, events))
 
     def _next_event(self) -> Iterator[dict[str, Any]]:
         if not self.streams:
@@ -151,9 +156,9 @@ class FineTuning:
             if not faults.is_survivable(error):
                 self.streams.remove(stream)
                 if not isinstance(cause := faults.cause_of(error), StoreError):
-                    self.saved |= {job.key for job in stream.jobs}  # by the actor, before it raised
+                    self.saved |= {job.key for job in stream.jobs}  # the actor saved, then raised
                 raise cause from None
-            self._lost(stream.place, error)
+            self._lost(stream.slot, error)
         else:
             stream.heard = True
             if event["event"] == "fault":
@@ -201,19 +206,17 @@ class FineTuning:
             )
             course.lost_at = None
 
-    def _lost(self, place: ActorSlot, error: RayError) -> None:
-        """The actor, or its work, is gone: say so for every policy that it had, and make it anew
-        after a pause.
-        """
-        cause = place.cause(error)
-        ours = [stream for stream in self.streams if stream.place is place]
-        self.streams = [stream for stream in self.streams if stream.place is not place]
+    def _lost(self, slot: ActorSlot, error: RayError) -> None:
+        """Report a lost actor for each of its policies, and plan its replacement after a pause."""
+        cause = slot.cause(error)
+        ours = [stream for stream in self.streams if stream.slot is slot]
+        self.streams = [stream for stream in self.streams if stream.slot is not slot]
         jobs = [job for stream in ours for job in stream.jobs if not self.courses[job.key].done]
         pause, text = 0.0, faults.explain(error)
         for course in (self.courses[job.key] for job in jobs):
             self.report(
                 "fault",
-                what=place.name,
+                what=slot.name,
                 **course.job.label,
                 step=course.step,
                 cause=cause,
@@ -226,54 +229,52 @@ class FineTuning:
             pause = max(pause, course.failures.pause())
         now = time.monotonic()
         self.waiting.append(
-            Lost(place, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds)
+            Lost(slot, jobs, now + pause, now + pause + self.config.cluster.timeout_seconds)
         )
 
     def _renew_what_is_due(self) -> None:
         due = [lost for lost in self.waiting if lost.is_due()]
         self.waiting = [lost for lost in self.waiting if lost not in due]
         for lost in due:
-            lost.place.renew()
+            lost.slot.renew()
             if lost.jobs:
-                self._give(lost.place, lost.jobs)
+                self._give(lost.slot, lost.jobs)
 
     def _look_after(self) -> None:
         runtime.check()
         others_work = self.tick()
         for stream in list(self.streams):
-            if stream.heard or placement_groups.is_found(stream.place.group):
-                if text := hang_of(stream.place, self.config.cluster.hang_seconds):
+            if stream.heard or placement_groups.is_found(stream.slot.group):
+                if text := hang_of(stream.slot, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
-                        self._report_hang(stream.place, self.courses[job.key], text)
+                        self._report_hang(stream.slot, self.courses[job.key], text)
             elif time.monotonic() - stream.since > self.config.cluster.timeout_seconds:
                 self._move(stream)
         at_work = (
             others_work
             or bool(self.waiting)
-            or any(not stream.heard or stream.place.at_work for stream in self.streams)
+            or any(not stream.heard or stream.slot.at_work for stream in self.streams)
         )
         if self.standstill.lasts(at_work, self.config.cluster.hang_seconds):
             self._end_standstill()
 
     def _end_standstill(self) -> None:
-        """Completions or scores that were asked for do not come any more: the policies ask again,
-        in new actors.
-        """
+        """Replace the policy actors, since the results that they asked for no longer arrive."""
         text = (
             f"has waited for {self.standstill.seconds:.0f} s for completions or scores that nobody"
             " works at; started again"
         )
         for stream in self.streams:
             for job in stream.jobs:
-                self._report_hang(stream.place, self.courses[job.key], text)
-            stream.place.give_up()
+                self._report_hang(stream.slot, self.courses[job.key], text)
+            stream.slot.give_up()
         self.standstill.over()
 
-    def _report_hang(self, place: ActorSlot, course: PolicyProgress, text: str) -> None:
+    def _report_hang(self, slot: ActorSlot, course: PolicyProgress, text: str) -> None:
         if not course.done:
             self.report(
                 "hang",
-                what=place.name,
+                what=slot.name,
                 **course.job.label,
                 step=course.step,
                 cause=faults.HANG,
@@ -281,33 +282,31 @@ class FineTuning:
             )
 
     def _move(self, stream: Stream) -> None:
-        """There is no room for this actor any more: its policies go to those that are there, one
-        after another.
-        """
-        away = [lost.place for lost in self.waiting] + [
-            other.place for other in self.streams if not other.heard
+        """Give the policies of an actor that no node has room for to the least loaded actor."""
+        away = [lost.slot for lost in self.waiting] + [
+            other.slot for other in self.streams if not other.heard
         ]
-        others = [place for place in self.places if not place.gone and place not in away]
+        others = [slot for slot in self.slots if not slot.gone and slot not in away]
         if not others:
-            raise stream.place.no_room(self.config.cluster.timeout_seconds)
+            raise stream.slot.no_room(self.config.cluster.timeout_seconds)
         target = min(others, key=self._load)
         self.streams.remove(stream)
-        stream.place.leave()
+        stream.slot.leave()
         for job in stream.jobs:
             self.report(
                 "moved",
-                what=stream.place.name,
+                what=stream.slot.name,
                 **job.label,
                 message=f"no room for it: {placement_groups.lack()}; to {target.name}",
             )
         self._give(target, stream.jobs)
 
-    def _load(self, place: ActorSlot) -> int:
-        """Policies that an actor still has to train."""
+    def _load(self, slot: ActorSlot) -> int:
+        """Return the number of policies that an actor still has to train."""
         return sum(
             not self.courses[job.key].done
             for stream in self.streams
-            if stream.place is place
+            if stream.slot is slot
             for job in stream.jobs
         )
 
@@ -327,16 +326,17 @@ class FineTuning:
         )
 
     def _save(self, at_once: bool) -> None:
-        """Every policy that is under way makes a checkpoint of its last finished step: after a
-        signal in the little time that there may be, else when the step that is under way is over.
+        """Let every policy that is being trained save its last finished step.
+
+        After a signal there is little time. Otherwise wait for the end of the present step.
         """
         deadline = time.monotonic() + (
             runtime.SAVE_SECONDS if at_once else self.config.cluster.hang_seconds
         )
         streams = [stream for stream in self.streams if stream.heard]
         open_jobs = [course for course in self.courses.values() if not course.done]
-        for place in {id(stream.place): stream.place for stream in streams}.values():
-            place.actor.stop.remote()
+        for slot in {id(stream.slot): stream.slot for stream in streams}.values():
+            slot.actor.stop.remote()
         while streams and (left := deadline - time.monotonic()) > 0:
             ready, _ = ray.wait(
                 [stream.events for stream in streams],
@@ -375,22 +375,23 @@ class FineTuning:
         )
 
 
-def hang_of(place: ActorSlot, hang_seconds: float) -> str:
-    """How a policy actor hangs, with its stack if it still tells, after which it is killed; empty
-    where it does not hang.
+def hang_of(slot: ActorSlot, hang_seconds: float) -> str:
+    """Kill a policy actor that hangs, and return how it hangs, with its stack if it still answers.
+
+    The result is "" where it does not hang.
     """
     try:
-        process = place.poll()
+        process = slot.poll()
     except RayError:
-        return ""  # it is dead, as whoever waits for its work is about to hear
+        return ""  # it is dead, and its pending calls are about to fail
     if process is not None and process.working > hang_seconds:
         text = (
             f"at work for {process.working:.0f} s without an end, in process"
-            f" {process.id}:\n{health.stack_of(place.actor)}"
+            f" {process.id}:\n{health.stack_of(slot.actor)}"
         )
-    elif place.pulse.hangs(hang_seconds):
-        text = f"its process has not answered for {place.pulse.silent:.0f} s, so there is no stack"
+    elif slot.pulse.hangs(hang_seconds):
+        text = f"its process has not answered for {slot.pulse.silent:.0f} s, so there is no stack"
     else:
         return ""
-    place.give_up()
+    slot.give_up()
     return text

@@ -1,8 +1,7 @@
-"""The Ray actor that fine-tunes policies: one base model, and every policy it was given in turn,
-whichever has its rollouts.
+"""The Ray actor that fine-tunes policies: one base model, and every policy it was given.
 
-While one policy updates, the shared rollout workers generate for another; within a policy every
-batch is on-policy.
+It turns to the policy whose rollouts are ready. While one policy updates, the shared rollout
+workers generate for another. Within a policy every batch is on-policy.
 """
 
 import functools
@@ -10,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,7 +19,7 @@ from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
-from raywarp.data.text import Completion, Prompt
+from raywarp.data.text import Prompt
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.model.batches import collate, micro_batches
 from raywarp.rewards.actor import Scorer
@@ -38,22 +36,21 @@ from raywarp.rollout.protocol import (
     submit,
     work_of,
 )
-from raywarp.rollout.transport import digest
-from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
-from raywarp.storage.sealed import DamagedError, read_jsonl
+from raywarp.run.policy_files import Job
+from raywarp.training.checkpoints import Progress, finished_metrics
 
-# imported where the actor runs: transformers and PEFT take seconds, and a driver only hands the
-# class on
+# Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:
     from raywarp.model.policy import Policy
     from raywarp.rollout.effect_probe import Reference
 
-STOP_SECONDS = 0.1  # seconds between two looks at whether to stop, while nothing else is to be done
+STOP_SECONDS = 0.1  # time between two checks of whether to stop, while there is no other work
 
 
 def task_name(jobs: Sequence[Job]) -> str:
-    """What the dashboard and the process's title say that an actor is at work on:
-    PolicyActor.fine_tune iteration 1 policies 1, 3.
+    """Return the name of an actor's task, for the dashboard and the process's title.
+
+    For example PolicyActor.fine_tune iteration 1 policies 1, 3.
     """
     indices = ", ".join(str(job.index) for job in jobs)
     return (
@@ -62,39 +59,15 @@ def task_name(jobs: Sequence[Job]) -> str:
     )
 
 
-@dataclass
-class Progress:
-    """A job under way: its policy and files, the metrics of its steps so far, and the rollouts it
-    waits for.
-
-    requested: when it asked for them, in Unix seconds. probed: the sampler's log-probs of the probe
-    without and with its adapter, where they were asked for. saved_step: of its last checkpoint.
-    discarded: why older ones could not be used.
-    """
-
-    job: Job
-    policy: "Policy"
-    files: PolicyFiles
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
-    adapter: Adapter = SFT
-    rollouts: list[Any] = field(default_factory=list)
-    request_seconds: float = 0.0
-    requested: float = 0.0
-    probed: Any = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    saved_step: int = 0
-    discarded: list[str] = field(default_factory=list)
-
-
 class PolicyActor:
-    """Holds the base across iterations. Its methods are called one at a time, but for those by
-    which it is watched.
+    """Holds the base model across iterations. Its methods run one at a time.
+
+    Those of the concurrency group "watch" run beside the others.
 
     Args:
         model: folder or hub id of the SFT model.
         dtype: float32 or bfloat16.
-        threads: of torch on a CPU; None leaves torch's own choice.
+        threads: CPU threads of torch. None leaves torch's own choice.
     """
 
     def __init__(self, config: Config, model: str, dtype: str, threads: int | None):
@@ -106,21 +79,21 @@ class PolicyActor:
 
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
-        """Answered while a policy is updated."""
+        """Return what this process does. It answers while a policy is updated."""
         return Process.here(self.working_since, busy=self.work.busy)
 
     @ray.method(concurrency_group=GROUP)
     def stop(self) -> None:
-        """Let fine_tune save every policy and end, as soon as no update is under way."""
+        """Let fine_tune save every policy and end, as soon as no update is running."""
         self.stopping.set()
 
     @ray.method(concurrency_group=GROUP)
     def stack(self) -> str:
-        """Where fine_tune is."""
+        """Return the stack of fine_tune."""
         return stack_here(self.thread)
 
     def start(self) -> AdapterDelta:
-        """Load the base; returns the change of the SFT model, rank 0 in every adapted module.
+        """Load the base. Return the SFT model's task vector, of rank 0 in every adapted module.
 
         Raises:
             ConfigError: lora.target_modules does not fit the model.
@@ -141,8 +114,9 @@ class PolicyActor:
         return self.model.zero_delta()
 
     def reference(self, texts: Sequence[Sequence[int]], longest: int, tokens: int) -> "Reference":
-        """The probe, a synthetic adapter, and what it does in the trainer; see probe.make_probe for
-        the arguments.
+        """Return the probe, a synthetic adapter, and its effect in the trainer.
+
+        See effect_probe.make_probe for the arguments.
         """
         from raywarp.rollout.effect_probe import make_probe, reference
 
@@ -162,22 +136,22 @@ class PolicyActor:
         reward: Scorer,
         proof: Proof | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Train the jobs' policies to the end, yielding what happens: fault (a checkpoint that was
-        of no use), resumed (with the metrics so far), step, done; or stopped.
+        """Train the jobs' policies to the end, and yield their events.
+
+        Events are fault (an unusable checkpoint), resumed (with the metrics so far), step, done and
+        stopped.
 
         Args:
-            proof: by which the sampler is examined again every EVERY steps; None leaves that out.
+            proof: examines the sampler again every PROOF_STEPS steps. None leaves that out.
 
         Raises:
-            EffectError: the sampler does not run a policy as it is here, after a checkpoint of
-                every policy here.
-            RewardError: from the reward, after a checkpoint of every policy here.
+            EffectError: the sampler does not run a policy as this trainer does. Each policy is
+                saved before.
+            RewardError: the reward failed. Each policy is saved before.
             FaultError: the reward worker died again and again.
         """
-        self.thread, self.working_since = (
-            threading.get_ident(),
-            time.monotonic() + START_SECONDS,
-        )  # no hang before that
+        # The start counts as work only after START_SECONDS, so it is no hang before.
+        self.thread, self.working_since = threading.get_ident(), time.monotonic() + START_SECONDS
         self._load()
         self.working_since = time.monotonic()
         initial = init.fetch()
@@ -185,7 +159,7 @@ class PolicyActor:
         self.proof = proof
         under_way = []
         for job in jobs:
-            if (metrics := _finished_metrics(job)) is None:
+            if (metrics := finished_metrics(job)) is None:
                 under_way.append(self._start(job))
             else:
                 yield {
@@ -198,18 +172,8 @@ class PolicyActor:
         try:
             for progress in under_way:
                 for cause in progress.discarded:
-                    yield {
-                        "event": "fault",
-                        **progress.job.label,
-                        "step": progress.policy.step,
-                        "cause": cause,
-                    }
-                yield {
-                    "event": "resumed",
-                    **progress.job.label,
-                    "step": progress.policy.step,
-                    "metrics": progress.metrics,
-                }
+                    yield progress.event("fault", cause=cause)
+                yield progress.event("resumed", metrics=progress.metrics)
             self.started, self.busy_seconds = time.perf_counter(), 0.0
             waiting = {
                 self._request(p, init, prompts, pool, reward): p
@@ -221,11 +185,7 @@ class PolicyActor:
                 if self.stopping.is_set():
                     for progress in under_way:
                         self._checkpoint(progress)
-                        yield {
-                            "event": "stopped",
-                            **progress.job.label,
-                            "step": progress.policy.step,
-                        }
+                        yield progress.event("stopped")
                     return
                 self.working_since = None
                 ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_SECONDS)
@@ -241,7 +201,7 @@ class PolicyActor:
                     waiting[self._request(progress, init, prompts, pool, reward)] = progress
                 idle = time.perf_counter()
             for progress in under_way:
-                self._finish(progress, initial)
+                progress.save_result(initial)
                 yield {"event": "done", **progress.job.label}
         except Exception:
             for progress in under_way:
@@ -253,7 +213,7 @@ class PolicyActor:
                 progress.policy.close()
 
     def _work(self, row: Mapping[str, Any], requested: float) -> list[tuple[str, float, float]]:
-        """This actor's own for a step that is just over, as work_of has it."""
+        """Return this actor's spans of the step that has just ended, in the form of work_of."""
         now = time.time()
         return [
             (self.title, requested - row["request_seconds"], requested),
@@ -263,10 +223,10 @@ class PolicyActor:
     def kl_to_sft(
         self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any
     ) -> Scores:
-        """Full-vocabulary KL(π ‖ π_sft) of each completion, in nats, where π is the base with the
-        adapter's parts.
+        """Return the full-vocabulary KL(π ‖ π_sft) of each completion in nats.
 
         Args:
+            adapter: π is the base with its parts.
             prompts: token ids of N prompts.
             rollouts: the workers' Rollouts for them, in order.
         """
@@ -293,14 +253,14 @@ class PolicyActor:
 
     @functools.cached_property
     def title(self) -> str:
-        """What a run's time line calls it."""
+        """Return the actor's name in a run's time line."""
         number = re.match(
             r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or ""
         )
         return f"policy actor {number[1] if number else 1}"
 
     def _load(self) -> None:
-        """Make good for `start` in an actor that takes the place of one that died."""
+        """Load the base in an actor that replaced a dead one, and so was never told to start."""
         if not hasattr(self, "model"):
             self.start()
 
@@ -310,22 +270,8 @@ class PolicyActor:
         return Policy(self.model, self.config, job.iteration, job.index)
 
     def _start(self, job: Job) -> Progress:
-        """The policy as its newest checkpoint has it that is whole, or new."""
-        progress = Progress(job, self._new_policy(job), PolicyFiles(job.store, job.key))
-        for name in reversed(progress.files.checkpoints()):
-            try:
-                if checkpoint := progress.files.load_checkpoint(name):
-                    progress.policy.load_state(checkpoint.state)
-                    progress.metrics, progress.samples, progress.saved_step = (
-                        checkpoint.metrics,
-                        checkpoint.samples,
-                        checkpoint.step,
-                    )
-                    break
-            except DamagedError as error:
-                progress.discarded.append(str(error))
-                progress.files.discard(name)
-        return progress
+        """Resume the policy from its newest checkpoint that is whole, or begin it."""
+        return Progress.resume(job, self._new_policy(job))
 
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
@@ -338,7 +284,7 @@ class PolicyActor:
         pool: Any,
         reward: Scorer,
     ) -> Any:
-        """Ask for the next step's completions and their scores; the ref of the scores."""
+        """Ask for the next step's completions and their scores. Return the ref of the scores."""
         start = time.perf_counter()
         job, step, group = (
             progress.job,
@@ -390,14 +336,15 @@ class PolicyActor:
         self.busy_seconds += row["request_seconds"] + row["update_seconds"]
         row["trainer_busy"] = self.busy_seconds / (time.perf_counter() - self.started)
         progress.metrics.append(row)
-        progress.samples.append(_sample(step, progress.prompts, completions, scores))
+        progress.add_sample(step, completions, scores)
         if progress.policy.step % self.config.checkpoint_every == 0:
             self._checkpoint(progress)
         return row
 
     def _effect(self, progress: Progress) -> dict[str, float]:
-        """Metrics of what the adapter of the step did in the engine; before the first step, of the
-        synthetic one at the start.
+        """Return metrics of what the step's adapter did in the engine.
+
+        Before the first step they are those of the synthetic adapter at the start.
         """
         if (
             not self.proof
@@ -410,7 +357,7 @@ class PolicyActor:
         from raywarp.model.adapted import INIT
         from raywarp.rollout.effect_probe import score
 
-        self.working_since = None  # the pool may have other work before this
+        self.working_since = None  # the pool may do other work before this
         before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))
         self.working_since = time.monotonic()
         ours = score(
@@ -428,59 +375,17 @@ class PolicyActor:
         return found.metrics()
 
     def _checkpoint(self, progress: Progress) -> None:
-        """Everything up to the last finished step."""
-        policy, prompts = (
-            progress.policy,
-            self.config.optim.batch_size // self.config.rollout.completions_per_prompt,
-        )
-        if policy.step == progress.saved_step:
-            return
-        position = {
-            **progress.job.label,
-            "step": policy.step,
-            "prompts_drawn": policy.step * prompts,
-            "rollout_version": digest(policy.task_vector()),
-        }
-        progress.files.save_checkpoint(
-            Checkpoint(policy.state(), position, progress.metrics, progress.samples)
-        )
-        progress.saved_step = policy.step
-
-    def _finish(self, progress: Progress, init: AdapterDelta) -> None:
-        """The policy θ_m as a PEFT adapter on the SFT model: the init's columns, then its own r."""
-        progress.files.save_result(
-            add(init, progress.policy.task_vector()), progress.metrics, progress.samples
+        """Save everything up to the last finished step."""
+        progress.save_checkpoint(
+            self.config.optim.batch_size // self.config.rollout.completions_per_prompt
         )
 
 
 def _scores(ref: Any) -> Scores:
     try:
         scores: Scores = ray.get(ref)
-    except RayActorError as error:  # Ray has repeated the call as often as it was told to
+    except RayActorError as error:  # Ray has spent all retries of the call
         raise FaultError(
             f"the reward worker died again and again at one batch: {explain(error)}"
         ) from None
     return scores
-
-
-def _finished_metrics(job: Job) -> list[dict[str, Any]] | None:
-    """Those of a policy that an actor finished, and died before it could say so."""
-    try:
-        folder = job.store.fetch(f"policies/{job.key}")
-    except DamagedError:
-        return None
-    return read_jsonl(folder / "metrics.jsonl") if folder else None
-
-
-def _sample(
-    step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Sequence[float]
-) -> dict[str, Any]:
-    """The step's first prompt with its completion and reward, for whoever wants to see the policy
-    change.
-    """
-    return {
-        "step": step,
-        "prompt": prompts[0].text,
-        "completion": completions[0].text,
-        "reward": scores[0],
-    }

@@ -1,6 +1,4 @@
-"""What a run asks of its actors: to fine-tune policies, to sample and score; whichever of them may
-die meanwhile.
-"""
+"""The session of a run: its actors, which fine-tune, sample and score. It replaces dead ones."""
 
 import contextlib
 import itertools
@@ -25,38 +23,39 @@ from raywarp.model.device import run_dtype
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.pool import PoolReport
-from raywarp.rollout.proof import Proof, prove
-from raywarp.rollout.protocol import AdapterPart, Request
+from raywarp.rollout.proof import Proof
+from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
 from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds
 from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
+from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
 
 
 def log_event(event: str, **details: Any) -> None:
-    """Where nobody else listens."""
+    """Log an event of the actors, where no run records it."""
     logging.getLogger(__name__).warning(
         ", ".join([event, *(f"{name} {value}" for name, value in details.items())])
     )
 
 
 class Session:
-    """A context manager: the actors live inside it.
+    """A context manager that holds the actors of a run.
 
     Args:
         model: folder or hub id, already resolved.
-        prompt_tokens: the longest prompt, in tokens.
-        policies: whether policy actors are wanted, too.
-        shares: the cluster with others, who take what this one gives back: there is no waiting for
-            that, then.
-        report: is told what happens to the actors: `report("fault", what=…, cause=…, …)`; see
+        prompt_tokens: length of the longest prompt, in tokens.
+        policies: whether policy actors are needed too.
+        report: is called with events of the actors: `report("fault", what=…, cause=…, …)`. See
             Run.add_event.
-        check: is called when Ray is there, before anything is started.
-        lazy: the actors are started when something is first asked of them.
-        texts: token ids of some of the run's texts, on which the sampler is proven to run the
-            trainer's policies before anything else; tokens of the whole vocabulary take their
-            place. Without policies there is nothing to prove.
-        proves: whether that is done.
+        shares: whether other sessions take the resources that this one frees, so that it must not
+            wait for them.
+        check: is called once Ray is running, before any actor starts.
+        lazy: start the actors when they are first needed.
+        texts: token ids of some of the run's texts. The sampler is proven on them before anything
+            else. Without texts, tokens of the whole vocabulary are used. Without policies there is
+            no proof.
+        proves: whether the sampler is proven.
     """
 
     def __init__(
@@ -89,6 +88,7 @@ class Session:
         self._free_before: dict[str, float] = {}
         self._actors: Actors | None = None
         self._helpers: list[SupervisedActor] = []
+        self._startup = Startup(config, self.get)
         self._failures = Failures(config.cluster.max_failures)
         self.policies: list[ActorSlot] = []
         self.workers: list[Any] = []
@@ -102,7 +102,7 @@ class Session:
         return self
 
     def start(self) -> None:
-        """Make the actors, unless they are there."""
+        """Start the actors, unless they are running."""
         if self.is_started:
             return
         start_ray()
@@ -125,27 +125,23 @@ class Session:
             self.is_started = False
 
     def numerics(self) -> dict[str, Any]:
-        """The settings that decide a result's bits, as they turned out here: dtype, threads,
-        engine, adapter mode.
-        """
+        """Return the settings that decide a result's bits: dtype, threads, engine, adapter mode."""
         self.start()
         return {"dtype": self.dtype, "threads": self.plan.threads, **self.engine}
 
     @property
     def zero(self) -> AdapterDelta:
-        """The change that changes nothing, of the model's adapted weights."""
+        """The zero task vector of the model's adapted weights."""
         self.start()
         return self._zero
 
     def fine_tune(
         self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]
     ) -> Generator[dict[str, Any]]:
-        """Fine-tune all jobs on the policy actors, in turn and in parallel; yields their events as
-        they happen (see FineTuning.run).
+        """Fine-tune all jobs on the policy actors, and yield their events (see FineTuning.run).
 
-        To be closed where it is left before its end: it then saves what is under way.
-
-        Afterwards `timing` says where the time went.
+        Close the generator to end early: it then saves the policies in training. Afterwards
+        `timing` says where the time went.
         """
         if not jobs:
             self.timing = None
@@ -157,26 +153,26 @@ class Session:
         fine_tuning = FineTuning(self.config, self.present(), work, self._tick, self.report)
         yield from fine_tuning.run(jobs)
         report: PoolReport = self.get(self.pool.report.remote())
-        reward_seconds = max(
-            self._reward_seconds() - before, 0.0
-        )  # a worker that was started again counts from 0
+        # A reward worker that was restarted counts from 0.
+        reward_seconds = max(self._reward_seconds() - before, 0.0)
         self.timing = measure(
             fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds
         )
 
     def set_reward_statistics(self, mean: float, deviation: float) -> None:
-        """From now on a reward is (raw − mean) / deviation."""
+        """Standardise all later rewards as (raw − mean) / deviation."""
         self._statistics = (mean, deviation)
         if self.is_started:
             self.reward = Scorer(self.reward.actor, self._statistics)
 
     def persist(self, work: Callable[[], Any]) -> Any:
-        """The result of work that depends on nothing but itself: done again, with new policy actors
-        where they have died.
+        """Return the result of work that can be repeated.
+
+        If policy actors die, replace them and do the work again.
 
         Raises:
-            whatever it raised, where that was no death; FaultError: it was, more than
-            cluster.max_failures times without a success.
+            FaultError: actors died more than cluster.max_failures times without a success.
+            Exception: any other exception of the work.
         """
         while True:
             try:
@@ -190,31 +186,28 @@ class Session:
                 return result
 
     def present(self) -> list[ActorSlot]:
-        """The policy actors; one that was given up for want of room comes back once there is
-        some.
-        """
-        for place in self.policies:
-            if place.gone and placement_groups.is_found(place.group):
-                place.renew()
-        return [place for place in self.policies if not place.gone]
+        """Return the policy actors' slots. Renew a slot that was given up, if it has room again."""
+        for slot in self.policies:
+            if slot.gone and placement_groups.is_found(slot.group):
+                slot.renew()
+        return [slot for slot in self.policies if not slot.gone]
 
     def next_policy(self) -> ActorSlot:
-        """They take turns."""
-        place = self.present()[0]
-        self.policies.remove(place)
-        self.policies.append(place)
-        return place
+        """Return the slot whose turn it is."""
+        slot = self.present()[0]
+        self.policies.remove(slot)
+        self.policies.append(slot)
+        return slot
 
     @property
     def chunk(self) -> int:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
     def get(self, refs: Any) -> Any:
-        """ray.get, with an eye on the actors meanwhile.
+        """Return ray.get's result, and check the actors while it waits.
 
         Raises:
-            GetTimeoutError: everybody waits, and nobody works; what was asked for is to be asked
-                for again.
+            GetTimeoutError: every actor waits and none works. Ask for the results again.
         """
         wanted, standstill, seconds = (
             refs if isinstance(refs, list) else [refs],
@@ -224,11 +217,11 @@ class Session:
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
             runtime.check()
             at_work = self._tick() or not self._helpers
-            for place in self.policies:
-                if text := hang_of(place, seconds):
-                    self.report("hang", what=place.name, cause=faults.HANG, message=text)
+            for slot in self.policies:
+                if text := hang_of(slot, seconds):
+                    self.report("hang", what=slot.name, cause=faults.HANG, message=text)
             if standstill.lasts(
-                at_work or any(place.at_work for place in self.policies if not place.gone), seconds
+                at_work or any(slot.at_work for slot in self.policies if not slot.gone), seconds
             ):
                 text = (
                     f"nobody has worked for {standstill.seconds:.0f} s at what is waited for; it is"
@@ -239,7 +232,7 @@ class Session:
         return ray.get(refs)
 
     def _tick(self) -> bool:
-        """Look after the pool and the reward workers; whether one of them is at work."""
+        """Check the pool and the reward workers. Return whether one of them works."""
         for helper in self._helpers:
             helper.check()
         return any(helper.at_work for helper in self._helpers)
@@ -254,26 +247,21 @@ class Session:
             )
         time.sleep(self._failures.pause())
         deadline = time.monotonic() + self.config.cluster.timeout_seconds
-        for place in self.present():
+        for slot in self.present():
             try:
-                place.process = self.get(place.actor.pulse.remote())
+                slot.process = self.get(slot.actor.pulse.remote())
             except RayError as death:
                 self.report(
-                    "fault",
-                    what=place.name,
-                    cause=place.cause(death),
-                    message=faults.explain(death),
+                    "fault", what=slot.name, cause=slot.cause(death), message=faults.explain(death)
                 )
-                if place.await_room(deadline):
-                    place.renew()
+                if slot.await_room(deadline):
+                    slot.renew()
                 else:
-                    place.leave()
+                    slot.leave()
                     self.report(
-                        "lost",
-                        what=place.name,
-                        message=f"no room for it: {placement_groups.lack()}",
+                        "lost", what=slot.name, message=f"no room for it: {placement_groups.lack()}"
                     )
-        if self.policies and all(place.gone for place in self.policies):
+        if self.policies and all(slot.gone for slot in self.policies):
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
     def _reward_seconds(self) -> float:
@@ -298,22 +286,24 @@ class Session:
             Scorer(scorers[1]) if config.control else None,
         )
         engines, zeros, rewards = (
-            _start(actors)
-            for actors in (self.workers, [place.actor for place in self.policies], scorers)
+            request_start(actors)
+            for actors in (self.workers, [slot.actor for slot in self.policies], scorers)
         )
-        started = self._started("a rollout worker", self.workers, engines, actors.groups["rollout"])
+        started = self._startup.results(
+            "a rollout worker", self.workers, engines, actors.groups["rollout"]
+        )
         self.pool.know.remote([worker["process"] for worker in started])
         self.engine: dict[str, str] = started[0]["numerics"]
-        self._check_capacity(started[0]["capacity"])
+        warn_of_small_cache(config, plan, self.prompt_tokens, started[0]["capacity"])
         if self._trains:
             attempts = itertools.chain(
-                [zeros], iter(lambda: _start([place.actor for place in self.present()]), None)
+                [zeros], iter(lambda: request_start([slot.actor for slot in self.present()]), None)
             )
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
-        self._started("the reward worker", scorers, rewards, actors.groups["reward"])
+        self._startup.results("the reward worker", scorers, rewards, actors.groups["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.groups, config.cluster.max_failures
-        places = rooms["rollout"]
+        worker_groups = rooms["rollout"]
         self._helpers = [
             SupervisedPool(
                 "rollout pool",
@@ -321,7 +311,7 @@ class Session:
                 hang,
                 self.report,
                 most,
-                places,
+                worker_groups,
                 wait,
                 workers=self.workers,
                 again=actors.worker_again,
@@ -335,109 +325,31 @@ class Session:
             self.examine_workers()
 
     def examine_workers(self) -> None:
-        """Compare a synthetic adapter's effect in each worker's engine and in the trainer; see
-        proof.py. Part of the start.
+        """Prove that each worker's engine runs the trainer's policies. Part of the start.
+
+        A synthetic adapter's effect in each engine is compared with that in the trainer
+        (rollout/proof.py).
 
         Raises:
             EffectError: an engine does not run the trainer's policies.
         """
         assert self._actors
-        longest, groups, texts = (
-            self._actors.settings.max_model_len - 1,
-            self._actors.groups["rollout"],
-            ray.put(list(self._texts)),
-        )
+        longest, texts = self._actors.settings.max_model_len - 1, ray.put(list(self._texts))
 
         def reference(tokens: int) -> Any:
             return self.persist(
                 lambda: self.get(self.present()[0].actor.reference.remote(texts, longest, tokens))
             )
 
-        def score(requests: Sequence[Request]) -> list[Any]:
-            asked = ray.put(list(requests))
-
-            def ask(worker: Any) -> Any:
-                return worker.logprobs.remote(asked)
-
-            return [
-                scores
-                for _, scores in self._started(
-                    "a rollout worker", self.workers, list(map(ask, self.workers)), groups, ask
-                )
-            ]
-
         sampler = Sampler(self.model, self.engine["engine"], self.engine["adapter"], self.dtype)
-        self.proof = prove(sampler, reference, score)
+        groups = self._actors.groups["rollout"]
+        self.proof = self._startup.prove_workers(sampler, reference, self.workers, groups)
         self.get(self.pool.prove_with.remote(self.proof))
 
-    def _started(
-        self,
-        what: str,
-        actors: list[Any],
-        refs: list[Any],
-        groups: Sequence[Any],
-        ask: Callable[[Any], Any] = lambda a: _start([a])[0],
-    ) -> list[Any]:
-        """What the actors' starts returned, asked again of those that died; Ray starts them again
-        where their groups have a node.
-
-        Args:
-            ask: what was asked, where that was not `start`.
-        """
-        failures, results, wait = (
-            Failures(self.config.cluster.max_failures),
-            [],
-            self.config.cluster.timeout_seconds,
-        )
-        for actor, ref, group in zip(actors, refs, groups, strict=True):
-            lost: float | None = None
-            while True:
-                try:
-                    results.append(self.get(ref))
-                    break
-                except RayError as error:
-                    if not faults.is_survivable(error):
-                        raise faults.cause_of(error) from None
-                    has_node = placement_groups.has_node(group)
-                    lost = None if has_node else lost or time.monotonic()
-                    if lost and time.monotonic() - lost > wait:
-                        raise FaultError(
-                            f"{what} has waited {wait:.0f} s for another node after it lost its own"
-                            f" while it started: {placement_groups.lack()}; add nodes, or raise"
-                            " cluster.timeout_seconds; the same command continues"
-                        ) from None
-                    if has_node and not faults.is_restarting(error) and not failures.again():
-                        cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
-                        raise FaultError(
-                            f"{what} died again and again while it started ({cause})"
-                        ) from None
-                time.sleep(failures.pause() or 0.5)
-                ref = ask(actor)
-        return results
-
-    def _check_capacity(self, capacity: int) -> None:
-        """A batch that an engine cannot hold at once is generated in several rounds: correct, but
-        slow.
-        """
-        rollout, asked = (
-            self.config.rollout,
-            self.config.rollout.chunk_size or self.config.optim.batch_size,
-        )
-        if capacity < asked:
-            memory = (
-                f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
-                if not self.plan.rollout.gpus
-                else "rollout.gpu_memory_utilization"
-            )
-            logging.getLogger(__name__).warning(
-                f"a rollout worker's KV cache holds {capacity} completions of {self.prompt_tokens}"
-                f" + {rollout.max_new_tokens} tokens at once, a batch has {asked}: raise {memory},"
-                " or lower optim.batch_size, rollout.chunk_size or rollout.max_new_tokens"
-            )
-
     def _stop(self, at_once: bool) -> None:
-        """Engines first and by themselves, since a killed one may leave shared memory behind; then
-        everything else.
+        """Shut the engines down, then stop all other actors.
+
+        A killed engine may leave shared memory behind.
         """
         for helper in self._helpers:
             with contextlib.suppress(Exception):
@@ -453,12 +365,8 @@ class Session:
             placement_groups.wait_until_free(self._free_before)
 
     def _living_workers(self) -> list[Any]:
-        """Without those for which there is no room since a loss."""
+        """Return the rollout workers that are not away after a loss."""
         down = next(
             (helper.down for helper in self._helpers if isinstance(helper, SupervisedPool)), {}
         )
         return [worker for index, worker in enumerate(self.workers) if index not in down]
-
-
-def _start(actors: Sequence[Any]) -> list[Any]:
-    return [actor.start.options(max_task_retries=0).remote() for actor in actors]

@@ -1,6 +1,4 @@
-"""Where a run's time went: seconds of each phase, how busy trainers and rollout workers were, and
-what to add.
-"""
+"""The timing of an iteration's fine-tuning: seconds per phase, busy shares, and what to add."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,18 +7,23 @@ from typing import Any
 from raywarp.rollout.pool import PoolReport
 
 PHASES = ("rollout_seconds", "swap_seconds", "wait_seconds", "request_seconds", "update_seconds")
-SATURATED = 0.85  # busier than this, more of the same kind is what helps
+SATURATED = 0.85  # busy share above which more actors of the same kind help
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One iteration's fine-tuning.
+    """The timing of one iteration's fine-tuning.
 
-    seconds: from first request to last step. steps: of all policies.
-    trainer_busy, pool_busy, reward_busy: share of the time that trainers, rollout workers and
-    reward worker had work.
-    phases: mean seconds of a policy's step; swap is part of rollout.
-    restarts: rollout workers that died and were started again.
+    Attributes:
+        seconds: from the first request to the last step.
+        steps: steps of all policies.
+        trainers: policy actors that had a policy.
+        workers: rollout workers.
+        trainer_busy: share of the time that the trainers had work.
+        pool_busy: share of the time that the rollout workers had work.
+        reward_busy: share of the time that the reward worker had work.
+        phases: mean seconds of each phase of a policy's step. Swap is part of rollout.
+        restarts: rollout workers that died and were restarted.
     """
 
     seconds: float
@@ -38,7 +41,7 @@ class Timing:
         return self.steps / self.seconds if self.seconds else 0.0
 
     def bound(self) -> str:
-        """The critical path, and what would shorten it."""
+        """Return what limits the speed, and what would raise it."""
         shares = {
             "rollouts": self.pool_busy,
             "updates": self.trainer_busy,
@@ -73,12 +76,13 @@ def measure(
     pool: PoolReport,
     reward_seconds: float,
 ) -> Timing:
-    """From the steps' metrics, the pool's report and the wall clock.
+    """Return the timing that follows from the steps' metrics, the pool's report and the wall clock.
 
     Args:
         rows: one per step.
-        seconds: of the wall clock. trainers: that had a policy. reward_seconds: of the reward
-            worker's work.
+        seconds: wall-clock time.
+        trainers: policy actors that had a policy.
+        reward_seconds: time that the reward worker has worked.
     """
     busy = sum(row["update_seconds"] + row["request_seconds"] for row in rows)
     return Timing(

@@ -1,0 +1,119 @@
+"""A policy's progress on its actor, with the checkpoints that another actor can resume it from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from raywarp.algorithm.deltas import AdapterDelta, add
+from raywarp.data.text import Completion, Prompt
+from raywarp.rollout.protocol import SFT, Adapter
+from raywarp.rollout.transport import digest
+from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
+from raywarp.storage.sealed import DamagedError, read_jsonl
+
+# Imported only where the actor runs: transformers and PEFT take seconds to import.
+if TYPE_CHECKING:
+    from raywarp.model.policy import Policy
+
+
+@dataclass
+class Progress:
+    """A policy that is being trained, with its files, its metrics and the rollouts it waits for.
+
+    Attributes:
+        metrics: one row per finished step.
+        prompts: prompts of the present step, one per completion.
+        adapter: version of the policy that samples the step's completions.
+        rollouts: refs of the workers' rollouts for the step.
+        request_seconds: time spent on asking for them.
+        requested: when they were asked for, in Unix seconds.
+        probed: ref of the sampler's log-probs of the probe, without and with the policy's adapter.
+            None where they were not asked for.
+        samples: one completion per finished step.
+        saved_step: step of the last checkpoint.
+        discarded: why older checkpoints could not be used.
+    """
+
+    job: Job
+    policy: "Policy"
+    files: PolicyFiles
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    adapter: Adapter = SFT
+    rollouts: list[Any] = field(default_factory=list)
+    request_seconds: float = 0.0
+    requested: float = 0.0
+    probed: Any = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    saved_step: int = 0
+    discarded: list[str] = field(default_factory=list)
+
+    @classmethod
+    def resume(cls, job: Job, policy: "Policy") -> "Progress":
+        """Return the progress of the newest checkpoint that is whole, or that of a new policy.
+
+        Damaged checkpoints are discarded, and `discarded` says why.
+        """
+        progress = cls(job, policy, PolicyFiles(job.store, job.key))
+        for name in reversed(progress.files.checkpoints()):
+            try:
+                if checkpoint := progress.files.load_checkpoint(name):
+                    progress._restore(checkpoint)
+                    break
+            except DamagedError as error:
+                progress.discarded.append(str(error))
+                progress.files.discard(name)
+        return progress
+
+    def event(self, name: str, **details: Any) -> dict[str, Any]:
+        """Return an event of this policy at its present step."""
+        return {"event": name, **self.job.label, "step": self.policy.step, **details}
+
+    def add_sample(
+        self, step: int, completions: Sequence[Completion], scores: Sequence[float]
+    ) -> None:
+        """Keep the step's first prompt, completion and reward, to show how the policy changes."""
+        self.samples.append(
+            {
+                "step": step,
+                "prompt": self.prompts[0].text,
+                "completion": completions[0].text,
+                "reward": scores[0],
+            }
+        )
+
+    def save_checkpoint(self, prompts_per_step: int) -> None:
+        """Save everything up to the last finished step, unless that is saved already."""
+        if self.policy.step == self.saved_step:
+            return
+        position = {
+            **self.job.label,
+            "step": self.policy.step,
+            "prompts_drawn": self.policy.step * prompts_per_step,
+            "rollout_version": digest(self.policy.task_vector()),
+        }
+        self.files.save_checkpoint(
+            Checkpoint(self.policy.state(), position, self.metrics, self.samples)
+        )
+        self.saved_step = self.policy.step
+
+    def save_result(self, init: AdapterDelta) -> None:
+        """Save θ_m as a PEFT adapter on the SFT model: init's columns, then the policy's own r."""
+        self.files.save_result(add(init, self.policy.task_vector()), self.metrics, self.samples)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.policy.load_state(checkpoint.state)
+        self.metrics, self.samples = checkpoint.metrics, checkpoint.samples
+        self.saved_step = checkpoint.step
+
+
+def finished_metrics(job: Job) -> list[dict[str, Any]] | None:
+    """Return the metrics of a policy that is finished in the store; None if it is not.
+
+    An actor may have finished it and died before it could report that.
+    """
+    try:
+        folder = job.store.fetch(f"policies/{job.key}")
+    except DamagedError:
+        return None
+    return read_jsonl(folder / "metrics.jsonl") if folder else None
