@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2, ConfigError
 from raywarp.data import embedded, text
 from raywarp.data.embedded import Archive, FetchError, Snippet, assign_splits, split_snippets
 

@@ -11,7 +11,8 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardLoraConfig
+from raywarp.config.rewards import RewardConfig, RewardLoraConfig
+from raywarp.config.schema import Config, ConfigError
 from raywarp.config.secrets import keys_with_secrets, redact
 from raywarp.config.strict_yaml import StrictYamlError, load_yaml
 from raywarp.config.tune import TuneConfig

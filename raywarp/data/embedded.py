@@ -25,7 +25,9 @@ from typing import IO, Any
 
 from platformdirs import user_cache_dir
 
-from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, ConfigError
+from raywarp.config.datasets import SNIPPETS
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2, ConfigError
 from raywarp.data.text import text_key
 from raywarp.identity import derive_seed
 

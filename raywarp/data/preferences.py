@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raywarp.config.schema import SNIPPETS, ConfigError, PreferencesConfig
+from raywarp.config.datasets import SNIPPETS, PreferencesConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.embedded import Snippet
 from raywarp.data.prompts import load_rows

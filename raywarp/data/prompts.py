@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raywarp.config.schema import SNIPPETS, ConfigError, PromptsConfig
+from raywarp.config.datasets import SNIPPETS, PromptsConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.text import Prompt, PromptSplits
 from raywarp.identity import derive_seed
