@@ -31,7 +31,7 @@ _WHERE = {
     "BaseWeightsError": "rollout.base_weights",
     "DamagedError": "storage.sealed",
     "EffectError": "rollout.effect",
-    "FetchError": "data.embedded",
+    "FetchError": "data.pypi",
     "RewardError": "rewards.score",
     "RolloutError": "rollout.protocol",
     "StoreError": "storage.sealed",
