@@ -6,9 +6,7 @@ from raywarp.config.field_types import Count, Gpus, NotNegative, Positive, Secti
 
 
 class ClusterConfig(Section):
-    """Where the processes go, and when the run gives up. It changes results in their last bits at
-    most.
-    """
+    """Where processes go, and when a run gives up. It changes at most the last bits of results."""
 
     gpus_per_policy: Gpus | None = Field(
         None,

@@ -1,7 +1,7 @@
-"""The one typed configuration: a YAML file, `key=value` overrides, and errors that name the key.
+"""The configuration's schema: `Config`, the sections of a WARP run, and ConfigError.
 
-Every key has a description; `Config` is what every command gets, and its resolved form is saved
-with the run.
+Every key has a description. Every command gets a `Config`, and its resolved form is saved with the
+run.
 """
 
 from typing import Annotated, Literal
