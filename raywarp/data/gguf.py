@@ -1,11 +1,10 @@
-"""Conversion of SmolLM2's GGUF file to what transformers and vLLM load."""
+"""The conversion of SmolLM2's GGUF file to what transformers and vLLM load."""
 
 from pathlib import Path
 from typing import Any
 
-SMOLLM2_SHAPE: dict[
-    str, Any
-] = {  # what the GGUF file's metadata say; the file is pinned by its hash
+# The GGUF file's metadata say this; the file is pinned by its hash.
+SMOLLM2_SHAPE: dict[str, Any] = {
     **{
         "vocab_size": 49152,
         "hidden_size": 576,
@@ -35,8 +34,10 @@ SMOLLM2_TOKENS = {
 
 
 def convert_weights(gguf_file: Path, folder: Path) -> None:
-    """By the gguf package itself: transformers' loader parses the file three times and takes three
-    times as long (5.19).
+    """Write config.json, generation_config.json and model.safetensors (bfloat16).
+
+    The gguf package reads the file. transformers' loader (5.19) parses it three times and takes
+    three times as long.
     """
     import torch
     from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
@@ -55,9 +56,8 @@ def convert_weights(gguf_file: Path, folder: Path) -> None:
     weights = {}
     for tensor in GGUFReader(gguf_file).tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.bfloat16)
-        if count := heads.get(
-            tensor.name.split(".")[-2]
-        ):  # llama.cpp interleaves the two halves of each rotary head
+        # llama.cpp interleaves the two halves of each rotary head
+        if count := heads.get(tensor.name.split(".")[-2]):
             weight = (
                 weight.view(count, -1, 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
             )
@@ -67,7 +67,7 @@ def convert_weights(gguf_file: Path, folder: Path) -> None:
 
 
 def _hf_names(name_map: Any, layers: int) -> dict[str, str]:
-    """GGUF's tensor names, without suffix → Hugging Face's."""
+    """Return GGUF's tensor names, without suffix → Hugging Face's."""
     attention = [f"self_attn.{part}_proj" for part in "qkvo"]
     parts = [
         *attention,
@@ -86,13 +86,14 @@ def _hf_names(name_map: Any, layers: int) -> dict[str, str]:
 
 
 def convert_tokenizer(gguf_file: Path, folder: Path) -> None:
+    """Write the tokenizer's files, with its chat template."""
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     read = PreTrainedTokenizerFast.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     backend = read.backend_tokenizer
-    # SmolLM2 splits numbers into digits; transformers 5.19 does not know GGUF's pre-tokenizer
-    # "smollm" and leaves that out.
+    # SmolLM2 splits numbers into digits. transformers 5.19 does not know GGUF's pre-tokenizer
+    # "smollm" and omits that step.
     digits, byte_level = (
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),

