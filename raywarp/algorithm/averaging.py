@@ -43,15 +43,7 @@ class AntipodalError(AdapterError):
 def gram_matrices(
     deltas: Sequence[AdapterDelta], granularity: Granularity = "block"
 ) -> dict[str, Tensor]:
-    """Return group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group.
-
-    Args:
-        deltas: M adapters of the same modules.
-        granularity: what shares an angle: a transformer block, a single weight, or the whole model.
-
-    Raises:
-        AdapterError: the adapters do not change the same weights.
-    """
+    """Return group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
     check_same_modules(deltas)
 
     grams = {}
@@ -62,23 +54,12 @@ def gram_matrices(
 
 
 def summed_gram(stacks: Sequence[Stack], exact: bool = True) -> Tensor:
-    """Return the (M, M) float64 inner products of M summands, summed over several weights.
-
-    Args:
-        stacks: one stack of the same M summands for each weight.
-        exact: see Stack.gram.
-    """
+    """Return the (M, M) float64 inner products of M summands over all weights; see Stack.gram."""
     return torch.stack([stack.gram(exact) for stack in stacks]).sum(0)
 
 
 def refined(quick: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-    """Return a Gram matrix, recomputed where two vectors are nearly parallel.
-
-    Args:
-        quick: (M, M), from float32 products.
-        exact: computes the same matrix from float64 products. It is called only where the
-            difference matters.
-    """
+    """Return the quick float32 Gram matrix, or the exact one where vectors are near parallel."""
     cosines = cosine_matrix(quick).fill_diagonal_(0)
     return exact() if bool((cosines.abs() > _STEEP).any()) else quick
 
@@ -117,9 +98,10 @@ def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> 
 
 
 def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
-    """Return the coefficients of a point on the great circle from Σ merged_j δ_j to δ_m.
+    """Return the coefficients of the point `step` of the way along the arc from merged to δ_m.
 
-    `step` is the share of the way that the point has gone.
+    `merged` holds the coefficients of the start, Σ merged_j δ_j, and the arc is part of a great
+    circle.
     """
     target = _unit(len(merged), m)
     norm = float(torch.sqrt(merged @ gram @ merged))
@@ -210,16 +192,9 @@ def _normalised(coefficients: Tensor, cosines: Tensor) -> Tensor:
 
 
 def ema_coefficients(count: int, rate: float) -> Tensor:
-    """Return the (K,) float64 weights of an EMA over K checkpoints, the oldest first.
+    """Return the (K,) float64 weights of an EMA at rate μ over K checkpoints, the oldest first.
 
     The first checkpoint gets (1−μ)^(K−1), the k-th gets μ(1−μ)^(K−k).
-
-    Args:
-        count: K.
-        rate: μ in [0, 1].
-
-    Raises:
-        ValueError: the rate lies outside [0, 1].
     """
     check_rate(rate, "ema_rate")
     weights = [rate * (1 - rate) ** (count - k) for k in range(1, count + 1)]
@@ -308,12 +283,7 @@ def task_vectors(policies: Sequence[AdapterDelta], init: AdapterDelta) -> list[A
 
 
 def towards(coefficients: Sequence[float], rate: float = 1.0) -> list[float]:
-    """Return the weights of θ_1, …, θ_M, θ_init in θ_init + η·Σ c_m (θ_m − θ_init).
-
-    Args:
-        coefficients: c_1 … c_M.
-        rate: η.
-    """
+    """Return the weights of θ_1, …, θ_M, θ_init in θ_init + η·Σ c_m (θ_m − θ_init), η the rate."""
     moved = [rate * c for c in coefficients]
     return [*moved, 1 - math.fsum(moved)]
 
@@ -362,10 +332,6 @@ def ema_update(ema: Sequence[Tensor], policy: Sequence[Tensor], rate: float) -> 
     On LoRA factors this is the EMA of A and of B. It equals the EMA of ΔW only while A is frozen:
     the product of (1−μ)B + μB' and (1−μ)A + μA' has cross terms. They are of second order in the
     policy's motion.
-
-    Args:
-        ema, policy: the factors in the same order.
-        rate: μ.
     """
     torch._foreach_lerp_(list(ema), list(policy), rate)
 
