@@ -1,12 +1,12 @@
-"""raywarp: align language models with WARP (Weight Averaged Rewarded Policies) on a Ray cluster,
-exactly, with LoRA.
+"""raywarp aligns language models with WARP on a Ray cluster, exactly, with LoRA.
+
+WARP stands for Weight Averaged Rewarded Policies.
 
 raywarp.train(config) -> Run            Algorithm 1 (raywarp.load_config reads a YAML file)
 raywarp.reward(config) -> RewardSummary the reward model from preferences
-raywarp.tune(config) -> Sweep           Ray Tune over any of its keys, with what trials have in
-                                        common done once
-raywarp.plan(config) -> Forecast        what it asks of the cluster, memory per process, and whether
-                                        it fits
+raywarp.tune(config) -> Sweep           Ray Tune over any key; work that trials share is done once
+raywarp.plan(config) -> Forecast        what a run needs of the cluster, memory per process, and
+                                        whether it fits
 raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, karcher, ema, liti,
                                         load_peft, save_peft
 raywarp.merge(Recipe(...), out)         the same from folder to folder, block by block;
@@ -31,7 +31,7 @@ _WHERE = {
     "BaseWeightsError": "rollout.base_weights",
     "DamagedError": "storage.sealed",
     "EffectError": "rollout.effect",
-    "FetchError": "data.embedded",
+    "FetchError": "data.pypi",
     "RewardError": "rewards.score",
     "RolloutError": "rollout.protocol",
     "StoreError": "storage.sealed",
@@ -59,7 +59,10 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first used, so that `raywarp --help` and a bad config answer at once."""
+    """Import a public name when it is first used, so that `raywarp --help` answers at once.
+
+    The message about a wrong configuration comes at once for the same reason.
+    """
     if name not in _WHERE:
         raise AttributeError(f"module 'raywarp' has no attribute '{name}'")
     return getattr(import_module(f"raywarp.{_WHERE[name]}"), name)

@@ -57,7 +57,7 @@ from raywarp.cluster.runtime import Stopped as Stopped
 from raywarp.config.load import load_config as load_config
 from raywarp.config.schema import Config as Config
 from raywarp.config.schema import ConfigError as ConfigError
-from raywarp.data.embedded import FetchError as FetchError
+from raywarp.data.pypi import FetchError as FetchError
 from raywarp.planning.plan import plan as plan
 from raywarp.reward_stage import reward as reward
 from raywarp.rewards.score import RewardError as RewardError

@@ -1,5 +1,6 @@
-"""The earlier name of raywarp.data.embedded, which users' configurations have:
-`raywarp.embedded:vader`.
+"""The earlier name of raywarp.data.embedded, which users' configurations still name.
+
+They refer to the function as `raywarp.embedded:vader`.
 """
 
 from raywarp.data.embedded import fetch_all, vader

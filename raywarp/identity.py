@@ -1,4 +1,6 @@
-"""Everything random derives from the run's seed and a name, so that any piece of a run can be made
+"""Seeds and content keys: the sources of all randomness and all names of a run.
+
+Everything random derives from the run's seed and a name. Any piece of a run can therefore be made
 again alone.
 """
 
@@ -12,21 +14,24 @@ from typing import Any
 
 
 def derive_seed(*parts: object) -> int:
-    """A 31-bit seed from what it is for, for example derive_seed(run_seed, "sampling", iteration,
-    policy, step, index).
+    """Return a 31-bit seed from what it is for.
+
+    For example: derive_seed(run_seed, "sampling", iteration, policy, step, index).
     """
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def batch_indices(population: int, size: int, step: int, seed: int) -> list[int]:
-    """The prompts of one optimiser step: step after step without replacement, in a new order each
-    epoch.
+    """Return the indices of the prompts of one optimiser step.
+
+    Steps draw without replacement, in a new order each epoch.
 
     Args:
         population: number of prompts.
         size: prompts per step; may exceed the population.
         step: counted from 0.
+        seed: of the order.
     """
     first = step * size
     return [
@@ -43,7 +48,7 @@ def _epoch_order(population: int, epoch: int, seed: int) -> tuple[int, ...]:
 
 
 def content_key(parts: Any) -> str:
-    """A 16-digit key of anything that JSON can hold: equal content, equal key."""
+    """Return a 16-digit key of anything that JSON can hold: equal content, equal key."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -54,8 +59,13 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_fingerprint(folder: Path, patterns: Iterable[str], without: str = "") -> str:
-    """One hash of the names and contents of the files that match, but for `without`; whatever the
-    folder is called.
+    """Return one hash of the names and contents of a folder's matching files.
+
+    It does not depend on the folder's name.
+
+    Args:
+        patterns: globs of the files to hash.
+        without: the name of a file to leave out.
     """
     files = sorted(
         {

@@ -1,3 +1,1 @@
-"""Adapters as files: PEFT's format, tensor files and a model's weight files, and merging from
-folder to folder.
-"""
+"""Adapters as files: PEFT's format, tensor and weight files, and merging from folder to folder."""

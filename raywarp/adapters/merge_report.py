@@ -1,6 +1,4 @@
-"""What a merge says of itself: a table for the terminal, everything as JSON, and the model card
-that lies beside the adapter.
-"""
+"""Reports on a merge: a table for the terminal, JSON, and the merged adapter's model card."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,8 @@ from raywarp.adapters.peft import AdapterFile
 from raywarp.adapters.recipe import Group, Merge, Recipe
 from raywarp.algorithm.deltas import grouped
 
-_PAIRS_SHOWN = 10  # of M = 5 adapters; the angles of more are put together
+# The pairs of up to M = 5 adapters get a row each; the angles of more share one.
+_PAIRS_SHOWN = 10
 _METHODS = {
     "slerp": (
         "spherical interpolation (SLERP) of the task vectors, by the recursion of WARP (Ramé et al."
@@ -34,7 +33,10 @@ _ANGLES = {
 
 
 def merge_table(merge: Merge) -> Lines:
-    """What was merged, and the least, median and largest norm, angle, rank and retained norm."""
+    """Return what was merged, with the spread of norms, angles, ranks and retained norms.
+
+    The spread is the least, the median and the largest value.
+    """
     recipe, (first, *_) = merge.recipe, merge.files
     rows = _geometry_rows(merge.groups, len(recipe.adapters))
     blocks = merge.blocks.values()
@@ -53,8 +55,12 @@ def merge_table(merge: Merge) -> Lines:
 def inspect_table(
     files: Sequence[AdapterFile], groups: Mapping[str, Group], policies: int
 ) -> Lines:
-    """One row per adapter, then norms and angles of the first `policies` of them (the rest is the
-    init).
+    """Return one row per adapter, then the norms and angles of their task vectors.
+
+    Args:
+        files: the adapters; those after the first `policies` are the init.
+        groups: group → its norms and angles.
+        policies: the number of adapters besides the init.
     """
     table = Table(box=None, pad_edge=False)
     for name in ("adapter", "rank", "alpha", "modules", "blocks", "targets", "base"):
@@ -73,8 +79,9 @@ def inspect_table(
 
 
 def adapter_facts(file: AdapterFile) -> dict[str, Any]:
-    """What an adapter's header says. rank: one number or "least to largest"; alpha likewise, rsLoRA
-    noted.
+    """Return what an adapter's header says.
+
+    rank and alpha are one number or "least to largest"; alpha says whether it is rsLoRA's.
     """
     ranks = [rank for _, rank, _ in file.shapes.values()]
     root = bool(file.config.get("use_rslora"))
@@ -94,7 +101,7 @@ def adapter_facts(file: AdapterFile) -> dict[str, Any]:
 
 
 def merge_json(merge: Merge) -> dict[str, Any]:
-    """Everything, for programs. Angles of zero vectors are null."""
+    """Return everything about a merge, for programs. Angles of zero vectors are null."""
     recipe = merge.recipe
     return {
         "method": recipe.method,
@@ -111,8 +118,9 @@ def merge_json(merge: Merge) -> dict[str, Any]:
 
 
 def groups_json(groups: Mapping[str, Group], count: int) -> dict[str, Any]:
-    """Group → norms of the task vectors, angles in degrees by pair ("1-2"), and coefficients where
-    something was merged.
+    """Return group → norms, angles and, where something was merged, coefficients.
+
+    Angles are in degrees, by pair of adapters ("1-2").
     """
     pairs = [f"{i}-{j}" for i, j in combinations(range(1, count + 1), 2)]
     rows: dict[str, Any] = {}
@@ -130,7 +138,7 @@ def groups_json(groups: Mapping[str, Group], count: int) -> dict[str, Any]:
 
 
 def merge_card(merge: Merge) -> str:
-    """README.md of the merged adapter: what was merged, how, and how to load it."""
+    """Return the merged adapter's README.md: what was merged, how, and how to load it."""
     recipe, base = merge.recipe, merge.files[0].like().base_model
     head = [
         "---",
@@ -254,7 +262,7 @@ def _spread_table(rows: Mapping[str, Sequence[float]]) -> Table:
 
 
 def _spread(values: Sequence[float]) -> list[str]:
-    """Least, median and largest; angles with zero vectors are left out."""
+    """Return the least, median and largest value; angles with zero vectors are left out."""
     known = [value for value in values if not math.isnan(value)]
     return (
         [f"{value:.4g}" for value in (min(known), median(known), max(known))]

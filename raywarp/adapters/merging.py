@@ -1,8 +1,9 @@
-"""Adapters merged from folder to folder, block by block: the averages of averaging.py on files too
-large to hold.
+"""Merging of adapters from folder to folder, block by block.
 
-Every method is θ_init + η·Σ c_m (θ_m − θ_init), with weights c of each group of modules that share
-an angle. A block is read (mmap), its Gram matrix taken, its factors weighted and written; so memory
+It takes the averages of algorithm/averaging.py on files too large for memory. Every method is
+θ_init + η·Σ c_m (θ_m − θ_init), with weights c for each group of modules that share an angle.
+
+A block is read (mmap), its Gram matrix computed, its factors weighted and written. Memory therefore
 grows with the largest block, not with the model.
 """
 
@@ -66,10 +67,19 @@ def inspect(
     granularity: Granularity = "block",
     allow_different_bases: bool = False,
 ) -> tuple[list[AdapterFile], dict[str, Group]]:
-    """The adapters' headers, and norms and angles of their task vectors per group. Writes nothing.
+    """Return the adapters' headers, and norms and angles of their task vectors. Write nothing.
+
+    Args:
+        adapters: local folders or hub ids.
+        init: θ_init, by default the base model itself (zero).
+        granularity: what shares an angle.
+        allow_different_bases: do not compare the names of the adapters' base models.
+
+    Returns:
+        The adapters, with the init last, and group → its norms and angles.
 
     Raises:
-        AdapterError: as merge.
+        AdapterError: see merge.
     """
     files = open_adapters([*adapters, *([init] if init else [])], allow_different_bases)
     measured = _gram_matrices(files, bool(init), granularity)
@@ -79,7 +89,11 @@ def inspect(
 
 
 def open_adapters(sources: Sequence[str], allow_different_bases: bool = False) -> list[AdapterFile]:
-    """Raises AdapterError unless all can be read and change the same weights of one base model."""
+    """Open adapters for reading.
+
+    Raises:
+        AdapterError: one cannot be read, or they do not change the same weights of one base model.
+    """
     files = [AdapterFile(source) for source in sources]
     check_same_sizes([file.sizes for file in files], [file.name for file in files])
     named = [
@@ -147,14 +161,18 @@ def _write_block(
 
 
 def _weights(recipe: Recipe, coefficients: Sequence[float]) -> list[float]:
-    """Of the files in their order: θ_1 … θ_M and, if there is one, θ_init."""
+    """Return the weights of the files in their order: θ_1 … θ_M and, if there is one, θ_init."""
     moved = averaging.towards(coefficients, recipe.liti_rate)
     return moved if recipe.init else moved[:-1]
 
 
 class _Read(NamedTuple):
-    """One block in memory: module → all files' factors side by side, and module → their Gram
-    matrix.
+    """One block in memory.
+
+    Attributes:
+        name: of the block.
+        stacks: module → all files' factors side by side.
+        grams: module → Gram matrix of its stack.
     """
 
     name: str
@@ -163,11 +181,13 @@ class _Read(NamedTuple):
 
 
 def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[_Read]:
-    """Block by block, the next one read by other threads while one is worked on. A block's stacks
-    are valid until the next is asked for.
+    """Yield one block after another, while other threads read the next one.
 
-    Each operation stays in one thread: operations this small would wait for each other more than
-    they compute.
+    A block's stacks are valid until the next is asked for. Each operation stays in one thread:
+    operations this small would wait for each other more than they compute.
+
+    Args:
+        exact: see Stack.gram.
     """
     counts = {
         module: sum(f.shapes[module][1] for f in files) * (d_out + d_in)
@@ -175,9 +195,8 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
     }
     blocks = grouped(counts)
     largest = max(sum(counts[module] for module in modules) for modules in blocks.values())
-    memories = torch.empty(
-        2, largest
-    )  # used in turn: new memory for every block would have to be paged in first
+    # The two are used in turn, since new memory for every block would have to be paged in first.
+    memories = torch.empty(2, largest)
 
     def read(module: str, memory: Tensor) -> tuple[Stack, Tensor]:
         parts = [file.read(module) for file in files]
@@ -224,9 +243,9 @@ def _single_threaded_operations() -> Iterator[None]:
 def _gram_matrices(
     files: Sequence[AdapterFile], has_init: bool, granularity: Granularity
 ) -> dict[str, Tensor]:
-    """Group → Gram matrix of the task vectors, block by block over whole files."""
+    """Return group → Gram matrix of the task vectors, block by block over whole files."""
     totals: dict[str, Tensor] = {}
-    # A sum over blocks cannot be refined afterwards: `global` multiplies in float64 at once.
+    # A sum over blocks cannot be refined afterwards, so `global` multiplies in float64 at once.
     for _, stacks, grams in _read_blocks(files, exact=granularity == "global"):
         for group, own in _group_grams(files, stacks, grams, has_init, granularity).items():
             totals[group] = totals[group] + own if group in totals else own
@@ -240,11 +259,13 @@ def _group_grams(
     has_init: bool,
     granularity: Granularity,
 ) -> dict[str, Tensor]:
-    """Group → (M, M) Gram matrix of the task vectors in one block's modules.
+    """Return group → (M, M) Gram matrix of the task vectors in one block's modules.
 
     Args:
-        grams: module → Gram matrix of its stack, which is that of the task vectors where there is
-            no init.
+        grams: module → Gram matrix of its stack. Without an init it is that of the task vectors.
+
+    Raises:
+        AdapterError: a number is NaN, infinite, or too large to multiply.
     """
     if has_init:
         stacks = {module: _task_vectors(stack) for module, stack in stacks.items()}
@@ -281,8 +302,10 @@ def _largest_shapes(
 
 @contextmanager
 def _new_adapter(out: Path, overwrite: bool) -> Iterator[Path]:
-    """store.new_files, for an adapter. Raises AdapterError if `out` is in use or cannot be
-    written.
+    """Yield a folder whose files become the adapter in `out`; see storage.sealed.new_files.
+
+    Raises:
+        AdapterError: `out` is in use or cannot be written.
     """
     out = out.expanduser().resolve()
     if out.exists() and not out.is_dir():

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters on disk: read module by module, and written module by module."""
+"""PEFT's LoRA adapters on disk, read and written module by module."""
 
 import json
 import re
@@ -29,14 +29,17 @@ _ODD_TENSORS = {
 
 
 class AdapterFile:
-    """One PEFT LoRA adapter, open for reading: its configuration, and its factors when asked for.
-
-    name: as the user gave it. folder: where it lies.
-    shapes: module → (d_out, r, d_in), in the order of the layers. scalings: module → alpha/r or,
-    for rsLoRA, alpha/√r.
+    """One PEFT LoRA adapter, open for reading: its configuration, and its factors on demand.
 
     Args:
         source: a local folder, or a hub id such as `user/adapter` or `user/adapter@revision`.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files lie.
+        config: the content of adapter_config.json.
+        shapes: module → (d_out, r, d_in), in the order of the layers.
+        scalings: module → alpha/r or, for rsLoRA, alpha/√r.
 
     Raises:
         AdapterError: missing or corrupt files, a pickle instead of safetensors, or a variant of
@@ -65,14 +68,14 @@ class AdapterFile:
         return {module: (d_out, d_in) for module, (d_out, _, d_in) in self.shapes.items()}
 
     def like(self) -> AdapterDelta:
-        """Everything about the adapter but its factors."""
+        """Return everything about the adapter except its factors."""
         return without_factors(self.config)
 
     def read(self, module: str) -> Factors:
-        """The factors of one module, the scaling folded into B; in float32, or float64 if they are
-        stored so.
+        """Return the factors of one module, with the scaling folded into B.
 
-        They may be views of the file: valid until `release`, read again when used later.
+        They are in float32, or in float64 if they are stored so. They may be views of the file:
+        valid until `release`, and read again when used later.
         """
         try:
             A, B = (self._file.tensor(_tensor_name(module, factor)) for factor in "AB")
@@ -88,8 +91,9 @@ class AdapterFile:
             self._file.release(_tensor_name(module, factor))
 
     def require_finite(self, modules: Iterable[str]) -> None:
-        """Raises AdapterError that names the first of these modules' tensors with a NaN or an
-        infinity, if there is one.
+        """Raise AdapterError if one of these modules' tensors holds a NaN or an infinity.
+
+        The message names the first such tensor.
         """
         for module in modules:
             for factor in "AB":
@@ -99,17 +103,18 @@ class AdapterFile:
 
 
 class AdapterWriter:
-    """A PEFT adapter that is written module by module, for any rank of each. A context manager;
-    after it, PEFT and vLLM can read it.
+    """A PEFT adapter that is written module by module, for any rank of each.
 
-    The scaling stays folded into B: every module's alpha equals its rank. A module of rank 0 gets
-    one zero column.
+    It is a context manager; PEFT and vLLM can read the adapter afterwards. The scaling stays folded
+    into B: every module's alpha equals its rank. A module of rank 0 gets one zero column.
 
     Args:
-        folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced.
+        folder: made if it does not exist; its adapter_model.safetensors and adapter_config.json are
+            replaced.
         like: the adapter whose base, targets and task the new one has.
         largest: module → (d_out, r, d_in) of all that will be written, in this order; r is the
             largest rank that may come.
+        dtype: of the written factors.
     """
 
     def __init__(
@@ -139,7 +144,7 @@ class AdapterWriter:
             (self.folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
 
     def write(self, module: str, factors: Factors) -> None:
-        """The next module. Raises AdapterError if a number is too large for the dtype."""
+        """Write the next module. Raise AdapterError if a number is too large for the dtype."""
         B, A = factors
         if not factors.rank:
             B, A = B.new_zeros(B.shape[0], 1), A.new_zeros(1, A.shape[1])
@@ -152,8 +157,9 @@ class AdapterWriter:
 
 
 def load_peft(source: str | Path) -> AdapterDelta:
-    """Read a PEFT LoRA adapter, with its scaling (alpha/r or, for rsLoRA, alpha/√r, and their
-    patterns) folded into B.
+    """Read a PEFT LoRA adapter, with its scaling folded into B.
+
+    The scaling is alpha/r or, for rsLoRA, alpha/√r; rank_pattern and alpha_pattern are applied.
 
     Args:
         source: a local folder or a hub id.
@@ -173,6 +179,9 @@ def save_peft(delta: AdapterDelta, folder: str | Path, dtype: torch.dtype | None
 
     Args:
         dtype: float32, float16, bfloat16 or float64; by default that of the factors.
+
+    Raises:
+        AdapterError: the adapter has no modules, or a number is too large for the dtype.
     """
     if not delta.factors:
         raise AdapterError(f"{folder}: an adapter without modules cannot be written")
@@ -184,10 +193,10 @@ def save_peft(delta: AdapterDelta, folder: str | Path, dtype: torch.dtype | None
 
 
 def local_folder(source: str | Path) -> Path:
-    """A folder as it is; a hub id's files, downloaded unless they are cached.
+    """Return a folder as it is; download a hub id's files unless they are cached.
 
     Raises:
-        AdapterError: there is no such folder, or the hub does not give it.
+        AdapterError: there is no such folder, or the hub does not provide it.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -258,5 +267,5 @@ def _module_names(path: Path, tensors: Iterable[str]) -> list[str]:
 
 
 def _by_layer(module: str) -> list[tuple[int, int | str]]:
-    """Layers in the order of their numbers."""
+    """Return a sort key that puts layers in the order of their numbers."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]

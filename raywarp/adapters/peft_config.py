@@ -1,7 +1,7 @@
-"""PEFT's adapter_config.json: what of it can be averaged exactly, and what a merged adapter's says.
+"""PEFT's adapter_config.json: the checks on reading it, and the one of a merged adapter.
 
-Everything that is not plain ΔW = s·B·A is refused by name. PEFT itself is not imported: that costs
-200 MB and two seconds.
+Everything that is not plain ΔW = s·B·A is refused by name. PEFT itself is not imported, since that
+costs 200 MB and two seconds.
 """
 
 import json
@@ -32,8 +32,8 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA's variational parts are not part of B·A",
     "arrow_config": "Arrow routes between adapters",
 }
-# These ways to begin write to the base weights, so that B·A is a change of another base than the
-# one named.
+# These initialisations write to the base weights. B·A is then a change of another base than the one
+# named.
 _OTHER_BASE = re.compile(r"(pissa|olora|corda|loftq)", re.IGNORECASE)
 _CARRIED = (
     "task_type",
@@ -120,7 +120,7 @@ def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha/r or, for rsLoRA, alpha/√r, of a module whose factors have this rank.
+    """Return alpha/r or, for rsLoRA, alpha/√r, of a module whose factors have this rank.
 
     Raises:
         AdapterError: the configuration says another rank, so its scaling cannot be trusted.
@@ -133,7 +133,10 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the end of the module's path, as a regular expression."""
+    """Return the value of the first key that matches the end of the module's path: PEFT's rule.
+
+    Keys are regular expressions.
+    """
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -141,7 +144,7 @@ def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any)
 
 
 def without_factors(config: Mapping[str, Any]) -> AdapterDelta:
-    """Everything about an adapter but its factors."""
+    """Return everything about an adapter except its factors."""
     targets = config.get("target_modules")
     return AdapterDelta(
         factors={},
@@ -153,11 +156,12 @@ def without_factors(config: Mapping[str, Any]) -> AdapterDelta:
 
 
 def configuration(like: AdapterDelta, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration of an adapter whose scaling is folded into B, so that every module's alpha
-    equals its rank.
+    """Return the configuration of an adapter whose scaling is folded into B.
+
+    Every module's alpha then equals its rank.
 
     Args:
-        like: what else it says: base, targets, task.
+        like: gives the base, targets and task.
         ranks: module → r.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]

@@ -1,6 +1,4 @@
-"""What to merge, and how: the options of one merge, checked, and the coefficients that they lead
-to.
-"""
+"""The options of one merge, checked, and the coefficients that follow from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +24,17 @@ _COEFFICIENTS = {
 class Recipe:
     """What to merge, and how.
 
-    adapters: θ_1 … θ_M, local folders or hub ids; for ema the oldest first; for liti one.
-    init: θ_init, by default the base model itself (zero).
-    liti_rate: η, how far to go from θ_init to the merge.
-    weights: one per adapter; equal by default. ema_rate: μ, for ema alone.
-    rank, energy: truncate each module's ΔW to this rank, or to this share of its squared norm; by
-    default nothing is cut off.
-    granularity: what shares an angle.
-    dtype: of the written factors.
+    Attributes:
+        method: slerp, lerp, karcher, ema or liti.
+        adapters: θ_1 … θ_M, local folders or hub ids; for ema the oldest first; for liti one.
+        init: θ_init, by default the base model itself (zero).
+        liti_rate: η, how far to go from θ_init to the merge.
+        weights: one per adapter; equal by default.
+        ema_rate: μ, for ema alone.
+        rank, energy: truncate each module's ΔW to this rank, or to this share of its squared norm;
+            by default nothing is cut off.
+        granularity: what shares an angle.
+        dtype: of the written factors.
 
     Raises:
         ConfigError: a number out of range, or two options that exclude each other.
@@ -78,7 +79,7 @@ class Recipe:
             )
 
     def coefficients(self, group: str, own: Tensor) -> list[float]:
-        """c_1 … c_M of one group, from the Gram matrix of its task vectors."""
+        """Return c_1 … c_M of one group, from the Gram matrix of its task vectors."""
         if self.method == "ema":
             return averaging.ema_coefficients(len(own), self.ema_rate or 0).tolist()
         return averaging.in_group(group, _COEFFICIENTS[self.method], own, self.weights).tolist()
@@ -86,8 +87,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that share an angle. norms of the M task vectors; angles of their pairs (1,2), (1,3),
-    … in degrees; coefficients c_m.
+    """A group of modules that share an angle.
+
+    Attributes:
+        norms: of the M task vectors.
+        angles: of their pairs (1,2), (1,3), …, in degrees.
+        coefficients: c_m.
     """
 
     norms: list[float]
@@ -97,8 +102,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of what was written. norm: of ΔW before truncation. retained: ‖kept‖ / ‖ΔW‖ (1
-    where nothing was cut off).
+    """One block of what was written.
+
+    Attributes:
+        norm: of ΔW before truncation.
+        retained: ‖kept‖ / ‖ΔW‖ (1 where nothing was cut off).
+        rank: the largest of its modules.
     """
 
     norm: float
@@ -108,8 +117,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Merge:
-    """What `merge` did: the files it read (θ_init last, if there is one), and the figures of every
-    group and block.
+    """The result of `merge`.
+
+    Attributes:
+        recipe: what was asked for.
+        files: the files that were read; θ_init is last, if there is one.
+        groups: the figures of every group.
+        blocks: the figures of every block.
     """
 
     recipe: Recipe

@@ -1,9 +1,10 @@
-"""safetensors files one tensor at a time: read by mmap, written header first, so that memory does
-not grow with the file.
+"""safetensors files, read (mmap) and written one tensor at a time.
 
-The safetensors library reads lazily too, but writes only what is in memory all at once, and does
-not say which tensor of a truncated file is the first to be missing. The format is 8 bytes (length
-of the header), the header in JSON, and the tensors.
+Memory therefore does not grow with the file. The header is written first.
+
+The safetensors library reads lazily too. But it writes only what is in memory all at once, and does
+not name the first missing tensor of a truncated file. The format is 8 bytes (length of the header),
+the header in JSON, and the tensors.
 """
 
 import json
@@ -18,9 +19,8 @@ from torch import Tensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_WINDOW = (
-    2 << 20
-)  # Linux maps up to a huge page around a page that is read, what lies before it too
+# Linux maps up to a huge page around a page that is read, including what lies before it.
+_WINDOW = 2 << 20
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 
 
@@ -31,7 +31,9 @@ class TensorFileError(ValueError):
 class TensorFile:
     """A safetensors file, mapped into memory.
 
-    shapes: name → shape of every tensor.
+    Attributes:
+        path: of the file.
+        shapes: name → shape of every tensor.
 
     Raises:
         TensorFileError: the file cannot be read, is truncated, or its header does not describe it.
@@ -43,9 +45,8 @@ class TensorFile:
             with path.open("rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
                 self._entries, self._start = self._read_header(file)
-                self._map = mmap.mmap(
-                    file.fileno(), 0, access=mmap.ACCESS_COPY
-                )  # private: torch wants to be able to write
+                # The mapping is private, because torch requires a writable buffer.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise TensorFileError(f"cannot read {path}: {error.strerror}") from None
         self.shapes: dict[str, tuple[int, ...]] = {
@@ -54,7 +55,7 @@ class TensorFile:
         self._check_extents()
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file; copy what shall outlive `release`.
+        """Return a tensor as a view of the file; copy what must outlive `release`.
 
         Raises:
             TensorFileError: its numbers are not floating-point numbers of 16 to 64 bits.
@@ -78,14 +79,15 @@ class TensorFile:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Those of the file's tensors that can be read."""
+        """The readable dtypes of the file's tensors."""
         return {
             _DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES
         }
 
     def release(self, name: str) -> None:
-        """Give the pages of this tensor back to the system; views of it stay valid, and are read
-        again when used.
+        """Give the pages of this tensor back to the system.
+
+        Views of it stay valid, and are read again when used.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
             begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
@@ -117,8 +119,10 @@ class TensorFile:
         return entries, 8 + length
 
     def _check_extents(self) -> None:
-        """Every tensor as long as its shape says, one after another, and the file as long as all of
-        them.
+        """Raise TensorFileError unless the header describes the file exactly.
+
+        Every tensor is as long as its shape says, the tensors follow one another, and together they
+        fill the file.
         """
         position = 0
         for name, entry in sorted(
@@ -147,12 +151,14 @@ class TensorFile:
 
 
 class TensorWriter:
-    """A safetensors file that grows by one tensor at a time. A context manager; only after it the
-    file is whole.
+    """A safetensors file that is written tensor by tensor.
+
+    It is a context manager; the file is whole only after it.
 
     Args:
-        largest: name → shape of every tensor to come, in this order. A tensor may turn out smaller:
-            then the header, for which room was kept, is written anew at the end.
+        largest: name → shape of every tensor to come, in this order. A tensor may turn out smaller.
+            The header, for which room was kept, is then rewritten at the end.
+        dtype: of the stored tensors.
     """
 
     def __init__(self, path: Path, largest: Mapping[str, tuple[int, ...]], dtype: torch.dtype):
@@ -174,7 +180,7 @@ class TensorWriter:
             self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor, in the file's dtype.
+        """Write the next tensor, in the file's dtype.
 
         Raises:
             OverflowError: a number is too large for the dtype (65,504 is float16's largest).

@@ -1,5 +1,6 @@
-"""The safetensors files of a model, and which tensors they hold, by their headers: what the index
-names is read, and nothing else.
+"""A model's safetensors files, and which tensors they hold by their headers.
+
+Only the files that the index names are read.
 """
 
 import json
@@ -17,10 +18,10 @@ _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
 def weight_files(folder: Path, what: str) -> list[Path]:
-    """The files that hold a folder's weights: model.safetensors, or those that its index names.
-    Other safetensors files are not read.
+    """Return the files that hold a folder's weights.
 
-    See check_weights for the errors.
+    They are model.safetensors, or the files that its index names. Other safetensors files are not
+    read. See data.models.check_weights for the errors.
     """
     weight_map = _weight_map(folder, what)
     names = sorted(set(weight_map.values())) or [WEIGHTS] * (folder / WEIGHTS).is_file()
@@ -40,8 +41,9 @@ def weight_files(folder: Path, what: str) -> list[Path]:
 
 
 def stored_tensors(folder: Path, what: str) -> dict[str, TensorFile]:
-    """Name → file of every tensor of a folder's model, by the files' headers; see check_weights for
-    the errors.
+    """Return name → file of every tensor of a folder's model, by the files' headers.
+
+    See data.models.check_weights for the errors.
     """
     tensors: dict[str, TensorFile] = {}
     for path in weight_files(folder, what):
@@ -66,11 +68,11 @@ def stored_tensors(folder: Path, what: str) -> dict[str, TensorFile]:
 
 
 def own_files_only(folder: Path, place: Path) -> Path:
-    """The folder itself; where it has other safetensors files beside the model's, a new folder of
-    links to all but those.
+    """Return a folder in which the model's are the only safetensors files.
 
-    For vLLM 0.32, which reads every one of them where no index says which, and of Mistral's folders
-    only the consolidated ones.
+    It is the folder itself, unless it holds others. Then it is a new folder of links to everything
+    else. vLLM 0.32 needs this: without an index it reads every safetensors file, and of Mistral's
+    folders only the consolidated ones.
 
     Args:
         place: of the new folder.
@@ -87,11 +89,10 @@ def own_files_only(folder: Path, place: Path) -> Path:
 
 
 def check_experts(shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raises ConfigError where the files hold each expert apart and one lacks a tensor that the
-    others have, or has it in another shape.
+    """Raise ConfigError where separately stored experts do not fit together.
 
-    transformers puts them together into one tensor per layer, and does not say which of them it
-    could not use.
+    One of them lacks a tensor that the others have, or has it in another shape. transformers puts
+    the experts into one tensor per layer, and does not say which of them it could not use.
     """
     layers: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -113,20 +114,21 @@ def check_experts(shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Of a model's files; 0 where there are none."""
+    """Return the size of a model's files in bytes; 0 where there are none."""
     return sum(path.stat().st_size for path in _present(folder))
 
 
 def stored_bytes(name: str) -> int:
-    """Of a number in a folder's checkpoint, by its first file; 2 where that is not known."""
+    """Return the bytes per number in a folder's checkpoint, by its first file; 2 if unknown."""
     first = next(iter(_present(Path(name))), None)
     kinds = [kind.itemsize for kind in TensorFile(first).dtypes] if first else []
     return max(kinds, default=2)
 
 
 def download_weights(name: str) -> Path:
-    """The folder in the hub's cache with a hub id's config and weights: the files that transformers
-    reads, and no others.
+    """Return the folder in the hub's cache with a hub id's config and weights.
+
+    Only the files that transformers reads are downloaded.
     """
     from huggingface_hub import snapshot_download
 
@@ -137,11 +139,11 @@ def download_weights(name: str) -> Path:
 
 
 def inside(folder: Path, name: str, what: str) -> Path:
-    """A file of a folder by the name that another file gives it.
+    """Return a folder's file by the name that another file gives it.
 
     Raises:
-        ConfigError: the name, or a link of that name, leads out of the folder. (Into the blobs of
-            the hub's cache it may.)
+        ConfigError: the name, or a link of that name, leads out of the folder. A link into the
+            blobs of the hub's cache is allowed.
     """
     path = folder / name
     if Path(name).name != name or name in ("", ".", ".."):
@@ -157,7 +159,7 @@ def inside(folder: Path, name: str, what: str) -> Path:
 
 
 def _weight_map(folder: Path, what: str) -> dict[str, str]:
-    """Tensor → file, as a folder's index has it; empty where there is no index."""
+    """Return tensor → file, as a folder's index has it; empty where there is no index."""
     index = folder / INDEX
     if not index.is_file():
         return {}
@@ -171,7 +173,7 @@ def _weight_map(folder: Path, what: str) -> dict[str, str]:
 
 
 def _present(folder: Path) -> list[Path]:
-    """Those of a model's files that are there."""
+    """Return the model's files that exist."""
     names = sorted({WEIGHTS, *_weight_map(folder, str(folder)).values()})
     return [folder / name for name in names if (folder / name).is_file()]
 
@@ -184,8 +186,9 @@ def _open(path: Path, what: str) -> TensorFile:
 
 
 def _refuse_copies(tensors: Mapping[str, TensorFile], folder: Path, what: str) -> None:
-    """Raises ConfigError where no index says which file counts, and another one than the model's
-    holds one of its tensors, too.
+    """Raise ConfigError if another file than the model's holds one of its tensors, too.
+
+    It applies where no index says which file counts.
     """
     for path in sorted(
         set(folder.glob("*.safetensors")) - {file.path for file in tensors.values()}
@@ -202,7 +205,7 @@ def _refuse_copies(tensors: Mapping[str, TensorFile], folder: Path, what: str) -
 
 
 def _what_instead(folder: Path, what: str) -> str:
-    """What a folder without weights holds in their place.
+    """Return what a folder without weights holds in their place.
 
     Raises:
         ConfigError: files that repeat a tensor.

@@ -1,3 +1,4 @@
-"""The mathematics of WARP: deltas (factors of ΔW), averaging, losses, advantages, hypervolume.
-torch and the standard library only.
+"""The mathematics of WARP: task vectors as LoRA factors, averaging, losses and advantages.
+
+Also holds the hypervolume of a front. It imports torch and the standard library only.
 """

@@ -1,15 +1,16 @@
-"""What a completion's reward is compared with: the baseline of REINFORCE.
+"""Advantages: the baselines that REINFORCE subtracts from the rewards.
 
-Pure functions. N completions = P prompts x G completions each, the completions of a prompt next to
-each other.
+The functions are pure. N completions = P prompts × G completions each. The completions of one
+prompt are adjacent.
 """
 
 from torch import Tensor
 
 
 def rloo(rewards: Tensor, group: int) -> Tensor:
-    """Reward minus the mean of the other completions of the same prompt (leave one out; Ahmadian et
-    al. 2024).
+    """Return each reward minus the mean of the prompt's other completions (leave one out).
+
+    Source: RLOO, Ahmadian et al. 2024.
 
     Args:
         rewards: (N,), N = P·G.
@@ -22,12 +23,21 @@ def rloo(rewards: Tensor, group: int) -> Tensor:
 
 
 def batch_mean(rewards: Tensor) -> Tensor:
-    """(N,) rewards minus the mean of the batch's other N − 1 completions."""
+    """Return (N,) rewards, each minus the mean of the batch's other N − 1 completions."""
     return _leave_one_out(rewards.view(1, -1)).reshape(-1)
 
 
 def advantages(rewards: Tensor, baseline: str, group: int) -> Tensor:
-    """(N,) advantages by the config's name of the baseline: rloo, mean or none."""
+    """Return the (N,) advantages under the baseline that the configuration names.
+
+    Args:
+        rewards: (N,), N = P·G.
+        baseline: "rloo", "mean" or "none".
+        group: G, which only rloo reads.
+
+    Raises:
+        ValueError: the baseline is none of the three.
+    """
     if baseline == "rloo":
         return rloo(rewards, group)
     if baseline == "mean":
@@ -38,6 +48,6 @@ def advantages(rewards: Tensor, baseline: str, group: int) -> Tensor:
 
 
 def _leave_one_out(rewards: Tensor) -> Tensor:
-    """(P, G) rewards minus the mean of the G − 1 others in the row."""
+    """Return (P, G) rewards, each minus the mean of the G − 1 others in its row."""
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others

@@ -1,11 +1,12 @@
-"""Stages 2 and 3 of WARP: spherical merging of task vectors and interpolation towards the
-initialisation; and its EMA.
+"""The averages of WARP: the EMA anchor, spherical merging (stage 2) and LITI (stage 3).
 
-Everything here is linear algebra on LoRA factors (adapters.py): no model, no Ray, no files.
-Equations are those of Ramé et al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded
-Policies". M policies, δ_m a policy's task vector. Every average is Σ c_m δ_m; what differs is c,
-which follows from the M×M Gram matrix of each group of modules that share an angle: a transformer
-block's by default.
+Everything here is linear algebra on LoRA factors (deltas.py): no model, no Ray, no files. The
+equations are those of Ramé et al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded
+Policies".
+
+M is the number of policies and δ_m the task vector of policy m. Every average is Σ c_m δ_m, and the
+averages differ in c alone. The weights c follow from the M×M Gram matrix of each group of modules
+that share an angle. By default such a group is a transformer block.
 """
 
 import math
@@ -27,11 +28,11 @@ from raywarp.algorithm.deltas import (
     grouped,
 )
 
-# cos Ω this close to ±1 leaves no angle to divide by; in float64 the Gram matrix is good to about
-# 1e-15.
+# When cos Ω is this close to ±1, no angle is left to divide by. In float64 the Gram matrix is
+# accurate to about 1e-15.
 _COLLINEAR = 1e-12
-# Beyond this cosine an angle magnifies the error of products taken in float32 (4e-8): they are
-# taken in float64 then.
+# Beyond this cosine an angle magnifies the error of float32 products (4e-8). The products are then
+# taken in float64.
 _STEEP = 0.95
 
 
@@ -42,7 +43,7 @@ class AntipodalError(AdapterError):
 def gram_matrices(
     deltas: Sequence[AdapterDelta], granularity: Granularity = "block"
 ) -> dict[str, Tensor]:
-    """Group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
+    """Return group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
     check_same_modules(deltas)
 
     grams = {}
@@ -53,31 +54,29 @@ def gram_matrices(
 
 
 def summed_gram(stacks: Sequence[Stack], exact: bool = True) -> Tensor:
-    """(M, M) float64 inner products of the same M summands over several weights; see Stack.gram."""
+    """Return the (M, M) float64 inner products of M summands over all weights; see Stack.gram."""
     return torch.stack([stack.gram(exact) for stack in stacks]).sum(0)
 
 
 def refined(quick: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-    """A Gram matrix from float32 products, or the exact one where two vectors are so nearly
-    parallel that it matters.
-    """
+    """Return the quick float32 Gram matrix, or the exact one where vectors are near parallel."""
     cosines = cosine_matrix(quick).fill_diagonal_(0)
     return exact() if bool((cosines.abs() > _STEEP).any()) else quick
 
 
 def cosine_matrix(gram: Tensor) -> Tensor:
-    """(M, M) cosines of the angles between M vectors; NaN beside a zero vector."""
+    """Return the (M, M) cosines of the angles between M vectors; NaN beside a zero vector."""
     norms = gram.diagonal().clamp(min=0).sqrt()
     return (gram / torch.outer(norms, norms)).clamp(-1, 1)
 
 
 def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """Weights c with slerp(δ_1..δ_M) = Σ c_m δ_m for one block, by the paper's recursion (eq. 26).
+    """Return the weights c of slerp(δ_1..δ_M) = Σ c_m δ_m for one block (Ramé et al. 2024, eq. 26).
 
     Args:
         gram: (M, M) float64, inner products ⟨δ_i, δ_j⟩ of the block's task vectors.
-        weights: M numbers ≥ 0; the m-th step goes λ_m = w_m / Σ_{j≤m} w_j of the way. Equal by
-            default: λ_m = 1/m.
+        weights: M numbers ≥ 0. Step m of the recursion goes λ_m = w_m / Σ_{j≤m} w_j of the way.
+            Equal by default: λ_m = 1/m.
 
     Returns:
         (M,) float64. A zero task vector gets weight 0 and is not counted; M = 1 gives [1].
@@ -99,7 +98,9 @@ def slerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> 
 
 
 def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
-    """Coefficients of the point `step` of the way from Σ merged_j δ_j to δ_m along the great
+    """Return the coefficients of the point `step` of the way along the arc from merged to δ_m.
+
+    `merged` holds the coefficients of the start, Σ merged_j δ_j, and the arc is part of a great
     circle.
     """
     target = _unit(len(merged), m)
@@ -120,7 +121,10 @@ def _arc(gram: Tensor, merged: Tensor, m: int, step: float) -> Tensor:
 
 
 def lerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """(M,) float64 w_m / Σ w: the plain mean, whatever the (M, M) Gram matrix says."""
+    """Return the (M,) float64 weights w_m / Σ w of the plain mean.
+
+    Only the size of `gram`, (M, M), is read.
+    """
     shares = torch.tensor(checked_weights(weights, gram.shape[0]), dtype=torch.float64)
     return shares / shares.sum()
 
@@ -128,14 +132,22 @@ def lerp_coefficients(gram: Tensor, weights: Sequence[float] | None = None) -> T
 def karcher_coefficients(
     gram: Tensor, weights: Sequence[float] | None = None, iterations: int = 1000
 ) -> Tensor:
-    """Weights c of the Karcher mean: the direction with the least mean squared angle to the δ_m, at
-    the mean of their norms.
+    """Return the weights c of the Karcher mean of M task vectors.
 
-    Unlike the recursion of SLERP it does not depend on the order of the δ_m. For two vectors of one
-    norm both are the same. (Grove and Karcher 1973; found by Riemannian gradient descent, whose
-    steps need the Gram matrix alone.)
+    Its direction has the least mean squared angle to the δ_m; its norm is the mean of their norms.
+    Unlike the recursion of SLERP, it does not depend on the order of the δ_m. For two vectors of
+    equal norm both give the same.
 
-    Args, returns: as slerp_coefficients.
+    Source: Grove and Karcher 1973. The mean is found by Riemannian gradient descent, whose steps
+    need the Gram matrix alone.
+
+    Args:
+        gram: (M, M) float64, inner products ⟨δ_i, δ_j⟩ of the block's task vectors.
+        weights: M numbers ≥ 0; equal by default.
+        iterations: the most steps of the descent.
+
+    Returns:
+        (M,) float64. A zero task vector gets weight 0 and is not counted; M = 1 gives [1].
 
     Raises:
         AntipodalError: the vectors cancel, or are spread so far that the mean direction is not
@@ -148,16 +160,16 @@ def karcher_coefficients(
     if not shares.any():
         return torch.zeros_like(norms)
     shares, safe = shares / shares.sum(), torch.where(norms > 0, norms, 1.0)
-    cosines = (gram / torch.outer(safe, safe)).clamp(-1, 1)  # of the unit vectors u_m = δ_m / ‖δ_m‖
+    # Cosines of the unit vectors u_m = δ_m / ‖δ_m‖.
+    cosines = (gram / torch.outer(safe, safe)).clamp(-1, 1)
     mean = _normalised(shares, cosines)  # the mean direction is Σ mean_m u_m
     for _ in range(iterations):
         to_mean = (cosines @ mean).clamp(-1, 1)
         if bool((to_mean[shares > 0] < -1 + _COLLINEAR).any()):
             break
         angles = torch.acos(to_mean)
-        pull = shares * torch.where(
-            angles > 1e-7, angles / torch.sin(angles), 1.0
-        )  # Σ_m w_m·log_mean(u_m), but for its part along the mean
+        # Σ_m w_m·log_mean(u_m), before its component along the mean is removed.
+        pull = shares * torch.where(angles > 1e-7, angles / torch.sin(angles), 1.0)
         tangent = pull - (pull @ to_mean) * mean
         length = float((tangent @ cosines @ tangent).clamp(min=0).sqrt())
         moved = _normalised(
@@ -180,8 +192,9 @@ def _normalised(coefficients: Tensor, cosines: Tensor) -> Tensor:
 
 
 def ema_coefficients(count: int, rate: float) -> Tensor:
-    """(K,) float64 weights of an EMA over K checkpoints: (1−μ)^(K−1) for the first, μ(1−μ)^(K−k)
-    for the k-th.
+    """Return the (K,) float64 weights of an EMA at rate μ over K checkpoints, the oldest first.
+
+    The first checkpoint gets (1−μ)^(K−1), the k-th gets μ(1−μ)^(K−k).
     """
     check_rate(rate, "ema_rate")
     weights = [rate * (1 - rate) ** (count - k) for k in range(1, count + 1)]
@@ -194,7 +207,7 @@ def slerp(
     init: AdapterDelta | None = None,
     granularity: Granularity = "block",
 ) -> AdapterDelta:
-    """Stage 2: the spherical mean of M task vectors, exact in ΔW.
+    """Return the spherical mean of M task vectors, exact in ΔW: stage 2.
 
     Args:
         deltas: the task vectors θ_m − θ_init; with `init`, the policies θ_m themselves.
@@ -203,10 +216,10 @@ def slerp(
         granularity: what shares an angle: a transformer block, a single weight, or the whole model.
 
     Returns:
-        their merge as a concatenation, of rank Σ r_m (and init's).
+        Their merge as a concatenation, of rank Σ r_m (plus init's).
 
     Raises:
-        AntipodalError: in the group that the message names.
+        AntipodalError: two vectors of one group are opposite; the message names the group.
         AdapterError: the adapters do not change the same weights.
     """
     return _spherical(slerp_coefficients, deltas, weights, init, granularity)
@@ -218,8 +231,9 @@ def karcher(
     init: AdapterDelta | None = None,
     granularity: Granularity = "block",
 ) -> AdapterDelta:
-    """The spherical mean that does not depend on the order of the policies; see
-    karcher_coefficients, and slerp for the rest.
+    """Return the spherical mean that does not depend on the order of the policies.
+
+    See karcher_coefficients for the mean, and slerp for arguments, result and errors.
     """
     return _spherical(karcher_coefficients, deltas, weights, init, granularity)
 
@@ -247,7 +261,7 @@ def in_group(
     own: Tensor,
     weights: Sequence[float] | None,
 ) -> Tensor:
-    """coefficients(own, weights), with an AntipodalError that names the group."""
+    """Return coefficients(own, weights); an AntipodalError names the group."""
     try:
         return coefficients(own, weights)
     except AntipodalError as error:
@@ -255,7 +269,13 @@ def in_group(
 
 
 def task_vectors(policies: Sequence[AdapterDelta], init: AdapterDelta) -> list[AdapterDelta]:
-    """θ_m − θ_init: what they have in common is cancelled before anything is squared."""
+    """Return the task vectors θ_m − θ_init.
+
+    What policies and init have in common is cancelled before anything is squared.
+
+    Raises:
+        AdapterError: the adapters do not change the same weights.
+    """
     check_same_modules([*policies, init])
     return [
         policy.map(lambda module, f: difference(f, init.factors[module])) for policy in policies
@@ -263,30 +283,38 @@ def task_vectors(policies: Sequence[AdapterDelta], init: AdapterDelta) -> list[A
 
 
 def towards(coefficients: Sequence[float], rate: float = 1.0) -> list[float]:
-    """Weights of θ_1, …, θ_M, θ_init in θ_init + η·Σ c_m (θ_m − θ_init)."""
+    """Return the weights of θ_1, …, θ_M, θ_init in θ_init + η·Σ c_m (θ_m − θ_init), η the rate."""
     moved = [rate * c for c in coefficients]
     return [*moved, 1 - math.fsum(moved)]
 
 
 def lerp(deltas: Sequence[AdapterDelta], weights: Sequence[float] | None = None) -> AdapterDelta:
-    """The plain mean of M adapters, exact in ΔW: a concatenation of rank Σ r_m. The same from every
-    init.
+    """Return the plain mean of M adapters, exact in ΔW: a concatenation of rank Σ r_m.
+
+    The mean is the same from every init, so none is taken.
+
+    Args:
+        weights: M numbers ≥ 0; equal by default.
     """
     shares = checked_weights(weights, len(deltas))
     return concatenate(deltas, [share / sum(shares) for share in shares])
 
 
 def ema(checkpoints: Sequence[AdapterDelta], rate: float) -> AdapterDelta:
-    """The exponential moving average of ΔW over a sequence of checkpoints, the oldest first: ema ←
-    (1 − μ)·ema + μ·θ.
+    """Return the exponential moving average of ΔW over checkpoints: ema ← (1 − μ)·ema + μ·θ.
 
-    Exact, unlike `ema_update`'s average of the factors: a concatenation of rank Σ r_k.
+    It is exact, unlike `ema_update`, which averages the factors. The result is a concatenation of
+    rank Σ r_k.
+
+    Args:
+        checkpoints: the oldest first.
+        rate: μ in [0, 1].
     """
     return concatenate(checkpoints, ema_coefficients(len(checkpoints), rate).tolist())
 
 
 def liti(init: AdapterDelta, merged: AdapterDelta, rate: float) -> AdapterDelta:
-    """Stage 3: (1 − η)·θ_init + η·θ_merged, at the smallest rank that holds it exactly.
+    """Return (1 − η)·θ_init + η·θ_merged, at the smallest rank that holds it exactly: stage 3.
 
     Args:
         init, merged: both as changes from the same base, for example θ_init − θ_sft and θ_slerp −
@@ -299,10 +327,11 @@ def liti(init: AdapterDelta, merged: AdapterDelta, rate: float) -> AdapterDelta:
 
 @torch.no_grad()
 def ema_update(ema: Sequence[Tensor], policy: Sequence[Tensor], rate: float) -> None:
-    """Stage 1's anchor, in place: ema ← (1 − μ)·ema + μ·policy, after every optimiser step.
+    """Update stage 1's anchor in place: ema ← (1 − μ)·ema + μ·policy, after every optimiser step.
 
-    On LoRA factors this is the EMA of A and of B, which is the EMA of ΔW only while A is frozen:
-    (1−μ)B + μB' times (1−μ)A + μA' has cross terms of second order in the policy's motion.
+    On LoRA factors this is the EMA of A and of B. It equals the EMA of ΔW only while A is frozen:
+    the product of (1−μ)B + μB' and (1−μ)A + μA' has cross terms. They are of second order in the
+    policy's motion.
     """
     torch._foreach_lerp_(list(ema), list(policy), rate)
 
@@ -310,10 +339,11 @@ def ema_update(ema: Sequence[Tensor], policy: Sequence[Tensor], rate: float) -> 
 def geometry(
     deltas: Sequence[AdapterDelta], granularity: Granularity = "block"
 ) -> dict[str, dict[str, list[float]]]:
-    """Group → {"norms": ‖δ_m‖ for each m, "angles": Ω in degrees for each pair (1,2), (1,3), …,
-    (M−1,M)}.
+    """Return the norms of the task vectors and the angles between them, per group.
 
-    A pair with a zero task vector has the angle NaN.
+    Returns:
+        Group → {"norms": ‖δ_m‖ for each m, "angles": Ω in degrees for each pair (1,2), (1,3), …,
+            (M−1,M)}. A pair with a zero task vector has the angle NaN.
     """
     return {
         group: norms_and_angles(own) for group, own in gram_matrices(deltas, granularity).items()
@@ -321,7 +351,7 @@ def geometry(
 
 
 def norms_and_angles(gram: Tensor) -> dict[str, list[float]]:
-    """What `geometry` says of one group."""
+    """Return what `geometry` says of one group, from its (M, M) Gram matrix."""
     pairs = torch.triu_indices(len(gram), len(gram), offset=1)
     angles = torch.rad2deg(torch.acos(cosine_matrix(gram)[pairs[0], pairs[1]]))
     return {"norms": gram.diagonal().clamp(min=0).sqrt().tolist(), "angles": angles.tolist()}
@@ -339,8 +369,10 @@ def check_rate(rate: float, name: str) -> None:
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The weights, all 1 by default. Raises ValueError unless there are `count`, none below 0, and
-    not all 0.
+    """Return the weights, all 1 by default.
+
+    Raises:
+        ValueError: there are not `count` of them, one is negative or not finite, or all are 0.
     """
     if weights is None:
         return [1.0] * count

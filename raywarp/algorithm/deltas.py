@@ -1,9 +1,10 @@
-"""A LoRA update as factors: inner products, concatenation, compression and truncation, all exact in
-ΔW.
+"""LoRA updates as factors: inner products, concatenation, compression and truncation.
 
-ΔW = B·A with the scaling folded into B. No function here forms ΔW (except `dense`, for tests and
-small uses), and none averages A and B apart. G blocks, M adapters, r rank, R = Σ r_m, d_out and
-d_in a weight's sizes. Their files: peft_files.py.
+All of it is exact in ΔW = B·A, with the scaling folded into B. No function here forms ΔW except
+`dense`, which is for tests and small uses. None averages A and B separately.
+
+Letters: G blocks, M adapters, r rank, R = Σ r_m, d_out and d_in a weight's sizes. The adapters'
+files are in adapters/peft.py.
 """
 
 import math
@@ -16,25 +17,25 @@ import torch
 from torch import Tensor
 
 Granularity = Literal["block", "tensor", "global"]
-_NEGLIGIBLE = 1e-9  # a singular value below this share of the largest is none
-# and neither is one that rounding made of summands that cancel, relative to the factors' norms
+_NEGLIGIBLE = 1e-9  # a singular value below this share of the largest counts as zero
+# Rounding leaves singular values where summands cancel. Below this share of the factors' norms they
+# count as zero, too.
 _ROUNDING = 1e-13
-# rows whose products are summed in float32 before float64 takes over: 4e-8 of a norm off, at 2.5
-# times float64's speed
+# Products of this many rows are summed in float32 before float64 takes over. The error is 4e-8 of a
+# norm, at 2.5 times float64's speed.
 _CHUNK = 256
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be read or averaged exactly; the message names the file and the
-    reason.
-    """
+    """An adapter that cannot be read or averaged exactly; the message says which and why."""
 
 
 class Factors(NamedTuple):
     """One weight's update ΔW = B·A.
 
-    B: (d_out, r), the scaling alpha/r folded in.
-    A: (r, d_in).
+    Attributes:
+        B: (d_out, r), with the scaling alpha/r folded in.
+        A: (r, d_in).
     """
 
     B: Tensor
@@ -49,14 +50,14 @@ class Factors(NamedTuple):
 class AdapterDelta:
     """The change ΔW that an adapter makes, as factors per module of the base model.
 
-    factors: module path in the base model (`model.layers.0.self_attn.q_proj`) → Factors.
-    target_modules: the names by which PEFT finds these modules, or one pattern; by default the last
-    part of each path.
-    base_model: name of the base model, for the adapter's config file.
-    fan_in_fan_out: the base stores its weights as (d_in, d_out), as GPT-2's Conv1D does. B and A
-    are the same in both layouts.
-    peft: what else of PEFT's configuration belongs to this adapter: task_type, layers_to_transform,
-    ...
+    Attributes:
+        factors: module path in the base model (`model.layers.0.self_attn.q_proj`) → Factors.
+        target_modules: the names by which PEFT finds these modules, or one pattern; by default the
+            last part of each path.
+        base_model: name of the base model, for the adapter's config file.
+        fan_in_fan_out: the base stores its weights as (d_in, d_out), as GPT-2's Conv1D does. B and
+            A are the same in both layouts.
+        peft: the rest of PEFT's configuration of this adapter: task_type, layers_to_transform, ...
     """
 
     factors: Mapping[str, Factors]
@@ -66,7 +67,7 @@ class AdapterDelta:
     peft: Mapping[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> dict[str, list[str]]:
-        """Transformer block → its modules, in the order of the factors."""
+        """Return transformer block → its modules, in the order of the factors."""
         return grouped(self.factors)
 
     @property
@@ -81,20 +82,24 @@ class AdapterDelta:
 
 
 def block_of(module: str) -> str:
-    """`model.layers.3.mlp.up_proj` → `model.layers.3`; a module outside the blocks is a block of
-    its own.
+    """Return a module's block: `model.layers.3.mlp.up_proj` → `model.layers.3`.
+
+    A module outside the blocks is a block of its own.
     """
     match = re.match(r"(.*?\.\d+)\.", module)
     return match.group(1) if match else module
 
 
 def group_of(module: str, granularity: Granularity) -> str:
-    """The modules that share an angle: a block's, a weight alone, or all of them (`global`)."""
+    """Return the name of the module's group, which shares an angle.
+
+    A group is a block, a single weight (`tensor`), or all modules (`global`).
+    """
     return {"block": block_of(module), "tensor": module, "global": "global"}[granularity]
 
 
 def grouped(modules: Iterable[str], granularity: Granularity = "block") -> dict[str, list[str]]:
-    """Group → its modules, both in the order in which they come."""
+    """Return group → its modules, both in the order in which the modules come."""
     groups: dict[str, list[str]] = {}
     for module in modules:
         groups.setdefault(group_of(module, granularity), []).append(module)
@@ -102,8 +107,9 @@ def grouped(modules: Iterable[str], granularity: Granularity = "block") -> dict[
 
 
 def inner(x: Factors, y: Factors) -> float:
-    """⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)); see `dense` for the
-    long way.
+    """Return ⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)).
+
+    `dense` is the long way to the same number.
     """
     left = x.B.double().T @ y.B.double()
     right = x.A.double() @ y.A.double().T
@@ -113,7 +119,10 @@ def inner(x: Factors, y: Factors) -> float:
 class Stack(NamedTuple):
     """One weight's factors of M adapters side by side: Σ_m ΔW_m = [B₁ … B_M]·[A₁; …; A_M].
 
-    B: (d_out, R). A: (R, d_in). ranks: r_1 … r_M.
+    Attributes:
+        B: (d_out, R).
+        A: (R, d_in).
+        ranks: r_1 … r_M.
     """
 
     B: Tensor
@@ -122,9 +131,11 @@ class Stack(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[Factors], memory: Tensor | None = None) -> "Stack":
-        """
+        """Stack the factors of one weight.
+
         Args:
-            memory: flat, for the stack to lie in; new memory by default.
+            parts: the factors of M adapters.
+            memory: flat memory to put the stack into; new memory by default.
         """
         ranks = tuple(f.rank for f in parts)
         B = A = None
@@ -141,18 +152,18 @@ class Stack(NamedTuple):
         )
 
     def parts(self) -> list[Factors]:
-        """The M summands, as views."""
+        """Return the M summands, as views."""
         return [
             Factors(B, A)
             for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)
         ]
 
     def gram(self, exact: bool = True) -> Tensor:
-        """(M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
+        """Return the (M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
 
         Args:
-            exact: multiply in float64; else float32 factors are multiplied in float32, in chunks
-                that are summed in float64.
+            exact: multiply in float64. Otherwise float32 factors are multiplied in float32, in
+                chunks that are summed in float64.
         """
         multiply = _products if exact else _quick_products
         products = multiply(self.B) * multiply(self.A.T)
@@ -161,9 +172,10 @@ class Stack(NamedTuple):
         return member @ products @ member.T
 
     def weigh(self, coefficients: Sequence[float], in_place: bool = False) -> Factors:
-        """Σ_m c_m ΔW_m, exactly; summands of weight 0 are left out.
+        """Return Σ_m c_m ΔW_m, exactly; summands of weight 0 are left out.
 
         Args:
+            coefficients: c_1 … c_M.
             in_place: the stack's own memory may be used for the result.
         """
         weights = [
@@ -183,7 +195,7 @@ class Stack(NamedTuple):
 
 
 def _products(columns: Tensor) -> Tensor:
-    """XᵀX of X (d, R), in float64."""
+    """Return XᵀX of X (d, R), in float64."""
     wide = columns.double()
     return wide.T @ wide
 
@@ -199,29 +211,29 @@ def _quick_products(columns: Tensor) -> Tensor:
 
 
 def norm(f: Factors) -> float:
-    """‖ΔW‖, Frobenius."""
+    """Return the Frobenius norm ‖ΔW‖."""
     return math.sqrt(max(inner(f, f), 0.0))
 
 
 def dense(factors: Factors) -> Tensor:
-    """ΔW itself, (d_out, d_in) float64."""
+    """Return ΔW itself, (d_out, d_in) float64."""
     return factors.B.double() @ factors.A.double()
 
 
 def zeros_like(delta: AdapterDelta) -> AdapterDelta:
-    """The adapter that changes nothing: rank 0 everywhere."""
+    """Return the adapter that changes nothing: rank 0 everywhere."""
     return delta.map(lambda _, f: Factors(f.B[:, :0], f.A[:0]))
 
 
 def scale(delta: AdapterDelta, coefficient: float) -> AdapterDelta:
-    """coefficient·ΔW: one factor is scaled (scaling both would give its square)."""
+    """Return coefficient·ΔW. Only one factor is scaled, since scaling both would square it."""
     return delta.map(lambda _, f: Factors(f.B * coefficient, f.A))
 
 
 def concatenate(
     deltas: Sequence[AdapterDelta], coefficients: Mapping[str, Sequence[float]] | Sequence[float]
 ) -> AdapterDelta:
-    """Σ_m c_m ΔW_m exactly, as [c₁B₁ … c_MB_M]·[A₁; …; A_M].
+    """Return Σ_m c_m ΔW_m exactly, as [c₁B₁ … c_MB_M]·[A₁; …; A_M].
 
     Args:
         deltas: M adapters of the same modules.
@@ -259,14 +271,15 @@ def subtract(x: AdapterDelta, y: AdapterDelta) -> AdapterDelta:
 
 
 def trailing(delta: AdapterDelta, rank: int) -> AdapterDelta:
-    """The last summand of a concatenation, bit for bit: the last `rank` columns of every B and rows
-    of every A.
+    """Return the last summand of a concatenation, bit for bit.
+
+    It is the last `rank` columns of every B and the last `rank` rows of every A.
     """
     return delta.map(lambda _, f: Factors(f.B[:, f.rank - rank :], f.A[f.rank - rank :]))
 
 
 def check_same_modules(deltas: Sequence[AdapterDelta]) -> None:
-    """Raises AdapterError unless all adapters change the same weights."""
+    """Raise AdapterError unless all adapters change the same weights."""
     sizes = [
         {module: (f.B.shape[0], f.A.shape[1]) for module, f in delta.factors.items()}
         for delta in deltas
@@ -275,9 +288,10 @@ def check_same_modules(deltas: Sequence[AdapterDelta]) -> None:
 
 
 def check_same_sizes(sizes: Sequence[Mapping[str, tuple[int, int]]], names: Sequence[str]) -> None:
-    """Raises AdapterError unless all map the same modules to the same (d_out, d_in).
+    """Raise AdapterError unless all map the same modules to the same (d_out, d_in).
 
     Args:
+        sizes: module → (d_out, d_in) of each adapter.
         names: of the adapters, for the message.
     """
     for ours, name in zip(sizes[1:], names[1:], strict=True):
@@ -295,15 +309,17 @@ def check_same_sizes(sizes: Sequence[Mapping[str, tuple[int, int]]], names: Sequ
 
 
 def compress(delta: AdapterDelta) -> AdapterDelta:
-    """The same ΔW at its true rank: QR of both stacks, SVD of the small core. Nothing but rounding
-    is lost.
+    """Return the same ΔW at its true rank, with no loss but rounding.
+
+    Both stacks are decomposed by QR, and the small core by SVD.
     """
     return delta.map(lambda _, f: shrink(f).factors)
 
 
 def difference(x: Factors, y: Factors) -> Factors:
-    """ΔW_x − ΔW_y at its true rank: what both have in common is gone, and equal ones leave rank
-    0.
+    """Return ΔW_x − ΔW_y at its true rank.
+
+    What both have in common cancels, so equal updates give rank 0.
     """
     return shrink(Stack.of([x, Factors(-y.B, y.A)]).weigh([1.0, 1.0])).factors
 
@@ -311,8 +327,10 @@ def difference(x: Factors, y: Factors) -> Factors:
 def truncate(
     delta: AdapterDelta, rank: int | None = None, energy: float | None = None
 ) -> tuple[AdapterDelta, dict[str, float]]:
-    """Every module's best approximation of a smaller rank, and block → the share of its norm that
-    is retained; see `shrink`.
+    """Return every module's best approximation of a smaller rank; see `shrink`.
+
+    Returns:
+        The truncated adapter, and block → the share of its norm that is retained.
     """
     small = {module: shrink(f, rank, energy) for module, f in delta.factors.items()}
     retained = {}
@@ -326,8 +344,12 @@ def truncate(
 
 
 class Shrunk(NamedTuple):
-    """factors: the approximation, with the singular values' roots in both. kept, total: its squared
-    norm, and ΔW's.
+    """The result of `shrink`.
+
+    Attributes:
+        factors: the approximation, with the roots of the singular values in both factors.
+        kept: its squared norm.
+        total: the squared norm of ΔW.
     """
 
     factors: Factors
@@ -336,13 +358,14 @@ class Shrunk(NamedTuple):
 
 
 def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> Shrunk:
-    """The best approximation of ΔW of a smaller rank (Eckart–Young), by QR of both factors and SVD
-    of the small core in float64.
+    """Return the best approximation of ΔW of a smaller rank (Eckart–Young).
+
+    It takes a QR of both factors and an SVD of the small core, in float64.
 
     Args:
         rank: the largest rank to keep; by default the true one, which loses nothing.
-        energy: or the share of ‖ΔW‖² to keep, in (0, 1], by the smallest rank that does; 1 loses
-            nothing.
+        energy: the share of ‖ΔW‖² to keep, in (0, 1]. The smallest rank that keeps it is taken; 1
+            loses nothing.
     """
     q_out, r_out = torch.linalg.qr(f.B.double())
     q_in, r_in = torch.linalg.qr(f.A.double().T)

@@ -1,5 +1,6 @@
-"""Which points of the KL–reward plane are best, and how good a set of them is. More reward and less
-KL (nats) are better.
+"""The Pareto front in the KL–reward plane, and its hypervolume.
+
+More reward and less KL (nats) are better.
 """
 
 from collections.abc import Sequence
@@ -8,13 +9,14 @@ KlReward = tuple[float, float]
 
 
 def dominates(a: KlReward, b: KlReward) -> bool:
-    """Whether a is at least as good as b in both, and better in one."""
+    """Return whether a is at least as good as b in both KL and reward, and better in one."""
     return a != b and a[0] <= b[0] and a[1] >= b[1]
 
 
 def pareto(points: Sequence[KlReward]) -> list[int]:
-    """The places of the points that no other dominates, by rising KL; equal points are all among
-    them.
+    """Return the indices of the points that no other dominates, by rising KL.
+
+    Points that are equal are all included.
     """
     best = [
         n for n, point in enumerate(points) if not any(dominates(other, point) for other in points)
@@ -23,15 +25,15 @@ def pareto(points: Sequence[KlReward]) -> list[int]:
 
 
 def hypervolume(points: Sequence[KlReward], reference: KlReward) -> float:
-    """The area (nats × reward) that the points dominate, left of and above a reference.
+    """Return the area (nats × reward) that the points dominate, left of and above a reference.
 
     Args:
-        points: (KL, reward) of each; those beyond the reference in either count nothing.
+        points: (KL, reward) of each. Points beyond the reference in either count nothing.
         reference: the largest KL and the least reward that count.
 
     Returns:
-        The union of the rectangles [kl, reference KL] × [reference reward, reward] over the points;
-        0 without one.
+        The area of the union of the rectangles [kl, reference KL] × [reference reward, reward] over
+            the points; 0 without points.
     """
     area, height = 0.0, reference[1]
     inside = sorted(

@@ -5,8 +5,10 @@ on two cores.
 from collections.abc import Sequence
 from typing import Any
 
+from raywarp.config.datasets import SNIPPETS
 from raywarp.config.load import load_config
-from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 

@@ -1,3 +1,1 @@
-"""The configuration: its schema and field types, tuned keys and searches, secrets, and its
-reference for the docs.
-"""
+"""The configuration: schema, field types, tuned keys and searches, secrets, and the docs page."""

@@ -1,4 +1,4 @@
-"""The kinds of values that the configuration's keys take."""
+"""The types of values that the configuration's keys take."""
 
 from typing import Annotated, Any
 
@@ -8,13 +8,13 @@ LARGEST = 2**31 - 1  # of a count
 
 
 class Section(BaseModel):
-    """Keys that belong together; others than these are refused."""
+    """Keys that belong together; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _not_a_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would take it for 0 or 1
+    if isinstance(value, bool):  # pydantic would read it as 0 or 1
         raise ValueError("must be a number")
     return value
 
@@ -38,7 +38,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[Integer, Field(ge=1, le=LARGEST)]
 Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]
-Seed = Annotated[Integer, Field(ge=0, lt=2**32)]  # what numpy takes
+Seed = Annotated[Integer, Field(ge=0, lt=2**32)]  # numpy's range
 Gpus = Annotated[NotNegative, AfterValidator(_whole_above_one)]
 Text = Annotated[str, AfterValidator(_printable)]
 Modules = Text | Annotated[list[Text], Field(min_length=1)]

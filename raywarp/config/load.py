@@ -1,5 +1,6 @@
-"""Reading a configuration: a YAML file, `key=value` overrides, errors that name the nearest key,
-and the help of every key.
+"""Loading a configuration: a YAML file, `key=value` overrides, and the help of every key.
+
+An error about an unknown key names the nearest known one.
 """
 
 import copy
@@ -11,23 +12,27 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardLoraConfig
+from raywarp.config.rewards import RewardConfig, RewardLoraConfig
+from raywarp.config.schema import Config, ConfigError
 from raywarp.config.secrets import keys_with_secrets, redact
 from raywarp.config.strict_yaml import StrictYamlError, load_yaml
 from raywarp.config.tune import TuneConfig
 
-SHOWN = 80  # characters of a wrong value in a message
+SHOWN = 80  # the most characters of a wrong value in a message
 
 
 def load_config(
     source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Read a YAML file (or a nested mapping, or nothing but the defaults), apply `a.b=value`
-    overrides, and validate.
+    """Read a configuration, apply `a.b=value` overrides, and validate it.
+
+    Args:
+        source: a YAML file or a nested mapping; None stands for the defaults.
+        overrides: of the form `a.b=value`.
 
     Raises:
-        ConfigError: unreadable file, unknown key (the nearest one is named), or a value out of
-            range.
+        ConfigError: an unreadable file, an unknown key (the message names the nearest one), or a
+            value out of range.
     """
     tree = (
         copy.deepcopy(dict(source))
@@ -76,7 +81,7 @@ def to_yaml(config: Config) -> str:
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of the configuration, sections included."""
+    """Yield all dotted keys of the configuration, sections included."""
     for name, field in section.model_fields.items():
         yield prefix + name
         for inner in section_types(field.annotation):
@@ -84,7 +89,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
 
 
 def config_help() -> str:
-    """Every key with its default and description, for --help."""
+    """Return every key with its default and description, for --help."""
     lines = ["keys and their defaults:"]
     for key, field in _fields(Config):
         default = "" if field.default is None else f" [{compact(field.default)}]"
@@ -93,14 +98,15 @@ def config_help() -> str:
 
 
 def compact(value: Any) -> str:
-    """A value in one line of YAML."""
+    """Return a value as one line of YAML."""
     plain = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).replace("\n...", "").strip()
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key → field, for the keys that have a description: sections that stand for themselves
-    are looked into.
+    """Yield dotted key → field, for the keys that have a description.
+
+    A section is searched for keys where it has no description itself, or is one of _EXPLAINED.
     """
     for name, field in section.model_fields.items():
         if field.description:
@@ -114,22 +120,24 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
             yield from _fields(kind, f"{prefix}{name}.")
 
 
+# Sections whose key has a description, as have the keys in them.
 _EXPLAINED = (
     RewardConfig,
     RewardLoraConfig,
     TuneConfig,
-)  # sections that have a description, and keys with one
+)
 
 
 def section_types(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key's type allows; a mapping of them is none."""
+    """Return the sections that a key's type allows; a mapping of sections is none."""
     options = (
         () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
     )
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
-_ALTERNATIVES = {  # a key that an override sets → the one beside it, which it takes the place of
+# A key that an override sets → its alternative, which is then removed.
+_ALTERNATIVES = {
     f"{section}.{one}": other
     for section, pair in {
         "front.choose": ("eta", "max_kl"),
@@ -151,9 +159,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = load_yaml(text)
     except StrictYamlError as error:
         raise ConfigError(f"the value of {_shown(redact(override))} is wrong: {error}") from None
-    of_tune = key.startswith(
-        "tune."
-    )  # behind it is any key that is searched, as one name: see search_space.py
+    # After "tune." stands any key that is searched, as one name; see search.py.
+    of_tune = key.startswith("tune.")
     if key not in set(known_keys()) and not of_tune:
         raise ConfigError(unknown(key))
     node = tree
@@ -169,7 +176,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def unknown(key: str) -> str:
-    """What to say of a key that is none."""
+    """Return the message about an unknown key."""
     keys = list(known_keys())
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
@@ -183,12 +190,13 @@ def unknown(key: str) -> str:
 
 
 def _explain(error: Any) -> str:
+    # The parts of `loc` that name a union's member are left out.
     key = ".".join(
         str(part) for part in error["loc"] if not set(str(part)) & set("[(-") and part != "str"
-    )  # but for a union's parts
+    )
     if error["type"] == "extra_forbidden":
         return unknown(key)
-    key = key.replace("tune.space.", "tune.")  # as it may be written, too
+    key = key.replace("tune.space.", "tune.")  # the user may write it without `space`
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     given = (
@@ -198,8 +206,9 @@ def _explain(error: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; integers of thousands of digits, which Python refuses to write out,
-    included.
+    """Return a value as it appears in a message.
+
+    Python refuses to print integers of thousands of digits, so their size is given instead.
     """
     if isinstance(value, int) and abs(value) > 10**SHOWN:
         return f"an integer of {value.bit_length()} bits"

@@ -1,5 +1,6 @@
-"""`raywarp config --docs`: every key of the configuration as a page of Markdown, from the JSON
-schema.
+"""The page docs/configuration.md: every key, in Markdown, from the configuration's JSON schema.
+
+`raywarp config --docs` prints it.
 """
 
 import re
@@ -12,7 +13,7 @@ from raywarp.config.field_types import LARGEST
 from raywarp.config.load import compact
 
 PARAGRAPH_WIDTH = 140  # columns of a paragraph
-RUN = "The run"  # heading of the keys that are in no section
+RUN = "The run"  # heading of the keys that belong to no section
 _PAGE_HEAD = """\
 # Configuration
 
@@ -30,7 +31,13 @@ _Tree = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Key:
-    """name: dotted. tree: its JSON schema. inner: of the section that it stands for, if it does."""
+    """A key of the configuration.
+
+    Attributes:
+        name: dotted.
+        tree: its JSON schema.
+        inner: the schema of the section that the key stands for, or None.
+    """
 
     name: str
     tree: _Tree
@@ -42,10 +49,10 @@ class Key:
 
 
 def docs(schema: _Tree) -> str:
-    """The page.
+    """Return the whole page.
 
     Args:
-        schema: of the whole configuration; see config_command.schema.
+        schema: of the whole configuration; see cli/config.py.
     """
     top = list(_keys(schema, schema["properties"], ""))
     groups = {RUN: (list[str](), [key for key in top if key.inner is None])}
@@ -67,7 +74,7 @@ def docs(schema: _Tree) -> str:
 
 
 def anchor(heading: str) -> str:
-    """The id that GitHub gives to a heading."""
+    """Return the id that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -79,7 +86,7 @@ def _keys(schema: _Tree, properties: _Tree, prefix: str) -> Iterator[Key]:
 
 
 def _walk(schema: _Tree, section: Key) -> Iterator[Key]:
-    """All keys of a section, those of sections within it behind the one that holds them."""
+    """Yield all keys of a section; the keys of an inner section follow the key that holds it."""
     for key in _keys(schema, (section.inner or {})["properties"], f"{section.name}."):
         yield key
         if key.inner is not None:
@@ -93,8 +100,9 @@ def _contents(groups: Mapping[str, tuple[list[str], list[Key]]]) -> Iterator[str
 
 
 def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
-    """Heading, what it may be, and what it means; the control's keys, which are the reward's, point
-    there.
+    """Return a key's heading, type, default and meaning.
+
+    The keys of `control` are those of `reward`, so their entries link there.
     """
     lines = [f"### {key.name}\n"]
     twin = key.name.replace("control.", "reward.", 1)
@@ -115,7 +123,7 @@ def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
 
 
 def _type_in_words(tree: _Tree) -> str:
-    """A type with its bounds, in plain words."""
+    """Return a type with its bounds, in plain words."""
     if "anyOf" in tree:
         return ", or ".join(
             _type_in_words(option) for option in tree["anyOf"] if option.get("type") != "null"
@@ -171,7 +179,7 @@ def _sentence(text: str) -> str:
 
 
 def _capital(text: str) -> str:
-    """But for a symbol, or a value that the text explains."""
+    """Capitalise a text, unless it begins with a symbol or with a value that it explains."""
     first = text.partition(" ")[0]
     return (
         text
@@ -181,7 +189,7 @@ def _capital(text: str) -> str:
 
 
 def _linked(text: str, anchors: Mapping[str, str]) -> str:
-    """With a link behind each dotted key."""
+    """Return the text with a link on each dotted key."""
     keys = sorted((name for name in anchors if "." in name), key=len, reverse=True)
     return re.sub(
         rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?![\w.]*\w)",

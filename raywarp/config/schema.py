@@ -1,16 +1,17 @@
-"""The one typed configuration: a YAML file, `key=value` overrides, and errors that name the key.
+"""The configuration's schema: `Config`, the sections of a WARP run, and ConfigError.
 
-Every key has a description; `Config` is what every command gets, and its resolved form is saved
-with the run.
+Every key has a description. Every command gets a `Config`, and its resolved form is saved with the
+run.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from raywarp.config.cluster import ClusterConfig
+from raywarp.config.datasets import PreferencesConfig, PromptsConfig
 from raywarp.config.field_types import (
     Count,
-    Gpus,
     Modules,
     NotNegative,
     Number,
@@ -21,212 +22,14 @@ from raywarp.config.field_types import (
     Text,
     Whole,
 )
+from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
 from raywarp.config.tune import TuneConfig
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
-MINILM = "embedded:all-minilm-l6-v2"
-SNIPPETS = "embedded:movie-snippets"
-DATASET = (
-    "hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets,"
-    " whose parts have fixed sizes"
-)
 
 
 class ConfigError(ValueError):
     """The user's input is wrong; the message says what, where, and what would be right."""
-
-
-class PromptsConfig(Section):
-    """What the policies complete, in training and in the evaluation."""
-
-    dataset: Text = Field(SNIPPETS, description=DATASET)
-    name: Text | None = Field(None, description="configuration (subset) of the dataset")
-    split: Text = Field("train", description="split that training prompts come from")
-    held_out_split: Text | None = Field(
-        None, description="split for evaluation; without it held_out_fraction of split is kept back"
-    )
-    held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of split kept for evaluation"
-    )
-    column: Text = Field(
-        "text",
-        description=(
-            "column that holds the prompt's text; a reward function gets the others by name"
-        ),
-    )
-    max_words: Count | None = Field(
-        None, description="keep at most so many words of each text, its first"
-    )
-    max_tokens: Count | None = Field(
-        None,
-        description=(
-            "keep at most so many tokens of each text, its first; a prompt that leaves no room for"
-            " a completion is refused"
-        ),
-    )
-    min_tokens: Count | None = Field(
-        None,
-        description=(
-            "drop shorter texts; with max_tokens, each text keeps a number of tokens drawn from"
-            " min_tokens to max_tokens"
-        ),
-    )
-    template: Literal["none", "chat"] = Field(
-        "none",
-        description=(
-            "none: the text is continued as it is; chat: it is a user turn in the model's chat"
-            " template, to be answered"
-        ),
-    )
-
-    @model_validator(mode="after")
-    def lengths(self) -> "PromptsConfig":
-        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
-            )
-        return self
-
-
-class PreferencesConfig(Section):
-    """What people preferred, for `raywarp reward`: pairs of texts, or texts with ratings."""
-
-    dataset: Text = Field(SNIPPETS, description=DATASET)
-    name: Text | None = Field(None, description="configuration (subset) of the dataset")
-    split: Text = Field("train", description="split that preferences come from")
-    prompt: Text | None = Field(
-        None,
-        description=(
-            "column with the prompt, which stands before chosen and rejected; not for rated data"
-        ),
-    )
-    chosen: Text = Field("chosen", description="column with the preferred text, or chat messages")
-    rejected: Text = Field("rejected", description="column with the other text, or chat messages")
-    text: Text = Field("text", description="column with the text, for rated data")
-    rating: Text = Field(
-        "rating",
-        description=(
-            "column with the rating, for rated data (used where chosen/rejected are absent)"
-        ),
-    )
-    margin: Positive = Field(
-        0.5,
-        description=(
-            "smallest difference of two ratings that makes a preference; higher: fewer and clearer"
-            " ones"
-        ),
-    )
-    held_out_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = Field(
-        0.1, description="share of the texts kept for validation, and the same again for the test"
-    )
-
-
-class RewardLoraConfig(Section):
-    """The reward model's own LoRA."""
-
-    rank: Count = Field(16, description="rank of the reward model's LoRA")
-    alpha: Positive = Field(32.0, description="its change is scaled by alpha / rank")
-    target_modules: Modules = Field(
-        "all-linear", description="all-linear, or names of the modules to adapt"
-    )
-
-
-class RewardTrainingConfig(Section):
-    """How `raywarp reward` trains a reward model from preferences."""
-
-    backbone: Text = Field(
-        MINILM, description="hub id or folder of the sequence classifier's backbone"
-    )
-    lora: RewardLoraConfig | None = Field(
-        None, description="LoRA fine-tuning; without it all weights are trained"
-    )
-    lr: Positive = Field(
-        1e-4, description="AdamW's learning rate, which falls linearly to 0 after warm-up"
-    )
-    batch_size: Count = Field(
-        16,
-        description=(
-            "pairs per optimiser step, over all workers; of rated texts twice as many, with every"
-            " pair among them"
-        ),
-    )
-    steps: Count = Field(
-        120,
-        description=(
-            "optimiser steps; the accuracy on held-out pairs tells when more of them do not help"
-        ),
-    )
-    warmup_steps: Whole = Field(10, description="steps of linear warm-up")
-    eval_every: Count = Field(
-        60, description="steps between validations and checkpoints; the best one is kept"
-    )
-    eval_pairs: Count = Field(
-        300, description="pairs per validation, by whose accuracy the best checkpoint is told"
-    )
-    test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
-    max_length: Count = Field(
-        256,
-        description="tokens of prompt and completion together; longer prompts lose their beginning",
-    )
-    num_workers: Count = Field(1, description="data-parallel workers of Ray Train")
-    use_gpu: bool | None = Field(
-        None, description="one GPU per worker; by default if the cluster has GPUs"
-    )
-    sft_completions: Count = Field(
-        128, description="SFT completions whose mean and deviation standardise the score"
-    )
-
-
-class RewardConfig(Section):
-    """What scores completions: a model or a function, exactly one of the two."""
-
-    model: Text | None = Field(
-        None, description="hub id or folder of a one-label sequence classifier"
-    )
-    function: Text | None = Field(
-        None,
-        description="module:function with score(prompts, completions, **columns) -> list[float]",
-    )
-    version: str = Field(
-        "",
-        description=(
-            "declared version of the function, for what its source does not show; another one makes"
-            " another run"
-        ),
-    )
-    standardise: bool | None = Field(
-        None,
-        description=(
-            "shift and scale by SFT completions; default: yes for a model, no for a function"
-        ),
-    )
-    template: Literal["auto", "none", "chat"] = Field(
-        "auto",
-        description=(
-            "what a model reads: the prompt with its completion, or both as turns of its own chat"
-            " template; auto: turns where prompts.template=chat and the model, not trained by"
-            " raywarp, has a template"
-        ),
-    )
-    max_length: Count = Field(
-        256,
-        description="tokens of prompt and completion together; longer prompts lose their beginning",
-    )
-    batch_size: Count = Field(
-        64, description="texts per forward pass of a model; lower it where its memory runs out"
-    )
-    timeout_seconds: Positive | None = Field(
-        600,
-        description=(
-            "longest time for the scores of one batch, after which the run stops; null: no limit"
-        ),
-    )
-
-    @model_validator(mode="after")
-    def one_source(self) -> "RewardConfig":
-        if self.model and self.function:
-            raise ValueError("has both a model and a function; give one of them")
-        return self
 
 
 class LoraConfig(Section):
@@ -400,74 +203,6 @@ class RolloutConfig(Section):
         ),
     )
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
-
-
-class ClusterConfig(Section):
-    """Where the processes go, and when the run gives up. It changes results in their last bits at
-    most.
-    """
-
-    gpus_per_policy: Gpus | None = Field(
-        None,
-        description=(
-            "GPUs of a policy actor, a whole number or a share such as 0.5; default 1 where the"
-            " cluster has GPUs"
-        ),
-    )
-    gpus_per_rollout_worker: Gpus | None = Field(
-        None,
-        description=(
-            "GPUs of a rollout worker, times rollout.tensor_parallel_size; default 1 where there"
-            " are GPUs"
-        ),
-    )
-    gpus_per_reward_worker: Gpus = Field(
-        0, description="GPUs of the reward worker, and of the control's"
-    )
-    cpus_per_policy: NotNegative | None = Field(
-        None,
-        description=(
-            "CPUs of a policy actor; default 1 beside a GPU, else 0.5: it has nothing to do while"
-            " its policy's rollouts run"
-        ),
-    )
-    cpus_per_rollout_worker: NotNegative = Field(1, description="CPUs of a rollout worker")
-    cpus_per_reward_worker: NotNegative = Field(
-        0, description="CPUs of the reward worker, and of the control's"
-    )
-    policy_actors: Count | None = Field(
-        None,
-        description=(
-            "actors that share the M policies; default: as many as fit when the run starts, at"
-            " most M"
-        ),
-    )
-    threads: Count | None = Field(
-        None,
-        description=(
-            "threads of each CPU process; default: a node's cores over the processes that work at"
-            " the same time; part of a policy's key, so set it where machines of different size"
-            " share policies"
-        ),
-    )
-    timeout_seconds: Positive = Field(
-        120, description="longest wait for room on the cluster, at the start and after a loss"
-    )
-    max_failures: Whole = Field(
-        3,
-        description=(
-            "how often a policy or a worker that got no further since it last failed is made anew"
-            " before the run gives up"
-        ),
-    )
-    hang_seconds: Positive = Field(
-        600,
-        description=(
-            "a process that does not answer, or works at one update or rollout for so long, is"
-            " reported and started again; likewise whoever waits where nobody has worked for so"
-            " long"
-        ),
-    )
 
 
 class ChooseConfig(Section):

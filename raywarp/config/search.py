@@ -1,8 +1,7 @@
-"""What a sweep searches: each key of `tune` as the key of the configuration that it means, and the
-points of the space.
+"""The space that a sweep searches: the keys of `tune` resolved, and the points of the space.
 
-A point is one trial's values, dotted key → value. Those of grid, random and asha are all known
-before anything starts; optuna finds its own as the trials end. No Ray.
+A point is one trial's values: dotted key → value. With grid, random and asha all points are known
+before anything starts. Optuna finds its points as the trials end. This module does not import Ray.
 """
 
 import importlib.util
@@ -24,8 +23,8 @@ from raywarp.config.tune import Domain, TuneConfig
 Values = dict[str, Any]
 MOST_TRIALS = 10_000
 DIRECTIONS: dict[str, str] = {"hypervolume": "max", "reward": "max", "kl": "min", "control": "max"}
-# What a trial's policies and front do not depend on; of the reward's own stage, and of how and
-# where a run is carried out.
+# A trial's policies and front do not depend on these keys. They belong to the reward's own stage,
+# or say how and where a run is carried out.
 _NOT_OF_A_TRIAL = (
     "out",
     "store",
@@ -37,14 +36,20 @@ _NOT_OF_A_TRIAL = (
     "checkpoint_every",
     "trust_remote_code",
 )
-# In a grid the keys that a policy's first iteration does not depend on vary last: trials at work at
-# the same time then seldom wait for each other's policies.
+# A policy's first iteration does not depend on these keys, so they vary last in a grid. Concurrent
+# trials then seldom wait for each other's policies.
 _LATER = ("warp.iterations", "warp.liti_rate", "front")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """domains: dotted key → its values. base: the configuration that all trials have in common."""
+    """The values to search, and the configuration that all trials share.
+
+    Attributes:
+        base: the configuration that all trials have in common.
+        settings: the section `tune`.
+        domains: dotted key → its values.
+    """
 
     base: Config
     settings: TuneConfig
@@ -52,7 +57,7 @@ class SearchSpace:
 
     @property
     def search(self) -> str:
-        """grid, random, asha or optuna."""
+        """The method: grid, random, asha or optuna."""
         only_grids = all(domain.kind == "grid" for domain in self.domains.values())
         return self.settings.search or ("grid" if only_grids else "random")
 
@@ -62,12 +67,12 @@ class SearchSpace:
 
     @property
     def trials(self) -> int:
-        """How many there will be."""
+        """The number of trials."""
         return self.settings.num_samples if self.search == "optuna" else len(self.points)
 
     @cached_property
     def points(self) -> list[Values]:
-        """Every trial's values, in the order of their start, each once; none for optuna."""
+        """All trials' values without duplicates, in the order of their start; empty for optuna."""
         if self.search == "optuna":
             return []
         grids = {
@@ -93,7 +98,7 @@ class SearchSpace:
         return list({name_of(point): point for point in points}.values())
 
     def config(self, point: Values) -> Config:
-        """The configuration of one trial, without its place.
+        """Return the configuration of one trial, without its output folder.
 
         Raises:
             ConfigError: the configuration refuses the values.
@@ -108,20 +113,20 @@ class SearchSpace:
         grid = self.domains.get("warp.liti_rate")
         if grid is None or grid.is_range:
             return config
-        etas = sorted(
-            {*config.front.etas, *(float(value) for value in grid.values)}
-        )  # the last iteration's η is a point of the front
+        # The last iteration's η is a point of the front.
+        etas = sorted({*config.front.etas, *(float(value) for value in grid.values)})
         return config.model_copy(update={"front": config.front.model_copy(update={"etas": etas})})
 
     def resolved(self, point: Values) -> Values:
-        """The values as the configuration has them: 1 and 1.0, or 5e-4 and "5e-4", are one
-        value.
+        """Return the values as the configuration stores them.
+
+        1 and 1.0, or 5e-4 and "5e-4", thereby become one value.
         """
         tree = self.config(point).model_dump(mode="json")
         return {key: _get(tree, key) for key in self.domains}
 
     def largest(self) -> Config:
-        """The trial that asks most of a cluster."""
+        """Return the configuration of the trial that needs the most of a cluster."""
         sizes = ("warp.policies", "rollout.workers", "rollout.tensor_parallel_size")
         most = {
             key: max(domain.values) - (domain.kind == "randint")
@@ -131,7 +136,7 @@ class SearchSpace:
         return self.config({**self.first(), **most})
 
     def first(self) -> Values:
-        """Some point: the first of every domain."""
+        """Return some point: the first, or the first value of every domain."""
         return (
             self.points[0]
             if self.points
@@ -140,11 +145,11 @@ class SearchSpace:
 
 
 def search_space(config: Config) -> SearchSpace:
-    """The space of config.tune, checked as far as that goes without Ray.
+    """Return the space of config.tune, checked as far as possible without Ray.
 
     Raises:
-        ConfigError: no or an ambiguous or unknown key, values that the configuration refuses, a
-            search that does not fit the values or whose package is not installed.
+        ConfigError: no key, an unknown or ambiguous one, or values that the configuration refuses;
+            or a search that does not fit the values or whose package is not installed.
     """
     settings = config.tune
     if settings is None or not settings.space:
@@ -172,8 +177,12 @@ def search_space(config: Config) -> SearchSpace:
 
 
 def resolve_key(given: str) -> str:
-    """The dotted key of a configuration that a key of `tune` means: itself, or the only one that
-    ends with it.
+    """Return the dotted key of the configuration that a key of `tune` means.
+
+    It is the key itself, or the only key that ends with it.
+
+    Raises:
+        ConfigError: the key is unknown, ambiguous, or the same for all trials.
     """
     allowed = [key for key in known_keys() if not _outside(key)]
     if given in allowed:
@@ -192,12 +201,12 @@ def resolve_key(given: str) -> str:
 
 
 def name_of(point: Values) -> str:
-    """The name of a trial, and of its folder: a hash of its values."""
+    """Return the name of a trial and of its folder: a hash of its values."""
     return identity.content_key(point)[:8]
 
 
 def describe(point: Mapping[str, Any]) -> str:
-    """A point in one line, keys by their last part: ema_rate=0.05, liti_rate=0.3."""
+    """Return a point in one line, keys by their last part: ema_rate=0.05, liti_rate=0.3."""
     return ", ".join(f"{key.rsplit('.', 1)[-1]}={show(value)}" for key, value in point.items())
 
 
@@ -240,7 +249,7 @@ def _check_search(space: SearchSpace) -> None:
 
 
 def _ends(space: SearchSpace) -> Iterator[Values]:
-    """Points that hold, between them, every listed value and both ends of every range."""
+    """Yield points that together hold every listed value and both ends of every range."""
     first = {key: domain.values[0] for key, domain in space.domains.items()}
     for key, domain in space.domains.items():
         for value in domain.values:
@@ -261,7 +270,7 @@ def _draw(domain: Domain, random: np.random.Generator) -> Any:
 
 
 def six_digits(value: Any) -> Any:
-    """A drawn number as it is shown and stored: six digits say enough of it."""
+    """Round a drawn number to six digits, the precision in which it is shown and stored."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -285,13 +294,14 @@ def _get(tree: Any, key: str) -> Any:
 
 
 def choice_texts(domain: Domain) -> list[str]:
-    """A choice's values as texts: optuna's categories cannot be lists or mappings."""
+    """Return a choice's values as texts: optuna's categories cannot be lists or mappings."""
     return [json.dumps(value) for value in domain.values]
 
 
 def decode(config: Mapping[str, Any]) -> Values:
-    """A trial's values from what Ray Tune hands it: {"point": …} of a known list, or optuna's
-    suggestion.
+    """Return a trial's values from the configuration that Ray Tune passes to it.
+
+    That is {"point": …} of a known list, or optuna's suggestion.
     """
     if "point" in config:
         return dict(config["point"])

@@ -1,5 +1,6 @@
-"""Credentials have no place in a configuration: it is saved with the run, and shown in messages and
-loggers.
+"""Detection of credentials, which a configuration must not hold.
+
+A configuration is saved with the run, and shown in messages and loggers.
 """
 
 import re
@@ -17,12 +18,12 @@ _TOKEN = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text with its credentials starred out."""
+    """Return the text with its credentials replaced by stars."""
     return _TOKEN.sub("***", _PARAMETER.sub(r"\1***", _USERINFO.sub("***@", text)))
 
 
 def keys_with_secrets(tree: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys of a nested mapping whose values, or names, hold credentials."""
+    """Yield the dotted keys of a nested mapping whose values, or names, hold credentials."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             yield from keys_with_secrets(value, f"{key}.{redact(str(name))}".removeprefix("."))

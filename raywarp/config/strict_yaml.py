@@ -1,24 +1,26 @@
-"""YAML as a person writes a configuration: plain values, each key once, nothing within itself."""
+"""Strict YAML: plain values, no duplicate keys, no value within itself."""
 
 from typing import Any
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-MOST_VALUES = 10_000  # with aliases written out: a few lines of them can stand for billions
+# The most values of a file with its aliases expanded: a few lines of aliases can stand for
+# billions.
+MOST_VALUES = 10_000
 DEEPEST = 50
 
 
 class StrictYamlError(ValueError):
-    """Not such YAML; the message says what and where."""
+    """The text is not strict YAML; the message says what is wrong and where."""
 
 
 def load_yaml(text: str) -> Any:
-    """The value that a text holds; None if it holds nothing.
+    """Return the value that a text holds; None if the text is empty.
 
     Raises:
-        StrictYamlError: not YAML, a key that is there twice, a value that contains itself, or a
-            value that Python cannot hold.
+        StrictYamlError: not YAML, a duplicate key, a value that contains itself, or a value that
+            Python cannot hold.
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
@@ -31,14 +33,23 @@ def load_yaml(text: str) -> Any:
         raise StrictYamlError("not valid YAML: it is nested too deeply") from None
     except (
         yaml.YAMLError,
+        # an impossible date or number
         ValueError,
         OverflowError,
-    ) as error:  # the latter: a date or a number that cannot be
+    ) as error:
         raise StrictYamlError(f"not valid YAML: {error}") from None
 
 
 def _check(node: Node, above: tuple[Node, ...], count: int = 0) -> int:
-    """The number of values in the node, counted on from `count`."""
+    """Return `count` plus the number of values in the node.
+
+    Args:
+        above: the nodes that contain this one.
+
+    Raises:
+        StrictYamlError: a duplicate key, a value that contains itself, or too many values or
+            levels.
+    """
     if any(node is other for other in above):
         raise StrictYamlError(
             f"{_place(node)}: a value contains itself (an alias within its own anchor)"

@@ -1,5 +1,6 @@
-"""The section `tune`: what `raywarp tune` searches, and how. What its keys stand for in a
-configuration is in search_space.py.
+"""The section `tune`: what `raywarp tune` searches, and how.
+
+search.py resolves its keys to those of the configuration.
 """
 
 from collections.abc import Mapping
@@ -77,9 +78,7 @@ class Domain(Section):
 
 
 class TuneConfig(Section):
-    """Besides these settings, whatever is a mapping holds the values to search of the key that it
-    is named by.
-    """
+    """Besides these settings, every mapping holds the values to search of the key that names it."""
 
     space: dict[str, Domain] = Field(
         {},

@@ -1,3 +1,1 @@
-"""What a run reads: prompts, preferences, texts, a model's files, and the embedded models and
-ratings.
-"""
+"""What a run reads: prompts, preferences, texts, a model's files, embedded models and ratings."""

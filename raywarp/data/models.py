@@ -1,7 +1,7 @@
-"""A model's files, checked before anything loads them: config and tokenizer readable, weights
-whole, no pickle, nothing outside the folder.
+"""Checks and loading of a model's files: nothing is loaded before the files are checked.
 
-Code that comes with a model is never run unless `trust_remote_code` asks for it.
+Config and tokenizer must be readable and the weights whole. No pickle and nothing outside the
+folder is read. A model's own code never runs unless `trust_remote_code` allows it.
 """
 
 from collections.abc import Iterator
@@ -20,37 +20,36 @@ _CLASSIFIER = ("SequenceClassification", "RewardModel")
 
 
 def read_model_config(name: str, trust_remote_code: bool, what: str) -> Any:
-    """transformers' configuration of a folder or hub id.
+    """Return transformers' configuration of a folder or hub id.
 
     Args:
         what: how messages call the model, for example model=runs/sft.
 
     Raises:
-        ConfigError: it cannot be read, or needs code of its own that nobody asked for.
+        ConfigError: it cannot be read, or needs code of its own that trust_remote_code does not
+            allow.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    # whatever the parts of a wrong config.json raise, in transformers and the model's own class
+    # A wrong config.json can raise anything, in transformers and in the model's own class.
     except Exception as error:
         raise ConfigError(f"{what} cannot be loaded: {_reason(error)}") from None
 
 
 def read_tokenizer(name: str, trust_remote_code: bool, what: str) -> Any:
-    """The tokenizer of a folder or hub id; raises as read_model_config does."""
+    """Return the tokenizer of a folder or hub id; see read_model_config for errors."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # likewise
+    except Exception as error:  # a wrong tokenizer file can raise anything, too
         raise ConfigError(f"{what}: its tokenizer cannot be loaded: {_reason(error)}") from None
 
 
 def check_causal(name: str, config: Any, trust_remote_code: bool, what: str) -> None:
-    """Raises ConfigError where a model is not a whole language model that predicts the next
-    token.
-    """
+    """Raise ConfigError unless a model is a whole causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     _check_kind(config, _CAUSAL, trust_remote_code, what, "a causal language model")
@@ -62,7 +61,7 @@ def check_causal(name: str, config: Any, trust_remote_code: bool, what: str) -> 
 
 
 def check_one_label(name: str, config: Any, trust_remote_code: bool, what: str) -> None:
-    """Raises ConfigError where a model is not a whole sequence classifier with one label."""
+    """Raise ConfigError unless a model is a whole sequence classifier with one label."""
     if config.num_labels != 1:
         raise ConfigError(
             f"{what} has num_labels={config.num_labels}, a reward needs 1: "
@@ -73,12 +72,12 @@ def check_one_label(name: str, config: Any, trust_remote_code: bool, what: str) 
 
 
 def check_weights(name: str, what: str) -> None:
-    """The safetensors files of a folder, by their headers; of a hub id nothing is known yet.
+    """Check the safetensors files of a folder by their headers; skip a hub id.
 
     Raises:
-        ConfigError: none, a pickle in their place, one that is cut off, an index that names what is
-            missing or outside the folder, a tensor that is there twice, or an adapter in the
-            folder.
+        ConfigError: no weights, a pickle in their place, or a file that is cut off; an index that
+            names a missing file or one outside the folder; a tensor that is there twice; or an
+            adapter in the folder.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -89,26 +88,25 @@ def check_weights(name: str, what: str) -> None:
 
 
 def load_model(auto: Any, name: str, what: str, *, new_head: bool = False, **options: Any) -> Any:
-    """A model whose every tensor comes from its files.
+    """Return a model whose every tensor comes from its files.
 
     Args:
         auto: a class of transformers, such as AutoModelForCausalLM.
-        new_head: what is not of the backbone may be new, since it will be trained.
+        new_head: tensors outside the backbone may be new, since they will be trained.
         options: of from_pretrained.
 
     Raises:
-        ConfigError: it cannot be loaded, a tensor is missing or has another shape (transformers
-            would make it up at random), or its two embeddings differ where its configuration says
-            that they are one.
+        ConfigError: the model cannot be loaded; a tensor is missing or has another shape
+            (transformers would make it up at random); or its two embeddings differ where its
+            configuration says that they are one.
     """
     model = _load(auto, name, what, new_head, options)
     head, tied = (
         model.get_output_embeddings(),
         getattr(model.config.get_text_config(), "tie_word_embeddings", False),
     )
-    if (
-        head is not None and tied and head.weight is not model.get_input_embeddings().weight
-    ):  # transformers 5.19 does not tie what differs
+    # transformers 5.19 does not tie weights that differ
+    if head is not None and tied and head.weight is not model.get_input_embeddings().weight:
         raise ConfigError(_untied(what, "the embedding and the head"))
     return model
 
@@ -116,11 +114,10 @@ def load_model(auto: Any, name: str, what: str, *, new_head: bool = False, **opt
 def check_tensors(
     auto: Any, name: str, config: Any, what: str, *, new_head: bool = False, **options: Any
 ) -> None:
-    """Check that load_model will find every tensor in a folder. The loader itself is asked, on
-    torch's meta device: no weight is read.
+    """Check that load_model will find every tensor in a folder, without reading a weight.
 
-    A quantised model is left to load_model, since its loader may want numbers; so is a hub id, of
-    which nothing is known yet.
+    transformers' own loader is asked, on torch's meta device. A quantised model is left to
+    load_model, since its loader may need numbers. So is a hub id, whose files are not known yet.
 
     Args:
         config: transformers' configuration.
@@ -138,7 +135,8 @@ def check_tensors(
         model = _load(auto, name, what, new_head, {**options, "device_map": "meta"})
     except ConfigError:
         raise
-    # a model's own code may want numbers, which are not there; load_model then says what is wrong
+    # A model's own code may need numbers, which are missing here; load_model then reports what is
+    # wrong.
     except Exception:
         return
     prefix = f"{model.base_model_prefix}."
@@ -157,7 +155,7 @@ def check_tensors(
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's long message comes to."""
+    """Return the first line of a library's message, or the error's type."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -173,9 +171,8 @@ def _load(auto: Any, name: str, what: str, new_head: bool, options: dict[str, An
             model, report = auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what} cannot be loaded: {first_line(error)}") from None
-    except (
-        RuntimeError
-    ) as error:  # which of a fused tensor's parts it is, transformers 5.19 does not say
+    except RuntimeError as error:
+        # transformers 5.19 does not say which part of a fused tensor is wrong
         if "conversion of the weights" not in str(error):
             raise
         raise ConfigError(
@@ -191,9 +188,8 @@ def _load(auto: Any, name: str, what: str, new_head: bool, options: dict[str, An
                 f"{what}: the tensor {tensor} has the shape {tuple(found)}, and by its config.json"
                 f" {tuple(wanted)}"
             )
-    tied = getattr(
-        model, "all_tied_weights_keys", {}
-    )  # name → the other name of the same tensor, which is the one in the files
+    # Name → the other name of the same tensor, under which the files hold it.
+    tied = getattr(model, "all_tied_weights_keys", {})
     if missing := sorted(
         {tied.get(tensor, tensor) for tensor in report["missing_keys"] if tensor.startswith(ours)}
     ):
@@ -206,7 +202,7 @@ def _load(auto: Any, name: str, what: str, new_head: bool, options: dict[str, An
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """What transformers has to say of a model's files is said by _load."""
+    """Silence transformers while a model loads: _load reports what is wrong with its files."""
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,5 +1,4 @@
-"""Preferences from anywhere, as data.py reads it: given pairs, or texts with ratings, which are
-paired.
+"""Preferences from any source that prompts.py reads: given pairs, or rated texts to be paired.
 
 Everything random here is a function of the seed, and no text is in two splits.
 """
@@ -10,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raywarp.config.schema import SNIPPETS, ConfigError, PreferencesConfig
+from raywarp.config.datasets import SNIPPETS, PreferencesConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.embedded import Snippet
 from raywarp.data.prompts import load_rows
@@ -18,12 +18,12 @@ from raywarp.data.text import text_key
 from raywarp.identity import derive_seed
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
-PAIRINGS = 16  # how many others each rated text is at most compared with
+PAIRINGS = 16  # the most other texts that each rated text is compared with
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A human found `chosen` better than `rejected`; the prompt, if any, stands before both."""
+    """A human preferred `chosen` to `rejected`; the prompt, if any, stands before both."""
 
     chosen: str
     rejected: str
@@ -32,8 +32,11 @@ class Preference:
 
 @dataclass(frozen=True)
 class PreferenceSplits:
-    """Disjoint by text. rated: the texts that `train` was paired from, empty where the dataset
-    holds pairs: whoever has scored a batch of rated texts can use every pair among them.
+    """Preferences for training, validation and test, disjoint by text.
+
+    Attributes:
+        rated: the texts that `train` was paired from, so that every pair in a batch of rated texts
+            can be used. It is empty where the dataset holds pairs.
     """
 
     train: list[Preference]
@@ -43,16 +46,18 @@ class PreferenceSplits:
 
 
 def load_preferences(config: PreferencesConfig, seed: int) -> PreferenceSplits:
-    """Preferences from columns chosen/rejected (strings or chat messages), else from rated texts
-    that differ by the margin.
+    """Load preferences, from columns chosen/rejected or from rated texts.
+
+    The columns hold strings or chat messages. Rated texts are paired where their ratings differ by
+    the margin.
 
     Rated texts are split before they are paired: about 20,000 pairs for training, 4,000 each for
-    validation and test, fewer where there are few texts. Given pairs are split so that no prompt,
-    and without prompts no text, is in two splits.
+    validation and test, fewer where there are few texts. Given pairs are split so that no prompt is
+    in two splits; without prompts, no text is.
 
     Raises:
-        ConfigError: see load_rows; columns missing or of the wrong type, or nothing left in a
-            split.
+        ConfigError: see load_rows; columns that are missing or of the wrong type, or nothing left
+            in a split.
     """
     if config.dataset == SNIPPETS:
         parts = embedded.split_snippets(seed)
@@ -103,8 +108,9 @@ def _preference(row: dict[str, Any], config: PreferencesConfig) -> Preference:
 
 
 def _turns(value: Any, column: str) -> tuple[str, str]:
-    """Prompt and completion of a text (which has no prompt) or of chat messages: the user's turns,
-    the assistant's last one.
+    """Return prompt and completion of a text (which has no prompt) or of chat messages.
+
+    The prompt is the user's turns, the completion the assistant's last turn.
     """
     if isinstance(value, str):
         return "", value
@@ -142,8 +148,9 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
 def _split_pairs(
     pairs: Sequence[Preference], fraction: float, seed: int
 ) -> tuple[list[Preference], list[Preference], list[Preference]]:
-    """Train, validation, test. Pairs linked by a prompt, or without one by a text, stay together
-    (union-find).
+    """Split pairs into train, validation and test.
+
+    Pairs linked by a prompt, or without one by a text, stay together (union-find).
     """
     parent: dict[str, str] = {}
 
@@ -175,7 +182,7 @@ def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
 def _split_rated(
     rows: Iterable[dict[str, Any]], config: PreferencesConfig, seed: int
 ) -> tuple[list[Snippet], ...]:
-    """Train, validation, test."""
+    """Split rated texts into train, validation and test."""
     if config.prompt is not None:
         raise ConfigError(
             "preferences.prompt is for chosen/rejected columns; for rated data put the prompt into"
@@ -210,8 +217,9 @@ def _pair_splits(parts: Sequence[Sequence[Snippet]], margin: float, seed: int) -
 
 
 def _pair_rated(rated: Sequence[Snippet], margin: float, limit: int, seed: int) -> list[Preference]:
-    """Distinct pairs whose ratings differ by the margin: neighbours in random orders, so that all
-    texts occur about equally often.
+    """Return distinct pairs of texts whose ratings differ by the margin.
+
+    Pairs are neighbours in random orders, so that all texts occur about equally often.
     """
     generator, order, pairs = random.Random(seed), list(rated), dict[Preference, None]()
     for _ in range(PAIRINGS):

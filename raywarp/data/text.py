@@ -1,6 +1,4 @@
-"""Texts: prompts as they are sampled from, completions as they travel between processes, and which
-texts count as the same.
-"""
+"""Prompts, completions, and which texts count as the same."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +8,11 @@ from typing import Any
 class Completion:
     """What a rollout worker returns for one prompt.
 
-    token_ids: the sampled tokens, an emitted EOS included.
-    logprobs: the sampler's log π of each, at the sampling temperature.
-    text: decoded without special tokens.
-    finished: it ended by itself (False: truncated at max_new_tokens).
+    Attributes:
+        token_ids: the sampled tokens, an emitted EOS included.
+        logprobs: the sampler's log π of each token, at the sampling temperature.
+        text: decoded without special tokens.
+        finished: the completion ended by itself (False: truncated at max_new_tokens).
     """
 
     token_ids: tuple[int, ...]
@@ -24,8 +23,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: what a reward sees, without any template. token_ids: what the policy sees. columns: the
-    row's other columns.
+    """One prompt of a dataset.
+
+    Attributes:
+        text: what a reward sees, without any template.
+        token_ids: what the policy sees.
+        columns: the row's other columns.
     """
 
     text: str
@@ -40,5 +43,5 @@ class PromptSplits:
 
 
 def text_key(text: str) -> str:
-    """Equal for texts that differ only in case, spaces and punctuation."""
+    """Return a key that is equal for texts that differ only in case, spaces and punctuation."""
     return "".join(c for c in text.casefold() if c.isalnum()) or text

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from raywarp.cluster.health import GROUP, Process, Work
-from raywarp.config.schema import RewardConfig
+from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Prompt
 from raywarp.rewards.score import Reward, RewardError, load_reward
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError

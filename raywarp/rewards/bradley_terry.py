@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from raywarp.config.schema import ConfigError, RewardTrainingConfig
+from raywarp.config.rewards import RewardTrainingConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import load_model
 from raywarp.data.preferences import Preference

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
+from raywarp.config.datasets import PromptsConfig
+from raywarp.config.rewards import RewardConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data.prompts import resolve_model
 from raywarp.identity import content_key, folder_fingerprint
 from raywarp.storage.sealed import DamagedError, check_sealed, is_sealed, read_record

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from raywarp.config.schema import SMOLLM2, Config, RewardConfig
+from raywarp.config.rewards import RewardConfig
+from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
 from raywarp.run.figures import FRONT_HEADINGS, front_cells
 from raywarp.run.folder import PICTURE

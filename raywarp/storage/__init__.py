@@ -1,3 +1,4 @@
-"""Files that outlive a process: sealed folders, a location (a folder or a bucket), its local
-mirror, locks, scratch folders.
+"""Files that outlive a process: sealed folders, folders and buckets, locks and scratch folders.
+
+A bucket has a local mirror.
 """

@@ -1,11 +1,13 @@
-"""Where results live: a folder, or a prefix of an object store's bucket (s3://, gs://), through
-pyarrow.fs.
+"""Where results are stored: a folder, or a prefix of a bucket (s3://, gs://), through pyarrow.fs.
 
-A name such as `policies/<key>` is a folder of files that is there once its manifest is, which is
-written last; readers verify sha256. In a folder the files are made beside their place and moved
-there. Object stores cannot move: there they lie under a prefix of their own
-(`policies/<key>/.<unique>/<file>`), the manifest says which one, and what it does not name is
-ignored. The first one to finish a name wins; whoever comes later throws the own files away.
+A name such as `policies/<key>` is a folder of files. It counts as finished once its manifest is
+there, which is written last. Readers verify sha256.
+
+In a folder, files are written beside their place and then moved there. Object stores cannot move.
+There the files lie under a prefix of their own (`policies/<key>/.<unique>/<file>`), and the
+manifest says which one. Files that it does not name are ignored.
+
+The first writer to finish a name wins; later ones discard their own files.
 """
 
 import errno
@@ -33,30 +35,33 @@ from raywarp.storage import sealed
 from raywarp.storage.locks import locked
 from raywarp.storage.sealed import MANIFEST, DamagedError
 
-_TEMPORARY = re.compile(
-    r"\..+\.[0-9a-f]{8}"
-)  # what is being written has the name that it will have, a dot before and 8 digits behind
+# A file or folder that is being written is called by its final name, with a dot before it and 8
+# digits behind.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 _CREDENTIALS = ("AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
 
 
 def is_uri(place: str) -> bool:
-    """Whether a store is an object store rather than a folder of this machine or of a shared file
-    system.
+    """Return whether a place is an object store rather than a folder.
+
+    The folder may be of this machine or of a shared file system.
     """
     return "://" in place and not place.startswith("file://")
 
 
 class Storage:
-    """A folder or an object store's prefix. Travels to other processes, and takes the driver's
-    credentials along, in memory only.
+    """A folder or an object store's prefix.
 
-    uri: as given, a folder absolute. folder: where it lies, or None for an object store.
+    It can be sent to other processes. It takes the driver's credentials along, in memory only.
+    Nothing is opened before it is used; a place that cannot be opened raises a ConfigError then.
 
     Args:
         place: a folder, file:///…, s3://bucket/prefix?region=…&endpoint_override=… or
             gs://bucket/prefix. Credentials come from the environment.
 
-    Nothing is opened before it is used; a place that cannot be opened raises a ConfigError then.
+    Attributes:
+        uri: the place as given; a folder's absolute path.
+        folder: the folder, or None for an object store.
     """
 
     def __init__(self, place: str | Path):
@@ -74,7 +79,7 @@ class Storage:
 
     @property
     def cache(self) -> Path:
-        """The folder of this machine that holds what was fetched."""
+        """The folder of this machine that holds fetched files."""
         base = (
             Path(os.environ.get("RAYWARP_CACHE") or user_cache_dir("raywarp"))
             .expanduser()
@@ -83,7 +88,7 @@ class Storage:
         return self.folder or base / "stores" / identity.content_key(self.uri)
 
     def read(self, name: str) -> bytes | None:
-        """One file; None if there is none."""
+        """Return the content of one file; None if there is none."""
         with self._explained("read"):
             try:
                 if self.folder:
@@ -95,7 +100,7 @@ class Storage:
                 return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace one file at once."""
+        """Replace one file atomically."""
         with self._explained("write"):
             if self.folder:
                 return sealed.write_bytes(self.folder / name, data)
@@ -103,7 +108,10 @@ class Storage:
                 stream.write(data)
 
     def names(self, name: str) -> list[str]:
-        """What lies directly under a name, sorted; what begins with a dot is under way."""
+        """Return the finished entries directly under a name, sorted.
+
+        A dot in front marks an unfinished one.
+        """
         with self._explained("read"):
             if self.folder:
                 place = self.folder / name
@@ -113,7 +121,7 @@ class Storage:
         return sorted(one for one in found if not one.startswith("."))
 
     def files(self, name: str = "") -> list[str]:
-        """Every file under a name, relative to the store."""
+        """Return every file under a name, relative to the store."""
         with self._explained("read"):
             if self.folder:
                 return sorted(
@@ -128,9 +136,7 @@ class Storage:
             )
 
     def remove(self, name: str) -> None:
-        """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks
-        finished.
-        """
+        """Delete a folder, its manifest first, so that a kill leaves no finished folder."""
         with self._explained("write"):
             if self.folder:
                 return sealed.remove(self.folder / name)
@@ -141,10 +147,10 @@ class Storage:
                 self._fs.delete_dir(self._path(name))
 
     def fetch(self, name: str) -> Path | None:
-        """The folder of a finished name, verified, on this machine; None if nothing is there.
+        """Return the verified folder of a finished name on this machine; None if nothing is there.
 
         Raises:
-            DamagedError: something is there that is not, or not wholly, what was written.
+            DamagedError: something is there, but it is not exactly what was written.
             StoreError: it cannot be read.
         """
         if self.folder:
@@ -159,7 +165,7 @@ class Storage:
         return self._download(name, data) if data is not None else None
 
     def has(self, name: str) -> bool:
-        """Whether a name is finished, and whole."""
+        """Return whether a name is finished and undamaged."""
         try:
             return self.fetch(name) is not None
         except DamagedError:
@@ -167,8 +173,9 @@ class Storage:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A temporary folder to fill; if the body succeeds its files become the name's, unless
-        somebody has finished it before.
+        """Yield a temporary folder to fill; if the body succeeds, its files become the name's.
+
+        If another writer has finished the name before, the files are discarded.
         """
         with self._explained("write"):
             if self.folder:
@@ -181,15 +188,18 @@ class Storage:
                 self._upload(folder, name)
 
     def clean(self, name: str, age: float = sealed.DAY) -> None:
-        """Remove what interrupted writers left under a name longer than `age` seconds ago; a day
-        leaves room for clocks that differ.
+        """Remove what interrupted writers left under a name.
+
+        Args:
+            age: only files older than this many seconds. The default, a day, leaves room for clocks
+                that differ.
         """
         with self._explained("write"):
             if self.folder:
                 for path in [
                     one for one in _below(self.folder / name) if _TEMPORARY.fullmatch(one.name)
                 ]:
-                    with suppress(FileNotFoundError):  # its writer is done with it
+                    with suppress(FileNotFoundError):  # its writer has finished with it
                         if not age or time.time() - path.stat().st_mtime > age:
                             (
                                 shutil.rmtree(path, ignore_errors=True)
@@ -212,7 +222,8 @@ class Storage:
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-            with locked(target):  # it is there: with checkpoints, or finished by somebody else
+            # The folder exists: it holds checkpoints, or another writer has finished it.
+            with locked(target):
                 if not sealed.is_sealed(target):
                     sealed.move_into(target, new, MANIFEST)
         finally:
@@ -238,11 +249,12 @@ class Storage:
                 stream.write(block)
 
     def get(self, name: str, path: Path) -> None:
-        """Copy one file of an object store to this machine; a reader there sees the old file or the
-        new.
+        """Copy one file of an object store to this machine.
+
+        A reader there sees the old file or the new one, never a part.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the store has no such file.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -315,8 +327,9 @@ class Storage:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files and folders in a folder, in which others are at work meanwhile: pathlib's rglob
-    fails at what vanishes (Python 3.11).
+    """Yield all files and folders in a folder that other processes change meanwhile.
+
+    pathlib's rglob fails when an entry vanishes (Python 3.11).
     """
     for parent, folders, names in os.walk(folder):
         yield from (Path(parent, name) for name in [*folders, *names])

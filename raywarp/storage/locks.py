@@ -1,6 +1,4 @@
-"""Folders that a process writes, and has locked, at the longest for as long as it lives: the kernel
-takes a dead one's lock back.
-"""
+"""Locks on the folders that a process writes, released by the kernel when the process dies."""
 
 import errno
 import fcntl
@@ -12,14 +10,17 @@ from pathlib import Path
 
 from raywarp.config.schema import ConfigError
 
-ENDING_SECONDS = 30.0  # in which a command that was told to stop saves what it has
+ENDING_SECONDS = 30.0  # the time in which a command that was told to stop saves its state
 LOCK_POLL_SECONDS = 0.1
 
 
 def lock(path: Path) -> int:
-    """A descriptor that holds the lock until it is closed. Raises BlockingIOError where another one
-    does, FileNotFoundError where somebody took it away meanwhile, too, and another OSError where
-    the file system cannot lock it.
+    """Return a descriptor that holds the lock until it is closed.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        FileNotFoundError: the path does not exist, or was deleted meanwhile.
+        OSError: the file system cannot lock the path.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -34,8 +35,9 @@ def lock(path: Path) -> int:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the file system can lock it (NFS cannot: then two may be in the
-    body).
+    """Let one process at a time into the body.
+
+    Where the file system cannot lock (NFS), two processes may be in the body.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -48,10 +50,15 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def made(key: str, place: str, folder: Path) -> Iterator[None]:
-    """In the body the folder is there; of what was made for that, what is empty then goes again.
+    """Make the folder for the body; afterwards remove those of the new folders that are empty.
+
+    Args:
+        key: the key of the configuration that names the folder.
+        place: the key's value.
+        folder: the folder to make.
 
     Raises:
-        ConfigError: it cannot be made; place is what the configuration's key calls it.
+        ConfigError: the folder cannot be made.
     """
     new: list[Path] = []
     try:
@@ -67,7 +74,7 @@ def made(key: str, place: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writable(key: str, place: str) -> Iterator[None]:
-    """Turns an OSError of the body into a ConfigError that says which key to change."""
+    """Turn an OSError of the body into a ConfigError that says which key to change."""
     try:
         yield
     except OSError as error:
@@ -78,12 +85,21 @@ def writable(key: str, place: str) -> Iterator[None]:
 
 @contextmanager
 def exclusive(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """In the body no other command of this machine is at work in the folder of `out`, which is
-    `made`; yields whether one was just before. Where a file system cannot lock folders (NFS),
-    nobody is kept out.
+    """Let no other command of this machine write into the folder of `out` during the body.
+
+    The folder is `made`. Where a file system cannot lock folders (NFS), no command is kept out.
+
+    Args:
+        out: the configuration's value of that key.
+        folder: the folder of `out`.
+        say: prints a message for the user.
+
+    Yields:
+        Whether another command had to be waited for.
 
     Raises:
-        ConfigError: one is, and does not end within ENDING_SECONDS; or the folder cannot be made.
+        ConfigError: another command does not end within ENDING_SECONDS, or the folder cannot be
+            made.
     """
     descriptor = None
     try:
@@ -92,9 +108,9 @@ def exclusive(out: str, folder: Path, say: Callable[[str], None]) -> Iterator[bo
             yield waited
     finally:
         if descriptor is not None:
-            os.close(
-                descriptor
-            )  # after the folder, where that goes: else another command finds it before
+            # Release the lock after `made` has removed the folder. Otherwise another command could
+            # lock it before its removal.
+            os.close(descriptor)
 
 
 def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None, bool]:
@@ -102,7 +118,7 @@ def _lock_in_time(folder: Path, say: Callable[[str], None]) -> tuple[int | None,
     while True:
         try:
             return lock(folder), deadline is not None
-        except FileNotFoundError:  # the other one took its empty folder away
+        except FileNotFoundError:  # the other command removed its empty folder
             folder.mkdir(parents=True, exist_ok=True)
         except BlockingIOError:
             if deadline is None:

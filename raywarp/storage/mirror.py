@@ -1,5 +1,6 @@
-"""The run's folder where `out` is an object store: the driver works in a local copy, and what
-changes in it is put there.
+"""The local mirror of a run's folder, for an `out` in an object store.
+
+The driver works in a local copy. The mirror uploads what changes in it.
 """
 
 import shutil
@@ -9,17 +10,18 @@ from pathlib import Path
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
 
-LOOK_SECONDS = 5.0  # seconds between looks at files that grow
-SHARE = 0.05  # of the driver's time at most goes into that
+LOOK_SECONDS = 5.0  # seconds between checks of growing files
+SHARE = 0.05  # the largest share of the driver's time that uploads take
 
 
 class Mirror:
-    """A local copy of everything under `out` but its policies, which go there by themselves (see
-    policy_files.py).
+    """A local copy of everything under `out` except its policies.
 
-    An object store cannot append, so a file that grows (metrics.jsonl, events.jsonl) is put as a
-    whole now and then. What a death in between loses of metrics.jsonl is in the policies' folders,
-    from which the next invocation makes it anew.
+    Policies are uploaded separately; see run/policy_files.py.
+
+    An object store cannot append. A file that grows (metrics.jsonl, events.jsonl) is therefore
+    uploaded as a whole from time to time. A death in between loses rows of metrics.jsonl. The next
+    invocation restores them from the policies' folders.
     """
 
     def __init__(self, storage: Storage):
@@ -39,7 +41,7 @@ class Mirror:
         self._known = self._versions()
 
     def push(self) -> None:
-        """Put what is new or changed, manifests last."""
+        """Upload new and changed files, manifests last."""
         start, versions = time.monotonic(), self._versions()
         changed = [path for path, version in versions.items() if self._known.get(path) != version]
         for path in sorted(changed, key=lambda path: (path.name == MANIFEST, path)):
@@ -48,7 +50,7 @@ class Mirror:
         self._next = time.monotonic() + max(LOOK_SECONDS, (time.monotonic() - start) / SHARE)
 
     def push_now_and_then(self) -> None:
-        """`push`, unless the last one was a moment ago."""
+        """Call `push`, unless the last one was a moment ago."""
         if time.monotonic() >= self._next:
             self.push()
 
@@ -62,5 +64,5 @@ class Mirror:
 
 
 def _is_policys(path: Path) -> bool:
-    """Whether it belongs to a policy, or is under way."""
+    """Return whether a file belongs to a policy, or is still being written."""
     return path.parts[0] == "policies" or any(part.startswith(".") for part in path.parts)

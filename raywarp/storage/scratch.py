@@ -1,5 +1,6 @@
-"""Temporary files and folders for as long as their process lives, which has them locked: what a
-killed one leaves, others take away.
+"""Scratch folders: temporary folders that their process holds locked while it lives.
+
+Other processes remove the folders of a killed one.
 """
 
 import os
@@ -12,13 +13,14 @@ from pathlib import Path
 from raywarp.storage.locks import lock
 
 PREFIX, NEW = "raywarp-scratch-", "raywarp-new-"
-YOUNG = 5.0  # seconds in which something may exist without its lock
+YOUNG = 5.0  # seconds in which something may exist before it is locked
 _held: dict[Path, int] = {}
 
 
 def claim() -> Path:
-    """A new folder, locked by this process before it has its name; and an end to those that no
-    process of this machine has locked.
+    """Return a new folder, which this process locks before it gets its name.
+
+    Also remove the scratch folders that no process of this machine has locked.
     """
     _take_away()
     unnamed = Path(tempfile.mkdtemp(prefix=NEW))
@@ -42,15 +44,19 @@ def _take_away() -> None:
 
 
 def left(prefix: str, young: float = YOUNG) -> Iterator[Path]:
-    """What lies in the temporary folder under such a name and belongs to nobody any more; each is
-    locked until the next is asked for.
+    """Yield the temporary entries with this prefix that no process holds.
+
+    Each is locked until the next is asked for.
+
+    Args:
+        young: entries younger than this many seconds are left out.
     """
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         try:
             if time.time() - path.stat().st_mtime < young:
                 continue
             held = lock(path)
-        except OSError:  # it is gone, somebody else's, or in use
+        except OSError:  # it is gone, another user's, or in use
             continue
         try:
             yield path

@@ -1,8 +1,9 @@
-"""Files that count only when they are whole: a folder's manifest lists sizes and sha256, and is
-written last; a record has its own sha256.
+"""Sealed folders and records: files that count only when they are whole.
 
-Policies lie under a key, the hash of everything that determines them. Resuming is looking the key
-up.
+A folder's manifest lists sizes and sha256, and is written last. A record holds its own sha256.
+
+Policies lie under a key, the hash of everything that determines them. Resuming means looking the
+key up.
 """
 
 import errno
@@ -23,21 +24,21 @@ DAY = 86400.0  # seconds
 
 
 class StoreError(RuntimeError):
-    """Something cannot be read or written: no room, no access, no network. What was finished is
-    intact, and the same command continues.
+    """A file cannot be read or written: no room, no access, no network.
+
+    Finished files are intact, and the same command continues from them.
     """
 
 
 class DamagedError(ValueError):
-    """A file or folder is not, or not wholly, what was once written; the message says which and
-    why.
-    """
+    """A file or folder is not exactly what was written; the message says which and why."""
 
 
 @contextmanager
 def explained(verb: str, place: object) -> Iterator[None]:
-    """Turns an OSError of the body (but for a missing file) into a StoreError that says what to
-    do.
+    """Turn an OSError of the body into a StoreError that says what to do.
+
+    A missing file stays a FileNotFoundError.
     """
     try:
         yield
@@ -51,8 +52,12 @@ def explained(verb: str, place: object) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old content or the new, never half of it. A write
-    that fails leaves the old one.
+    """Replace a file atomically: a reader sees the old content or the new, never a part.
+
+    A write that fails leaves the old file.
+
+    Raises:
+        StoreError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with explained("write", path):
@@ -84,14 +89,15 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The file's rows; none if there is no file, and a line that a kill cut off or damage made
-    unreadable is not a row.
+    """Return the file's rows; an empty list if there is no file.
+
+    A line that a kill cut off or that damage made unreadable is not a row.
     """
     return parse_jsonl(path.read_bytes()) if path.is_file() else []
 
 
 def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
-    """What `read_jsonl` makes of a file's content."""
+    """Return the rows of a file's content; see `read_jsonl`."""
     rows = []
     for line in data.split(b"\n"):
         with suppress(ValueError):
@@ -101,27 +107,32 @@ def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
 
 
 def lost_rows(data: bytes, rows: Sequence[dict[str, Any]]) -> int:
-    """Lines of which `parse_jsonl`, whose rows these are, has made none."""
+    """Return the number of lines that `parse_jsonl` could not read.
+
+    Args:
+        data: the file's content.
+        rows: the rows that `parse_jsonl` made of it.
+    """
     return sum(1 for line in data.split(b"\n") if line.strip()) - len(rows)
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, on a line of its own even where a kill cut the last one off."""
+    """Append a row on a line of its own, even where a kill cut the last line off."""
     with explained("write", path), path.open("ab+") as file:
         cut_off = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * bool(cut_off) + json.dumps(row).encode() + b"\n")
 
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object with its own sha256, so that `read_record` notices any damage."""
+    """Write a JSON object with its own sha256, so that `read_record` notices any damage."""
     write_json(path, {**value, "sha256": _record_sha256(value)})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote; None if there is no such file.
+    """Return what `write_record` wrote; None if there is no such file.
 
     Raises:
-        DamagedError: it is not what was written.
+        DamagedError: the file is not what was written.
     """
     try:
         return parse_record(path.read_bytes(), path)
@@ -132,10 +143,18 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def parse_record(data: bytes, where: object) -> dict[str, Any]:
-    """What `read_record` makes of a file's content. Raises DamagedError."""
+    """Return the record in a file's content; see `read_record`.
+
+    Args:
+        where: names the file in messages.
+
+    Raises:
+        DamagedError: the content is not what was written.
+    """
     try:
         value = json.loads(data)
-        is_whole = data == _json_text(value).encode()  # another last digit may be the same float
+        # A different last digit may be the same float
+        is_whole = data == _json_text(value).encode()
         stored = value.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"{where} cannot be read") from None
@@ -149,7 +168,7 @@ def _record_sha256(value: Mapping[str, Any]) -> str:
 
 
 def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → size and sha256 of the files that a folder directly holds."""
+    """Return name → size and sha256 of the files that a folder directly holds."""
     files = [
         path
         for path in sorted(folder.iterdir())
@@ -159,18 +178,20 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
+    """Return a file's entry in a manifest: its size and sha256."""
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def seal(folder: Path) -> None:
-    """Declare a folder finished: write the manifest of the files it directly holds."""
+    """Mark a folder as finished: write the manifest of the files that it directly holds."""
     write_json(folder / MANIFEST, manifest_of(folder))
 
 
 def parse_manifest(data: bytes, where: object) -> dict[str, dict[str, Any]]:
-    """Name → entry with size, sha256 and perhaps path. Raises DamagedError for anything else, names
-    that leave the folder included.
+    """Return name → entry with size, sha256 and possibly path.
+
+    Raises:
+        DamagedError: the data is no manifest, or a name in it leads out of the folder.
     """
     try:
         manifest: dict[str, dict[str, Any]] = json.loads(data)
@@ -188,7 +209,7 @@ def parse_manifest(data: bytes, where: object) -> dict[str, dict[str, Any]]:
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raises DamagedError where a file is not what the manifest says."""
+    """Raise DamagedError unless a file is what its manifest entry says."""
     size = path.stat().st_size if path.is_file() else None
     if size is None:
         raise DamagedError(f"{path} is missing")
@@ -199,8 +220,9 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def check_sealed(folder: Path) -> None:
-    """Raises DamagedError that says what keeps a folder from being finished and as it was
-    written.
+    """Raise DamagedError unless a folder is finished and as it was written.
+
+    The message names the first fault.
     """
     try:
         data = (folder / MANIFEST).read_bytes()
@@ -211,7 +233,7 @@ def check_sealed(folder: Path) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the folder is finished and every file is still what the manifest says."""
+    """Return whether the folder is finished and every file is as the manifest says."""
     try:
         check_sealed(folder)
     except DamagedError:
@@ -220,8 +242,10 @@ def is_sealed(folder: Path) -> bool:
 
 
 def move_into(folder: Path, new: Path, last: str) -> None:
-    """Let the files of `new` take their places in `folder`; that without which the others do not
-    count goes first and comes back last.
+    """Move the files of `new` into `folder`.
+
+    Args:
+        last: the file without which the others do not count. It is removed first and moved last.
     """
     (folder / last).unlink(missing_ok=True)
     for path in sorted(new.iterdir(), key=lambda path: path.name == last):
@@ -230,16 +254,16 @@ def move_into(folder: Path, new: Path, last: str) -> None:
 
 @contextmanager
 def new_files(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder, whose files take their places in `folder` if the body succeeds; if it
-    fails, `folder` is as it was.
+    """Yield a temporary folder whose files are moved into `folder` if the body succeeds.
+
+    If the body fails, `folder` stays as it was. Other files in `folder` stay, too.
 
     Args:
-        last: the file without which the others do not count. Where there is one already it goes
-            first and comes back last, so that an interruption leaves nothing that looks whole.
-            Other files in `folder` stay.
+        last: the file without which the others do not count. An existing one is removed first and
+            comes back last, so that an interruption leaves nothing that looks whole.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     made = [parent for parent in folder.parents if not parent.exists()]
@@ -260,8 +284,6 @@ def new_files(folder: Path, last: str) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, its manifest first, so that a kill in between leaves nothing that looks
-    finished.
-    """
+    """Delete a folder, its manifest first, so that a kill leaves no finished folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,8 @@ from tiny_models import trained_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raywarp.adapters.weight_files import own_files_only, stored_bytes, weight_bytes, weight_files
-from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2, ConfigError
 from raywarp.data import embedded
 from raywarp.data.models import check_tensors, check_weights, load_model
 from raywarp.planning.inputs import model_fingerprint

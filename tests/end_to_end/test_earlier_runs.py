@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from tiny_run import Listener, files_of, tiny_config
 
-from raywarp.config.schema import Config, RewardConfig
+from raywarp.config.rewards import RewardConfig
+from raywarp.config.schema import Config
 from raywarp.rewards import score
 from raywarp.run.folder import Run
 from raywarp.warp import train

@@ -35,7 +35,8 @@ from peft import LoraConfig, get_peft_model
 from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.averaging import geometry, lerp
 from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
-from raywarp.config.schema import MINILM, SMOLLM2
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 

@@ -45,7 +45,7 @@ from raywarp.cluster import faults, health, supervisor
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.config.load import parse_config
-from raywarp.config.schema import RewardConfig
+from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Completion, Prompt
 from raywarp.rewards.actor import RewardActor, Scorer
 from raywarp.rewards.score import RewardError

@@ -15,7 +15,9 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from raywarp.config.schema import ConfigError, PromptsConfig, RewardConfig
+from raywarp.config.datasets import PromptsConfig
+from raywarp.config.rewards import RewardConfig
+from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
 from raywarp.planning.inputs import prepare
 from raywarp.rewards.actor import RewardActor
@@ -332,7 +334,7 @@ def test_processes_without_a_model_do_without_torch():
     """It is more than a second and 200 MB of each of them."""
     lines = (
         "import sys, raywarp.rollout.pool",
-        "from raywarp.config.schema import RewardConfig",
+        "from raywarp.config.rewards import RewardConfig",
         "from raywarp.rewards.actor import RewardActor",
         "RewardActor(RewardConfig(function='raywarp.embedded:vader')).start()",
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from raywarp.cluster.health import GROUP
-from raywarp.config.schema import RewardConfig
+from raywarp.config.rewards import RewardConfig
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.score import RewardError
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError

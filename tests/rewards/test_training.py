@@ -16,7 +16,8 @@ from tiny_models import build_bert
 from transformers import AutoModelForSequenceClassification
 
 from raywarp.config.load import parse_config
-from raywarp.config.schema import Config, ConfigError, RewardConfig, RewardTrainingConfig
+from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
+from raywarp.config.schema import Config, ConfigError
 from raywarp.data.embedded import Snippet
 from raywarp.data.preferences import Preference
 from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raywarp.config.datasets import SNIPPETS
 from raywarp.config.load import load_config
-from raywarp.config.schema import MINILM, SMOLLM2, SNIPPETS, Config
+from raywarp.config.rewards import MINILM
+from raywarp.config.schema import SMOLLM2, Config
 from raywarp.data import embedded
 from raywarp.storage.sealed import write_text
 

@@ -1,0 +1,117 @@
+"""The sections of the configuration that score completions or train a reward model."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raywarp.config.field_types import Count, Modules, Positive, Section, Text, Whole
+
+MINILM = "embedded:all-minilm-l6-v2"
+
+
+class RewardLoraConfig(Section):
+    """The reward model's own LoRA."""
+
+    rank: Count = Field(16, description="rank of the reward model's LoRA")
+    alpha: Positive = Field(32.0, description="its change is scaled by alpha / rank")
+    target_modules: Modules = Field(
+        "all-linear", description="all-linear, or names of the modules to adapt"
+    )
+
+
+class RewardTrainingConfig(Section):
+    """How `raywarp reward` trains a reward model from preferences."""
+
+    backbone: Text = Field(
+        MINILM, description="hub id or folder of the sequence classifier's backbone"
+    )
+    lora: RewardLoraConfig | None = Field(
+        None, description="LoRA fine-tuning; without it all weights are trained"
+    )
+    lr: Positive = Field(
+        1e-4, description="AdamW's learning rate, which falls linearly to 0 after warm-up"
+    )
+    batch_size: Count = Field(
+        16,
+        description=(
+            "pairs per optimiser step, over all workers; of rated texts twice as many, with every"
+            " pair among them"
+        ),
+    )
+    steps: Count = Field(
+        120,
+        description=(
+            "optimiser steps; the accuracy on held-out pairs tells when more of them do not help"
+        ),
+    )
+    warmup_steps: Whole = Field(10, description="steps of linear warm-up")
+    eval_every: Count = Field(
+        60, description="steps between validations and checkpoints; the best one is kept"
+    )
+    eval_pairs: Count = Field(
+        300, description="pairs per validation, by whose accuracy the best checkpoint is told"
+    )
+    test_pairs: Count = Field(2000, description="held-out pairs of the final accuracy")
+    max_length: Count = Field(
+        256,
+        description="tokens of prompt and completion together; longer prompts lose their beginning",
+    )
+    num_workers: Count = Field(1, description="data-parallel workers of Ray Train")
+    use_gpu: bool | None = Field(
+        None, description="one GPU per worker; by default if the cluster has GPUs"
+    )
+    sft_completions: Count = Field(
+        128, description="SFT completions whose mean and deviation standardise the score"
+    )
+
+
+class RewardConfig(Section):
+    """What scores completions: a model or a function, exactly one of the two."""
+
+    model: Text | None = Field(
+        None, description="hub id or folder of a one-label sequence classifier"
+    )
+    function: Text | None = Field(
+        None,
+        description="module:function with score(prompts, completions, **columns) -> list[float]",
+    )
+    version: str = Field(
+        "",
+        description=(
+            "declared version of the function, for what its source does not show; another one makes"
+            " another run"
+        ),
+    )
+    standardise: bool | None = Field(
+        None,
+        description=(
+            "shift and scale by SFT completions; default: yes for a model, no for a function"
+        ),
+    )
+    template: Literal["auto", "none", "chat"] = Field(
+        "auto",
+        description=(
+            "what a model reads: the prompt with its completion, or both as turns of its own chat"
+            " template; auto: turns where prompts.template=chat and the model, not trained by"
+            " raywarp, has a template"
+        ),
+    )
+    max_length: Count = Field(
+        256,
+        description="tokens of prompt and completion together; longer prompts lose their beginning",
+    )
+    batch_size: Count = Field(
+        64, description="texts per forward pass of a model; lower it where its memory runs out"
+    )
+    timeout_seconds: Positive | None = Field(
+        600,
+        description=(
+            "longest time for the scores of one batch, after which the run stops; null: no limit"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def one_source(self) -> "RewardConfig":
+        if self.model and self.function:
+            raise ValueError("has both a model and a function; give one of them")
+        return self
