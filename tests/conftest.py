@@ -1,5 +1,6 @@
-"""Real parts, made small: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray for
-all tests.
+"""Fixtures for all tests: random adapters, a tiny Llama and GPT-2 with a tokenizer, and one Ray.
+
+The parts are real and small.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
-"""A user's project on the tiny model, run by the real command in a process of its own; and how its
-processes are found and killed.
+"""A user's project on the tiny model, run by the real command, and ways to kill its processes.
+
+The command runs in a process of its own.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
-"""A WARP run of seconds (tiny Llama, transformers engine), for tests and benchmarks that need
-many.
+"""A WARP run of seconds, for tests and benchmarks that need many.
+
+It uses a tiny Llama and the transformers engine.
 """
 
 import hashlib

@@ -1,5 +1,7 @@
-"""The command line: the parser in commands.py, and a module for each command that has more to it
-than a call. No logic.
+"""The command line of raywarp.
+
+commands.py has the parser. A command that is more than a call has a module of its own. There is no
+logic here.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`python -m raywarp.cli`: the same as `raywarp`."""
+"""`python -m raywarp.cli`, which is the same as `raywarp`."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""The commands. No logic: each reads a config and calls the function of the same name."""
+"""The parser and the commands of the command line.
+
+There is no logic here: each command reads a configuration and calls the function of the same name.
+"""
 
 import argparse
 import sys
@@ -17,8 +20,17 @@ from raywarp.config.secrets import redact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 2: wrong input (a config, a dataset, an adapter); 1: a run that
-    failed; 130: Ctrl-C; 143: SIGTERM.
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: the words after `raywarp`; by default those of the process.
+
+    Returns:
+        0: success.
+        1: a run that failed.
+        2: wrong input (a configuration, a dataset, an adapter).
+        130: Ctrl-C.
+        143: SIGTERM.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -40,8 +52,9 @@ def _fail(error: object, code: int) -> int:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """For errors whose message says all that a user can act on; others are bugs and keep their
-    traceback.
+    """Return the exit code of an error whose message says all that a user can act on.
+
+    Other errors give None. They are bugs, and keep their traceback.
     """
     if isinstance(error, ConfigError):
         return 2

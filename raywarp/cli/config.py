@@ -1,5 +1,6 @@
-"""`raywarp config`: a commented configuration to begin with, its JSON schema for editors, and the
-page that documents every key.
+"""`raywarp config`: a commented configuration, its JSON schema, and a page about every key.
+
+The configuration is one to begin with. The schema is for editors.
 """
 
 import argparse
@@ -28,7 +29,7 @@ _FILE_HEAD = f"""\
 
 
 def add_config(commands: Any) -> None:
-    """The command `config`."""
+    """Add the command `config`."""
     text = (
         "write a commented configuration, the schema by which editors check one, or a page about"
         " every key"
@@ -67,14 +68,21 @@ def _write_config(options: argparse.Namespace) -> None:
 
 
 def commented() -> str:
-    """YAML of the defaults, each key below its description."""
+    """Return the defaults as YAML, each key below its description."""
     return _FILE_HEAD + "\n".join(_lines(Config, Config(), "", set())) + "\n"
 
 
 def _lines(
     kind: type[BaseModel], values: BaseModel | None, indent: str, outer: set[type[BaseModel]]
 ) -> Iterator[str]:
-    """values: None for a section that has none by default, all of which is commented out."""
+    """Yield the lines of a section.
+
+    Args:
+        kind: the section's type.
+        values: its defaults. If None, the section has none, and all its lines are commented out.
+        indent: spaces before each line.
+        outer: types of the sections around it, which are not entered again.
+    """
     off, section = "# " if values is None else "", False
     for name, field in kind.model_fields.items():
         value = getattr(values, name) if values is not None else field.default
@@ -101,12 +109,11 @@ def _lines(
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of what load_config takes."""
+    """Return the JSON schema (2020-12) of what load_config takes."""
     tree: dict[str, Any] = _standard(Config.model_json_schema())
     tune = tree["$defs"]["TuneConfig"]
-    tune["additionalProperties"] = tune["properties"]["space"][
-        "additionalProperties"
-    ]  # any key, with the values to search
+    # The section takes any key, with the values to search.
+    tune["additionalProperties"] = tune["properties"]["space"]["additionalProperties"]
     tree["$defs"]["Domain"] |= {"minProperties": 1, "maxProperties": 1}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -117,8 +124,9 @@ def schema() -> dict[str, Any]:
 
 
 def _standard(tree: Any) -> Any:
-    """With the standard's names of bounds where pydantic leaves its own (2.13, behind a
-    validator).
+    """Return the tree with the standard's names of bounds.
+
+    pydantic 2.13 leaves its own names where a bound stands behind a validator.
     """
     names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
     if isinstance(tree, list):

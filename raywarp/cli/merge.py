@@ -22,7 +22,7 @@ _EXACTNESS = (
 
 
 def add_merge(commands: Any) -> None:
-    """The command `merge` with one subcommand per method, and `merge inspect`."""
+    """Add the command `merge` with one subcommand per method, and `merge inspect`."""
     parser = commands.add_parser(
         "merge", help="average PEFT LoRA adapters, exactly", description=_EXACTNESS
     )

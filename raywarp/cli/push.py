@@ -1,4 +1,4 @@
-"""`raywarp push`: the chosen adapter of a run to a model hub, with its card and picture."""
+"""`raywarp push`: upload a run's chosen adapter to a model hub, with its card and picture."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ CARD = "README.md"
 
 
 def add_push(commands: Any) -> None:
-    """The command `push`."""
+    """Add the command `push`."""
     text = "upload a run's chosen adapter with its card to a model hub"
     parser = commands.add_parser(
         "push",
@@ -36,8 +36,9 @@ def add_push(commands: Any) -> None:
 
 
 def _operations(folder: Path, mark: Any) -> list[Any]:
-    """One for each file of the adapter's folder; the card says what marks the run, if it was
-    sampled by an earlier version.
+    """Return an upload operation for each file of the adapter's folder.
+
+    If an earlier version sampled the run, its card gets the run's mark.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -58,7 +59,13 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def push(run: str, repo: str, private: bool = False, revision: str | None = None) -> str:
-    """Upload in one commit; returns its URL.
+    """Upload the adapter in one commit, and return the commit's URL.
+
+    Args:
+        run: a run's folder, or s3://bucket/prefix.
+        repo: USER/NAME of the model's repository, which is made if it is not there.
+        private: make a new repository private.
+        revision: the branch, which is made if it is not there; by default main.
 
     Raises:
         ConfigError: there is no whole adapter, no token, or the hub refuses the name.
@@ -69,9 +76,8 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
 
     from raywarp.run.folder import read_mark
 
-    http_error: Any = next(
-        kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"
-    )  # of httpx, or of what took its place
+    # The base class is from httpx, or from the library that replaced it.
+    http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
     try:
         folder = Storage(run).fetch("adapter")
     except DamagedError as error:

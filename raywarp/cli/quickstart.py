@@ -1,5 +1,6 @@
-"""`raywarp quickstart`: the embedded model, human ratings, reward stage, WARP and front, in minutes
-on two cores.
+"""`raywarp quickstart`: the whole pipeline on the embedded model, in minutes on two cores.
+
+It trains a reward model on human ratings, runs WARP, and measures the front.
 """
 
 from collections.abc import Sequence
@@ -36,8 +37,13 @@ QUICKSTART: dict[str, Any] = {
 
 
 def quickstart(overrides: Sequence[str] = (), display: Display | None = None) -> Run:
-    """Both stages one after the other, or the second alone where a reward is named; run again, it
-    continues or shows what is there.
+    """Run the reward stage and then WARP, or only WARP if the configuration names a reward.
+
+    If it is run again, it continues or shows what is there.
+
+    Args:
+        overrides: key=value pairs that change QUICKSTART.
+        display: where progress is printed.
     """
     from raywarp.reward_stage import prepare_stage, reward
     from raywarp.warp import train
@@ -52,7 +58,6 @@ def quickstart(overrides: Sequence[str] = (), display: Display | None = None) ->
     stage = config.model_copy(update={"out": folder})
     run, inputs = Run.open(config, display.say), prepare_stage(stage)
     run.save_config(config)
-    reward(
-        stage, display, standardise=False, inputs=inputs
-    )  # train's own session does that, and saves a start
+    # The session of `train` standardises the reward, which saves starting another session.
+    reward(stage, display, standardise=False, inputs=inputs)
     return train(config, display)

@@ -1,5 +1,6 @@
-"""`raywarp report`: the page that shows a run, as a file or served on this machine while the run
-goes on.
+"""`raywarp report`: the page that shows a run.
+
+The page is a file, or it is served on this machine while the run goes on.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from raywarp.report.page import REPORT_FILE, save_report
 
 
 def add_report(commands: Any) -> None:
-    """The command `report`."""
+    """Add the command `report`."""
     text = (
         "one self-contained HTML page that shows a run: its front, texts, curves, angles, time line"
         " and faults"

@@ -1,1 +1,1 @@
-"""The page of a run or a sweep: what it shows, from a folder's files, and the one HTML file."""
+"""The report page of a run or a sweep: its data, read from files, and its one HTML file."""

@@ -1,5 +1,6 @@
-"""What the report page shows of one run, as plain values: of a run that is finished, under way, or
-broken, whatever there is.
+"""The data of the report page for one run, as plain values.
+
+The run may be finished, under way or broken: all that is there is shown.
 """
 
 import math
@@ -24,23 +25,25 @@ from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
 
-SILENT = 120.0  # seconds without a step after which a run that says nothing of its end may be dead
-EVENTS, MESSAGE = 1000, 2000  # the last ones, and characters of each message
+# A run without an end may be dead after this many seconds without a step.
+SILENT = 120.0
+EVENTS, MESSAGE = 1000, 2000  # events kept, the newest; characters of each message
 
 Rows = list[dict[str, Any]]
 
 
 def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
-    """One run, for the page (see assets/page.js). It holds nothing but what JSON can hold, NaN and
-    infinity as None.
+    """Return the page's data about one run (see assets/page.js).
+
+    It holds only what JSON can hold; NaN and infinity become None.
 
     Args:
         place: a run's folder, or s3://bucket/prefix.
-        share: of the page's size that it may take.
+        share: share of the page's size that the run may take, 0 to 1.
 
     Raises:
         ConfigError: there is no run of raywarp.
-        StoreError: it cannot be read.
+        StoreError: the run cannot be read.
     """
     files = RunFiles(Storage(place))
     files.check()
@@ -134,12 +137,12 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
 
 
 def _earlier_sampler(mark: Mark | None) -> list[Finding]:
-    """What marks a run as one of an earlier sampler comes first."""
+    """Return the mark of an earlier sampler as the page's first finding, if there is one."""
     return [Finding(mark.level, mark.title, mark.text)] if mark else []
 
 
 def _evaluation(times: Mapping[str, Any]) -> Rows:
-    """Who was at the front when, as a row with spans."""
+    """Return which actors measured the front and when, as a row with spans."""
     return [{"iteration": "evaluation", **times["evaluation"]}] if "evaluation" in times else []
 
 
@@ -151,8 +154,15 @@ def _unfinished(
     events: Rows,
     timing: Rows,
 ) -> list[str]:
-    """What a run that came to its end would have, and this one has not, but for what was said
-    already.
+    """Return sentences about what a finished run would have and this run lacks.
+
+    Args:
+        missing: sentences about files; what they mention is not repeated.
+        config: the run's configuration; empty if unknown.
+        found: the learning curves.
+        front: content of front.json; empty if unknown.
+        events: rows of events.jsonl.
+        timing: a row per iteration of timing.json.
     """
     said = " ".join(missing)
     lacking = []
@@ -187,8 +197,10 @@ def _state(
     rows: Sequence[Mapping[str, Any]],
     measured: bool,
 ) -> dict[str, Any]:
-    """word: finished, running, silent (it may have been killed), stopped, failed or unknown;
-    message and when, as far as they are known.
+    """Return the state of the run, with its message and times as far as they are known.
+
+    Its word is finished, running, silent (the run may have been killed), stopped, failed or
+    unknown.
     """
     times = [moment for moment in moments if moment is not None]
     last_sign = max([*times, *(_end_of_step(row) for row in rows[-50:])], default=0.0)
@@ -215,7 +227,7 @@ def _state(
 
 
 def _end_of_step(row: Mapping[str, Any]) -> float:
-    """When a step was over, in Unix seconds; 0 where it does not say."""
+    """Return when a step ended, in Unix seconds, or 0 if its row does not say."""
     spans = row.get("spans")
     if not isinstance(spans, Mapping):
         return 0.0
@@ -230,7 +242,7 @@ def _timestamp(time: Any) -> float | None:
 
 
 def _planned(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the configuration asks for, in the words of the page's head."""
+    """Return what the configuration asks for, in the words of the page's head."""
     if not config:
         return None
     warp = {**Config().warp.model_dump(), **config.get("warp", {})}
@@ -245,7 +257,7 @@ def _planned(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _settings(config: Mapping[str, Any]) -> Rows:
-    """Every key with its value, and whether that is not the default."""
+    """Return every key with its value, and whether the value differs from the default."""
     default = dict(flat(Config().model_dump(mode="json")))
     return [
         {
@@ -265,8 +277,10 @@ def _shown(value: Any) -> str:
 
 
 def _geometry(files: RunFiles) -> Rows:
-    """Per iteration: names of the blocks, pairs of policies, angles in degrees and norm ratios
-    ‖δ_b‖ / ‖δ_a‖ (pairs × blocks).
+    """Return the geometry of the task vectors, one row per iteration.
+
+    A row has the names of the blocks and the pairs of policies. Angles in degrees and norm ratios
+    ‖δ_b‖ / ‖δ_a‖ are pairs × blocks. Norms are policies × blocks.
     """
     found = []
     for name in sorted(
@@ -299,8 +313,9 @@ def _geometry(files: RunFiles) -> Rows:
 
 
 def _event_row(event: Mapping[str, Any]) -> dict[str, Any]:
-    """An event without a stack of hundreds of lines, and without the versions, which the page shows
-    once.
+    """Return an event with clipped texts and without the versions of packages.
+
+    A stack trace may have hundreds of lines. The page shows the versions once.
     """
     return {
         name: clip(value, MESSAGE) if isinstance(value, str) else value

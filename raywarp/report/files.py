@@ -1,5 +1,6 @@
-"""The files of a run, for whoever only looks at it: a folder or an object store, finished or not,
-whole or not. Nothing is written.
+"""Read-only access to a run's files for the report; nothing is written.
+
+The run lies in a folder or an object store. It may be unfinished or damaged.
 """
 
 import hashlib
@@ -21,17 +22,20 @@ _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 @dataclass
 class RunFiles:
-    """Reads a run's files. What is absent or cannot be read is None or empty, and `missing` says so
-    in a sentence.
+    """A reader of a run's files.
 
-    storage: where the run is.
+    What is absent or cannot be read becomes None or empty, and `missing` gets a sentence about it.
+
+    Attributes:
+        storage: where the run is.
+        missing: sentences about what is absent or damaged.
     """
 
     storage: Storage
     missing: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises ConfigError where no run of raywarp is."""
+        """Raise ConfigError if there is no run of raywarp."""
         if self.storage.folder and not self.storage.folder.is_dir():
             raise ConfigError(
                 f"{self.storage.uri} does not exist; the argument is a run's folder, or"
@@ -48,8 +52,14 @@ class RunFiles:
             )
 
     def section(self, what: str, build: Callable[[], Value], otherwise: Value) -> Value:
-        """What `build` makes of the files; where they are not as they were written, a sentence
-        about `what` and `otherwise`.
+        """Return what `build` makes of the files.
+
+        If a file is not as it was written, add a sentence to `missing` and return `otherwise`.
+
+        Args:
+            what: name of the section, with which the sentence begins.
+            build: reads the files.
+            otherwise: result for damaged files.
         """
         try:
             return build()
@@ -63,12 +73,15 @@ class RunFiles:
         return otherwise
 
     def json(self, name: str, entry: Mapping[str, Any] | None = None) -> Any:
-        """A JSON file's content; None where there is none. Raises DamagedError where it cannot be
-        read.
+        """Return a JSON file's content, or None if there is no file.
 
         Args:
-            entry: what a manifest says of it. A file that is another one is shown, but the page
+            name: the file.
+            entry: its entry in a manifest. A file that does not match it is shown, but the page
                 says so.
+
+        Raises:
+            DamagedError: the file cannot be read.
         """
         data = self.storage.read(name)
         if data is None:
@@ -83,12 +96,16 @@ class RunFiles:
             raise DamagedError(f"{name} cannot be read: it is cut off or damaged") from None
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """A JSON object with its own sha256; None where there is none. Raises DamagedError."""
+        """Return a JSON object that holds its own sha256, or None if there is no file.
+
+        Raises:
+            DamagedError: the file is not what was written.
+        """
         data = self.storage.read(name)
         return None if data is None else sealed.parse_record(data, name)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """A JSONL file's rows, without what cannot be read."""
+        """Return the rows of a JSONL file, without those that cannot be read."""
         data = self.storage.read(name)
         if data is None:
             return []
@@ -98,8 +115,10 @@ class RunFiles:
         return rows
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved configuration as plain values; None where there is none. Raises
-        DamagedError.
+        """Return the resolved configuration as plain values, or None if there is no file.
+
+        Raises:
+            DamagedError: the file is not what was written.
         """
         data = self.storage.read(CONFIG_FILE)
         if data is None:
@@ -110,11 +129,13 @@ class RunFiles:
         return tree
 
     def policy_samples(self, key: str, place: str | None) -> list[dict[str, Any]]:
-        """The texts that a policy kept while it trained, a row per step: of its result, or of its
-        newest checkpoint.
+        """Return the texts that a policy kept while it trained, one row per step.
+
+        They come from its result, or else from its newest checkpoint.
 
         Args:
-            place: the store of the run's policies, where that is not the run itself.
+            key: the policy's key.
+            place: the store of the run's policies, if it is not the run itself.
         """
         storage, name = Storage(place) if place else self.storage, f"policies/{key}"
         checkpoints = [
@@ -133,7 +154,7 @@ class RunFiles:
         return []
 
     def _is_config(self) -> bool:
-        """Whether config.yaml is one of ours: other tools' files have that name, too."""
+        """Return whether config.yaml is raywarp's, since other tools use that name, too."""
         try:
             tree = self.config() or {}
         except DamagedError:

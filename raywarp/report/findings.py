@@ -1,5 +1,6 @@
-"""What a person should know before believing a front, in plain words: over-optimisation first of
-all.
+"""Findings: what a person should know before believing a front, in plain words.
+
+The first of them is over-optimisation.
 """
 
 import math
@@ -10,18 +11,25 @@ from typing import Any
 
 from raywarp.run.front import Point
 
-REPETITIVE = 0.75  # of SFT's distinct-2, below which texts repeat themselves
-LONGER, SHORTER = 1.5, 0.67  # of SFT's length
-GAP = 0.1  # nats per token, beyond which importance weights do more than correct the last bits
-# beyond 1 ± this, and twice its standard error, the sampler runs an adapter too weakly or too
-# strongly
+REPETITIVE = 0.75  # of SFT's distinct-2; below it, texts repeat themselves
+LONGER, SHORTER = 1.5, 0.67  # times SFT's length
+# Nats per token. Beyond this gap, importance weights do more than correct the last bits.
+GAP = 0.1
+# The sampler runs an adapter too weakly or too strongly if its effect differs from 1 by more than
+# this and twice its standard error.
 EFFECT = 0.1
-NARROW = 45.0  # degrees, below which the policies went much the same way
+NARROW = 45.0  # degrees; below it, the policies moved in much the same direction
 
 
 @dataclass(frozen=True)
 class Finding:
-    """level: warning (do not believe the reward without looking) or note."""
+    """One finding about a run.
+
+    Attributes:
+        level: "warning" (look before you believe the reward) or "note".
+        title: heading.
+        text: explanation.
+    """
 
     level: str
     title: str
@@ -35,13 +43,14 @@ def findings(
     angles: Sequence[float],
     effects: Sequence[tuple[float, float]] = (),
 ) -> list[Finding]:
-    """Everything that can be said of a run.
+    """Return all findings about a run.
 
     Args:
-        points: of the front. chosen: name of one of them.
-        gaps: sampler_gap of the steps, nats per token. angles: of the last iteration, degrees, of
-            all blocks and pairs.
-        effects: adapter_effect of the steps where it was measured, and its standard error.
+        points: points of the front.
+        chosen: name of the chosen point.
+        gaps: sampler_gap of the steps, in nats per token.
+        angles: in degrees, of all blocks and pairs of policies in the last iteration.
+        effects: (adapter_effect, its standard error) of the steps where it was measured.
     """
     found = [*over_optimisation(points), *_gain(points), *_texts(points, chosen)]
     gaps, angles = [g for g in gaps if math.isfinite(g)], [a for a in angles if math.isfinite(a)]
@@ -69,12 +78,14 @@ def findings(
 
 
 def over_optimisation(points: Sequence[Point]) -> list[Finding]:
-    """Whether, along the front from SFT to SLERP, the reward goes on rising while the control
-    score, which training never saw, does not.
+    """Return a warning if the reward keeps rising along the front but the control score does not.
 
-    The control's best point is compared with those beyond it, whose reward is higher by more than
-    the error of both: they part where the control is lower there by more than the error of both,
-    and it has stopped where at least half of the reward's gain brings nothing.
+    The front runs from SFT to SLERP. Training never saw the control score.
+
+    The control's best point is compared with the points beyond it. Only those count whose reward
+    is higher by more than the error of both. The scores part where the control is lower by more
+    than the error of both. The control has stopped where at least half of the reward's gain
+    brings it nothing.
     """
     front = sorted(
         (point for point in points if point.eta is not None and point.control is not None),
@@ -108,7 +119,10 @@ def over_optimisation(points: Sequence[Point]) -> list[Finding]:
 
 
 def _flat(front: Sequence[Point]) -> list[Finding]:
-    """A control that does not rise where the reward does, all along or from the middle on."""
+    """Return a warning if the control does not rise while the reward does.
+
+    This holds along the whole front, or from the middle of the reward's gain on.
+    """
     last = front[-1]
     for start in front[:-1]:
         gained = _differ(last.reward, start.reward, _error(start, last, "reward_ci"))
@@ -170,8 +184,9 @@ def _differ(higher: float | None, lower: float | None, error: float) -> bool:
 
 
 def _error(a: Point, b: Point, interval: str) -> float:
-    """Half the width of the 95 % interval of a difference of two means, as if they were
-    independent; they share prompts, so it is less.
+    """Return half the width of the 95 % interval of a difference of two means.
+
+    The means are treated as independent. They share prompts, so the true width is smaller.
     """
     return math.hypot(getattr(a, interval) or 0.0, getattr(b, interval) or 0.0)
 
@@ -181,5 +196,5 @@ def _eta(point: Point) -> str:
 
 
 def points_of(front: Mapping[str, Any]) -> list[Point]:
-    """The points of front.json; none where there is no front."""
+    """Return the points of front.json, or none if there is no front."""
     return [Point(**point) for point in front["points"]] if front else []

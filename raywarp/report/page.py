@@ -1,5 +1,6 @@
-"""The report as one HTML file that needs nothing else: markup, style, scripts and charting library
-from assets/, and the data as JSON.
+"""The report as one HTML file that needs nothing else.
+
+Markup, style, scripts and charting library come from assets/. The data is JSON in the page.
 """
 
 import base64
@@ -31,18 +32,20 @@ SCRIPTS = (
     "timeline.js",
     "page.js",
 )
-# characters of JSON that stand in the page as they are, for whoever wants to read or parse them
-# there
+# JSON of fewer characters stands in the page as it is, so that people can read and parse it there.
 PLAIN = 1_000_000
-LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, as npm has it; see assets/echarts-LICENSE
+LIBRARY = "echarts.min.js"  # Apache ECharts 6.1.0, from npm; see assets/echarts-LICENSE
 
 
 def page_data(runs: Sequence[Mapping[str, Any]], title: str, live: bool = False) -> dict[str, Any]:
-    """What page.js reads: one run, or several, whose fronts are drawn together (a sweep).
+    """Return what page.js reads: the data of one run or of several.
+
+    The fronts of several runs (a sweep) are drawn together.
 
     Args:
-        runs: as report_data makes them.
-        live: the page is served, and asks for new data now and then.
+        runs: results of report_data.
+        title: title of the page.
+        live: whether the page is served and asks for new data from time to time.
     """
     return {
         "title": title,
@@ -55,8 +58,10 @@ def page_data(runs: Sequence[Mapping[str, Any]], title: str, live: bool = False)
 
 
 def render(data: Mapping[str, Any]) -> bytes:
-    """The whole page, in UTF-8. Its content security policy lets nothing run but these very
-    scripts, and nothing be fetched.
+    """Return the whole page, in UTF-8.
+
+    Its content security policy lets only the page's own scripts run. A live page may fetch from its
+    own server; any other page may fetch nothing.
     """
     style, library, script = asset("page.css"), asset(LIBRARY), "\n".join(map(asset, SCRIPTS))
     policy = (
@@ -81,8 +86,9 @@ def render(data: Mapping[str, Any]) -> bytes:
 
 
 def _carried(text: str) -> tuple[str, str]:
-    """How the data travels in the page, its type and content: as it is, or packed where that saves
-    megabytes.
+    """Return the type and content of the data in the page.
+
+    The data is plain JSON, or compressed where that saves megabytes.
     """
     if len(text) < PLAIN:
         return "application/json", text
@@ -90,7 +96,7 @@ def _carried(text: str) -> tuple[str, str]:
 
 
 def asset(name: str) -> str:
-    """A file of assets/."""
+    """Return the text of a file in assets/."""
     return (files("raywarp.report") / "assets" / name).read_text(encoding="utf-8")
 
 
@@ -102,10 +108,14 @@ REPORT_FILE = "report.html"
 
 
 def save_report(runs: Sequence[str], out: str | None = None) -> tuple[str, int]:
-    """Write the page of one run, or of several; returns where it is, and its size in bytes.
+    """Write the page of one run or of several; return its place, and its size in bytes.
+
+    Args:
+        runs: places of runs or sweeps.
+        out: the file. By default it is report.html, in the run if there is only one.
 
     Raises:
-        ConfigError: there is no run, or the page cannot lie there.
+        ConfigError: there is no run, or the page cannot be written there.
         StoreError: something cannot be read or written.
     """
     page = build(runs)
@@ -130,23 +140,22 @@ def save_report(runs: Sequence[str], out: str | None = None) -> tuple[str, int]:
 
 
 def build(runs: Sequence[str], live: bool = False) -> bytes:
-    """The page in HTML."""
+    """Return the page as HTML."""
     from raywarp.report.page import render
 
     return render(read(runs, live))
 
 
 def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
-    """The page's data."""
+    """Return the page's data."""
     from raywarp.report.data import report_data
     from raywarp.report.page import page_data
 
     members = [member for run in runs for member in _members(run)]
     found = []
     for place, name in members:
-        with (
-            contextlib.suppress(ConfigError) if name else contextlib.nullcontext()
-        ):  # a trial that has only just begun
+        # A trial that has only just begun may hold no run yet.
+        with contextlib.suppress(ConfigError) if name else contextlib.nullcontext():
             found.append(
                 {**report_data(place, 1 / len(members)), **({"name": name} if name else {})}
             )
@@ -160,8 +169,9 @@ def read(runs: Sequence[str], live: bool = False) -> dict[str, Any]:
 
 
 def _members(run: str) -> list[tuple[str, str]]:
-    """The places of a sweep's trials, each with its values; of a run itself, and no name but its
-    own.
+    """Return (place, name) of each trial of a sweep, whose name is its values.
+
+    A run is its own only member, and its name is empty.
     """
     from raywarp.config.search import describe
     from raywarp.sweep.files import SweepFiles

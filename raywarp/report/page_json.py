@@ -1,5 +1,6 @@
-"""Values on their way into an HTML page: nothing that JSON has no word for, and no text that could
-be taken for markup.
+"""JSON that is safe in an HTML page.
+
+It holds no value that JSON cannot express, and no text that could be taken for markup.
 """
 
 import json
@@ -14,7 +15,7 @@ _UNSAFE = re.compile(
 
 
 def plain(value: Any) -> Any:
-    """The same with None for what JSON has no word for."""
+    """Return the value with None in place of all that JSON cannot express."""
     if isinstance(value, Mapping):
         return {str(name): plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -25,8 +26,9 @@ def plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """JSON that can stand in an HTML script element: nothing in a text ends the element, or hides
-    from who reads the source.
+    """Return JSON that can stand in an HTML script element.
+
+    No text can end the element, or hide from readers of the source.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,5 +1,7 @@
-"""Learning curves of any length as few points: means over equal stretches of steps, with the least
-and the largest value of each.
+"""Learning curves of any length, reduced to few points.
+
+A point is the mean over a stretch of steps, with its smallest and largest value. All stretches of a
+curve are equally long.
 """
 
 import math
@@ -9,13 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-POINTS = 4000  # per metric, of all curves together
-FEWEST, MOST = 40, 400  # per curve
-TRAJECTORY = 12  # points of a policy's way through the plane of KL and reward
+POINTS = 4000  # points per metric, of all curves together
+FEWEST, MOST = 40, 400  # points per curve
+TRAJECTORY = 12  # points of a policy's path through the plane of KL and reward
 
 
 class Metric(NamedTuple):
-    """name: in metrics.jsonl. unit: of the axis."""
+    """A metric that the page draws.
+
+    Attributes:
+        name: its name in metrics.jsonl.
+        title: heading of its chart.
+        unit: unit of the axis.
+        about: explanation.
+    """
 
     name: str
     title: str
@@ -68,8 +77,14 @@ METRICS = (
 
 
 class Curve(NamedTuple):
-    """One policy's fine-tuning. steps: (N,) ascending; values: metric → (N,), NaN where it was not
-    measured.
+    """The fine-tuning of one policy.
+
+    Attributes:
+        iteration: counted from 1.
+        policy: counted from 1.
+        key: the policy's key.
+        steps: (N,), ascending.
+        values: metric → (N,), NaN where it was not measured.
     """
 
     iteration: int
@@ -80,13 +95,14 @@ class Curve(NamedTuple):
 
 
 def number(value: Any) -> float:
-    """A finite number as it is; NaN for anything else."""
+    """Return a finite number as it is, and NaN for anything else."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """The rows of metrics.jsonl, a curve per iteration and policy; rows that say of neither are
-    left out.
+    """Return the rows of metrics.jsonl as curves, one per iteration and policy.
+
+    Rows without an iteration, policy or step are left out.
     """
     groups: dict[tuple[int, int], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -113,10 +129,17 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 
 def summary(found: Sequence[Curve], share: float = 1.0) -> dict[str, Any]:
-    """What the page draws: {"metrics", "curves", "stretch": most steps that became one point}.
+    """Return what the page draws.
 
     Args:
-        share: of the page that is there for them.
+        found: the curves.
+        share: share of the page's size that the curves may take, 0 to 1.
+
+    Returns:
+        metrics: those that were measured.
+        curves: the reduced curves.
+        stretch: the most steps that became one point.
+        steps: steps of all curves together.
     """
     metrics = [
         metric
@@ -156,8 +179,9 @@ def _drawn(curve: Curve, metrics: Sequence[Metric], limit: int) -> dict[str, Any
 
 
 def trajectory(curve: Curve) -> list[list[float]]:
-    """A policy's way while it trained: [KL to SFT, reward, step] means over equal stretches, where
-    the KL was measured.
+    """Return the path of a policy while it trained, as points [KL to SFT, reward, step].
+
+    Each point is the mean over a stretch of steps. Stretches without a measured KL are left out.
     """
     kl, reward = curve.values["kl_sft"], curve.values["reward"]
     points = []
@@ -174,13 +198,16 @@ def trajectory(curve: Curve) -> list[list[float]]:
 
 
 def stretches(count: int, limit: int) -> list[slice]:
-    """0..count cut into at most `limit` pieces of equal length, the last one perhaps shorter."""
+    """Return at most `limit` slices of equal length that cover 0..count.
+
+    The last slice may be shorter.
+    """
     length = max(1, math.ceil(count / limit))
     return [slice(start, min(start + length, count)) for start in range(0, count, length)]
 
 
 def _reduce(function: Any, values: NDArray[np.float64], cuts: Sequence[slice]) -> list[float]:
-    """The function of each stretch, without what was not measured; NaN where nothing was."""
+    """Return the function of each stretch's measured values; NaN where nothing was measured."""
     length = max(cut.stop - cut.start for cut in cuts)
     padded = np.concatenate([values, np.full(length * len(cuts) - len(values), np.nan)]).reshape(
         len(cuts), length
@@ -196,5 +223,5 @@ def _listed(values: Iterable[float]) -> list[float | None]:
 
 
 def four_digits(value: float) -> float:
-    """Four significant digits: more than a screen shows."""
+    """Return four significant digits of the value, which is more than a screen shows."""
     return float(f"{value:.4g}")

@@ -1,5 +1,6 @@
-"""The report page on 127.0.0.1, made anew when it is asked for, for as long as somebody wants to
-watch a run.
+"""A server of the report page on 127.0.0.1, for people who watch a run.
+
+The page is made again when it is requested.
 """
 
 import json
@@ -15,14 +16,13 @@ from raywarp.report.page import read, render
 from raywarp.storage.sealed import StoreError
 
 HOST = "127.0.0.1"
-# seconds for which what was read is good enough, and at least this many times what the reading
-# takes:
+# Data stays fresh for FRESH seconds, or FACTOR times the seconds that reading it took, if longer.
 FRESH = 2.0
 FACTOR = 5.0
 
 
 class Watched:
-    """The runs' data, read again when it is asked for and not fresh any more."""
+    """The data of the runs, read again when it is requested and not fresh any more."""
 
     def __init__(self, runs: Sequence[str]):
         self.runs = runs
@@ -31,7 +31,10 @@ class Watched:
         self._data: dict[str, Any] = {}
 
     def data(self) -> dict[str, Any]:
-        """Raises what reading raises; what was read before then stays."""
+        """Return the page's data.
+
+        An error of reading is raised, and the data that was read before stays.
+        """
         with self._lock:
             if time.monotonic() >= self._next:
                 start = time.monotonic()
@@ -45,10 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = (self.headers.get("Host") or "").rpartition(":")[0]
-        if host not in (
-            HOST,
-            "localhost",
-        ):  # another site's name that leads here: its scripts could read what we answer
+        # Another site's name may lead here. The scripts of that site could read our answers.
+        if host not in (HOST, "localhost"):
             return self._answer(
                 HTTPStatus.FORBIDDEN,
                 "text/plain; charset=utf-8",
@@ -85,14 +86,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: a line per look of the page would hide what a terminal shows."""
+        """Log nothing: a line per request would hide what a terminal shows."""
 
 
 class ReportServer(ThreadingHTTPServer):
-    """Serves one page.
+    """A server of one page.
 
     Args:
-        port: 0 takes any free one; `address` says which.
+        runs: places of runs or sweeps.
+        port: 0 takes any free one; `address` names it.
 
     Raises:
         ConfigError: there is no run, or the port is taken.
@@ -116,7 +118,13 @@ class ReportServer(ThreadingHTTPServer):
 
 
 def serve(runs: Sequence[str], port: int, say: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C."""
+    """Serve the page until Ctrl-C.
+
+    Args:
+        runs: places of runs or sweeps.
+        port: see ReportServer.
+        say: gets a line with the address.
+    """
     with ReportServer(runs, port) as server:
         say(f"{server.address} follows the run; Ctrl-C ends it")
         try:

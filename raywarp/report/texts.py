@@ -1,5 +1,6 @@
-"""The texts of a run for the report page: few enough to keep the page small, and those that changed
-most rather than others.
+"""The texts of a run for the report page.
+
+They are few enough to keep the page small. The texts that changed most are kept first.
 """
 
 from collections.abc import Sequence
@@ -12,27 +13,32 @@ from raywarp.report.series import Curve, four_digits, number
 from raywarp.run.front import Point
 
 CLIPPED = 4000  # characters of one text
-# bytes of the texts of all points together, before they are packed to a third or half
+# Bytes of all points' texts together, before compression to a third or half.
 ALL = 4_000_000
-TRAINING_ROWS = 600  # of all policies together
-TRAINING_CLIPPED = 600
+TRAINING_ROWS = 600  # texts of all policies together
+TRAINING_CLIPPED = 600  # characters of one training text
 _VALUES = ("rewards", "kl", "control")
 
 
 def sample_texts(
     rows: Any, points: Sequence[Point], chosen: str | None, share: float = 1.0
 ) -> dict[str, Any] | None:
-    """samples.json: per prompt each point's completion, with its reward, KL and control score, and
-    how much of it is not SFT's.
+    """Return the texts of the front for the page, or None if there are none.
 
     Args:
-        share: of the page that is there for it.
+        rows: content of samples.json, or None.
+        points: points of the front.
+        chosen: name of the chosen point.
+        share: share of the page's size that the texts may take, 0 to 1.
 
     Returns:
-        points: names; rows: prompt, and texts and values in the order of the points, None where
-            there is none; changed: characters by which
-        the chosen text departs from SFT's; total: rows there were, of which those that changed most
-        are kept where all would be too many; None where there are no texts.
+        points: names of the points.
+        target: name of the point that is compared with SFT: the chosen one if possible.
+        total: number of rows in samples.json.
+        rows: one per prompt. If they are too many for the page, those that changed most are kept.
+            Each has its place in samples.json and the prompt. Its texts, rewards, KL and control
+            scores are in the order of the points, with None for what is absent. `changed` is the
+            number of characters in which the target's text departs from SFT's.
     """
     if rows is None:
         return None
@@ -75,7 +81,7 @@ def sample_texts(
 
 
 def departure(before: str, after: str) -> int:
-    """Characters of the longer text that the two do not share at their beginnings and ends."""
+    """Return how many characters of the longer text lie outside the shared beginning and end."""
     shortest = min(len(before), len(after))
     start = next((n for n in range(shortest) if before[n] != after[n]), shortest)
     end = next(
@@ -90,7 +96,7 @@ def clip(text: Any, limit: int) -> str:
 
 
 def _within(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
-    """The rows that changed most, as many as fit, in their old order."""
+    """Return the rows that changed most, as many as fit, in their old order."""
     kept: list[dict[str, Any]] = []
     size = 0
     for row in sorted(rows, key=lambda row: -row["changed"]):
@@ -104,8 +110,15 @@ def _within(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
 def training_texts(
     files: RunFiles, found: Sequence[Curve], place: str | None, share: float = 1.0
 ) -> list[dict[str, Any]]:
-    """What each policy wrote while it trained: a text per step, of which some, evenly over the
-    steps.
+    """Return texts that each policy wrote while it trained.
+
+    A policy keeps one text per step. If they are too many, some are picked evenly over the steps.
+
+    Args:
+        files: the run's files.
+        found: the learning curves, one per policy.
+        place: the store of the policies, if it is not the run itself.
+        share: share of the page's size that the texts may take, 0 to 1.
     """
     most = max(6, int(share * TRAINING_ROWS) // max(len(found), 1))
     result: list[dict[str, Any]] = []

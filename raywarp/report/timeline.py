@@ -1,5 +1,7 @@
-"""Who of a run's actors was busy when: shares of equal slices of time, however long the run; what
-it stood still is cut out.
+"""The time line: which of a run's actors were busy, as shares of equal slices of time.
+
+The number of slices does not depend on the length of the run. Time in which the run stood still is
+cut out.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLICES = 240
-# seconds without any work that count as standing still, and at least this share of the rest:
+# The run stood still where it had no work for longer than PAUSE seconds and this share of its work.
 PAUSE = 60.0
 PAUSE_SHARE = 0.05
 
@@ -20,16 +22,19 @@ Spans = NDArray[np.float64]  # (N, 2): start and end in Unix seconds, in order, 
 def timeline(
     rows: Iterable[Mapping[str, Any]], moments: Sequence[float | None] = ()
 ) -> dict[str, Any] | None:
-    """From the `spans` of metrics.jsonl's rows; None where there are none.
+    """Return the time line of the `spans` in metrics.jsonl's rows, or None if there are none.
 
     Args:
-        moments: Unix seconds of events, as far as they are known.
+        rows: rows of metrics.jsonl.
+        moments: Unix seconds of events, or None where unknown.
 
     Returns:
-        starts: Unix seconds of each slice; seconds: length of one; lanes: actor → busy share of
-            each slice; pauses: slices before which
-        time was cut out, with its seconds; iterations: the slice where each begins, and that where
-        the evaluation does; moments: slice of each event, None where it is in no slice.
+        starts: Unix seconds of each slice's start.
+        seconds: length of a slice.
+        lanes: actor → busy share of each slice.
+        pauses: (slice, seconds) of the time that was cut out before a slice.
+        iterations: the slice where each iteration begins, and the one where the evaluation does.
+        moments: the slice of each event; None if it is in no slice.
     """
     lanes, begins = _lanes(rows)
     if not lanes:
@@ -41,7 +46,7 @@ def timeline(
     width = max(float(edges[1]), 1e-9)
 
     def active(times: Any) -> Any:
-        """Seconds of active time before a moment."""
+        """Return the seconds of active time before a moment."""
         return np.interp(times, pieces.ravel(), np.stack([before[:-1], before[1:]], axis=1).ravel())
 
     def slice_of(moment: float) -> int:
@@ -71,7 +76,7 @@ def timeline(
 
 
 def _lanes(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Spans], dict[str, float]]:
-    """Each actor's spans, and when each iteration began, and the evaluation."""
+    """Return each actor's spans, and the start of each iteration and of the evaluation."""
     found: dict[str, list[Any]] = {}
     begins: dict[str, float] = {}
     for row in rows:
@@ -88,7 +93,12 @@ def _lanes(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Spans], dict[st
 
 
 def _merged(spans: Spans, gap: float = 0.0) -> Spans:
-    """Spans in order of their starts, those that overlap or lie no more than `gap` apart as one."""
+    """Return the spans, with those merged that overlap or lie at most `gap` apart.
+
+    Args:
+        spans: in order of their starts.
+        gap: in seconds.
+    """
     ends = np.maximum.accumulate(spans[:, 1])
     new = np.concatenate([[True], spans[1:, 0] > ends[:-1] + gap])
     last = np.concatenate([np.flatnonzero(new)[1:] - 1, [len(spans) - 1]])
@@ -96,14 +106,19 @@ def _merged(spans: Spans, gap: float = 0.0) -> Spans:
 
 
 def _pieces(spans: Spans) -> Spans:
-    """The stretches of time in which the run was under way."""
+    """Return the stretches of time in which the run was under way."""
     ordered = spans[np.argsort(spans[:, 0])]
     busy = _merged(ordered)
     return _merged(ordered, max(PAUSE, PAUSE_SHARE * float((busy[:, 1] - busy[:, 0]).sum())))
 
 
 def _shares(spans: Spans, edges: NDArray[np.float64]) -> list[float]:
-    """Busy share of each slice; spans and edges in seconds of active time."""
+    """Return the busy share of each slice.
+
+    Args:
+        spans: in seconds of active time.
+        edges: edges of the slices, in seconds of active time.
+    """
     done = np.concatenate([[0.0], np.cumsum(spans[:, 1] - spans[:, 0])])
     times, busy = spans.ravel(), np.stack([done[:-1], done[1:]], axis=1).ravel()
     shares = np.diff(np.interp(edges, times, busy)) / max(float(edges[1]), 1e-9)

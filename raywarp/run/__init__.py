@@ -1,3 +1,4 @@
-"""A run's folder: configuration, policies, keys, events, front, figures, card, loggers, and what
-the terminal shows.
+"""A run's folder, its loggers, and what the terminal shows of the run.
+
+The folder holds the configuration, policies, events, front, figures and model card.
 """

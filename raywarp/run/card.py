@@ -1,5 +1,6 @@
-"""README.md of a run's chosen adapter: what it is, what it was made from, how good and how far it
-is, and how to use it.
+"""The model card (README.md) of a run's chosen adapter.
+
+It says what the adapter is, what it was made from, its reward and KL, and how to use it.
 """
 
 import json
@@ -20,17 +21,20 @@ from raywarp.run.front import Point
 from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import is_uri
 
-HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of what comes in a package
+HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # hub ids of the embedded models
 
 
 def card(
     config: Config, points: Sequence[Point], chosen: Point, rank: int, modules: Sequence[str]
 ) -> str:
-    """Markdown with the front matter of a model hub.
+    """Return the card as Markdown, with the YAML head that model hubs read.
 
     Args:
-        points: of the front, as front.json has them.
-        rank: of the adapter. modules: names of the weights that it changes.
+        config: the run's configuration.
+        points: points of the front, in the order of front.json.
+        chosen: the point that the adapter holds.
+        rank: rank of the adapter.
+        modules: names of the weights that the adapter changes.
     """
     base = hub_name(config.model)
     head = {
@@ -77,14 +81,14 @@ def card(
 
 
 def marked(text: str, mark: Mark) -> str:
-    """The card of an earlier version's run, with its mark below the title."""
+    """Return the card of an earlier version's run, with the run's mark below the title."""
     title = re.search(r"^# .*$", text, re.MULTILINE)
     place = title.end() if title else len(text)
     return f"{text[:place]}\n\n> **{mark.title}.** {mark.text}{text[place:]}"
 
 
 def hub_name(model: str) -> str | None:
-    """The id on a model hub; None for a folder."""
+    """Return the model's id on a hub, or None for a folder."""
     return HUB_NAMES.get(model) or (
         None if Path(model).expanduser().is_dir() or is_uri(model) else model
     )

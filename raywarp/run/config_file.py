@@ -1,4 +1,4 @@
-"""A run's config.yaml: how it is written, read again, and told from another run's."""
+"""A run's config.yaml: writing it, reading it, and comparing it with another configuration."""
 
 import hashlib
 import re
@@ -11,12 +11,12 @@ from raywarp.config.load import to_yaml
 from raywarp.config.schema import Config
 
 CONFIG_FILE = "config.yaml"
-# raise it when what is sampled is another policy than before: older runs are then marked, and not
-# continued
+# Raise it when a change makes the sampler sample another policy than before.
+# Older runs are then marked, and they are not continued.
 SAMPLER_VERSION = 1
 _CHECKSUM = "# sha256 of the lines below: "
 _SAMPLER = "# sampler version: "
-# Keys that change how a run is carried out or looked at, but not what it trains.
+# Keys that change how a run is carried out or shown, but not what it trains.
 _FREE_KEYS = {
     *("out", "store", "cluster", "front", "control", "preferences", "reward_training"),
     *("checkpoint_every", "kl_to_sft_every", "loggers", "tune"),
@@ -32,15 +32,16 @@ _FREE_KEYS = {
 
 
 def saved_form(config: Config) -> str:
-    """Behind a first line with its sha256, by which damage is told from another run's
-    configuration, and one with its sampler's version.
+    """Return the text of config.yaml: its sha256, the sampler version, and the YAML.
+
+    The sha256 tells a damaged file from the configuration of another run.
     """
     text = f"{_SAMPLER}{SAMPLER_VERSION}\n{to_yaml(config)}"
     return f"{_CHECKSUM}{_sha256(text)}\n{text}"
 
 
 def read_saved_config(data: bytes) -> dict[str, Any] | None:
-    """A saved configuration, from its file's content; None if it is damaged."""
+    """Return a saved configuration from its file's content, or None if it is damaged."""
     try:
         text = data.decode()
         first, _, rest = text.partition("\n")
@@ -53,8 +54,9 @@ def read_saved_config(data: bytes) -> dict[str, Any] | None:
 
 
 def saved_sampler(data: bytes) -> int | None:
-    """The version of the sampler that a saved configuration names; None where it names none, as it
-    did before there was a version.
+    """Return the sampler version that a saved configuration names, or None.
+
+    Configurations from before the first version name none.
     """
     found = re.search(rf"^{_SAMPLER}(\d+)$".encode(), data, re.MULTILINE)
     return int(found[1]) if found else None
@@ -65,8 +67,13 @@ def _sha256(text: str) -> str:
 
 
 def differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
-    """What makes a saved configuration another run's: each key that decides what is trained and has
-    another value, in words.
+    """Return, in words, each key whose value makes a saved configuration another run's.
+
+    Only keys that decide what is trained count.
+
+    Args:
+        theirs: the saved configuration. A missing key has its default.
+        config: the configuration to compare it with.
     """
     default, now = (dict(flat(one.model_dump(mode="json"))) for one in (Config(), config))
     before = default | dict(flat(theirs))
@@ -78,7 +85,7 @@ def differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """Yield the dotted keys and their values."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

@@ -1,6 +1,4 @@
-"""What a person sees while a run goes on: a live line per policy in a terminal, plain lines
-elsewhere.
-"""
+"""Progress of a run on a console: a live line per policy in a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -29,17 +27,18 @@ from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import step_seconds
 from raywarp.storage.location import Storage
 
-_QUIET = ("started", "finished", "stopped", "resumed")  # events that are said in another way
-PRINTED_SAMPLES = 8  # prompts; the report has all
-PLAIN_EVERY = 5  # steps between the lines of a policy where there is no terminal
+_QUIET = ("started", "finished", "stopped", "resumed")  # events that are shown in another way
+PRINTED_SAMPLES = 8  # prompts; the report shows all
+PLAIN_EVERY = 5  # steps between a policy's plain lines
 
 
 def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:
-    """Live bars with a note each and the time left; hidden where there is no terminal, or nobody
-    wants to see them.
+    """Return progress bars, each with a note and the time left.
+
+    The bars are hidden when `quiet` is set or when there is no terminal.
 
     Args:
-        more: columns before the time left.
+        more: columns to show before the time left.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -54,7 +53,7 @@ def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:
 
 
 class Bars:
-    """The policies of one iteration, as they advance."""
+    """The progress of one iteration's policies, as bars or plain lines."""
 
     def __init__(self, console: Console, steps: int, quiet: bool = False):
         self.console, self.steps, self.quiet = console, steps, quiet
@@ -64,7 +63,7 @@ class Bars:
 
     @property
     def plain(self) -> bool:
-        """Lines instead of bars."""
+        """Whether plain lines replace the bars."""
         return not self.console.is_terminal and not self.quiet
 
     def add(self, job: Job, finished: bool) -> None:
@@ -102,7 +101,7 @@ class Bars:
             )
 
     def _left(self, key: str, step: int) -> str:
-        """How long a policy will take at the pace that it has had here."""
+        """Return the time left for a policy, estimated from its pace in this process."""
         start, first = self._first.setdefault(key, (time.monotonic(), step))
         if step == first or step == self.steps:
             return ""
@@ -111,8 +110,9 @@ class Bars:
 
 
 class Display:
-    """Everything that `train` says, on one console; when quiet, only faults, what was found
-    damaged, and the results.
+    """All that `train` prints, on one console.
+
+    A quiet display prints only faults, repairs and results.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
@@ -120,7 +120,7 @@ class Display:
         self.quiet, self.start = quiet, time.monotonic()
 
     def progress(self, text: str) -> None:
-        """What goes on, which a quiet one leaves out."""
+        """Print a progress message, unless the display is quiet."""
         if not self.quiet:
             self.say(text)
 
@@ -130,7 +130,7 @@ class Display:
         )
 
     def event(self, row: dict[str, Any]) -> None:
-        """A line of events.jsonl, for those that a person should know of."""
+        """Print a row of events.jsonl if a person should know of it."""
         if row["event"] in _QUIET:
             return
         who = f"iteration {row['iteration']} policy {row['policy']}" if "policy" in row else ""
@@ -148,7 +148,7 @@ class Display:
         self.say(f"{row['event']}: {', '.join(part for part in parts if part)}")
 
     def faults(self, events: Sequence[dict[str, Any]]) -> None:
-        """How much a finished run has survived."""
+        """Print how many faults a finished run has survived, by cause."""
         counts = Counter(row.get("cause", "unknown") for row in events if row["event"] == "fault")
         if counts:
             kinds = ", ".join(f"{count} {cause}" for cause, count in counts.items())
@@ -221,7 +221,7 @@ class Display:
         )
 
     def timing(self, run: Run) -> None:
-        """Where the time went, for each iteration that was trained, and what is the bottleneck."""
+        """Print where the time of each trained iteration went, and what was the bottleneck."""
         if self.quiet:
             return
         for row in run.timing():

@@ -1,5 +1,6 @@
-"""What happens to a run, for its events.jsonl and for whoever watches; from which it also learns
-that the driver before it was killed.
+"""The journal of a run: it records events in events.jsonl, the display and the metrics.
+
+From earlier events it learns that the previous driver was killed.
 """
 
 from types import TracebackType
@@ -17,15 +18,19 @@ ENDS = {"finished", "failed", "stopped"}
 
 
 class Journal:
-    """A context manager around a run. Nothing is written before `begin`, since a run that cannot
-    start leaves no folder.
+    """A context manager that records the events of a run.
+
+    Nothing is written before `begin`, because a run that cannot start leaves no folder.
     """
 
     def __init__(self, run: Run, display: Display, gauges: RunMetrics):
         self.run, self.display, self.gauges, self.begun = run, display, gauges, False
 
     def begin(self) -> None:
-        """The run has its actors. Where the one before it came to no end, its driver was killed."""
+        """Record the start of the run, once it has its actors.
+
+        If the previous start has no end, its driver was killed. This fault is recorded first.
+        """
         last = next(
             (row for row in reversed(self.run.events()) if row["event"] in ENDS | {"started"}), None
         )
@@ -44,7 +49,7 @@ class Journal:
         )
 
     def report(self, event: str, **details: Any) -> None:
-        """See Run.add_event."""
+        """Record an event and show it; Run.add_event describes the arguments."""
         if event == "fault":
             self.gauges.fault(details["what"], details["cause"])
         self.display.event(

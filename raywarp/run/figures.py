@@ -1,4 +1,4 @@
-"""What a person sees of a run: the front as a picture and as a table, and texts side by side."""
+"""Figures of a run: the front as a picture and as a table, and texts side by side."""
 
 import io
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "token
 
 
 def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -> None:
-    """front.png: reward over KL to SFT with 95 % intervals; the LITI front is a line, every point
-    has its name.
+    """Write front.png: reward over KL to the SFT model, with 95 % intervals.
+
+    The LITI front is a line. Every point has its name.
     """
     import matplotlib
 
@@ -73,8 +74,9 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
 
 
 def _name_points(axes: object, points: Sequence[Point]) -> None:
-    """Front points are named above, the others below, so that neighbours of different kinds do not
-    cover each other.
+    """Write the names of front points above them, and the names of other points below.
+
+    Neighbours of different kinds then do not cover each other.
     """
     for place, point in enumerate(sorted(points, key=lambda p: p.kl)):
         above = point.eta is not None
@@ -90,7 +92,7 @@ def _name_points(axes: object, points: Sequence[Point]) -> None:
 
 
 def front_cells(point: Point) -> tuple[str, ...]:
-    """A point as a row under FRONT_HEADINGS."""
+    """Return a point as a row under FRONT_HEADINGS."""
     return (
         point.name,
         f"{point.reward:.2f} ± {point.reward_ci:.2f}",
@@ -103,7 +105,7 @@ def front_cells(point: Point) -> tuple[str, ...]:
 
 
 def front_table(points: Sequence[Point], chosen: Point) -> Table:
-    """The front in the order of front.json, for the terminal."""
+    """Return the front as a table for the terminal, in the order of front.json."""
     table = Table(
         box=SIMPLE_HEAD,
         title=(
@@ -121,7 +123,12 @@ def front_table(points: Sequence[Point], chosen: Point) -> Table:
 
 
 def print_samples(console: Console, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Prompts with their completions side by side; rows have "prompt" and one entry per column."""
+    """Print prompts with their completions side by side.
+
+    Args:
+        rows: each has "prompt" and one entry per column.
+        columns: names of the points whose completions are shown.
+    """
     table = Table(
         box=SIMPLE_HEAD,
         title="the same prompts, before and after",
@@ -137,6 +144,6 @@ def print_samples(console: Console, rows: Sequence[dict[str, Any]], columns: Seq
 
 
 def _one_line(text: str) -> str:
-    """One line, nothing that a terminal or rich would interpret."""
+    """Return the text in one line, without what a terminal or rich would interpret."""
     printable = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return printable.replace("[", "\\[")

@@ -1,5 +1,6 @@
-"""What a run's folder holds, and where: config, metrics, policies under their keys, iterations,
-front, and the chosen adapter.
+"""A run's folder: configuration, metrics, events, policies, iterations, front and adapter.
+
+Policies lie under their keys.
 """
 
 import json
@@ -34,8 +35,8 @@ TIMING_FILE = "timing.json"
 EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
-# What is there before the configuration: policies for others, and what a start left that was killed
-# or refused.
+# Names that may be there before the configuration: policies for other runs, and what a killed or
+# refused start left.
 _EARLY = re.compile(
     r"policies|tensorboard|wandb|loggers\.json|\.(preflight-|node-|config\.yaml\.|loggers\.json\.).*"
 )
@@ -48,20 +49,23 @@ FRONT_FILES = (
 
 
 def read_mark(place: Storage) -> Mark | None:
-    """What marks the run of a folder or object store as one of an earlier sampler; None where it is
-    one of this version.
+    """Return the mark of a run from an earlier sampler, or None for a run of this version.
+
+    Args:
+        place: the run's folder or object store.
     """
     return sampler_mark(*map(place.read, (CONFIG_FILE, FRONT_FILE, EVENTS_FILE)))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder. `train` returns it; its files are all plain.
+    """A run's folder, as `train` returns it. All its files are plain.
 
-    folder: on this machine; where `out` is an object store, a copy of what is there.
-    place: the store of its policies, where that is not `out` itself. mirror: what keeps an object
-    store equal to the folder.
-    say: gets a line for everything that was found damaged, and what becomes of it.
+    Attributes:
+        folder: the folder on this machine; where `out` is an object store, a copy of the store.
+        place: the store of the policies, if it is not `out` itself.
+        mirror: keeps an object store equal to the folder; None if `out` is a folder.
+        say: gets a line for each damaged file, which also says what becomes of it.
     """
 
     folder: Path
@@ -71,16 +75,16 @@ class Run:
 
     @property
     def store(self) -> Storage:
-        """Where its policies are."""
+        """The store of the run's policies."""
         return self.place or (self.mirror.storage if self.mirror else Storage(self.folder))
 
     @classmethod
     def open(cls, config: Config, say: Callable[[str], None] = print) -> "Run":
-        """The place `out`, new or with this same run in it.
+        """Return the run at `out`, which is new or holds this same run.
 
         Raises:
-            ConfigError: it holds a different run (the keys that differ are named), one that an
-                earlier version sampled, or files that no run wrote.
+            ConfigError: `out` holds a different run, a run that an earlier version sampled, or
+                files that no run wrote. The message names the keys that differ.
             StoreError: an object store cannot be reached.
         """
         out = Storage(config.out)
@@ -95,11 +99,10 @@ class Run:
         return run
 
     def _check(self, config: Config) -> None:
-        """Raises ConfigError where the folder holds another run, one of an earlier sampler, or
-        files that no run wrote.
+        """Raise ConfigError if the folder holds another run, or files that no run wrote.
 
-        A configuration that is lost or damaged is written anew: policies are found by their keys,
-        whatever it said.
+        A run of an earlier sampler is refused, too. A lost or damaged configuration is written
+        again. Policies are found by their keys, so they do not depend on that file.
         """
         folder = self.folder
         saved, ours = (
@@ -140,8 +143,9 @@ class Run:
 
     @contextmanager
     def mirrored(self) -> Iterator[None]:
-        """At the end of the body an object store is up to date, if `out` is one and can be
-        reached.
+        """Bring an object store up to date at the end of the body, if `out` is one.
+
+        If the body fails and the store cannot be reached, only the body's error is raised.
         """
         try:
             yield
@@ -152,8 +156,9 @@ class Run:
         self.push()
 
     def clean(self) -> None:
-        """Remove what interrupted writers left: at once where only this run writes, else after a
-        day.
+        """Remove what interrupted writers left.
+
+        Where only this run writes, it is removed at once; elsewhere after a day.
         """
         self.store.clean("policies", sealed.DAY if self.place or self.mirror else 0)
         if not self.mirror:
@@ -165,24 +170,30 @@ class Run:
             self.mirror.push()
 
     def policy_folder(self, key: str) -> Path:
-        """A policy's folder on this machine; of an object store's, what `find_policy` has
-        fetched.
+        """Return a policy's folder on this machine.
+
+        For an object store, it holds what `find_policy` has fetched.
         """
         return self.store.cache / "policies" / key
 
     def policy_done(self, key: str) -> bool:
-        """Whether the policy is finished, and every byte of it is what was written."""
+        """Return whether the policy is finished and every byte is as it was written."""
         return self.store.has(f"policies/{key}")
 
     def has_policies(self, keys: Sequence[Sequence[str]]) -> bool:
-        """Whether those of all iterations are."""
+        """Return whether the policies of all iterations are finished and whole.
+
+        Args:
+            keys: the policies' keys, one sequence per iteration.
+        """
         return all(self.policy_done(key) for of_iteration in keys for key in of_iteration)
 
     def find_policy(self, key: str) -> Path | None:
-        """The folder of a finished policy, verified; None if it is not finished.
+        """Return the folder of a finished policy, verified, or None if it is not finished.
 
         Raises:
-            DamagedError: it was finished once, and is not whole any more; says what is wrong.
+            DamagedError: the policy was finished once, but its files are no longer whole. The
+                message says what is wrong.
         """
         return self.store.fetch(f"policies/{key}")
 
@@ -191,16 +202,18 @@ class Run:
         return self.folder / METRICS_FILE
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One row per policy and optimiser step."""
+        """Return one row per policy and optimiser step."""
         return sealed.read_jsonl(self.metrics_file)
 
     def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
-        """Make an iteration's rows anew: those of its finished policies are in their folders, and
-        those of the others come with their checkpoints (`set_policy_metrics`).
+        """Rebuild an iteration's rows from the folders of its finished policies.
+
+        The rows of the other policies come with their checkpoints (`set_policy_metrics`).
 
         Args:
-            iterations: I; what claims to be of another one goes.
-            finished: keys of the iteration's policies that are.
+            iteration: the iteration, counted from 1.
+            iterations: I. Rows of an iteration beyond 1..I are removed.
+            finished: keys of the iteration's finished policies.
         """
         before = self.metrics()
         rows = [
@@ -221,8 +234,9 @@ class Run:
         sealed.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
 
     def set_policy_metrics(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Replace a policy's rows by what its folder says, so that after a resume each step stands
-        there once.
+        """Replace a policy's rows by those of its folder.
+
+        After a resume, each step then has one row.
         """
         others = [row for row in self.metrics() if row.get("key") != key]
         sealed.write_jsonl(self.metrics_file, [*others, *rows])
@@ -233,7 +247,7 @@ class Run:
             self.mirror.push_now_and_then()
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened to the run, oldest first: see add_event."""
+        """Return the events of the run, oldest first; see add_event."""
         return [
             row
             for row in sealed.read_jsonl(self.folder / EVENTS_FILE)
@@ -241,7 +255,10 @@ class Run:
         ]
 
     def lost_events(self) -> str:
-        """What damage has taken of them, as far as it shows; empty where nothing is amiss."""
+        """Return a sentence about the events that damage has destroyed, or an empty string.
+
+        Only damage that leaves a trace can be seen.
+        """
         path = self.folder / EVENTS_FILE
         data = path.read_bytes() if path.is_file() else b""
         lost = sealed.lost_rows(data, sealed.parse_jsonl(data))
@@ -250,14 +267,15 @@ class Run:
         return f"{path}: {lost} of its lines cannot be read, and are left out" if lost else ""
 
     def add_event(self, event: str, **details: Any) -> dict[str, Any]:
-        """One line of events.jsonl.
+        """Append a line to events.jsonl, and return it.
 
         Args:
             event: started, finished, failed or stopped (the run); fault, hang, recovered,
-                continued, lost or moved (a piece of it); resumed or saved (a policy).
-            details: versions (of packages) and sampler (its version), where a run has started; what
-                (the process), iteration, policy, key, step, cause (out of memory, killed, node
-                lost, hang, exception), message, seconds_lost, steps_repeated; whichever apply.
+                continued, lost or moved (a part of it); resumed or saved (a policy).
+            details: those of the following that apply. At the start of a run: versions (of
+                packages) and sampler (its version). Otherwise: what (the process), iteration,
+                policy, key, step, cause (out of memory, killed, node lost, hang, exception),
+                message, seconds_lost, steps_repeated.
         """
         row = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -268,7 +286,11 @@ class Run:
         return row
 
     def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
-        """Where the time of an iteration's fine-tuning went (see timing.Timing), in timing.json."""
+        """Save to timing.json where the time of an iteration's fine-tuning went.
+
+        Args:
+            row: see raywarp.training.timing.Timing.
+        """
         times = self._times()
         rows = [old for old in times["iterations"] if old["iteration"] != iteration]
         sealed.write_record(
@@ -277,13 +299,17 @@ class Run:
         )
 
     def save_evaluation_work(self, spans: Mapping[str, Any]) -> None:
-        """Who was at the front when, in timing.json; as the spans of a step."""
+        """Save to timing.json which actors measured the front, and when.
+
+        Args:
+            spans: as in a step's row: actor → pairs of start and end in Unix seconds.
+        """
         sealed.write_record(
             self.folder / TIMING_FILE, {**self._times(), "evaluation": {"spans": spans}}
         )
 
     def timing(self) -> list[dict[str, Any]]:
-        """A row per iteration that was trained."""
+        """Return one row per iteration that was trained."""
         rows: list[dict[str, Any]] = self._times()["iterations"]
         return rows
 
@@ -304,12 +330,18 @@ class Run:
         keys: Sequence[str],
         task_vectors: Sequence[AdapterDelta],
     ) -> None:
-        """init: θ_init that the policies started from; merged: θ_slerp; both as changes of the SFT
-        model.
+        """Save an iteration's init, merged adapter, list of policies, and geometry.
 
-        policies.json lists the folders of θ_1..θ_M in the order they were merged, relative to the
-        run's folder if they are there; geometry.json has each block's norms and angles of the task
-        vectors θ_m − θ_init.
+        policies.json lists the folders of θ_1..θ_M in the order they were merged. The paths are
+        relative to the run's folder if the policies are there. geometry.json has each block's
+        norms and angles of the task vectors.
+
+        Args:
+            iteration: the iteration, counted from 1.
+            init: θ_init that the policies started from, as a change of the SFT model.
+            merged: θ_slerp, as a change of the SFT model.
+            keys: keys of θ_1..θ_M.
+            task_vectors: θ_m − θ_init.
         """
         name = f"iterations/{iteration}"
         with self._replacing(f"{name}/init") as folder:
@@ -324,9 +356,7 @@ class Run:
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
-        """A folder to fill in the place of what was there, whose files take their places if the
-        body succeeds.
-        """
+        """Yield a folder to fill, whose files replace those of `name` if the body succeeds."""
         try:
             Storage(self.folder).fetch(name)
         except DamagedError as error:
@@ -339,8 +369,9 @@ class Run:
             sealed.seal(folder)
 
     def save_adapter(self, delta: AdapterDelta, card: str) -> None:
-        """The chosen point of the front, as a plain PEFT adapter, with its card and the front's
-        picture.
+        """Save the chosen point of the front as a plain PEFT adapter.
+
+        Its card and the front's picture are saved with it.
         """
         with self._replacing("adapter") as folder:
             save_peft(delta, folder)
@@ -352,7 +383,10 @@ class Run:
         return rows
 
     def save_front(self, front: Mapping[str, Any]) -> None:
-        """front.json, last of what belongs to it: it vouches for the others."""
+        """Save front.json, which has the checksums of the front's other files.
+
+        It must be saved last, because it vouches for the others.
+        """
         files = {name: sealed.file_entry(self.folder / name) for name in FRONT_FILES}
         sealed.write_record(
             self.folder / FRONT_FILE, {**front, "sampler": SAMPLER_VERSION, "files": files}
@@ -360,8 +394,12 @@ class Run:
         self.push()
 
     def has_front(self, key: str) -> bool:
-        """Whether front.json is of exactly these policies and this evaluation, and all that belongs
-        to it is whole.
+        """Return whether front.json is of exactly these policies and this evaluation.
+
+        All files that belong to the front must be whole, too.
+
+        Args:
+            key: see raywarp.run.keys.front_key.
         """
         try:
             front = sealed.read_record(self.folder / FRONT_FILE)
@@ -376,11 +414,12 @@ class Run:
         return True
 
     def numerics(self, key: str) -> dict[str, Any] | None:
-        """What the session of the finished run that is here found of its numerics; None where it
-        was another one's, or none is here.
+        """Return what the session of the finished run here found about its numerics, or None.
+
+        None means that no finished run is here, or that its numerics have another key.
 
         Args:
-            key: of what they follow from.
+            key: see raywarp.run.keys.key_of_numerics.
         """
         try:
             front = sealed.read_record(self.folder / FRONT_FILE) or {}

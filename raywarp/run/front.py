@@ -1,7 +1,7 @@
-"""The KL–reward front: every point of it measured on held-out prompts with the same sampling.
+"""The KL–reward front: its points, their summaries, and the choice of one point.
 
-KL is KL(π ‖ SFT) in nats per completion by the full-vocabulary estimator, at the sampling
-temperature; intervals are 95 %.
+Every point is measured on held-out prompts with the same sampling. KL is KL(π ‖ SFT) in nats per
+completion, by the full-vocabulary estimator at the sampling temperature. Intervals are 95 %.
 """
 
 import math
@@ -18,9 +18,18 @@ from raywarp.data.text import Prompt
 
 @dataclass(frozen=True)
 class Scored:
-    """One adapter's completions of N prompts, with what was asked of them: each list has N entries.
+    """One adapter's completions of N prompts, with their scores. Each list has N entries.
 
-    work: who was at it from when to when, in Unix seconds.
+    A prompt that is sampled several times counts as several prompts.
+
+    Attributes:
+        texts: the completions.
+        lengths: tokens of each completion.
+        finished: whether each completion ended by itself.
+        rewards: reward of each completion.
+        control: score that training never saw; None without one.
+        kl: KL to the SFT model, in nats per completion.
+        work: (actor, start, end) of each piece of the work, in Unix seconds.
     """
 
     texts: list[str]
@@ -36,13 +45,18 @@ class Scored:
 class Point:
     """One model on the front.
 
-    name: sft, policy m, lerp, liti η, or slerp.
-    eta: how far along the line from SFT to SLERP; None for points off that line.
-    reward, reward_ci: mean and the half-width of its 95 % interval over prompts; likewise kl and
-    control.
-    kl: nats per completion. control: mean of the score that training never saw (None without one).
-    distinct_2: different pairs of successive words over all pairs. length: tokens. eos_rate:
-    completions that ended by themselves.
+    Attributes:
+        name: sft, policy m, lerp, liti η, or slerp.
+        eta: position on the line from SFT to SLERP; None for points off that line.
+        reward: mean reward.
+        reward_ci: half the width of the reward's 95 % interval over prompts.
+        kl: mean KL to the SFT model, in nats per completion.
+        kl_ci: likewise for kl.
+        control: mean of the score that training never saw; None without one.
+        control_ci: likewise for control.
+        distinct_2: different pairs of successive words over all pairs.
+        length: mean length of a completion in tokens.
+        eos_rate: share of completions that ended by themselves.
     """
 
     name: str
@@ -60,7 +74,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point before it is measured: its change from the SFT model (None: SFT itself)."""
+    """A point before it is measured.
+
+    Attributes:
+        name: see Point.
+        eta: see Point.
+        delta: its change from the SFT model; None for the SFT model itself.
+    """
 
     name: str
     eta: float | None
@@ -70,7 +90,9 @@ class Candidate:
 def candidates(
     init: AdapterDelta, task_vectors: Sequence[AdapterDelta], etas: Sequence[float]
 ) -> list[Candidate]:
-    """SFT, each policy, LERP, and the LITI front η·(θ_slerp − θ_sft), of which η = 1 is SLERP.
+    """Return the points to measure: SFT, each policy, LERP, and the LITI front.
+
+    The LITI front is η·(θ_slerp − θ_sft). Its end, η = 1, is SLERP.
 
     Args:
         init: θ_init − θ_sft of the last iteration.
@@ -92,7 +114,13 @@ def candidates(
 
 
 def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
-    """Means and intervals of one point's completions, `group` of them per prompt."""
+    """Return the means and intervals of one point's completions.
+
+    Args:
+        candidate: the point.
+        scored: its completions, those of a prompt next to each other.
+        group: completions per prompt.
+    """
     reward, reward_ci = mean_interval(scored.rewards, group)
     kl, kl_ci = mean_interval(scored.kl, group)
     control, control_ci = (
@@ -114,8 +142,9 @@ def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
 
 
 def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval over prompts (normal approximation; a prompt's
-    `group` values are averaged first).
+    """Return the mean, and half the width of its 95 % interval over prompts.
+
+    The interval is the normal approximation. A prompt's `group` values are averaged first.
     """
     means = [sum(values[i : i + group]) / group for i in range(0, len(values), group)]
     mean = sum(means) / len(means)
@@ -126,16 +155,19 @@ def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float
 
 
 def distinct_2(texts: Sequence[str]) -> float:
-    """Different pairs of successive words over all pairs, in all texts together (Li et al. 2016); 0
-    where there is no pair.
+    """Return different pairs of successive words over all pairs (Li et al. 2016).
+
+    All texts count together. The result is 0 if there is no pair.
     """
     pairs = [pair for words in map(str.split, texts) for pair in pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def choose(points: Sequence[Point], rule: ChooseConfig) -> Point:
-    """The point that adapter/ will hold: η as given, or the largest η on the front whose KL stays
-    within max_kl (at least SFT's 0).
+    """Return the point that adapter/ will hold.
+
+    The rule names its η, or it is the largest η on the front whose KL stays within max_kl. SFT's
+    own KL is 0, so there is always such a point.
     """
     front = [point for point in points if point.eta is not None]
     if rule.eta is not None:
@@ -149,8 +181,10 @@ def choose(points: Sequence[Point], rule: ChooseConfig) -> Point:
 def sample_rows(
     results: Sequence[tuple[Point, Scored]], held_out: Sequence[Prompt], front: FrontConfig
 ) -> list[dict[str, Any]]:
-    """Rows of the first prompts: {"prompt": …, point's name: its first completion, …}; "rewards",
-    "kl" and "control" (where there is one) have that completion's own values, by point.
+    """Return one row for each of the first prompts, with its first completion at every point.
+
+    A row is {"prompt": …, point's name: completion, …}. Its entries "rewards", "kl" and "control"
+    (if there is one) have that completion's own values, by point.
     """
     rows = []
     for n, prompt in enumerate(held_out[: min(front.samples, front.prompts)]):
@@ -172,13 +206,13 @@ def sample_rows(
 
 
 def wanted_etas(config: Config) -> list[float]:
-    """front.etas, and the eta that front.choose names."""
+    """Return front.etas, and the eta that front.choose names, if any."""
     chosen = config.front.choose.eta
     return [*config.front.etas, *([chosen] if chosen is not None else [])]
 
 
 def front_json(points: Sequence[Point], chosen: Point, config: Config) -> dict[str, Any]:
-    """front.json: what was measured, how, and which point was chosen."""
+    """Return the content of front.json: what was measured, how, and the chosen point."""
     return {
         "chosen": chosen.name,
         "chosen_eta": chosen.eta,

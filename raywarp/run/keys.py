@@ -1,5 +1,6 @@
-"""What policies, fronts and numerics are called: hashes of all that determines them, and of nothing
-else.
+"""Keys of policies, fronts and numerics: hashes of all that determines them.
+
+Nothing else goes into a key.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,22 +10,23 @@ from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.run.front import wanted_etas
 
-ALGORITHM_VERSION = (
-    3  # part of every key: raise it when the same settings no longer give the same policy
-)
+# Part of every key. Raise it when the same settings no longer give the same policy.
+ALGORITHM_VERSION = 3
 
 
 def policy_keys(
     config: Config, inputs: Mapping[str, object], iteration: int, init_key: str
 ) -> list[str]:
-    """The keys of θ_1..θ_M: hashes of all that determines a policy, and of nothing else (not the
-    cluster, not worker counts).
+    """Return the keys of θ_1..θ_M: hashes of all that determines a policy.
 
-    How a batch is cut up to fit into memory changes a gradient by rounding only: a run that was
-    short of it continues with smaller parts.
+    Nothing else goes into them: neither the cluster nor the number of workers. The size of
+    microbatches is left out, because it changes a gradient by rounding only. A run that was short
+    of memory thus continues with smaller microbatches.
 
     Args:
+        config: the run's configuration.
         inputs: fingerprints of base, prompts and reward, and the numerical settings.
+        iteration: the iteration, counted from 1.
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
     warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
@@ -56,9 +58,12 @@ def policy_keys(
 
 
 def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
-    """The keys of all policies, iteration by iteration: they are known before anything is trained.
+    """Return the keys of all policies, one list per iteration.
+
+    They are known before anything is trained.
 
     Args:
+        config: the run's configuration.
         inputs: see policy_keys.
     """
     chain, init_key = list[list[str]](), "sft"
@@ -75,8 +80,13 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
 
 
 def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
-    """Of all that a session's numerics follow from, but for the machines: what a finished run found
-    holds wherever its folder is read.
+    """Return the key of all that a session's numerics follow from, except the machines.
+
+    What a finished run found therefore holds on every machine that reads its folder.
+
+    Args:
+        config: the run's configuration.
+        inputs: see policy_keys.
     """
     sections = config.model_dump(
         include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"}
@@ -87,8 +97,12 @@ def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
 
 
 def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
-    """Of the front of an iteration whose policies have these keys. Which of its points is chosen is
-    no part of it.
+    """Return the key of an iteration's front. The choice of a point is no part of it.
+
+    Args:
+        config: the run's configuration.
+        evaluation: fingerprint of what the evaluation reads.
+        keys: keys of the iteration's policies.
     """
     front = config.front.model_dump(exclude={"choose"}) | {
         "etas": sorted({*wanted_etas(config), 0.0, 1.0})

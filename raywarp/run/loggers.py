@@ -1,7 +1,6 @@
-"""Where a run's numbers, picture, texts and adapter go besides its folder, when `loggers` asks for
-it: TensorBoard, W&B, MLflow.
+"""Loggers for TensorBoard, W&B and MLflow, which get a run's numbers, picture, texts and adapter.
 
-A service that fails gets no more of the run, and the run says so and goes on.
+The key `loggers` chooses them. If a service fails, the run says so, sends it no more, and goes on.
 """
 
 import importlib.util
@@ -21,17 +20,16 @@ from raywarp.run.folder import PICTURE, Run
 from raywarp.storage import sealed
 from raywarp.storage.sealed import DamagedError
 
-IDS_FILE = (  # the services' own ids of this run, by which a continued one goes on there
-    "loggers.json"
-)
+# The services' own ids of this run, under which a continued run goes on there.
+IDS_FILE = "loggers.json"
 TENSORBOARD = "tensorboard"  # a folder
 FRONT_TABLE, SAMPLE_TABLE = "front", "samples"
 _LABELS = ("iteration", "policy", "step", "key", "spans")
-_SHOWN_PROMPTS = 8  # in TensorBoard, whose texts are one page; the others have tables
+_SHOWN_PROMPTS = 8  # in TensorBoard, which shows texts on one page; the others have tables
 
 
 def check_loggers(config: Config) -> None:
-    """Raises ConfigError where a logger's package is not installed, and says how to install it."""
+    """Raise ConfigError if a logger's package is not installed, and say how to install it."""
     for name in config.loggers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -42,15 +40,17 @@ def check_loggers(config: Config) -> None:
 class Loggers:
     """All loggers of a run as one; a context manager.
 
+    Metrics are named `<metric>/iteration <i> policy <m>` and have the policy's own step, so that
+    the policies' curves overlay each other.
+
     Args:
-        group: of runs that belong together, as those of a sweep.
-        lazy: they start when they are first told something.
+        config: the run's configuration; its `loggers` names the services.
+        run: the run's folder, which keeps the services' ids.
+        group: name of runs that belong together, such as those of a sweep.
+        lazy: start the loggers with the first message, not on entry.
 
     Raises:
-        ConfigError: a service refuses: for want of a login, say.
-
-    Metrics are named `<metric>/iteration <i> policy <m>`, with the policy's own step, so that
-    policies lie over one another.
+        ConfigError: a service refuses to start, for example because there is no login.
     """
 
     def __init__(self, config: Config, run: Run, group: str = "", lazy: bool = False):
@@ -76,7 +76,7 @@ class Loggers:
                 ) from None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl."""
+        """Log one row of metrics.jsonl."""
         policy = f"iteration {row['iteration']} policy {row['policy']}"
         values = {
             f"{name}/{policy}": float(value) for name, value in row.items() if name not in _LABELS
@@ -84,12 +84,20 @@ class Loggers:
         self.log_values(values, row["step"], f"step/{policy}")
 
     def log_values(self, values: Mapping[str, float], step: int, axis: str) -> None:
-        """Any numbers at a step of the axis of that name."""
+        """Log numbers at a step.
+
+        Args:
+            values: name → number.
+            step: the step.
+            axis: name of the axis that the step counts on.
+        """
         self._each(lambda sink: sink.log(values, step, axis))
 
     def finish(self, run: Run) -> None:
-        """The front with its picture, the texts of its points, and the chosen adapter, of a run
-        that has them.
+        """Log the front with its picture, the texts of its points, and the chosen adapter.
+
+        Args:
+            run: a run that has them.
         """
         front, samples = front_rows(run), text_rows(run)
         self._each(lambda sink: sink.finish(run, front, samples))
@@ -118,20 +126,21 @@ class Loggers:
         return bool(self._sinks)
 
     def close(self, failed: bool = False) -> None:
-        """What was logged is there afterwards."""
+        """Close the loggers; all that was logged is stored afterwards."""
         if self.is_started:
             self._each(lambda sink: sink.close(failed))
 
 
 def front_rows(run: Run) -> list[dict[str, Any]]:
-    """A row per point of the front."""
+    """Return one row per point of the front."""
     front = run.front()
     return [{**point, "chosen": point["name"] == front["chosen"]} for point in front["points"]]
 
 
 def text_rows(run: Run) -> list[dict[str, Any]]:
-    """A row per prompt and point: the text, and its own reward, KL and control score (where there
-    is one).
+    """Return one row per prompt and point: the text with its reward, KL and control score.
+
+    The control score is None where there is none.
     """
     points = [point["name"] for point in run.front()["points"]]
     return [
@@ -153,7 +162,7 @@ def run_name(config: Config) -> str:
 
 
 def was_logged(folder: Path) -> bool:
-    """Whether the run of this folder has been, to any service."""
+    """Return whether the run of this folder was logged to any service."""
     return any((folder / name).exists() for name in (IDS_FILE, TENSORBOARD))
 
 
@@ -176,7 +185,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 class _TensorBoard:
-    """Which has no place for an adapter: a text says where it is."""
+    """The logger for TensorBoard.
+
+    TensorBoard has no place for an adapter, so a text says where it is.
+    """
 
     def __init__(self, config: Config, run: Run, known: str | None, group: str):
         from torch.utils.tensorboard import SummaryWriter
@@ -206,7 +218,7 @@ class _TensorBoard:
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table; what would be markup in a cell is not."""
+    """Return a table, in which markup inside a cell is escaped."""
     names = list(rows[0]) if rows else []
     lines = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -218,7 +230,10 @@ def _cell(value: Any) -> str:
 
 
 class _Wandb:
-    """WANDB_MODE=offline writes to the run's folder, for `wandb sync`."""
+    """The logger for W&B.
+
+    With WANDB_MODE=offline it writes to the run's folder, for `wandb sync`.
+    """
 
     def __init__(self, config: Config, run: Run, known: str | None, group: str):
         import wandb
@@ -240,9 +255,8 @@ class _Wandb:
 
     def log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         for name in values.keys() - self._defined:
-            self.run.define_metric(
-                name, step_metric=axis
-            )  # wandb's own step may only grow, and policies take turns
+            # W&B's own step may only grow, but policies take turns.
+            self.run.define_metric(name, step_metric=axis)
         self._defined |= values.keys()
         self.run.log({**values, axis: step})
 
@@ -273,7 +287,10 @@ class _Wandb:
 
 
 class _Mlflow:
-    """To MLFLOW_TRACKING_URI, into MLFLOW_EXPERIMENT_NAME, as MLflow itself has it."""
+    """The logger for MLflow.
+
+    MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME mean what they mean to MLflow itself.
+    """
 
     def __init__(self, config: Config, run: Run, known: str | None, group: str):
         import mlflow
@@ -287,7 +304,8 @@ class _Mlflow:
                 nested=True,
                 tags={"raywarp.group": group} if group else None,
             ).info.run_id
-            mlflow.end_run("RUNNING")  # not the active one any more, so that several go on at once
+            # The run is then no longer the active one, so that several can go on at once.
+            mlflow.end_run("RUNNING")
             mlflow.log_params(
                 {
                     key: str(value)
@@ -301,7 +319,7 @@ class _Mlflow:
     def _is_there(self, known: str) -> bool:
         try:
             return bool(self.client.get_run(known))
-        except self.mlflow.exceptions.MlflowException:  # it is on another server
+        except self.mlflow.exceptions.MlflowException:  # the id is of another server
             return False
 
     def log(self, values: Mapping[str, float], step: int, axis: str) -> None:

@@ -1,5 +1,6 @@
-"""A policy's files in a store: its checkpoints while it trains, and its result. safetensors and
-JSON, verified before they are read.
+"""A policy's files in a store: its checkpoints while it trains, and its result.
+
+They are safetensors and JSON, verified before they are read.
 
 policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW's moments and step,
                                                      states of the random generators
@@ -9,9 +10,9 @@ policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW
                                  samples.jsonl       a completion per step so far
 policies/<key>/                                      θ_m as a PEFT adapter, metrics and samples
 
-The learning rate follows from the step, the prompts of a step from (seed, iteration, policy, step),
-and the seeds of its completions from (seed, iteration, policy, step, index): they need no state of
-their own.
+Three things need no state of their own. The learning rate follows from the step. The prompts of a
+step follow from (seed, iteration, policy, step). The seeds of its completions follow from
+(seed, iteration, policy, step, index).
 """
 
 import json
@@ -35,12 +36,14 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a policy stands: everything that its next steps depend on, and what was measured until
-    then.
+    """The state of a policy: all that its next steps depend on, and its measurements so far.
 
-    state: see Policy.state. progress: step, prompts_drawn, rollout_version, and whose checkpoint it
-    is (iteration, policy, key).
-    metrics, samples: a row per finished step.
+    Attributes:
+        state: see raywarp.model.policy.Policy.state.
+        progress: step, prompts_drawn, rollout_version, and whose checkpoint it is (iteration,
+            policy, key).
+        metrics: a row per finished step.
+        samples: a row per finished step.
     """
 
     state: Mapping[str, Tensor]
@@ -54,16 +57,16 @@ class Checkpoint:
 
 
 class PolicyFiles:
-    """The files of the policy with this key."""
+    """The files of one policy in a store, found by the policy's key."""
 
     def __init__(self, storage: Storage, key: str):
         self.storage, self.key, self.name = storage, key, f"policies/{key}"
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Beside the one before; older ones go.
+        """Save a checkpoint beside the previous one, and remove older ones.
 
         Raises:
-            StoreError: it could not be written; the checkpoints before it are as they were.
+            StoreError: it could not be written. The earlier checkpoints are unchanged.
         """
         with self.storage.writing(f"{self.name}/checkpoint-{checkpoint.step:06d}") as folder:
             _save_tensors(checkpoint.state, folder / "state.safetensors")
@@ -73,7 +76,7 @@ class PolicyFiles:
             self.storage.remove(old)
 
     def checkpoints(self) -> list[str]:
-        """Names in the store, oldest first."""
+        """Return the names of the checkpoints in the store, oldest first."""
         return [
             f"{self.name}/{name}"
             for name in self.storage.names(self.name)
@@ -81,10 +84,10 @@ class PolicyFiles:
         ]
 
     def load_checkpoint(self, name: str) -> Checkpoint | None:
-        """A checkpoint, verified; None where nothing finished is there.
+        """Return a checkpoint, verified, or None if no finished one is there.
 
         Raises:
-            DamagedError: it is not what was written, or another policy's.
+            DamagedError: the checkpoint is not what was written, or it is another policy's.
         """
         folder = self.storage.fetch(name)
         if folder is None:
@@ -109,7 +112,7 @@ class PolicyFiles:
         return checkpoint
 
     def discard(self, name: str) -> None:
-        """Remove a checkpoint that is of no use."""
+        """Remove a checkpoint that cannot be used."""
         self.storage.remove(name)
 
     def save_result(
@@ -118,10 +121,10 @@ class PolicyFiles:
         metrics: Sequence[dict[str, Any]],
         samples: Sequence[dict[str, Any]],
     ) -> None:
-        """The finished policy; its checkpoints go.
+        """Save the finished policy, and remove its checkpoints.
 
         Raises:
-            StoreError: it could not be written; the checkpoints are as they were.
+            StoreError: it could not be written. The checkpoints are unchanged.
         """
         with self.storage.writing(self.name) as folder:
             save_peft(adapter, folder)
@@ -140,15 +143,20 @@ def _save_rows(
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:  # the library's name for an error of the file system, too
+    except SafetensorError as error:  # safetensors raises it for file system errors, too
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else None, str(error), str(path)) from None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One policy to fine-tune: i and m counted from 1, the key of its result, and the store that
-    gets it.
+    """One policy to fine-tune.
+
+    Attributes:
+        iteration: i, counted from 1.
+        index: m, counted from 1.
+        key: the key of its result.
+        store: the store that gets the result.
     """
 
     iteration: int

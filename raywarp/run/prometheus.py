@@ -1,8 +1,8 @@
-"""A run's metrics on Ray's own endpoints, for Prometheus and the dashboard: ray_raywarp_… with the
-tags run, iteration and policy.
+"""A run's metrics on Ray's own endpoints, for Prometheus and the dashboard.
 
-Ray's agents publish what a process measured every 10 seconds, as long as the process lives;
-metrics.jsonl has every step.
+Their names are ray_raywarp_…, with the tags run, iteration and policy. Ray's agents publish the
+measurements of a process every 10 seconds, as long as the process lives. metrics.jsonl has every
+step.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 POLICY = ("run", "iteration", "policy")
-# metric → the entry of a step's row that it shows, and its meaning
+# Metric → the entry of a step's row that it shows, and its meaning.
 GAUGES = {
     "raywarp_step": ("step", "last finished optimiser step, counted from 0"),
     "raywarp_reward": ("reward", "mean reward of the step's completions"),
@@ -43,24 +43,29 @@ GAUGES = {
 
 
 def step_seconds(row: Mapping[str, Any]) -> float:
-    """Of a row of metrics.jsonl: from the wait for rollouts to the end of the update."""
+    """Return the seconds of a step, from the wait for rollouts to the end of the update.
+
+    Args:
+        row: of metrics.jsonl.
+    """
     seconds: float = row["wait_seconds"] + row["request_seconds"] + row["update_seconds"]
     return seconds
 
 
 class RunMetrics:
-    """The gauges and counters of one run, made once Ray is running; without it there is nobody to
-    tell.
+    """The gauges and counters of one run.
+
+    They are made once Ray is running. Without Ray, nothing is published.
 
     Args:
-        run: name of the run, the tag by which several on one cluster are told apart.
+        run: name of the run, the tag that distinguishes several runs on one cluster.
     """
 
     def __init__(self, run: str):
         self.run, self._is_made = run, False
 
     def _make(self) -> bool:
-        """Whether there are any."""
+        """Make the metrics if Ray is running, and return whether they exist."""
         if self._is_made or not ray.is_initialized():
             return self._is_made
         self._is_made = True
@@ -87,7 +92,7 @@ class RunMetrics:
         return True
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl."""
+        """Publish one row of metrics.jsonl."""
         if not self._make():
             return
         tags = {"run": self.run, "iteration": str(row["iteration"]), "policy": str(row["policy"])}
@@ -101,6 +106,11 @@ class RunMetrics:
         self._tokens.inc(row["tokens"], tags)
 
     def fault(self, what: str, cause: str) -> None:
-        """An actor died or hung, or a file was damaged: which, and why."""
+        """Count a fault: an actor died or hung, or a file was damaged.
+
+        Args:
+            what: the actor or file.
+            cause: why it happened.
+        """
         if self._make():
             self._faults.inc(1, {"run": self.run, "what": what, "cause": cause})

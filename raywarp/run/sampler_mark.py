@@ -1,9 +1,8 @@
-"""Whether a run was sampled by an earlier version of raywarp, and what that means for what it
-found.
+"""Marks of runs that an earlier version of raywarp sampled: what that means for their results.
 
-Until SAMPLER_VERSION 1, an adapter was added to the engine's weights. In bfloat16 most of a small
-change is lost there, and reward and KL belonged to two policies. A run says which sampler it had in
-config.yaml, front.json and events.jsonl. One that says nothing is older.
+Before SAMPLER_VERSION 1, an adapter was added to the engine's weights. In bfloat16 this loses most
+of a small change, so reward and KL belonged to two policies. A run names its sampler in
+config.yaml, front.json and events.jsonl. A run that names none is older.
 """
 
 from collections.abc import Mapping
@@ -17,8 +16,13 @@ from raywarp.storage.sealed import DamagedError
 
 @dataclass(frozen=True)
 class Mark:
-    """level: warning, or note where nothing was rounded. title, text: for a person. reason: why the
-    run cannot be continued.
+    """What a person should know about a run from an earlier sampler.
+
+    Attributes:
+        level: "warning", or "note" where nothing was rounded.
+        title: heading, for a person.
+        text: explanation, for a person.
+        reason: why the run cannot be continued.
     """
 
     level: str
@@ -70,11 +74,15 @@ _EXACT = Mark(
 
 
 def sampler_mark(config: bytes | None, front: bytes | None, events: bytes | None) -> Mark | None:
-    """The mark of a run by the content of its config.yaml, front.json and events.jsonl (None: not
-    there); None where it needs none.
+    """Return the mark of a run, or None if it needs none.
 
-    What is damaged says nothing. Where nothing is left that could say it, there is no mark: no
-    policy of such a run is taken anyway.
+    A damaged file names no sampler. There is also no mark if nothing is left that could name one.
+    This is safe, because no policy of such a run is reused.
+
+    Args:
+        config: content of config.yaml; None if it is not there.
+        front: content of front.json; None if it is not there.
+        events: content of events.jsonl; None if it is not there.
     """
     tree, record = read_saved_config(config or b"") or {}, _record(front)
     starts = [row for row in sealed.parse_jsonl(events or b"") if row.get("event") == "started"]

@@ -1,11 +1,12 @@
-"""Where text goes that a person reads."""
+"""The console for text that people read."""
 
 from rich.console import Console
 
 
 def console() -> Console:
-    """rich assumes 80 columns where there is no terminal (a job's log, a file), too few for the
-    tables.
+    """Return a console, 120 columns wide where there is no terminal (a job's log, a file).
+
+    rich assumes 80 columns there, which are too few for the tables.
     """
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)

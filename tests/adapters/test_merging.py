@@ -1,5 +1,6 @@
-"""`raywarp merge`: from folders to a folder, against dense float64 averages, PEFT and vLLM; and
-what it refuses.
+"""Tests of `raywarp merge` against dense float64 averages, PEFT and vLLM, and of what it refuses.
+
+It reads folders and writes a folder.
 """
 
 import json

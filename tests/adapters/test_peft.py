@@ -1,5 +1,6 @@
-"""PEFT's files: read as PEFT reads them, written as PEFT and vLLM read them, and refused by name
-where ΔW is not plain B·A.
+"""Tests of reading and writing PEFT's files as PEFT and vLLM do.
+
+Files in which ΔW is not plain B·A are refused by name.
 """
 
 import json

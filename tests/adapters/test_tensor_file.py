@@ -1,5 +1,6 @@
-"""Our streaming reader and writer against the safetensors library, and what they say of files that
-are not whole.
+"""Tests of the streaming reader and writer of tensors against the safetensors library.
+
+They also check the messages about files that are not whole.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""Which files are a model's own, and that a good model of any family is accepted with all its
-tensors and a poor one refused.
+"""Tests of which files are a model's own.
+
+A good model of any family is accepted with all its tensors. A faulty one is refused.
 """
 
 import hashlib

@@ -1,3 +1,5 @@
+"""Tests of SLERP, LERP, LITI, EMA and Karcher mean against dense and hand-worked values."""
+
 import math
 from collections.abc import Callable
 

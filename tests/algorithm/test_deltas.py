@@ -1,3 +1,5 @@
+"""Tests of the algebra of adapters: sums, inner products, compression, truncation and digests."""
+
 import math
 
 import pytest

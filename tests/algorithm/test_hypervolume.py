@@ -1,4 +1,4 @@
-"""Against areas worked by hand, and against counting the cells of a grid."""
+"""Tests of the hypervolume against areas worked by hand, and against counted cells of a grid."""
 
 import random
 

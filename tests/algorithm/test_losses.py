@@ -1,5 +1,6 @@
-"""The policy gradient against enumeration: a toy policy with V = 3 tokens and completions of length
-2, so all 9 can be listed.
+"""Tests of the policy gradient against enumeration.
+
+A toy policy has V = 3 tokens and completions of length 2, so that all 9 can be listed.
 """
 
 import itertools

@@ -1,23 +1,21 @@
-"""Every family of tests/architectures.py: trainer against the model's own eager code, and each
-sampler against the trainer.
+"""Check every family of tests/architectures.py: the trainer, and each sampler.
 
-    python tests/bench/architectures.py                               # everything; writes
-                                                                      docs/architectures.md
-    python tests/bench/architectures.py --families Llama --columns trainer "vLLM, unmerged"    #
-                                                                                               some
-                                                                                               cells,
-                                                                                               printed
-                                                                                               only
+    # everything; writes docs/architectures.md
+    python tests/bench/architectures.py
+    # some cells, printed only
+    python tests/bench/architectures.py --families Llama --columns trainer "vLLM, unmerged"
 
-A cell is a process of its own, since an engine may end it. The trainer's: log-probs and gradients
-on mixed lengths, without an adapter and with one, and that a resumed step is the same step. A
-sampler's: its log-probs of its own completions, against the trainer's of the same tokens, without
-an adapter, with one, without it again, with another one, and with both in one call where that is
-offered.
+The trainer is compared with the model's own eager code, and each sampler with the trainer.
 
-A cell is right, refused (a message says why, before anything is trained), or not measurable here:
-the engine does not run this tiny model on this machine. Anything else is wrong. The last line is
-JSON: the number of each, and the wrong cells.
+A cell is a process of its own, since an engine may end it. The trainer's cell compares log-probs
+and gradients on mixed lengths, without an adapter and with one. It also checks that a resumed step
+is the same step. A sampler's cell compares its log-probs of its own completions with the trainer's
+of the same tokens. This is done without an adapter, with one, without it again, and with another
+one. Where it is offered, both adapters are also compared in one call.
+
+A cell is right, refused, or not measurable here. A refusal is a message that says why, before
+anything is trained. Not measurable means that the engine does not run this tiny model on this
+machine. Anything else is wrong. The last line is JSON: the number of each, and the wrong cells.
 """
 
 import argparse

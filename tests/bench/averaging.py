@@ -1,9 +1,9 @@
-"""How wrong are the usual ways to average LoRA adapters, and what does the exact way cost?
+"""Measure how wrong the usual ways to average LoRA adapters are, and what the exact way costs.
 
-Two adapters with independent factors on a SmolLM2-135M-shaped stack (30 blocks, 7 matrices each,
-rank 16), in ΔW: the mean of A and of B apart, PEFT's add_weighted_adapter(linear), and SVD back to
-rank r, against the exact mean; and the time of the exact factored SLERP against forming every ΔW.
-Both sides run in turn; the last line is JSON.
+Two adapters have independent factors on a SmolLM2-135M-shaped stack: 30 blocks, 7 matrices each,
+rank 16. Three averages are compared with the exact mean in ΔW: the mean of A and of B apart, PEFT's
+add_weighted_adapter(linear), and SVD back to rank r. The time of the exact factored SLERP is
+compared with that of forming every ΔW. Both sides run in turn; the last line is JSON.
 
     .venv/bin/python tests/bench/averaging.py
 """

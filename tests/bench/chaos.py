@@ -1,11 +1,12 @@
-"""WARP on the tiny model while its processes are killed one after another, each time after every
-policy has got on: does it end the same?
+"""Kill the processes of WARP on the tiny model one after another: does it end the same?
+
+The next one is killed when every policy has advanced.
 
     .venv/bin/python tests/bench/chaos.py --faults 32 --seed 0
 
-`raywarp train` runs as a user runs it, in a process of its own, on a Ray cluster of three nodes
-that this script owns (a head, and two with two CPUs each; all on this machine): two policies with
-an actor each, one rollout worker, one reward worker. The six kinds of fault:
+`raywarp train` runs as a user runs it, in a process of its own. The Ray cluster has three nodes and
+belongs to this script: a head, and two nodes with two CPUs each, all on this machine. There are two
+policies with an actor each, one rollout worker and one reward worker. The six kinds of fault:
 
     policy actor, rollout worker, reward worker   SIGKILL of the process
     node                                          SIGKILL of a node's raylet, which takes its actors
@@ -15,14 +16,14 @@ an actor each, one rollout worker, one reward worker. The six kinds of fault:
     job stop                                      SIGTERM of `raywarp train`, SIGKILL after 3 s as
                                                   Ray does it, then started again
 
-Ray finds a lost node by missed heartbeats; they come every 0.5 s here, so that the time this takes
+Ray finds a lost node by missed heartbeats. They come every 0.5 s here, so that the time this takes
 (15 s by default) does not blur the rest. A fault's seconds run from the signal until every policy
-has got beyond where it had been; its repeated steps are those that a policy did again. The rewards
+has got beyond where it had been. Its repeated steps are those that a policy did again. The rewards
 wait a second each, so that a run is long enough in time and its policies progress alike.
 
-At the end: adapters against those of the same run without a fault, lines of metrics.jsonl that are
-missing or double, processes and segments in /dev/shm that are still there. With --engine vllm a
-batch is the same call whatever happens, so the adapters should be equal as well.
+At the end, the adapters are compared with those of the same run without a fault. Missing or double
+lines of metrics.jsonl are counted. So are processes and segments in /dev/shm that are still there.
+With --engine vllm a batch is the same call in all cases, so the adapters should be equal as well.
 
 The last line is JSON.
 """

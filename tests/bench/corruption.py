@@ -1,15 +1,18 @@
 """Damage every file of a run's folder, one at a time, and run the same command again.
 
-    .venv/bin/python tests/bench/corruption.py [--every N] [--stages
-    finished,failed,reward,training] [--only TEXT]
+    .venv/bin/python tests/bench/corruption.py [--every N] [--only TEXT]
+        [--stages finished,failed,reward,training]
 
-Each file is halved, emptied, deleted, and gets one bit flipped: of a finished WARP run, of one that
-failed in its second iteration, of a reward model's folder, and of one whose training failed. A case
-is `recovered` if the command ends with the bytes of the run that nothing disturbed and says what
-was damaged, or (a damaged reward model under a run) refuses with a message that says what to do;
-`silent` if it says nothing; `wrong` if it ends with others; a `traceback` is any error that the
-command line does not explain. A flipped bit in a line of events.jsonl, for which nothing vouches,
-may go unnoticed where it leaves the line readable, and so does damage to what nobody reads: Ray
+Each file is halved, emptied, deleted, and gets one bit flipped. There are four folders: a finished
+WARP run, a run that failed in its second iteration, a reward model, and one whose training failed.
+
+A case is `recovered` if the command ends with the bytes of the undisturbed run, and says what was
+damaged. It is also `recovered` if a run refuses its damaged reward model with a message that says
+what to do. It is `silent` if it says nothing, and `wrong` if it ends with other bytes. A
+`traceback` is any error that the command line does not explain.
+
+Some damage may go unnoticed. A flipped bit in a line of events.jsonl may, if it leaves the line
+readable, because nothing vouches for that file. So may damage to files that nothing reads: Ray
 Train's marker of its storage, and a checkpoint that its snapshot does not name yet. The last line
 is JSON.
 """

@@ -1,17 +1,18 @@
-"""SIGKILL for the driver at random moments of short runs: is the store readable, and does every run
-end as if nothing had happened?
+"""Kill the driver at random moments of short runs.
+
+Is the store readable, and does every run end as if nothing had happened?
 
     .venv/bin/python tests/bench/driver_kill.py --kills 50 --embedded 4
 
-The driver is `raywarp train`, in a process of its own. Each run is killed a few times and then left
-to end. Half of the moments are uniform over the time that the rest of the run takes from its next
-step on, half over all of it, from the start of the process. The cluster is one that this script
-owns and that lives on; `--embedded` kills are of drivers with a Ray of their own, whose processes
-have to be gone within 30 seconds.
+The driver is `raywarp train`, in a process of its own, and the signal is SIGKILL. Each run is
+killed a few times and then left to end. Half of the moments are uniform over the time that the rest
+of the run takes from its next step on. The other half are uniform over all of it, from the start of
+the process. The cluster belongs to this script and lives on. `--embedded` kills are of drivers
+with a Ray of their own, whose processes have to be gone within 30 seconds.
 
-After each kill everything in the store is read: each manifest that is there must hold, and each
-checkpoint load. At the end of each run its adapters are compared with the undisturbed run's, and
-its metrics.jsonl has each step once.
+After each kill everything in the store is read. Each manifest that is there must hold, and each
+checkpoint must load. At the end of each run its adapters are compared with the undisturbed run's.
+Its metrics.jsonl must have each step once.
 
 The last line is JSON.
 """

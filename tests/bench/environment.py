@@ -1,8 +1,7 @@
-"""Virtual environments for the tools that a benchmark compares raywarp with: made once by pip, kept
-in the cache folder.
+"""Virtual environments for the tools that a benchmark compares raywarp with.
 
-Each has raywarp's own packages behind its own, so both sides run the same torch wherever the other
-tool allows it.
+pip makes them once, in the cache folder. Each has raywarp's own packages behind its own, so both
+sides run the same torch wherever the other tool allows it.
 """
 
 import hashlib

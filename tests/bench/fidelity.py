@@ -1,18 +1,20 @@
-"""Whether the sampler samples what the trainer holds, small adapters included; and what that costs.
+"""Measure whether the sampler samples what the trainer holds, and what that costs.
 
     .venv/bin/python tests/bench/fidelity.py
 
-The adapters are η times the merge of a finished run on the embedded model (the quickstart, which is
-run first where it is not there). At each η completions are sampled from vLLM. Log-ratios (adapter
-over SFT, nats per token) are taken of the sampler's own log-probs, of the trainer's in the same
-precision, and of a float32 model. The latter are the instrument of every slope, since bfloat16's
-noise biases a plain regression. KLs are over the whole vocabulary: the sampler's from the logits of
-vLLM's own passes, the reported one from the trainer's. The texts' own mean log-ratio in float32 is
-the third, independent one. Standard errors are jackknifed over completions.
+Small adapters are included: the adapters are η times the merge of a finished run on the embedded
+model. This is the quickstart, which is run first if it is not there. At each η completions are
+sampled from vLLM. Log-ratios (adapter over SFT, nats per token) are taken three times: of the
+sampler's own log-probs, of the trainer's in the same precision, and of a float32 model. The last
+are the instrument of every slope, since bfloat16's noise biases a plain regression.
 
-Seconds are medians of turns: 32 completions of 24 tokens, from another adapter of rank 16 each
-time, unmerged and merged in a process each. (Merged in bfloat16 rounds; it is here for its speed
-alone.) The last line is JSON.
+KLs are over the whole vocabulary. The sampler's comes from the logits of vLLM's own passes, the
+second is the reported one. The third is independent: the texts' own mean log-ratio in float32.
+Standard errors are jackknifed over completions.
+
+Seconds are medians of turns. A turn is 32 completions of 24 tokens, from another adapter of rank 16
+each time, unmerged and merged in a process each. (Merged in bfloat16 rounds; it is here for its
+speed alone.) The last line is JSON.
 """
 
 import argparse

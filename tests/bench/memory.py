@@ -1,12 +1,13 @@
-"""`raywarp plan`'s estimate of memory against the peaks of a real run's processes (VmHWM): the
-embedded model, a few steps, any config.
+"""Compare `raywarp plan`'s estimate of memory with the peaks of a real run's processes (VmHWM).
+
+The run takes a few steps on the embedded model, with any configuration.
 
     python tests/bench/memory.py                                        # the quickstart's sizes
     python tests/bench/memory.py optim.batch_size=64 rollout.max_new_tokens=64
 
-The last line is JSON: for each kind of process the estimate and the measured peak in bytes, and
-their ratio. A KV cache on a CPU is reserved, and takes memory only as it fills, so the estimate is
-also compared without it.
+The last line is JSON. For each kind of process it has the estimate and the measured peak in bytes,
+and their ratio. A KV cache on a CPU is reserved, and takes memory only as it fills. The estimate is
+therefore also compared without it.
 """
 
 import contextlib

@@ -1,23 +1,23 @@
-"""What does an exact merge cost, beside reading and writing the files, and beside the other ways to
-merge?
+"""Measure the cost of an exact merge beside reading and writing the files, and beside other merges.
 
-Adapters with the shapes of a Llama-3-8B (32 blocks, all-linear, rank 16, float32, random factors),
-M = 2 and M = 5, merged by `raywarp merge slerp … --liti 0.3`. In turn with it, each side in a
-process of its own that imports its libraries before the clock starts:
+Adapters with the shapes of a Llama-3-8B (32 blocks, all-linear, rank 16, float32, random factors)
+are merged, for M = 2 and M = 5. The command is `raywarp merge slerp … --liti 0.3`. The other sides
+take turns with it. Each is a process of its own that imports its libraries before the clock starts:
 
 - io: the same adapters read and written by the safetensors library (load_file, save_file) and
   nothing else.
 - raw: their bytes through one 8 MB buffer with read() and write(), the least that a program can do.
-- dense: SLERP of the same adapters with every ΔW formed in float32, a block at a time; nothing is
+- dense: SLERP of the same adapters with every ΔW formed in float32, a block at a time. Nothing is
   written (28 GB would have to be). Timed on the first 8 blocks, times 4.
-- on a base cut down to 2 blocks of a Llama-3.2-1B: PEFT's add_weighted_adapter (svd and cat; that
-  call alone, the model already loaded), and mergekit's nuslerp of the two models that the adapters
-  make of the base (their making is not counted), in an environment of its own.
+- on a base cut down to 2 blocks of a Llama-3.2-1B: PEFT's add_weighted_adapter (svd and cat), and
+  mergekit's nuslerp in an environment of its own. PEFT's is that call alone, with the model already
+  loaded. mergekit's is of the two models that the adapters make of the base; their making is not
+  counted.
 
     .venv/bin/python tests/bench/merge.py [--repeats 7]
 
-Medians; ratios are of medians of runs in turn. largest_block_mb is the largest block's factors in
-all adapters that were merged.
+Values are medians; ratios are of medians of runs in turn. largest_block_mb is the largest block's
+factors in all adapters that were merged.
 """
 
 import argparse

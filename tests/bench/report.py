@@ -1,13 +1,12 @@
-"""What the report page of a large run costs: seconds to build it, its size, and seconds until
-Chromium shows it.
+"""Measure what the report page of a large run costs: its size, and seconds to build and to show it.
 
     .venv/bin/python tests/bench/report.py --iterations 5 --policies 5 --steps 400 --samples 2000
 
-The run's folder is made up: I iterations of M policies of T steps (10,000 in all by default), S
-prompts with a text of every point, a kept text per step, geometry of 32 blocks, spans of all
-actors, and faults. Building is `raywarp report` as a user calls it, the start of Python included,
-and `build` the same without. Opening is from the navigation to the load event, and until the front
-is drawn (medians, new profiles).
+The run's folder is made up: I iterations of M policies of T steps (10,000 in all by default), and S
+prompts with a text of every point. It also has a kept text per step, the geometry of 32 blocks,
+spans of all actors, and faults. Building is `raywarp report` as a user calls it, the start of
+Python included, and `build` is the same without it. Opening is in Chromium: from the navigation to
+the load event, and until the front is drawn (medians, new profiles).
 
 The last line is JSON.
 """

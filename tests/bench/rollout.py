@@ -1,12 +1,12 @@
-"""The rollout worker on the embedded model: start to first token, seconds per swap, tokens per
-second, and the sampler–trainer gap.
+"""Measure the rollout worker on the embedded model: start, swaps, speed and sampler–trainer gap.
 
     .venv/bin/python tests/bench/rollout.py
 
-One Ray actor with the real engine; 32 completions of 24 tokens for 8 prompts; each batch from a new
-version of a rank-16 adapter on an init of rank 32, as in a second iteration. The gap is the mean |Δ
-log-prob| per token between sampler and trainer at the same dtype. Medians of the batches after the
-first. The last line is JSON.
+The measures are seconds from start to first token, seconds per swap, tokens per second, and the
+gap. There is one Ray actor with the real engine. A batch is 32 completions of 24 tokens for 8
+prompts. Each batch is from a new version of a rank-16 adapter on an init of rank 32, as in a second
+iteration. The gap is the mean |Δ log-prob| per token between sampler and trainer at the same dtype.
+Values are medians of the batches after the first. The last line is JSON.
 """
 
 import argparse

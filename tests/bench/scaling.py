@@ -1,21 +1,24 @@
-"""How a run's cost grows with policies and rollout workers, on a simulated cluster, and what a
-gather of adapters costs the driver.
+"""Measure how a run's cost grows with policies and workers, and what a gather of adapters costs.
+
+The workers are rollout workers, and the cost of a gather is the driver's.
 
     .venv/bin/python tests/bench/scaling.py --generate 0.5 --update 0.5
 
-**Steps.** Ray with logical GPUs on this machine; Session, placement, PolicyActor.fine_tune, the
-pool, the rewards, the adapters on their way (of SmolLM2-135M at rank 16, 19 MB) and the check of
-every swap are the real ones. Only the work in them is replaced by waits of the given lengths: the
-engine's generation and the policy's update. A batch goes to one worker as a whole
-(raywarp/rollout/protocol.py says why), so R workers serve R policies at a time: that keeps the pool
-full as soon as M ≥ 2R, costs one swap per batch, and keeps the results the same for every R.
+**Steps.** The cluster is simulated: Ray with logical GPUs on this machine. Session, placement,
+PolicyActor.fine_tune, the pool, the rewards and the check of every swap are the real ones. So is
+the transport of the adapters (of SmolLM2-135M at rank 16, 19 MB). Only the engine's generation and
+the policy's update are replaced, by waits of the given lengths. A batch goes to one worker as a
+whole (raywarp/rollout/protocol.py says why), so R workers serve R policies at a time. That keeps
+the pool full as soon as M ≥ 2R, costs one swap per batch, and keeps the results the same for every
+R.
 
-Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its two waits, from one
-step's end to the next (median). Shares are those of timing.json, first and last step included.
+Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its two waits. It runs
+from one step's end to the next (median). Shares are those of timing.json, first and last step
+included.
 
-**Gather.** The driver's part of an iteration with adapters in the shapes of an 8 B Llama (rank 16,
-all linear layers), for M = 2, 4, 8: read the policies, SLERP, LITI, write; seconds, and the peak of
-the process's memory beyond what it had.
+**Gather.** This is the driver's part of an iteration: read the policies, SLERP, LITI, write. The
+adapters have the shapes of an 8 B Llama (rank 16, all linear layers), for M = 2, 4, 8. It measures
+seconds, and the peak of the process's memory beyond what it had.
 
 The last line is JSON.
 """

@@ -1,43 +1,47 @@
-"""A policy's optimiser step against TRL 1.16's RLOOTrainer: same model, LoRA, prompts, lengths,
-dtype, threads and batch, in turns.
+"""Compare a policy's optimiser step with that of TRL 1.16's RLOOTrainer, in turns.
 
-    python tests/bench/step.py                                  # everything, some 50 minutes on two
-                                                                cores
-    python tests/bench/step.py --cases bfloat16/forced          # some of the cases (--help lists
-                                                                them)
-    python tests/bench/step.py --timed 5 --block 5 --cases m2   # fewer steps, for trying it out
+Model, LoRA, prompts, lengths, dtype, threads and batch are the same.
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 8 prompts × 4 completions × 24 new tokens
-(forced: EOS does not end a completion; natural: it does), reward = VADER of prompt + completion.
-raywarp runs as in a real run: driver, vLLM rollout worker, reward worker and policy actor in
-processes of their own; a step is what passes between two "step" events of
-Session.fine_tune: swap, generation, scoring, update, and the KL to SFT in every fifth. TRL's step
-is what passes between its trainer's step callbacks. Both sides take turns, `--block` steps each
-after one that is discarded. The seconds of a step are the median, since other programs' bursts hit
-either side.
+    # everything, some 50 minutes on two cores
+    python tests/bench/step.py
+    # some of the cases (--help lists them)
+    python tests/bench/step.py --cases bfloat16/forced
+    # fewer steps, for trying it out
+    python tests/bench/step.py --timed 5 --block 5 --cases m2
+
+The model is SmolLM2-135M-Instruct, with LoRA rank 16 on all linear layers. A step has 8 prompts × 4
+completions × 24 new tokens (forced: EOS does not end a completion; natural: it does). The reward is
+VADER of prompt + completion. raywarp runs as in a real run: driver, vLLM rollout worker, reward
+worker and policy actor are processes of their own. Its step is what passes between two "step"
+events of Session.fine_tune: swap, generation, scoring, update, and the KL to SFT in every fifth.
+TRL's step is what passes between its trainer's step callbacks. Both sides take turns, `--block`
+steps each after one that is discarded. The seconds of a step are the median, since other programs'
+bursts hit either side.
 
 TRL tuned: no gradient checkpointing, no logging, bfloat16 weights without autocast, glibc told to
-keep its memory. TRL eager: the same with eager attention, which nothing tells a user to choose
-(torch 2.13's fused attention is slow backward on CPUs); in bfloat16. As
-shipped: its defaults, in a case of its own, since memory does not hold more than three sides. Its
-vLLM integration does not work on CPUs: with `use_vllm=True` the engine starts in the trainer's
-process, but the first weight sync ends in vLLM's AttributeError, 'Parameter' object has no
-attribute 'weight_loader' (vLLM 0.32 packs CPU weights after loading); server mode wants CUDA. So
-TRL generates with transformers.
+keep its memory. TRL eager: the same in bfloat16 with eager attention, which nothing tells a user to
+choose (torch 2.13's fused attention is slow backward on CPUs). As shipped: its defaults, in a case
+of its own, since memory does not hold more than three sides.
+
+TRL's vLLM integration does not work on CPUs, so TRL generates with transformers. With
+`use_vllm=True` the engine starts in the trainer's process. The first weight sync then ends in
+vLLM's AttributeError: 'Parameter' object has no attribute 'weight_loader'. The cause is that vLLM
+0.32 packs CPU weights after loading. Server mode wants CUDA.
 
 Part m2: two policies of `--m2-steps` steps, from the start of the process to the merged adapter on
-disk, Ray's own start (listed) taken off; TRL's two runs from process start to saved adapters, one
-after the other with two threads, and both at once with one thread each.
+disk. Ray's own start (listed) is taken off. TRL's two runs go from process start to saved adapters.
+They run one after the other with two threads, and both at once with one thread each.
 
-limit_share: how near our update comes to the machine's speed of matrix products. It is the update's
-FLOPs (see update_flops) at the speed of torch's product of two matrices of 2048 × 2048 in the run's
-precision, over the update's seconds. The product is timed in the same run, after each of our turns,
-with the same number of threads; speed and seconds are medians.
+limit_share: how near our update comes to the machine's speed of matrix products. It is the time
+that the update's FLOPs (see update_flops) would take at that speed, over the update's seconds. The
+speed is that of torch's product of two matrices of 2048 × 2048 in the run's precision. The product
+is timed in the same run, after each of our turns, with the same number of threads. Speed and
+seconds are medians.
 
 `--alone` leaves TRL out: for limit_share, and to compare two versions of raywarp in turns.
 
-The last line is JSON; ratios above 1 are in raywarp's favour, but for rss_ratio: peak memory of our
-trainer process over TRL's.
+The last line is JSON. Ratios above 1 are in raywarp's favour, except for rss_ratio: peak memory of
+our trainer process over TRL's.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""TRL's RLOOTrainer, step by step on command: the other side of step.py, run by a Python that has
-TRL.
+"""TRL's RLOOTrainer, step by step on command: the other side of step.py, run by a Python with TRL.
 
-Reads a JSON object of settings from its first argument. Prints one JSON line when it is ready and
-one per optimiser step; before each step it waits for a line on its input, so that two sides can
-take turns (not with `free_running`). Ends with its peak memory.
+It reads a JSON object of settings from its first argument. It prints one JSON line when it is ready
+and one per optimiser step. Before each step it waits for a line on its input, so that two sides can
+take turns (not with `free_running`). It ends with its peak memory.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Wrong input: exit code 2 and one readable message, before any work starts; never a traceback."""
+"""Tests that the command line answers wrong input with exit code 2 and one readable message.
+
+This comes before any work starts, and never as a traceback.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`raywarp config`: what it writes is what the other commands take."""
+"""Tests that the other commands accept what `raywarp config` writes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is left of a driver's own Ray when the driver is killed, however early."""
+"""Tests that nothing is left of a driver's own Ray when the driver is killed, however early."""
 
 import os
 import subprocess

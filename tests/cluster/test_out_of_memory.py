@@ -1,4 +1,4 @@
-"""Why a process was killed, where no error says it."""
+"""Tests of finding out why a process was killed when no error says it."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,6 @@
-"""Fitting a run into a cluster: a simulated one with logical GPUs, so that no hardware is
-needed.
+"""Tests of fitting a run into a cluster.
+
+The cluster is simulated with logical GPUs, so that no hardware is needed.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""docs/configuration.md: it is what `raywarp config --docs` prints, and has every key."""
+"""Tests that docs/configuration.md is what `raywarp config --docs` prints, and has every key."""
 
 import re
 from pathlib import Path

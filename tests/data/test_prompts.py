@@ -1,5 +1,6 @@
-"""Prompts and preferences: from files and from PyPI, rendered once, split without leaks, and every
-bad input's message.
+"""Tests of prompts and preferences from files and from PyPI.
+
+They are rendered once and split without leaks, and every bad input has a message.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""The pages for users: their links lead somewhere, and the commands, keys and configurations that
-they show are taken by raywarp.
+"""Tests of the pages for users.
+
+Their links lead somewhere. raywarp accepts the commands, keys and configurations that they show.
 """
 
 import argparse

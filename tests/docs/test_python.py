@@ -1,4 +1,4 @@
-"""docs/python.md: every public name with its signature, and examples that run."""
+"""Tests that docs/python.md has every public name with its signature, and that its examples run."""
 
 import ast
 import inspect

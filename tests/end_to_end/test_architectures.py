@@ -1,5 +1,6 @@
-"""Trainer against the model's own eager code, for every family of the table in
-docs/architectures.md.
+"""Tests of the trainer against the model's own eager code, for every supported family.
+
+The families are those of the table in docs/architectures.md.
 """
 
 import json

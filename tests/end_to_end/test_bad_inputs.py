@@ -1,8 +1,8 @@
-"""Malformed configs, datasets, models, rewards and adapters: each ends with exit code 2 and one
-readable message, before any work starts.
+"""Tests that malformed configurations, datasets, models, rewards and adapters are refused.
 
-The tables below name them: what is wrong → what makes it so, and what the message must say. Ray
-must not be started for any of them.
+Each ends with exit code 2 and one readable message, before any work starts. The tables below have
+what is wrong, what makes it so, and what the message must say. Ray must not be started for any of
+them.
 """
 
 import importlib.util

@@ -1,5 +1,7 @@
-"""What lies in cluster/, checked as far as that goes without the clouds it is for: by Ray's own
-validators, the fields of KubeRay's v1 resources, shellcheck, and raywarp itself.
+"""Tests of the files in cluster/, as far as they can be checked without the clouds they are for.
+
+The checks are Ray's own validators, the fields of KubeRay's v1 resources, shellcheck, and raywarp
+itself.
 """
 
 import re

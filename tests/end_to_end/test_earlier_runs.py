@@ -1,9 +1,11 @@
-"""What earlier versions wrote still counts: policy keys, fingerprints, a run's files, and a
-checkpoint continued to the same bits.
+"""Tests that what earlier versions wrote still counts.
 
-interrupted_run.tar.gz is the folder of a user (model, prompts, reward) with a run that commit
-caa9070 began and that failed at step 4 of iteration 2; interrupted_run.json is what that
-commit made of the same run where nothing interrupted it.
+This is true of policy keys, fingerprints, the files of a run, and a checkpoint, which continues to
+the same bits.
+
+interrupted_run.tar.gz is a user's folder (model, prompts, reward) with a run that commit
+caa9070 began. The run failed at step 4 of iteration 2. interrupted_run.json is what that
+commit made of the same run without an interruption.
 """
 
 import hashlib

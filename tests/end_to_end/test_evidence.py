@@ -1,5 +1,7 @@
-"""The study's statistics by hand-worked numbers, its merges against their definitions, its verdicts
-on made-up results, and all of it on a tiny model, killed on its way.
+"""Tests of the study in tests/bench/evidence: its statistics, merges and verdicts, and a whole run.
+
+Statistics are compared with hand-worked numbers, merges with their definitions, and verdicts are on
+made-up results. The run is on a tiny model, and is killed on its way.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""Killing what a run consists of, for real: it ends with the adapters that nothing disturbed, and
-says what happened.
+"""Tests of runs whose processes are really killed.
 
-The runs are the real command's; tests/bench/chaos.py and tests/bench/driver_kill.py do the same for
-longer.
+They end with the adapters of an undisturbed run, and say what happened. The runs are the real
+command's. tests/bench/chaos.py and tests/bench/driver_kill.py do the same for longer.
 """
 
 import asyncio

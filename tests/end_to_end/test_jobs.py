@@ -1,5 +1,6 @@
-"""A cluster of its own with token authentication, started by cluster/local.sh, and WARP runs on it
-as Ray jobs, by the real commands.
+"""Tests of WARP runs as Ray jobs on a cluster with token authentication, by the real commands.
+
+cluster/local.sh starts the cluster.
 """
 
 import contextlib

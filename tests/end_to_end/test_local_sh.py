@@ -1,5 +1,6 @@
-"""cluster/local.sh in a copied repository, with stand-ins for the machine around it: nothing
-outside tmp_path is touched.
+"""Tests of cluster/local.sh in a copied repository, with stand-ins for the machine around it.
+
+Nothing outside tmp_path is touched.
 """
 
 import os

@@ -1,5 +1,6 @@
-"""A cluster of several nodes, each with processes and (where the system lets us) a file system of
-its own: what is checked before a run.
+"""Tests of what is checked on a cluster of several nodes before a run.
+
+Each node has processes of its own and, if the system permits it, a file system of its own.
 """
 
 import json

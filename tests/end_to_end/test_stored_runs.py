@@ -1,5 +1,6 @@
-"""Whole runs and their files: on an S3 server, and damaged file by file. The same command again
-ends as the run that nothing disturbed.
+"""Tests of whole runs on an S3 server, and of runs that are damaged file by file.
+
+The same command again ends as the run that nothing disturbed.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""Runs on three nodes with two logical GPUs each: where the actors go, and what it costs when nodes
-are lost, replaced or not.
+"""Tests of runs on three nodes with two logical GPUs each.
+
+They check where the actors go, and what it costs when nodes are lost, replaced or not.
 """
 
 import json

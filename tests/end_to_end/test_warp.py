@@ -1,4 +1,4 @@
-"""The whole of WARP, for real: a tiny Llama, Ray actors, the vLLM engine; I = 2, M = 3."""
+"""Tests of the whole of WARP with a tiny Llama, Ray actors and the vLLM engine; I = 2, M = 3."""
 
 import json
 import threading

@@ -1,5 +1,6 @@
-"""Which models let their head be taken off and their completions share a prompt; whatever they
-allow, log-probs are the model's own.
+"""Tests of models whose head is taken off and whose completions share a prompt.
+
+Not all models allow this. In each case, log-probs must be the model's own.
 """
 
 from pathlib import Path

@@ -1,5 +1,7 @@
-"""Sequences of different kinds never share a pass, and each pass is as wide as if its longest were
-alone.
+"""Tests of how sequences are divided into forward passes.
+
+Sequences of different kinds never share a pass. Each pass is as wide as if its longest sequence
+were alone.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
-"""What a layer computes in bfloat16, where a change below half a unit in the last place of the
-output must still count on average.
+"""Tests of an adapted linear layer in bfloat16.
+
+A change below half a unit in the last place of the output must still count on average.
 """
 
 import time

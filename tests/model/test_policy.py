@@ -1,5 +1,6 @@
-"""One policy on a tiny Llama: who gets gradients, who is the anchor, what the EMA does, and that a
-resumed run is the same run.
+"""Tests of one policy on a tiny Llama: its gradients, its anchor, its EMA, and its resumption.
+
+A resumed run must be the same run.
 """
 
 import random

@@ -1,5 +1,6 @@
-"""Models that a sampler would run as another model are refused by name, with what would do, before
-anything starts.
+"""Tests that models which a sampler would run as another model are refused by name.
+
+The message says what would do, before anything starts.
 """
 
 import importlib.util

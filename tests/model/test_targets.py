@@ -1,5 +1,6 @@
-"""Which modules get adapters: linear layers of the language model, by what they compute; the rest
-is named, or refused.
+"""Tests of which modules get adapters: the linear layers of the language model.
+
+They are recognised by what they compute. The other modules are named or refused.
 """
 
 import re

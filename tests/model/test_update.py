@@ -1,6 +1,7 @@
-"""The update's gradients against the plain formula: full logits of transformers' own model with W +
-s·B·A in its weights, no packing, no chunks, nothing recomputed; and what the update must not
-allocate.
+"""Tests of the update's gradients against the plain formula, and of what it must not allocate.
+
+The plain formula takes the full logits of transformers' own model with W + s·B·A in its weights. It
+packs nothing, splits nothing into chunks, and recomputes nothing.
 
 N completions, T the longest, V vocabulary.
 """

@@ -1,5 +1,6 @@
-"""What a run is said to need is what its parts really take; what does not fit is said before
-anything starts.
+"""Tests that a plan names what a run's parts really take.
+
+A run that does not fit is refused before anything starts.
 """
 
 import os

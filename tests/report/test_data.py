@@ -1,5 +1,6 @@
-"""What the report page is given: of a finished run, of runs that are broken or under way, and by
-hand.
+"""Tests of the report page's data.
+
+The runs are finished, broken or under way. Some values are worked by hand.
 """
 
 import json

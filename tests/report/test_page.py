@@ -1,7 +1,7 @@
-"""The report page in a real Chromium: what a person sees, clicks and types; and what no text of a
-run can do to it.
+"""Tests of the report page in a real Chromium.
 
-Screenshots go to $RAYWARP_SCREENSHOTS, if that names a folder, for looking at.
+They cover what a person sees, clicks and types, and what no text of a run may do to the page.
+Screenshots to look at go to $RAYWARP_SCREENSHOTS, if it names a folder.
 """
 
 import base64

@@ -1,3 +1,5 @@
+"""Tests of reward models and reward functions: texts, scores, standardisation and fingerprints."""
+
 import dataclasses
 import json
 import math

@@ -1,5 +1,6 @@
-"""A reward that takes too long is the user's error, whatever it is stuck in; nothing hangs and
-nothing is tried again.
+"""Tests that a reward which takes too long is the user's error, wherever it is stuck.
+
+Nothing hangs, and nothing is tried again.
 """
 
 import os

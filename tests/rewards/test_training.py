@@ -1,3 +1,5 @@
+"""Tests of Bradley–Terry reward training: its loss, pairs, workers, checkpoints and results."""
+
 import contextlib
 import io
 import json

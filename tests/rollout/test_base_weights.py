@@ -1,5 +1,6 @@
-"""W + ΔW from pristine W, in float32; nothing more than that is handed out, and nothing dropped in
-silence.
+"""Tests of W + ΔW from pristine W in float32.
+
+Nothing more than that is handed out, and nothing is dropped in silence.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the proof by effect makes of log-probs, by hand."""
+"""Tests, with hand-worked log-probs, of how the proof by effect judges an engine."""
 
 import math
 import random

@@ -1,5 +1,7 @@
-"""The trainer's side of the proof by effect: float32 passes against a real float32 model, and a
-synthetic adapter that is large enough.
+"""Tests of the trainer's side of the proof by effect.
+
+Its float32 passes are compared with a real float32 model. Its synthetic adapter must be large
+enough.
 """
 
 from dataclasses import replace

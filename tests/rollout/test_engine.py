@@ -1,4 +1,4 @@
-"""What is refused before anything starts, and the fallback engine's sampler."""
+"""Tests of what an engine refuses before anything starts, and of the fallback engine's sampler."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""One module under the names of trainer, file and engine."""
+"""Tests that one module is found under the names that trainer, file and engine give it."""
 
 import pytest
 

@@ -1,5 +1,7 @@
-"""The rollout pool for real: vLLM in both adapter modes and transformers, against the trainer's
-logits; and the checks around a swap.
+"""Tests of the rollout pool with real engines, against the trainer's logits.
+
+The engines are vLLM in both adapter modes and transformers. The checks around a swap are tested,
+too.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
-"""The proof by effect in real engines: one that is right passes, and those that run another policy
-are refused. And a front's numbers.
+"""Tests of the proof by effect in real engines, and of a front's numbers.
+
+A right engine passes. Engines that run another policy are refused.
 """
 
 import os

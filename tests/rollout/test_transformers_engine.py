@@ -1,5 +1,6 @@
-"""The transformers engine against the trainer: cached and padded where that gives the model's own
-logits, else whole sequences alone.
+"""Tests of the transformers engine against the trainer.
+
+It caches and pads where that gives the model's own logits. Otherwise it runs whole sequences alone.
 """
 
 from pathlib import Path

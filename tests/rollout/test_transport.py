@@ -1,3 +1,5 @@
+"""Tests that adapters packed for transport come back bit for bit."""
+
 from dataclasses import replace
 
 from conftest import random_delta

@@ -1,5 +1,6 @@
-"""A layer with adapters beside its weight: rows are found by their bits, tokens get their own
-adapter, and the sum is rounded once.
+"""Tests of a layer that has adapters beside its weight.
+
+Rows are found by their bits. Tokens get their own adapter. The sum is rounded once.
 """
 
 from collections.abc import Iterator

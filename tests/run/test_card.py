@@ -1,5 +1,6 @@
-"""The chosen adapter's card, and its way to a hub: a small server on loopback that answers as the
-real one does.
+"""Tests of the chosen adapter's card, and of its upload to a hub.
+
+The hub is a small server on loopback that answers as the real one does.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""What a terminal, a job's log and a quiet command are told of the same run."""
+"""Tests of what a terminal, a job's log and a quiet command are told of the same run."""
 
 import io
 from types import SimpleNamespace

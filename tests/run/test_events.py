@@ -1,5 +1,6 @@
-"""events.jsonl and the workers' metrics.jsonl have no manifest: a run reads what damage has left of
-them, and says what is lost.
+"""Tests of damage to events.jsonl and to the workers' metrics.jsonl, which have no manifest.
+
+A run reads what damage has left of them, and says what is lost.
 """
 
 import json

@@ -1,3 +1,5 @@
+"""Tests of the front: its points, their means and intervals, and the choice of one."""
+
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""What the services were told of a finished run, read back by each one's own library."""
+"""Tests of what TensorBoard, W&B and MLflow got of a finished run, read by their own libraries."""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""Runs of an earlier sampler are marked wherever their front is shown, and not continued."""
+"""Tests that a run of an earlier sampler is marked wherever its front is shown.
+
+It is not continued.
+"""
 
 import json
 import shutil

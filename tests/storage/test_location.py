@@ -1,5 +1,6 @@
-"""The store, on a local folder and on an S3 server run on loopback, with the same tests for
-both.
+"""Tests of the store on a local folder and on an S3 server that runs on loopback.
+
+Both get the same tests.
 """
 
 import json

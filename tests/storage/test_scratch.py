@@ -1,4 +1,4 @@
-"""Folders of a process's own: they go with it, and with it only."""
+"""Tests of a process's scratch folders, which go when the process ends and not before."""
 
 import subprocess
 import sys

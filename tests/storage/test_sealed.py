@@ -1,3 +1,5 @@
+"""Tests of a run's folder: sealed files, fingerprints, keys, seeds, and damage."""
+
 import json
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Sweeps for real: Ray Tune, its trials' actors, a tiny Llama. What trials have in common is
-trained once, whoever dies.
+"""Tests of real sweeps: Ray Tune, its trials' actors, and a tiny Llama.
 
-The reward writes down every batch that it is asked about, so that what was trained is counted by
-what happened, not by what is claimed.
+What trials have in common is trained once, even if processes die. The reward writes down every
+batch that it is asked about. What was trained is thus counted by what happened, not by what is
+claimed.
 """
 
 import json

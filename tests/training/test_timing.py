@@ -1,4 +1,4 @@
-"""Busy shares and the critical path, by hand."""
+"""Tests of busy shares and of the critical path, with hand-worked numbers."""
 
 import pytest
 
