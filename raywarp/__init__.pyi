@@ -7,51 +7,21 @@ from raywarp.adapters.merging import merge as merge
 from raywarp.adapters.peft import load_peft as load_peft
 from raywarp.adapters.peft import save_peft as save_peft
 from raywarp.adapters.recipe import Recipe as Recipe
-from raywarp.algorithm.averaging import (
-    AntipodalError as AntipodalError,
-)
-from raywarp.algorithm.averaging import (
-    ema as ema,
-)
-from raywarp.algorithm.averaging import (
-    geometry as geometry,
-)
-from raywarp.algorithm.averaging import (
-    karcher as karcher,
-)
-from raywarp.algorithm.averaging import (
-    lerp as lerp,
-)
-from raywarp.algorithm.averaging import (
-    liti as liti,
-)
-from raywarp.algorithm.averaging import (
-    slerp as slerp,
-)
-from raywarp.algorithm.deltas import (
-    AdapterDelta as AdapterDelta,
-)
-from raywarp.algorithm.deltas import (
-    AdapterError as AdapterError,
-)
-from raywarp.algorithm.deltas import (
-    add as add,
-)
-from raywarp.algorithm.deltas import (
-    compress as compress,
-)
-from raywarp.algorithm.deltas import (
-    concatenate as concatenate,
-)
-from raywarp.algorithm.deltas import (
-    scale as scale,
-)
-from raywarp.algorithm.deltas import (
-    subtract as subtract,
-)
-from raywarp.algorithm.deltas import (
-    truncate as truncate,
-)
+from raywarp.algorithm.averaging import AntipodalError as AntipodalError
+from raywarp.algorithm.averaging import ema as ema
+from raywarp.algorithm.averaging import karcher as karcher
+from raywarp.algorithm.averaging import lerp as lerp
+from raywarp.algorithm.averaging import liti as liti
+from raywarp.algorithm.averaging import slerp as slerp
+from raywarp.algorithm.deltas import AdapterDelta as AdapterDelta
+from raywarp.algorithm.deltas import add as add
+from raywarp.algorithm.deltas import concatenate as concatenate
+from raywarp.algorithm.deltas import scale as scale
+from raywarp.algorithm.deltas import subtract as subtract
+from raywarp.algorithm.factors import AdapterError as AdapterError
+from raywarp.algorithm.geometry import geometry as geometry
+from raywarp.algorithm.truncation import compress as compress
+from raywarp.algorithm.truncation import truncate as truncate
 from raywarp.cluster.faults import FaultError as FaultError
 from raywarp.cluster.runtime import Stopped as Stopped
 from raywarp.config.load import load_config as load_config

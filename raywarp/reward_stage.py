@@ -5,7 +5,7 @@ completions, by which rewards are standardised.
 from dataclasses import dataclass
 from pathlib import Path
 
-from raywarp.cluster.runtime import start_ray
+from raywarp.cluster import runtime
 from raywarp.config.schema import Config
 from raywarp.data.text import PromptSplits
 from raywarp.planning.inputs import prepare_prompts
@@ -65,7 +65,7 @@ def _train_and_standardise(
     config: Config, display: Display, standardise: bool, inputs: StageInputs
 ) -> RewardSummary:
     if inputs.training or (standardise and not is_standardised(config.out)):
-        start_ray()
+        runtime.start_ray()
         check_cluster(config, inputs.model)
     if inputs.training:
         display.progress(

@@ -15,7 +15,8 @@ from tiny_models import WORDS, save_tokenizer
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from raywarp.algorithm.deltas import AdapterDelta, dense
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import dense
 from raywarp.config.load import parse_config
 from raywarp.config.schema import LoraConfig
 from raywarp.data.text import Completion

@@ -41,7 +41,8 @@ if (
 
 from tiny_models import WORDS, save_tiny_gpt2, save_tiny_llama
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors, dense
 from raywarp.model.batches import Batch
 from raywarp.storage import scratch
 
@@ -293,3 +294,11 @@ def project(working_directory: Path) -> Path:
     from tiny_run import make_project
 
     return make_project(working_directory)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would join or start a Ray fails the test."""
+    monkeypatch.setattr(
+        "raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started")
+    )

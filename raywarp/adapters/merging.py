@@ -21,17 +21,10 @@ from torch import Tensor
 from raywarp.adapters.peft import AdapterFile, AdapterWriter
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE
 from raywarp.adapters.recipe import Block, Group, Merge, Recipe
-from raywarp.algorithm import averaging
-from raywarp.algorithm.deltas import (
-    AdapterError,
-    Granularity,
-    Stack,
-    check_same_sizes,
-    difference,
-    group_of,
-    grouped,
-    shrink,
-)
+from raywarp.algorithm import averaging, geometry
+from raywarp.algorithm.deltas import Granularity, check_same_sizes, group_of, grouped
+from raywarp.algorithm.factors import AdapterError, Stack
+from raywarp.algorithm.truncation import difference, shrink
 from raywarp.storage import sealed
 
 _READERS = 2  # threads that read the next block while one is written
@@ -84,7 +77,7 @@ def inspect(
     files = open_adapters([*adapters, *([init] if init else [])], allow_different_bases)
     measured = _gram_matrices(files, bool(init), granularity)
     return files, {
-        group: Group(**averaging.norms_and_angles(own)) for group, own in measured.items()
+        group: Group(**geometry.norms_and_angles(own)) for group, own in measured.items()
     }
 
 
@@ -125,7 +118,7 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
             ).items():
                 if group not in groups:
                     groups[group] = Group(
-                        **averaging.norms_and_angles(own),
+                        **geometry.norms_and_angles(own),
                         coefficients=recipe.coefficients(group, own),
                     )
             weights = {
@@ -273,8 +266,8 @@ def _group_grams(
     result = {}
     for group, modules in grouped(stacks, granularity).items():
         quick = torch.stack([grams[module] for module in modules]).sum(0)
-        result[group] = averaging.refined(
-            quick, partial(averaging.summed_gram, [stacks[module] for module in modules])
+        result[group] = geometry.refined(
+            quick, partial(geometry.summed_gram, [stacks[module] for module in modules])
         )
         if not bool(result[group].isfinite().all()):
             for file in files:

@@ -18,7 +18,8 @@ from raywarp.adapters.peft_config import (
     without_factors,
 )
 from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
-from raywarp.algorithm.deltas import AdapterDelta, AdapterError, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import AdapterError, Factors
 
 _PREFIX = "base_model.model."
 _ODD_TENSORS = {

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.adapters.weight_files import inside
-from raywarp.algorithm.deltas import AdapterDelta, AdapterError
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import AdapterError
 from raywarp.config.schema import ConfigError
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -1,49 +1,17 @@
-"""LoRA updates as factors: inner products, concatenation, compression and truncation.
+"""LoRA adapters as task vectors: factors of ΔW per module, sums, differences and multiples.
 
-All of it is exact in ΔW = B·A, with the scaling folded into B. No function here forms ΔW except
-`dense`, which is for tests and small uses. None averages A and B separately.
-
-Letters: G blocks, M adapters, r rank, R = Σ r_m, d_out and d_in a weight's sizes. The adapters'
-files are in adapters/peft.py.
+All of it is exact in ΔW, and none averages A and B separately. Files of adapters are in
+adapters/peft.py.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from raywarp.algorithm.factors import AdapterError, Factors, Stack
 
 Granularity = Literal["block", "tensor", "global"]
-_NEGLIGIBLE = 1e-9  # a singular value below this share of the largest counts as zero
-# Rounding leaves singular values where summands cancel. Below this share of the factors' norms they
-# count as zero, too.
-_ROUNDING = 1e-13
-# Products of this many rows are summed in float32 before float64 takes over. The error is 4e-8 of a
-# norm, at 2.5 times float64's speed.
-_CHUNK = 256
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read or averaged exactly; the message says which and why."""
-
-
-class Factors(NamedTuple):
-    """One weight's update ΔW = B·A.
-
-    Attributes:
-        B: (d_out, r), with the scaling alpha/r folded in.
-        A: (r, d_in).
-    """
-
-    B: Tensor
-    A: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
 
 
 @dataclass(frozen=True)
@@ -104,120 +72,6 @@ def grouped(modules: Iterable[str], granularity: Granularity = "block") -> dict[
     for module in modules:
         groups.setdefault(group_of(module, granularity), []).append(module)
     return groups
-
-
-def inner(x: Factors, y: Factors) -> float:
-    """Return ⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)).
-
-    `dense` is the long way to the same number.
-    """
-    left = x.B.double().T @ y.B.double()
-    right = x.A.double() @ y.A.double().T
-    return float((left * right).sum())
-
-
-class Stack(NamedTuple):
-    """One weight's factors of M adapters side by side: Σ_m ΔW_m = [B₁ … B_M]·[A₁; …; A_M].
-
-    Attributes:
-        B: (d_out, R).
-        A: (R, d_in).
-        ranks: r_1 … r_M.
-    """
-
-    B: Tensor
-    A: Tensor
-    ranks: tuple[int, ...]
-
-    @classmethod
-    def of(cls, parts: Sequence[Factors], memory: Tensor | None = None) -> "Stack":
-        """Stack the factors of one weight.
-
-        Args:
-            parts: the factors of M adapters.
-            memory: flat memory to put the stack into; new memory by default.
-        """
-        ranks = tuple(f.rank for f in parts)
-        B = A = None
-        if memory is not None:
-            d_out, d_in, rank = len(parts[0].B), parts[0].A.shape[1], sum(ranks)
-            B, A = (
-                memory[: d_out * rank].view(d_out, rank),
-                memory[d_out * rank : (d_out + d_in) * rank].view(rank, d_in),
-            )
-        return cls(
-            torch.cat([f.B for f in parts], dim=1, out=B),
-            torch.cat([f.A for f in parts], out=A),
-            ranks,
-        )
-
-    def parts(self) -> list[Factors]:
-        """Return the M summands, as views."""
-        return [
-            Factors(B, A)
-            for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)
-        ]
-
-    def gram(self, exact: bool = True) -> Tensor:
-        """Return the (M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
-
-        Args:
-            exact: multiply in float64. Otherwise float32 factors are multiplied in float32, in
-                chunks that are summed in float64.
-        """
-        multiply = _products if exact else _quick_products
-        products = multiply(self.B) * multiply(self.A.T)
-        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
-        member = (owner == torch.arange(len(self.ranks))[:, None]).double()
-        return member @ products @ member.T
-
-    def weigh(self, coefficients: Sequence[float], in_place: bool = False) -> Factors:
-        """Return Σ_m c_m ΔW_m, exactly; summands of weight 0 are left out.
-
-        Args:
-            coefficients: c_1 … c_M.
-            in_place: the stack's own memory may be used for the result.
-        """
-        weights = [
-            weight
-            for weight, rank in zip(coefficients, self.ranks, strict=True)
-            for _ in range(rank)
-        ]
-        B, A, kept = (
-            self.B,
-            self.A,
-            [column for column, weight in enumerate(weights) if weight != 0],
-        )
-        if len(kept) < len(weights):
-            B, A, weights = B[:, kept], A[kept], [weights[column] for column in kept]
-        scales = torch.tensor(weights, dtype=B.dtype, device=B.device)
-        return Factors(B.mul_(scales) if in_place else B * scales, A)
-
-
-def _products(columns: Tensor) -> Tensor:
-    """Return XᵀX of X (d, R), in float64."""
-    wide = columns.double()
-    return wide.T @ wide
-
-
-def _quick_products(columns: Tensor) -> Tensor:
-    if columns.dtype == torch.float64:
-        return _products(columns)
-    whole = len(columns) // _CHUNK * _CHUNK
-    chunks = columns[:whole].view(-1, _CHUNK, columns.shape[1])
-    return torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64) + _products(
-        columns[whole:]
-    )
-
-
-def norm(f: Factors) -> float:
-    """Return the Frobenius norm ‖ΔW‖."""
-    return math.sqrt(max(inner(f, f), 0.0))
-
-
-def dense(factors: Factors) -> Tensor:
-    """Return ΔW itself, (d_out, d_in) float64."""
-    return factors.B.double() @ factors.A.double()
 
 
 def zeros_like(delta: AdapterDelta) -> AdapterDelta:
@@ -306,79 +160,3 @@ def check_same_sizes(sizes: Sequence[Mapping[str, tuple[int, int]]], names: Sequ
                     f"{module} is {sizes[0][module]} in {names[0]} and {size} in {name}: not of one"
                     " base model"
                 )
-
-
-def compress(delta: AdapterDelta) -> AdapterDelta:
-    """Return the same ΔW at its true rank, with no loss but rounding.
-
-    Both stacks are decomposed by QR, and the small core by SVD.
-    """
-    return delta.map(lambda _, f: shrink(f).factors)
-
-
-def difference(x: Factors, y: Factors) -> Factors:
-    """Return ΔW_x − ΔW_y at its true rank.
-
-    What both have in common cancels, so equal updates give rank 0.
-    """
-    return shrink(Stack.of([x, Factors(-y.B, y.A)]).weigh([1.0, 1.0])).factors
-
-
-def truncate(
-    delta: AdapterDelta, rank: int | None = None, energy: float | None = None
-) -> tuple[AdapterDelta, dict[str, float]]:
-    """Return every module's best approximation of a smaller rank; see `shrink`.
-
-    Returns:
-        The truncated adapter, and block → the share of its norm that is retained.
-    """
-    small = {module: shrink(f, rank, energy) for module, f in delta.factors.items()}
-    retained = {}
-    for block, modules in delta.blocks().items():
-        kept, total = (
-            math.fsum(getattr(small[module], part) for module in modules)
-            for part in ("kept", "total")
-        )
-        retained[block] = math.sqrt(kept / total) if total else 1.0
-    return replace(delta, factors={module: own.factors for module, own in small.items()}), retained
-
-
-class Shrunk(NamedTuple):
-    """The result of `shrink`.
-
-    Attributes:
-        factors: the approximation, with the roots of the singular values in both factors.
-        kept: its squared norm.
-        total: the squared norm of ΔW.
-    """
-
-    factors: Factors
-    kept: float
-    total: float
-
-
-def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> Shrunk:
-    """Return the best approximation of ΔW of a smaller rank (Eckart–Young).
-
-    It takes a QR of both factors and an SVD of the small core, in float64.
-
-    Args:
-        rank: the largest rank to keep; by default the true one, which loses nothing.
-        energy: the share of ‖ΔW‖² to keep, in (0, 1]. The smallest rank that keeps it is taken; 1
-            loses nothing.
-    """
-    q_out, r_out = torch.linalg.qr(f.B.double())
-    q_in, r_in = torch.linalg.qr(f.A.double().T)
-    u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    squares = s.square()
-    noise = max(_NEGLIGIBLE * float(s[:1].sum()), _ROUNDING * float(r_out.norm() * r_in.norm()))
-    keep = int((s > noise).sum())
-    if rank is not None:
-        keep = min(rank, keep)
-    if energy is not None and energy < 1:
-        keep = min(keep, int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1)
-    root = s[:keep].sqrt()  # in both factors, so that neither overflows a narrow dtype
-    B, A = (q_out @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_in.T)
-    return Shrunk(
-        Factors(B.to(f.B.dtype), A.to(f.A.dtype)), float(squares[:keep].sum()), float(squares.sum())
-    )

@@ -58,7 +58,7 @@ def _exit_code(error: Exception) -> int | None:
     """
     if isinstance(error, ConfigError):
         return 2
-    from raywarp.algorithm.deltas import AdapterError
+    from raywarp.algorithm.factors import AdapterError
 
     if isinstance(error, AdapterError):
         return 2

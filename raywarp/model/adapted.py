@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 from raywarp.config.schema import LoraConfig
 from raywarp.data.models import load_model
 from raywarp.identity import derive_seed

@@ -41,10 +41,10 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         return _plan_sweep(config, offline)
     if offline:
         return _offline(config)
-    from raywarp.cluster.runtime import start_ray
+    from raywarp.cluster import runtime
 
     source = _origin(config)
-    start_ray()
+    runtime.start_ray()
     problems = []
     try:
         placed = resources.make_plan(config)

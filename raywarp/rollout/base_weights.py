@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from raywarp.adapters.weight_files import download_weights, weight_files
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 
 _OTHER_TOWERS = re.compile(r"vision|visual|audio|image|speech|mtp|nextn")
 

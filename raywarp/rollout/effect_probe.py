@@ -8,7 +8,8 @@ from itertools import cycle
 
 import torch
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, norm, scale
+from raywarp.algorithm.deltas import AdapterDelta, add, scale
+from raywarp.algorithm.factors import Factors, norm
 from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model.adapted import INIT, AdaptedModel

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from raywarp.adapters.peft import save_peft
 from raywarp.adapters.peft_config import ADAPTER_FILE
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, add, zeros_like
+from raywarp.algorithm.factors import Factors
 from raywarp.rollout.base_weights import BaseWeights
 from raywarp.rollout.protocol import Adapter, RolloutError
 from raywarp.rollout.transport import digest

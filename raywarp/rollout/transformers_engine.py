@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 from raywarp.data.models import load_model
 from raywarp.data.text import Completion
 from raywarp.model.backbone import choose_and_set_attention, find_head, keep_layers_unscaled

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raywarp.algorithm.deltas import Factors
+from raywarp.algorithm.factors import Factors
 from raywarp.model.linear import pack, packed_product, product
 from raywarp.rollout.row_signatures import ModuleRows, row_signatures
 

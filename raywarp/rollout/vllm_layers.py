@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from raywarp.algorithm.deltas import Factors
+from raywarp.algorithm.factors import Factors
 from raywarp.rollout.engine import SLOT
 from raywarp.rollout.row_signatures import ModuleRows
 from raywarp.rollout.unmerged import NO_ADAPTER, PASS, Multiply, Product, by_product

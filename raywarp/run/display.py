@@ -17,8 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.geometry import geometry
 from raywarp.run import terminal
 from raywarp.run.figures import front_table, print_samples
 from raywarp.run.folder import Run, read_mark

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.adapters.peft import save_peft
-from raywarp.algorithm.averaging import geometry
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.geometry import geometry
 from raywarp.config.schema import Config, ConfigError
 from raywarp.run.config_file import (
     CONFIG_FILE,

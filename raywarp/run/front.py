@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from raywarp.algorithm.averaging import lerp, slerp
-from raywarp.algorithm.deltas import AdapterDelta, add, compress, scale
+from raywarp.algorithm.deltas import AdapterDelta, add, scale
+from raywarp.algorithm.truncation import compress
 from raywarp.config.schema import ChooseConfig, Config, FrontConfig
 from raywarp.data.text import Prompt
 

@@ -13,7 +13,7 @@ import ray
 from raywarp import identity
 from raywarp.cluster import placement_groups, resources, runtime
 from raywarp.cluster.claims import Table
-from raywarp.cluster.runtime import start_ray, stoppable
+from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, SearchSpace, Values, choice_texts, search_space
 from raywarp.planning.inputs import Inputs, prepare
@@ -53,7 +53,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
     _refuse_earlier(files)
     with exclusive(config.out, run.folder, display.say):
-        start_ray()
+        runtime.start_ray()
         plan, concurrent = _plan_sweep(space, files)
         check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
         run.save_config(config)

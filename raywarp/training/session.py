@@ -15,7 +15,6 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Report
-from raywarp.cluster.runtime import start_ray
 from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
@@ -105,7 +104,7 @@ class Session:
         """Start the actors, unless they are running."""
         if self.is_started:
             return
-        start_ray()
+        runtime.start_ray()
         self._check()
         try:
             self._start()

@@ -24,8 +24,9 @@ from raywarp.adapters.merging import inspect, merge
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from raywarp.adapters.recipe import Recipe
-from raywarp.algorithm import averaging
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, grouped, scale, zeros_like
+from raywarp.algorithm import averaging, geometry
+from raywarp.algorithm.deltas import AdapterDelta, add, grouped, scale, zeros_like
+from raywarp.algorithm.factors import Factors, dense
 from raywarp.cli.commands import main
 
 RANKS = ((3, 2, 4, 1), (1, 4, 2, 3), (2, 2, 2, 2), (4, 1, 3, 2), (2, 3, 1, 4))
@@ -331,7 +332,7 @@ def test_json_says_everything_and_inspect_the_same(
     made = json.loads(run(capsys, "slerp", *sources, "--out", tmp_path / "out", "--json"))
     assert seen["adapters"] == made["adapters"]
     assert [facts["rank"] for facts in seen["adapters"]] == ["1 to 4", "1 to 4", "2"]
-    expected = averaging.geometry([load_peft(source) for source in sources])
+    expected = geometry.geometry([load_peft(source) for source in sources])
     for block, own in expected.items():
         for shown in (seen["groups"][block], made["groups"][block]):
             assert shown["norms"] == pytest.approx(own["norms"], rel=1e-6)
@@ -413,14 +414,14 @@ import json, sys
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
-from raywarp.rollout.base_weights import Checkpoint, checkpoint_files, read_files
+from raywarp.rollout.base_weights import BaseWeights, checkpoint_files, read_files
 from raywarp.adapters.peft import load_peft
 
 model, adapter, mode, ids = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 lora = {"enable_lora": True, "max_lora_rank": 8} if mode == "lora" else {}
 engine = LLM(model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=64, enable_prefix_caching=False, **lora)
 if mode == "merged":
-    weights = Checkpoint(lambda: read_files(checkpoint_files(model)), torch.float32).weights(load_peft(adapter), {})
+    weights = BaseWeights(lambda: read_files(checkpoint_files(model)), torch.float32).weights(load_peft(adapter), {})
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 request = LoRARequest("merged", 1, adapter) if mode == "lora" else None
 sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from raywarp.adapters.peft import AdapterFile, AdapterWriter, load_peft, save_peft
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from raywarp.algorithm.deltas import AdapterError, Factors, concatenate, dense, zeros_like
+from raywarp.algorithm.deltas import concatenate, zeros_like
+from raywarp.algorithm.factors import AdapterError, Factors, dense
 from raywarp.rollout.transport import digest
 
 

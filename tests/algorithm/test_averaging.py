@@ -14,8 +14,6 @@ from raywarp.algorithm.averaging import (
     ema,
     ema_coefficients,
     ema_update,
-    geometry,
-    gram_matrices,
     karcher,
     karcher_coefficients,
     lerp,
@@ -25,16 +23,9 @@ from raywarp.algorithm.averaging import (
     task_vectors,
     towards,
 )
-from raywarp.algorithm.deltas import (
-    AdapterDelta,
-    AdapterError,
-    Factors,
-    Granularity,
-    add,
-    dense,
-    scale,
-    zeros_like,
-)
+from raywarp.algorithm.deltas import AdapterDelta, Granularity, add, scale, zeros_like
+from raywarp.algorithm.factors import AdapterError, Factors, dense
+from raywarp.algorithm.geometry import geometry, gram_matrices
 
 
 def flat(delta: AdapterDelta, block: str | None = None) -> torch.Tensor:

@@ -8,25 +8,17 @@ from conftest import assert_same_change, random_delta
 
 from raywarp.algorithm.deltas import (
     AdapterDelta,
-    AdapterError,
-    Factors,
-    Stack,
     add,
     block_of,
-    compress,
     concatenate,
-    dense,
-    difference,
     group_of,
-    inner,
-    norm,
     scale,
-    shrink,
     subtract,
     trailing,
-    truncate,
     zeros_like,
 )
+from raywarp.algorithm.factors import AdapterError, Factors, Stack, dense, inner, norm
+from raywarp.algorithm.truncation import compress, difference, shrink, truncate
 from raywarp.rollout.transport import digest
 
 

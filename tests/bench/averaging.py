@@ -17,7 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from raywarp.algorithm.averaging import lerp, slerp
-from raywarp.algorithm.deltas import AdapterDelta, Factors, dense
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors, dense
 
 RANK, BLOCKS, REPEATS = 16, 30, 5
 SIZES = {

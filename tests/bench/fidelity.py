@@ -50,7 +50,8 @@ import torch
 from torch import Tensor
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import AdapterDelta, Factors, scale
+from raywarp.algorithm.deltas import AdapterDelta, scale
+from raywarp.algorithm.factors import Factors
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config
 from raywarp.data.models import read_tokenizer

@@ -23,7 +23,8 @@ import ray
 import torch
 
 from raywarp.algorithm import losses
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add
+from raywarp.algorithm.deltas import AdapterDelta, add
+from raywarp.algorithm.factors import Factors
 from raywarp.config.load import parse_config
 from raywarp.config.schema import SMOLLM2
 from raywarp.data.prompts import resolve_model

@@ -45,7 +45,8 @@ import ray
 
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, trailing, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
+from raywarp.algorithm.factors import Factors
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config
 from raywarp.data.text import Completion, Prompt

@@ -11,7 +11,7 @@ import pytest
 from killing import survivors
 
 DRIVER = (
-    "from raywarp.training.session import start_ray; start_ray(); print('started', flush=True);"
+    "from raywarp.cluster.runtime import start_ray; start_ray(); print('started', flush=True);"
     " input()"
 )
 

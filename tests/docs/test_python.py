@@ -12,7 +12,7 @@ from conftest import random_delta
 
 import raywarp
 from raywarp.adapters.peft import save_peft
-from raywarp.algorithm.deltas import Factors
+from raywarp.algorithm.factors import Factors
 from raywarp.rewards.score import check_call
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"

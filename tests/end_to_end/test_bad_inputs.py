@@ -920,7 +920,7 @@ TABLE = {
 
 @pytest.fixture
 def good_inputs(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, no_ray: None
 ) -> Iterator[Path]:
     """A user's folder in which all is well; if Ray were started, the test would fail."""
     jsonl(tmp_path, "prompts.jsonl", [{"text": text, "id": n} for n, text in enumerate(TEXTS)])
@@ -946,12 +946,6 @@ def good_inputs(
     monkeypatch.setattr(
         "importlib.util.find_spec",
         lambda name, *rest: None if name == "mlflow" else find(name, *rest),
-    )
-    monkeypatch.setattr(
-        "raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started")
-    )
-    monkeypatch.setattr(
-        "raywarp.reward_stage.start_ray", lambda: pytest.fail("Ray would have started")
     )
     before = Path.cwd()
     os.chdir(tmp_path)
@@ -1000,9 +994,9 @@ AT_WORK = """
 import sys
 from pathlib import Path
 
-from raywarp.storage.locks import alone
+from raywarp.storage.locks import exclusive
 
-with alone("run", Path("run"), print):
+with exclusive("run", Path("run"), print):
     print("at work", flush=True)
     sys.stdin.read()
 """
@@ -1016,9 +1010,6 @@ def test_a_folder_in_which_another_command_is_at_work(
     command: str,
 ) -> None:
     monkeypatch.setattr("raywarp.storage.locks.ENDING_SECONDS", 0.2)
-    monkeypatch.setattr(
-        "raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started")
-    )
     arguments = [
         command,
         "config.yaml",

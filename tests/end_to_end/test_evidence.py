@@ -35,8 +35,10 @@ from conftest import assert_same_change, random_delta
 from peft import LoraConfig, get_peft_model
 
 from raywarp.adapters.peft import save_peft
-from raywarp.algorithm.averaging import geometry, lerp
-from raywarp.algorithm.deltas import AdapterDelta, Factors, add, dense, scale
+from raywarp.algorithm.averaging import lerp
+from raywarp.algorithm.deltas import AdapterDelta, add, scale
+from raywarp.algorithm.factors import Factors, dense
+from raywarp.algorithm.geometry import geometry
 from raywarp.config.rewards import MINILM
 from raywarp.config.schema import SMOLLM2
 from raywarp.run.folder import Run

@@ -39,7 +39,8 @@ from tiny_models import save_tiny_llama
 from transformers import AutoModelForSequenceClassification
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 from raywarp.cluster import faults, health, supervisor
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS

@@ -16,7 +16,8 @@ from tiny_run import tiny_config
 from transformers import AutoModelForCausalLM
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.deltas import dense, subtract
+from raywarp.algorithm.deltas import subtract
+from raywarp.algorithm.factors import dense
 from raywarp.config.schema import Config
 from raywarp.rewards.score import RewardError
 from raywarp.rollout.transport import digest

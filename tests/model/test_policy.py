@@ -15,7 +15,8 @@ from tiny_models import WORDS
 
 from raywarp.algorithm import losses
 from raywarp.algorithm.averaging import liti
-from raywarp.algorithm.deltas import dense, zeros_like
+from raywarp.algorithm.deltas import zeros_like
+from raywarp.algorithm.factors import dense
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, LoraConfig
 from raywarp.data.text import Completion

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, LoraConfig
 from raywarp.data.text import Completion

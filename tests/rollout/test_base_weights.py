@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import trained_model
 
-from raywarp.algorithm.deltas import AdapterDelta, Factors, dense, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, zeros_like
+from raywarp.algorithm.factors import Factors, dense
 from raywarp.config.schema import ConfigError
 from raywarp.rollout.base_weights import BaseWeights, BaseWeightsError, checkpoint_files, read_files
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raywarp.algorithm.deltas import Factors
+from raywarp.algorithm.factors import Factors
 from raywarp.rollout.row_signatures import ModuleRows, row_signatures
 from raywarp.rollout.unmerged import NO_ADAPTER, PASS, Product
 

@@ -7,7 +7,8 @@ import torch
 from conftest import random_delta
 
 from raywarp.algorithm.averaging import lerp, slerp
-from raywarp.algorithm.deltas import add, dense, zeros_like
+from raywarp.algorithm.deltas import add, zeros_like
+from raywarp.algorithm.factors import dense
 from raywarp.config.schema import ChooseConfig
 from raywarp.run.front import (
     Point,

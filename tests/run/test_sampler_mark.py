@@ -127,14 +127,9 @@ def test_an_old_run_is_not_continued(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    no_ray: None,
     command: str,
 ) -> None:
-    monkeypatch.setattr(
-        "raywarp.cluster.runtime.start_ray", lambda: pytest.fail("Ray would have started")
-    )
-    monkeypatch.setattr(
-        "raywarp.sweep.sweep.start_ray", lambda: pytest.fail("Ray would have started")
-    )
     monkeypatch.chdir(tiny_finished.folder.parent)
     config = config_of(tiny_finished, tmp_path / "out", tiny_llama)
     (tmp_path / "my.yaml").write_text(to_yaml(config.model_copy(update={"dtype": "bfloat16"})))

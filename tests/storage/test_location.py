@@ -205,7 +205,7 @@ folder = Path(sys.argv[1])
 checkpoint = Checkpoint({"x": torch.zeros(100_000)}, {"step": 1}, [{}], [{}])
 for write in (
     lambda: PolicyFiles(Storage(folder), "new").save_checkpoint(checkpoint),
-    lambda: store.write_text(folder / "front.json", "x" * 200_000),
+    lambda: sealed.write_text(folder / "front.json", "x" * 200_000),
 ):
     try:
         write()

@@ -7,7 +7,7 @@ import pytest
 from conftest import random_delta
 
 from raywarp import identity
-from raywarp.algorithm.deltas import Factors
+from raywarp.algorithm.factors import Factors
 from raywarp.config.load import parse_config
 from raywarp.config.schema import ConfigError
 from raywarp.identity import batch_indices, derive_seed

@@ -13,8 +13,10 @@ from bench.evidence import merges
 from bench.evidence.settings import ARMS, SFT_COEFS, Settings
 
 from raywarp.adapters.peft import load_peft
-from raywarp.algorithm.averaging import geometry, lerp, slerp
-from raywarp.algorithm.deltas import AdapterDelta, compress, scale, trailing, truncate
+from raywarp.algorithm.averaging import lerp, slerp
+from raywarp.algorithm.deltas import AdapterDelta, scale, trailing
+from raywarp.algorithm.geometry import geometry
+from raywarp.algorithm.truncation import compress, truncate
 from raywarp.run.folder import Run
 from raywarp.storage.sealed import check_sealed
 

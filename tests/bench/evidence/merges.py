@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from raywarp.algorithm.averaging import slerp_coefficients
-from raywarp.algorithm.deltas import AdapterDelta, Factors, inner
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors, inner
 
 
 def slerp_of_factors(deltas: Sequence[AdapterDelta]) -> AdapterDelta:

@@ -64,7 +64,8 @@ from bench.evidence.settings import (
 from rich.console import Console
 
 from raywarp.adapters.peft import save_peft
-from raywarp.algorithm.deltas import AdapterDelta, Factors
+from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.factors import Factors
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
 from raywarp.data import embedded

@@ -1,0 +1,150 @@
+"""One weight's update as factors ΔW = B·A, and several of them side by side.
+
+All of it is exact in ΔW, with the scaling folded into B. Only `dense` forms ΔW, for tests and small
+uses. Letters: M adapters, r rank, R = Σ r_m, d_out and d_in a weight's sizes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Products of this many rows are summed in float32 before float64 takes over. The error is 4e-8 of a
+# norm, at 2.5 times float64's speed.
+_CHUNK = 256
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read or averaged exactly; the message says which and why."""
+
+
+class Factors(NamedTuple):
+    """One weight's update ΔW = B·A.
+
+    Attributes:
+        B: (d_out, r), with the scaling alpha/r folded in.
+        A: (r, d_in).
+    """
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+def inner(x: Factors, y: Factors) -> float:
+    """Return ⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀB_y ∘ A_xA_yᵀ), in float64 at O(r²(d_in + d_out)).
+
+    `dense` is the long way to the same number.
+    """
+    left = x.B.double().T @ y.B.double()
+    right = x.A.double() @ y.A.double().T
+    return float((left * right).sum())
+
+
+class Stack(NamedTuple):
+    """One weight's factors of M adapters side by side: Σ_m ΔW_m = [B₁ … B_M]·[A₁; …; A_M].
+
+    Attributes:
+        B: (d_out, R).
+        A: (R, d_in).
+        ranks: r_1 … r_M.
+    """
+
+    B: Tensor
+    A: Tensor
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Factors], memory: Tensor | None = None) -> "Stack":
+        """Stack the factors of one weight.
+
+        Args:
+            parts: the factors of M adapters.
+            memory: flat memory to put the stack into; new memory by default.
+        """
+        ranks = tuple(f.rank for f in parts)
+        B = A = None
+        if memory is not None:
+            d_out, d_in, rank = len(parts[0].B), parts[0].A.shape[1], sum(ranks)
+            B, A = (
+                memory[: d_out * rank].view(d_out, rank),
+                memory[d_out * rank : (d_out + d_in) * rank].view(rank, d_in),
+            )
+        return cls(
+            torch.cat([f.B for f in parts], dim=1, out=B),
+            torch.cat([f.A for f in parts], out=A),
+            ranks,
+        )
+
+    def parts(self) -> list[Factors]:
+        """Return the M summands, as views."""
+        return [
+            Factors(B, A)
+            for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)
+        ]
+
+    def gram(self, exact: bool = True) -> Tensor:
+        """Return the (M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
+
+        Args:
+            exact: multiply in float64. Otherwise float32 factors are multiplied in float32, in
+                chunks that are summed in float64.
+        """
+        multiply = _products if exact else _quick_products
+        products = multiply(self.B) * multiply(self.A.T)
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        member = (owner == torch.arange(len(self.ranks))[:, None]).double()
+        return member @ products @ member.T
+
+    def weigh(self, coefficients: Sequence[float], in_place: bool = False) -> Factors:
+        """Return Σ_m c_m ΔW_m, exactly; summands of weight 0 are left out.
+
+        Args:
+            coefficients: c_1 … c_M.
+            in_place: the stack's own memory may be used for the result.
+        """
+        weights = [
+            weight
+            for weight, rank in zip(coefficients, self.ranks, strict=True)
+            for _ in range(rank)
+        ]
+        B, A, kept = (
+            self.B,
+            self.A,
+            [column for column, weight in enumerate(weights) if weight != 0],
+        )
+        if len(kept) < len(weights):
+            B, A, weights = B[:, kept], A[kept], [weights[column] for column in kept]
+        scales = torch.tensor(weights, dtype=B.dtype, device=B.device)
+        return Factors(B.mul_(scales) if in_place else B * scales, A)
+
+
+def _products(columns: Tensor) -> Tensor:
+    """Return XᵀX of X (d, R), in float64."""
+    wide = columns.double()
+    return wide.T @ wide
+
+
+def _quick_products(columns: Tensor) -> Tensor:
+    if columns.dtype == torch.float64:
+        return _products(columns)
+    whole = len(columns) // _CHUNK * _CHUNK
+    chunks = columns[:whole].view(-1, _CHUNK, columns.shape[1])
+    return torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64) + _products(
+        columns[whole:]
+    )
+
+
+def norm(f: Factors) -> float:
+    """Return the Frobenius norm ‖ΔW‖."""
+    return math.sqrt(max(inner(f, f), 0.0))
+
+
+def dense(factors: Factors) -> Tensor:
+    """Return ΔW itself, (d_out, d_in) float64."""
+    return factors.B.double() @ factors.A.double()
