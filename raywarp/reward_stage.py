@@ -8,10 +8,11 @@ from pathlib import Path
 from raywarp.cluster import runtime
 from raywarp.config.schema import Config
 from raywarp.data.text import PromptSplits
+from raywarp.planning import preflight
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.jobs import check_paths
-from raywarp.planning.plan import check_cluster
 from raywarp.rewards.inputs import RewardInputs, prepare_reward
+from raywarp.rewards.score import with_template
 from raywarp.rewards.training import RewardSummary, train_reward
 from raywarp.rollout.engine import check_engine
 from raywarp.run.display import Display
@@ -34,7 +35,7 @@ def prepare_stage(config: Config) -> StageInputs:
     """Check all that the stage reads; raises ConfigError before anything is started or written."""
     check_paths(config)
     check_engine(config)
-    model, prompts = prepare_prompts(config)
+    model, _, prompts = prepare_prompts(config)
     return StageInputs(model, prompts, prepare_reward(config))
 
 
@@ -66,7 +67,7 @@ def _train_and_standardise(
 ) -> RewardSummary:
     if inputs.training or (standardise and not is_standardised(config.out)):
         runtime.start_ray()
-        check_cluster(config, inputs.model)
+        preflight.preflight(config, None, [])
     if inputs.training:
         display.progress(
             f"reward: training {config.reward_training.backbone} on preferences from"
@@ -81,6 +82,7 @@ def _train_and_standardise(
         scorer = config.reward.model_copy(
             update={"model": str(summary.folder), "function": None, "standardise": False}
         )
+        scorer = with_template(scorer, config.prompts, config.trust_remote_code)
         scores = scores_of_sft(
             config.model_copy(update={"reward": scorer, "control": None}),
             inputs.model,

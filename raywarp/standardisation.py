@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from raywarp.config.schema import Config
-from raywarp.data.prompts import resolve_model
 from raywarp.data.text import Prompt
 from raywarp.identity import content_key
 from raywarp.planning.inputs import Inputs, first_prompts
@@ -52,9 +51,7 @@ def save_standardisation(
 
 
 def scores_of_sft(config: Config, model: str, prompts: Sequence[Prompt]) -> list[float]:
-    """Raw scores of `reward_training.sft_completions` completions of the SFT model on training
-    prompts.
-    """
+    """Return raw scores of SFT completions on `reward_training.sft_completions` training prompts."""
     chosen = first_prompts(prompts, config.reward_training.sft_completions)
     with Session(
         config, model, max(len(prompt.token_ids) for prompt in chosen), policies=False
@@ -62,22 +59,18 @@ def scores_of_sft(config: Config, model: str, prompts: Sequence[Prompt]) -> list
         return sft_scores(session, chosen)
 
 
-def reward_statistics(
-    session: Session, run: Run, config: Config, inputs: Inputs
-) -> dict[str, float]:
-    """Mean and deviation that standardise the run's reward, for the keys of its policies; empty
-    where it is not standardised.
+def reward_statistics(session: Session, run: Run, inputs: Inputs) -> dict[str, float]:
+    """Return the mean and deviation that standardise the run's reward, for its policies' keys.
 
-    A classifier that has none gets them from this run's SFT completions; a model that raywarp
-    trained keeps them, else the run does, for as long as its models and prompts are the same.
+    The result is empty where the reward is not standardised. A classifier without statistics gets
+    them from this run's SFT completions. A model that raywarp trained keeps them. For any other
+    model the run keeps them while its models and prompts stay the same.
     """
+    config = inputs.config
     if not config.reward.model or config.reward.standardise is False:
         return {}
-    model = Path(resolve_model(config.reward.model))
-    home, completions = (
-        model if (model / REWARD_FILE).is_file() else run.folder,
-        config.reward_training.sft_completions,
-    )
+    model, completions = Path(config.reward.model), config.reward_training.sft_completions
+    home = model if (model / REWARD_FILE).is_file() else run.folder
     of = content_key([inputs.fingerprints(), completions])
     try:
         known = read_record(home / REWARD_FILE) or {}

@@ -107,12 +107,12 @@ def stages(
     ):
         known = run.numerics(key_of_numerics(config, inputs.fingerprints()))
         session_of_run = Session(
-            config,
+            inputs.config,
             inputs.model,
             inputs.longest_prompt,
             report=journal.report,
             shares=not claims.alone,
-            check=lambda: check_cluster(config, inputs.model, inputs.shapes, inputs.longest_prompt),
+            check=lambda: check_cluster(inputs.config, inputs),
             lazy=known is not None,
             texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
         )
@@ -148,7 +148,7 @@ class Driver:
         config, run = self.config, self.run
         inputs_and_reward = {
             **self.inputs.fingerprints(),
-            **reward_statistics(self.session, run, config, self.inputs),
+            **reward_statistics(self.session, run, self.inputs),
         }
         is_whole = known is not None and run.has_policies(
             key_chain(config, {**inputs_and_reward, **known})

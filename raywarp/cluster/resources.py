@@ -39,6 +39,7 @@ class Plan:
 
     Attributes:
         threads: of each CPU process. None where GPUs do the work.
+        dtype: of the base model, float32 or bfloat16.
         crowded: whether some node has more busy threads at one time than cores.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     rollout: Need
     reward: Need
     threads: int | None
+    dtype: str
     crowded: bool = False
 
     @property
@@ -103,6 +105,14 @@ def fit_several(config: Config, most: int) -> tuple[Plan, int]:
     return replace(plan, threads=threads, crowded=crowded), runs
 
 
+def plan_or_wish(config: Config) -> tuple[Plan, list[str]]:
+    """Return make_plan's result, or, if the run does not fit now, its wish and the reasons."""
+    try:
+        return make_plan(config), []
+    except ConfigError as error:
+        return wish(config, cluster_gpus()), str(error).splitlines()
+
+
 def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
     """Return the plan that the run would ask for, whether the cluster has the resources or not.
 
@@ -111,6 +121,8 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
             says otherwise.
         actors: number of policy actors, by default as many as the run can use.
     """
+    from raywarp.cluster.device import run_dtype
+
     cluster, default = config.cluster, 1.0 if cluster_gpus else 0.0
     per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else default
     per_rollout = (
@@ -137,6 +149,7 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
             2 if config.control else 1,
         ),
         None,
+        run_dtype(config.dtype, per_policy > 0),
     )
 
 

@@ -12,7 +12,6 @@ from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config
 from raywarp.data import embedded
-from raywarp.model.device import run_dtype
 from raywarp.planning import memory, preflight
 from raywarp.planning.known_models import known_config
 from raywarp.planning.memory import Components, Shapes, in_units
@@ -134,10 +133,7 @@ def forecast(config: Config, source: Origin, placed: resources.Plan) -> Forecast
     """The needs of a run on its placement, activations included."""
     from raywarp.planning.model_shapes import model_shapes
 
-    dtype, length = (
-        run_dtype(config.dtype, placed.uses_gpus),
-        source.prompt_tokens + config.rollout.max_new_tokens,
-    )
+    dtype, length = placed.dtype, source.prompt_tokens + config.rollout.max_new_tokens
     rows = _rows(config, length)
     shapes = model_shapes(
         source.settings,
@@ -159,10 +155,7 @@ def forecast_of_shapes(
     Args:
         model: a folder or hub id, whose weights may lie here. prompt_tokens: of the longest prompt.
     """
-    dtype, length = (
-        run_dtype(config.dtype, placed.uses_gpus),
-        prompt_tokens + config.rollout.max_new_tokens,
-    )
+    dtype, length = placed.dtype, prompt_tokens + config.rollout.max_new_tokens
     held = -(-config.warp.policies // placed.policy.count)
     stored, gpu = stored_bytes(model), placed.policy.gpus > 0
     tokens = _rows(config, length) * config.rollout.max_new_tokens

@@ -26,11 +26,20 @@ from raywarp.storage import sealed
 
 @dataclass(frozen=True)
 class Inputs:
-    """model: folder or hub id. shapes: its own and its adapters'. longest_prompt: in tokens. The
-    others are fingerprints of contents.
+    """What the configuration means, resolved once.
+
+    Attributes:
+        config: the run's, with the models of reward and control as folders or hub ids, and their
+            templates decided.
+        model: folder or hub id.
+        settings: transformers' configuration of the model.
+        shapes: of the model and its adapters.
+        base, prompt_set, reward, evaluation: fingerprints of contents, for the keys.
     """
 
+    config: Config
     model: str
+    settings: Any
     shapes: Shapes
     prompts: PromptSplits
     base: str
@@ -40,6 +49,7 @@ class Inputs:
 
     @property
     def longest_prompt(self) -> int:
+        """In tokens."""
         return max(
             len(prompt.token_ids) for prompt in [*self.prompts.train, *self.prompts.held_out]
         )
@@ -61,37 +71,56 @@ def prepare(config: Config) -> Inputs:
     check_paths(config)
     check_loggers(config)
     check_engine(config)
-    model, prompts = prepare_prompts(config)
-    check_reward(config, prompts.train[0].columns)
-    settings = read_model_config(model, config.trust_remote_code, "model")
+    model, settings, prompts = prepare_prompts(config)
+    config = resolved(config, prompts.train[0].columns)
     longest = (
         max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out])
         + config.rollout.max_new_tokens
     )
     refuse_unsupported(config.model, settings, config.rollout, longest)
     shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
-    reward = score.with_template(config.reward, config.prompts, config.trust_remote_code)
-    control = config.control and score.with_template(
-        config.control, config.prompts, config.trust_remote_code
-    )
     return Inputs(
+        config=config,
         model=model,
+        settings=settings,
         shapes=shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=prompts_fingerprint(prompts.train),
-        reward=score.reward_fingerprint(reward),
+        reward=score.reward_fingerprint(config.reward),
         evaluation=identity.content_key(
             [
                 prompts_fingerprint(prompts.held_out),
-                score.reward_fingerprint(control) if control else None,
+                score.reward_fingerprint(config.control) if config.control else None,
             ]
         ),
     )
 
 
-def prepare_prompts(config: Config) -> tuple[str, PromptSplits]:
-    """The model's folder or hub id, and the prompts in its tokens."""
+def resolved(config: Config, columns: Iterable[str] = ()) -> Config:
+    """Return the configuration with reward and control resolved, and checked.
+
+    Args:
+        columns: of the prompts, which a reward function is called with.
+
+    Raises:
+        ConfigError: see check_reward and score.with_template.
+    """
+    scorers = {"reward": config.reward} | ({"control": config.control} if config.control else {})
+    for key, scorer in scorers.items():
+        if scorer.model:
+            folder = resolve_model(scorer.model, what=f"{key} model")
+            scorers[key] = scorer.model_copy(update={"model": folder})
+    check_reward(config.model_copy(update=scorers), columns)
+    decided = {
+        key: score.with_template(scorer, config.prompts, config.trust_remote_code)
+        for key, scorer in scorers.items()
+    }
+    return config.model_copy(update=decided)
+
+
+def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
+    """Return the model's folder or hub id, its configuration, and the prompts in its tokens."""
     model, what = resolve_model(config.model), f"model={config.model}"
     settings = read_model_config(model, config.trust_remote_code, what)
     check_causal(model, settings, config.trust_remote_code, what)
@@ -120,7 +149,7 @@ def prepare_prompts(config: Config) -> tuple[str, PromptSplits]:
         what,
         trust_remote_code=config.trust_remote_code,
     )
-    return model, prompts
+    return model, settings, prompts
 
 
 def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
@@ -138,7 +167,7 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
         if scorer.function:
             score.check_call(scorer.function, score.load_function(scorer.function), columns)
         elif scorer.model:
-            model = resolve_model(scorer.model, what=f"{key} model")
+            model = scorer.model
             try:
                 score.check_trained(Path(model))
             except sealed.DamagedError as error:

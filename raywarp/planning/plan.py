@@ -7,7 +7,7 @@ The same figures are checked when a run starts (see preflight.py).
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raywarp.adapters.weight_files import weight_bytes
 from raywarp.cluster import resources
@@ -16,13 +16,15 @@ from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
 from raywarp.data.models import read_model_config
 from raywarp.data.prompts import HUB_ID
-from raywarp.model.device import run_dtype
 from raywarp.planning import memory, preflight
 from raywarp.planning.forecast import Forecast, Origin, ProcessMemory, forecast, forecast_of_shapes
 from raywarp.planning.known_models import known_config
 from raywarp.planning.memory import Shapes, in_units
 from raywarp.rewards.score import own_file
 from raywarp.rollout.engine import check_mode, mode_problem
+
+if TYPE_CHECKING:
+    from raywarp.planning.inputs import Inputs  # which imports transformers
 
 UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
 
@@ -45,11 +47,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
 
     source = _origin(config)
     runtime.start_ray()
-    problems = []
-    try:
-        placed = resources.make_plan(config)
-    except ConfigError as error:
-        problems, placed = str(error).splitlines(), resources.wish(config, resources.cluster_gpus())
+    placed, problems = resources.plan_or_wish(config)
     problems += filter(None, [mode_problem(config, placed.rollout.gpus > 0)])
     result = forecast(config, source, placed)
     reports = preflight.node_reports(config, local_paths(config, source.model))
@@ -107,28 +105,19 @@ def opening(space: SearchSpace, concurrent: int | None) -> str:
     )
 
 
-def check_cluster(
-    config: Config, model: str, shapes: Shapes | None = None, prompt_tokens: int = 0
-) -> None:
-    """What `plan` checks, at the start of a run; activations are left out, since it takes a second
-    to count them.
+def check_cluster(config: Config, inputs: "Inputs") -> None:
+    """Check at the start of a run what `plan` checks, but for activations.
 
-    Args:
-        shapes: of the model and its adapters; None for a stage without policies.
-        prompt_tokens: of the longest prompt.
+    Counting these takes a second. A run that does not fit now may fit later: the session waits for
+    it, and says so if it never does.
 
     Raises:
         ConfigError: see preflight.preflight.
     """
-    found = None
-    if shapes is not None:
-        try:
-            placed = resources.make_plan(config)
-        except ConfigError:  # the session says so, after it has waited for what may become free
-            placed = resources.wish(config, resources.cluster_gpus())
-        check_mode(config, placed.rollout.gpus > 0)
-        found = forecast_of_shapes(config, model, shapes, placed, prompt_tokens)
-    preflight.preflight(config, found, local_paths(config, model) if found else [])
+    placed, _ = resources.plan_or_wish(config)
+    check_mode(config, placed.rollout.gpus > 0)
+    found = forecast_of_shapes(config, inputs.model, inputs.shapes, placed, inputs.longest_prompt)
+    preflight.preflight(config, found, local_paths(config, inputs.model))
 
 
 def _origin(config: Config) -> Origin:
@@ -144,11 +133,7 @@ def _origin(config: Config) -> Origin:
         if source is None:
             raise
         return replace(source, warnings=[f"a run from here ends at once: {error}"])
-    return Origin(
-        inputs.model,
-        read_model_config(inputs.model, config.trust_remote_code, f"model={config.model}"),
-        inputs.longest_prompt,
-    )
+    return Origin(inputs.model, inputs.settings, inputs.longest_prompt)
 
 
 def shapes_only(config: Config, weights: bool = False) -> Origin | None:
@@ -218,7 +203,7 @@ def _offline(config: Config) -> Forecast:
             placed,
             None,
             [ProcessMemory(need, {}) for need in placed.needs],
-            run_dtype(config.dtype, placed.uses_gpus),
+            placed.dtype,
             notes=notes,
         )
     notes += source.notes

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
+from raywarp.cluster.device import supports_bf16
 from raywarp.config.rewards import RewardTrainingConfig
 from raywarp.config.schema import ConfigError
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import load_model
 from raywarp.data.preferences import Preference
 from raywarp.identity import batch_indices, derive_seed
-from raywarp.model.device import supports_bf16
 from raywarp.rewards.classifier import classify, load_tokenizer
 from raywarp.storage.sealed import write_json
 

@@ -7,6 +7,7 @@ import torch
 import transformers  # not `from`: its parts take seconds to import, and a check need not wait
 from torch import Tensor
 
+from raywarp.cluster.device import supports_bf16
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import (
     check_one_label,
@@ -15,7 +16,6 @@ from raywarp.data.models import (
     read_model_config,
     read_tokenizer,
 )
-from raywarp.model.device import supports_bf16
 
 
 def encode(

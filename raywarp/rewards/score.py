@@ -22,7 +22,6 @@ from typing import Any
 from raywarp.config.datasets import PromptsConfig
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import ConfigError
-from raywarp.data.prompts import resolve_model
 from raywarp.identity import content_key, folder_fingerprint
 from raywarp.storage.sealed import DamagedError, check_sealed, is_sealed, read_record
 
@@ -197,6 +196,8 @@ def load_reward(
 ) -> Reward:
     """Return the reward that a configuration names, standardised where it says so.
 
+    The configuration is a resolved one: its model is a folder or hub id.
+
     Raises:
         ConfigError: there is neither model nor function, it cannot be loaded, or standardise=true
             where no statistics are stored.
@@ -213,8 +214,7 @@ def load_reward(
         raise ConfigError("there is no reward: set reward.model or reward.function")
     from raywarp.rewards.classifier import ClassifierReward
 
-    name = resolve_model(config.model, what="reward model")
-    stored = statistics(name)
+    stored = statistics(config.model)
     if config.standardise and stored is None:
         raise ConfigError(
             f"reward.standardise=true: {config.model} has no {REWARD_FILE} with score_mean and"
@@ -222,7 +222,7 @@ def load_reward(
         )
     mean, std = stored if stored and config.standardise is not False else (0.0, 1.0)
     classifier = ClassifierReward(
-        name,
+        config.model,
         config.max_length,
         config.batch_size,
         trust_remote_code,
@@ -235,33 +235,35 @@ def load_reward(
 def with_template(
     config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool = False
 ) -> RewardConfig:
-    """Return the configuration with `template` decided where it is auto.
+    """Return the configuration with `template` none or chat; its model is resolved.
 
     Raises:
         ConfigError: template=chat, but the model has no chat template.
     """
+    plain = config.model_copy(update={"template": "none"})
     if (
         not config.model
         or config.template == "none"
         or (config.template == "auto" and prompts.template != "chat")
     ):
-        return config.model_copy(update={"template": "none"})
+        return plain
     from raywarp.rewards.classifier import load_tokenizer
 
-    name = resolve_model(config.model, what="reward model")
-    has_one = bool(load_tokenizer(name, trust_remote_code).chat_template)
+    has_one = bool(load_tokenizer(config.model, trust_remote_code).chat_template)
     if config.template == "chat" and not has_one:
         raise ConfigError(
             f"reward.template=chat, but the tokenizer of {config.model} has no chat template; use"
             " template=none"
         )
-    own = (Path(name) / REWARD_FILE).is_file()  # raywarp trains on the two texts as they are
+    own = (
+        Path(config.model) / REWARD_FILE
+    ).is_file()  # raywarp trains on the two texts as they are
     wanted = config.template == "chat" or (has_one and not own)
-    return config.model_copy(update={"template": "chat" if wanted else "none"})
+    return plain.model_copy(update={"template": "chat"}) if wanted else plain
 
 
 def reward_fingerprint(config: RewardConfig) -> str:
-    """Return a hash of what decides a raw score.
+    """Return a hash of what decides a raw score by a configuration whose model is resolved.
 
     That is a folder's files, a hub id's commit, or the source of a function's module, and the
     version. The statistics are left out, since they may be added later from SFT completions.
@@ -281,11 +283,10 @@ def reward_fingerprint(config: RewardConfig) -> str:
             "source": Path(source).read_text() if source else None,
         }
     elif config.model:
-        name = resolve_model(config.model, what="reward model")
         settings |= {
             "max_length": config.max_length,
             "standardise": config.standardise,
-            "model": _model_fingerprint(name),
+            "model": _model_fingerprint(config.model),
         }
         settings |= {"template": "chat"} if config.template == "chat" else {}
     return content_key(settings)

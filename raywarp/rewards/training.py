@@ -23,9 +23,9 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
+from raywarp.cluster.device import CPU_ENV
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.preferences import Preference
-from raywarp.model.device import CPU_ENV
 from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.rewards.inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.rewards.progress import following

@@ -160,7 +160,7 @@ def mode_problem(config: Config, gpu: bool) -> str:
 
     The text is empty where the mode is exact.
     """
-    from raywarp.model.device import run_dtype
+    from raywarp.cluster.device import run_dtype
 
     rollout, mode, dtype = (
         config.rollout,

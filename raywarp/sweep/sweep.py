@@ -55,7 +55,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     with exclusive(config.out, run.folder, display.say):
         runtime.start_ray()
         plan, concurrent = _plan_sweep(space, files)
-        check_cluster(plan.space.largest(), inputs.model, inputs.shapes, inputs.longest_prompt)
+        check_cluster(plan.space.largest(), inputs)
         run.save_config(config)
         display.progress(opening(space, concurrent))
         with run.mirrored():

@@ -25,7 +25,6 @@ from raywarp.cluster.claims import FOLDER, Elsewhere, SharedClaims, Table
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
-from raywarp.model.device import run_dtype
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.run import front
 from raywarp.run.display import Display
@@ -308,7 +307,8 @@ def _numerics_key(config: Config, inputs: Inputs) -> str:
     sections = config.model_dump(
         include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"}
     )
-    machine = [run_dtype(config.dtype, resources.cluster_gpus() > 0), resources.cluster_gpus() > 0]
+    gpus = resources.cluster_gpus()
+    machine = [resources.wish(config, gpus).dtype, gpus > 0]
     completions = config.reward_training.sft_completions
     return identity.content_key(
         [sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions]

@@ -13,11 +13,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp.cluster import health, placement_groups, resources
+from raywarp.cluster.device import cpu_environment
 from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config
-from raywarp.model.device import cpu_environment
 from raywarp.rewards.actor import RewardActor
-from raywarp.rewards.score import with_template
 from raywarp.rollout.engine import EngineSettings, largest_rank
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.worker import RolloutWorker
@@ -56,7 +55,6 @@ class Actors:
 
     Args:
         model: folder or hub id.
-        dtype: of the base model.
         prompt_tokens: length of the longest prompt, in tokens.
     """
 
@@ -65,17 +63,10 @@ class Actors:
         config: Config,
         plan: resources.Plan,
         model: str,
-        dtype: str,
         prompt_tokens: int,
         kinds: Kinds,
     ):
-        self.config, self.plan, self.model, self.dtype, self.kinds = (
-            config,
-            plan,
-            model,
-            dtype,
-            kinds,
-        )
+        self.config, self.plan, self.model, self.kinds = config, plan, model, kinds
         cpu_env = (
             cpu_environment(plan.threads, plan.crowded)
             if plan.threads and not plan.uses_gpus
@@ -88,7 +79,7 @@ class Actors:
         }
         self.settings = EngineSettings(
             model=model,
-            dtype=dtype,
+            dtype=plan.dtype,
             max_model_len=max(prompt_tokens + config.rollout.max_new_tokens, FEWEST_TOKENS),
             lora_rank=largest_rank(config),
             rollout=config.rollout,
@@ -166,7 +157,7 @@ class Actors:
 
     def policies(self) -> list[ActorSlot]:
         need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
-        arguments = (self.config, self.model, self.dtype, self.plan.threads)
+        arguments = (self.config, self.model, self.plan.dtype, self.plan.threads)
 
         def maker(n: int) -> Callable[[PlacementGroup | None], Any]:
             def make(group: PlacementGroup | None) -> Any:
@@ -198,10 +189,6 @@ class Actors:
         Ray restarts them and repeats their calls.
         """
         sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
-        sources = [
-            with_template(source, self.config.prompts, self.config.trust_remote_code)
-            for source in sources
-        ]
         groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
         # Retries are unlimited, because Ray 2.60 also counts one for a worker that is restarting.
         restart = {"max_restarts": -1, "max_task_retries": -1}

@@ -18,7 +18,6 @@ from raywarp.cluster.health import Report
 from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
-from raywarp.model.device import run_dtype
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.pool import PoolReport
@@ -126,7 +125,7 @@ class Session:
     def numerics(self) -> dict[str, Any]:
         """Return the settings that decide a result's bits: dtype, threads, engine, adapter mode."""
         self.start()
-        return {"dtype": self.dtype, "threads": self.plan.threads, **self.engine}
+        return {"dtype": self.plan.dtype, "threads": self.plan.threads, **self.engine}
 
     @property
     def zero(self) -> AdapterDelta:
@@ -271,10 +270,7 @@ class Session:
         config = self.config
         self.plan = plan = placement_groups.await_plan(config)
         self._free_before = ray.available_resources()
-        self.dtype = run_dtype(config.dtype, plan.uses_gpus)
-        self._actors = actors = Actors(
-            config, plan, self.model, self.dtype, self.prompt_tokens, self._kinds
-        )
+        self._actors = actors = Actors(config, plan, self.model, self.prompt_tokens, self._kinds)
         self.workers = actors.workers()
         self.pool = actors.pool()
         if self._trains:
@@ -340,7 +336,9 @@ class Session:
                 lambda: self.get(self.present()[0].actor.reference.remote(texts, longest, tokens))
             )
 
-        sampler = Sampler(self.model, self.engine["engine"], self.engine["adapter"], self.dtype)
+        sampler = Sampler(
+            self.model, self.engine["engine"], self.engine["adapter"], self.plan.dtype
+        )
         groups = self._actors.groups["rollout"]
         self.proof = self._startup.prove_workers(sampler, reference, self.workers, groups)
         self.get(self.pool.prove_with.remote(self.proof))

@@ -67,10 +67,10 @@ import raywarp
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add, trailing
 from raywarp.cli.quickstart import QUICKSTART
+from raywarp.cluster.device import CPU_ENV
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config
-from raywarp.model.device import CPU_ENV
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.model_shapes import model_shapes
 from raywarp.run.policy_files import Job
@@ -229,7 +229,7 @@ def update_flops(chosen: Config) -> float:
     adapter 2·n·a, and the head 3·2·t·V·D: both forward passes, and the gradient of the states.
     Padding, attention's own products (3 % more) and whatever is no product count as nothing.
     """
-    model, prompts = prepare_prompts(chosen)
+    model, _, prompts = prepare_prompts(chosen)
     shapes = model_shapes(AutoConfig.from_pretrained(model), chosen.lora)
     prompt = statistics.mean(len(p.token_ids) for p in prompts.train)
     n = PROMPTS * (prompt + COMPLETIONS * (NEW_TOKENS - 1))
@@ -268,7 +268,7 @@ class Side:
             command = [sys.executable, str(HERE / "step.py"), "--ours", json.dumps(settings)]
             environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
         else:
-            model, prompts = prepare_prompts(config(shared))
+            model, _, prompts = prepare_prompts(config(shared))
             trl = {
                 "model": model,
                 "prompts": [p.text for p in prompts.train],
@@ -406,7 +406,7 @@ def ours(settings: dict[str, Any]) -> None:
     together = settings["free_running"]
     count = settings["steps"] if together else settings["block"]
     chosen = config(settings, **{"warp.steps": count, "warp.policies": 2 if together else 1})
-    model, prompts = prepare_prompts(chosen)
+    model, _, prompts = prepare_prompts(chosen)
     start = time.perf_counter()
     start_ray()
     say({"event": "ray", "seconds": time.perf_counter() - start})

@@ -185,16 +185,16 @@ def test_a_run_standardises_again_once_what_it_reads_has_changed(ray_cluster, ti
     said, inputs = [], prepare(config)
     run = Run.open(config, said.append)
     with Session(config, inputs.model, inputs.longest_prompt, policies=False) as session:
-        measured = reward_statistics(session, run, config, inputs)
+        measured = reward_statistics(session, run, inputs)
         record = sealed.read_record(run.folder / REWARD_FILE)
         sealed.write_record(run.folder / REWARD_FILE, record | {"score_mean": 123.0})
-        assert reward_statistics(session, run, config, inputs) == measured | {
+        assert reward_statistics(session, run, inputs) == measured | {
             "score_mean": 123.0
         }  # not measured again
         assert said == []
         session.set_reward_statistics(0.0, 1.0)  # as a new session has it
         retrained = dataclasses.replace(inputs, reward="other weights")
-        assert reward_statistics(session, run, config, retrained) == measured
+        assert reward_statistics(session, run, retrained) == measured
         assert said == [
             f"{run.folder / REWARD_FILE} is of another model, reward or prompts; measured again"
         ]

@@ -252,7 +252,7 @@ class Study:
         config = config.model_copy(
             update={"cluster": config.cluster.model_copy(update={"policy_actors": 1})}
         )
-        model, splits = prepare_prompts(config)
+        model, _, splits = prepare_prompts(config)
         prompts = splits.held_out[: self.settings.prompts]
         sampling = [derive_seed(seed, "evaluation", n) for n in range(len(prompts))]
         start_ray()
