@@ -51,7 +51,7 @@ def save_standardisation(
 
 
 def scores_of_sft(config: Config, model: str, prompts: Sequence[Prompt]) -> list[float]:
-    """Return raw scores of SFT completions on `reward_training.sft_completions` training prompts."""
+    """Return raw scores of SFT completions of `reward_training.sft_completions` prompts."""
     chosen = first_prompts(prompts, config.reward_training.sft_completions)
     with Session(
         config, model, max(len(prompt.token_ids) for prompt in chosen), policies=False

@@ -45,7 +45,7 @@ from tiny_run import DAMAGE, Listener, files_of, make_project, tiny_config
 
 from raywarp.cli.commands import _exit_code
 from raywarp.config.schema import Config
-from raywarp.planning.inputs import check_reward
+from raywarp.planning.inputs import resolved
 from raywarp.rewards.training import train_reward
 from raywarp.warp import train
 
@@ -201,7 +201,7 @@ def reward(work: Path) -> Stage:
         )
         refused = ""
         try:
-            check_reward(config)
+            resolved(config)
         except ValueError as error:
             refused = str(error)
         said = whole.command(folder)

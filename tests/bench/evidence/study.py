@@ -70,7 +70,7 @@ from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
 from raywarp.data import embedded
 from raywarp.identity import derive_seed
-from raywarp.planning.inputs import prepare_prompts
+from raywarp.planning.inputs import prepare_prompts, resolved
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.rewards import score
 from raywarp.run.display import Bars, Display
@@ -258,7 +258,7 @@ class Study:
         start_ray()
         under_way: deque[tuple[str, Any, float]] = deque()
         longest = max(len(prompt.token_ids) for prompt in [*splits.train, *splits.held_out])
-        with Session(config, model, longest) as session:
+        with Session(resolved(config), model, longest) as session:
             for curve, value in [*points, *[(None, -1.0)] * AT_ONCE]:
                 if value >= 0 and not self.clock.over():
                     delta = curve.adapter(trained, value) if curve else None
