@@ -19,8 +19,9 @@ from raywarp.report.series import Curve, curves, number, summary, trajectory
 from raywarp.report.texts import clip, sample_texts, training_texts
 from raywarp.report.timeline import timeline
 from raywarp.run.config_file import CONFIG_FILE, flat
-from raywarp.run.folder import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE, read_mark
+from raywarp.run.folder import FRONT_FILE, read_mark
 from raywarp.run.front import Point
+from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST

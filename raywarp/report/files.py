@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from raywarp.config.schema import ConfigError
 from raywarp.run.config_file import CONFIG_FILE, read_saved_config
-from raywarp.run.folder import EVENTS_FILE, FRONT_FILE, METRICS_FILE, TIMING_FILE
+from raywarp.run.folder import FRONT_FILE
+from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError

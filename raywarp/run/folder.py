@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,13 @@ from raywarp.run.config_file import (
     read_saved_config,
     saved_form,
 )
+from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE, History
 from raywarp.run.sampler_mark import Mark, sampler_mark
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.mirror import Mirror
 from raywarp.storage.sealed import DamagedError
 
-METRICS_FILE = "metrics.jsonl"
-TIMING_FILE = "timing.json"
-EVENTS_FILE = "events.jsonl"
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
 # Names that may be there before the configuration: policies for other runs, and what a killed or
@@ -58,7 +55,7 @@ def read_mark(place: Storage) -> Mark | None:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(History):
     """A run's folder, as `train` returns it. All its files are plain.
 
     Attributes:
@@ -196,131 +193,6 @@ class Run:
                 message says what is wrong.
         """
         return self.store.fetch(f"policies/{key}")
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.folder / METRICS_FILE
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return one row per policy and optimiser step."""
-        return sealed.read_jsonl(self.metrics_file)
-
-    def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
-        """Rebuild an iteration's rows from the folders of its finished policies.
-
-        The rows of the other policies come with their checkpoints (`set_policy_metrics`).
-
-        Args:
-            iteration: the iteration, counted from 1.
-            iterations: I. Rows of an iteration beyond 1..I are removed.
-            finished: keys of the iteration's finished policies.
-        """
-        before = self.metrics()
-        rows = [
-            row
-            for key in finished
-            for row in sealed.read_jsonl(self.policy_folder(key) / METRICS_FILE)
-        ]
-        known = {json.dumps(row) for row in before}
-        if self.metrics_file.is_file() and any(json.dumps(row) not in known for row in rows):
-            self.say(
-                f"{self.metrics_file} lacked rows of iteration {iteration} or had others; taken"
-                " from the policies' folders"
-            )
-        earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
-        kept = [
-            [row for row in before if row.get("iteration") in some] for some in (earlier, later)
-        ]
-        sealed.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
-
-    def set_policy_metrics(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Replace a policy's rows by those of its folder.
-
-        After a resume, each step then has one row.
-        """
-        others = [row for row in self.metrics() if row.get("key") != key]
-        sealed.write_jsonl(self.metrics_file, [*others, *rows])
-
-    def add_metrics(self, row: dict[str, Any]) -> None:
-        sealed.append_jsonl(self.metrics_file, row)
-        if self.mirror:
-            self.mirror.push_now_and_then()
-
-    def events(self) -> list[dict[str, Any]]:
-        """Return the events of the run, oldest first; see add_event."""
-        return [
-            row
-            for row in sealed.read_jsonl(self.folder / EVENTS_FILE)
-            if "event" in row and "time" in row
-        ]
-
-    def lost_events(self) -> str:
-        """Return a sentence about the events that damage has destroyed, or an empty string.
-
-        Only damage that leaves a trace can be seen.
-        """
-        path = self.folder / EVENTS_FILE
-        data = path.read_bytes() if path.is_file() else b""
-        lost = sealed.lost_rows(data, sealed.parse_jsonl(data))
-        if not data and self.metrics_file.is_file():
-            return f"{path} is missing or empty: what befell the run before is not known any more"
-        return f"{path}: {lost} of its lines cannot be read, and are left out" if lost else ""
-
-    def add_event(self, event: str, **details: Any) -> dict[str, Any]:
-        """Append a line to events.jsonl, and return it.
-
-        Args:
-            event: started, finished, failed or stopped (the run); fault, hang, recovered,
-                continued, lost or moved (a part of it); resumed or saved (a policy).
-            details: those of the following that apply. At the start of a run: versions (of
-                packages) and sampler (its version). Otherwise: what (the process), iteration,
-                policy, key, step, cause (out of memory, killed, node lost, hang, exception),
-                message, seconds_lost, steps_repeated.
-        """
-        row = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "event": event,
-            **details,
-        }
-        sealed.append_jsonl(self.folder / EVENTS_FILE, row)
-        return row
-
-    def save_timing(self, iteration: int, row: Mapping[str, Any]) -> None:
-        """Save to timing.json where the time of an iteration's fine-tuning went.
-
-        Args:
-            row: see raywarp.training.timing.Timing.
-        """
-        times = self._times()
-        rows = [old for old in times["iterations"] if old["iteration"] != iteration]
-        sealed.write_record(
-            self.folder / TIMING_FILE,
-            {**times, "iterations": [*rows, {"iteration": iteration, **row}]},
-        )
-
-    def save_evaluation_work(self, spans: Mapping[str, Any]) -> None:
-        """Save to timing.json which actors measured the front, and when.
-
-        Args:
-            spans: as in a step's row: actor → pairs of start and end in Unix seconds.
-        """
-        sealed.write_record(
-            self.folder / TIMING_FILE, {**self._times(), "evaluation": {"spans": spans}}
-        )
-
-    def timing(self) -> list[dict[str, Any]]:
-        """Return one row per iteration that was trained."""
-        rows: list[dict[str, Any]] = self._times()["iterations"]
-        return rows
-
-    def _times(self) -> dict[str, Any]:
-        path = self.folder / TIMING_FILE
-        try:
-            return sealed.read_record(path) or {"iterations": []}
-        except DamagedError as error:
-            self.say(f"{error}; where the time went so far is lost")
-            path.unlink()
-            return {"iterations": []}
 
     def save_iteration(
         self,
