@@ -191,3 +191,11 @@ def test_code_blocks_say_their_language() -> None:
 def test_the_readme_is_short() -> None:
     """Research, measurements and details have pages of their own in docs."""
     assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_the_afternoons_path_is_short() -> None:
+    """As docs/architecture.md promises: its eight files have under 2,000 lines."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = re.findall(r"^\d\. `(raywarp/[\w/]+\.py)`", text, re.MULTILINE)
+    assert len(files) == 8
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in files) < 2000
