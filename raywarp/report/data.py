@@ -107,34 +107,35 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
             lambda: training_texts(files, found, config.get("store"), share),
             Rows(),
         ),
-        "timeline": part(
+    }
+    history = _history(files, config, rows, events, times)
+    unfinished = part(
+        "What is unfinished",
+        lambda: _unfinished(files.missing, config, found, front, events, timing),
+        list[str](),
+    )
+    shown: dict[str, Any] = plain({**data, **history, "missing": [*files.missing, *unfinished]})
+    return shown
+
+
+def _history(
+    files: RunFiles, config: Mapping[str, Any], rows: Rows, events: Rows, times: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what happened in the run, and with which settings and versions."""
+    moments = [_timestamp(event.get("time")) for event in events]
+    versions = (event.get("versions") for event in reversed(events))
+    return {
+        "timeline": files.section(
             "The time line", lambda: timeline([*rows, *_evaluation(times)], moments), None
         ),
-        "timing": timing,
+        "timing": times.get("iterations", []),
         "events": [
             {**_event_row(event), "seconds": moment}
             for event, moment in zip(events, moments, strict=True)
         ],
-        "config": part("The configuration", lambda: _settings(config), Rows()),
-        "versions": next(
-            (
-                event["versions"]
-                for event in reversed(events)
-                if isinstance(event.get("versions"), Mapping)
-            ),
-            None,
-        ),
-        "missing": [
-            *files.missing,
-            *part(
-                "What is unfinished",
-                lambda: _unfinished(files.missing, config, found, front, events, timing),
-                list[str](),
-            ),
-        ],
+        "config": files.section("The configuration", lambda: _settings(config), Rows()),
+        "versions": next((found for found in versions if isinstance(found, Mapping)), None),
     }
-    shown: dict[str, Any] = plain(data)
-    return shown
 
 
 def _earlier_sampler(mark: Mark | None) -> list[Finding]:
