@@ -1,5 +1,6 @@
-"""`raywarp reward`: Bradley–Terry training, then the score's mean and deviation over SFT
-completions, by which rewards are standardised.
+"""`raywarp reward`: trains a Bradley–Terry reward model, then standardises its score.
+
+The score is standardised by its mean and standard deviation over completions of the SFT model.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,12 @@ from raywarp.storage.locks import exclusive
 
 @dataclass(frozen=True)
 class StageInputs:
-    """The SFT model's folder or hub id, its prompts, and what the training reads (None: it is
-    finished).
+    """What the reward stage reads.
+
+    Attributes:
+        model: folder or hub id of the SFT model.
+        prompts: prompts in the SFT model's tokens.
+        training: what the training reads; None if the reward model is finished.
     """
 
     model: str
@@ -32,7 +37,11 @@ class StageInputs:
 
 
 def prepare_stage(config: Config) -> StageInputs:
-    """Check all that the stage reads; raises ConfigError before anything is started or written."""
+    """Return all that the stage reads, checked.
+
+    Raises:
+        ConfigError: the input is wrong; nothing was started or written.
+    """
     check_paths(config)
     check_engine(config)
     model, _, prompts = prepare_prompts(config)
@@ -45,12 +54,14 @@ def reward(
     standardise: bool = True,
     inputs: StageInputs | None = None,
 ) -> RewardSummary:
-    """Train the reward model into the folder `out`, or continue; a finished one is left as it is.
+    """Train the reward model in the folder `out`, or continue its training.
+
+    A finished reward model is not trained again.
 
     Args:
-        standardise: measure its score over SFT completions now; otherwise the first run that uses
-            it does.
-        inputs: what prepare_stage returned, if it was called.
+        standardise: measure its score over SFT completions now. Otherwise the first run that uses
+            the model measures it.
+        inputs: what prepare_stage returned, if it was called before.
 
     Raises:
         ConfigError: the input is wrong; nothing was started.

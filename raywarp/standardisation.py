@@ -1,4 +1,4 @@
-"""A reward model's mean and deviation over SFT completions, by which rewards are standardised."""
+"""Mean and standard deviation of a reward over SFT completions, to standardise rewards with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +23,15 @@ def is_standardised(folder: str | Path) -> bool:
 def save_standardisation(
     folder: str | Path, scores: Sequence[float], of: str = ""
 ) -> tuple[float, float]:
-    """Write mean and standard deviation of raw scores (of SFT completions) into a reward model's
-    reward.json; returns both.
+    """Write the scores' mean and standard deviation into a folder's reward.json, and return both.
 
     Args:
-        of: a fingerprint of what was scored, and by what.
+        folder: the reward model's folder, or the run's.
+        scores: raw scores of SFT completions.
+        of: a fingerprint of what was scored, and by which model.
 
     Raises:
-        RewardError: fewer than two scores, one that is not finite, or all (nearly) the same.
+        RewardError: there are fewer than two scores, one is not finite, or all are (nearly) equal.
     """
     path = Path(folder) / REWARD_FILE
     values = torch.tensor(list(scores), dtype=torch.float64)
@@ -74,7 +75,7 @@ def reward_statistics(session: Session, run: Run, inputs: Inputs) -> dict[str, f
     of = content_key([inputs.fingerprints(), completions])
     try:
         known = read_record(home / REWARD_FILE) or {}
-    except DamagedError as error:  # the run's own: a model's was checked before
+    except DamagedError as error:  # only the run's own file: a model's was checked before
         run.say(f"{error}; measured again")
         (home / REWARD_FILE).unlink()
         known = {}

@@ -1,13 +1,14 @@
-"""The driver: Algorithm 1 of WARP (Ramé et al. 2024).
+"""The driver: Algorithm 1 of WARP (Ramé et al. 2024, arXiv 2406.16768).
 
-    init ← SFT
+    θ_init ← θ_sft
     for each of I iterations:
-        M policies are fine-tuned from init, each against its own EMA     (stage 1, policy_actor.py)
-        merged ← init + slerp of their task vectors, per block            (stage 2, averaging.py)
-        init ← (1 − η)·init + η·merged                                    (stage 3)
-    the front: (1 − η)·SFT + η·merged for 0 ≤ η ≤ 1
+        for m = 1..M: θ_m ← RL from θ_init, KL to the EMA of θ_m   (stage 1, policy_actor.py)
+        θ_slerp ← θ_init + slerp(θ_1 − θ_init, …, θ_M − θ_init)    (stage 2, averaging.py)
+        θ_init ← (1 − η)·θ_init + η·θ_slerp                        (stage 3, LITI)
+    return the front (1 − η)·θ_sft + η·θ_slerp for 0 ≤ η ≤ 1
 
-Every change is kept as LoRA factors relative to the SFT model; its base weights are never written.
+Every θ is kept as LoRA factors of θ − θ_sft; `merged` holds those of θ_slerp.
+The base weights of the SFT model are never written.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -42,17 +43,19 @@ from raywarp.storage.locks import exclusive
 from raywarp.training import evaluation
 from raywarp.training.session import Session
 
-TEXTS = 256  # prompts on whose tokens the sampler is proven to run the trainer's policies
+TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
 
 
 @dataclass(frozen=True)
 class IterationState:
-    """Where a run has got to: one iteration is done; 0: it is about to begin.
+    """The state of a run after one of its iterations.
 
-    keys: of all policies of all iterations. determinants: what they depend on besides the
-    configuration: see policy_keys.
-    init, policies: θ_init that the iteration started from, and the task vectors θ_m − θ_init that
-    it ended with.
+    Attributes:
+        iteration: the finished iteration, counted from 1; 0 before the first one.
+        keys: keys of the policies, one sequence per iteration of the run.
+        determinants: what the keys depend on besides the configuration, see run/keys.py.
+        init: θ_init − θ_sft, where θ_init is what the iteration started from.
+        policies: the task vectors θ_m − θ_init of its M policies; none at iteration 0.
     """
 
     run: Run
@@ -65,14 +68,14 @@ class IterationState:
 
 
 def train(config: Config, display: Display | None = None) -> Run:
-    """Run WARP, or continue it: what the folder `out` already holds is not computed again.
+    """Run WARP, or continue a run. Results that the folder `out` already holds are reused.
 
     Raises:
         ConfigError: the input is wrong; nothing was started.
-        RewardError: the reward failed or was not a finite number; what was done is kept.
-        FaultError: a piece of the run died again and again, or there is no room for it any more;
-            likewise.
-        Stopped: SIGTERM or Ctrl-C; likewise. It is a KeyboardInterrupt.
+        RewardError: the reward failed or was not a finite number. Finished work is kept.
+        FaultError: an actor died too often, or the cluster has no room for it any more. Finished
+            work is kept.
+        Stopped: SIGTERM or Ctrl-C, a KeyboardInterrupt. Finished work is kept.
     """
     display = display or Display()
     with closing(stages(config, prepare(config), display)) as found:
@@ -84,16 +87,16 @@ def train(config: Config, display: Display | None = None) -> Run:
 def stages(
     config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS
 ) -> Generator[IterationState]:
-    """`train`, iteration by iteration. To be closed where it is left before its end. Actors are
-    started when there is something for them to do: never, where the run was finished and all of it
-    is whole.
+    """Run `train` step by step: yield the state at the start and after each iteration.
+
+    Close the generator to leave it early. Actors start when they are first needed; a run that is
+    finished and whole starts none.
 
     Args:
-        claims: by whom policies are shared with other runs.
+        claims: which policies this run may train, where runs share a store.
 
     Raises:
-        Elsewhere: another run is at work on policies that this one needs, and all that could be
-            done without them is.
+        Elsewhere: another run is training policies that this run needs. All other work is done.
     """
     run = Run.open(config, display.say)
     if inputs.shapes.scope:
@@ -127,7 +130,7 @@ def stages(
 
 @dataclass(frozen=True)
 class Driver:
-    """One run of the algorithm: what its stages work with, and whom they tell."""
+    """One run of Algorithm 1: what its stages work with, and the outputs that they report to."""
 
     config: Config
     inputs: Inputs
@@ -139,11 +142,10 @@ class Driver:
     claims: Claims
 
     def stages(self, known: Mapping[str, object] | None) -> Iterator[IterationState]:
-        """Algorithm 1.
+        """Run Algorithm 1, and yield the state at the start and after each iteration.
 
         Args:
-            known: numerics of the same run before, with which actors need not be started to know
-                them.
+            known: numerics that this run found earlier, so that no actor has to start to find them.
         """
         config, run = self.config, self.run
         inputs_and_reward = {
@@ -173,26 +175,27 @@ class Driver:
                 init = liti(init, merged, config.warp.liti_rate)
 
     def first_init(self, key: str) -> AdapterDelta:
-        """θ_sft as a change of itself. A finished policy has the same shapes, so that nothing has
-        to be started to know them.
+        """Return θ_init − θ_sft of the first iteration: the zero task vector.
+
+        A finished policy has the same shapes, so reading one saves starting the actors.
         """
         try:
             folder = None if self.session.is_started else self.run.find_policy(key)
         except sealed.DamagedError:
             folder = None
         zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else self.session.zero
-        return replace(
-            zero, factors=dict(sorted(zero.factors.items()))
-        )  # in one order, wherever it comes from
+        # Sorted, so that both sources give the modules in the same order.
+        return replace(zero, factors=dict(sorted(zero.factors.items())))
 
     def fine_tune(
         self, iteration: int, keys: Sequence[str], init: AdapterDelta
     ) -> list[AdapterDelta]:
-        """Stage 1: the task vectors θ_m − θ_init of one iteration; those whose key is in the store
-        are read, not trained.
+        """Stage 1: fine-tune M policies from θ_init, and return their task vectors θ_m − θ_init.
+
+        Policies whose keys are in the store are read instead of trained.
 
         Raises:
-            Elsewhere: some are under way in other runs; the rest is finished.
+            Elsewhere: other runs are training some of the policies. The rest is finished.
         """
         run, session, warp = self.run, self.session, self.config.warp
         jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
@@ -222,7 +225,7 @@ class Driver:
         ]
 
     def is_found(self, job: Job) -> bool:
-        """Whether the policy is in the store, and whole."""
+        """Return whether the store has the policy, undamaged."""
         try:
             return self.run.find_policy(job.key) is not None
         except sealed.DamagedError as error:
@@ -232,7 +235,7 @@ class Driver:
             return False
 
     def note(self, event: Mapping[str, Any]) -> None:
-        """Keep what a policy tells while it is trained."""
+        """Save and log the metrics in an event of a policy's training."""
         if event["event"] == "resumed":
             self.run.set_policy_metrics(event["key"], event["metrics"])
         elif event["event"] == "step":
@@ -248,11 +251,14 @@ class Driver:
         keys: Sequence[str],
         numerics: Mapping[str, object],
     ) -> None:
-        """Measure the front of the last iteration, unless front.json has it already, and keep the
-        chosen η as adapter/; another choice of what is measured costs no more than that.
+        """Measure the front of the last iteration, and save the adapter of the chosen η.
+
+        If front.json already has these points, they are not measured again. A new choice of η then
+        only rewrites adapter/ and the files beside it.
 
         Args:
-            keys: of the policies. numerics: go into front.json: see Run.numerics.
+            keys: keys of the policies.
+            numerics: are kept in front.json, see Run.numerics.
         """
         config, run = self.config, self.run
         key = front_key(config, self.inputs.evaluation, keys)
@@ -281,7 +287,7 @@ class Driver:
         self.display.front(run)
 
     def measure(self, points: Sequence[Candidate]) -> list[Point]:
-        """The points of the front on held-out prompts; their texts go to samples.json."""
+        """Measure points on the held-out prompts, and write their texts to samples.json."""
         held_out = self.inputs.prompts.held_out
         with self.display.evaluation(len(points)) as done:
             results = evaluation.evaluate(self.session, self.config, points, held_out, done)

@@ -22,7 +22,7 @@ def cpu_environment(threads: int, crowded: bool) -> dict[str, str]:
     """Return the environment variables of a CPU process with `threads` threads.
 
     Args:
-        threads: of OpenMP.
+        threads: number of OpenMP threads.
         crowded: whether the processes of its node have more busy threads than there are cores.
     """
     return {**CPU_ENV, "OMP_NUM_THREADS": str(threads), **(SLEEP if crowded else SPIN)}
@@ -44,6 +44,10 @@ def run_dtype(dtype: str, gpus: bool) -> str:
     """Return dtype, with auto resolved.
 
     auto means bfloat16 on GPUs and on CPUs that support it, else float32.
+
+    Args:
+        dtype: auto, float32 or bfloat16.
+        gpus: whether the run's policies are trained on GPUs.
     """
     if dtype != "auto":
         return dtype

@@ -25,11 +25,13 @@ class Need:
     count: int
 
     def bundle(self) -> dict[str, float]:
+        """Return one actor's resources as Ray names them, without those of which it needs none."""
         return {
             name: amount for name, amount in (("GPU", self.gpus), ("CPU", self.cpus)) if amount > 0
         }
 
     def total(self, resource: str) -> float:
+        """Return how much of a resource, "GPU" or "CPU", all actors of this kind take together."""
         return self.count * self.bundle().get(resource, 0.0)
 
 
@@ -38,8 +40,9 @@ class Plan:
     """The actors of a run, with the resources and threads of each.
 
     Attributes:
-        threads: of each CPU process. None where GPUs do the work.
-        dtype: of the base model, float32 or bfloat16.
+        policy, rollout, reward: resources of each kind of actor.
+        threads: threads of each CPU process; None where GPUs do the work.
+        dtype: dtype of the base model, float32 or bfloat16.
         crowded: whether some node has more busy threads at one time than cores.
     """
 
@@ -206,6 +209,7 @@ def _what_would_fit(
 
 
 def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
+    """Return a message for each resource of which all actors together ask more than is free."""
     messages = []
     for resource, prefix in (("GPU", "gpus"), ("CPU", "cpus")):
         asked, free = sum(need.total(resource) for need in needs), available.get(resource, 0.0)
@@ -225,10 +229,14 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
 
 
 def _threads(config: Config, policy: Need, rollout: Need, runs: int = 1) -> tuple[int | None, bool]:
-    """Return the threads per process, and whether they are more than a node's cores.
+    """Return the threads per process, and whether a node's busy threads exceed its cores.
 
     The threads are the cores of the smallest node, divided by its processes that work at one time.
     A policy's rollouts and updates alternate, so no more processes than policies work at one time.
+    Where GPUs do the work, the threads are cluster.threads.
+
+    Args:
+        runs: number of such runs that share the cluster.
     """
     if policy.gpus or rollout.gpus:
         return config.cluster.threads, False

@@ -1,3 +1,1 @@
-"""What a run is made from, resolved once; what it asks of the cluster; memory; checks before
-anything starts.
-"""
+"""Planning of a run: its inputs, resolved once, its memory, and the checks before its start."""

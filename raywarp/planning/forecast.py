@@ -1,6 +1,4 @@
-"""What each process of a run will hold in memory, by component, and what of it is too much for the
-cluster.
-"""
+"""The forecast of a run's memory: what each process holds, and what the cluster cannot hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,10 +18,15 @@ from raywarp.rollout import engine
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """One kind: its placement (count, CPUs and GPUs of each), and what each holds in memory, or (a
-    Process of its own) on a GPU.
+    """The memory of one kind of process.
 
-    share: of a GPU that it may take.
+    A kind that uses GPUs has a second ProcessMemory for what each process holds on its GPU.
+
+    Attributes:
+        need: number of these processes, and the CPUs and GPUs of each.
+        components: component → bytes that each process holds.
+        on_gpu: whether the components lie on a GPU.
+        share: the share of a GPU that the process may take, at most 1.
     """
 
     need: resources.Need
@@ -37,7 +40,7 @@ class ProcessMemory:
 
     @property
     def weights(self) -> int:
-        """What it cannot do without."""
+        """Bytes of its weights: the least memory that it needs."""
         return sum(
             size
             for name, size in self.components.items()
@@ -47,9 +50,19 @@ class ProcessMemory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """shapes: None where the model's config.json is not in reach; then there are no components.
+    """What a run needs, and whether the cluster has it.
 
-    problems: why it does not fit, each with the key to change. notes: what was assumed.
+    Attributes:
+        config: the run's configuration.
+        plan: its actors with their resources.
+        shapes: shapes of the model; None if its config.json cannot be read here. The processes then
+            have no components.
+        processes: memory of each kind of process.
+        dtype: dtype of the base model, float32 or bfloat16.
+        problems: why the run does not fit, each with the key to change.
+        warnings: what may go wrong, but does not stop the run.
+        notes: what the forecast assumes.
+        reports: memory, GPUs and versions of each node; empty if no cluster was asked.
     """
 
     config: Config
@@ -67,7 +80,7 @@ class Forecast:
         return not self.problems
 
     def impossible(self, reports: Sequence[NodeReport]) -> list[str]:
-        """Processes whose weights alone are more than any node, or any GPU, has."""
+        """Return a message for each process whose weights exceed the largest node or GPU."""
         return [
             self._too_large(p, p.weights, "weights alone", most)
             for p in self.processes
@@ -75,7 +88,10 @@ class Forecast:
         ]
 
     def tight(self, reports: Sequence[NodeReport]) -> list[str]:
-        """Processes, and all of them together, that may need more than there is."""
+        """Return a message for each process that may need more than the largest node or GPU has.
+
+        If each fits by itself, all of them together are compared with the nodes' memory.
+        """
         warnings = [
             self._too_large(p, p.bytes, "estimate", most)
             for p in self.processes
@@ -92,7 +108,7 @@ class Forecast:
         return warnings
 
     def cautions(self, reports: Sequence[NodeReport]) -> list[str]:
-        """What does not stop a run: memory that may be too little, GPUs that would lie idle."""
+        """Return warnings that do not stop a run: memory may be short, or GPUs would be idle."""
         return [
             *self.tight(reports),
             *(preflight.idle_gpus(reports) if self.plan.uses_gpus else []),
@@ -116,10 +132,14 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the figures come from.
+    """What a forecast is made from.
 
-    model: folder or hub id, resolved. settings: transformers' configuration of it. prompt_tokens:
-    of the longest prompt.
+    Attributes:
+        model: folder or hub id of the model, resolved.
+        settings: transformers' configuration of the model.
+        prompt_tokens: tokens of the longest prompt.
+        notes: what was assumed.
+        warnings: what would stop a run on this machine.
     """
 
     model: str
@@ -130,7 +150,12 @@ class Origin:
 
 
 def forecast(config: Config, source: Origin, placed: resources.Plan) -> Forecast:
-    """The needs of a run on its placement, activations included."""
+    """Return the forecast of a run, with its activations.
+
+    Args:
+        source: the model and the length of its prompts.
+        placed: the run's actors with their resources.
+    """
     from raywarp.planning.model_shapes import model_shapes
 
     dtype, length = placed.dtype, source.prompt_tokens + config.rollout.max_new_tokens
@@ -150,10 +175,15 @@ def forecast(config: Config, source: Origin, placed: resources.Plan) -> Forecast
 def forecast_of_shapes(
     config: Config, model: str, shapes: Shapes, placed: resources.Plan, prompt_tokens: int
 ) -> Forecast:
-    """The same from shapes that are known; activations are in it as far as the shapes have them.
+    """Return the forecast of a run from known shapes.
+
+    It includes activations if shapes.saved_bytes is not 0.
 
     Args:
-        model: a folder or hub id, whose weights may lie here. prompt_tokens: of the longest prompt.
+        model: folder or hub id. If its weights are on this machine, their dtype is read.
+        shapes: shapes of the model and its adapters.
+        placed: the run's actors with their resources.
+        prompt_tokens: tokens of the longest prompt.
     """
     dtype, length = placed.dtype, prompt_tokens + config.rollout.max_new_tokens
     held = -(-config.warp.policies // placed.policy.count)
@@ -175,17 +205,19 @@ def forecast_of_shapes(
 
 
 def _rows(config: Config, length: int) -> int:
-    """Completions of a micro-batch."""
+    """Return the number of completions in a micro-batch; `length` is in tokens."""
     return max(1, min(config.optim.batch_size, config.optim.max_tokens_per_microbatch // length))
 
 
 def _reward_process(config: Config) -> Components:
+    """Return a reward worker's memory, by component."""
     if not config.reward.model and not (config.control and config.control.model):
         return {"Python, Ray (and what the function needs)": memory.FUNCTION_RUNTIME}
     return {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
 
 
 def _reward_weights(config: Config) -> Components:
+    """Return the bytes of the reward model's weights; nothing if they cannot be known here."""
     name = embedded.cached(config.reward.model) if config.reward.model else None
     if name is None:
         return {}
@@ -200,8 +232,9 @@ def _reward_weights(config: Config) -> Components:
 
 
 def _most(process: ProcessMemory, reports: Sequence[NodeReport]) -> int:
-    """Bytes of the largest node, or of what a process may have of the largest GPU; 0 where that is
-    not known.
+    """Return the bytes of the largest node, or the process's share of the largest GPU.
+
+    The result is 0 if no node has reported its memory.
     """
     if process.on_gpu:
         return int(

@@ -1,5 +1,6 @@
-"""What a run is made from, checked before anything starts: model, prompts, reward; each with a
-fingerprint for the keys.
+"""The inputs of a run, checked before anything starts: model, prompts and reward.
+
+Each has a fingerprint of its contents, which goes into the policies' keys.
 """
 
 from collections.abc import Iterable, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers  # not `from`: its parts take seconds to import
+import transformers  # without `from`, because transformers' submodules take seconds to import
 
 from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
@@ -26,14 +27,15 @@ from raywarp.storage import sealed
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the configuration means, resolved once.
+    """A configuration with all that it refers to, resolved once.
 
     Attributes:
-        config: the run's, with the models of reward and control as folders or hub ids, and their
-            templates decided.
-        model: folder or hub id.
+        config: the run's configuration. The models of reward and control are folders or hub ids in
+            it, and their templates are decided.
+        model: folder or hub id of the SFT model.
         settings: transformers' configuration of the model.
-        shapes: of the model and its adapters.
+        shapes: shapes of the model and its adapters.
+        prompts: training and held-out prompts in the model's tokens.
         base, prompt_set, reward, evaluation: fingerprints of contents, for the keys.
     """
 
@@ -49,12 +51,13 @@ class Inputs:
 
     @property
     def longest_prompt(self) -> int:
-        """In tokens."""
+        """Tokens of the longest prompt."""
         return max(
             len(prompt.token_ids) for prompt in [*self.prompts.train, *self.prompts.held_out]
         )
 
     def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprints that the policies' keys depend on."""
         return {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
 
 
@@ -62,9 +65,9 @@ def prepare(config: Config) -> Inputs:
     """Resolve and check everything that a run reads.
 
     Raises:
-        ConfigError: a missing or unusable model, dataset, column, reward or engine; prompts that
-            leave no room for a completion; target modules that the model has not; a model that the
-            engine would run as another one.
+        ConfigError: a model, dataset, column, reward or engine is missing or unusable. Also if the
+            prompts leave no room for a completion, the model lacks the target modules, or the
+            engine would compute another model than transformers does.
     """
     from raywarp.planning.model_shapes import model_shapes
 
@@ -98,10 +101,10 @@ def prepare(config: Config) -> Inputs:
 
 
 def resolved(config: Config, columns: Iterable[str] = ()) -> Config:
-    """Return the configuration with reward and control resolved, and checked.
+    """Return the configuration with reward and control resolved and checked.
 
     Args:
-        columns: of the prompts, which a reward function is called with.
+        columns: the prompts' columns, with which a reward function is called.
 
     Raises:
         ConfigError: see check_reward and score.with_template.
@@ -120,7 +123,12 @@ def resolved(config: Config, columns: Iterable[str] = ()) -> Config:
 
 
 def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
-    """Return the model's folder or hub id, its configuration, and the prompts in its tokens."""
+    """Return the model's folder or hub id, its configuration, and the prompts in its tokens.
+
+    Raises:
+        ConfigError: the model, its tokenizer or the prompts are missing or unusable, or
+            rollout.max_new_tokens fills the model's whole context.
+    """
     model, what = resolve_model(config.model), f"model={config.model}"
     settings = read_model_config(model, config.trust_remote_code, what)
     check_causal(model, settings, config.trust_remote_code, what)
@@ -153,8 +161,13 @@ def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
 
 
 def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
-    """Raises ConfigError where there is no reward, or it (or the control) cannot be found, imported
-    or called with the prompts' columns.
+    """Check that reward and control can be found, imported and called.
+
+    Args:
+        columns: the prompts' columns, with which a reward function is called.
+
+    Raises:
+        ConfigError: there is no reward, or one of the two is unusable.
     """
     if not (config.reward.model or config.reward.function):
         raise ConfigError(
@@ -182,7 +195,10 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
 
 
 def model_fingerprint(model: str, trust_remote_code: bool = False) -> str:
-    """Of a folder's weights, config and tokenizer; of a hub id, its commit."""
+    """Return the fingerprint of a model.
+
+    It hashes a folder's weights, config and tokenizer. For a hub id it names the commit.
+    """
     folder = Path(model)
     if folder.is_dir():
         return identity.folder_fingerprint(
@@ -195,5 +211,5 @@ def model_fingerprint(model: str, trust_remote_code: bool = False) -> str:
 
 
 def first_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts in order, from the beginning again where there are fewer."""
+    """Return `count` prompts in order. If there are fewer, start again from the first."""
     return [prompts[n % len(prompts)] for n in range(count)]

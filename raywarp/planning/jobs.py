@@ -1,5 +1,7 @@
-"""A run as a Ray job: `ray job submit` copies the working directory to a temporary folder on the
-cluster, and starts the command there.
+"""Paths of a run that is a Ray job.
+
+`ray job submit` copies the working directory to a temporary folder on the cluster, and starts the
+command there. A relative path in such a job thus leads into the temporary copy.
 """
 
 import json
@@ -14,16 +16,15 @@ from raywarp.storage.location import Storage
 from raywarp.storage.locks import writable
 
 _WRITTEN = ("out", "store")
-_MODELS = (
-    "reward.model",
-    "control.model",
-)  # the score's standardisation is kept beside the weights
+# Read, and written too: the score's standardisation is kept beside the weights.
+_MODELS = ("reward.model", "control.model")
 _READ = ("model", "reward_training.backbone", "prompts.dataset", "preferences.dataset")
 
 
 def in_job() -> bool:
-    """Whether this process is a job's driver (or was started by one), as Ray 2.60 tells its
-    drivers.
+    """Return whether this process is the driver of a Ray job, or was started by one.
+
+    Ray 2.60 tells its drivers so in an environment variable.
     """
     try:
         return (
@@ -35,12 +36,13 @@ def in_job() -> bool:
 
 
 def check_paths(config: Config) -> None:
-    """What a run writes can lie where it is to, as far as names say; and inside a job not in the
-    job's copy of the working directory, which goes away.
+    """Check that the paths a run writes to are usable, as far as their names show.
+
+    In a job they must not be relative, because the job's copy of the working directory is deleted.
 
     Raises:
-        ConfigError: `out` or `store` leads through a file, has too long a name or the like; in a
-            job, also if it, or the folder of a reward model, is relative.
+        ConfigError: `out` or `store` leads through a file, has too long a name or the like. In a
+            job, also if one of them, or a reward model's folder, is relative.
     """
     for key in _WRITTEN:
         if (place := _value(config, key)) and (folder := Storage(place).folder):
@@ -57,8 +59,9 @@ def check_paths(config: Config) -> None:
 
 
 def absolute_paths(config: Config) -> list[str]:
-    """Overrides `key=value` that put what is relative to this working directory where it is now,
-    for a cluster on this machine.
+    """Return overrides `key=value` that make the configuration's relative paths absolute.
+
+    They are for a cluster on this machine, whose processes see the same files.
     """
     relative = _relative(config, _WRITTEN, (*_MODELS, *_READ))
     return [f"{key}={os.path.abspath(Path(value).expanduser())}" for key, value in relative]
@@ -67,8 +70,14 @@ def absolute_paths(config: Config) -> list[str]:
 def _relative(
     config: Config, written: tuple[str, ...], read: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    """Keys whose value is a relative path; what is read may be a hub id as well, and counts if it
-    exists or can only be a path.
+    """Yield the keys whose value is a relative path, and the value.
+
+    A value that is read may also be a hub id. It counts as a path if it exists, or if it begins as
+    only a path does.
+
+    Args:
+        written: keys of places that a run writes to.
+        read: keys of models and datasets that a run reads.
     """
     for key in (*written, *read):
         value = _value(config, key)
@@ -79,6 +88,7 @@ def _relative(
 
 
 def _value(config: Config, key: str) -> str | None:
+    """Return the value of a dotted key as text; None if it or a section above it is not set."""
     node: object = config
     for part in key.split("."):
         node = getattr(node, part, None)

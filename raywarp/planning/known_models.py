@@ -1,7 +1,7 @@
-"""Shapes of well-known models, as their config.json's on the Hugging Face hub have them, for
-`raywarp plan` where the hub is out of reach.
+"""Shapes of well-known models, for `raywarp plan` on machines that cannot reach the hub.
 
-Only what decides memory is here; a run reads the model's own files.
+They are copied from the models' config.json files on the Hugging Face hub, as far as they decide
+memory. A run reads the model's own files.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def known_config(name: str) -> Any:
-    """transformers' configuration of a hub id that is in the table, else None."""
+    """Return transformers' configuration of a hub id in the table; None for any other name."""
     from transformers import AutoConfig
 
     if name not in CONFIGS:

@@ -1,8 +1,8 @@
-"""What a process of a run holds in memory, from shapes alone: no model, no Ray.
+"""The memory of each process of a run, computed from shapes alone: no model, no Ray.
 
-Weights, adapters, gradients, moments and a KV cache are exact; activations are counted on a model
-without data (see model_shapes.py); RUNTIME is what Python, torch, transformers and Ray take,
-measured.
+Weights, adapters, gradients, moments and a KV cache are exact. Activations are counted on a model
+without data (see model_shapes.py). The constants *_RUNTIME were measured: they are the memory of
+Python, torch, transformers and Ray. All sizes are in bytes.
 """
 
 from collections.abc import Mapping
@@ -13,26 +13,32 @@ from raywarp.model.head import CHUNK_BYTES
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# Peak resident memory (VmHWM) of a process before it loads a model.
 POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
     750 << 20,
     1000 << 20,
     600 << 20,
-)  # of VmHWM before a model is there
-FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model: a function brings its own
-Components = dict[str, int]  # what it is → bytes
+)
+FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model; its function may need more
+Components = dict[str, int]  # name of a component → bytes
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a model with adapters.
+    """The shapes of a model with adapters.
 
-    parameters: numbers in the base, tied weights once. adapted: module → (d_out, d_in).
-    block_parameters: numbers in the blocks that have adapted modules, which a rollout worker keeps
-    pristine with rollout.adapter=merged.
-    kv_numbers: of one token's keys and values in all layers.
-    hidden, layers, vocabulary: as usual.
-    saved_bytes: that autograd keeps of a micro-batch, at the run's precision.
-    left: what lora.target_modules=all-linear does not adapt, in words.
+    Attributes:
+        parameters: numbers in the base model, tied weights counted once.
+        adapted: module → (d_out, d_in).
+        block_parameters: numbers in the blocks that have adapted modules. With
+            rollout.adapter=merged, a rollout worker keeps an unchanged copy of them.
+        kv_numbers: numbers in one token's keys and values, in all layers.
+        hidden: width of the hidden states.
+        layers: number of layers.
+        vocabulary: number of tokens in the vocabulary.
+        saved_bytes: bytes that autograd keeps for a micro-batch, in the run's dtype; 0 if they were
+            not counted.
+        left: descriptions of what lora.target_modules=all-linear does not adapt.
     """
 
     parameters: int
@@ -47,9 +53,7 @@ class Shapes:
 
     @property
     def scope(self) -> str:
-        """What all-linear comes to for a model in which something stays as it is, as a line for
-        users; else nothing.
-        """
+        """A line for users on what all-linear adapts and what not; empty if it adapts all."""
         if not self.left:
             return ""
         return (
@@ -58,19 +62,20 @@ class Shapes:
         )
 
     def adapter_numbers(self, rank: int) -> int:
-        """A and B of every adapted module, or its whole change where the rank would be more than
-        that has.
+        """Return how many numbers A and B of all adapted modules have.
+
+        No module has a larger rank than the smaller side of its weight.
         """
         return sum(min(rank, d_out, d_in) * (d_out + d_in) for d_out, d_in in self.adapted.values())
 
     @property
     def b_numbers(self) -> int:
-        """B of every adapted module at rank 1."""
+        """Numbers in B of all adapted modules at rank 1."""
         return sum(d_out for d_out, _ in self.adapted.values())
 
 
 def trained_numbers(shapes: Shapes, config: Config) -> int:
-    """Numbers of an adapter that training changes."""
+    """Return how many numbers of an adapter training changes. With lora.init=frozen, A is fixed."""
     rank = config.lora.rank
     return (
         rank * shapes.b_numbers
@@ -87,19 +92,20 @@ def policy_process(
     response_tokens: int,
     stored_bytes: int = 0,
 ) -> Components:
-    """A policy actor that holds so many policies.
+    """Return the memory of a policy actor, by component.
 
     Args:
-        response_tokens: of a micro-batch.
-        stored_bytes: of a number in the checkpoint's files, which are mapped while they are read; 0
-            on a GPU.
+        dtype: dtype of the base model.
+        policies: number of policies that the actor holds.
+        response_tokens: completion tokens of a micro-batch.
+        stored_bytes: bytes of one number in the checkpoint's files, which are mapped while they are
+            read; 0 on a GPU.
     """
     rank, width = config.lora.rank, DTYPE_BYTES[dtype]
     own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
     trained = trained_numbers(shapes, config) * FLOAT32
-    init = shapes.adapter_numbers(
-        rank * config.warp.policies * config.warp.iterations
-    )  # at the largest: the front's points
+    # The largest init adapters are the points of the front.
+    init = shapes.adapter_numbers(rank * config.warp.policies * config.warp.iterations)
     saved = shapes.saved_bytes
     if config.optim.gradient_checkpointing:
         saved = (
@@ -123,12 +129,15 @@ def policy_process(
 def rollout_process(
     shapes: Shapes, config: Config, dtype: str, stored_bytes: int, gpu: bool, tokens: int
 ) -> Components:
-    """A rollout worker's memory outside a GPU; on a GPU it takes rollout.gpu_memory_utilization of
-    that besides.
+    """Return the memory of a rollout worker outside its GPUs, by component.
+
+    On a GPU it also takes the share rollout.gpu_memory_utilization of the GPU's memory.
 
     Args:
-        stored_bytes: of a number in the checkpoint's files.
-        tokens: of the longest prompt and completion.
+        dtype: dtype of the base model.
+        stored_bytes: bytes of one number in the checkpoint's files.
+        gpu: whether the worker has GPUs.
+        tokens: tokens of the longest prompt and completion together.
     """
     width = DTYPE_BYTES[dtype]
     transformers = config.rollout.engine == "transformers"
@@ -146,8 +155,8 @@ def rollout_process(
         components["pristine weights of adapted blocks"] = shapes.block_parameters * (
             width if transformers else stored_bytes
         )
-    # at the largest: the front's points. vLLM stacks up to three modules, whose B is zero outside
-    # their own rows
+    # The largest adapters are the points of the front. vLLM stacks up to three modules, and each
+    # module's B is zero outside its own rows.
     elif not gpu:
         rank = config.lora.rank * config.warp.policies * config.warp.iterations
         components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (
@@ -161,12 +170,16 @@ def rollout_process(
 def rollout_gpu(
     shapes: Shapes, config: Config, dtype: str, lora_rank: int, loras: int, tokens: int
 ) -> Components:
-    """What a rollout worker needs on each of its GPUs to generate one call's completions at once;
-    vLLM takes what is left for more.
+    """Return the memory that a rollout worker needs on each of its GPUs, by component.
+
+    It suffices to generate one call's completions at once. vLLM uses the rest of its share for a
+    larger KV cache.
 
     Args:
-        lora_rank, loras: of the slots for adapters.
-        tokens: of the longest prompt and completion.
+        dtype: dtype of the base model.
+        lora_rank: rank of the adapter slots.
+        loras: number of adapter slots.
+        tokens: tokens of the longest prompt and completion together.
     """
     width, parts = DTYPE_BYTES[dtype], config.rollout.tensor_parallel_size
     rows = config.rollout.chunk_size or config.optim.batch_size
@@ -178,15 +191,23 @@ def rollout_gpu(
 
 
 def kv_cache(shapes: Shapes, config: Config, width: int, tokens: int) -> int:
-    """What is set aside on a CPU; transformers' grows to its rows."""
+    """Return the bytes of the KV cache on a CPU.
+
+    vLLM reserves rollout.kv_cache_gib. The cache of transformers grows with its rows, here 64.
+
+    Args:
+        width: bytes of one number.
+        tokens: tokens of the longest prompt and completion together.
+    """
     if config.rollout.engine == "transformers":
         return 64 * tokens * shapes.kv_numbers * width
     return int(config.rollout.kv_cache_gib * 2**30)
 
 
 def init_bytes(shapes: Shapes, config: Config) -> int:
-    """What an iteration starts from, at the largest: the policies of all before it, side by
-    side.
+    """Return the bytes of the largest init, that of the last iteration.
+
+    Its rank is the sum of the ranks of all policies before it.
     """
     return (
         shapes.adapter_numbers(
@@ -197,18 +218,19 @@ def init_bytes(shapes: Shapes, config: Config) -> int:
 
 
 def task_vector_bytes(shapes: Shapes, config: Config) -> int:
-    """What travels from a policy to the rollout workers in each step."""
+    """Return the bytes that a policy sends to the rollout workers in each step."""
     return config.lora.rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
 
 
 def checkpoint_bytes(shapes: Shapes, config: Config) -> int:
-    """Adapter, EMA and moments of one policy."""
+    """Return the bytes of one policy's checkpoint: its adapter, EMA and optimiser moments."""
     return 2 * task_vector_bytes(shapes, config) + 2 * trained_numbers(shapes, config) * FLOAT32
 
 
 def result_bytes(shapes: Shapes, config: Config) -> int:
-    """All adapters that a run leaves behind: each θ_m, each iteration's init and merge, and the
-    chosen one.
+    """Return the bytes of all adapters that a finished run keeps.
+
+    These are each θ_m, each iteration's init and merge, and the chosen adapter.
     """
     rank, policies, total = config.lora.rank, config.warp.policies, 0
     for before in range(config.warp.iterations):
@@ -222,5 +244,9 @@ def result_bytes(shapes: Shapes, config: Config) -> int:
 
 
 def in_units(size: float, more: int = 0) -> str:
-    """Bytes as a person reads them. more: digits, for sizes that are compared with each other."""
+    """Return a size in bytes as text in MiB or GiB.
+
+    Args:
+        more: extra digits, for sizes that are compared with each other.
+    """
     return f"{size / 2**30:.{1 + more}f} GiB" if size >= 2**30 else f"{size / 2**20:.{more}f} MiB"

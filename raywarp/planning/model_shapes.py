@@ -1,5 +1,6 @@
-"""The shapes of a model and its adapters without its weights: transformers' own model, on torch's
-meta device.
+"""Shapes of a model and its adapters, found without its weights.
+
+transformers builds the model on torch's meta device, where tensors have shapes but no data.
 """
 
 import contextlib
@@ -30,11 +31,14 @@ def model_shapes(
     gpu: bool = False,
     trust_remote_code: bool = False,
 ) -> Shapes:
-    """Shapes of a causal language model.
+    """Return the shapes of a causal language model with adapters.
 
     Args:
-        model_config: transformers' configuration.
-        rows, length: of the micro-batch whose activations are counted; 0 leaves them out.
+        model_config: transformers' configuration of the model.
+        dtype: dtype of the base model.
+        rows: completions of the micro-batch whose activations are counted; 0 counts none.
+        length: tokens of a prompt and completion in that micro-batch.
+        gpu: whether the policies are trained on GPUs.
 
     Raises:
         ConfigError: lora.target_modules does not fit the model.
@@ -56,9 +60,8 @@ def model_shapes(
         if block_of(name.rpartition(".")[0]) in blocks
     )
     text = model_config.get_text_config()
-    heads = getattr(
-        text, "num_attention_heads", 0
-    )  # a state-space model has none, and a state that is small beside a cache
+    # A state-space model has no heads. Its state is small compared with a KV cache.
+    heads = getattr(text, "num_attention_heads", 0)
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     saved = 0
     if rows:
@@ -81,7 +84,7 @@ def model_shapes(
 
 
 def classifier_parameters(model_config: Any) -> int:
-    """Numbers in a sequence classifier with one label."""
+    """Return how many numbers a sequence classifier with one label has."""
     model_config.num_labels = 1
     with torch.device("meta"):
         return sum(
@@ -93,15 +96,15 @@ def classifier_parameters(model_config: Any) -> int:
 
 
 def _set_attention(base: Any, gpu: bool, length: int) -> None:
-    """What choose_attention would take, as far as it can be known without weights."""
+    """Set the attention that choose_attention would choose, as far as shapes alone decide it."""
     if base.config._attn_implementation != "sdpa":
         return
     dropped: set[str] = set()
     with (
         options_that_sdpa_drops(dropped),
         torch.device("meta"),
-        contextlib.suppress(Exception),
-    ):  # as in _saved_bytes
+        contextlib.suppress(Exception),  # as in _saved_bytes
+    ):
         _forward(base, 1, 2)
     if dropped:
         set_attention(base, "eager")
@@ -110,51 +113,49 @@ def _set_attention(base: Any, gpu: bool, length: int) -> None:
 
 
 def _forward(base: Any, rows: int, length: int) -> None:
-    """A pass through the backbone on the meta device, where code that looks at values, of which
-    there are none, fails.
+    """Run one pass through the backbone on the meta device.
+
+    Code that reads values fails there, because meta tensors have none.
     """
     for module in base.modules():
         if isinstance(kind := getattr(module, "rope_type", None), str):
-            module.rope_type = "default"  # others look at the positions; the sizes are the same
-        elif isinstance(kind, dict):  # of layer type → its rope
+            # The other types read the positions' values. The sizes are the same.
+            module.rope_type = "default"
+        elif isinstance(kind, dict):  # layer type → its rope type
             module.rope_type = dict.fromkeys(kind, "default")
     ids, positions = torch.zeros(2, rows, length, dtype=torch.long)
-    mask = torch.zeros(
-        rows, 1, length, length, dtype=base.dtype
-    )  # given, so that none is made from values
+    # The mask is given, because transformers would make one from values.
+    mask = torch.zeros(rows, 1, length, length, dtype=base.dtype)
     try:
         base.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    except Exception:  # a model that takes no such mask
+    except Exception:  # the model accepts no such mask
         base.base_model(input_ids=ids, use_cache=False)
 
 
 def _saved_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of one trained pass through the backbone: each storage once,
-    weights not counted.
+    """Return the bytes that autograd keeps for one trained pass through the backbone.
 
-    Where a model's code does not run without data: input and output of every adapted layer, twice.
+    Each storage counts once, and weights do not count. If the model's code fails without data, the
+    estimate is twice the input and output of every adapted layer.
     """
     size: int = base.dtype.itemsize
-    for dtype in (
-        base.dtype,
-        torch.bfloat16,
-    ):  # fused experts run on the meta device in bfloat16 alone (torch 2.13)
-        with contextlib.suppress(Exception):  # whatever the code of any model raises there
+    # In torch 2.13, fused experts run on the meta device only in bfloat16.
+    for dtype in (base.dtype, torch.bfloat16):
+        with contextlib.suppress(Exception):  # a model's own code may raise anything here
             return _kept_bytes(base.to(dtype), layers, lora, rows, length) * size // dtype.itemsize
     return 2 * rows * length * sum(sum(layer.weight.shape) for layer in layers.values()) * size
 
 
 def _kept_bytes(base: Any, layers: Any, lora: LoraConfig, rows: int, length: int) -> int:
+    """Return the bytes of all storages that autograd keeps in one pass, except those of weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in base.parameters()}
     storages: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            storages[storage._cdata] = (
-                storage,
-                storage.nbytes(),
-            )  # kept alive, so that no other gets its place
+            # The reference keeps the storage alive, so that no other one gets its address.
+            storages[storage._cdata] = (storage, storage.nbytes())
         return tensor
 
     for layer in layers.values():

@@ -1,5 +1,4 @@
-"""`raywarp plan`: what a run asks of the cluster, what each of its processes holds in memory, and
-whether it fits.
+"""`raywarp plan`: the resources that a run needs, the memory of its processes, and whether it fits.
 
 The same figures are checked when a run starts (see preflight.py).
 """
@@ -24,20 +23,21 @@ from raywarp.rewards.score import own_file
 from raywarp.rollout.engine import check_mode, mode_problem
 
 if TYPE_CHECKING:
-    from raywarp.planning.inputs import Inputs  # which imports transformers
+    from raywarp.planning.inputs import Inputs  # imports transformers, which takes seconds
 
-UNKNOWN_PROMPT = 128  # tokens of a prompt that has not been seen
+UNKNOWN_PROMPT = 128  # assumed tokens of the longest prompt, if neither data nor config tell
 
 
 def plan(config: Config, offline: bool = False) -> Forecast:
-    """What a run of this config needs, and whether it fits; nothing is started but a local Ray,
-    where there is no cluster to join.
+    """Return what a run of this config needs, and whether it fits.
+
+    If there is no cluster to join, a local Ray is started. Nothing else is started.
 
     Args:
-        offline: neither a cluster nor a hub is asked, and no data are read: the needs only.
+        offline: ask neither a cluster nor a hub, and read no data. The result has the needs only.
 
     Raises:
-        ConfigError: the config is wrong (and, unless offline, its model, data or reward).
+        ConfigError: the config is wrong, or (unless offline) its model, data or reward.
     """
     if config.tune is not None and config.tune.space:
         return _plan_sweep(config, offline)
@@ -73,7 +73,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
 
 
 def _plan_sweep(config: Config, offline: bool) -> Forecast:
-    """Of the largest trial, with a note on all of them."""
+    """Return the forecast of a sweep's largest trial, with a note on all its trials."""
     space = search_space(config)
     found = plan(space.largest(), offline)
     concurrent = None
@@ -91,8 +91,10 @@ def _plan_sweep(config: Config, offline: bool) -> Forecast:
 
 
 def opening(space: SearchSpace, concurrent: int | None) -> str:
-    """How many trials a sweep has, and how many policy runs that makes. concurrent: trials at the
-    same time, if that is known.
+    """Return a line with a sweep's numbers of trials and of policy runs.
+
+    Args:
+        concurrent: number of trials at the same time; None if it is not known.
     """
     line = f"{space.trials} trials of {', '.join(space.domains)} ({space.search})" + (
         f", {concurrent} at a time" if concurrent else ""
@@ -106,10 +108,10 @@ def opening(space: SearchSpace, concurrent: int | None) -> str:
 
 
 def check_cluster(config: Config, inputs: "Inputs") -> None:
-    """Check at the start of a run what `plan` checks, but for activations.
+    """Check at the start of a run what `plan` checks, except activations.
 
-    Counting these takes a second. A run that does not fit now may fit later: the session waits for
-    it, and says so if it never does.
+    Counting activations takes a second. A run that does not fit now may fit later: the session
+    waits for free resources, and reports if there never are any.
 
     Raises:
         ConfigError: see preflight.preflight.
@@ -121,8 +123,13 @@ def check_cluster(config: Config, inputs: "Inputs") -> None:
 
 
 def _origin(config: Config) -> Origin:
-    """What a run would read; where its model cannot be loaded here but its shapes are known,
-    these.
+    """Return the model and prompt length that a run would read.
+
+    If the run's inputs are unusable here but the model's shapes are known, return these shapes with
+    a warning.
+
+    Raises:
+        ConfigError: the inputs are unusable, and the shapes are not known.
     """
     from raywarp.planning.inputs import prepare
 
@@ -137,11 +144,15 @@ def _origin(config: Config) -> Origin:
 
 
 def shapes_only(config: Config, weights: bool = False) -> Origin | None:
-    """From a config.json that is here (in a folder, or in the hub's cache), or from
-    known_models.py; nothing is fetched.
+    """Return a model's shapes without its weights; nothing is downloaded.
+
+    They come from a config.json in a folder or in the hub's cache, or else from known_models.py.
 
     Args:
-        weights: also where the weights are here, too.
+        weights: return the shapes even if the weights are on this machine.
+
+    Returns:
+        None if no shapes are known, or if the weights are here and `weights` is False.
     """
     model, what = embedded.cached(config.model), f"model={config.model}"
     if model is None:
@@ -167,7 +178,7 @@ def shapes_only(config: Config, weights: bool = False) -> Origin | None:
 
 
 def _folder_of_config(model: str) -> Path | None:
-    """Where a model's config.json is on this machine."""
+    """Return the folder on this machine that has the model's config.json; None without one."""
     from huggingface_hub import try_to_load_from_cache
 
     if (Path(model).expanduser() / "config.json").is_file():
@@ -177,7 +188,7 @@ def _folder_of_config(model: str) -> Path | None:
 
 
 def local_paths(config: Config, model: str) -> list[str]:
-    """Folders and files on this machine that processes on other nodes read, too."""
+    """Return the folders and files of this machine that processes on other nodes also read."""
     scorers = [scorer for scorer in (config.reward, config.control) if scorer is not None]
     names = [model, *(embedded.resolve(scorer.model) for scorer in scorers if scorer.model)]
     modules = [own_file(scorer.function) for scorer in scorers if scorer.function]
@@ -186,6 +197,7 @@ def local_paths(config: Config, model: str) -> list[str]:
 
 
 def _offline(config: Config) -> Forecast:
+    """Return the needs of a run without asking a cluster or the hub."""
     placed = resources.wish(config, 0)
     check_mode(config, placed.rollout.gpus > 0)
     notes = [
@@ -219,8 +231,9 @@ def _offline(config: Config) -> Forecast:
 
 
 def print_forecast(found: Forecast, console: Any) -> None:
-    """Tables of processes and of their memory, disk and traffic, and the verdict as the last
-    line.
+    """Print tables of the processes and their memory, then disk and traffic.
+
+    The last line says whether the run fits.
     """
     from rich.table import Table
 
@@ -266,7 +279,7 @@ def print_forecast(found: Forecast, console: Any) -> None:
 
 
 def _memory_in_words(processes: Sequence[ProcessMemory], need: resources.Need, on_gpu: bool) -> str:
-    """What one of a kind holds in memory, or on a GPU."""
+    """Return the memory of one process of a kind as text, in the host or on a GPU."""
     for process in processes:
         if (process.need, process.on_gpu) == (need, on_gpu):
             if not process.components:
@@ -278,6 +291,7 @@ def _memory_in_words(processes: Sequence[ProcessMemory], need: resources.Need, o
 
 
 def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
+    """Return lines about the nodes, and, if the shapes are known, about disk and traffic."""
     config, lines = found.config, []
     for report in found.reports:
         gpus = (
@@ -292,9 +306,8 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
     from raywarp.run.policy_files import KEPT_CHECKPOINTS
 
     each, results = memory.checkpoint_bytes(shapes, config), memory.result_bytes(shapes, config)
-    kept = (
-        (KEPT_CHECKPOINTS + 1) * config.warp.policies * each
-    )  # the new one is written before the oldest goes
+    # The new checkpoint is written before the oldest is deleted.
+    kept = (KEPT_CHECKPOINTS + 1) * config.warp.policies * each
     free = preflight.free_bytes(config.out)
     room = "" if free is None else f"; {in_units(free)} free"
     lines.append(
@@ -317,8 +330,9 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
 
 
 def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
-    """How many policy runs a sweep's trials ask for, and how many different ones these are; None
-    where that is not known in advance.
+    """Return how many policy runs a sweep's trials ask for, and how many of these differ.
+
+    Return None if that is not known in advance, as with optuna and asha.
     """
     from raywarp.run.keys import key_chain
 

@@ -1,6 +1,4 @@
-"""What is checked when Ray is there and before any work starts: every node's access, versions and
-memory, and the disk.
-"""
+"""Checks of the cluster before a run starts its actors: files, versions, memory and disk."""
 
 import logging
 import shutil
@@ -20,20 +18,21 @@ from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import made, writable
 
-LEAST_CHECKPOINTS = 2  # of each policy, that the disk must have room for
+LEAST_CHECKPOINTS = 2  # checkpoints of each policy for which the disk must have room
 
 
 def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
-    """Check the cluster for a run; Ray must be there.
+    """Check the cluster for a run. Ray must be running.
+
+    Memory that may be too little, and GPUs that would be idle, are logged as warnings.
 
     Args:
         forecast: the run's forecast.Forecast, or None for a stage without policies.
         paths: local folders that the run's processes read.
 
     Raises:
-        ConfigError: a node that does not see or cannot write the run's folder, other versions
-            there, no room on the disk, or more memory than any node has. A run that only may need
-            more memory than there is, or leaves GPUs idle, is warned of.
+        ConfigError: a node cannot see or write the run's folder, or has other versions; the disk
+            lacks room; or the weights need more memory than any node has.
     """
     reports = node_reports(config, paths)
     problems = [*access_problems(reports, config), *version_problems(reports)]
@@ -48,8 +47,9 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
 
 
 def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
-    """Of every node on which a process of the run may be placed; on a cluster of one node nothing
-    is sent around.
+    """Return a report of every node on which a process of the run may be placed.
+
+    On a cluster of one node this process makes the report, without a Ray task.
     """
     nodes = [
         node
@@ -63,9 +63,8 @@ def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
         here = ray.get_runtime_context().get_node_id()
         if [node["NodeID"] for node in nodes] == [here]:
             return [node_report.check_node(nodes[0]["NodeManagerAddress"], folder, nonce, paths)]
-        ray.cloudpickle.register_pickle_by_value(
-            node_report
-        )  # so that the answer of a node without raywarp is not a ModuleNotFoundError
+        # By value, so that a node without raywarp does not answer with a ModuleNotFoundError.
+        ray.cloudpickle.register_pickle_by_value(node_report)
         try:
             return _ask(nodes, folder, nonce, paths, config.cluster.timeout_seconds)
         finally:
@@ -79,6 +78,14 @@ def _ask(
     paths: Sequence[str],
     timeout: float,
 ) -> list[NodeReport]:
+    """Run check_node on every node, and return the reports.
+
+    Args:
+        timeout: the longest wait for all of them, in seconds.
+
+    Raises:
+        ConfigError: a node did not answer in time, or its check failed.
+    """
     task = ray.remote(node_report.check_node)
     refs = {}
     for node in nodes:
@@ -105,12 +112,12 @@ def _ask(
 
 
 def workplace(config: Config) -> tuple[str, str]:
-    """Where policy actors write, on whatever node: the key and its value."""
+    """Return the key of the place where policy actors on any node write, and its value."""
     return ("store", config.store) if config.store else ("out", config.out)
 
 
 def access_problems(reports: Sequence[NodeReport], config: Config) -> list[str]:
-    """Nodes that cannot do their part of the run for want of files."""
+    """Return a message for each node that lacks files, or cannot use the run's folder."""
     problems, place = [], "=".join(workplace(config))
     for report in reports:
         if report.unwritable:
@@ -131,8 +138,9 @@ def access_problems(reports: Sequence[NodeReport], config: Config) -> list[str]:
 
 
 def version_problems(reports: Sequence[NodeReport]) -> list[str]:
-    """Packages whose versions differ between nodes (builds for CPU and GPU of one version do not
-    count as different).
+    """Return a message for each package whose versions differ between nodes.
+
+    Builds of one version for CPU and GPU count as the same.
     """
     problems = []
     for package in dict.fromkeys(name for report in reports for name in report.versions):
@@ -153,7 +161,7 @@ def version_problems(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def idle_gpus(reports: Sequence[NodeReport]) -> list[str]:
-    """Nodes whose GPUs a run reserves and cannot use, since their torch was built for CPUs."""
+    """Return a message for each node whose GPUs are idle, because its torch is built for CPUs."""
     return [
         f"node {report.address} has GPUs, but torch {report.versions['torch']} was built without"
         " CUDA: its processes use the CPU; install the build for CUDA, or set"
@@ -164,8 +172,12 @@ def idle_gpus(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def disk_problems(config: Config, bytes_each: int) -> list[str]:
-    """Whether there is room for two checkpoints of every policy; a run that is to be continued has
-    some already.
+    """Return a message if the disk lacks room for two checkpoints of every policy.
+
+    A run that is continued is not checked, because it has checkpoints already.
+
+    Args:
+        bytes_each: bytes of one policy's checkpoint.
     """
     if (folder := Storage(config.out).folder) and (folder / CONFIG_FILE).is_file():
         return []
@@ -182,7 +194,7 @@ def disk_problems(config: Config, bytes_each: int) -> list[str]:
 
 
 def free_bytes(place: str) -> int | None:
-    """Free room where a folder is or would be; None for a URI."""
+    """Return the free bytes on the disk where a folder is or would be; None for a URI."""
     folder = Storage(place).folder
     if folder is None:
         return None
@@ -193,8 +205,12 @@ def free_bytes(place: str) -> int | None:
 
 @contextmanager
 def _nonce(key: str, place: str) -> Iterator[tuple[str | None, str]]:
-    """A file in the place, if it is a folder, that every node must see; afterwards the folder is as
-    it was.
+    """Write a file that every node must see into a place, and yield the folder and file name.
+
+    Afterwards the folder is as it was. For a URI no file is written, and the folder is None.
+
+    Args:
+        key: the configuration's key of the place, for messages.
     """
     nonce = f".preflight-{uuid.uuid4().hex}"
     folder = Storage(place).folder

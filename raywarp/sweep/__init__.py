@@ -1,3 +1,1 @@
-"""Ray Tune over a configuration's keys: the sweep, its trials, their listeners, its files, and what
-it found.
-"""
+"""Sweeps over a configuration's keys with Ray Tune: trials, listeners, files and results."""

@@ -1,13 +1,13 @@
-"""What a sweep's folder holds besides its trials' runs, and where: a record of each trial, by which
-a rerun knows what is done.
+"""Files in a sweep's folder, among them a record of each trial that tells a rerun what is done.
 
-trials/<name>.json     a trial's values, a row per finished iteration, and which policies were
-                       trained for it
-trials/<name>/         its run; policies are in the store that all trials share
-numerics/<key>.json    what a policy's key depends on and only running engines know, so that a
-                       finished trial needs none
-plan.json              threads of each process, since results depend on them
+trials/<name>.json     a trial's values, a row per finished iteration, and the keys of the policies
+                       that were trained for it
+trials/<name>/         the trial's run; its policies are in the store that all trials share
+numerics/<key>.json    the part of a policy's key that only running engines know; with it, a
+                       finished trial starts no engine
+plan.json              threads of each process, because results depend on them
 sweep.json, sweep.png, best.yaml
+                       the results, see results.py
 """
 
 import json
@@ -22,12 +22,14 @@ SWEEP_FILE = "sweep.json"
 
 @dataclass
 class Record:
-    """One trial, so far.
+    """The state of one trial.
 
-    point: dotted key → value. rows: of iterations 1, 2, …: policies (keys), front_key, front
-    (points), chosen, and the objectives' values.
-    trained: keys of the policies whose training this trial has begun. failed: why it ended early,
-    or None.
+    Attributes:
+        point: the trial's values, dotted key → value.
+        rows: one row for each of iterations 1, 2, …: policies (keys), front_key, front (points),
+            chosen, and the objectives' values.
+        trained: keys of the policies whose training this trial has begun.
+        failed: why the trial ended early; None if it did not.
     """
 
     point: dict[str, Any]
@@ -37,17 +39,20 @@ class Record:
 
 
 class SweepFiles:
-    """The place `out` of a sweep, a folder or an object store."""
+    """The files in the place `out` of a sweep, a folder or an object store."""
 
     def __init__(self, out: str):
         self.out, self._storage = out, Storage(out)
 
     def trial_folder(self, name: str) -> str:
-        """The `out` of a trial."""
+        """Return the `out` of a trial."""
         return within(self.out, f"trials/{name}")
 
     def begun(self) -> list[str]:
-        """Names of the trials whose runs have begun; the best first, once that is known."""
+        """Return the names of the trials whose runs have begun.
+
+        Once sweep.json ranks them, the best is the first.
+        """
         trials = (self._read(SWEEP_FILE) or {}).get("trials")
         ranked = (
             [trial.get("name") for trial in trials if isinstance(trial, dict)]
@@ -60,8 +65,11 @@ class SweepFiles:
         )
 
     def record(self, name: str, point: Mapping[str, Any]) -> Record:
-        """Of the trial with this name and these values; a new one where there is none that can be
-        read.
+        """Return a trial's record, or a new one if none can be read.
+
+        Args:
+            name: name of the trial.
+            point: values of a new record.
         """
         tree = self._read(f"trials/{name}.json")
         return (
@@ -74,19 +82,21 @@ class SweepFiles:
         self._write(f"trials/{name}.json", asdict(record))
 
     def numerics(self, key: str) -> dict[str, Any] | None:
-        """What a session once found, for policies' keys."""
+        """Return the determinants of policies' keys that an earlier session found, or None."""
         return self._read(f"numerics/{key}.json")
 
     def save_numerics(self, key: str, found: Mapping[str, Any]) -> None:
         self._write(f"numerics/{key}.json", dict(found))
 
     def plan(self) -> dict[str, Any]:
+        """Return plan.json; empty before it is first written."""
         return self._read("plan.json") or {}
 
     def save_plan(self, plan: Mapping[str, Any]) -> None:
         self._write("plan.json", dict(plan))
 
     def _read(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON file's object; None if it is missing or unreadable."""
         data = self._storage.read(name)
         try:
             tree = json.loads(data) if data is not None else None
@@ -99,6 +109,9 @@ class SweepFiles:
 
 
 def within(place: str, name: str) -> str:
-    """A name in a folder or under a URI, whose options stay behind the question mark."""
+    """Return the path of a name in a folder or under a URI.
+
+    A URI's options stay at its end, after the question mark.
+    """
     path, mark, options = place.partition("?") if "://" in place else (place, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{options}"

@@ -1,4 +1,4 @@
-"""Who hears of a sweep's trials from Ray Tune: the terminal, and TensorBoard, W&B and MLflow."""
+"""Listeners to a sweep's trials in Ray Tune: the terminal, and TensorBoard, W&B and MLflow."""
 
 from types import TracebackType
 from typing import Any, Protocol
@@ -15,8 +15,10 @@ from raywarp.sweep.trial import SweepPlan
 
 
 class TrialListener(Protocol):
-    """trial: Tune's own, with `trial_id` and `config`. A trial that ended or died is not heard of
-    again.
+    """The events of trials that Ray Tune reports.
+
+    Each `trial` is Tune's own object, with `trial_id` and `config`. `ended` or `died` is the last
+    event of a trial.
     """
 
     def began(self, trial: Any) -> None: ...
@@ -29,8 +31,10 @@ class TrialListener(Protocol):
 
 
 def callback(listener: TrialListener) -> Callback:
-    """For Tune, which stores its callbacks: consoles and connections cannot be, so what it stores
-    is an empty one.
+    """Return a Tune callback that calls the listener.
+
+    Tune pickles its callbacks. Consoles and connections cannot be pickled, so an empty callback is
+    pickled instead.
     """
 
     class Listening(Callback):
@@ -55,7 +59,7 @@ def callback(listener: TrialListener) -> Callback:
 
 
 class SweepProgress:
-    """A context manager, inside which the bars are shown."""
+    """Progress bars of a sweep and its trials. They are shown inside the `with` block."""
 
     def __init__(self, plan: SweepPlan, display: Display):
         self.plan, self.display = plan, display
@@ -109,8 +113,9 @@ class SweepProgress:
 
 
 class SweepLoggers:
-    """In the process that runs the sweep. What an earlier invocation measured and logged is not
-    logged again.
+    """The loggers of a sweep's trials, in the process that runs the sweep.
+
+    Values that an earlier invocation measured and logged are not logged again.
     """
 
     def __init__(self, plan: SweepPlan, run: Run, display: Display):
@@ -125,9 +130,8 @@ class SweepLoggers:
             update={"loggers": self.plan.space.base.loggers}
         )
         folder = self.run.folder / "loggers" / name_of(point)
-        folder.mkdir(
-            parents=True, exist_ok=True
-        )  # not the trial's own, which is another process's to make
+        # This is not the trial's own folder, because the trial's process creates that one.
+        folder.mkdir(parents=True, exist_ok=True)
         if was_logged(folder):
             self.old.add(trial.trial_id)
         self.trials[trial.trial_id] = Loggers(
@@ -152,7 +156,8 @@ class SweepLoggers:
         loggers = self.trials.pop(trial.trial_id, None)
         if loggers and loggers.is_started:
             run = Run(self.run.folder / "trials" / loggers.run.folder.name)
-            if (run.folder / FRONT_FILE).is_file():  # else the sweep is in an object store
+            # If the sweep is in an object store, this machine has no such file.
+            if (run.folder / FRONT_FILE).is_file():
                 loggers.finish(run)
             loggers.close(failed)
 

@@ -1,5 +1,6 @@
-"""What a sweep has found: its trials ranked, the Pareto-optimal points of all fronts, what sharing
-saved; as table, plot and files.
+"""Results of a sweep, as table, plot and files.
+
+They are the ranked trials, the Pareto-optimal points of all fronts, and what sharing saved.
 """
 
 import io
@@ -23,16 +24,22 @@ from raywarp.storage.sealed import DamagedError
 from raywarp.sweep.files import SWEEP_FILE, SweepFiles
 from raywarp.sweep.trial import SweepPlan, front_line, measures
 
-LEGEND = 12  # trials that are named in the plot
+LEGEND = 12  # the most trials that the plot's legend names
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial at its end.
+    """The outcome of one trial.
 
-    state: finished, stopped (by ASHA, after some of its iterations), failed, or unfinished.
-    measured: see trial.measures; of the last iteration, empty without one. policies: keys, of all
-    iterations that were begun.
+    Attributes:
+        name: name of the trial.
+        point: the trial's values, dotted key → value.
+        state: finished, failed, unfinished, or stopped (by ASHA, after some iterations).
+        message: why the trial failed or is unfinished, else empty.
+        iterations: number of finished iterations.
+        measured: measures of the last finished iteration, see trial.measures; empty without one.
+        front: points of that iteration on the line from SFT to SLERP, by rising η.
+        policies: keys of the policies of all iterations that were begun.
     """
 
     name: str
@@ -47,11 +54,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sweep:
-    """trials: the best first. best: the first finished one's name, None without any.
+    """The results of a sweep.
 
-    optimal: (trial, η) of the points of all fronts that no other point has more reward than at no
-    more KL; SFT, in every front, left out.
-    asked, executed: policy runs. seconds: of an executed one, on average.
+    Attributes:
+        trials: the trials, the best first.
+        objectives: names of what the trials are ranked by.
+        optimal: (trial, η) of the Pareto-optimal points of all fronts together: no other point has
+            more reward at no more KL. SFT is in every front and left out.
+        asked: policy runs that the trials asked for.
+        executed: policy runs that were executed.
+        seconds: mean time of an executed policy run, in seconds.
     """
 
     trials: list[Outcome]
@@ -63,14 +75,16 @@ class Sweep:
 
     @property
     def best(self) -> str | None:
+        """Name of the best finished trial; None if no trial is finished."""
         return next((trial.name for trial in self.trials if trial.state == "finished"), None)
 
     @property
     def saved_seconds(self) -> float:
-        """Of training, that sharing saved."""
+        """Seconds of training that sharing saved."""
         return (self.asked - self.executed) * self.seconds
 
     def summary(self) -> str:
+        """Return a line on the policy runs, and on what sharing saved."""
         line = f"{self.asked} policy runs were asked for, {self.executed} executed"
         if self.asked <= self.executed:
             return line
@@ -81,7 +95,11 @@ class Sweep:
 
 
 def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]]) -> Sweep:
-    """From the trials' records."""
+    """Return the results of a sweep, from its trials' records.
+
+    Args:
+        points: the trials' values. Equal ones count once.
+    """
     space, objectives = plan.space, [str(name) for name in plan.space.settings.objectives]
     outcomes, trained = [], set[str]()
     for point in {name_of(point): point for point in points}.values():
@@ -124,17 +142,20 @@ def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]
 
 
 def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome]:
-    """Finished ones first, the best of them at the top: by the objective, or, of several, those
-    that none is better than in all, then by hypervolume.
+    """Return the trials ranked: finished ones first, and the best at the top.
+
+    With one objective, they are sorted by it. With several, the trials that no other one beats come
+    first, then hypervolume decides.
     """
 
     def worth(outcome: Outcome) -> list[float]:
-        """Less is better."""
+        """Return the objectives' values, signed so that less is better."""
         return [
             outcome.measured[name] * (1 if DIRECTIONS[name] == "min" else -1) for name in objectives
         ]
 
     def beaten(outcome: Outcome) -> bool:
+        """Return whether another trial of its state is as good in all objectives, better in one."""
         mine = worth(outcome)
         others = [
             worth(other) for other in outcomes if other.measured and other.state == outcome.state
@@ -156,7 +177,7 @@ def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome
 
 
 def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
-    """sweep.json, sweep.png and best.yaml, in the sweep's folder."""
+    """Write sweep.json, sweep.png and best.yaml into the sweep's folder."""
     optimal = {
         name: [eta for other, eta in sweep.optimal if other == name] for name, _ in sweep.optimal
     }
@@ -212,6 +233,7 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
 
 
 def show_sweep(sweep: Sweep, display: Display) -> None:
+    """Print the table of the trials, their messages, and the summary."""
     display.console.print(sweep_table(sweep))
     for trial in sweep.trials:
         if trial.message:
@@ -220,7 +242,7 @@ def show_sweep(sweep: Sweep, display: Display) -> None:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """The trials, the best first."""
+    """Return a table of the trials, the best first."""
     optimal = {name for name, _ in sweep.optimal}
     by = ", ".join(sweep.objectives)
     title = (
@@ -255,8 +277,10 @@ def sweep_table(sweep: Sweep) -> Table:
 
 
 def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
-    """sweep.png: every trial's front, the Pareto-optimal points of all of them together, and the
-    hypervolume per trial beside it.
+    """Draw sweep.png.
+
+    The left panel has every trial's front, and the Pareto-optimal points of all of them together.
+    The right panel has the hypervolume of each trial.
     """
     import matplotlib
 
@@ -304,7 +328,14 @@ def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
 
 
 def _mean_seconds(place: str, keys: set[str]) -> float:
-    """Of a policy run on average: its updates, and its rollouts where they were waited for."""
+    """Return the mean time of a policy run in seconds.
+
+    It counts the updates, and the rollouts as far as the updates waited for them.
+
+    Args:
+        place: the store of the policies.
+        keys: keys of the policies that were trained.
+    """
     spent, storage = [], Storage(place)
     for key in sorted(keys):
         try:
@@ -323,6 +354,7 @@ def _mean_seconds(place: str, keys: set[str]) -> float:
 
 
 def _duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours, as text."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120

@@ -1,4 +1,4 @@
-"""`raywarp tune`: Ray Tune over WARP runs, which share all policies that they have in common."""
+"""`raywarp tune`: runs a sweep of WARP runs with Ray Tune. Trials share their common policies."""
 
 import contextlib
 import logging
@@ -28,23 +28,24 @@ from raywarp.sweep.listeners import SweepLoggers, SweepProgress, TrialListener, 
 from raywarp.sweep.results import Sweep, conclude, save_sweep, show_sweep
 from raywarp.sweep.trial import SweepPlan, Trial
 
-MOST_PREPARED = 16  # different inputs that are checked before anything starts
+MOST_PREPARED = 16  # the most different inputs that are checked before anything starts
 _SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its files are not read by anybody here
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # nothing here reads their files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # whose tables ignore verbose=0 (2.60)
+    "RAY_AIR_NEW_OUTPUT": "0",  # in Ray 2.60 its tables ignore verbose=0
 }
 
 
 def tune(config: Config, display: Display | None = None) -> Sweep:
-    """Run the sweep that config.tune describes, or continue it: what its folder `out` already holds
-    is not computed again.
+    """Run the sweep that config.tune describes, or continue it.
+
+    Results that its folder `out` already holds are reused.
 
     Raises:
         ConfigError: the input is wrong; nothing was started.
-        Stopped: SIGTERM or Ctrl-C; what was done is kept. It is a KeyboardInterrupt.
+        Stopped: SIGTERM or Ctrl-C, a KeyboardInterrupt. Finished work is kept.
     """
     display = display or Display()
     space = search_space(config)
@@ -68,8 +69,12 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
 
 
 def _refuse_earlier(files: SweepFiles) -> None:
-    """Raises ConfigError where a trial was sampled by an earlier version: its front and a new one's
-    cannot be compared.
+    """Refuse a sweep with trials that an earlier version sampled.
+
+    Their fronts cannot be compared with new ones.
+
+    Raises:
+        ConfigError: the sweep has such a trial.
     """
     for name in files.begun():
         if mark := read_mark(Storage(files.trial_folder(name))):
@@ -80,8 +85,13 @@ def _refuse_earlier(files: SweepFiles) -> None:
 
 
 def check_inputs(space: SearchSpace) -> Inputs:
-    """The inputs of the first trial; those of others that differ in what is read are checked, too,
-    as far as they are known now.
+    """Return the inputs of the first trial, and check those of trials that read something else.
+
+    With optuna only the first point is known before the sweep starts. At most MOST_PREPARED
+    different inputs are checked.
+
+    Raises:
+        ConfigError: some inputs are wrong.
     """
     different: dict[str, Config] = {}
     for point in space.points or [space.first()]:
@@ -98,11 +108,11 @@ def check_inputs(space: SearchSpace) -> Inputs:
 
 
 def _plan_sweep(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
-    """What the trials have in common, and how many of them run at the same time.
+    """Return what the trials have in common, and how many of them run at the same time.
 
-    All of them get the same number of actors, so that the next one never finds less room than it
-    counted on, and of threads, on which results depend: a continued sweep's are those that it began
-    with.
+    All trials get the same number of actors, so that the next trial always has enough resources.
+    All get the same number of threads, because results depend on it. A continued sweep keeps the
+    threads that it began with.
     """
     largest, settings = space.largest(), space.settings
     each, concurrent = resources.fit_several(
@@ -126,13 +136,14 @@ def _plan_sweep(space: SearchSpace, files: SweepFiles) -> tuple[SweepPlan, int]:
 
 
 def _absolute(place: str | None) -> str | None:
+    """Return a folder as an absolute path, and a URI or None unchanged."""
     return os.path.abspath(place) if place is not None and "://" not in place else place
 
 
 def _run_trials(plan: SweepPlan, run: Run, concurrent: int, display: Display) -> list[Values]:
-    """Have all trials done by Ray Tune; returns their values, in the order in which they were made.
+    """Run all trials with Ray Tune, and return their values in the order of their creation.
 
-    Nothing that Tune stores is ever read again: its files lie in a temporary folder.
+    Tune's own files lie in a temporary folder, because nothing reads them again.
     """
     with contextlib.ExitStack() as stack:
         folder = scratch.claim()
@@ -171,6 +182,11 @@ def _run_trials(plan: SweepPlan, run: Run, concurrent: int, display: Display) ->
 
 
 def _tune_config(space: SearchSpace, concurrent: int) -> Any:
+    """Return Ray Tune's configuration of the search.
+
+    Args:
+        concurrent: number of trials at the same time.
+    """
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -192,8 +208,10 @@ def _tune_config(space: SearchSpace, concurrent: int) -> Any:
 
 
 def _optuna(space: SearchSpace, concurrent: int) -> Any:
-    """Trials in groups that start together: what is suggested then does not depend on which of them
-    ends first, and a rerun repeats it.
+    """Return a search by optuna, whose trials run in groups that start together.
+
+    The suggestions then do not depend on which trial of a group ends first, so a rerun repeats
+    them.
     """
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -222,10 +240,10 @@ def _optuna(space: SearchSpace, concurrent: int) -> Any:
 
 
 def _resources() -> Any:
-    """A thousandth of the node that this process is on, and no CPU, which a run that just fits
-    would lack.
+    """Return the resources of a trial's own process: a thousandth of this process's node.
 
-    The trial's process does what a run's driver does, and sees the same files here.
+    It takes no CPU, because a run that just fits needs all of them. A trial's process does the work
+    of a run's driver. On this node it sees the same files.
     """
     from ray import tune as ray_tune
 
@@ -236,8 +254,9 @@ def _resources() -> Any:
 
 
 def _end_trials(plan: SweepPlan) -> None:
-    """Whatever still runs saves its policies and ends: after a signal, within the 3 s that Ray
-    leaves a job.
+    """Stop the trials that still run, and let them save their policies first.
+
+    After a signal, Ray leaves a job 3 s for this.
     """
     table, deadline = Table(plan.store), time.monotonic() + runtime.SAVE_SECONDS
     handles, busy = table.ask("trials", plan.id)
@@ -260,6 +279,7 @@ def _end_trials(plan: SweepPlan) -> None:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Any:
+    """Set environment variables inside the `with` block, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,9 +1,8 @@
-"""One trial of a sweep: a WARP run, iteration by iteration, inside a Ray Tune actor that asks for
-next to nothing itself.
+"""One trial of a sweep: a WARP run, iteration by iteration, in a Ray Tune actor.
 
-The run's own actors bring their placement groups, and exist only while there is something to train
-or to measure for them: a trial that waits for another one's policies, or finds all of its own done,
-holds none.
+The Tune actor itself needs almost no resources. The run's own actors have their placement groups,
+and exist only while they train or measure. A trial holds none while it waits for the policies of
+another trial, or if all its policies are done.
 """
 
 import os
@@ -37,16 +36,18 @@ from raywarp.storage.sealed import DamagedError
 from raywarp.sweep.files import Record, SweepFiles, within
 from raywarp.training import evaluation
 
-STOP_POLL = 0.25  # seconds between two looks at whether the sweep is to stop
+STOP_POLL = 0.25  # seconds between two checks whether the sweep has to stop
 
 
 @dataclass(frozen=True)
 class SweepPlan:
     """What all trials of a sweep have in common.
 
-    space: its base has the sweep's place, store, and actors and threads of a trial. id: of this
-    invocation.
-    folder: the working directory of the command.
+    Attributes:
+        space: the search space. Its base configuration has the sweep's `out` and `store`, and the
+            number of actors and threads of a trial.
+        id: id of this invocation.
+        folder: the working directory of the command.
     """
 
     space: SearchSpace
@@ -54,12 +55,13 @@ class SweepPlan:
     folder: str
 
     def point(self, tunes: dict[str, Any]) -> dict[str, Any]:
-        """A trial's values, from what Ray Tune has of it."""
+        """Return a trial's values, from the configuration that Ray Tune passes to it."""
         return self.space.resolved(decode(tunes))
 
     def config(self, point: dict[str, Any]) -> Config:
-        """A trial's whole configuration; its values are in it, its place is its own, and its
-        policies are where all trials' are.
+        """Return a trial's whole configuration, from its values.
+
+        Every trial has its own `out`. All share one store of policies.
         """
         config = self.space.config(point)
         place = within(self.space.base.out, f"trials/{name_of(point)}")
@@ -69,11 +71,12 @@ class SweepPlan:
 
     @property
     def store(self) -> str:
+        """The place of the policies that the trials share."""
         return self.space.base.store or self.space.base.out
 
 
 def front_line(points: list[dict[str, Any]]) -> list[Point]:
-    """Those of a front.json that lie on the line from SFT to SLERP, by rising η."""
+    """Return the points of a front.json on the line from SFT to SLERP, by rising η."""
     return sorted(
         (Point(**point) for point in points if point["eta"] is not None),
         key=lambda point: point.eta or 0,
@@ -81,8 +84,15 @@ def front_line(points: list[dict[str, Any]]) -> list[Point]:
 
 
 def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str, Any]:
-    """What trials are compared by: the hypervolume of a front, and reward, KL and control of its
-    chosen point.
+    """Return the measures by which trials are compared.
+
+    They are the hypervolume of a front, and the reward, KL and control of its chosen point. The
+    result also has that point's name, and the hypervolume's reference point (KL, reward).
+
+    Args:
+        space: the search space, whose settings may give the reference point.
+        config: the trial's configuration.
+        line: points of the front on the line from SFT to SLERP, by rising η.
     """
     settings, sft = space.settings, line[0]
     reference_kl = settings.reference_kl or space.base.front.choose.max_kl or 10.0
@@ -103,8 +113,9 @@ def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str,
 
 
 class Trial(Trainable):
-    """A step is an iteration of WARP. What it needs is made in the first one, so that what is wrong
-    is reported as the trial's failure.
+    """A trial as Ray Tune's Trainable; each step is one iteration of WARP.
+
+    The first step prepares the run, so that an error there is reported as the trial's failure.
     """
 
     def setup(self, config: dict[str, Any], plan: SweepPlan) -> None:  # type: ignore[override]
@@ -117,8 +128,9 @@ class Trial(Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Another trial in the same process, whose imports take longer than everything else in a
-        short trial.
+        """Take over another trial in the same process.
+
+        In a short trial, a new process's imports would take longer than all other work.
         """
         self.cleanup()
         self.point = self.plan.point(new_config)
@@ -127,8 +139,9 @@ class Trial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """The next iteration's measures; those of a trial that failed are not numbers, and it is
-        done.
+        """Run the next iteration, and return its measures.
+
+        If it fails, the measures are NaN, and the trial is done.
         """
         try:
             self._prepare()
@@ -154,11 +167,12 @@ class Trial(Trainable):
         }
 
     def cleanup(self) -> None:
-        """Everything that this trial holds is given back."""
+        """Release everything that this trial holds."""
         self._leave()
         self.kept.close()
 
     def _prepare(self) -> None:
+        """Claim the folder, and read the record and inputs, unless an earlier step did."""
         if self.ready:
             return
         self._claim_folder()
@@ -170,13 +184,17 @@ class Trial(Trainable):
         self.ready = True
 
     def _claim_folder(self) -> None:
-        """Two trials of equal values take turns, and the second finds everything done."""
+        """Claim the trial's folder, and wait for it if necessary.
+
+        Two trials of equal values thus take turns, and the second finds everything done.
+        """
         while not self.kept.enter_context(self.claims.take([folder := FOLDER + self.own.out])):
             self.claims.wait([folder])
 
     def _known(self, iteration: int) -> dict[str, Any] | None:
-        """What was measured of exactly these policies, by an earlier invocation or by another
-        trial; None where something is to be done.
+        """Return an iteration's row if its front has already been measured, else None.
+
+        An earlier invocation or another trial has then measured exactly these policies.
         """
         chain = self._chain()
         if chain is None:
@@ -192,11 +210,15 @@ class Trial(Trainable):
         return self._row(iteration, keys, front, points) if points else None
 
     def _chain(self) -> list[list[str]] | None:
-        """The keys of all policies, where somebody has run such engines before."""
+        """Return the keys of all policies; None if no trial has yet found the engines' numerics."""
         found = self.files.numerics(self.numerics_key)
         return key_chain(self.own, found) if found is not None else None
 
     def _stage(self, wanted: int) -> warp.IterationState:
+        """Run WARP up to the wanted iteration, and return its state.
+
+        If other trials are training missing policies, release all actors, and wait for them.
+        """
         while True:
             if self.stages is None:
                 self._wait_for_others()
@@ -214,8 +236,9 @@ class Trial(Trainable):
                 self.claims.wait(elsewhere.keys)
 
     def _wait_for_others(self) -> None:
-        """While others are at work on all that is missing of an iteration, nothing has to be
-        started to find that out.
+        """Wait while other trials train all missing policies of an iteration.
+
+        The wait takes place before the run opens its session, so it holds no resources.
         """
         place = Storage(self.plan.store)
         for keys in self._chain() or []:
@@ -227,11 +250,13 @@ class Trial(Trainable):
                 return
 
     def _begin(self, iteration: int, keys: Any) -> None:
+        """Add policies to the record when their training begins."""
         if new := [key for key in keys if key not in self.record.trained]:
             self.record.trained += new
             self.files.save_record(self.name, self.record)
 
     def _measured(self, stage: warp.IterationState) -> dict[str, Any]:
+        """Return the row of a finished iteration. Measure its front, unless that is stored."""
         keys = list(stage.keys[stage.iteration - 1])
         front = front_key(self.own, self.inputs.evaluation, keys)
         last = stage.iteration == self.own.warp.iterations
@@ -245,7 +270,13 @@ class Trial(Trainable):
     def _row(
         self, iteration: int, keys: list[str], front: str, points: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """The iteration's row of the record, which has it from now on."""
+        """Return an iteration's row, and save it in the record.
+
+        Args:
+            keys: keys of the iteration's policies.
+            front: key of the front.
+            points: the front's points, as in front.json.
+        """
         line = front_line(points)
         row = {
             "iteration": iteration,
@@ -261,7 +292,10 @@ class Trial(Trainable):
         return row
 
     def _stored_front(self, key: str) -> list[dict[str, Any]] | None:
-        """Of an iteration before the last, where a trial with the same policies has measured it."""
+        """Return the points of a front that a trial with the same policies has stored, or None.
+
+        Only fronts of iterations before the last are stored.
+        """
         try:
             folder = Storage(self.plan.store).fetch(f"fronts/{key}")
         except DamagedError as error:
@@ -270,6 +304,7 @@ class Trial(Trainable):
         return sealed.read_jsonl(folder / "front.jsonl") if folder else None
 
     def _measure_front(self, stage: warp.IterationState, key: str) -> list[dict[str, Any]]:
+        """Measure the front on the line from SFT to SLERP, and keep it in the store."""
         candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         with self.display.evaluation(len(wanted)) as done:
@@ -282,12 +317,13 @@ class Trial(Trainable):
         return points
 
     def _leave(self) -> None:
+        """Leave the run, which releases its actors."""
         if self.stages is not None:
             self.stages.close()
             self.stages = None
 
     def _listen(self) -> None:
-        """To the sweep's call to stop, while this process is at work on anything."""
+        """Wait for the sweep's order to stop, then pass it on as SIGTERM. Runs in a thread."""
         table = Table(self.plan.store)
         while not table.ask("stopping", self.plan.id):
             time.sleep(STOP_POLL)
@@ -295,7 +331,10 @@ class Trial(Trainable):
 
 
 def _move_to(folder: str) -> None:
-    """Where relative paths and a user's own reward module are found, as by the command itself."""
+    """Change to the command's working directory, and import modules from there.
+
+    Relative paths and a user's own reward module are then found as by the command itself.
+    """
     if Path(folder).is_dir():
         os.chdir(folder)
         if folder not in sys.path:
@@ -303,7 +342,7 @@ def _move_to(folder: str) -> None:
 
 
 def _numerics_key(config: Config, inputs: Inputs) -> str:
-    """Of everything that a session's numerics and a reward's statistics may follow from."""
+    """Return a key of all that a session's numerics and a reward's statistics may depend on."""
     sections = config.model_dump(
         include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"}
     )
