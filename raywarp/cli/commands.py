@@ -152,7 +152,7 @@ def _command(
     return parser
 
 
-def _load(options: argparse.Namespace) -> Config:
+def _config_of(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.overrides)
 
 
@@ -171,25 +171,25 @@ def _quickstart(options: argparse.Namespace) -> None:
 def _reward(options: argparse.Namespace) -> None:
     from raywarp.reward_stage import reward
 
-    reward(_load(options), _display(options))
+    reward(_config_of(options), _display(options))
 
 
 def _train(options: argparse.Namespace) -> None:
     from raywarp.warp import train
 
-    train(_load(options), _display(options))
+    train(_config_of(options), _display(options))
 
 
 def _tune(options: argparse.Namespace) -> int:
     from raywarp.sweep.sweep import tune
 
-    return 0 if tune(_load(options), _display(options)).best else 1
+    return 0 if tune(_config_of(options), _display(options)).best else 1
 
 
 def _plan(options: argparse.Namespace) -> int:
     from raywarp.planning.plan import plan, print_forecast
     from raywarp.run.terminal import console
 
-    found = plan(_load(options), options.offline)
+    found = plan(_config_of(options), options.offline)
     print_forecast(found, console())
     return 0 if found.fits else 2

@@ -40,7 +40,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
         ConfigError: the config is wrong, or (unless offline) its model, data or reward.
     """
     if config.tune is not None and config.tune.space:
-        return _plan_sweep(config, offline)
+        return _sweep_forecast(config, offline)
     if offline:
         return _offline(config)
     from raywarp.cluster import runtime
@@ -72,7 +72,7 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     )
 
 
-def _plan_sweep(config: Config, offline: bool) -> Forecast:
+def _sweep_forecast(config: Config, offline: bool) -> Forecast:
     """Return the forecast of a sweep's largest trial, with a note on all its trials."""
     space = search_space(config)
     found = plan(space.largest(), offline)

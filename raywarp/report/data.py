@@ -264,7 +264,7 @@ def _settings(config: Mapping[str, Any]) -> Rows:
     return [
         {
             "key": key,
-            "value": redact(_shown(value)),
+            "value": redact(_setting(value)),
             "changed": key in default and default[key] != value,
         }
         for key, value in flat(config)
@@ -272,7 +272,7 @@ def _settings(config: Mapping[str, Any]) -> Rows:
     ]
 
 
-def _shown(value: Any) -> str:
+def _setting(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "–"}[value]
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -115,10 +115,10 @@ def over_optimisation(points: Sequence[Point]) -> list[Finding]:
             f" {_eta(best)}, and choose an η of at most {_eta(best)}."
         )
         return [Finding("warning", "Reward and control part", text)]
-    return _flat(front)
+    return _is_flat(front)
 
 
-def _flat(front: Sequence[Point]) -> list[Finding]:
+def _is_flat(front: Sequence[Point]) -> list[Finding]:
     """Return a warning if the control does not rise while the reward does.
 
     This holds along the whole front, or from the middle of the reward's gain on.

@@ -76,7 +76,7 @@ class VllmEngine:
             self.llm: Any = LLM(**self._arguments())
             self._try_out()
         except refusals as error:
-            scratch.remove(self.folder)
+            scratch.discard(self.folder)
             raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
         self._known: set[str] = set()  # adapted modules found among the engine's layers
@@ -170,7 +170,7 @@ class VllmEngine:
 
         Processes that are killed leave shared memory behind.
         """
-        scratch.remove(self.folder)  # first, since a slow stop may be interrupted
+        scratch.discard(self.folder)  # first, since a slow stop may be interrupted
         segments = _shared_memory_of(
             [
                 worker.proc.pid

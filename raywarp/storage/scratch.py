@@ -30,7 +30,7 @@ def claim() -> Path:
     return folder
 
 
-def remove(folder: Path) -> None:
+def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if folder in _held:
         os.close(_held.pop(folder))

@@ -147,7 +147,7 @@ def _run_trials(plan: SweepPlan, run: Run, concurrent: int, display: Display) ->
     """
     with contextlib.ExitStack() as stack:
         folder = scratch.claim()
-        stack.callback(scratch.remove, folder)
+        stack.callback(scratch.discard, folder)
         stack.enter_context(_environment(_SETTINGS))
         from ray import tune as ray_tune
 
