@@ -223,8 +223,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     home = tmp_path_factory.mktemp("home")
     os.environ["HOME"] = str(home)
+    tests = Path(__file__).parent
+    folders = [tests, *(folder for folder in tests.iterdir() if [*folder.glob("test_*.py")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     )
     with tempfile.TemporaryDirectory(
         prefix="rw", ignore_cleanup_errors=True

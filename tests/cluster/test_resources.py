@@ -21,15 +21,15 @@ from raywarp.rewards.actor import RewardActor
 
 
 def plan(
-    monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **resources: float
+    monkeypatch: pytest.MonkeyPatch, config: Config, nodes: int = 1, **each: float
 ) -> resources.Plan:
-    total = {name: amount * nodes for name, amount in resources.items()}
+    total = {name: amount * nodes for name, amount in each.items()}
     monkeypatch.setattr(resources.ray, "available_resources", lambda: total)
     monkeypatch.setattr(resources.ray, "cluster_resources", lambda: total)
     monkeypatch.setattr(
         resources.ray,
         "nodes",
-        lambda: [{"Alive": True, "Resources": resources} for _ in range(nodes)],
+        lambda: [{"Alive": True, "Resources": each} for _ in range(nodes)],
     )
     return resources.make_plan(config)
 
@@ -116,8 +116,8 @@ def test_threads_are_shared_by_the_processes_that_work_at_the_same_time(
     there are.
     """
 
-    def threads(resources: float, **tree: dict[str, int]) -> tuple[int | None, bool]:
-        found = plan(monkeypatch, parse_config(tree), CPU=resources)
+    def threads(cpus: float, **tree: dict[str, int]) -> tuple[int | None, bool]:
+        found = plan(monkeypatch, parse_config(tree), CPU=cpus)
         return found.threads, found.crowded
 
     assert threads(2, warp={"policies": 1}) == (
