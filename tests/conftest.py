@@ -21,11 +21,14 @@ from typing import Any
 import platformdirs
 import psutil
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # waiting threads spin, on cores that are shared
+
 import torch
 
-os.environ.setdefault(
-    "RAYWARP_CACHE", platformdirs.user_cache_dir("raywarp")
-)  # tests move HOME, the fetched models stay
+# Tests move HOME; the fetched models stay.
+os.environ.setdefault("RAYWARP_CACHE", platformdirs.user_cache_dir("raywarp"))
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
@@ -34,9 +37,8 @@ os.environ.update(
     RAY_AUTH_MODE="token",
 )
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # of two that run side by side, neither sees what the other's runs have there for a moment
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Of two processes side by side, neither sees the other's temporary files.
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rw")
 
 from tiny_models import WORDS, save_tiny_gpt2, save_tiny_llama
@@ -68,13 +70,24 @@ def pytest_configure() -> None:
         os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="rwvllm")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the files, the slow ones begin: else the last process to end
-    has one of them alone.
+    """Mark what is slow, and share the files between processes.
+
+    The slow files begin, since the last process to end would have one of them alone. A process has
+    whole files, and one of them has all files that look at the same finished run.
     """
-    if hasattr(config, "workerinput"):
-        order = {f"test_{name}": n for n, name in enumerate(SLOW)}
-        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.parent.name == "end_to_end":
+            item.add_marker(pytest.mark.slow)
+    if not hasattr(config, "workerinput"):
+        return
+    order = {f"test_{name}": n for n, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    finished = {item.path for item in items if "tiny_finished" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "finished" if item.path in finished else item.path.as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_unconfigure() -> None:

@@ -431,6 +431,7 @@ print("RESULT", json.dumps([row[token].logprob for row, token in zip(rows, ids[1
 """  # noqa: E501
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mode"), [("llama", "lora"), ("gpt2", "merged")])
 def test_vllm_reads_the_merge(
     tmp_path: Path, kind: str, mode: str, request: pytest.FixtureRequest

@@ -10,6 +10,8 @@ import psutil
 import pytest
 from killing import survivors
 
+pytestmark = pytest.mark.slow
+
 DRIVER = (
     "from raywarp.cluster.runtime import start_ray; start_ray(); print('started', flush=True);"
     " input()"

@@ -396,6 +396,7 @@ for overrides in ([], ["rollout.workers=7"], ["rollout.workers=1", "rollout.tens
 """  # noqa: E501
 
 
+@pytest.mark.slow
 def test_the_8b_example_on_logical_gpus() -> None:
     """Eight are enough, but not for twelve actors, and an engine may be larger than a node. The
     model itself cannot be loaded here.

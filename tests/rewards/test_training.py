@@ -27,6 +27,8 @@ from raywarp.rewards.inputs import WORK, prepare_reward
 from raywarp.rewards.score import load_reward
 from raywarp.rewards.training import RewardSummary, train_reward
 
+pytestmark = pytest.mark.slow
+
 FILLER = ["the film", "a plot", "the plot was a film", "film", "was a"]
 
 

@@ -45,6 +45,8 @@ from raywarp.rollout.worker import RolloutWorker
 from raywarp.training.actors import Kinds
 from raywarp.training.session import Session
 
+pytestmark = pytest.mark.slow
+
 PROMPT_TOKENS = (
     140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 )

@@ -31,6 +31,8 @@ from raywarp.training.actors import Kinds
 from raywarp.training.evaluation import submit_points
 from raywarp.training.session import Session
 
+pytestmark = pytest.mark.slow
+
 PROMPT_TOKENS, TEMPERATURE = 6, 0.8
 
 

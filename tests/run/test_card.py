@@ -171,6 +171,7 @@ def push(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_push_uploads_the_adapter_with_card_and_picture(
     tiny_finished: Run, hub: Hub, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_an_old_run_is_pushed_with_a_mark_on_its_card(
     assert len(files) == 3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_pushed_is_one_message(tiny_finished: Run, hub: Hub, tmp_path: Path) -> None:
     run, count = str(tiny_finished.folder), len(hub.commits)
     (tmp_path / "empty").mkdir()

@@ -40,6 +40,8 @@ from raywarp.storage.location import Storage
 from raywarp.sweep.results import Sweep
 from raywarp.sweep.sweep import tune
 
+pytestmark = pytest.mark.slow
+
 REWARD = '''
 """Counts good words. Every batch leaves a line in the file `batches`; takes as many seconds per training batch as the file `pace` says."""
 import pathlib
