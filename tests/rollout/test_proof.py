@@ -126,7 +126,7 @@ def test_a_healthy_engine_passes(session: Session) -> None:
     assert session.proof is not None
     found = session.proof.found
     assert found is not None
-    exact = session.dtype == "float32"
+    exact = session.plan.dtype == "float32"
     assert found.slope == pytest.approx(1, abs=1e-3 if exact else 0.03)
     assert found.error < (1e-3 if exact else 0.01)
     assert found.engine_gap < (1e-3 if exact else 0.05)
@@ -153,7 +153,7 @@ def test_an_engine_with_the_wrong_adapter_is_refused(
         f"model={session.model}, rollout.engine=vllm, rollout.adapter={session.engine['adapter']}, "
         in message
     )
-    assert f"dtype={session.dtype}, rollout worker 1: " in message
+    assert f"dtype={session.plan.dtype}, rollout worker 1: " in message
     assert re.search(
         r"adapter its log-probs are 0?\.\d+ nats|[\d.]+ ± [\d.]+ times what it is in the trainer",
         message,
@@ -200,9 +200,9 @@ def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(
         ratios.append(float((ours - theirs).sum()))
         gaps.append(float((ours - torch.tensor(completion.logprobs)).abs().mean()))
     assert max(gaps) < (
-        1e-3 if session.dtype == "float32" else 0.2
+        1e-3 if session.plan.dtype == "float32" else 0.2
     )  # what was sampled from is W + ΔW
-    assert sum(gaps) / len(gaps) < (1e-4 if session.dtype == "float32" else 0.03)
+    assert sum(gaps) / len(gaps) < (1e-4 if session.plan.dtype == "float32" else 0.03)
     beyond = torch.tensor(ratios) - torch.tensor(scored.kl)
     assert abs(float(beyond.mean())) < 3 * float(beyond.std()) / len(prompts) ** 0.5
     assert (
