@@ -62,6 +62,10 @@ class Process:
             out_of_memory.kernel_kills(),
         )
 
+    def hangs(self, seconds: float) -> bool:
+        """Return whether it has spent more than this many seconds on one piece of work."""
+        return self.working > seconds
+
     def follows(self, other: "Process | None") -> bool:
         """Return whether this process has taken the place of another one.
 

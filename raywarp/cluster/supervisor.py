@@ -309,3 +309,25 @@ class ActorSlot:
         if self.actor is not None:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(self.actor)
+
+
+def hang_of(slot: ActorSlot, hang_seconds: float) -> str:
+    """Kill a policy actor that hangs, and return how it hangs, with its stack if it still answers.
+
+    The result is "" where it does not hang.
+    """
+    try:
+        process = slot.poll()
+    except RayError:
+        return ""  # it is dead, and its pending calls are about to fail
+    if process is not None and process.hangs(hang_seconds):
+        text = (
+            f"at work for {process.working:.0f} s without an end, in process"
+            f" {process.id}:\n{stack_of(slot.actor)}"
+        )
+    elif slot.pulse.hangs(hang_seconds):
+        text = f"its process has not answered for {slot.pulse.silent:.0f} s, so there is no stack"
+    else:
+        return ""
+    slot.give_up()
+    return text

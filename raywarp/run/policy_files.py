@@ -39,7 +39,7 @@ class Checkpoint:
     """The state of a policy: all that its next steps depend on, and its measurements so far.
 
     Attributes:
-        state: see raywarp.model.policy.Policy.state.
+        state: see raywarp.model.checkpoint.state_of.
         progress: step, prompts_drawn, rollout_version, and whose checkpoint it is (iteration,
             policy, key).
         metrics: a row per finished step.

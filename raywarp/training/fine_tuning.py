@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
-from raywarp.cluster.supervisor import ActorSlot
+from raywarp.cluster.supervisor import ActorSlot, hang_of
 from raywarp.config.schema import Config
 from raywarp.run.policy_files import Job
 from raywarp.storage.sealed import StoreError
@@ -373,25 +373,3 @@ class FineTuning:
                 f" {max(course.resumed, course.step // every * every)}"
             )
         )
-
-
-def hang_of(slot: ActorSlot, hang_seconds: float) -> str:
-    """Kill a policy actor that hangs, and return how it hangs, with its stack if it still answers.
-
-    The result is "" where it does not hang.
-    """
-    try:
-        process = slot.poll()
-    except RayError:
-        return ""  # it is dead, and its pending calls are about to fail
-    if process is not None and process.working > hang_seconds:
-        text = (
-            f"at work for {process.working:.0f} s without an end, in process"
-            f" {process.id}:\n{health.stack_of(slot.actor)}"
-        )
-    elif slot.pulse.hangs(hang_seconds):
-        text = f"its process has not answered for {slot.pulse.silent:.0f} s, so there is no stack"
-    else:
-        return ""
-    slot.give_up()
-    return text

@@ -37,7 +37,7 @@ from raywarp.rollout.protocol import (
     work_of,
 )
 from raywarp.run.policy_files import Job
-from raywarp.training.checkpoints import Progress, finished_metrics
+from raywarp.training.progress import Progress, finished_metrics
 
 # Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:

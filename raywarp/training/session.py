@@ -15,7 +15,7 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Report
-from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool
+from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool, hang_of
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.rewards.actor import Scorer
@@ -25,7 +25,7 @@ from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
 from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds
-from raywarp.training.fine_tuning import TICK, FineTuning, hang_of
+from raywarp.training.fine_tuning import TICK, FineTuning
 from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
 

@@ -59,9 +59,9 @@ from raywarp.run.policy_files import Job, PolicyFiles
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import StoreError
 from raywarp.training.actors import Kinds
-from raywarp.training.checkpoints import Progress
 from raywarp.training.evaluation import sft_scores, submit_points
 from raywarp.training.policy_actor import PolicyActor
+from raywarp.training.progress import Progress
 from raywarp.training.session import Session
 
 STEPS = 24

@@ -23,6 +23,7 @@ from raywarp.data.text import Completion
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import Batch, collate, micro_batches
+from raywarp.model.checkpoint import restore, state_of
 from raywarp.model.policy import Policy
 from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage
@@ -274,9 +275,9 @@ def test_resume_equals_uninterrupted(tiny_llama: Path) -> None:
     first = Policy(load(tiny_llama), config(), 1, 1)
     for seed in range(2):
         step(first, seed)
-    saved = first.state()
+    saved = state_of(first)
     second = Policy(load(tiny_llama), config(), 1, 1)
-    second.load_state(saved)
+    restore(second, saved)
     assert second.step == 2
     for seed in range(2, 4):
         step(second, seed)
@@ -286,9 +287,9 @@ def test_resume_equals_uninterrupted(tiny_llama: Path) -> None:
 def test_a_state_that_is_not_this_policys_changes_nothing(tiny_llama: Path) -> None:
     policy = Policy(load(tiny_llama), config(steps=3), 1, 1)
     step(policy, 0)
-    saved = policy.state()
+    saved = state_of(policy)
     other = Policy(load(tiny_llama), config(steps=3), 1, 1)
-    before = other.state()
+    before = state_of(other)
     last = max(name for name in saved if name.startswith("policy/"))
     for state, problem in (
         (
@@ -302,10 +303,10 @@ def test_a_state_that_is_not_this_policys_changes_nothing(tiny_llama: Path) -> N
         (saved | {"step": torch.tensor(4)}, "of step 4, and the policy takes 3"),
     ):
         with pytest.raises(DamagedError, match=problem):
-            other.load_state(state)
-        assert all(torch.equal(before[name], tensor) for name, tensor in other.state().items())
-    other.load_state(saved)
-    assert all(torch.equal(saved[name], tensor) for name, tensor in other.state().items())
+            restore(other, state)
+        assert all(torch.equal(before[name], tensor) for name, tensor in state_of(other).items())
+    restore(other, saved)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state_of(other).items())
 
 
 def test_checkpoints_come_back_newest_first_and_the_older_go(
@@ -318,7 +319,7 @@ def test_checkpoints_come_back_newest_first_and_the_older_go(
     states = []
     for seed in range(4):
         step(policy, seed)
-        states.append(policy.state())
+        states.append(state_of(policy))
         rows = [{"step": n, "reward": 0.1 * n} for n in range(policy.step)]
         files.save_checkpoint(Checkpoint(states[-1], {"key": "k", "step": policy.step}, rows, rows))
     assert files.checkpoints() == [f"policies/k/checkpoint-00000{n}" for n in (3, 4)]

@@ -26,6 +26,7 @@ from raywarp.config.schema import Config, ConfigError, LoraConfig
 from raywarp.data.text import Completion
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import collate, micro_batches
+from raywarp.model.checkpoint import state_of
 from raywarp.model.policy import Policy
 from raywarp.planning import memory, preflight
 from raywarp.planning.forecast import Forecast, ProcessMemory
@@ -80,7 +81,7 @@ def test_the_exact_parts_are_the_tensors(tiny_llama: Path, init: str) -> None:
     assert parts["optimiser moments"] == bytes_of(moments)
     saved = [
         value
-        for name, value in policy.state().items()
+        for name, value in state_of(policy).items()
         if not name.endswith("step") and not name.startswith("rng/")
     ]  # the rest is 15 kB
     assert memory.checkpoint_bytes(shapes, config) == bytes_of(saved)

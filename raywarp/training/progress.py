@@ -84,6 +84,8 @@ class Progress:
 
     def save_checkpoint(self, prompts_per_step: int) -> None:
         """Save everything up to the last finished step, unless that is saved already."""
+        from raywarp.model.checkpoint import state_of
+
         if self.policy.step == self.saved_step:
             return
         position = {
@@ -93,7 +95,7 @@ class Progress:
             "rollout_version": digest(self.policy.task_vector()),
         }
         self.files.save_checkpoint(
-            Checkpoint(self.policy.state(), position, self.metrics, self.samples)
+            Checkpoint(state_of(self.policy), position, self.metrics, self.samples)
         )
         self.saved_step = self.policy.step
 
@@ -102,7 +104,9 @@ class Progress:
         self.files.save_result(add(init, self.policy.task_vector()), self.metrics, self.samples)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.policy.load_state(checkpoint.state)
+        from raywarp.model.checkpoint import restore
+
+        restore(self.policy, checkpoint.state)
         self.metrics, self.samples = checkpoint.metrics, checkpoint.samples
         self.saved_step = checkpoint.step
 
