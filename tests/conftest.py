@@ -70,24 +70,30 @@ def pytest_configure() -> None:
         os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="rwvllm")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow, and share the files between processes.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.parent.name == "end_to_end":
+        item.add_marker(pytest.mark.slow)
 
-    The slow files begin, since the last process to end would have one of them alone. A process has
-    whole files, and one of them has all files that look at the same finished run.
-    """
-    for item in items:
-        if item.path.parent.name == "end_to_end":
-            item.add_marker(pytest.mark.slow)
-    if not hasattr(config, "workerinput"):
-        return
-    order = {f"test_{name}": n for n, name in enumerate(SLOW)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-    finished = {item.path for item in items if "tiny_finished" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "finished" if item.path in finished else item.path.as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a process whole files, and one of them all files that look at the same finished run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            shares = "tiny_finished" in (config.rootpath / file).read_text()
+            return "finished" if shares else file
+
+    return Files(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the slow files, since the last process to end would have one of them alone."""
+    if hasattr(config, "workerinput"):
+        order = {f"test_{name}": n for n, name in enumerate(SLOW)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_unconfigure() -> None:
