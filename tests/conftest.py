@@ -35,6 +35,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     RAY_TRAIN_V2_ENABLED="1",
     RAY_AUTH_MODE="token",
+    # What nobody reads here, less often: statistics of processes, and names of new log files.
+    REPORTER_UPDATE_INTERVAL_MS="60000",
+    LOG_NAME_UPDATE_INTERVAL_S="10",
 )
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -33,7 +33,7 @@ from raywarp.rollout.engine import (
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
 from raywarp.rollout.row_signatures import ModuleRows
-from raywarp.rollout.vllm_lora import LoraNames, check_lora, leave_logits_alone
+from raywarp.rollout.vllm_models import LoraNames, check_lora, inspect_here, leave_logits_alone
 from raywarp.storage import scratch
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
@@ -71,6 +71,8 @@ class VllmEngine:
         # On a GPU a RuntimeError may be a hardware fault, so it is no refusal there.
         refusals = NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)
         try:
+            if not settings.gpu:
+                inspect_here(settings)
             if self.adapter_mode == "lora":
                 check_lora(settings)
             self.llm: Any = LLM(**self._arguments())

@@ -1,13 +1,30 @@
-"""vLLM's own LoRA: which models support it, how it names their modules, and its logits."""
+"""What vLLM knows of a model: its class, whether it supports LoRA, the names of its modules."""
 
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from raywarp.config.schema import ConfigError
+from raywarp.data.models import read_model_config
 from raywarp.rollout.base_weights import BaseWeightsError, Read, weight_names
 from raywarp.rollout.engine import EngineSettings
+
+
+def inspect_here(settings: EngineSettings) -> None:
+    """Let vLLM inspect the model's class in this process, on CPUs.
+
+    vLLM 0.32 starts a process for it, which imports all of vLLM for seconds, so that CUDA is not
+    initialised here. A class that cannot be imported is left to vLLM, which says why.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    with contextlib.suppress(Exception):
+        config = read_model_config(settings.model, settings.trust_remote_code, "model")
+        for name in config.architectures or ():
+            if name in ModelRegistry.models:
+                ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def check_lora(settings: EngineSettings) -> None:
