@@ -22,7 +22,7 @@ from raywarp.config.schema import LoraConfig
 from raywarp.data.text import Completion
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batches import Batch, collate, micro_batches
-from raywarp.model.checkpoint import restore, state_of
+from raywarp.model.checkpoint import load_state, state_of
 from raywarp.model.lengths import length_limits
 from raywarp.model.policy import Policy
 
@@ -407,7 +407,7 @@ def resumes_exactly(folder: Path, family: Family) -> bool:
     whole, first, second = (_policy(folder, family) for _ in range(3))
     for policy in (whole, whole, first):
         _step(policy)
-    restore(second, state_of(first))
+    load_state(second, state_of(first))
     _step(second)
     ours, theirs = state_of(whole), state_of(second)
     return ours.keys() == theirs.keys() and all(

@@ -33,14 +33,14 @@ def state_of(policy: Policy) -> dict[str, Tensor]:
     return saved
 
 
-def restore(policy: Policy, saved: Mapping[str, Tensor]) -> None:
+def load_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
     """Continue from `state_of` as if there had been no interruption.
 
     Raises:
         DamagedError: it is not the state of such a policy after at least one step. Nothing was
             changed.
     """
-    _check(policy, saved)
+    _check_state(policy, saved)
     for kind, adapter in (("policy", policy.name), ("ema", policy.ema_name)):
         for name, tensor in policy.model.tensors(adapter).items():
             tensor.data.copy_(saved[f"{kind}/{name}"])
@@ -54,7 +54,7 @@ def restore(policy: Policy, saved: Mapping[str, Tensor]) -> None:
     policy.step = int(saved["step"])
 
 
-def _check(policy: Policy, saved: Mapping[str, Tensor]) -> None:
+def _check_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
     """Compare names, shapes and dtypes with the model's."""
     expected = {
         "step": torch.tensor(0),

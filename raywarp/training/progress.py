@@ -104,9 +104,9 @@ class Progress:
         self.files.save_result(add(init, self.policy.task_vector()), self.metrics, self.samples)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        from raywarp.model.checkpoint import restore
+        from raywarp.model.checkpoint import load_state
 
-        restore(self.policy, checkpoint.state)
+        load_state(self.policy, checkpoint.state)
         self.metrics, self.samples = checkpoint.metrics, checkpoint.samples
         self.saved_step = checkpoint.step
 

@@ -23,7 +23,7 @@ from raywarp.data.text import Completion
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import Batch, collate, micro_batches
-from raywarp.model.checkpoint import restore, state_of
+from raywarp.model.checkpoint import load_state, state_of
 from raywarp.model.policy import Policy
 from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage.location import Storage
@@ -277,7 +277,7 @@ def test_resume_equals_uninterrupted(tiny_llama: Path) -> None:
         step(first, seed)
     saved = state_of(first)
     second = Policy(load(tiny_llama), config(), 1, 1)
-    restore(second, saved)
+    load_state(second, saved)
     assert second.step == 2
     for seed in range(2, 4):
         step(second, seed)
@@ -303,9 +303,9 @@ def test_a_state_that_is_not_this_policys_changes_nothing(tiny_llama: Path) -> N
         (saved | {"step": torch.tensor(4)}, "of step 4, and the policy takes 3"),
     ):
         with pytest.raises(DamagedError, match=problem):
-            restore(other, state)
+            load_state(other, state)
         assert all(torch.equal(before[name], tensor) for name, tensor in state_of(other).items())
-    restore(other, saved)
+    load_state(other, saved)
     assert all(torch.equal(saved[name], tensor) for name, tensor in state_of(other).items())
 
 
