@@ -27,16 +27,18 @@ from raywarp.model.lengths import length_limits
 from raywarp.model.policy import Policy
 
 VOCABULARY = 3 + len(WORDS)
+# tokens: the largest window and rope limit of the matrix; a sequence longer than twice that
 LIMIT, LONG = (
     32,
     80,
-)  # tokens: the largest window and rope limit of the matrix; a sequence longer than twice that
+)
+# prompts with completions, on both sides of it
 MIXED = (
     (5, (4, 1, 7)),
     (20, (10, 3)),
     (LONG - 6, (6, 9, 2)),
     (LIMIT - 2, (2, 3, 5)),
-)  # prompts with completions, on both sides of it
+)
 INSIDE = ((5, (4, 1, 7)), (20, (10, 3)), (22, (2, 9)))  # the same on one side
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {
@@ -295,9 +297,8 @@ def save_model(family: Family, folder: Path, seed: int = 0) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("self_attn.A"):  # Doge's: zeros would make all keys equal
             parameter.data.normal_(0, 1)
-        elif name.endswith(
-            "self_attn.dt_proj.weight"
-        ):  # likewise: large ones end in the same number
+        # likewise: large ones end in the same number
+        elif name.endswith("self_attn.dt_proj.weight"):
             parameter.data.normal_(0, 0.02)
         elif parameter.ndim > 1 and not any(
             part in name for part in ("conv1d", "A_log", "time_", "vision", "visual")

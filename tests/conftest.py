@@ -51,6 +51,7 @@ from raywarp.algorithm.factors import Factors, dense
 from raywarp.model.batches import Batch
 from raywarp.storage import scratch
 
+# minutes
 SLOW = (
     "faults",
     "sweep",
@@ -62,7 +63,7 @@ SLOW = (
     "training",
     "evidence",
     "nodes",
-)  # minutes
+)
 
 
 def pytest_configure() -> None:
@@ -281,10 +282,11 @@ def tiny_finished(
         "control": {"function": "raywarp.embedded:vader"},
         "loggers": ["tensorboard", "wandb", "mlflow"],
     }
+    # where the reward module is
     with (
         contextlib.chdir(folder),
         pytest.MonkeyPatch.context() as patched,
-    ):  # where the reward module is
+    ):
         for name, value in logger_environment(folder).items():
             patched.setenv(name, value)
         return train(tiny_config(folder, tiny_llama, folder / "run", **changes))

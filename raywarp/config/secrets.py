@@ -12,9 +12,10 @@ _PARAMETER = re.compile(
     r"([?&][\w.-]*(?:secret|token|password|passwd|credential|access_key|api_key|signature)[\w.-]*=)[^&\s'\"]+",
     re.IGNORECASE,
 )
+# of hubs and clouds
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})"
-)  # of hubs and clouds
+)
 
 
 def redact(text: str) -> str:

@@ -63,9 +63,10 @@ def find_head(model: Any, lengths: Lengths) -> LogitHead:
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(linear, torch.nn.Linear) or model.base_model is model:
         return _PLAIN_HEAD
+    # Cohere has the first, Granite the second
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
-    )  # Cohere has the first, Granite the second
+    )
     head = LogitHead(
         linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None)
     )

@@ -167,9 +167,8 @@ def test_any_shapes_ranks_and_dtypes(
     start = init if has_init else None
     try:
         expected = truth(method, sources, start, rate, "block")
-    except (
-        ZeroDivisionError
-    ):  # one number per matrix: parallel or antipodal vectors, which have tests of their own
+    # one number per matrix: parallel or antipodal vectors, which have tests of their own
+    except ZeroDivisionError:
         return
     merge(Recipe(method, tuple(sources), start, rate), folder / "out")  # type: ignore[arg-type]
     scale_of = sum(float(w.square().sum()) for w in expected.values()) ** 0.5
@@ -595,9 +594,8 @@ def test_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     assert "is not empty" in refused(capsys, "lerp", a, b, "--out", tmp_path / "mine")
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["checkpoint-5", "thesis.txt"]
-    run(
-        capsys, "lerp", a, b, "--out", tmp_path / "mine", "--overwrite"
-    )  # whatever else lies there stays
+    # whatever else lies there stays
+    run(capsys, "lerp", a, b, "--out", tmp_path / "mine", "--overwrite")
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [
         "README.md",
         ADAPTER_CONFIG_FILE,

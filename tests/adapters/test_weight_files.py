@@ -119,9 +119,8 @@ def test_every_family_is_accepted_whole_and_refused_with_the_name_of_what_is_mis
     changed(tmp_path, lambda held: held.pop(tensor))
     last = tensor.rpartition("model.")[2]
     for work in (check, lambda folder: load_model(AutoModelForCausalLM, str(folder), "model")):
-        if (
-            ".experts." in tensor and work is not check
-        ):  # the loader knows the fused tensor only, and does not name it
+        # the loader knows the fused tensor only, and does not name it
+        if ".experts." in tensor and work is not check:
             last = "experts, do not fit together|experts.down_proj has the shape"
         with pytest.raises(ConfigError, match=last):
             work(tmp_path)

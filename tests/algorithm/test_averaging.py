@@ -304,9 +304,8 @@ def test_from_a_non_zero_init(average: Callable[..., AdapterDelta]) -> None:
     )
     for found, vector in zip(task_vectors(policies, init), vectors, strict=True):
         torch.testing.assert_close(flat(found), flat(vector), rtol=1e-9, atol=1e-9)
-        assert (
-            found.rank <= vector.rank + 1
-        )  # what is shared with the init is gone: 4, and rounding at most
+        # what is shared with the init is gone: 4, and rounding at most
+        assert found.rank <= vector.rank + 1
     torch.testing.assert_close(flat(average([policies[0]], init=init)), flat(policies[0]))
     torch.testing.assert_close(
         flat(average([policies[0], init, policies[1]], init=init)),
@@ -418,9 +417,8 @@ def test_ema() -> None:
     ema = [torch.zeros(2)]
     for _ in range(7):
         ema_update(ema, policy, 0.1)
-    torch.testing.assert_close(
-        ema[0], (1 - 0.9**7) * policy[0]
-    )  # a constant policy: what is left of the start is (1−μ)^t
+    # a constant policy: what is left of the start is (1−μ)^t
+    torch.testing.assert_close(ema[0], (1 - 0.9**7) * policy[0])
 
 
 def test_geometry_of_known_vectors() -> None:

@@ -165,12 +165,13 @@ def test_compression_is_lossless_and_finds_the_true_rank() -> None:
 def test_compression_stops_at_the_size_of_the_weight() -> None:
     many = add(*(random_delta(s, ranks=(4, 4, 4, 4)) for s in range(4)))
     small = compress(many)
+    # min(d_out, d_in), below 16 = 4 x 4
     assert [f.rank for f in small.factors.values()] == [
         5,
         4,
         5,
         4,
-    ]  # min(d_out, d_in), below 16 = 4 x 4
+    ]
     assert_same_change(small, many)
 
 

@@ -46,10 +46,11 @@ COLUMNS = ["trainer", *SAMPLERS]
 PROCESSES = multiprocessing.get_context("forkserver")
 SECONDS = 400  # of a cell
 NEW_TOKENS = 12
+# nats of the worst token, and in bfloat16 of the mean one
 LARGEST_GAP = {
     "float32": 2e-3,
     "bfloat16": 0.15,
-}  # nats of the worst token, and in bfloat16 of the mean one
+}
 VLLM = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -58,11 +58,12 @@ RESULTS = (
     "config.json",
     "tokenizer",
 )
+# lines that name the folder of a run that nothing disturbed, too
 ORDINARY = (
     "front:",
     "chosen:",
     "raywarp report ",
-)  # lines that name the folder of a run that nothing disturbed, too
+)
 
 
 @dataclass(frozen=True)

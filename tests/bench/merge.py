@@ -109,9 +109,8 @@ def write_model(folder: Path, shape: dict[str, int], adapter: Path | None = None
 def side_ours(adapters: Sequence[str], out: Path) -> float:
     from raywarp.cli import commands
 
-    import_module(
-        "raywarp.adapters.merge_report"
-    )  # which the command imports when it runs, with torch and the rest
+    # which the command imports when it runs, with torch and the rest
+    import_module("raywarp.adapters.merge_report")
     return clock(
         lambda: commands.main(["merge", "slerp", *adapters, "--liti", "0.3", "--out", str(out)])
     )

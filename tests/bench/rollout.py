@@ -35,10 +35,11 @@ from raywarp.training.session import Session
 
 PROMPTS, GROUP, TOKENS = 8, 4, 24
 UNMERGED = [("vllm", "unmerged"), ("transformers", "unmerged")]
+# those that are exact
 MODES = {
     "bfloat16": UNMERGED,
     "float32": [*UNMERGED, ("vllm", "merged"), ("vllm", "lora")],
-}  # those that are exact
+}
 
 
 def changed(delta: AdapterDelta, seed: int) -> AdapterDelta:

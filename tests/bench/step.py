@@ -145,9 +145,8 @@ def machine() -> str:
 def steps(case: str, options: argparse.Namespace) -> dict[str, float]:
     """Both sides in turns; prints a row for each, returns the ratios of this case."""
     dtype, length, *rivals = case.split("/")
-    rivals = (
-        rivals or ["tuned", "eager"][: 1 if dtype == "float32" else 2]
-    )  # three sides of float32 take more than 24 GiB
+    # three sides of float32 take more than 24 GiB
+    rivals = rivals or ["tuned", "eager"][: 1 if dtype == "float32" else 2]
     rivals = [] if options.alone else rivals
     shared = {"dtype": dtype, "forced": length == "forced", "block": options.block + 1}
     print(

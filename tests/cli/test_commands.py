@@ -57,9 +57,8 @@ def refused(
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err + captured.out
     lines = captured.err.splitlines()
-    first = next(
-        n for n, line in enumerate(lines) if line.startswith("raywarp: ")
-    )  # libraries may have warned before
+    # libraries may have warned before
+    first = next(n for n, line in enumerate(lines) if line.startswith("raywarp: "))
     return "\n".join(lines[first:])
 
 

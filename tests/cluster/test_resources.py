@@ -53,9 +53,8 @@ def test_every_policy_gets_its_gpu_where_there_are_enough(monkeypatch: pytest.Mo
         1,
         None,
     )
-    assert (
-        plan(monkeypatch, config, CPU=32, GPU=4).policy.count == 2
-    )  # two actors with two policies each
+    # two actors with two policies each
+    assert plan(monkeypatch, config, CPU=32, GPU=4).policy.count == 2
     assert plan(monkeypatch, config, nodes=2, CPU=8, GPU=2).policy.count == 2
 
 
@@ -120,16 +119,18 @@ def test_threads_are_shared_by_the_processes_that_work_at_the_same_time(
         found = plan(monkeypatch, parse_config(tree), CPU=cpus)
         return found.threads, found.crowded
 
+    # trainer and engine have both cores in turn
     assert threads(2, warp={"policies": 1}) == (
         2,
         False,
-    )  # trainer and engine have both cores in turn
+    )
     assert threads(2, warp={"policies": 2}) == (1, False)
     assert threads(8, warp={"policies": 2}) == (4, False)
+    # one trainer and one engine
     assert threads(8, warp={"policies": 4}, cluster={"policy_actors": 1}) == (
         4,
         False,
-    )  # one trainer and one engine
+    )
     assert threads(2, warp={"policies": 4}) == (1, True)
     assert threads(8, warp={"policies": 2}, cluster={"threads": 3}) == (3, False)
     assert threads(4, warp={"policies": 2}, cluster={"threads": 3}) == (3, True)
@@ -162,9 +163,8 @@ def test_groups_are_reserved_and_released(ray_cluster: Any) -> None:
 def planned(need: resources.Need) -> None:
     """The wait that a run begins with."""
     patience = Patience(30)
-    while (
-        resources.ray.available_resources()["CPU"] >= need.cpus
-    ):  # Ray tells what is free a moment later
+    # Ray tells what is free a moment later
+    while resources.ray.available_resources()["CPU"] >= need.cpus:
         assert patience.lasts()
     cluster = {
         "policy_actors": 1,

@@ -35,6 +35,7 @@ def test_a_grid_is_every_combination_and_what_the_first_iteration_does_not_need_
     assert describe(space.points[0]) == "ema_rate=0.1, liti_rate=0.3"
     first = space.config(space.points[0])
     assert (first.warp.ema_rate, first.warp.liti_rate) == (0.1, 0.3)
+    # every trial's front has the same points
     assert first.front.etas == [
         0.0,
         0.25,
@@ -43,7 +44,7 @@ def test_a_grid_is_every_combination_and_what_the_first_iteration_does_not_need_
         0.6,
         0.75,
         1.0,
-    ]  # every trial's front has the same points
+    ]
 
 
 def test_what_is_shared_is_known_in_advance() -> None:
@@ -88,9 +89,8 @@ def test_samples_are_the_seeds_within_their_range_and_the_same_again() -> None:
     assert search_space(config({**tune, "num_samples": 100})).points == points[:100]
     rates = sorted(point["warp.ema_rate"] for point in points)
     assert 0.005 <= rates[0] < rates[-1] <= 0.2
-    assert (
-        math.sqrt(0.005 * 0.2) / 1.3 < rates[100] < math.sqrt(0.005 * 0.2) * 1.3
-    )  # half lie below the geometric mean
+    # half lie below the geometric mean
+    assert math.sqrt(0.005 * 0.2) / 1.3 < rates[100] < math.sqrt(0.005 * 0.2) * 1.3
     assert {point["warp.iterations"] for point in points} == {1, 2}
     assert {point["warp.advantage"] for point in points} == {"rloo", "none"}
     assert all(0 <= point["warp.kl_coef"] < 0.5 for point in points)

@@ -78,9 +78,8 @@ def test_models_are_embedded_folders_or_hub_ids(
     assert (Path(resolve_model(MINILM)) / "config.json").is_file()
     assert resolve_model(str(tiny_llama)) == str(tiny_llama)
     monkeypatch.chdir(tiny_llama.parent)
-    assert resolve_model(tiny_llama.name) == str(
-        tiny_llama
-    )  # absolute: a Ray actor has another working directory
+    # absolute: a Ray actor has another working directory
+    assert resolve_model(tiny_llama.name) == str(tiny_llama)
     assert (
         resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
         == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -241,11 +240,12 @@ def test_cuts_by_words_and_tokens_give_distinct_prompts(
     assert [p.text for p in by_tokens] == ["a film is", "the film", "the film is"]
     assert [p.token_ids for p in by_tokens] == [(1, 4, 5, 6), (1, 3, 5), (1, 3, 5, 6)]
     chat = prompts_of(path, smollm2, max_tokens=2, template="chat")
+    # the tokens of "the  film" are the, Ġ, Ġfilm
     assert {p.text for p in chat} == {
         "a film",
         "the film",
         "the ",
-    }  # the tokens of "the  film" are the, Ġ, Ġfilm
+    }
 
 
 def test_a_cut_does_not_leave_half_a_character(write: Write, smollm2: Any) -> None:
@@ -405,12 +405,13 @@ def test_embedded_preferences_follow_the_ratings_and_share_no_text() -> None:
     }
     assert all(rating[pair.chosen] - rating[pair.rejected] >= 0.5 for pair in all_pairs(splits))
     assert len(texts(splits.train)) > 4_600  # of 4,771: nearly every text is used,
+    # and none too often
     assert (
         max(
             Counter(text for pair in splits.train for text in (pair.chosen, pair.rejected)).values()
         )
         <= 16
-    )  # and none too often
+    )
     assert load_preferences(PreferencesConfig(), 5) == splits
     assert load_preferences(PreferencesConfig(), 6).train != splits.train
 
@@ -433,9 +434,8 @@ def test_rated_rows_are_split_by_text_before_they_are_paired(write: Write) -> No
 
 
 def test_given_pairs_keep_a_text_in_one_split(write: Write) -> None:
-    rows = [
-        {"chosen": f"g{n // 4}", "rejected": f"b{n}"} for n in range(200)
-    ]  # 50 groups of 4 with a common chosen text
+    # 50 groups of 4 with a common chosen text
+    rows = [{"chosen": f"g{n // 4}", "rejected": f"b{n}"} for n in range(200)]
     config = PreferencesConfig(dataset=write(rows, "c.jsonl"))
     splits = load_preferences(config, 0)
     assert sizes(splits) == [160, 20, 20]

@@ -16,11 +16,12 @@ from raywarp.algorithm.factors import Factors
 from raywarp.rewards.score import check_call
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+# sections whose examples need no training
 RUN = (
     "Averages",
     "From folder to folder",
     "Configurations",
-)  # sections whose examples need no training
+)
 
 
 def signature(name: str) -> str:

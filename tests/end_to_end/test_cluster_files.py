@@ -167,11 +167,12 @@ def test_kuberay_resources(name: str) -> None:
     assert [
         int(pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)) for pod in pods
     ] == [0, 4, 0]
+    # vLLM differs
     assert [pod["containers"][0]["image"] for pod in pods] == [
         "raywarp:cpu",
         "raywarp:gpu",
         "raywarp:cpu",
-    ]  # vLLM differs
+    ]
     for pod in pods:  # all of them share a file system, and none runs without the token
         assert {"name": "shared", "persistentVolumeClaim": {"claimName": "raywarp-shared"}} in pod[
             "volumes"

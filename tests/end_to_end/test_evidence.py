@@ -77,9 +77,8 @@ def test_a_front_does_not_gain_hypervolume_by_denser_points() -> None:
         fronts.front_hypervolume(9 * e**2, 2 * e, 12.0, 0.0, steps=2000) for e in (eta, dense_eta)
     )
     assert sparse == pytest.approx(fine, rel=1e-9)
-    assert sparse == pytest.approx(
-        2 / 3 * 9 * 2 + 3 * 2, rel=2e-3
-    )  # ∫ 2·√(k/9) dk to 9, and the last reward from there to 12
+    # ∫ 2·√(k/9) dk to 9, and the last reward from there to 12
+    assert sparse == pytest.approx(2 / 3 * 9 * 2 + 3 * 2, rel=2e-3)
 
 
 def test_chord_joins_the_ends() -> None:
@@ -91,9 +90,8 @@ def test_the_bootstrap_is_paired_and_covers_prompts_and_seeds() -> None:
     generator = np.random.default_rng(0)
     weights = fronts.resampling_weights(400, 500, generator)
     np.testing.assert_allclose(weights.sum(1), 1)
-    prompts = (
-        generator.normal(size=400) * 5
-    )  # what prompts have in common cancels in a paired comparison
+    # what prompts have in common cancels in a paired comparison
+    prompts = generator.normal(size=400) * 5
     gain = weights @ (prompts + generator.normal(0.3, 0.2, 400)) - weights @ prompts
     one = fronts.paired_bootstrap(gain[None], generator)
     assert one.value == pytest.approx(0.3, abs=0.03)
@@ -239,9 +237,8 @@ def test_errors_of_merges() -> None:
     assert merges.relative_error(y, x) == pytest.approx(
         (wrong / sum(float(dense(f).square().sum()) for f in x.factors.values())) ** 0.5
     )
-    assert_same_change(
-        merges.peft_linear([x, x]), scale(lerp([x, x]), 2.0)
-    )  # cross terms as large as the mean itself
+    # cross terms as large as the mean itself
+    assert_same_change(merges.peft_linear([x, x]), scale(lerp([x, x]), 2.0))
 
 
 def test_every_curve_has_its_arm_and_its_ends() -> None:
@@ -428,9 +425,8 @@ def test_a_killed_study_continues(
         str(tmp_path / "results"),
     ]
     command = [sys.executable, str(Path(study.__file__).parent), *arguments]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"
-    }  # a user's shell has none
+    # a user's shell has none
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     stderr = (tmp_path / "stderr").open("w")
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True

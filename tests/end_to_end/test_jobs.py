@@ -91,9 +91,8 @@ class Cluster:
             stderr=subprocess.STDOUT,
             text=True,
             stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored, where the tests run in the background
+            # ignored, where the tests run in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def names(self, what: str) -> set[str]:
@@ -267,9 +266,8 @@ def test_submit_follows_the_log_without_duplicates(
     uninterrupted: tuple[Path, str, set[str]],
 ) -> None:
     run, printed, _ = uninterrupted
-    assert (
-        len(adapters(run)) == 4 + 2 * 2 + 1
-    )  # `out` was made absolute: it is here, not in the job's temporary folder
+    # `out` was made absolute: it is here, not in the job's temporary folder
+    assert len(adapters(run)) == 4 + 2 * 2 + 1
     lines = [
         line
         for line in printed.splitlines()
@@ -342,12 +340,13 @@ def test_a_stopped_job_continues_to_the_same_bits(
     assert "stopped by SIGTERM; iteration 1 policy 1 is saved at step 2" in stopped.stdout
     assert not any(again.glob("policies/*/adapter_model.safetensors"))
     events = [json.loads(line) for line in (again / "events.jsonl").read_text().splitlines()]
+    # the last before Ray kills it, after 3 s
     assert [row["event"] for row in events] == [
         "started",
         "saved",
         "saved",
         "stopped",
-    ]  # the last before Ray kills it, after 3 s
+    ]
     assert "was stopped" in submission.communicate(timeout=60)[0]
 
     slow.unlink()

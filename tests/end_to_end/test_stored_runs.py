@@ -256,9 +256,8 @@ def test_a_finished_run_starts_no_actor_for_what_is_made_from_its_policies(
     run = train(runs.config(folder), heard := Listener())
     assert_same_results(run, runs.finished)
     assert "iteration 1: 0 of 2 policies to train" in heard.text()
-    train(
-        runs.config(folder, front={"choose": {"eta": 1.0}}), Listener()
-    )  # another choice of what is measured
+    # another choice of what is measured
+    train(runs.config(folder, front={"choose": {"eta": 1.0}}), Listener())
     assert run.front()["chosen"] == "slerp"
     merged, chosen = (load_peft(folder / name) for name in ("iterations/2/merged", "adapter"))
     assert_same_change(chosen, merged, 1e-5)

@@ -91,10 +91,11 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     before = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "HOME")}
+    # a loss is noticed after 5 s, not after 15
     slow = {
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_initial_delay_ms": "1000",
-    }  # a loss is noticed after 5 s, not after 15
+    }
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:
         own_home(Path(folder))
         ours, theirs = os.pipe()
@@ -144,16 +145,14 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
         "raywarp-rollout-1",
         "raywarp-rollout-2",
     ]
-    assert (
-        next(node for name, (node, _) in places.items() if "pool" in name) == nodes.nodes[0]
-    )  # the driver's, which is not lost
+    # the driver's, which is not lost
+    assert next(node for name, (node, _) in places.items() if "pool" in name) == nodes.nodes[0]
     assert sorted((node, *gpus) for node, gpus in working.values()) == sorted(
         (node, gpu) for node in nodes.nodes for gpu in "01"
     )
 
-    set_pace(
-        project, 1.5
-    )  # so that nobody is at the end before a lost policy is back, however busy the machine
+    # so that nobody is at the end before a lost policy is back, however busy the machine
+    set_pace(project, 1.5)
     lost = lose_one(nodes, places)
     nodes.nodes.append(nodes.ask("add"))
     command.wait_until(
@@ -169,23 +168,20 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
 
     moved = lose_one(nodes, nodes.ask("places"))
     command.wait_until(lambda: {row["policy"] for row in told(command.run, "moved")} == moved)
-    command.wait_until(
-        lambda: "RESCHEDULING" not in nodes.ask("groups"), 60
-    )  # of which Ray never rests, and costs the head node a core
+    # of which Ray never rests, and costs the head node a core
+    command.wait_until(lambda: "RESCHEDULING" not in nodes.ask("groups"), 60)
     assert nodes.ask("groups").count("PENDING") == 2
     set_pace(project, 0)
     assert command.end() == 0, command.tail()
     assert {row["policy"] for row in told(command.run, "continued")[len(again) :]} == moved
     faults = told(command.run, "fault")
     assert {row["cause"] for row in faults} == {"node lost"}
-    assert sum("policy" in row for row in faults) == len(lost) + len(
-        moved
-    )  # no second one for a node that Ray still counted on
+    # no second one for a node that Ray still counted on
+    assert sum("policy" in row for row in faults) == len(lost) + len(moved)
     assert missing_lines(command.run, 1, POLICIES, STEPS) == 0
 
-    undisturbed = Command(
-        project, "fewer", address=nodes.address
-    )  # than policies: four GPUs, of which the engines have two
+    # than policies: four GPUs, of which the engines have two
+    undisturbed = Command(project, "fewer", address=nodes.address)
     undisturbed.wait_for_steps(1)
     places = nodes.ask("places")
     assert sorted(name for name in places if "policy" in name) == [

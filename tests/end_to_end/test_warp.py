@@ -94,9 +94,8 @@ def test_metrics_have_each_step_once(finished: Run) -> None:
     }
     assert all(needed <= row.keys() for row in rows)
     assert all(("kl_sft" in row) == (row["step"] % 3 == 0) for row in rows)
-    assert (
-        max(row["sampler_gap"] for row in rows) < 1e-3
-    )  # trainer and sampler agree, through every swap of adapters
+    # trainer and sampler agree, through every swap of adapters
+    assert max(row["sampler_gap"] for row in rows) < 1e-3
     assert all(row["kl_anchor"] == pytest.approx(0, abs=1e-4) for row in rows if row["step"] == 0)
 
 
@@ -247,12 +246,13 @@ def test_lora_mode_through_two_iterations_and_the_front(
     run = train(config)
     rows = run.metrics()
     last = [(row["iteration"], row["policy"]) for row in rows if row["step"] == 1]
+    # whichever policy of an iteration is first
     assert sorted(last) == [
         (1, 1),
         (1, 2),
         (2, 1),
         (2, 2),
-    ]  # whichever policy of an iteration is first
+    ]
     assert [iteration for iteration, _ in last] == [1, 1, 2, 2]
     assert max(row["sampler_gap"] for row in rows) < 1e-3
     assert load_peft(run.folder / "iterations" / "2" / "init").rank == 4

@@ -213,11 +213,12 @@ def test_a_new_policy_starts_afresh(model: AdaptedModel) -> None:
 def test_micro_batches_give_the_same_step(tiny_llama: Path) -> None:
     """Same gradients, one EMA step per optimiser step, whatever the micro-batches."""
     results = []
+    # everything at once, a completion at a time, a prompt's completions at a time
     for tokens in (
         4096,
         1,
         20,
-    ):  # everything at once, a completion at a time, a prompt's completions at a time
+    ):
         settings = config()
         settings = settings.model_copy(
             update={

@@ -79,11 +79,12 @@ def test_the_exact_parts_are_the_tensors(tiny_llama: Path, init: str) -> None:
         if name != "step"
     ]
     assert parts["optimiser moments"] == bytes_of(moments)
+    # the rest is 15 kB
     saved = [
         value
         for name, value in state_of(policy).items()
         if not name.endswith("step") and not name.startswith("rng/")
-    ]  # the rest is 15 kB
+    ]
     assert memory.checkpoint_bytes(shapes, config) == bytes_of(saved)
     vector = policy.task_vector()
     assert memory.task_vector_bytes(shapes, config) == bytes_of(
@@ -146,9 +147,8 @@ def test_results_are_the_files_that_a_run_leaves(tiny_llama: Path, tmp_path: Pat
         model.add_policy("policy", seed=0)
         save_peft(model.delta("policy"), tmp_path / "adapter")
         sizes.append((tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size)
-    assert memory.result_bytes(shapes, config) == pytest.approx(
-        sum(sizes), rel=0.1
-    )  # but for the headers
+    # but for the headers
+    assert memory.result_bytes(shapes, config) == pytest.approx(sum(sizes), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,8 @@ def test_a_full_disk_is_said_with_what_and_where(
     monkeypatch.setattr(
         preflight, "free_bytes", lambda place: 7 << 30 if place == "store" else 5 << 30
     )
-    assert (
-        preflight.disk_problems(config.model_copy(update={"store": "store"}), 1 << 30) == []
-    )  # that is where they go
+    # that is where they go
+    assert preflight.disk_problems(config.model_copy(update={"store": "store"}), 1 << 30) == []
     (problem,) = preflight.disk_problems(
         config.model_copy(update={"out": "store", "store": "full"}), 1 << 30
     )

@@ -64,9 +64,8 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
         "engine_gap",
         "grad_norm",
     }
-    assert all(
-        len(way["points"]) == 2 for way in data["trajectories"]
-    )  # the KL to SFT is measured at steps 0 and 3
+    # the KL to SFT is measured at steps 0 and 3
+    assert all(len(way["points"]) == 2 for way in data["trajectories"])
     assert [(row["iteration"], len(row["blocks"]), row["pairs"]) for row in data["geometry"]] == [
         (1, 2, ["1–2"]),
         (2, 2, ["1–2"]),
@@ -130,9 +129,8 @@ def test_a_broken_file_is_named_and_the_rest_is_shown(
         "iterations/1/geometry.json": len(data["geometry"]) == 2,
     }
     assert all(value for other, value in shown.items() if other != name), shown
-    if way != "flipped" or not name.endswith(
-        ".jsonl"
-    ):  # nothing vouches for a line of these: a bit of a number is as good as another
+    # nothing vouches for a line of these: a bit of a number is as good as another
+    if way != "flipped" or not name.endswith(".jsonl"):
         assert name in " ".join(data["missing"]), data["missing"]
 
 
@@ -322,9 +320,8 @@ def test_over_optimisation_is_said_where_reward_and_control_part() -> None:
     ] == [
         "The control score does not follow the reward"  # 0.1 lower is within the error
     ]
-    assert (
-        over_optimisation([*rising[:2], point("slerp", 1.0, 0.7, 0.3)]) == []
-    )  # no reward was gained, so none was gamed
+    # no reward was gained, so none was gamed
+    assert over_optimisation([*rising[:2], point("slerp", 1.0, 0.7, 0.3)]) == []
     assert over_optimisation([point("sft", 0.0, 0.0, None), point("slerp", 1.0, 1.0, None)]) == []
     assert (
         over_optimisation(
@@ -352,9 +349,8 @@ def test_other_findings() -> None:
         "The policies went much the same way",
     ]
     assert findings([], None, [], []) == []
-    assert (
-        findings([], None, [], [], [(1.0, 0.01), (0.7, 0.2), (1.12, 0.02)]) == []
-    )  # none is off by more than 0.1 and two errors
+    # none is off by more than 0.1 and two errors
+    assert findings([], None, [], [], [(1.0, 0.01), (0.7, 0.2), (1.12, 0.02)]) == []
     (weak,) = findings([], None, [], [], [(1.0, 0.01), (0.7, 0.05), (0.6, 0.3)])
     assert (weak.level, weak.title) == ("warning", "The sampler runs another policy")
     assert "was 0.70 ± 0.05 times that in the trainer, 1 of 3 times" in weak.text

@@ -215,11 +215,12 @@ def test_points_can_be_clicked_hovered_and_reached_by_keys(
     names = [point["name"] for point in tiny_finished.front()["points"]]
     assert browser.text("#point h3") == "Texts of η 0.5"  # the chosen one
     for point in tiny_finished.front()["points"]:
+        # others of so short a run may lie on top of each other
         if point["name"] not in (
             "sft",
             "policy 1",
             "liti 0.5",
-        ):  # others of so short a run may lie on top of each other
+        ):
             continue
         place = (
             "return arguments[0].chart.instance.convertToPixel({xAxisIndex: 0, yAxisIndex: 0},"

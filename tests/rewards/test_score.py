@@ -81,6 +81,7 @@ def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: P
         == reward_fingerprint(config)
     )
     ids = encode(tokenizer, ["a film"], ["the plot"], 16, chat=True)["input_ids"]
+    # special tokens are the template's own
     assert [BERT_WORDS[i] for i in ids[0]] == [
         "good",
         "a",
@@ -88,7 +89,7 @@ def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: P
         "bad",
         "the",
         "plot",
-    ]  # special tokens are the template's own
+    ]
     (score,) = load_reward(turns).score(["a film"], ["the plot"])
     (same,) = ClassifierReward(str(model), chat=True).score(["a film"], ["the plot"])
     (other,) = load_reward(with_template(config, plain)).score(["a film"], ["the plot"])
@@ -188,9 +189,8 @@ def test_a_run_standardises_again_once_what_it_reads_has_changed(ray_cluster, ti
         measured = reward_statistics(session, run, inputs)
         record = sealed.read_record(run.folder / REWARD_FILE)
         sealed.write_record(run.folder / REWARD_FILE, record | {"score_mean": 123.0})
-        assert reward_statistics(session, run, inputs) == measured | {
-            "score_mean": 123.0
-        }  # not measured again
+        # not measured again
+        assert reward_statistics(session, run, inputs) == measured | {"score_mean": 123.0}
         assert said == []
         session.set_reward_statistics(0.0, 1.0)  # as a new session has it
         retrained = dataclasses.replace(inputs, reward="other weights")

@@ -92,9 +92,8 @@ def test_the_synthetic_adapter_is_large_enough(tiny_llama: Path) -> None:
     alone = score(model, found.probe, [INIT])
     assert alone == found.alone
     assert 0.5 <= effect(found.none, alone, found.none.own, alone.own).rms <= 0.9
-    assert (
-        effect(found.none, found.both, found.none.own, alone.own).slope < 0.8
-    )  # an init that is dropped would be seen
+    # an init that is dropped would be seen
+    assert effect(found.none, found.both, found.none.own, alone.own).slope < 0.8
 
 
 def test_a_model_whose_log_probs_hardly_move_is_examined_all_the_same(tiny_llama: Path) -> None:

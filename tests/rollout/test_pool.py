@@ -51,9 +51,8 @@ PROMPT_TOKENS = (
     140  # longer than a block of vLLM's KV cache on CPUs (128), where stale prefixes would show
 )
 
-TOKEN_BYTES = (
-    2 * 2 * 32 * 4
-)  # of the tiny Llama's KV cache: layers, key and value, one head's width, float32
+# of the tiny Llama's KV cache: layers, key and value, one head's width, float32
+TOKEN_BYTES = 2 * 2 * 32 * 4
 
 
 def config_for(folder: Path, engine: str = "vllm", adapter: str = "auto", **rollout: Any) -> Config:
@@ -177,9 +176,10 @@ def test_every_swap_samples_from_the_adapter_that_was_asked_for(
             # calls of another composition.
             if len(call) == 1:
                 assert tokens.setdefault(case, found) == found, case
+            # EOS belongs to it
             assert all(
                 c.token_ids[-1] == 2 if c.finished else len(c.token_ids) == 12 for c in completions
-            )  # EOS belongs to it
+            )
     assert len({str(tokens[case]) for case in [(), ("one",), ("two",), ("one", "two")]}) == 4
 
 
@@ -377,9 +377,8 @@ class Witnessed:
     def told(self, count: int) -> list[dict[str, Any]]:
         """The events, once there are so many."""
         for _ in range(30):
-            self.session.get(
-                self.session.workers[0].nap.remote(1.0)
-            )  # whoever waits looks after the actors
+            # whoever waits looks after the actors
+            self.session.get(self.session.workers[0].nap.remote(1.0))
             if len(self.events) >= count:
                 break
         return self.events

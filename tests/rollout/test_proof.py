@@ -141,9 +141,8 @@ def test_an_engine_with_the_wrong_adapter_is_refused(
     assert session.proof is not None
     (worker,), (_, policy) = session.workers, session.proof.adapters
     assert policy.policy is not None
-    reversed_columns = policy.policy.fetch().map(
-        lambda _, f: f._replace(B=f.B.flip(1))
-    )  # as large, and another one
+    # as large, and another one
+    reversed_columns = policy.policy.fetch().map(lambda _, f: f._replace(B=f.B.flip(1)))
     ray_cluster.get(worker.meddle.remote(how, AdapterPart.put(reversed_columns)))
     with pytest.raises(EffectError) as refusal:
         session.examine_workers()
@@ -199,15 +198,13 @@ def test_a_points_reward_and_kl_are_of_the_policy_that_was_sampled(
         )
         ratios.append(float((ours - theirs).sum()))
         gaps.append(float((ours - torch.tensor(completion.logprobs)).abs().mean()))
-    assert max(gaps) < (
-        1e-3 if session.plan.dtype == "float32" else 0.2
-    )  # what was sampled from is W + ΔW
+    # what was sampled from is W + ΔW
+    assert max(gaps) < (1e-3 if session.plan.dtype == "float32" else 0.2)
     assert sum(gaps) / len(gaps) < (1e-4 if session.plan.dtype == "float32" else 0.03)
     beyond = torch.tensor(ratios) - torch.tensor(scored.kl)
     assert abs(float(beyond.mean())) < 3 * float(beyond.std()) / len(prompts) ** 0.5
-    assert (
-        float(torch.tensor(scored.kl).mean()) > 5 * float(beyond.std()) / len(prompts) ** 0.5
-    )  # so that 3 errors could tell
+    # so that 3 errors could tell
+    assert float(torch.tensor(scored.kl).mean()) > 5 * float(beyond.std()) / len(prompts) ** 0.5
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
     decoded = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
     assert [text.strip() for text in scored.texts] == decoded

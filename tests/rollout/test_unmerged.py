@@ -48,10 +48,11 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
         0,
     )
     assert layer.shares.keys() == {"q", "k", "v"}
+    # nothing on k; ranks differ
     adapter = {
         "q": factors(8, D_IN, 2, 1),
         "v": factors(4, D_IN, 3, 2),
-    }  # nothing on k; ranks differ
+    }
     assert layer.take([adapter]) is None
     everybody(0)
     x = numbers(TOKENS, D_IN, seed=4)

@@ -190,9 +190,8 @@ def test_push_uploads_the_adapter_with_card_and_picture(
     ]
     for name, content in files.items():
         assert content == (folder / "adapter" / name).read_bytes(), name
-    again = push(
-        hub, tmp_path, str(folder), "me/warped", "--revision", "longer"
-    )  # it is there already
+    # it is there already
+    again = push(hub, tmp_path, str(folder), "me/warped", "--revision", "longer")
     assert again.returncode == 0, again.stderr
     assert (hub.branches, hub.commits[1][0]) == (["longer"], "longer")
 

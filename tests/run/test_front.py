@@ -53,9 +53,8 @@ def test_the_front_runs_from_sft_to_slerp() -> None:
             if c.delta is not None
         }
         torch.testing.assert_close(change["slerp"], dense(merged.factors[module]))
-        torch.testing.assert_close(
-            change["liti 0.25"], 0.25 * dense(merged.factors[module])
-        )  # towards SFT, not towards init
+        # towards SFT, not towards init
+        torch.testing.assert_close(change["liti 0.25"], 0.25 * dense(merged.factors[module]))
         torch.testing.assert_close(
             change["policy 2"], dense(init.factors[module]) + dense(vectors[1].factors[module])
         )

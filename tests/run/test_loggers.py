@@ -80,9 +80,8 @@ def test_wandb_has_metrics_config_picture_tables_and_the_adapter(tiny_finished: 
     ).read_bytes()
 
     deadline, found = time.monotonic() + 20, list[Any]()
-    while (
-        not found and time.monotonic() < deadline
-    ):  # W&B's own process writes it a moment after the run is finished
+    # W&B's own process writes it a moment after the run is finished
+    while not found and time.monotonic() < deadline:
         found = [
             record.artifact
             for record in wandb_records(tiny_finished.folder)

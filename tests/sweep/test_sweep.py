@@ -353,9 +353,10 @@ def test_optuna_takes_several_objectives_and_repeats_its_search(
     assert batches(sweep_folder) == count
     assert all(trial.state == "finished" for trial in sweep.trials)
     worth = [(-trial.measured["reward"], trial.measured["kl"]) for trial in sweep.trials]
+    # nothing beats the best in both
     assert not any(
         a <= worth[0][0] and b <= worth[0][1] and (a, b) != worth[0] for a, b in worth[1:]
-    )  # nothing beats the best in both
+    )
     measured = len((sweep_folder / "batches").read_text().split())
     assert [trial.point for trial in tune(config, Listener()).trials] == [
         trial.point for trial in sweep.trials
@@ -420,14 +421,12 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(
     sweep = tune(config, Listener())
     killer.join()
     assert len(killed) == 1
-    assert not [
-        group for group in placement_group_table().values() if group["state"] != "REMOVED"
-    ]  # the dead one's room, too
+    # the dead one's room, too
+    assert not [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
     assert [trial.state for trial in sweep.trials] == ["finished", "finished"]
     assert (sweep.asked, sweep.executed) == (8, 6)
-    assert (
-        6 * STEPS <= batches(sweep_folder) - before <= 6 * STEPS + 4
-    )  # of both policies the step under way, and the one since a checkpoint
+    # of both policies the step under way, and the one since a checkpoint
+    assert 6 * STEPS <= batches(sweep_folder) - before <= 6 * STEPS + 4
     theirs = digests(reference)
     assert all(theirs[key] == ours for key, ours in digests(out).items())
     assert len(digests(out)) == 6
@@ -445,9 +444,8 @@ def test_a_killed_sweep_continues(
     folder = make_project(tmp_path_factory.mktemp("killed"))
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setenv(
-        "RAY_TMPDIR", os.environ.get("RAY_TMPDIR", "/tmp")
-    )  # Ray's sockets need a short path
+    # Ray's sockets need a short path
+    monkeypatch.setenv("RAY_TMPDIR", os.environ.get("RAY_TMPDIR", "/tmp"))
     search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
     (folder / "config.yaml").write_text(
         yaml.safe_dump(settings("x", search, front={"etas": [0.3, 0.6, 1.0]}))
@@ -472,9 +470,8 @@ def test_a_killed_sweep_continues(
     command = Command(folder, "out", verb="tune")
     assert command.end(600) == 0, command.tail()
     assert "8 policy runs were asked for, 6 executed" in command.tail()
-    assert (
-        6 * STEPS <= batches(folder) <= 6 * STEPS + 2 * 2 * 2
-    )  # of two policies under way, twice: a step, and one since a checkpoint
+    # of two policies under way, twice: a step, and one since a checkpoint
+    assert 6 * STEPS <= batches(folder) <= 6 * STEPS + 2 * 2 * 2
     theirs = digests(reference)
     ours = digests(out)
     assert len(ours) == 6

@@ -61,9 +61,8 @@ def draw(judged: Judged, of_seeds: Mapping[int, Sample], path: Path) -> None:
                 COLOURS[n % len(COLOURS)],
                 "-o" if n < len(COLOURS) else "-.^",
             )
-        axes.set_xscale(
-            "function", functions=(_signed_root, _signed_square)
-        )  # in which fronts are straight between points: see reward_at
+        # in which fronts are straight between points: see reward_at
+        axes.set_xscale("function", functions=(_signed_root, _signed_square))
         axes.set(
             xlabel="KL(policy ‖ SFT), nats per completion, √ scale",
             ylabel=f"{label}, SFT standard deviations",

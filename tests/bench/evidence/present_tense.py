@@ -28,12 +28,13 @@ PAST = frozenset(
         " wrote ran fell held stood sat spoke broke grew meant spent sent built"
     )
 )
+# on -ed
 NO_PAST = frozenset(
     words_of(
         "need indeed feed speed seed deed weed breed bleed greed hundred red bed naked sacred"
         " wicked"
     )
-)  # on -ed
+)
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
