@@ -51,18 +51,10 @@ from raywarp.algorithm.factors import Factors, dense
 from raywarp.model.batches import Batch
 from raywarp.storage import scratch
 
-# minutes
+# Files that take minutes, the longest first.
 SLOW = (
-    "faults",
-    "sweep",
-    "pool",
-    "jobs",
-    "warp",
-    "stored_runs",
-    "three_nodes",
-    "training",
-    "evidence",
-    "nodes",
+    *("faults", "sweep", "pool", "three_nodes", "warp", "jobs", "stored_runs", "training"),
+    *("evidence", "nodes", "proof", "merging", "architectures", "orphans"),
 )
 
 

@@ -411,12 +411,14 @@ def test_logits_of_the_merge_are_the_dense_models(
 VLLM_SCRIPT = """
 import json, sys
 import torch
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, ModelRegistry, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 from raywarp.rollout.base_weights import BaseWeights, checkpoint_files, read_files
 from raywarp.adapters.peft import load_peft
 
 model, adapter, mode, ids = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+name = json.load(open(model + "/config.json"))["architectures"][0]
+ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())  # or a process looks
 lora = {"enable_lora": True, "max_lora_rank": 8} if mode == "lora" else {}
 engine = LLM(model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=64, enable_prefix_caching=False, **lora)
 if mode == "merged":
