@@ -58,13 +58,12 @@ def unit_norm(delta: AdapterDelta) -> AdapterDelta:
 
 
 def gauge(delta: AdapterDelta, seed: int) -> AdapterDelta:
-    """(B, A) → (BG, G⁻¹A) with a random well-conditioned G: other factors, the same ΔW."""
+    """(B, A) → (BG, G⁻¹A) with a random G of condition 4 at most: other factors, the same ΔW."""
     g = torch.Generator().manual_seed(seed)
 
     def turn(_: str, f: Factors) -> Factors:
-        G = torch.randn(f.rank, f.rank, generator=g, dtype=torch.float64) + 3 * torch.eye(
-            f.rank, dtype=torch.float64
-        )
+        Q, _ = torch.linalg.qr(torch.randn(f.rank, f.rank, generator=g, dtype=torch.float64))
+        G = Q * (0.5 + 1.5 * torch.rand(f.rank, generator=g, dtype=torch.float64))
         return Factors(f.B @ G, torch.linalg.solve(G, f.A))
 
     return delta.map(turn)
