@@ -41,6 +41,11 @@ class PromptSplits:
     train: list[Prompt]
     held_out: list[Prompt]
 
+    @property
+    def longest(self) -> int:
+        """Length of the longest prompt, in tokens."""
+        return max(len(prompt.token_ids) for prompt in [*self.train, *self.held_out])
+
 
 def text_key(text: str) -> str:
     """Return a key that is equal for texts that differ only in case, spaces and punctuation."""

@@ -52,9 +52,7 @@ class Inputs:
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt."""
-        return max(
-            len(prompt.token_ids) for prompt in [*self.prompts.train, *self.prompts.held_out]
-        )
+        return self.prompts.longest
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints that the policies' keys depend on."""
@@ -76,10 +74,7 @@ def prepare(config: Config) -> Inputs:
     check_engine(config)
     model, settings, prompts = prepare_prompts(config)
     config = resolved(config, prompts.train[0].columns)
-    longest = (
-        max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out])
-        + config.rollout.max_new_tokens
-    )
+    longest = prompts.longest + config.rollout.max_new_tokens
     refuse_unsupported(config.model, settings, config.rollout, longest)
     shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
     return Inputs(

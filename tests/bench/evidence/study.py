@@ -257,8 +257,7 @@ class Study:
         sampling = [derive_seed(seed, "evaluation", n) for n in range(len(prompts))]
         start_ray()
         under_way: deque[tuple[str, Any, float]] = deque()
-        longest = max(len(prompt.token_ids) for prompt in [*splits.train, *splits.held_out])
-        with Session(resolved(config), model, longest) as session:
+        with Session(resolved(config), model, splits.longest) as session:
             for curve, value in [*points, *[(None, -1.0)] * AT_ONCE]:
                 if value >= 0 and not self.clock.over():
                     delta = curve.adapter(trained, value) if curve else None
