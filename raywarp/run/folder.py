@@ -194,6 +194,34 @@ class Run(History):
         """
         return self.store.fetch(f"policies/{key}")
 
+    def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
+        """Rebuild an iteration's rows from the folders of its finished policies.
+
+        The rows of the other policies come with their checkpoints (`set_policy_metrics`).
+
+        Args:
+            iteration: the iteration, counted from 1.
+            iterations: I. Rows of an iteration beyond 1..I are removed.
+            finished: keys of the iteration's finished policies.
+        """
+        before = self.metrics()
+        rows = [
+            row
+            for key in finished
+            for row in sealed.read_jsonl(self.policy_folder(key) / METRICS_FILE)
+        ]
+        known = {json.dumps(row) for row in before}
+        if self.metrics_file.is_file() and any(json.dumps(row) not in known for row in rows):
+            self.say(
+                f"{self.metrics_file} lacked rows of iteration {iteration} or had others; taken"
+                " from the policies' folders"
+            )
+        earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
+        kept = [
+            [row for row in before if row.get("iteration") in some] for some in (earlier, later)
+        ]
+        sealed.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
+
     def save_iteration(
         self,
         iteration: int,

@@ -1,6 +1,5 @@
 """What happened in a run: a row per optimiser step, its events, and where the time went."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +21,6 @@ class History:
     mirror: Mirror | None
     say: Callable[[str], None]
 
-    def policy_folder(self, key: str) -> Path:
-        raise NotImplementedError
-
     @property
     def metrics_file(self) -> Path:
         return self.folder / METRICS_FILE
@@ -32,34 +28,6 @@ class History:
     def metrics(self) -> list[dict[str, Any]]:
         """Return one row per policy and optimiser step."""
         return sealed.read_jsonl(self.metrics_file)
-
-    def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
-        """Rebuild an iteration's rows from the folders of its finished policies.
-
-        The rows of the other policies come with their checkpoints (`set_policy_metrics`).
-
-        Args:
-            iteration: the iteration, counted from 1.
-            iterations: I. Rows of an iteration beyond 1..I are removed.
-            finished: keys of the iteration's finished policies.
-        """
-        before = self.metrics()
-        rows = [
-            row
-            for key in finished
-            for row in sealed.read_jsonl(self.policy_folder(key) / METRICS_FILE)
-        ]
-        known = {json.dumps(row) for row in before}
-        if self.metrics_file.is_file() and any(json.dumps(row) not in known for row in rows):
-            self.say(
-                f"{self.metrics_file} lacked rows of iteration {iteration} or had others; taken"
-                " from the policies' folders"
-            )
-        earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
-        kept = [
-            [row for row in before if row.get("iteration") in some] for some in (earlier, later)
-        ]
-        sealed.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
 
     def set_policy_metrics(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
         """Replace a policy's rows by those of its folder.
