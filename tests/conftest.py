@@ -4,6 +4,7 @@ The parts are real and small.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -59,9 +60,7 @@ SLOW = (
 
 
 def pytest_configure() -> None:
-    """vLLM looks at a model's class in a process of its own, for ten seconds, and notes at home
-    what it saw: one home is enough.
-    """
+    """Give vLLM one cache for the session: what it notes of a model's class is noted once."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="rwvllm")
 
@@ -76,11 +75,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give a process whole files, and one of them all files that look at the same finished run."""
     from xdist.scheduler import LoadFileScheduling
 
+    @functools.cache
+    def shares(file: str) -> bool:
+        return "tiny_finished" in (config.rootpath / file).read_text()
+
     class Files(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            shares = "tiny_finished" in (config.rootpath / file).read_text()
-            return "finished" if shares else file
+            return "finished" if shares(file) else file
 
     return Files(config, log) if config.getoption("dist") == "loadfile" else None
 

@@ -8,26 +8,11 @@ import torch
 if TYPE_CHECKING:
     from raywarp.model.adapted import AdaptedModel
 
-WORDS = (
-    *(
-        "the",
-        "a",
-        "film",
-        "is",
-        "was",
-        "good",
-        "bad",
-        "great",
-        "awful",
-        "and",
-        "plot",
-        "acting",
-        "of",
-        "in",
-        "story",
-    ),
-    *("very", "not", "movie", "this", "it", "I", "liked", "hated", "fine", "dull"),
+SENTENCE = (
+    "the a film is was good bad great awful and plot acting of in story very not movie this it I"
+    " liked hated fine dull"
 )
+WORDS = SENTENCE.split()
 
 
 def save_tokenizer(folder: Path) -> None:

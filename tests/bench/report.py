@@ -29,26 +29,8 @@ from raywarp.report.page import build
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
 
-WORDS = (
-    "the",
-    "film",
-    "is",
-    "was",
-    "good",
-    "bad",
-    "great",
-    "awful",
-    "and",
-    "plot",
-    "acting",
-    "of",
-    "in",
-    "story",
-    "very",
-    "not",
-    "movie",
-    "dull",
-)
+SENTENCE = "the film is was good bad great awful and plot acting of in story very not movie dull"
+WORDS = SENTENCE.split()
 REPEATS = 5
 
 

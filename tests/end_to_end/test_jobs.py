@@ -39,6 +39,7 @@ from raywarp.rollout.transport import digest
 from raywarp.run.prometheus import GAUGES
 
 REPOSITORY = Path(__file__).parents[2]
+TRAIN = ("--working-dir", ".", "--", "raywarp", "train", "warp.yaml")  # of `ray job submit`
 REWARD = '''
 """Counts good words; takes two minutes from its fifth call on while there is a file `slow`."""
 import pathlib, time
@@ -318,15 +319,8 @@ def test_a_stopped_job_continues_to_the_same_bits(
 ) -> None:
     again, slow = cluster.project / "again", cluster.project / "slow"
     command = (
-        "ray",
-        "job",
-        "submit",
-        "--working-dir",
-        ".",
-        "--",
-        "raywarp",
-        "train",
-        "warp.yaml",
+        *("ray", "job", "submit"),
+        *TRAIN,
         f"out={again}",
     )
     slow.touch()
@@ -358,16 +352,8 @@ def test_a_stopped_job_continues_to_the_same_bits(
 
 def test_a_relative_out_is_refused_in_a_job_and_following_exits_as_it_did(cluster: Cluster) -> None:
     refused = cluster.run(
-        "ray",
-        "job",
-        "submit",
-        "--no-wait",
-        "--working-dir",
-        ".",
-        "--",
-        "raywarp",
-        "train",
-        "warp.yaml",
+        *("ray", "job", "submit", "--no-wait"),
+        *TRAIN,
     )
     following = cluster.run(sys.executable, cluster.submit_py, "--follow", job_of(refused.stdout))
     assert following.returncode == 2, following.stderr
@@ -452,15 +438,8 @@ def test_without_the_token_nothing_is_told_or_done(cluster: Cluster, tmp_path: P
     before = len(cluster.client().list_jobs())
     elsewhere = {"HOME": str(tmp_path)}
     submission = (
-        "ray",
-        "job",
-        "submit",
-        "--working-dir",
-        ".",
-        "--",
-        "raywarp",
-        "train",
-        "warp.yaml",
+        *("ray", "job", "submit"),
+        *TRAIN,
     )
     address = f"http://127.0.0.1:{cluster.environment['RAYWARP_PORT']}"
     none, wrong = {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}

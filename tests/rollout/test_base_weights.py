@@ -15,7 +15,15 @@ from tiny_models import trained_model
 from raywarp.algorithm.deltas import AdapterDelta, zeros_like
 from raywarp.algorithm.factors import Factors, dense
 from raywarp.config.schema import ConfigError
-from raywarp.rollout.base_weights import BaseWeights, BaseWeightsError, checkpoint_files, read_files
+from raywarp.rollout.base_weights import (
+    BaseWeights,
+    BaseWeightsError,
+    checkpoint_files,
+    match_names,
+    read_files,
+)
+
+LAYER = "layers.3.self_attn.q_proj"
 
 
 def checkpoint_of(folder: Path) -> BaseWeights:
@@ -86,3 +94,35 @@ def test_a_module_without_a_weight_is_not_dropped_in_silence(tiny_llama: Path) -
 def test_no_safetensors_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         checkpoint_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "found"),
+    [
+        (f"model.{LAYER}", [f"model.{LAYER}", f"mtp.{LAYER}"], f"model.{LAYER}"),
+        (
+            f"model.{LAYER}",
+            [f"model.language_model.{LAYER}", f"mtp.{LAYER}"],
+            f"model.language_model.{LAYER}",
+        ),
+        (
+            f"model.language_model.{LAYER}",
+            [f"vision_tower.encoder.{LAYER}", f"language_model.model.{LAYER}"],
+            f"language_model.model.{LAYER}",
+        ),
+        (
+            f"model.{LAYER}",
+            [f"model.vision_tower.{LAYER}", f"model.language_model.{LAYER}"],
+            f"model.language_model.{LAYER}",
+        ),
+        ("transformer.h.0.attn.c_attn", ["h.0.attn.c_attn", "h.1.attn.c_attn"], "h.0.attn.c_attn"),
+        (f"model.{LAYER}", [LAYER.replace("3", "4")], None),
+        (f"model.{LAYER}", [f"a.{LAYER}", f"b.{LAYER}"], None),  # which of the two is not known
+    ],
+)
+def test_the_name_that_means_a_module(module: str, names: list[str], found: str | None) -> None:
+    assert match_names([module], names) == ({module: found} if found else {})
+
+
+def test_a_name_that_two_modules_would_share_is_neither_ones() -> None:
+    assert match_names([f"a.{LAYER}", f"b.{LAYER}"], [LAYER]) == {}
