@@ -172,7 +172,7 @@ class Driver:
                 run, self.session, iteration, all_keys, determinants, init, policies
             )
             if iteration < config.warp.iterations:
-                init = liti(init, merged, config.warp.liti_rate)
+                init = liti(init, merged, config.warp.liti_rate or 0.0)
 
     def first_init(self, key: str) -> AdapterDelta:
         """Return θ_init − θ_sft of the first iteration: the zero task vector.

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import dense
 from raywarp.config.load import parse_config
-from raywarp.config.schema import LoraConfig
+from raywarp.config.policies import LoraConfig
 from raywarp.data.text import Completion
 from raywarp.model.adapted import AdaptedModel
 from raywarp.model.batches import Batch, collate, micro_batches

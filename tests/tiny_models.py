@@ -123,7 +123,7 @@ def build_bert(folder: Path, labels: int = 1) -> Path:
 
 def trained_model(folder: Path, names: tuple[str, ...]) -> "AdaptedModel":
     """Adapters with a change large enough to see."""
-    from raywarp.config.schema import LoraConfig
+    from raywarp.config.policies import LoraConfig
     from raywarp.model.adapted import AdaptedModel
 
     model = AdaptedModel(

@@ -12,16 +12,15 @@ from raywarp.config.cluster import ClusterConfig
 from raywarp.config.datasets import PreferencesConfig, PromptsConfig
 from raywarp.config.field_types import (
     Count,
-    Modules,
     NotNegative,
     Number,
     Positive,
-    Rate,
     Section,
     Seed,
     Text,
-    Whole,
 )
+from raywarp.config.front import FrontConfig, RetentionConfig
+from raywarp.config.policies import LoraConfig, OptimConfig, StopConfig, WarpConfig
 from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
 from raywarp.config.tune import TuneConfig
 
@@ -30,113 +29,6 @@ SMOLLM2 = "embedded:smollm2-135m-instruct"
 
 class ConfigError(ValueError):
     """The user's input is wrong; the message says what, where, and what would be right."""
-
-
-class LoraConfig(Section):
-    """The adapter that each policy trains."""
-
-    rank: Count = Field(
-        16,
-        description="rank r of every policy's adapter; memory and traffic grow with it",
-    )
-    alpha: Positive = Field(
-        16.0,
-        description=(
-            "an adapter's change is scaled by alpha / rank; higher acts much like a higher optim.lr"
-        ),
-    )
-    target_modules: Modules = Field(
-        "all-linear", description="all-linear, or names of the modules to adapt"
-    )
-    init: Literal["independent", "shared", "frozen"] = Field(
-        "independent",
-        description=(
-            "the initial A: one per policy, one for all, or one for all that is never trained, by"
-            " which merges stay at rank r"
-        ),
-    )
-
-
-class WarpConfig(Section):
-    """WARP itself, by the paper's letters."""
-
-    iterations: Count = Field(
-        2,
-        description=(
-            "I, iterations of the whole loop, one after another, each from where LITI left the one"
-            " before"
-        ),
-    )
-    policies: Count = Field(
-        2, description="M, policies trained in parallel and merged; each costs as much again"
-    )
-    steps: Count = Field(
-        40,
-        description=(
-            "T, optimiser steps per policy and iteration; more: further from SFT, and longer"
-        ),
-    )
-    ema_rate: Rate = Field(
-        0.01,
-        description=(
-            "mu, rate at which the anchor follows the policy after every step, the paper's by"
-            " default; higher: the policy gets further, and less of it is taken back; 0 keeps the"
-            " anchor at the iteration's init"
-        ),
-    )
-    liti_rate: Rate = Field(
-        0.3,
-        description=(
-            "eta, how far the next iteration's init goes towards the merge; lower: each iteration"
-            " starts nearer to SFT"
-        ),
-    )
-    kl_coef: NotNegative = Field(
-        0.1,
-        description=(
-            "beta, reward taken per nat of KL to the anchor, the paper's by default; higher: less"
-            " KL and slower; 0: nothing holds the policy back"
-        ),
-    )
-    advantage: Literal["rloo", "mean", "none"] = Field(
-        "rloo",
-        description=(
-            "baseline that is taken from a reward: the mean of the prompt's other completions, of"
-            " the batch's others, or none"
-        ),
-    )
-
-
-class OptimConfig(Section):
-    """One policy's optimiser."""
-
-    lr: Positive = Field(
-        5e-4,
-        description=(
-            "AdamW's learning rate, constant after warm-up; higher: more reward and more KL per"
-            " step, until texts break"
-        ),
-    )
-    batch_size: Count = Field(
-        64, description="completions per optimiser step of a policy; more: less noise, longer steps"
-    )
-    max_tokens_per_microbatch: Count = Field(
-        4096,
-        description=(
-            "tokens per forward pass, padding included: lower it where a trainer's memory runs out;"
-            " gradients do not depend on it"
-        ),
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="less memory for a third more time: blocks are computed again for gradients",
-    )
-    warmup_steps: Whole = Field(
-        10, description="steps of linear warm-up, of every policy in every iteration"
-    )
-    grad_clip: Positive = Field(
-        1.0, description="largest norm of a policy's gradient; a longer one is scaled down"
-    )
 
 
 class RolloutConfig(Section):
@@ -205,43 +97,6 @@ class RolloutConfig(Section):
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
 
 
-class ChooseConfig(Section):
-    """Which point of the front is kept: exactly one of the two."""
-
-    eta: Rate | None = Field(None, description="take this eta, which is measured, too")
-    max_kl: Positive | None = Field(
-        None, description="take the largest eta whose KL is not above this, in nats per completion"
-    )
-
-    @model_validator(mode="after")
-    def one_rule(self) -> "ChooseConfig":
-        if (self.eta is None) == (self.max_kl is None):
-            raise ValueError("needs exactly one of eta and max_kl")
-        return self
-
-
-class FrontConfig(Section):
-    """The evaluation at the end, and which point of it is kept as an adapter."""
-
-    etas: list[Rate] = Field(
-        [0.0, 0.25, 0.5, 0.75, 1.0],
-        description="points of the LITI front; 0 is SFT, 1 is SLERP, and both are always measured",
-    )
-    prompts: Count = Field(
-        200, description="held-out prompts of each point; four times as many halve the intervals"
-    )
-    completions_per_prompt: Count = Field(
-        1, description="completions of each held-out prompt, which are averaged"
-    )
-    choose: ChooseConfig = Field(
-        ChooseConfig(max_kl=5.0),
-        description="which eta the folder adapter/ holds: {eta: x} or {max_kl: x}",
-    )
-    samples: Count = Field(
-        100, description="prompts whose texts are kept for every point, in samples.json"
-    )
-
-
 class Config(Section):
     model: Text = Field(
         SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct"
@@ -280,9 +135,11 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     warp: WarpConfig = WarpConfig()
     optim: OptimConfig = OptimConfig()
+    stop: StopConfig = StopConfig()
     rollout: RolloutConfig = RolloutConfig()
     cluster: ClusterConfig = ClusterConfig()
     front: FrontConfig = FrontConfig()
+    retention: RetentionConfig = RetentionConfig()
     checkpoint_every: Count = Field(
         10,
         description=(
@@ -319,4 +176,27 @@ class Config(Section):
             )
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
+        self._check_stop()
+        if self.warp.average_last > (most := -(-self.warp.steps // self.checkpoint_every)):
+            raise ValueError(
+                f"warp.average_last={self.warp.average_last} checkpoints, and warp.steps="
+                f"{self.warp.steps} with checkpoint_every={self.checkpoint_every} makes {most}"
+            )
         return self
+
+    def _check_stop(self) -> None:
+        """Raise ValueError if a stop rule lacks what it needs, or contradicts another key."""
+        if not self.stop.is_set:
+            return
+        if not self.front.every:
+            raise ValueError("stop needs held-out measurements while training, and front.every=0")
+        if self.stop.control_falls is not None and self.control is None:
+            raise ValueError(
+                "stop.control_falls needs a control score, and there is none; set control.model or"
+                " control.function"
+            )
+        if self.warp.average_last > 1:
+            raise ValueError(
+                f"warp.average_last={self.warp.average_last} and stop contradict each other: one"
+                " takes the mean of the last checkpoints, the other the best state"
+            )

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
-from raywarp.config.schema import LoraConfig
+from raywarp.config.policies import LoraConfig
 from raywarp.data.models import load_model
 from raywarp.identity import derive_seed
 from raywarp.model.backbone import (

@@ -150,7 +150,7 @@ class Policy:
         ema_update(
             [t.data for t in ema.values()],
             [t.data for t in policy.values()],
-            self.config.warp.ema_rate,
+            self.config.warp.ema_rate or 0.0,
         )
         self.step += 1
         return norm

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from raywarp.config.schema import ConfigError, LoraConfig
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import ConfigError
 from raywarp.model.probe import source_of
 
 ALL_LINEAR = "all-linear"

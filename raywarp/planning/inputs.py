@@ -56,7 +56,8 @@ class Inputs:
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints that the policies' keys depend on."""
-        return {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
+        found = {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
+        return found | ({"evaluation": self.evaluation} if self.config.stop.is_set else {})
 
 
 def prepare(config: Config) -> Inputs:

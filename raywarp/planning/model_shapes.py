@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raywarp.algorithm.deltas import block_of
-from raywarp.config.schema import LoraConfig
+from raywarp.config.policies import LoraConfig
 from raywarp.model.adapted import replace_targets
 from raywarp.model.attention import NAME as SHORT_ROWS
 from raywarp.model.attention import SHORT

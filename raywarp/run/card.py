@@ -134,9 +134,17 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
         ),
         (
             "WARP",
-            (
-                f"EMA rate {warp.ema_rate:g}, LITI rate {warp.liti_rate:g}, KL coefficient"
-                f" {warp.kl_coef:g}, advantage {warp.advantage}"
+            ", ".join(
+                f"{name} {value if isinstance(value, str) else format(value, 'g')}"
+                for name, value in (
+                    ("anchor", warp.anchor),
+                    ("EMA rate", warp.ema_rate),
+                    ("LITI rate", warp.liti_rate),
+                    ("KL coefficient", warp.kl_coef),
+                    ("KL target", warp.kl_target),
+                    ("advantage", warp.advantage),
+                )
+                if value is not None
             ),
         ),
         ("optimiser", f"AdamW, learning rate {optim.lr:g}, {optim.batch_size} completions a step"),

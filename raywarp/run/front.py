@@ -13,7 +13,8 @@ from typing import Any
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale
 from raywarp.algorithm.truncation import compress
-from raywarp.config.schema import ChooseConfig, Config, FrontConfig
+from raywarp.config.front import ChooseConfig, FrontConfig
+from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 
 

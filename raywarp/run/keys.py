@@ -29,7 +29,6 @@ def policy_keys(
         iteration: the iteration, counted from 1.
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
-    warp = config.warp.model_dump(include={"steps", "ema_rate", "kl_coef", "advantage"})
     sampling = {
         "completions_per_prompt",
         "max_new_tokens",
@@ -45,16 +44,50 @@ def policy_keys(
         "inputs": dict(inputs),
         "lora": config.lora.model_dump(),
         "optim": config.optim.model_dump(
-            exclude={"max_tokens_per_microbatch", "gradient_checkpointing"}
+            exclude={"max_tokens_per_microbatch", "gradient_checkpointing", "schedule"}
         ),
-        "warp": warp,
+        "warp": _warp(config, iteration),
         "rollout": rollout,
         "seed": config.seed,
         "iteration": iteration,
+        **_choices(config),
     }
     return [
         identity.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)
     ]
+
+
+def _warp(config: Config, iteration: int) -> dict[str, object]:
+    """Return the settings of WARP that a policy depends on, equal for equal policies.
+
+    An anchor that stays at the init is an EMA of rate 0. In the first iteration the SFT model is
+    the init.
+    """
+    warp = config.warp
+    settings: dict[str, object] = {
+        **warp.model_dump(include={"steps", "kl_coef", "advantage"}),
+        "ema_rate": warp.ema_rate or 0.0,
+    }
+    if warp.elastic_reset:
+        settings |= {"elastic_reset": True, "anchor": warp.anchor}
+    if warp.anchor == "sft" and iteration > 1:
+        settings["anchor"] = "sft"
+    return settings
+
+
+def _choices(config: Config) -> dict[str, object]:
+    """Return the settings that are newer than the first keys, as far as they are in use."""
+    warp, found = config.warp, dict[str, object]()
+    if config.optim.schedule != "constant":
+        found["schedule"] = config.optim.schedule
+    if warp.kl_target is not None:
+        found["kl_target"] = warp.kl_target
+    if warp.average_last > 1:
+        found["average_last"] = [warp.average_last, config.checkpoint_every]
+    if config.stop.is_set:
+        measured = config.front.model_dump(include={"every", "tracked_prompts", "prompts"})
+        found["stop"] = [config.stop.model_dump(), measured]
+    return found
 
 
 def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
@@ -72,8 +105,11 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
         init_key = identity.content_key(
             {
                 "parents": [init_key, *chain[-1]],
-                "merge": "slerp",
-                "liti_rate": config.warp.liti_rate,
+                **(
+                    {"merge": "ema"}
+                    if config.warp.elastic_reset
+                    else {"merge": "slerp", "liti_rate": config.warp.liti_rate}
+                ),
             }
         )
     return chain

@@ -61,7 +61,8 @@ def test_every_key_and_every_section_says_what_it_is() -> None:
 
 def test_types_are_in_plain_words() -> None:
     page = docs(schema())
-    assert "### warp.ema_rate\n\nA number from 0 to 1; default `0.01`.\n" in page
+    assert "### warp.ema_rate\n\nA number from 0 to 1; none by default.\n" in page
+    assert "### warp.kl_coef\n\nA number, at least 0; default `0.1`.\n" in page
     assert "### warp.policies\n\nA whole number, at least 1; default `2`.\n" in page
     assert "### dtype\n\nOne of `auto`, `float32`, `bfloat16`; default `auto`.\n" in page
     assert (

@@ -20,7 +20,8 @@ from architectures import (
     trainer,
 )
 
-from raywarp.config.schema import ConfigError, LoraConfig
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import ConfigError
 from raywarp.model.adapted import AdaptedModel
 from raywarp.planning.model_shapes import model_shapes
 

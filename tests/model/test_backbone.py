@@ -13,7 +13,7 @@ from architectures import FAMILIES, save_model, trainer
 from conftest import plain_logits
 from tiny_models import WORDS
 
-from raywarp.config.schema import LoraConfig
+from raywarp.config.policies import LoraConfig
 from raywarp.data.text import Completion
 from raywarp.model import attention
 from raywarp.model.adapted import AdaptedModel

@@ -18,7 +18,8 @@ from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import zeros_like
 from raywarp.algorithm.factors import dense
 from raywarp.config.load import parse_config
-from raywarp.config.schema import Config, LoraConfig
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import Config
 from raywarp.data.text import Completion
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel

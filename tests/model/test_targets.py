@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch.nn import Linear
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
-from raywarp.config.schema import ConfigError, LoraConfig
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import ConfigError
 from raywarp.model.targets import _matches, find_targets, is_linear
 
 ATTENTION = r"set lora.target_modules: \[q_proj, k_proj, v_proj, o_proj\], or all-linear"
@@ -186,7 +187,7 @@ def test_names_match_as_in_peft(wanted: str | list[str]) -> None:
 
 def test_peft_is_imported_for_fused_experts_alone(tiny_llama: Path) -> None:
     script = (
-        "import sys, torch; from raywarp.config.schema import LoraConfig;"
+        "import sys, torch; from raywarp.config.policies import LoraConfig;"
         " from raywarp.model.adapted"
         " import AdaptedModel; AdaptedModel(sys.argv[1], LoraConfig(), torch.float32,"
         " torch.device('cpu')); print('peft' in sys.modules)"

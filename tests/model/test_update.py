@@ -22,7 +22,8 @@ from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
 from raywarp.config.load import parse_config
-from raywarp.config.schema import Config, LoraConfig
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import Config
 from raywarp.data.text import Completion
 from raywarp.model import head
 from raywarp.model.adapted import INIT, AdaptedModel

@@ -22,7 +22,8 @@ from raywarp.cli.commands import main
 from raywarp.cluster import resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.load import parse_config
-from raywarp.config.schema import Config, ConfigError, LoraConfig
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import Config, ConfigError
 from raywarp.data.text import Completion
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import collate, micro_batches

@@ -14,7 +14,7 @@ from tiny_models import save_tiny_gpt2, save_tiny_llama
 
 from raywarp.algorithm.deltas import add
 from raywarp.algorithm.factors import norm
-from raywarp.config.schema import LoraConfig
+from raywarp.config.policies import LoraConfig
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.rollout.effect import EffectError, effect
 from raywarp.rollout.effect_probe import logprobs, make_probe, reference, score

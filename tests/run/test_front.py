@@ -9,7 +9,7 @@ from conftest import random_delta
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, zeros_like
 from raywarp.algorithm.factors import dense
-from raywarp.config.schema import ChooseConfig
+from raywarp.config.front import ChooseConfig
 from raywarp.run.front import (
     Point,
     Scored,
