@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raywarp.algorithm.deltas import AdapterDelta, Granularity, check_same_modules, concatenate
-from raywarp.algorithm.factors import AdapterError
+from raywarp.algorithm.factors import AdapterError, Factors
 from raywarp.algorithm.geometry import gram_matrices
 from raywarp.algorithm.truncation import compress, difference
 
@@ -257,6 +257,21 @@ def lerp(deltas: Sequence[AdapterDelta], weights: Sequence[float] | None = None)
     """
     shares = checked_weights(weights, len(deltas))
     return concatenate(deltas, [share / sum(shares) for share in shares])
+
+
+def mean(deltas: Sequence[AdapterDelta], one_A: bool = False) -> AdapterDelta:
+    """Return the plain mean of M adapters, exact in ΔW, as lerp does.
+
+    Args:
+        one_A: all adapters have the same A. The mean then has their rank, and not Σ r_m.
+    """
+    if not one_A:
+        return lerp(deltas)
+
+    def average(module: str, first: Factors) -> Factors:
+        return Factors(torch.stack([d.factors[module].B for d in deltas]).mean(0), first.A)
+
+    return deltas[0].map(average)
 
 
 def ema(checkpoints: Sequence[AdapterDelta], rate: float) -> AdapterDelta:

@@ -161,6 +161,17 @@ class Config(Section):
         ),
     )
 
+    @property
+    def policy_rank(self) -> int:
+        """The rank of a finished policy's task vector: a mean of checkpoints stacks theirs."""
+        stacked = 1 if self.lora.init == "frozen" else self.warp.average_last
+        return self.lora.rank * stacked
+
+    @property
+    def kept_states(self) -> int:
+        """How many earlier states a policy keeps: the best one, or those that are averaged."""
+        return self.warp.average_last if self.warp.average_last > 1 else int(self.stop.is_set)
+
     @model_validator(mode="after")
     def consistent(self) -> "Config":
         batch, group = self.optim.batch_size, self.rollout.completions_per_prompt

@@ -46,6 +46,13 @@ class PromptSplits:
         """Length of the longest prompt, in tokens."""
         return max(len(prompt.token_ids) for prompt in [*self.train, *self.held_out])
 
+    def tracked(self, count: int) -> list[Prompt]:
+        """Return the held-out prompts that policies are measured on while they train.
+
+        They are the last ones. The front is measured on the first.
+        """
+        return self.held_out[-count:]
+
 
 def text_key(text: str) -> str:
     """Return a key that is equal for texts that differ only in case, spaces and punctuation."""

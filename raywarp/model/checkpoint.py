@@ -1,5 +1,6 @@
 """The tensors of a policy's checkpoint: what its next steps depend on, saved and restored."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,23 +11,23 @@ from raywarp.model.policy import Policy
 from raywarp.storage.sealed import DamagedError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
+_KEPT = re.compile(r"kept/(.+?)/((?:policy|ema)/.+)")  # a tensor of one of the states kept so far
 
 
 def state_of(policy: Policy) -> dict[str, Tensor]:
     """Return everything that the next steps depend on.
 
-    That is the adapter, the EMA, the optimiser's moments and step, and the random generators.
-    The learning rate follows from the step.
+    That is the adapter, the EMA, the optimiser's moments and step, the random generators, the
+    states kept so far, and β where it moves. The learning rate follows from the step.
     """
     saved: dict[str, Tensor] = {
         "step": torch.tensor(policy.step),
+        **_coefficient(policy),
         **{f"rng/{name}": states for name, states in policy.rng.items()},
+        **policy.snapshot(),
     }
-    for kind, adapter in (("policy", policy.name), ("ema", policy.ema_name)):
-        saved |= {
-            f"{kind}/{name}": tensor.detach().cpu().clone()
-            for name, tensor in policy.model.tensors(adapter).items()
-        }
+    for name, state in policy.kept.items():
+        saved |= {f"kept/{name}/{key}": tensor for key, tensor in state.items()}
     for index, parameter in enumerate(policy.trained):
         for name, value in policy.optimiser.state[parameter].items():
             saved[f"adamw/{index}/{name}"] = value.detach().cpu().clone()
@@ -41,9 +42,8 @@ def load_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
             changed.
     """
     _check_state(policy, saved)
-    for kind, adapter in (("policy", policy.name), ("ema", policy.ema_name)):
-        for name, tensor in policy.model.tensors(adapter).items():
-            tensor.data.copy_(saved[f"{kind}/{name}"])
+    policy.restore(saved)
+    policy.kept = _kept(saved)
     for index, parameter in enumerate(policy.trained):
         if f"adamw/{index}/step" in saved:
             moments: dict[str, Any] = {
@@ -52,18 +52,35 @@ def load_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
             policy.optimiser.state[parameter] = moments
     policy.rng = {name: saved[f"rng/{name}"] for name in policy.rng}
     policy.step = int(saved["step"])
+    if "kl_coef" in saved:
+        policy.kl_coef = float(saved["kl_coef"])
+
+
+def _coefficient(policy: Policy) -> dict[str, Tensor]:
+    """Return β in float64 where it moves."""
+    moves = policy.config.warp.kl_target is not None
+    return {"kl_coef": torch.tensor(policy.kl_coef, dtype=torch.float64)} if moves else {}
+
+
+def _kept(saved: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    """Return the states kept so far, by name."""
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in saved.items():
+        if found := _KEPT.fullmatch(key):
+            kept.setdefault(found[1], {})[found[2]] = tensor
+    return dict(kept)
 
 
 def _check_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
     """Compare names, shapes and dtypes with the model's."""
     expected = {
         "step": torch.tensor(0),
+        **_coefficient(policy),
         **{f"rng/{name}": states for name, states in policy.rng.items()},
+        **(now := policy.snapshot()),
     }
-    for kind, adapter in (("policy", policy.name), ("ema", policy.ema_name)):
-        expected |= {
-            f"{kind}/{name}": tensor for name, tensor in policy.model.tensors(adapter).items()
-        }
+    for name in policy.kept_after(int(saved["step"])) if "step" in saved else ():
+        expected |= {f"kept/{name}/{key}": tensor for key, tensor in now.items()}
     untouched = _without_gradients(policy, saved)
     for index, parameter in enumerate(policy.trained):
         if index not in untouched:

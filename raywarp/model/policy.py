@@ -1,16 +1,16 @@
 """One policy's fine-tuning (stage 1 of WARP), one optimiser step at a time.
 
-A policy is an adapter. Its EMA is the anchor of the KL.
+A policy is an adapter. The anchor of its KL is its EMA, the iteration's init, or the SFT model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
-from raywarp.algorithm.averaging import ema_update
+from raywarp.algorithm.averaging import ema_update, mean
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config
 from raywarp.data.text import Completion
@@ -18,6 +18,9 @@ from raywarp.identity import derive_seed
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import Batch, MicroBatch, micro_batches
+from raywarp.model.schedule import adapted, rate_factor
+
+BEST = "best"  # the state of the best measurement, where there is a stop rule
 
 
 class Policy:
@@ -28,10 +31,18 @@ class Policy:
         config: of the run.
         iteration: i, counted from 1.
         index: m, counted from 1.
+
+    Attributes:
+        kl_coef: β, which moves with warp.kl_target alone.
+        kept: earlier states of the two adapters, by name: the best, and the most recent ones.
     """
 
     def __init__(self, model: AdaptedModel, config: Config, iteration: int, index: int):
         self.model, self.config = model, config
+        # θ_init is θ_sft in the first iteration.
+        self.anchored_to_sft = config.warp.anchor == "sft" and iteration > 1
+        self.kl_coef = config.warp.kl_coef
+        self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.name, self.ema_name = f"policy_{index}", f"ema_{index}"
         model.add_policy(self.name, _init_seed(config, iteration, index))
         model.add_copy(self.ema_name, of=self.name)
@@ -45,6 +56,40 @@ class Policy:
     def task_vector(self) -> AdapterDelta:
         """Return θ_m − θ_init."""
         return self.model.delta(self.name)
+
+    def ema(self) -> AdapterDelta:
+        """Return θ_ema_m − θ_init."""
+        return self.model.delta(self.ema_name)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of both adapters' tensors on the CPU."""
+        return {
+            f"{kind}/{name}": tensor.detach().cpu().clone()
+            for kind, adapter in (("policy", self.name), ("ema", self.ema_name))
+            for name, tensor in self.model.tensors(adapter).items()
+        }
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Set both adapters to a snapshot."""
+        for kind, adapter in (("policy", self.name), ("ema", self.ema_name)):
+            for name, tensor in self.model.tensors(adapter).items():
+                tensor.data.copy_(saved[f"{kind}/{name}"])
+
+    def result(self) -> AdapterDelta:
+        """Return the task vector to keep once training is over.
+
+        It is the last one, the best one (with a stop rule), or the mean of the last
+        warp.average_last checkpoints.
+        """
+        if self.config.stop.is_set:
+            self.restore(self.kept[BEST])
+        if self.config.warp.average_last == 1:
+            return self.task_vector()
+        vectors = []
+        for name in self.kept_after(self.step):
+            self.restore(self.kept[name])
+            vectors.append(self.task_vector())
+        return mean(vectors, one_A=self.config.lora.init == "frozen")
 
     def update(
         self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool
@@ -85,7 +130,7 @@ class Policy:
             return losses.sequence_log_ratio(sampled[chosen], anchor[chosen], batch.mask[chosen])
 
         def gains(chosen: Tensor) -> Tensor:
-            regularised = penalised[chosen] - settings.warp.kl_coef * log_ratios(chosen)
+            regularised = penalised[chosen] - self.kl_coef * log_ratios(chosen)
             return advantages(
                 regularised, settings.warp.advantage, settings.rollout.completions_per_prompt
             )
@@ -115,12 +160,17 @@ class Policy:
                 backward(
                     part, self._logprobs(part, self.name, train=True), advantage[part.completions]
                 )
+        kl_anchor = losses.sequence_log_ratio(sampled, anchor, batch.mask).mean()
+        coefficient = {"kl_coef": self.kl_coef} if settings.warp.kl_target else {}
         gradient_norm = self._optimise()
+        self.kl_coef = adapted(self.kl_coef, float(kl_anchor), settings.warp.kl_target)
+        self._keep_recent()
 
         metrics = {
             "reward": rewards.mean(),
             "reward_std": rewards.std(unbiased=False),
-            "kl_anchor": losses.sequence_log_ratio(sampled, anchor, batch.mask).mean(),
+            "kl_anchor": kl_anchor,
+            **coefficient,
             "entropy": -losses.masked_mean(sampled, batch.mask),
             "length": batch.mask.sum(-1).mean(),
             "eos_rate": finished.mean(),
@@ -136,13 +186,13 @@ class Policy:
         self.model.remove(self.ema_name)
 
     def _optimise(self) -> Tensor:
-        """Clip, step AdamW with linear warm-up, then move the EMA.
+        """Clip, step AdamW at the schedule's rate, then move the EMA.
 
         This happens once per optimiser step, for any number of micro-batches.
         """
         optim = self.config.optim
         for group in self.optimiser.param_groups:
-            group["lr"] = optim.lr * min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
+            group["lr"] = optim.lr * rate_factor(optim, self.step, self.config.warp.steps)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, optim.grad_clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -155,6 +205,22 @@ class Policy:
         self.step += 1
         return norm
 
+    def _keep_recent(self) -> None:
+        """Keep the state of a checkpoint, of which the last warp.average_last are averaged."""
+        wanted = self.kept_after(self.step)
+        if wanted and wanted[-1] == _recent(self.step):
+            self.kept[wanted[-1]] = self.snapshot()
+        self.kept = {name: state for name, state in self.kept.items() if name in wanted}
+
+    def kept_after(self, step: int) -> list[str]:
+        """Return the names of the states that are kept after so many steps, the newest last."""
+        warp, every = self.config.warp, self.config.checkpoint_every
+        best = [BEST] if self.config.stop.is_set else []
+        if warp.average_last == 1:
+            return best
+        steps = [*range(every, step + 1, every), *([step] if step == warp.steps else [])]
+        return [*best, *(_recent(one) for one in sorted({*steps})[-warp.average_last :])]
+
     def _measure(
         self, part: MicroBatch, train: bool, with_sft_kl: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,13 +228,16 @@ class Policy:
 
         The KL is zero unless asked for. The trained pass comes last, so that it is alone in memory.
         """
-        started = self.step > 0  # before the first step the anchor is the policy
-        anchor = self._logprobs(part, self.ema_name) if started else None
-        sft = self.model.states(part, []) if with_sft_kl else None
+        sft = self.model.states(part, []) if with_sft_kl or self.anchored_to_sft else None
+        anchor = None
+        if sft is not None and self.anchored_to_sft:
+            anchor = self.model.logprobs(part, sft, self._temperature)
+        elif self.step > 0:  # before the first step the EMA is the policy
+            anchor = self._logprobs(part, self.ema_name)
         states = self.model.states(part, [INIT, self.name], self.name if train else None)
         logprobs = self.model.logprobs(part, states, self._temperature)
         kl = torch.zeros(part.shape[0], device=logprobs.device)
-        if sft is not None:
+        if sft is not None and with_sft_kl:
             kl = self.model.completion_kl(part, states.detach(), sft, self._temperature)
         return logprobs, logprobs.detach() if anchor is None else anchor, kl
 
@@ -185,6 +254,11 @@ class Policy:
     @property
     def _temperature(self) -> float:
         return self.config.rollout.temperature
+
+
+def _recent(step: int) -> str:
+    """Return the name under which the state after a step is kept for the mean."""
+    return f"recent/{step:09d}"
 
 
 def _is_whole(completions: Tensor, size: int) -> bool:

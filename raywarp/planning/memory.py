@@ -105,7 +105,9 @@ def policy_process(
     own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
     trained = trained_numbers(shapes, config) * FLOAT32
     # The largest init adapters are the points of the front.
-    init = shapes.adapter_numbers(rank * config.warp.policies * config.warp.iterations)
+    init = shapes.adapter_numbers(
+        config.policy_rank * config.warp.policies * config.warp.iterations
+    )
     saved = shapes.saved_bytes
     if config.optim.gradient_checkpointing:
         saved = (
@@ -118,6 +120,7 @@ def policy_process(
         "init adapter": init * (FLOAT32 + width),
         "policy adapters": own * policies,
         "EMA adapters": own * policies,
+        **({"states kept": 2 * own * policies * kept} if (kept := config.kept_states) else {}),
         "gradients": trained,
         "optimiser moments": 2 * trained * policies,
         "activations (estimate)": saved + response_tokens * shapes.hidden * width,
@@ -158,7 +161,7 @@ def rollout_process(
     # The largest adapters are the points of the front. vLLM stacks up to three modules, and each
     # module's B is zero outside its own rows.
     elif not gpu:
-        rank = config.lora.rank * config.warp.policies * config.warp.iterations
+        rank = config.policy_rank * config.warp.policies * config.warp.iterations
         components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (
             width + FLOAT32 if transformers else 3 * width
         )
@@ -211,7 +214,7 @@ def init_bytes(shapes: Shapes, config: Config) -> int:
     """
     return (
         shapes.adapter_numbers(
-            config.lora.rank * config.warp.policies * (config.warp.iterations - 1)
+            config.policy_rank * config.warp.policies * (config.warp.iterations - 1)
         )
         * FLOAT32
     )
@@ -223,8 +226,13 @@ def task_vector_bytes(shapes: Shapes, config: Config) -> int:
 
 
 def checkpoint_bytes(shapes: Shapes, config: Config) -> int:
-    """Return the bytes of one policy's checkpoint: its adapter, EMA and optimiser moments."""
-    return 2 * task_vector_bytes(shapes, config) + 2 * trained_numbers(shapes, config) * FLOAT32
+    """Return the bytes of one policy's checkpoint.
+
+    That is its adapter and EMA, as they are and as they were in each kept state, and the
+    optimiser's moments.
+    """
+    states = 2 * (1 + config.kept_states) * task_vector_bytes(shapes, config)
+    return states + 2 * trained_numbers(shapes, config) * FLOAT32
 
 
 def result_bytes(shapes: Shapes, config: Config) -> int:
@@ -232,7 +240,7 @@ def result_bytes(shapes: Shapes, config: Config) -> int:
 
     These are each θ_m, each iteration's init and merge, and the chosen adapter.
     """
-    rank, policies, total = config.lora.rank, config.warp.policies, 0
+    rank, policies, total = config.policy_rank, config.warp.policies, 0
     for before in range(config.warp.iterations):
         init = rank * policies * before
         total += (

@@ -192,7 +192,7 @@ def mode_problem(config: Config, gpu: bool) -> str:
     if mode == "lora" and not lora_slots(largest_rank(config)):
         return (
             f"the adapters of this run reach rank {largest_rank(config)}"
-            f" (lora.rank={config.lora.rank} for each of its {config.warp.policies} policies in"
+            f" (rank {config.policy_rank} for each of its {config.warp.policies} policies in"
             f" {config.warp.iterations} iterations), and vLLM's largest is {LORA_RANKS[-1]}; lower"
             " lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at"
             " lora.rank"
@@ -216,7 +216,7 @@ def largest_rank(config: Config) -> int:
     It is that of a policy on top of its init, or that of the last merge. With one frozen A, merges
     keep lora.rank.
     """
-    rank, warp = config.lora.rank, config.warp
+    rank, warp = config.policy_rank, config.warp
     if config.lora.init == "frozen":
         return rank if warp.iterations == 1 else 2 * rank
     return rank * warp.policies * warp.iterations

@@ -51,6 +51,23 @@ class Proof:
     def requests(self) -> list[Request]:
         return requests(self.probe, [SFT, *self.adapters, SFT])
 
+    def judge(self, answers: TokenScores, ours: Trainer, where: str) -> Effect:
+        """Return what a policy's own adapter does in the engine.
+
+        Args:
+            answers: of the engine, without an adapter and with the policy's.
+            ours: the trainer's log-probs with the policy's adapter.
+            where: names the policy and its step.
+
+        Raises:
+            EffectError: the engine does not run the policy as the trainer does.
+        """
+        before, adapted = map(self.probe.scored, answers)
+        found = effect(self.none, ours, before, adapted)
+        if fault := found.fault():
+            raise self.sampler.refusal(where, fault)
+        return found
+
     def examine(self, answers: TokenScores, worker: int) -> Effect:
         """Return what the synthetic adapter does in a worker's engine.
 

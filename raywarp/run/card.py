@@ -129,7 +129,7 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
             "adapter",
             (
                 f"rank {rank} on {', '.join(map(_code, names))}; each policy had rank"
-                f" {config.lora.rank}"
+                f" {config.policy_rank}"
             ),
         ),
         (

@@ -12,6 +12,8 @@ from raywarp.run.front import wanted_etas
 
 # Part of every key. Raise it when the same settings no longer give the same policy.
 ALGORITHM_VERSION = 3
+# Keys of `front` that its measured points do not depend on.
+_NOT_OF_POINTS = {"choose", "every", "tracked_prompts", "ceiling_completions", "share_kl"}
 
 
 def policy_keys(
@@ -140,7 +142,7 @@ def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
         evaluation: fingerprint of what the evaluation reads.
         keys: keys of the iteration's policies.
     """
-    front = config.front.model_dump(exclude={"choose"}) | {
+    front = config.front.model_dump(exclude=_NOT_OF_POINTS) | {
         "etas": sorted({*wanted_etas(config), 0.0, 1.0})
     }
     return identity.content_key([keys, evaluation, front, config.cluster.threads])

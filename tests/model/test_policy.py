@@ -344,6 +344,7 @@ def test_checkpoints_come_back_newest_first_and_the_older_go(
             "manifest.json",
             "metrics.jsonl",
             "samples.jsonl",
+            "trajectory.jsonl",
         ]
     )
 

@@ -1,0 +1,53 @@
+"""Tests of how anchors, rates, recipes and stop rules go together in a configuration."""
+
+import pytest
+
+from raywarp.config.load import load_config, parse_config
+from raywarp.config.schema import ConfigError
+
+
+def test_rates_have_their_defaults_where_they_are_used() -> None:
+    assert parse_config({}).warp.ema_rate == 0.01
+    assert parse_config({}).warp.liti_rate == 0.3
+    assert parse_config({"warp": {"anchor": "sft"}}).warp.ema_rate is None
+    elastic = parse_config({"warp": {"anchor": "sft", "elastic_reset": True, "policies": 1}}).warp
+    assert (elastic.ema_rate, elastic.liti_rate) == (0.01, None)
+
+
+def test_a_configuration_without_a_rate_comes_back_the_same() -> None:
+    config = parse_config({"warp": {"anchor": "init"}})
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_overrides_may_change_the_anchor() -> None:
+    assert load_config(None, ["warp.anchor=sft"]).warp.anchor == "sft"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"warp": {"anchor": "sft", "ema_rate": 0.1}}, "ema_rate=0.1 has no EMA to move"),
+        ({"warp": {"anchor": "init", "ema_rate": 0}}, "with anchor=init"),
+        ({"warp": {"anchor": "reference"}}, "anchor"),
+        (
+            {"warp": {"elastic_reset": True, "policies": 1, "liti_rate": 0.3}},
+            "liti_rate=0.3 contradicts elastic_reset=true",
+        ),
+        ({"warp": {"elastic_reset": True}}, "policies=2; set policies=1"),
+        ({"warp": {"elastic_reset": True, "policies": 1, "iterations": 1}}, "iterations=1"),
+        ({"warp": {"kl_target": 1, "kl_coef": 0}}, "kl_target=1 adapts kl_coef"),
+        ({"warp": {"average_last": 5}}, "warp.average_last=5 checkpoints"),
+        ({"warp": {"average_last": 2}, "stop": {"max_kl": 1}}, "contradict each other"),
+        ({"stop": {"control_falls": 0.1}}, "stop.control_falls needs a control score"),
+        ({"stop": {"max_kl": 1}, "front": {"every": 0}}, "front.every=0"),
+        ({"stop": {"max_kl": 0}}, "stop.max_kl"),
+        ({"front": {"ceiling_completions": 3}}, "at least 4, or 0"),
+        ({"front": {"etas": [-0.5]}}, "front.etas"),
+        ({"optim": {"schedule": "exponential"}}, "schedule"),
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused_by_name(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config(tree)
+    assert message in str(refusal.value)
