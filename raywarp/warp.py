@@ -20,6 +20,7 @@ from typing import Any
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
+from raywarp.algorithm.truncation import compress
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
@@ -33,9 +34,10 @@ from raywarp.run.events import Journal
 from raywarp.run.figures import plot_front
 from raywarp.run.folder import Run
 from raywarp.run.front import Candidate, Point
+from raywarp.run.history import METRICS_FILE
 from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
-from raywarp.run.policy_files import Job
+from raywarp.run.policy_files import EMA, TRAJECTORY_FILE, Job
 from raywarp.run.prometheus import RunMetrics
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
@@ -172,7 +174,7 @@ class Driver:
                 run, self.session, iteration, all_keys, determinants, init, policies
             )
             if iteration < config.warp.iterations:
-                init = liti(init, merged, config.warp.liti_rate or 0.0)
+                init = self.next_init(init, merged, keys)
 
     def first_init(self, key: str) -> AdapterDelta:
         """Return θ_init − θ_sft of the first iteration: the zero task vector.
@@ -187,6 +189,14 @@ class Driver:
         # Sorted, so that both sources give the modules in the same order.
         return replace(zero, factors=dict(sorted(zero.factors.items())))
 
+    def next_init(
+        self, init: AdapterDelta, merged: AdapterDelta, keys: Sequence[str]
+    ) -> AdapterDelta:
+        """Stage 3: return LITI(θ_init, θ_slerp), or the policy's EMA with warp.elastic_reset."""
+        if self.config.warp.elastic_reset:
+            return compress(load_peft(self.run.policy_folder(f"{keys[0]}{EMA}")))
+        return liti(init, merged, self.config.warp.liti_rate or 0.0)
+
     def fine_tune(
         self, iteration: int, keys: Sequence[str], init: AdapterDelta
     ) -> list[AdapterDelta]:
@@ -198,17 +208,19 @@ class Driver:
             Elsewhere: other runs are training some of the policies. The rest is finished.
         """
         run, session, warp = self.run, self.session, self.config.warp
+        prompts = self.inputs.prompts
+        tracked = prompts.tracked(self.config.front.tracked_prompts)
         jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
         with self.claims.take(keys) as taken:
             unfinished = [job for job in jobs if not self.is_found(job)]
             missing = [job for job in unfinished if job.key in taken]
             self.claims.begin(iteration, [job.key for job in missing])
-            run.restore_metrics(
+            run.restore_rows(
                 iteration, warp.iterations, [job.key for job in jobs if job not in unfinished]
             )
             with (
                 self.display.iteration(iteration, jobs, missing, warp.steps) as bars,
-                closing(session.fine_tune(missing, init, self.inputs.prompts.train)) as events,
+                closing(session.fine_tune(missing, init, prompts.train, tracked)) as events,
             ):
                 for event in events:
                     self.note(event)
@@ -219,15 +231,16 @@ class Driver:
             raise Elsewhere(iteration, others)
         return [
             trailing(
-                load_peft(run.find_policy(key) or run.policy_folder(key)), self.config.lora.rank
+                load_peft(run.find_policy(key) or run.policy_folder(key)), self.config.policy_rank
             )
             for key in keys
         ]
 
     def is_found(self, job: Job) -> bool:
-        """Return whether the store has the policy, undamaged."""
+        """Return whether the store has the policy (and its EMA, if needed), undamaged."""
+        keys = [job.key, *([f"{job.key}{EMA}"] if self.config.warp.elastic_reset else [])]
         try:
-            return self.run.find_policy(job.key) is not None
+            return all(self.run.find_policy(key) is not None for key in keys)
         except sealed.DamagedError as error:
             self.display.say(
                 f"iteration {job.iteration} policy {job.index} has to be trained: {error}"
@@ -237,9 +250,13 @@ class Driver:
     def note(self, event: Mapping[str, Any]) -> None:
         """Save and log the metrics in an event of a policy's training."""
         if event["event"] == "resumed":
-            self.run.set_policy_metrics(event["key"], event["metrics"])
+            rows = {METRICS_FILE: event["metrics"], TRAJECTORY_FILE: event["trajectory"]}
+            return self.run.set_policy_rows(event["key"], rows)
+        row = {name: value for name, value in event.items() if name != "event"}
+        if event["event"] == "measured":
+            self.run.add_measurement(row)
+            self.loggers.log_measurement(row)
         elif event["event"] == "step":
-            row = {name: value for name, value in event.items() if name != "event"}
             self.run.add_metrics(row)
             self.loggers.log(row)
             self.gauges.step(row)

@@ -76,6 +76,8 @@ def tiny_config(project: Path, model: Path, out: str | Path, **changes: Any) -> 
             "etas": [0, 0.5, 1],
             "choose": {"eta": 0.5},
             "samples": 2,
+            "every": 0,
+            "ceiling_completions": 0,
         },
         "checkpoint_every": 2,
         "kl_to_sft_every": 3,

@@ -24,6 +24,7 @@ from raywarp.run.config_file import (
     saved_form,
 )
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE, History
+from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.run.sampler_mark import Mark, sampler_mark
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
@@ -194,33 +195,33 @@ class Run(History):
         """
         return self.store.fetch(f"policies/{key}")
 
-    def restore_metrics(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
-        """Rebuild an iteration's rows from the folders of its finished policies.
+    def restore_rows(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
+        """Rebuild an iteration's rows of both tables from the folders of its finished policies.
 
-        The rows of the other policies come with their checkpoints (`set_policy_metrics`).
+        The tables are metrics.jsonl and trajectory.jsonl.
+
+        The rows of the other policies come with their checkpoints (`set_policy_rows`).
 
         Args:
             iteration: the iteration, counted from 1.
             iterations: I. Rows of an iteration beyond 1..I are removed.
             finished: keys of the iteration's finished policies.
         """
-        before = self.metrics()
-        rows = [
-            row
-            for key in finished
-            for row in sealed.read_jsonl(self.policy_folder(key) / METRICS_FILE)
-        ]
-        known = {json.dumps(row) for row in before}
-        if self.metrics_file.is_file() and any(json.dumps(row) not in known for row in rows):
-            self.say(
-                f"{self.metrics_file} lacked rows of iteration {iteration} or had others; taken"
-                " from the policies' folders"
-            )
-        earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
-        kept = [
-            [row for row in before if row.get("iteration") in some] for some in (earlier, later)
-        ]
-        sealed.write_jsonl(self.metrics_file, [*kept[0], *rows, *kept[1]])
+        for name in (METRICS_FILE, TRAJECTORY_FILE):
+            path, folders = self.folder / name, map(self.policy_folder, finished)
+            before = sealed.read_jsonl(path)
+            rows = [row for folder in folders for row in sealed.read_jsonl(folder / name)]
+            known = {json.dumps(row) for row in before}
+            if path.is_file() and any(json.dumps(row) not in known for row in rows):
+                self.say(
+                    f"{path} lacked rows of iteration {iteration} or had others; taken from the"
+                    " policies' folders"
+                )
+            earlier, later = range(1, iteration), range(iteration + 1, iterations + 1)
+            kept = [
+                [row for row in before if row.get("iteration") in some] for some in (earlier, later)
+            ]
+            sealed.write_jsonl(path, [*kept[0], *rows, *kept[1]])
 
     def save_iteration(
         self,

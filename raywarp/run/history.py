@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.storage import sealed
 from raywarp.storage.mirror import Mirror
 from raywarp.storage.sealed import DamagedError
@@ -21,6 +22,10 @@ class History:
     mirror: Mirror | None
     say: Callable[[str], None]
 
+    def trajectory(self) -> list[dict[str, Any]]:
+        """Return one row per policy and measurement on held-out prompts while it trained."""
+        return sealed.read_jsonl(self.folder / TRAJECTORY_FILE)
+
     @property
     def metrics_file(self) -> Path:
         return self.folder / METRICS_FILE
@@ -29,16 +34,27 @@ class History:
         """Return one row per policy and optimiser step."""
         return sealed.read_jsonl(self.metrics_file)
 
-    def set_policy_metrics(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
+    def set_policy_rows(self, key: str, rows: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Replace a policy's rows by those of its folder.
 
-        After a resume, each step then has one row.
+        After a resume, each step and each measurement then has one row.
+
+        Args:
+            rows: file → its rows of this policy.
         """
-        others = [row for row in self.metrics() if row.get("key") != key]
-        sealed.write_jsonl(self.metrics_file, [*others, *rows])
+        for name, own in rows.items():
+            path = self.folder / name
+            others = [row for row in sealed.read_jsonl(path) if row.get("key") != key]
+            sealed.write_jsonl(path, [*others, *own])
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        sealed.append_jsonl(self.metrics_file, row)
+        self._append(METRICS_FILE, row)
+
+    def add_measurement(self, row: dict[str, Any]) -> None:
+        self._append(TRAJECTORY_FILE, row)
+
+    def _append(self, file: str, row: dict[str, Any]) -> None:
+        sealed.append_jsonl(self.folder / file, row)
         if self.mirror:
             self.mirror.push_now_and_then()
 
@@ -67,7 +83,8 @@ class History:
 
         Args:
             event: started, finished, failed or stopped (the run); fault, hang, recovered,
-                continued, lost or moved (a part of it); resumed or saved (a policy).
+                continued, lost or moved (a part of it); resumed, saved or ended (a policy, the
+                last by a stop rule).
             details: those of the following that apply. At the start of a run: versions (of
                 packages) and sampler (its version). Otherwise: what (the process), iteration,
                 policy, key, step, cause (out of memory, killed, node lost, hang, exception),

@@ -83,6 +83,16 @@ class Loggers:
         }
         self.log_values(values, row["step"], f"step/{policy}")
 
+    def log_measurement(self, row: Mapping[str, Any]) -> None:
+        """Log one row of trajectory.jsonl."""
+        policy = f"iteration {row['iteration']} policy {row['policy']}"
+        values = {
+            f"held_out_{name}/{policy}": float(row[name])
+            for name in ("reward", "kl", "control")
+            if name in row
+        }
+        self.log_values(values, row["step"], f"step/{policy}")
+
     def log_values(self, values: Mapping[str, float], step: int, axis: str) -> None:
         """Log numbers at a step.
 

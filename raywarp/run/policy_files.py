@@ -8,7 +8,9 @@ policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW
                                                      that the next rollouts are sampled from
                                  metrics.jsonl       a row per step so far
                                  samples.jsonl       a completion per step so far
-policies/<key>/                                      θ_m as a PEFT adapter, metrics and samples
+                                 trajectory.jsonl    a row per measurement on held-out prompts
+policies/<key>/                                      θ_m as a PEFT adapter, and the three tables
+policies/<key>-ema/                                  its EMA, with warp.elastic_reset
 
 Three things need no state of their own. The learning rate follows from the step. The prompts of a
 step follow from (seed, iteration, policy, step). The seeds of its completions follow from
@@ -18,7 +20,7 @@ step follow from (seed, iteration, policy, step). The seeds of its completions f
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError, read_jsonl, write_json, write_jsonl
 
 KEPT_CHECKPOINTS = 2
+TRAJECTORY_FILE = "trajectory.jsonl"
+EMA = "-ema"  # ends the key under which a policy's EMA is stored
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class Checkpoint:
             policy, key).
         metrics: a row per finished step.
         samples: a row per finished step.
+        trajectory: a row per measurement on held-out prompts.
     """
 
     state: Mapping[str, Tensor]
     progress: Mapping[str, Any]
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -71,7 +77,7 @@ class PolicyFiles:
         with self.storage.writing(f"{self.name}/checkpoint-{checkpoint.step:06d}") as folder:
             _save_tensors(checkpoint.state, folder / "state.safetensors")
             write_json(folder / "progress.json", checkpoint.progress)
-            _save_rows(folder, checkpoint.metrics, checkpoint.samples)
+            _save_rows(folder, checkpoint.metrics, checkpoint.samples, checkpoint.trajectory)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             self.storage.remove(old)
 
@@ -100,6 +106,7 @@ class PolicyFiles:
                 progress,
                 read_jsonl(folder / "metrics.jsonl"),
                 read_jsonl(folder / "samples.jsonl"),
+                read_jsonl(folder / TRAJECTORY_FILE),
             )
             whole = (
                 len(checkpoint.metrics) == len(checkpoint.samples) == checkpoint.step
@@ -111,6 +118,15 @@ class PolicyFiles:
             raise DamagedError(f"{folder} is not of step {checkpoint.step} of policy {self.key}")
         return checkpoint
 
+    def save_ema(self, adapter: AdapterDelta) -> None:
+        """Save the EMA of the policy, before the policy itself.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        with self.storage.writing(f"{self.name}{EMA}") as folder:
+            save_peft(adapter, folder)
+
     def discard(self, name: str) -> None:
         """Remove a checkpoint that cannot be used."""
         self.storage.remove(name)
@@ -120,6 +136,7 @@ class PolicyFiles:
         adapter: AdapterDelta,
         metrics: Sequence[dict[str, Any]],
         samples: Sequence[dict[str, Any]],
+        trajectory: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Save the finished policy, and remove its checkpoints.
 
@@ -128,16 +145,20 @@ class PolicyFiles:
         """
         with self.storage.writing(self.name) as folder:
             save_peft(adapter, folder)
-            _save_rows(folder, metrics, samples)
+            _save_rows(folder, metrics, samples, trajectory)
         for old in self.checkpoints():
             self.storage.remove(old)
 
 
 def _save_rows(
-    folder: Path, metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]
+    folder: Path,
+    metrics: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, Any]],
+    trajectory: Sequence[dict[str, Any]],
 ) -> None:
     write_jsonl(folder / "metrics.jsonl", metrics)
     write_jsonl(folder / "samples.jsonl", samples)
+    write_jsonl(folder / TRAJECTORY_FILE, trajectory)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

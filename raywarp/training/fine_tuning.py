@@ -1,7 +1,7 @@
 """Stage 1: fine-tune the policies. When an actor dies, resume its policies from checkpoints."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from raywarp.cluster.supervisor import ActorSlot, hang_of
 from raywarp.config.schema import Config
 from raywarp.run.policy_files import Job
 from raywarp.storage.sealed import StoreError
-from raywarp.training.policy_actor import task_name
+from raywarp.training.progress import task_name
 
 TICK = 0.25  # seconds between two checks of everything but the policies' events
 
@@ -162,10 +162,16 @@ class FineTuning:
         else:
             stream.heard = True
             if event["event"] == "fault":
-                label = {name: event[name] for name in ("iteration", "policy", "key", "step")}
                 self.report(
-                    "fault", what="checkpoint", **label, cause="damaged", message=event["cause"]
+                    "fault",
+                    what="checkpoint",
+                    **_label(event),
+                    cause="damaged",
+                    message=event["cause"],
                 )
+                return
+            if event["event"] == "ended":
+                self.report("ended", **_label(event), message=event["message"])
                 return
             self._note(event)
             yield event
@@ -174,6 +180,8 @@ class FineTuning:
         course = self.courses[event["key"]]
         if event["event"] == "done":
             course.done = True
+            return
+        if event["event"] == "measured":
             return
         if event["event"] == "resumed":
             course.step = course.resumed = event["step"]
@@ -373,3 +381,7 @@ class FineTuning:
                 f" {max(course.resumed, course.step // every * every)}"
             )
         )
+
+
+def _label(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: event[name] for name in ("iteration", "policy", "key", "step")}

@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from raywarp.algorithm.deltas import AdapterDelta, add
-from raywarp.cluster.faults import FaultError, explain
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import batch_indices, derive_seed
-from raywarp.model.batches import collate, micro_batches
+from raywarp.model.batches import collate
 from raywarp.rewards.actor import Scorer
-from raywarp.rollout.effect import effect
 from raywarp.rollout.proof import PROOF_STEPS, Proof, requests
 from raywarp.rollout.protocol import (
     SFT,
@@ -37,7 +34,8 @@ from raywarp.rollout.protocol import (
     work_of,
 )
 from raywarp.run.policy_files import Job
-from raywarp.training.progress import Progress, finished_metrics
+from raywarp.training.progress import Progress, finished_rows
+from raywarp.training.tracking import HeldOut, Measurement, fetch, is_due, measured
 
 # Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:
@@ -45,18 +43,6 @@ if TYPE_CHECKING:
     from raywarp.rollout.effect_probe import Reference
 
 STOP_SECONDS = 0.1  # time between two checks of whether to stop, while there is no other work
-
-
-def task_name(jobs: Sequence[Job]) -> str:
-    """Return the name of an actor's task, for the dashboard and the process's title.
-
-    For example PolicyActor.fine_tune iteration 1 policies 1, 3.
-    """
-    indices = ", ".join(str(job.index) for job in jobs)
-    return (
-        f"PolicyActor.fine_tune iteration {jobs[0].iteration}"
-        f" {'policy' if len(jobs) == 1 else 'policies'} {indices}"
-    )
 
 
 class PolicyActor:
@@ -134,12 +120,13 @@ class PolicyActor:
         prompts: Sequence[Prompt],
         pool: Any,
         reward: Scorer,
+        held_out: HeldOut,
         proof: Proof | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Train the jobs' policies to the end, and yield their events.
 
-        Events are fault (an unusable checkpoint), resumed (with the metrics so far), step, done and
-        stopped.
+        Events are fault (an unusable checkpoint), resumed (with the metrics and the trajectory so
+        far), measured (on held-out prompts), step, ended (by a stop rule), done and stopped.
 
         Args:
             proof: examines the sampler again every PROOF_STEPS steps. None leaves that out.
@@ -159,27 +146,22 @@ class PolicyActor:
         self.proof = proof
         under_way = []
         for job in jobs:
-            if (metrics := finished_metrics(job)) is None:
+            if (rows := finished_rows(job)) is None:
                 under_way.append(self._start(job))
             else:
-                yield {
-                    "event": "resumed",
-                    **job.label,
-                    "step": self.config.warp.steps,
-                    "metrics": metrics,
-                }
+                done = {"step": self.config.warp.steps, "metrics": rows[0], "trajectory": rows[1]}
+                yield {"event": "resumed", **job.label, **done}
                 yield {"event": "done", **job.label}
         try:
             for progress in under_way:
                 for cause in progress.discarded:
                     yield progress.event("fault", cause=cause)
-                yield progress.event("resumed", metrics=progress.metrics)
+                yield progress.event(
+                    "resumed", metrics=progress.metrics, trajectory=progress.trajectory
+                )
             self.started, self.busy_seconds = time.perf_counter(), 0.0
-            waiting = {
-                self._request(p, init, prompts, pool, reward): p
-                for p in under_way
-                if self._unfinished(p)
-            }
+            ask = functools.partial(self._ask, init, prompts, pool, reward, held_out)
+            waiting = {ref: p for p in under_way if (ref := ask(p)) is not None}
             idle = time.perf_counter()
             while waiting:
                 if self.stopping.is_set():
@@ -193,12 +175,15 @@ class PolicyActor:
                 if not ready:
                     continue
                 progress = waiting.pop(ready[0])
-                yield {
-                    "event": "step",
-                    **self._step(progress, _scores(ready[0]), time.perf_counter() - idle),
-                }
-                if self._unfinished(progress):
-                    waiting[self._request(progress, init, prompts, pool, reward)] = progress
+                if progress.measurement:
+                    yield {"event": "measured", **self._measure(progress, progress.measurement)}
+                if progress.ended:
+                    yield progress.event("ended", message=progress.ended)
+                elif self._unfinished(progress):
+                    row = self._step(progress, fetch(ready[0]), time.perf_counter() - idle)
+                    yield {"event": "step", **row}
+                if (ref := ask(progress)) is not None:
+                    waiting[ref] = progress
                 idle = time.perf_counter()
             for progress in under_way:
                 progress.save_result(initial)
@@ -231,6 +216,7 @@ class PolicyActor:
             rollouts: the workers' Rollouts for them, in order.
         """
         from raywarp.model.adapted import INIT
+        from raywarp.model.kl import completion_kls
 
         start, completions = time.time(), join(rollouts, adapter)
         if not adapter.parts:
@@ -238,16 +224,8 @@ class PolicyActor:
         with self.work:
             self._load()
             self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
-            batch = collate(prompts, completions).to(self.model.device)
-            kl = torch.zeros(len(batch), device=self.model.device)
-            for part in micro_batches(
-                batch, self.config.optim.max_tokens_per_microbatch, self.model.pairs_per_token
-            ):
-                policy, sft = self.model.states(part, [INIT]), self.model.states(part, [])
-                kl[part.completions] = self.model.completion_kl(
-                    part, policy, sft, self.config.rollout.temperature
-                )
-        values = Scores(kl.tolist())
+            batch = collate(prompts, completions)
+            values = Scores(completion_kls(self.model, batch, self.config, [INIT]))
         values.span, values.who = (start, time.time()), self.title
         return values
 
@@ -276,13 +254,51 @@ class PolicyActor:
     def _unfinished(self, progress: Progress) -> bool:
         return progress.policy.step < self.config.warp.steps
 
-    def _request(
+    def _ask(
         self,
-        progress: Progress,
         init: AdapterPart,
         prompts: Sequence[Prompt],
         pool: Any,
         reward: Scorer,
+        held_out: HeldOut,
+        progress: Progress,
+    ) -> Any:
+        """Ask for all that the policy's next step needs. Return the ref that comes last.
+
+        A due measurement is asked for first. The result is None once the policy is finished.
+        """
+        step, progress.measurement = progress.policy.step, None
+        due = held_out.prompts and is_due(self.config, step, progress.trajectory)
+        if progress.ended or not (due or self._unfinished(progress)):
+            return None
+        progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
+        if due:
+            progress.measurement = Measurement.request(
+                self.config, held_out, progress.adapter, pool, reward
+            )
+        if not self._unfinished(progress):
+            return progress.measurement and progress.measurement.scores[-1]
+        return self._request(progress, prompts, pool, reward)
+
+    def _measure(self, progress: Progress, measurement: Measurement) -> dict[str, Any]:
+        """Return the row of a measurement, after adding it to the policy's trajectory."""
+        from raywarp.model.adapted import INIT
+        from raywarp.model.kl import completion_kls
+
+        self.working_since = None  # the pool may do other work before this
+        rollouts, scores = measurement.wait()
+        self.working_since, start = time.monotonic(), time.time()
+        prompts = [prompt.token_ids for prompt in measurement.prompts]
+        batch = collate(prompts, join(rollouts, measurement.adapter))
+        kl = completion_kls(self.model, batch, self.config, [INIT, progress.policy.name])
+        label = {**progress.job.label, "step": progress.policy.step}
+        work = [*work_of(rollouts, scores), (self.title, start, time.time())]
+        row = {**label, **measured(scores, kl), "spans": spans_of(work)}
+        progress.add_measurement(row)
+        return row
+
+    def _request(
+        self, progress: Progress, prompts: Sequence[Prompt], pool: Any, reward: Scorer
     ) -> Any:
         """Ask for the next step's completions and their scores. Return the ref of the scores."""
         start = time.perf_counter()
@@ -298,7 +314,6 @@ class PolicyActor:
             derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n)
             for n in range(self.config.optim.batch_size)
         ]
-        progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
         progress.probed = None
@@ -358,34 +373,16 @@ class PolicyActor:
         from raywarp.rollout.effect_probe import score
 
         self.working_since = None  # the pool may do other work before this
-        before, adapted = map(self.proof.probe.scored, ray.get(progress.probed))
+        answers = ray.get(progress.probed)
         self.working_since = time.monotonic()
-        ours = score(
-            self.model,
-            self.proof.probe,
-            [INIT, progress.policy.name],
-            self.config.optim.max_tokens_per_microbatch,
-        )
-        found = effect(self.proof.none, ours, before, adapted)
-        if fault := found.fault():
-            job = progress.job
-            raise self.proof.sampler.refusal(
-                f"iteration {job.iteration} policy {job.index} step {progress.policy.step}", fault
-            )
-        return found.metrics()
+        most, adapters = self.config.optim.max_tokens_per_microbatch, [INIT, progress.policy.name]
+        ours = score(self.model, self.proof.probe, adapters, most)
+        return self.proof.judge(
+            answers, ours, f"{progress.name} step {progress.policy.step}"
+        ).metrics()
 
     def _checkpoint(self, progress: Progress) -> None:
         """Save everything up to the last finished step."""
         progress.save_checkpoint(
             self.config.optim.batch_size // self.config.rollout.completions_per_prompt
         )
-
-
-def _scores(ref: Any) -> Scores:
-    try:
-        scores: Scores = ray.get(ref)
-    except RayActorError as error:  # Ray has spent all retries of the call
-        raise FaultError(
-            f"the reward worker died again and again at one batch: {explain(error)}"
-        ) from None
-    return scores

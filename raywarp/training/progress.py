@@ -8,8 +8,9 @@ from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.data.text import Completion, Prompt
 from raywarp.rollout.protocol import SFT, Adapter
 from raywarp.rollout.transport import digest
-from raywarp.run.policy_files import Checkpoint, Job, PolicyFiles
+from raywarp.run.policy_files import TRAJECTORY_FILE, Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
+from raywarp.training.tracking import Measurement, Row, best, reason_to_stop
 
 # Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Progress:
         probed: ref of the sampler's log-probs of the probe, without and with the policy's adapter.
             None where they were not asked for.
         samples: one completion per finished step.
+        trajectory: one row per measurement on held-out prompts.
+        measurement: the pending one; None where nothing is measured at this step.
+        ended: which stop rule has ended the training.
         saved_step: step of the last checkpoint.
         discarded: why older checkpoints could not be used.
     """
@@ -45,6 +49,9 @@ class Progress:
     requested: float = 0.0
     probed: Any = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    trajectory: list[Row] = field(default_factory=list)
+    measurement: Measurement | None = None
+    ended: str | None = None
     saved_step: int = 0
     discarded: list[str] = field(default_factory=list)
 
@@ -64,6 +71,11 @@ class Progress:
                 progress.discarded.append(str(error))
                 progress.files.discard(name)
         return progress
+
+    @property
+    def name(self) -> str:
+        """Return whose progress it is, for messages."""
+        return f"iteration {self.job.iteration} policy {self.job.index}"
 
     def event(self, name: str, **details: Any) -> dict[str, Any]:
         """Return an event of this policy at its present step."""
@@ -95,24 +107,39 @@ class Progress:
             "rollout_version": digest(self.policy.task_vector()),
         }
         self.files.save_checkpoint(
-            Checkpoint(state_of(self.policy), position, self.metrics, self.samples)
+            Checkpoint(state_of(self.policy), position, self.metrics, self.samples, self.trajectory)
         )
         self.saved_step = self.policy.step
 
     def save_result(self, init: AdapterDelta) -> None:
         """Save θ_m as a PEFT adapter on the SFT model: init's columns, then the policy's own r."""
-        self.files.save_result(add(init, self.policy.task_vector()), self.metrics, self.samples)
+        result = add(init, self.policy.result())
+        if self.policy.config.warp.elastic_reset:
+            self.files.save_ema(add(init, self.policy.ema()))
+        self.files.save_result(result, self.metrics, self.samples, self.trajectory)
+
+    def add_measurement(self, row: Row) -> None:
+        """Add a row to the trajectory, keep the state if it is the best, and apply stop rules."""
+        from raywarp.model.policy import BEST
+
+        rule = self.policy.config.stop
+        self.trajectory.append(row)
+        if rule.is_set:
+            if best(self.trajectory, rule) is row:
+                self.policy.kept[BEST] = self.policy.snapshot()
+            self.ended = reason_to_stop(self.trajectory, rule)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         from raywarp.model.checkpoint import load_state
 
         load_state(self.policy, checkpoint.state)
         self.metrics, self.samples = checkpoint.metrics, checkpoint.samples
+        self.trajectory = checkpoint.trajectory
         self.saved_step = checkpoint.step
 
 
-def finished_metrics(job: Job) -> list[dict[str, Any]] | None:
-    """Return the metrics of a policy that is finished in the store; None if it is not.
+def finished_rows(job: Job) -> tuple[list[Row], list[Row]] | None:
+    """Return metrics and trajectory of a policy that is finished in the store; None if it is not.
 
     An actor may have finished it and died before it could report that.
     """
@@ -120,4 +147,18 @@ def finished_metrics(job: Job) -> list[dict[str, Any]] | None:
         folder = job.store.fetch(f"policies/{job.key}")
     except DamagedError:
         return None
-    return read_jsonl(folder / "metrics.jsonl") if folder else None
+    if folder is None:
+        return None
+    return read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / TRAJECTORY_FILE)
+
+
+def task_name(jobs: Sequence[Job]) -> str:
+    """Return the name of an actor's task, for the dashboard and the process's title.
+
+    For example PolicyActor.fine_tune iteration 1 policies 1, 3.
+    """
+    indices = ", ".join(str(job.index) for job in jobs)
+    return (
+        f"PolicyActor.fine_tune iteration {jobs[0].iteration}"
+        f" {'policy' if len(jobs) == 1 else 'policies'} {indices}"
+    )

@@ -28,6 +28,7 @@ from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds
 from raywarp.training.fine_tuning import TICK, FineTuning
 from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
+from raywarp.training.tracking import HeldOut
 
 
 def log_event(event: str, **details: Any) -> None:
@@ -134,18 +135,32 @@ class Session:
         return self._zero
 
     def fine_tune(
-        self, jobs: Sequence[Job], init: AdapterDelta, prompts: Sequence[Prompt]
+        self,
+        jobs: Sequence[Job],
+        init: AdapterDelta,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt] = (),
     ) -> Generator[dict[str, Any]]:
         """Fine-tune all jobs on the policy actors, and yield their events (see FineTuning.run).
 
         Close the generator to end early: it then saves the policies in training. Afterwards
         `timing` says where the time went.
+
+        Args:
+            held_out: prompts that the policies are measured on every front.every steps.
         """
         if not jobs:
             self.timing = None
             return
         self.start()
-        work = (AdapterPart.put(init), ray.put(list(prompts)), self.pool, self.reward, self.proof)
+        work = (
+            AdapterPart.put(init),
+            ray.put(list(prompts)),
+            self.pool,
+            self.reward,
+            HeldOut(list(held_out), self.control),
+            self.proof,
+        )
         self.get(self.pool.reset.remote())
         start, before = time.monotonic(), self._reward_seconds()
         fine_tuning = FineTuning(self.config, self.present(), work, self._tick, self.report)

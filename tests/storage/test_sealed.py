@@ -152,12 +152,12 @@ def test_metrics_are_made_anew_from_the_policies_folders(tmp_path: Path) -> None
         {"step": 1},
     ]
     sealed.write_jsonl(run.metrics_file, [*stray, *rows])
-    run.restore_metrics(1, 2, ["k1"])
+    run.restore_rows(1, 2, ["k1"])
     assert run.metrics() == rows
     assert said == []
     sealed.write_jsonl(run.metrics_file, [rows[0], {**rows[2], "step": 7}])
     for i in (1, 2):
-        run.restore_metrics(i, 2, [f"k{i}"])
+        run.restore_rows(i, 2, [f"k{i}"])
     assert run.metrics() == rows
     assert [f"iteration {i}" in line for i, line in zip((1, 2), said, strict=True)] == [True, True]
 
@@ -212,7 +212,7 @@ def test_resuming_replaces_a_policys_rows(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for key, step in (("a", 0), ("b", 0), ("a", 1), ("a", 2)):
         run.add_metrics({"key": key, "step": step})
-    run.set_policy_metrics("a", [{"key": "a", "step": 0}])
+    run.set_policy_rows("a", {"metrics.jsonl": [{"key": "a", "step": 0}]})
     run.add_metrics({"key": "a", "step": 1})
     assert sorted((row["key"], row["step"]) for row in run.metrics()) == [
         ("a", 0),
