@@ -69,7 +69,7 @@ SETTINGS: dict[str, Any] = {
         "cpus_per_policy": 0.5,
         "cpus_per_rollout_worker": 0.5,
     },
-    "front": {"prompts": 4, "etas": [0, 1], "choose": {"eta": 1}, "samples": 1},
+    "front": {"prompts": 4, "etas": [0, 1], "choose": {"eta": 1}, "samples": 1, "every": 0},
     "checkpoint_every": 5,
 }
 

@@ -7,6 +7,19 @@ from pydantic import Field, model_validator
 
 from raywarp.config.field_types import Count, Modules, NotNegative, Positive, Rate, Section, Whole
 
+RATES = {"ema_rate": 0.01, "liti_rate": 0.3}  # their defaults, where they are used
+
+
+def unused_rates(warp: Mapping[str, Any]) -> list[str]:
+    """Return which of the rates nothing uses, with this anchor and this restart.
+
+    Args:
+        warp: keys of the section `warp`; what is missing has its default.
+    """
+    elastic = warp.get("elastic_reset") is True
+    used = {"ema_rate": elastic or warp.get("anchor", "ema") == "ema", "liti_rate": not elastic}
+    return [key for key in RATES if not used[key]]
+
 
 class LoraConfig(Section):
     """The adapter that each policy trains."""
@@ -116,25 +129,19 @@ class WarpConfig(Section):
         """Fill in the rates that this anchor and this restart use, and refuse the others."""
         if not isinstance(tree, Mapping):
             return tree
-        anchor, elastic = tree.get("anchor", "ema"), tree.get("elastic_reset") is True
-        used = {"ema_rate": anchor == "ema" or elastic, "liti_rate": not elastic}
-        given = {key: tree.get(key) for key in used}
-        if given["ema_rate"] is not None and not used["ema_rate"]:
+        unused, rates = unused_rates(tree), {key: tree.get(key) for key in RATES}
+        if "ema_rate" in unused and rates["ema_rate"] is not None:
             raise ValueError(
-                f"ema_rate={given['ema_rate']} has no EMA to move with anchor={anchor}; leave it"
-                " out, or use anchor=ema"
+                f"ema_rate={rates['ema_rate']} has no EMA to move with anchor={tree['anchor']};"
+                " leave it out, or use anchor=ema"
             )
-        if given["liti_rate"] is not None and not used["liti_rate"]:
+        if "liti_rate" in unused and rates["liti_rate"] is not None:
             raise ValueError(
-                f"liti_rate={given['liti_rate']} contradicts elastic_reset=true, which starts each"
+                f"liti_rate={rates['liti_rate']} contradicts elastic_reset=true, which starts each"
                 " iteration from the EMA; leave one of them out"
             )
-        defaults = {"ema_rate": 0.01, "liti_rate": 0.3}
-        filled = {
-            key: value if value is not None or not used[key] else defaults[key]
-            for key, value in given.items()
-        }
-        return {**tree, **filled}
+        defaults = {key: RATES[key] for key, value in rates.items() if value is None}
+        return {**tree, **defaults, **dict.fromkeys(unused)}
 
     @model_validator(mode="after")
     def consistent(self) -> "WarpConfig":

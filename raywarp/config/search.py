@@ -17,6 +17,7 @@ import numpy as np
 
 from raywarp import identity
 from raywarp.config.load import known_keys, parse_config, unknown
+from raywarp.config.policies import unused_rates
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.tune import Domain, TuneConfig
 
@@ -106,6 +107,8 @@ class SearchSpace:
         tree = self.base.model_dump(mode="json", exclude={"tune"})
         for key, value in point.items():
             _put(tree, key, value)
+        if {"warp.anchor", "warp.elastic_reset"} & self.domains.keys():
+            _drop_unused_rates(tree["warp"])
         try:
             config = parse_config(tree)
         except ConfigError as error:
@@ -206,11 +209,20 @@ def name_of(point: Values) -> str:
 
 
 def describe(point: Mapping[str, Any]) -> str:
-    """Return a point in one line, keys by their last part: ema_rate=0.05, liti_rate=0.3."""
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={show(value)}" for key, value in point.items())
+    """Return a point in one line, keys by their last part: ema_rate=0.05, liti_rate=0.3.
+
+    A rate that the trial does not use is left out.
+    """
+    return ", ".join(
+        f"{key.rsplit('.', 1)[-1]}={show(value)}"
+        for key, value in point.items()
+        if value is not None
+    )
 
 
 def show(value: Any) -> str:
+    if value is None:
+        return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -272,6 +284,15 @@ def _draw(domain: Domain, random: np.random.Generator) -> Any:
 def six_digits(value: Any) -> Any:
     """Round a drawn number to six digits, the precision in which it is shown and stored."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _drop_unused_rates(warp: dict[str, Any]) -> None:
+    """Drop the rates that a trial's anchor and restart do not use.
+
+    Trials that differ in them alone are then one.
+    """
+    for key in unused_rates(warp):
+        warp[key] = None
 
 
 def _outside(key: str) -> bool:

@@ -76,10 +76,15 @@ SETTINGS: dict[str, Any] = {
         "temperature": 1.0,
     },
     "cluster": {"policy_actors": 1, "threads": 1},
-    "front": {"prompts": 3, "etas": [0.3, 0.6], "choose": {"eta": 1}, "samples": 1},
+    "front": {"prompts": 3, "etas": [0.3, 0.6], "choose": {"eta": 1}, "samples": 1, "every": 0},
     "checkpoint_every": 1,
 }
 EMA, LITI = [0.1, 0.4], [0.3, 0.6, 1.0]
+GRID = {
+    "anchor": {"grid": ["ema", "sft"]},
+    "ema_rate": {"grid": EMA},
+    "liti_rate": {"grid": LITI[:2]},
+}
 
 
 def make_project(folder: Path) -> Path:
@@ -132,15 +137,14 @@ def sweep_folder(ray_cluster: Any, working_directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(sweep_folder: Path) -> tuple[Sweep, Path, str]:
-    """2 × 3 trials, I = 2, M = 2; what they said."""
+    """2 · 2 trials with an EMA and 2 without, I = 2, M = 2; what they said."""
     before = traces()
-    search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
     loggers = ["tensorboard", "wandb", "mlflow"]
     with pytest.MonkeyPatch.context() as patched:
         for name, value in logger_environment(sweep_folder).items():
             patched.setenv(name, value)
         sweep = tune(
-            load_config(settings(sweep_folder / "grid", search, loggers=loggers)),
+            load_config(settings(sweep_folder / "grid", GRID, loggers=loggers)),
             heard := Listener(),
         )
         wandb.teardown()
@@ -151,16 +155,16 @@ def grid(sweep_folder: Path) -> tuple[Sweep, Path, str]:
 def test_what_trials_have_in_common_is_trained_once(
     grid: tuple[Sweep, Path, str], sweep_folder: Path
 ) -> None:
-    """2·2 policy runs of iteration 1 and 6·2 of iteration 2, of 24 that the trials ask for."""
+    """3·2 policy runs of iteration 1 and 6·2 of iteration 2, of 24 that the trials ask for."""
     sweep, out, said = grid
-    assert batches(sweep_folder) == 16 * STEPS
-    assert len(digests(out)) == 16
-    assert (sweep.asked, sweep.executed) == (24, 16)
-    assert "they ask for 24 policy runs, of which 16 differ" in said
-    assert "24 policy runs were asked for, 16 executed: sharing saved 8 of them" in said
+    assert batches(sweep_folder) == 18 * STEPS
+    assert len(digests(out)) == 18
+    assert (sweep.asked, sweep.executed) == (24, 18)
+    assert "they ask for 24 policy runs, of which 18 differ" in said
+    assert "24 policy runs were asked for, 18 executed: sharing saved 6 of them" in said
     runs = sweep_of(out)["policy_runs"]
-    assert (runs["asked"], runs["executed"]) == (24, 16)
-    assert runs["seconds_saved"] == pytest.approx(8 * runs["seconds_each"])
+    assert (runs["asked"], runs["executed"]) == (24, 18)
+    assert runs["seconds_saved"] == pytest.approx(6 * runs["seconds_each"])
     assert runs["seconds_each"] > 0
     assert [len(path.read_text().splitlines()) for path in out.glob("trials/*/metrics.jsonl")] == [
         2 * 2 * STEPS
@@ -187,9 +191,13 @@ def test_every_trial_has_its_front_and_the_sweep_ranks_them(grid: tuple[Sweep, P
     _, out, _ = grid
     tree = sweep_of(out)
     trials = tree["trials"]
-    assert {
-        (trial["values"]["warp.ema_rate"], trial["values"]["warp.liti_rate"]) for trial in trials
-    } == {(ema, liti) for ema in EMA for liti in LITI}
+    names = ("warp.anchor", "warp.ema_rate", "warp.liti_rate")
+    assert {tuple(trial["values"][name] for name in names) for trial in trials} == {
+        (anchor, ema, liti)
+        for anchor, emas in (("ema", EMA), ("sft", [None]))
+        for ema in emas
+        for liti in LITI[:2]
+    }
     volumes = [trial["hypervolume"] for trial in trials]
     assert volumes == sorted(volumes, reverse=True)
     assert tree["best"] == trials[0]["name"]
@@ -281,8 +289,7 @@ def test_a_finished_sweep_is_shown_again_without_any_actor(
 ) -> None:
     sweep, out, _ = grid
     before, count = fronts(out), len((sweep_folder / "batches").read_text().split())
-    search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
-    again = tune(load_config(settings(out, search)), Listener())
+    again = tune(load_config(settings(out, GRID)), Listener())
     assert again == sweep
     assert fronts(out) == before
     assert len((sweep_folder / "batches").read_text().split()) == count  # nothing was even measured
@@ -291,13 +298,12 @@ def test_a_finished_sweep_is_shown_again_without_any_actor(
 def test_plan_says_what_a_sweep_asks_for(
     grid: tuple[Sweep, Path, str], sweep_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search = {"ema_rate": {"grid": EMA}, "liti_rate": {"grid": LITI}}
     print_forecast(
-        plan(load_config(settings(sweep_folder / "planned", search)), offline=True), console()
+        plan(load_config(settings(sweep_folder / "planned", GRID)), offline=True), console()
     )
     said = " ".join(capsys.readouterr().out.split())
-    assert "6 trials of warp.ema_rate, warp.liti_rate (grid)" in said
-    assert "24 policy runs, of which 16 differ" in said
+    assert "6 trials of warp.anchor, warp.ema_rate, warp.liti_rate (grid)" in said
+    assert "24 policy runs, of which 18 differ" in said
 
 
 def test_asha_ends_the_worse_trial_between_iterations(
