@@ -274,6 +274,7 @@ def tiny_finished(
     folder = make_project(tmp_path_factory.mktemp("finished"))
     changes = {
         "control": {"function": "raywarp.embedded:vader"},
+        "front": {"every": 3},
         "loggers": ["tensorboard", "wandb", "mlflow"],
     }
     # where the reward module is

@@ -15,13 +15,15 @@ from raywarp.config.secrets import redact
 from raywarp.report.files import RunFiles
 from raywarp.report.findings import Finding, findings, points_of
 from raywarp.report.page_json import plain
-from raywarp.report.series import Curve, curves, number, summary, trajectory
+from raywarp.report.series import Curve, curves, number, summary
 from raywarp.report.texts import clip, sample_texts, training_texts
 from raywarp.report.timeline import timeline
+from raywarp.report.trajectories import trajectories
 from raywarp.run.config_file import CONFIG_FILE, flat
 from raywarp.run.folder import FRONT_FILE, read_mark
 from raywarp.run.front import Point
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
+from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
@@ -52,6 +54,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     config: dict[str, Any] = part("The configuration", lambda: files.config() or {}, {})
     rows, events = files.rows(METRICS_FILE), files.rows(EVENTS_FILE)[-EVENTS:]
     found = part("The learning curves", lambda: curves(rows), list[Curve]())
+    tracked = files.rows(TRAJECTORY_FILE)
     front: dict[str, Any] = part("The front", lambda: files.record(FRONT_FILE) or {}, {})
     points = part("The front", lambda: points_of(front), list[Point]())
     geometry = part("Angles and norms", lambda: _geometry(files), Rows())
@@ -86,10 +89,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
             ],
             Rows(),
         ),
-        "trajectories": [
-            {"iteration": curve.iteration, "policy": curve.policy, "points": trajectory(curve)}
-            for curve in found
-        ],
+        "trajectories": part("The trajectories", lambda: trajectories(found, tracked), Rows()),
         "curves": summary(found, share) if found else None,
         "geometry": geometry,
         "texts": part(
@@ -108,7 +108,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
             Rows(),
         ),
     }
-    history = _history(files, config, rows, events, times)
+    history = _history(files, config, [*rows, *tracked], events, times)
     unfinished = part(
         "What is unfinished",
         lambda: _unfinished(files.missing, config, found, front, events, timing),
@@ -183,6 +183,9 @@ def _unfinished(
         lacking.append(f"{TIMING_FILE} is missing: how busy the actors were is not known.")
     warp = {**Config().warp.model_dump(), **config["warp"]} if config else {}
     done = {(curve.iteration, curve.policy): int(curve.steps[-1]) + 1 for curve in found}
+    for event in events:
+        if event.get("event") == "ended":  # by a stop rule
+            done[event.get("iteration", 0), event.get("policy", 0)] = warp.get("steps", 0)
     for iteration in range(1, warp.get("iterations", 0) + 1):
         steps = [done.get((iteration, policy), 0) for policy in range(1, warp["policies"] + 1)]
         if min(steps) < warp["steps"]:

@@ -72,6 +72,7 @@ METRICS = (
         "nats per token",
         "sampler and trainer apart without an adapter, at the same steps",
     ),
+    Metric("kl_coef", "KL coefficient", "", "beta, which warp.kl_target adapts"),
     Metric("grad_norm", "Gradient norm", "", "before clipping"),
 )
 

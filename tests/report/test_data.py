@@ -22,6 +22,7 @@ from raywarp.report.page_json import plain, to_json
 from raywarp.report.series import METRICS, curves, stretches, summary, trajectory
 from raywarp.report.texts import clip, departure, sample_texts
 from raywarp.report.timeline import SLICES, timeline
+from raywarp.report.trajectories import trajectories
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
 from raywarp.storage import sealed
@@ -64,8 +65,10 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
         "engine_gap",
         "grad_norm",
     }
-    # the KL to SFT is measured at steps 0 and 3
-    assert all(len(way["points"]) == 2 for way in data["trajectories"])
+    assert [(way["iteration"], way["policy"], way["held_out"]) for way in data["trajectories"]] == [
+        (i, m, True) for i in (1, 2) for m in (1, 2)
+    ]
+    assert all([point[2] for point in way["points"]] == [0, 3, 6] for way in data["trajectories"])
     assert [(row["iteration"], len(row["blocks"]), row["pairs"]) for row in data["geometry"]] == [
         (1, 2, ["1–2"]),
         (2, 2, ["1–2"]),
@@ -387,7 +390,30 @@ def test_long_curves_become_means_with_least_and_largest() -> None:
     assert [cut.stop - cut.start for cut in stretches(10, 4)] == [3, 3, 3, 1]
     short = summary(curves(rows[-5:]))["curves"][0]
     assert short["values"]["reward"] == {"mean": [0, 1, 0, 1, 0]}
-    assert len(METRICS) == len(short["values"]) + 8
+    assert len(METRICS) == len(short["values"]) + 9
+
+
+def test_a_path_is_measured_on_held_out_prompts_where_it_can_be() -> None:
+    """Policy 1 was measured, in whatever order its rows come; policy 2 was not, and policy 3 has
+    not finished a step.
+    """
+    steps = [{"iteration": 1, "policy": m, "step": 0, "reward": 0.5, "kl_sft": 0.1} for m in (1, 2)]
+    measured = {"reward": 0.3, "reward_ci": 0.1, "kl_ci": 0.2, "control": 0.7, "control_ci": 0.4}
+    rows = [
+        {"iteration": 1, "policy": m, "step": step, "kl": 0.1 * step, **measured}
+        for m, step in ((1, 10), (1, 0), (3, 0))
+    ]
+    rows += [{"iteration": 1, "policy": 1, "step": 20}, {"iteration": "x", "step": 0}]
+    one, two, three = trajectories(curves(steps), rows)
+    rest = [0.2, 0.1, 0.7, 0.4]
+    assert one == {
+        "iteration": 1,
+        "policy": 1,
+        "held_out": True,
+        "points": [[0, 0.3, 0, *rest], [1, 0.3, 10, *rest]],
+    }
+    assert two == {"iteration": 1, "policy": 2, "held_out": False, "points": [[0.1, 0.5, 0]]}
+    assert (three["policy"], three["held_out"], len(three["points"])) == (3, True, 1)
 
 
 def test_busy_shares_by_hand() -> None:

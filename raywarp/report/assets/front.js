@@ -6,7 +6,7 @@ const SHOWN_SAMPLES = 6;
 function frontSection(run, runs, state, select) {
   const lead =
     "Each point is a model, measured on held-out prompts with the same sampling. To the right is further from the SFT model, up is more reward; bars are 95 % " +
-    "intervals. The line is the front: η = 0 is SFT, η = 1 the SLERP merge. Thin lines are the policies while they trained (means over training prompts). " +
+    "intervals. The line is the front: η = 0 is SFT, η = 1 the SLERP merge. Thin lines are the policies while they trained (" + (run.trajectories.some((one) => one.held_out) ? "on held-out prompts of their own" : "means over training prompts") + "). " +
     "Choose a point to read its texts.";
   if (!run.front && !run.trajectories.some((one) => one.points.length)) {
     return section("front", "KL–reward front", lead, h("p", { class: "empty" }, "Nothing has been measured yet."));
@@ -67,8 +67,8 @@ function frontOption(run, runs, state) {
   const last = Math.max(0, ...run.trajectories.map((one) => one.iteration));
   for (const way of run.trajectories.filter((one) => one.points.length)) {
     series.push({
-      name: "training", type: "line", data: way.points, color: policyColour(way.policy), symbol: "circle", symbolSize: 3, triggerEvent: true, z: 1,
-      lineStyle: { width: 1.2, opacity: way.iteration === last ? 0.5 : 0.2 }, itemStyle: { opacity: way.iteration === last ? 0.5 : 0.2 }, way,
+      name: "training", type: "line", data: way.points.map((point) => ({ value: point.slice(0, 2), way, at: point })), color: policyColour(way.policy), symbol: "circle", symbolSize: 3, triggerEvent: true, z: 1,
+      lineStyle: { width: 1.2, opacity: way.iteration === last ? 0.5 : 0.2 }, itemStyle: { opacity: way.iteration === last ? 0.5 : 0.2 },
     });
   }
   runs.filter((other) => other !== run && other.front).forEach((other, n) => {
@@ -103,14 +103,20 @@ function byName(points, name) {
 }
 
 function frontTip(item, points, run) {
-  const way = item.seriesType === "line" && Array.isArray(item.data);
-  if (way) return [`training, step ${Math.round(item.data[2]) + 1}`, `reward ${format(item.data[1])}`, `KL to SFT ${format(item.data[0])} nats`];
+  if (item.data && item.data.way) return trajectoryTip(item.data.way, item.data.at);
   const point = (item.data && item.data.measured) || (item.data && byName(points, item.data.point));
   if (!point) return [];
   const lines = [item.data.other ? `${item.data.other}: ${pointLabel(point)}` : pointLabel(point) + (run.front.chosen === point.name ? " (chosen)" : "")];
   lines.push(`reward ${interval(point.reward, point.reward_ci)}`, `KL ${interval(point.kl, point.kl_ci)} nats`);
   if (point.control !== null) lines.push(`control ${interval(point.control, point.control_ci)}`);
   return [...lines, `${format(point.length, 1)} tokens, distinct-2 ${format(point.distinct_2)}`];
+}
+
+function trajectoryTip(way, [kl, reward, step, klError, rewardError, control, controlError]) {
+  const who = `iteration ${way.iteration}, policy ${way.policy}`;
+  if (!way.held_out) return [`${who}, step ${Math.round(step) + 1}`, `reward ${format(reward)}`, `KL to SFT ${format(kl)} nats`];
+  const lines = [`${who}, after ${step} steps`, `reward ${interval(reward, rewardError)}`, `KL to SFT ${interval(kl, klError)} nats`];
+  return control === null ? lines : [...lines, `control ${interval(control, controlError)}`];
 }
 
 function pointTable(run, state, select) {
@@ -177,6 +183,10 @@ function controlSection(run, state, select) {
     yAxis: axis("control score", { nameGap: 40 }),
     tooltip: tooltip((item) => frontTip(item, points, run), { trigger: "item" }),
     series: [
+      ...run.trajectories.filter((way) => way.held_out && way.points.some((point) => point[5] !== null)).map((way) => ({
+        type: "line", data: way.points.map((point) => ({ value: [point[1], point[5]], way, at: point })), color: policyColour(way.policy), symbol: "circle", symbolSize: 3, z: 1,
+        lineStyle: { width: 1.2, opacity: 0.35 }, itemStyle: { opacity: 0.35 },
+      })),
       errorBars(points.map((p) => [p.reward, p.control, p.reward_ci, p.control_ci, pointStyle(p).colour])),
       { type: "line", data: data(line), color: colour("accent"), lineStyle: { width: 2 }, z: 3, label: { show: true, position: "top", fontSize: 11.5, color: colour("soft"), formatter: (item) => pointLabel(byName(points, item.data.point)) }, labelLayout: { hideOverlap: true } },
       { type: "scatter", data: data(points.filter((p) => p.eta === null)), z: 4 },
