@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raywarp.config.load import compact, section_types
+from raywarp.config.recipes import RECIPES, with_recipe
 from raywarp.config.schema import Config, ConfigError
 from raywarp.storage import sealed
 
@@ -47,11 +48,18 @@ def add_config(commands: Any) -> None:
     what.add_argument(
         "--docs", action="store_true", help="print a page about every key, in Markdown"
     )
+    what.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="print the settings of a recipe, with the figures that speak for them",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_write_config)
 
 
 def _write_config(options: argparse.Namespace) -> None:
+    if options.recipe:
+        return print(recipe_text(options.recipe), end="")
     if options.schema:
         return print(json.dumps(schema(), indent=2, ensure_ascii=False))
     if options.docs:
@@ -65,6 +73,15 @@ def _write_config(options: argparse.Namespace) -> None:
         raise ConfigError(f"{path} is there already, and is not written over")
     sealed.write_text(path, commented())
     print(f"{path}; next: raywarp plan {path}", file=sys.stderr)
+
+
+def recipe_text(name: str) -> str:
+    """Return a recipe as YAML, below comments on what it does and what was measured."""
+    recipe = RECIPES[name]
+    tree = with_recipe({"recipe": name})
+    lines = [f"# {line}" for line in (*recipe.about, *recipe.figures)]
+    lines += [f"{key}: {compact(value)}" for key, value in tree.items()]
+    return "\n".join(lines) + "\n"
 
 
 def commented() -> str:
@@ -98,7 +115,7 @@ def _lines(
                 break_on_hyphens=False,
             )
             yield from (f"{indent}# {line}" for line in lines)
-        if inner and value is None:
+        if inner and (value is None or not value.model_dump(exclude_none=True)):
             yield f"{indent}# {name}:"
             yield from _lines(inner[0], None, f"{indent}  ", outer | {*inner})
         elif inner and not field.description:

@@ -4,7 +4,8 @@ Every key has a description. Every command gets a `Config`, and its resolved for
 run.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +22,7 @@ from raywarp.config.field_types import (
 )
 from raywarp.config.front import FrontConfig, RetentionConfig
 from raywarp.config.policies import LoraConfig, OptimConfig, StopConfig, WarpConfig
+from raywarp.config.recipes import RECIPES, with_recipe
 from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
 from raywarp.config.tune import TuneConfig
 
@@ -98,6 +100,13 @@ class RolloutConfig(Section):
 
 
 class Config(Section):
+    recipe: Literal["warp", "anchored"] | None = Field(
+        None,
+        description=(
+            "settings that belong together under one name (`raywarp config --recipe` shows them with"
+            " the figures that speak for them); default: those below, which are those of warp"
+        ),
+    )
     model: Text = Field(
         SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct"
     )
@@ -160,6 +169,12 @@ class Config(Section):
             " high] and randint: [low, high] (high left out)"
         ),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def filled_in(cls, tree: Any) -> Any:
+        known = isinstance(tree, Mapping) and isinstance(tree.get("recipe"), str)
+        return with_recipe(tree) if known and tree["recipe"] in RECIPES else tree
 
     @property
     def policy_rank(self) -> int:

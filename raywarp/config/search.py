@@ -36,6 +36,7 @@ _NOT_OF_A_TRIAL = (
     "reward_training",
     "checkpoint_every",
     "trust_remote_code",
+    "recipe",
 )
 # A policy's first iteration does not depend on these keys, so they vary last in a grid. Concurrent
 # trials then seldom wait for each other's policies.

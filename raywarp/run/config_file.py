@@ -19,6 +19,7 @@ _SAMPLER = "# sampler version: "
 # Keys that change how a run is carried out or shown, but not what it trains.
 _FREE_KEYS = {
     *("out", "store", "cluster", "front", "control", "preferences", "reward_training"),
+    "recipe",
     "retention",
     *("checkpoint_every", "kl_to_sft_every", "loggers", "tune"),
     *(

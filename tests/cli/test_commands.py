@@ -204,7 +204,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert stopped.value.code == 0
         text = capsys.readouterr().out
-        assert "warp.ema_rate [0.01]: mu, rate at which the anchor follows the policy" in text
+        assert "warp.ema_rate: mu, rate at which the EMA follows the policy" in text
         assert "control.function" in text
 
 

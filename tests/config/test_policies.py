@@ -1,8 +1,12 @@
 """Tests of how anchors, rates, recipes and stop rules go together in a configuration."""
 
+from pathlib import Path
+
 import pytest
 
+from raywarp.cli.config import recipe_text
 from raywarp.config.load import load_config, parse_config
+from raywarp.config.recipes import RECIPES
 from raywarp.config.schema import ConfigError
 
 
@@ -21,6 +25,22 @@ def test_a_configuration_without_a_rate_comes_back_the_same() -> None:
 
 def test_overrides_may_change_the_anchor() -> None:
     assert load_config(None, ["warp.anchor=sft"]).warp.anchor == "sft"
+
+
+def test_a_recipe_fills_in_its_settings_and_keeps_those_that_it_leaves_open() -> None:
+    config = load_config(None, ["recipe=anchored", "warp.steps=99"])
+    assert (config.warp.anchor, config.warp.policies, config.warp.iterations) == ("sft", 1, 1)
+    assert (config.warp.steps, config.warp.ema_rate) == (99, None)
+    assert parse_config(config.model_dump(mode="json")) == config
+    warp, default = parse_config({"recipe": "warp"}), parse_config({})
+    assert warp.model_copy(update={"recipe": None}) == default
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_printed_recipe_is_a_configuration_of_that_recipe(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_text(name))
+    assert load_config(path) == parse_config({"recipe": name})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +64,14 @@ def test_overrides_may_change_the_anchor() -> None:
         ({"front": {"ceiling_completions": 3}}, "at least 4, or 0"),
         ({"front": {"etas": [-0.5]}}, "front.etas"),
         ({"optim": {"schedule": "exponential"}}, "schedule"),
+        ({"recipe": "soup-of-the-day"}, "recipe"),
+        (
+            {"recipe": "anchored", "warp": {"policies": 2}},
+            "warp.policies=2 contradicts recipe=anchored, which has warp.policies=1",
+        ),
+        ({"recipe": "anchored", "warp": {"anchor": "ema"}}, "contradicts recipe=anchored"),
+        ({"recipe": "anchored", "warp": {"ema_rate": 0.1}}, "ema_rate=0.1 has no EMA to move"),
+        ({"recipe": "warp", "warp": {"anchor": "sft"}}, "which has warp.anchor=ema"),
     ],
     ids=str,
 )
