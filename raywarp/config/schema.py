@@ -103,7 +103,7 @@ class Config(Section):
     recipe: Literal["warp", "anchored"] | None = Field(
         None,
         description=(
-            "settings that belong together under one name (`raywarp config --recipe` shows them with"
+            "settings that belong together (`raywarp config --recipe` prints them with"
             " the figures that speak for them); default: those below, which are those of warp"
         ),
     )

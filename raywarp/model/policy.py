@@ -33,17 +33,17 @@ class Policy:
         index: m, counted from 1.
 
     Attributes:
+        anchor: names of the adapters that make the anchor; none of them is the SFT model.
         kl_coef: β, which moves with warp.kl_target alone.
         kept: earlier states of the two adapters, by name: the best, and the most recent ones.
     """
 
     def __init__(self, model: AdaptedModel, config: Config, iteration: int, index: int):
         self.model, self.config = model, config
-        # θ_init is θ_sft in the first iteration.
-        self.anchored_to_sft = config.warp.anchor == "sft" and iteration > 1
         self.kl_coef = config.warp.kl_coef
         self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.name, self.ema_name = f"policy_{index}", f"ema_{index}"
+        self.anchor = _anchor(config, iteration, self.ema_name)
         model.add_policy(self.name, _init_seed(config, iteration, index))
         model.add_copy(self.ema_name, of=self.name)
         self.trained = model.trainable(self.name)
@@ -228,12 +228,13 @@ class Policy:
 
         The KL is zero unless asked for. The trained pass comes last, so that it is alone in memory.
         """
-        sft = self.model.states(part, []) if with_sft_kl or self.anchored_to_sft else None
+        sft = self.model.states(part, []) if with_sft_kl or not self.anchor else None
         anchor = None
-        if sft is not None and self.anchored_to_sft:
+        if sft is not None and not self.anchor:
             anchor = self.model.logprobs(part, sft, self._temperature)
-        elif self.step > 0:  # before the first step the EMA is the policy
-            anchor = self._logprobs(part, self.ema_name)
+        elif self.step > 0:  # before the first step the policy is the init, and so is its EMA
+            states = self.model.states(part, self.anchor)
+            anchor = self.model.logprobs(part, states, self._temperature)
         states = self.model.states(part, [INIT, self.name], self.name if train else None)
         logprobs = self.model.logprobs(part, states, self._temperature)
         kl = torch.zeros(part.shape[0], device=logprobs.device)
@@ -254,6 +255,18 @@ class Policy:
     @property
     def _temperature(self) -> float:
         return self.config.rollout.temperature
+
+
+def _anchor(config: Config, iteration: int, ema: str) -> list[str]:
+    """Return the names of the adapters that make the anchor; none of them is the SFT model.
+
+    Where nothing else needs the EMA, its rate is 0 with another anchor: it stays at the init, which
+    is the SFT model in the first iteration.
+    """
+    warp = config.warp
+    if warp.anchor == "sft" and (iteration > 1 or warp.elastic_reset):
+        return []
+    return [INIT] if warp.anchor == "init" and warp.elastic_reset else [INIT, ema]
 
 
 def _recent(step: int) -> str:

@@ -221,7 +221,8 @@ class Run(History):
             kept = [
                 [row for row in before if row.get("iteration") in some] for some in (earlier, later)
             ]
-            sealed.write_jsonl(path, [*kept[0], *rows, *kept[1]])
+            if path.is_file() or rows or name == METRICS_FILE:
+                sealed.write_jsonl(path, [*kept[0], *rows, *kept[1]])
 
     def save_iteration(
         self,

@@ -158,7 +158,8 @@ def _save_rows(
 ) -> None:
     write_jsonl(folder / "metrics.jsonl", metrics)
     write_jsonl(folder / "samples.jsonl", samples)
-    write_jsonl(folder / TRAJECTORY_FILE, trajectory)
+    if trajectory:
+        write_jsonl(folder / TRAJECTORY_FILE, trajectory)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

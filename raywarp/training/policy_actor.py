@@ -146,7 +146,7 @@ class PolicyActor:
         self.proof = proof
         under_way = []
         for job in jobs:
-            if (rows := finished_rows(job)) is None:
+            if (rows := finished_rows(job, self.config.warp.elastic_reset)) is None:
                 under_way.append(self._start(job))
             else:
                 done = {"step": self.config.warp.steps, "metrics": rows[0], "trajectory": rows[1]}

@@ -8,7 +8,7 @@ from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.data.text import Completion, Prompt
 from raywarp.rollout.protocol import SFT, Adapter
 from raywarp.rollout.transport import digest
-from raywarp.run.policy_files import TRAJECTORY_FILE, Checkpoint, Job, PolicyFiles
+from raywarp.run.policy_files import EMA, TRAJECTORY_FILE, Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
 from raywarp.training.tracking import Measurement, Row, best, reason_to_stop
 
@@ -138,16 +138,20 @@ class Progress:
         self.saved_step = checkpoint.step
 
 
-def finished_rows(job: Job) -> tuple[list[Row], list[Row]] | None:
+def finished_rows(job: Job, with_ema: bool) -> tuple[list[Row], list[Row]] | None:
     """Return metrics and trajectory of a policy that is finished in the store; None if it is not.
 
     An actor may have finished it and died before it could report that.
+
+    Args:
+        with_ema: whether its EMA has to be there too.
     """
     try:
         folder = job.store.fetch(f"policies/{job.key}")
+        ema = job.store.fetch(f"policies/{job.key}{EMA}") if with_ema else folder
     except DamagedError:
         return None
-    if folder is None:
+    if folder is None or ema is None:
         return None
     return read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / TRAJECTORY_FILE)
 

@@ -344,7 +344,6 @@ def test_checkpoints_come_back_newest_first_and_the_older_go(
             "manifest.json",
             "metrics.jsonl",
             "samples.jsonl",
-            "trajectory.jsonl",
         ]
     )
 

@@ -6,6 +6,7 @@ Each is compared with plain formulas on dense weights.
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,15 @@ def started_away_from_sft(folder: Path, **lora: object) -> AdaptedModel:
     return model
 
 
+@pytest.mark.parametrize("elastic", [False, True], ids=["", "elastic"])
 @pytest.mark.parametrize("anchor", ["ema", "init", "sft"])
-def test_the_anchor_is_the_named_model(tiny_llama: Path, anchor: str) -> None:
+def test_the_anchor_is_the_named_model(tiny_llama: Path, anchor: str, elastic: bool) -> None:
+    """With Elastic Reset an EMA moves beside every anchor."""
     model = started_away_from_sft(tiny_llama)
-    policy = Policy(model, config(**{"anchor": anchor, "ema_rate": _rate(anchor)}), 2, 1)
+    warp: dict[str, Any] = {"anchor": anchor, "ema_rate": _rate(anchor)}
+    if elastic:
+        warp |= {"ema_rate": 0.1, "policies": 1, "elastic_reset": True}
+    policy = Policy(model, config(**warp), 2, 1)
     for seed in range(3):
         step(policy, seed)
     batch, _ = on_policy(model, [INIT, policy.name], 9)
@@ -67,7 +73,7 @@ def test_the_anchor_is_the_named_model(tiny_llama: Path, anchor: str) -> None:
         for name, own in logits.items()
     }
     torch.testing.assert_close(measured, expected.pop(anchor))
-    if anchor == "init":
+    if anchor == "init" and not elastic:
         del expected["ema"]  # at rate 0 it stays there
     assert all((measured - other).abs().max() > 1e-3 for other in expected.values())
 
