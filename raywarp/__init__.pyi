@@ -22,6 +22,7 @@ from raywarp.algorithm.factors import AdapterError as AdapterError
 from raywarp.algorithm.geometry import geometry as geometry
 from raywarp.algorithm.truncation import compress as compress
 from raywarp.algorithm.truncation import truncate as truncate
+from raywarp.ceiling_stage import ceiling as ceiling
 from raywarp.cluster.faults import FaultError as FaultError
 from raywarp.cluster.runtime import Stopped as Stopped
 from raywarp.config.load import load_config as load_config

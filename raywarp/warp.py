@@ -21,6 +21,7 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.algorithm.truncation import compress
+from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
@@ -168,7 +169,7 @@ class Driver:
             run.save_iteration(iteration, init, merged, keys, policies)
             self.display.merged(iteration, policies)
             if iteration == config.warp.iterations:
-                self.save_front(init, policies, keys, numerics)
+                self.save_front(init, policies, keys, numerics, determinants)
                 self.display.timing(run)
             yield IterationState(
                 run, self.session, iteration, all_keys, determinants, init, policies
@@ -267,20 +268,26 @@ class Driver:
         policies: Sequence[AdapterDelta],
         keys: Sequence[str],
         numerics: Mapping[str, object],
+        determinants: Mapping[str, object],
     ) -> None:
         """Measure the front of the last iteration, and save the adapter of the chosen η.
 
         If front.json already has these points, they are not measured again. A new choice of η then
-        only rewrites adapter/ and the files beside it.
+        only rewrites adapter/ and the files beside it. Likewise for the ceiling.
 
         Args:
             keys: keys of the policies.
             numerics: are kept in front.json, see Run.numerics.
+            determinants: see IterationState.
         """
         config, run = self.config, self.run
         key = front_key(config, self.inputs.evaluation, keys)
+        ceiling = measured_ceiling(
+            self.session, run, self.inputs, determinants, self.display, self.claims
+        )
+        limits = ceiling.json() if ceiling else None
         is_measured = run.has_front(key)
-        if is_measured and run.front().get("choose") == config.front.choose.model_dump():
+        if is_measured and front.is_current(run.front(), config, limits):
             return self.display.front(run)
         points = front.candidates(init, policies, front.wanted_etas(config))
         measured = (
@@ -290,16 +297,16 @@ class Driver:
         )
         chosen = front.choose(measured, config.front.choose)
         title = f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}"
-        plot_front(measured, chosen, run.folder / "front.png", title)
+        plot_front(measured, chosen, run.folder / "front.png", title, ceiling)
         adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
         run.save_adapter(
-            adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors))
+            adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors), ceiling)
         )
         told = {
             "key": key,
             "numerics": {key_of_numerics(config, self.inputs.fingerprints()): numerics},
         }
-        run.save_front({**told, **front.front_json(measured, chosen, config)})
+        run.save_front({**told, **front.front_json(measured, chosen, config, limits)})
         self.loggers.finish(run)
         self.display.front(run)
 

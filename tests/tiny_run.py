@@ -77,7 +77,7 @@ def tiny_config(project: Path, model: Path, out: str | Path, **changes: Any) -> 
             "choose": {"eta": 0.5},
             "samples": 2,
             "every": 0,
-            "ceiling_completions": 0,
+            "ceiling_completions": 4,
         },
         "checkpoint_every": 2,
         "kl_to_sft_every": 3,

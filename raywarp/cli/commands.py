@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _command(commands, "reward", "train a reward model from preferences", _reward)
     _command(
+        commands,
+        "ceiling",
+        "before any training: the most reward that each KL to the SFT model can buy",
+        _ceiling,
+    )
+    _command(
         commands, "train", "run WARP; the same command again continues where it stopped", _train
     )
     _command(
@@ -172,6 +178,12 @@ def _reward(options: argparse.Namespace) -> None:
     from raywarp.reward_stage import reward
 
     reward(_config_of(options), _display(options))
+
+
+def _ceiling(options: argparse.Namespace) -> None:
+    from raywarp.ceiling_stage import ceiling
+
+    ceiling(_config_of(options), _display(options))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -192,6 +192,9 @@ class Claims:
     def begin(self, iteration: int, keys: Sequence[str]) -> None:
         """Accept notice of the policies that are about to be trained. Nobody else needs it here."""
 
+    def wait(self, keys: Sequence[str]) -> None:
+        """Return at once, since no other run has any key."""
+
 
 NO_CLAIMS = Claims()
 

@@ -15,7 +15,8 @@ import yaml
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
-from raywarp.run.figures import FRONT_HEADINGS, front_cells
+from raywarp.run.ceiling import Ceiling, front_share
+from raywarp.run.figures import front_cells, front_headings
 from raywarp.run.folder import PICTURE
 from raywarp.run.front import Point
 from raywarp.run.sampler_mark import Mark
@@ -25,7 +26,12 @@ HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # hub ids of the e
 
 
 def card(
-    config: Config, points: Sequence[Point], chosen: Point, rank: int, modules: Sequence[str]
+    config: Config,
+    points: Sequence[Point],
+    chosen: Point,
+    rank: int,
+    modules: Sequence[str],
+    ceiling: Ceiling | None = None,
 ) -> str:
     """Return the card as Markdown, with the YAML head that model hubs read.
 
@@ -35,6 +41,7 @@ def card(
         chosen: the point that the adapter holds.
         rank: rank of the adapter.
         modules: names of the weights that the adapter changes.
+        ceiling: the ceiling of the front, if it was measured.
     """
     base = hub_name(config.model)
     head = {
@@ -68,7 +75,7 @@ def card(
         f"# {_flat(_model_name(base or config.model))} aligned with WARP",
         textwrap.fill(" ".join(about), 110, break_long_words=False, break_on_hyphens=False),
         "## The front",
-        _front(config, points, chosen),
+        _front(config, points, chosen, ceiling),
         f"![KL–reward front]({PICTURE})",
         "## What it was made from",
         _table(("", ""), _sources(config, rank, modules)),
@@ -94,10 +101,10 @@ def hub_name(model: str) -> str | None:
     )
 
 
-def _front(config: Config, points: Sequence[Point], chosen: Point) -> str:
+def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceiling | None) -> str:
     rows = []
     for point in points:
-        name, *measured = front_cells(point)
+        name, *measured = front_cells(point, ceiling)
         rows.append((f"**{name}** (this adapter)" if name == chosen.name else name, *measured))
     front = config.front
     each = (
@@ -110,7 +117,13 @@ def _front(config: Config, points: Sequence[Point], chosen: Point) -> str:
         f" {config.rollout.temperature:g}"
     )
     note = f"{sampling}; KL is to the SFT model, ± is half of a 95 % interval over prompts."
-    return f"{_table(FRONT_HEADINGS, rows)}\n\n{note}"
+    if ceiling:
+        note += (
+            f" The ceiling is the most reward that any policy can have at a KL, from"
+            f" {ceiling.completions} SFT completions of each prompt."
+            f" {front_share(points, ceiling, config.front.share_kl)}."
+        )
+    return f"{_table(front_headings(ceiling), rows)}\n\n{note}"
 
 
 def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[str, str]]:

@@ -20,7 +20,8 @@ from rich.progress import (
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import geometry
 from raywarp.run import terminal
-from raywarp.run.figures import front_table, print_samples
+from raywarp.run.ceiling import Ceiling, ceiling_of, front_share, verdict
+from raywarp.run.figures import ceiling_table, front_table, print_samples
 from raywarp.run.folder import Run, read_mark
 from raywarp.run.front import Point
 from raywarp.run.policy_files import Job
@@ -200,11 +201,44 @@ class Display:
 
             yield done
 
+    @contextlib.contextmanager
+    def sampling(self, prompts: int, completions: int) -> Iterator[Callable[[int], None]]:
+        """Show the progress of the ceiling's SFT completions; yield what counts them."""
+        total, start, scored = prompts * completions, time.monotonic(), 0
+        self.progress(f"ceiling: {completions} SFT completions of each of {prompts} prompts")
+        bar = Progress(
+            *Progress.get_default_columns(),
+            console=self.console,
+            disable=self.quiet or not self.console.is_terminal,
+        )
+        with bar:
+            task = bar.add_task("  ceiling", total=total)
+
+            def done(count: int) -> None:
+                nonlocal scored
+                scored += count
+                bar.update(task, completed=scored)
+
+            yield done
+        self.progress(f"ceiling: {total} completions in {time.monotonic() - start:.0f} s")
+
+    def ceiling(self, ceiling: Ceiling, share_kl: float) -> None:
+        """Print a ceiling's table and its verdict.
+
+        Args:
+            share_kl: KL in nats that the verdict is about.
+        """
+        self.console.print(ceiling_table(ceiling))
+        self.say(verdict(ceiling, share_kl))
+
     def front(self, run: Run) -> None:
         front = run.front()
         points = [Point(**point) for point in front["points"]]
         chosen = next(point for point in points if point.name == front["chosen"])
-        self.console.print(front_table(points, chosen))
+        ceiling = ceiling_of(front)
+        self.console.print(front_table(points, chosen, ceiling))
+        if ceiling:
+            self.say(str(front_share(points, ceiling, front["share_kl"])))
         if mark := read_mark(Storage(run.folder)):
             self.say(f"{mark.level}: {mark.title.lower()}. {mark.text}")
         if not self.quiet:

@@ -9,16 +9,26 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from raywarp.run.ceiling import Ceiling
 from raywarp.run.front import Point
 from raywarp.storage import sealed
 
 FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS")
+SHARE_HEADING = "of ceiling"  # after the KL, where there is a ceiling
+CEILING_COLOUR = "#8a5a9e"
 
 
-def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -> None:
+def plot_front(
+    points: Sequence[Point],
+    chosen: Point,
+    path: Path,
+    title: str,
+    ceiling: Ceiling | None = None,
+) -> None:
     """Write front.png: reward over KL to the SFT model, with 95 % intervals.
 
-    The LITI front is a line. Every point has its name.
+    The LITI front is a line, as is the ceiling, which has best of n beside it. Every point has its
+    name.
     """
     import matplotlib
 
@@ -52,6 +62,8 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
             markersize=6,
         )
     _name_points(axes, points)
+    if ceiling:
+        draw_ceiling(axes, ceiling)
     axes.plot(
         chosen.kl,
         chosen.reward,
@@ -73,6 +85,41 @@ def plot_front(points: Sequence[Point], chosen: Point, path: Path, title: str) -
     plt.close(figure)
 
 
+def draw_ceiling(axes: Any, ceiling: Ceiling) -> None:
+    """Draw a ceiling as a line with its band, and best of n as small points with their names."""
+    low, high = (
+        [r + sign * half for r, half in zip(ceiling.reward, ceiling.reward_ci, strict=True)]
+        for sign in (-1, 1)
+    )
+    axes.fill_between(ceiling.kl, low, high, color=CEILING_COLOUR, alpha=0.12, linewidth=0)
+    axes.plot(
+        ceiling.kl,
+        ceiling.reward,
+        color=CEILING_COLOUR,
+        linewidth=1.3,
+        linestyle="--",
+        label="ceiling: what KL can buy",
+    )
+    for best in ceiling.best_of:
+        axes.errorbar(
+            best.kl,
+            best.reward,
+            yerr=best.reward_ci,
+            fmt="^",
+            color=CEILING_COLOUR,
+            markersize=3.5,
+            linewidth=0.8,
+        )
+        axes.annotate(
+            f"best of {best.n}",
+            (best.kl, best.reward),
+            textcoords="offset points",
+            xytext=(5, -9),
+            fontsize=7,
+            color=CEILING_COLOUR,
+        )
+
+
 def _name_points(axes: object, points: Sequence[Point]) -> None:
     """Write the names of front points above them, and the names of other points below.
 
@@ -91,12 +138,19 @@ def _name_points(axes: object, points: Sequence[Point]) -> None:
         )
 
 
-def front_cells(point: Point) -> tuple[str, ...]:
-    """Return a point as a row under FRONT_HEADINGS."""
+def front_headings(ceiling: Ceiling | None) -> tuple[str, ...]:
+    """Return the headings of a front's table."""
+    share = (SHARE_HEADING,) if ceiling else ()
+    return (*FRONT_HEADINGS[:3], *share, *FRONT_HEADINGS[3:])
+
+
+def front_cells(point: Point, ceiling: Ceiling | None = None) -> tuple[str, ...]:
+    """Return a point as a row under `front_headings`."""
     return (
         point.name,
         f"{point.reward:.2f} ± {point.reward_ci:.2f}",
         f"{point.kl:.2f} ± {point.kl_ci:.2f}",
+        *([share_cell(point, ceiling)] if ceiling else []),
         "" if point.control is None else f"{point.control:.2f} ± {point.control_ci:.2f}",
         f"{point.distinct_2:.2f}",
         f"{point.length:.1f}",
@@ -104,7 +158,40 @@ def front_cells(point: Point) -> tuple[str, ...]:
     )
 
 
-def front_table(points: Sequence[Point], chosen: Point) -> Table:
+def share_cell(point: Point, ceiling: Ceiling) -> str:
+    """Return a point's share of the ceiling at its own KL, as text.
+
+    It is empty where the ceiling gains no more than its error, as at the SFT model.
+    """
+    if point.kl > ceiling.end:
+        return "not measured"
+    share = ceiling.share(point.kl, point.reward)
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def ceiling_table(ceiling: Ceiling) -> Table:
+    """Return the ceiling and best of n as a table for the terminal, by rising KL."""
+    title = (
+        f"what KL can buy, from {ceiling.completions} SFT completions of each of"
+        f" {ceiling.prompts} prompts; ± is half of a 95 % interval"
+    )
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    for heading in ("KL, nats", "ceiling", "best of n", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = {one.kl: one for one in ceiling.best_of}
+    whole = {step / 2 for step in range(1, 40) if step / 2 <= ceiling.end}
+    for kl in sorted({0.0, ceiling.end, *whole, *best}):
+        limit, one = ceiling.at(kl), best.get(kl)
+        table.add_row(
+            f"{kl:.2f}",
+            f"{limit[0]:.2f} ± {limit[1]:.2f}" if limit else "not measured",
+            f"{one.reward:.2f} ± {one.reward_ci:.2f}" if one else "",
+            str(one.n) if one else "",
+        )
+    return table
+
+
+def front_table(points: Sequence[Point], chosen: Point, ceiling: Ceiling | None = None) -> Table:
     """Return the front as a table for the terminal, in the order of front.json."""
     table = Table(
         box=SIMPLE_HEAD,
@@ -114,10 +201,10 @@ def front_table(points: Sequence[Point], chosen: Point) -> Table:
         ),
         title_justify="left",
     )
-    for heading in FRONT_HEADINGS:
+    for heading in front_headings(ceiling):
         table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
     for point in points:
-        name, *measured = front_cells(point)
+        name, *measured = front_cells(point, ceiling)
         table.add_row(name + (" *" if point == chosen else ""), *measured)
     return table
 

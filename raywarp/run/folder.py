@@ -33,10 +33,11 @@ from raywarp.storage.sealed import DamagedError
 
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
-# Names that may be there before the configuration: policies for other runs, and what a killed or
-# refused start left.
+# Names that may be there before the configuration: policies for other runs, what a killed or
+# refused start left, and what `raywarp ceiling` measured.
 _EARLY = re.compile(
-    r"policies|tensorboard|wandb|loggers\.json|\.(preflight-|node-|config\.yaml\.|loggers\.json\.).*"
+    r"policies|ceilings|ceiling\.json|reward\.json|tensorboard|wandb|loggers\.json"
+    r"|\.(preflight-|node-|config\.yaml\.|loggers\.json\.|ceiling\.json\.|reward\.json\.).*"
 )
 FRONT_FILES = (
     PICTURE,
@@ -158,7 +159,8 @@ class Run(History):
 
         Where only this run writes, it is removed at once; elsewhere after a day.
         """
-        self.store.clean("policies", sealed.DAY if self.place or self.mirror else 0)
+        for name in ("policies", "ceilings"):
+            self.store.clean(name, sealed.DAY if self.place or self.mirror else 0)
         if not self.mirror:
             Storage(self.folder).clean("iterations", 0)
 

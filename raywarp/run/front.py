@@ -5,7 +5,7 @@ completion, by the full-vocabulary estimator at the sampling temperature. Interv
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -213,8 +213,14 @@ def wanted_etas(config: Config) -> list[float]:
     return [*config.front.etas, *([chosen] if chosen is not None else [])]
 
 
-def front_json(points: Sequence[Point], chosen: Point, config: Config) -> dict[str, Any]:
-    """Return the content of front.json: what was measured, how, and the chosen point."""
+def front_json(
+    points: Sequence[Point], chosen: Point, config: Config, ceiling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the content of front.json: what was measured, how, and the chosen point.
+
+    Args:
+        ceiling: the front's ceiling as JSON, if it was measured.
+    """
     return {
         "chosen": chosen.name,
         "chosen_eta": chosen.eta,
@@ -225,4 +231,12 @@ def front_json(points: Sequence[Point], chosen: Point, config: Config) -> dict[s
         "kl_unit": "nats per completion, KL(policy || SFT)",
         "interval": "half-width of 95 % over prompts",
         "points": [asdict(point) for point in points],
+        "share_kl": config.front.share_kl,
+        **({"ceiling": ceiling} if ceiling else {}),
     }
+
+
+def is_current(front: Mapping[str, Any], config: Config, ceiling: Mapping[str, Any] | None) -> bool:
+    """Return whether a front.json of the right points also has the right choice and ceiling."""
+    told = (front.get("choose"), front.get("share_kl"), front.get("ceiling"))
+    return told == (config.front.choose.model_dump(), config.front.share_kl, ceiling)

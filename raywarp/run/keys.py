@@ -12,6 +12,7 @@ from raywarp.run.front import wanted_etas
 
 # Part of every key. Raise it when the same settings no longer give the same policy.
 ALGORITHM_VERSION = 3
+CEILING_VERSION = 1  # likewise of a ceiling
 # Keys of `front` that its measured points do not depend on.
 _NOT_OF_POINTS = {"choose", "every", "tracked_prompts", "ceiling_completions", "share_kl"}
 
@@ -137,6 +138,8 @@ def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
 def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
     """Return the key of an iteration's front. The choice of a point is no part of it.
 
+    Neither is the ceiling, which has a key of its own, or what is measured while policies train.
+
     Args:
         config: the run's configuration.
         evaluation: fingerprint of what the evaluation reads.
@@ -146,3 +149,29 @@ def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
         "etas": sorted({*wanted_etas(config), 0.0, 1.0})
     }
     return identity.content_key([keys, evaluation, front, config.cluster.threads])
+
+
+def ceiling_key(config: Config, prompts: str, determinants: Mapping[str, object]) -> str:
+    """Return the key of a ceiling: a hash of all that its completions and rewards follow from.
+
+    Args:
+        config: the run's configuration.
+        prompts: fingerprint of its held-out prompts.
+        determinants: fingerprints of base and reward, the reward's statistics, and the numerics;
+            others are ignored.
+    """
+    of_policies = ("prompts", "evaluation")  # what the ceiling does not depend on
+    return identity.content_key(
+        {
+            "version": CEILING_VERSION,
+            "prompts": prompts,
+            "completions": config.front.ceiling_completions,
+            "seed": config.seed,
+            "rollout": config.rollout.model_dump(
+                include={"max_new_tokens", "temperature", "ignore_eos", "chunk_size"}
+            ),
+            "determinants": {
+                name: value for name, value in determinants.items() if name not in of_policies
+            },
+        }
+    )

@@ -11,13 +11,14 @@ from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST
 
 LOOK_SECONDS = 5.0  # seconds between checks of growing files
+KEYED = ("policies", "ceilings")  # folders of what is stored under keys
 SHARE = 0.05  # the largest share of the driver's time that uploads take
 
 
 class Mirror:
-    """A local copy of everything under `out` except its policies.
+    """A local copy of everything under `out` except what is stored under keys.
 
-    Policies are uploaded separately; see run/policy_files.py.
+    Policies and ceilings are uploaded separately; see run/policy_files.py and run/ceiling.py.
 
     An object store cannot append. A file that grows (metrics.jsonl, events.jsonl) is therefore
     uploaded as a whole from time to time. A death in between loses rows of metrics.jsonl. The next
@@ -33,10 +34,10 @@ class Mirror:
         """Make the copy equal to the store."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if path.name != "policies":
+            if path.name not in KEYED:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in self.storage.files():
-            if not _is_policys(Path(name)):
+            if not _is_apart(Path(name)):
                 self.storage.get(name, self.folder / name)
         self._known = self._versions()
 
@@ -58,11 +59,11 @@ class Mirror:
         paths = [
             path
             for path in self.folder.rglob("*")
-            if path.is_file() and not _is_policys(path.relative_to(self.folder))
+            if path.is_file() and not _is_apart(path.relative_to(self.folder))
         ]
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 
-def _is_policys(path: Path) -> bool:
-    """Return whether a file belongs to a policy, or is still being written."""
-    return path.parts[0] == "policies" or any(part.startswith(".") for part in path.parts)
+def _is_apart(path: Path) -> bool:
+    """Return whether a file is stored under a key, or is still being written."""
+    return path.parts[0] in KEYED or any(part.startswith(".") for part in path.parts)

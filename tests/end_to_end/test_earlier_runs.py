@@ -47,7 +47,7 @@ def adapters(run: Run) -> dict[str, str]:
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path, name in names.items()
-        if name.endswith(".safetensors")
+        if name.endswith("adapter_model.safetensors")
     }
 
 
