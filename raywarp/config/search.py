@@ -23,7 +23,13 @@ from raywarp.config.tune import Domain, TuneConfig
 
 Values = dict[str, Any]
 MOST_TRIALS = 10_000
-DIRECTIONS: dict[str, str] = {"hypervolume": "max", "reward": "max", "kl": "min", "control": "max"}
+DIRECTIONS: dict[str, str] = {
+    "hypervolume": "max",
+    "reward": "max",
+    "kl": "min",
+    "control": "max",
+    "ceiling_share": "max",
+}
 # A trial's policies and front do not depend on these keys. They belong to the reward's own stage,
 # or say how and where a run is carried out.
 _NOT_OF_A_TRIAL = (
@@ -253,12 +259,24 @@ def _check_search(space: SearchSpace) -> None:
             "tune.search=asha ends trials between iterations, and"
             f" warp.iterations={space.base.warp.iterations}"
         )
+    if "ceiling_share" in space.settings.objectives and 0 in _values(
+        space, "front.ceiling_completions", space.base.front.ceiling_completions
+    ):
+        raise ConfigError(
+            "tune.objectives has ceiling_share, and front.ceiling_completions=0 measures no"
+            " ceiling; set it to at least 4, for example 32"
+        )
     if (
         "control" in space.settings.objectives
         and space.base.control is None
         and not any(key.startswith("control") for key in kinds)
     ):
         raise ConfigError("tune.objectives has control, and the configuration has no control score")
+
+
+def _values(space: SearchSpace, key: str, fixed: Any) -> list[Any]:
+    """Return the values that a key may take: those that are searched, or the fixed one."""
+    return space.domains[key].values if key in space.domains else [fixed]
 
 
 def _ends(space: SearchSpace) -> Iterator[Values]:

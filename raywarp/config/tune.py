@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from raywarp.config.field_types import Count, Integer, Number, Positive, Section, Seed
 
-Objective = Literal["hypervolume", "reward", "kl", "control"]
+Objective = Literal["hypervolume", "reward", "kl", "control", "ceiling_share"]
 Range = tuple[Number, Number]
 
 
@@ -107,7 +107,9 @@ class TuneConfig(Section):
         min_length=1,
         description=(
             "what makes a trial good: hypervolume (of its front); reward and control (more is"
-            " better), kl (less is) of the point that front.choose names; optuna takes several"
+            " better), kl (less is) of the point that front.choose names; ceiling_share (more is"
+            " better): the front's best reward within front.share_kl, over the ceiling there;"
+            " optuna takes several"
         ),
     )
     seed: Seed | None = Field(

@@ -87,11 +87,12 @@ def plot_front(
 
 def draw_ceiling(axes: Any, ceiling: Ceiling) -> None:
     """Draw a ceiling as a line with its band, and best of n as small points with their names."""
-    low, high = (
-        [r + sign * half for r, half in zip(ceiling.reward, ceiling.reward_ci, strict=True)]
-        for sign in (-1, 1)
-    )
-    axes.fill_between(ceiling.kl, low, high, color=CEILING_COLOUR, alpha=0.12, linewidth=0)
+    if ceiling.prompts > 1:  # else it has no interval
+        low, high = (
+            [r + sign * half for r, half in zip(ceiling.reward, ceiling.reward_ci, strict=True)]
+            for sign in (-1, 1)
+        )
+        axes.fill_between(ceiling.kl, low, high, color=CEILING_COLOUR, alpha=0.12, linewidth=0)
     axes.plot(
         ceiling.kl,
         ceiling.reward,
@@ -104,7 +105,7 @@ def draw_ceiling(axes: Any, ceiling: Ceiling) -> None:
         axes.errorbar(
             best.kl,
             best.reward,
-            yerr=best.reward_ci,
+            yerr=best.reward_ci if ceiling.prompts > 1 else None,
             fmt="^",
             color=CEILING_COLOUR,
             markersize=3.5,

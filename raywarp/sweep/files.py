@@ -27,7 +27,7 @@ class Record:
     Attributes:
         point: the trial's values, dotted key → value.
         rows: one row for each of iterations 1, 2, …: policies (keys), front_key, front (points),
-            chosen, and the objectives' values.
+            ceiling, chosen, and the objectives' values.
         trained: keys of the policies whose training this trial has begun.
         failed: why the trial ended early; None if it did not.
     """

@@ -15,7 +15,9 @@ from rich.table import Table
 from raywarp.algorithm.hypervolume import pareto
 from raywarp.config.load import to_yaml
 from raywarp.config.search import DIRECTIONS, describe, name_of, show
+from raywarp.run.ceiling import Ceiling, ceiling_of
 from raywarp.run.display import Display
+from raywarp.run.figures import draw_ceiling
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
 from raywarp.storage import sealed
@@ -39,6 +41,7 @@ class Outcome:
         iterations: number of finished iterations.
         measured: measures of the last finished iteration, see trial.measures; empty without one.
         front: points of that iteration on the line from SFT to SLERP, by rising η.
+        ceiling: the ceiling of that front, if it was measured.
         policies: keys of the policies of all iterations that were begun.
     """
 
@@ -49,6 +52,7 @@ class Outcome:
     iterations: int
     measured: dict[str, Any]
     front: list[Point]
+    ceiling: Ceiling | None
     policies: list[str]
 
 
@@ -120,13 +124,16 @@ def conclude(plan: SweepPlan, files: SweepFiles, points: Sequence[dict[str, Any]
         )
         policies = [key for row in record.rows for key in row["policies"]]
         policies += [key for key in record.trained if key not in policies]
-        measured = measures(space, config, front) if front else {}
+        ceiling = ceiling_of(record.rows[-1]) if record.rows else None
+        measured = measures(space, config, front, ceiling) if front else {}
         message = record.failed or (
             "its process died again and again; the same command continues"
             if state == "unfinished"
             else ""
         )
-        outcomes.append(Outcome(name, dict(point), state, message, done, measured, front, policies))
+        outcomes.append(
+            Outcome(name, dict(point), state, message, done, measured, front, ceiling, policies)
+        )
     every = [(o.name, point) for o in outcomes for point in o.front]
     places = pareto([(point.kl, point.reward) for _, point in every])
     optimal = [(every[n][0], every[n][1].eta or 0.0) for n in places if every[n][1].eta]
@@ -151,7 +158,8 @@ def rank(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome
     def worth(outcome: Outcome) -> list[float]:
         """Return the objectives' values, signed so that less is better."""
         return [
-            outcome.measured[name] * (1 if DIRECTIONS[name] == "min" else -1) for name in objectives
+            outcome.measured.get(name, 0.0) * (1 if DIRECTIONS[name] == "min" else -1)
+            for name in objectives
         ]
 
     def beaten(outcome: Outcome) -> bool:
@@ -200,6 +208,7 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
                 }
                 for p in trial.front
             ],
+            **({"ceiling": trial.ceiling.key} if trial.ceiling else {}),
             "policies": trial.policies,
         }
         for trial in sweep.trials
@@ -216,6 +225,7 @@ def save_sweep(sweep: Sweep, plan: SweepPlan, run: Run) -> None:
         "kl_unit": "nats per completion, KL(policy || SFT)",
         "policy_runs": runs,
         "best": sweep.best,
+        "ceilings": {one.key: one.json() for one in ceilings(sweep)},
         "trials": rows,
     }
     sealed.write_json(run.folder / SWEEP_FILE, tree)
@@ -241,6 +251,12 @@ def show_sweep(sweep: Sweep, display: Display) -> None:
     display.say(sweep.summary())
 
 
+def ceilings(sweep: Sweep) -> list[Ceiling]:
+    """Return the different ceilings of the trials' fronts: one, if all have the same reward."""
+    found = {trial.ceiling.key: trial.ceiling for trial in sweep.trials if trial.ceiling}
+    return list(found.values())
+
+
 def sweep_table(sweep: Sweep) -> Table:
     """Return a table of the trials, the best first."""
     optimal = {name for name, _ in sweep.optimal}
@@ -253,15 +269,17 @@ def sweep_table(sweep: Sweep) -> Table:
     keys = list(sweep.trials[0].point) if sweep.trials else []
     for heading in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(heading, no_wrap=True)
-    for heading in ("hypervolume", "reward", "KL, nats", "chosen", "iterations", "state"):
+    shares = ["of ceiling"] if ceilings(sweep) else []
+    for heading in ("hypervolume", *shares, "reward", "KL, nats", "chosen", "iterations", "state"):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for trial in sweep.trials:
         values = [show(trial.point[key]) for key in keys]
-        found = ["", "", "", ""]
+        found = ["", *([""] * len(shares)), "", "", ""]
         if trial.measured:
             chosen = next(point for point in trial.front if point.name == trial.measured["chosen"])
             found = [
                 f"{trial.measured['hypervolume']:.2f}",
+                *[_share(trial) for _ in shares],
                 f"{chosen.reward:.2f} ± {chosen.reward_ci:.2f}",
                 f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f}",
                 chosen.name,
@@ -276,10 +294,16 @@ def sweep_table(sweep: Sweep) -> Table:
     return table
 
 
+def _share(trial: Outcome) -> str:
+    """Return the trial's share of its ceiling as text; empty without a ceiling."""
+    return f"{100 * trial.measured['ceiling_share']:.0f} %" if trial.ceiling else ""
+
+
 def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
     """Draw sweep.png.
 
-    The left panel has every trial's front, and the Pareto-optimal points of all of them together.
+    The left panel has every trial's front, the Pareto-optimal points of all of them together, and
+    the ceiling.
     The right panel has the hypervolume of each trial.
     """
     import matplotlib
@@ -305,6 +329,8 @@ def plot_sweep(sweep: Sweep, path: Path, title: str) -> None:
     axes.plot(
         kl, reward, "o", markersize=9, fillstyle="none", color="black", label="Pareto-optimal"
     )
+    for ceiling in ceilings(sweep):
+        draw_ceiling(axes, ceiling)
     axes.set_xlabel("KL(policy ‖ SFT), nats per completion")
     axes.set_ylabel("reward")
     axes.set_title(title)

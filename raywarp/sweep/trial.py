@@ -19,17 +19,20 @@ from ray.tune import Trainable
 
 from raywarp import identity, warp
 from raywarp.algorithm.hypervolume import hypervolume
+from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster import resources, runtime
 from raywarp.cluster.claims import FOLDER, Elsewhere, SharedClaims, Table
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
 from raywarp.config.search import DIRECTIONS, SearchSpace, decode, name_of
+from raywarp.data.prompts import prompts_fingerprint
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.run import front
+from raywarp.run.ceiling import Ceiling, capped_share, ceiling_of, find_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
-from raywarp.run.keys import front_key, key_chain
+from raywarp.run.keys import ceiling_key, front_key, key_chain
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
@@ -83,16 +86,20 @@ def front_line(points: list[dict[str, Any]]) -> list[Point]:
     )
 
 
-def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str, Any]:
+def measures(
+    space: SearchSpace, config: Config, line: list[Point], ceiling: Ceiling | None
+) -> dict[str, Any]:
     """Return the measures by which trials are compared.
 
-    They are the hypervolume of a front, and the reward, KL and control of its chosen point. The
-    result also has that point's name, and the hypervolume's reference point (KL, reward).
+    They are the hypervolume of a front, its share of the ceiling, and the reward, KL and control of
+    its chosen point. The result also has that point's name, and the hypervolume's reference point
+    (KL, reward).
 
     Args:
         space: the search space, whose settings may give the reference point.
         config: the trial's configuration.
         line: points of the front on the line from SFT to SLERP, by rising η.
+        ceiling: the ceiling of the front, if it was measured.
     """
     settings, sft = space.settings, line[0]
     reference_kl = settings.reference_kl or space.base.front.choose.max_kl or 10.0
@@ -109,6 +116,8 @@ def measures(space: SearchSpace, config: Config, line: list[Point]) -> dict[str,
     }
     if chosen.control is not None:
         values["control"] = chosen.control
+    if ceiling:
+        values["ceiling_share"] = capped_share(line, ceiling, config.front.share_kl)
     return {**values, "chosen": chosen.name, "reference": [reference_kl, reference_reward]}
 
 
@@ -201,13 +210,16 @@ class Trial(Trainable):
             return None
         keys, last = chain[iteration - 1], iteration == self.own.warp.iterations
         front = front_key(self.own, self.inputs.evaluation, keys)
+        ceiling = self._stored_ceiling()
+        if self.own.front.ceiling_completions and ceiling is None:
+            return None
         if not last:
             points = self._stored_front(front)
         elif self.record.rows[iteration - 1 : iteration] and self.run.has_front(front):
             points = self.run.front()["points"]
         else:
             points = None
-        return self._row(iteration, keys, front, points) if points else None
+        return self._row(iteration, keys, front, points, ceiling) if points else None
 
     def _chain(self) -> list[list[str]] | None:
         """Return the keys of all policies; None if no trial has yet found the engines' numerics."""
@@ -259,16 +271,22 @@ class Trial(Trainable):
         """Return the row of a finished iteration. Measure its front, unless that is stored."""
         keys = list(stage.keys[stage.iteration - 1])
         front = front_key(self.own, self.inputs.evaluation, keys)
-        last = stage.iteration == self.own.warp.iterations
-        points = (
-            stage.run.front()["points"]
-            if last
-            else self._stored_front(front) or self._measure_front(stage, front)
+        if stage.iteration == self.own.warp.iterations:
+            found = stage.run.front()
+            return self._row(stage.iteration, keys, front, found["points"], ceiling_of(found))
+        ceiling = measured_ceiling(
+            stage.session, stage.run, self.inputs, stage.determinants, self.display, self.claims
         )
-        return self._row(stage.iteration, keys, front, points)
+        points = self._stored_front(front) or self._measure_front(stage, front)
+        return self._row(stage.iteration, keys, front, points, ceiling)
 
     def _row(
-        self, iteration: int, keys: list[str], front: str, points: list[dict[str, Any]]
+        self,
+        iteration: int,
+        keys: list[str],
+        front: str,
+        points: list[dict[str, Any]],
+        ceiling: Ceiling | None,
     ) -> dict[str, Any]:
         """Return an iteration's row, and save it in the record.
 
@@ -276,6 +294,7 @@ class Trial(Trainable):
             keys: keys of the iteration's policies.
             front: key of the front.
             points: the front's points, as in front.json.
+            ceiling: the front's ceiling, if it was measured.
         """
         line = front_line(points)
         row = {
@@ -284,7 +303,8 @@ class Trial(Trainable):
             "front_key": front,
             "front": [asdict(point) for point in line],
         }
-        row.update(measures(self.plan.space, self.own, line))
+        row.update(measures(self.plan.space, self.own, line, ceiling))
+        row |= {"ceiling": ceiling.json()} if ceiling else {}
         rows = [*self.record.rows[: iteration - 1], row, *self.record.rows[iteration:]]
         if rows != self.record.rows:
             self.record.rows = rows
@@ -302,6 +322,15 @@ class Trial(Trainable):
             self.display.say(f"{error}; measured again")
             return None
         return sealed.read_jsonl(folder / "front.jsonl") if folder else None
+
+    def _stored_ceiling(self) -> Ceiling | None:
+        """Return the trial's ceiling, if a trial with the same one has stored it."""
+        found = self.files.numerics(self.numerics_key)
+        if found is None or not self.own.front.ceiling_completions:
+            return None
+        prompts = self.inputs.prompts.held_out[: self.own.front.prompts]
+        key = ceiling_key(self.inputs.config, prompts_fingerprint(prompts), found)
+        return find_ceiling(self.run.store, key, self.display.say)
 
     def _measure_front(self, stage: warp.IterationState, key: str) -> list[dict[str, Any]]:
         """Measure the front on the line from SFT to SLERP, and keep it in the store."""

@@ -257,6 +257,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"ema_rate": EMA, "objectives": ["control"]},
         "the configuration has no control score",
     ),
+    "a share of no ceiling": (
+        {
+            "ema_rate": EMA,
+            "objectives": ["ceiling_share"],
+            "front.ceiling_completions": {"grid": [0, 32]},
+        },
+        "tune.objectives has ceiling_share, and front.ceiling_completions=0 measures no ceiling",
+    ),
     "no sample": (
         {"ema_rate": {"uniform": [0, 1]}, "num_samples": 0},
         "tune.num_samples: input should be greater than or equal to 1",

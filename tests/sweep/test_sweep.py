@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -35,6 +36,7 @@ from raywarp.config.search import describe, name_of
 from raywarp.planning.plan import plan, print_forecast
 from raywarp.report.page import read, save_report
 from raywarp.rollout.transport import digest
+from raywarp.run.ceiling import Ceiling
 from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
 from raywarp.sweep.results import Sweep
@@ -64,7 +66,7 @@ STEPS = 2
 SETTINGS: dict[str, Any] = {
     "model": "./model",
     "dtype": "float32",
-    "prompts": {"dataset": "./prompts.jsonl"},
+    "prompts": {"dataset": "./prompts.jsonl", "held_out_fraction": 0.5},
     "reward": {"function": "sweep_reward:score"},
     "lora": {"rank": 2, "alpha": 4},
     "warp": {"iterations": 2, "policies": 2, "steps": STEPS, "kl_coef": 0.02},
@@ -76,7 +78,15 @@ SETTINGS: dict[str, Any] = {
         "temperature": 1.0,
     },
     "cluster": {"policy_actors": 1, "threads": 1},
-    "front": {"prompts": 3, "etas": [0.3, 0.6], "choose": {"eta": 1}, "samples": 1, "every": 0},
+    "front": {
+        "prompts": 7,
+        "etas": [0.3, 0.6],
+        "choose": {"eta": 1},
+        "samples": 1,
+        "every": 0,
+        "ceiling_completions": 16,
+        "share_kl": 0.3,
+    },
     "checkpoint_every": 1,
 }
 EMA, LITI = [0.1, 0.4], [0.3, 0.6, 1.0]
@@ -169,6 +179,30 @@ def test_what_trials_have_in_common_is_trained_once(
     assert [len(path.read_text().splitlines()) for path in out.glob("trials/*/metrics.jsonl")] == [
         2 * 2 * STEPS
     ] * 6
+
+
+def test_the_trials_share_one_ceiling(grid: tuple[Sweep, Path, str], sweep_folder: Path) -> None:
+    """Trials that run side by side measure it once: 7 prompts × 16 completions, in one call.
+
+    A trial's share of it is recomputed from its front.json.
+    """
+    sweep, out, said = grid
+    assert "2 at a time" in said
+    assert (sweep_folder / "batches").read_text().split().count("112") == 1
+    assert len(Storage(out).names("ceilings")) == 1
+    (tree,) = sweep_of(out)["ceilings"].values()
+    for trial in sweep_of(out)["trials"]:
+        front = json.loads((out / "trials" / trial["name"] / "front.json").read_text())
+        assert front["ceiling"] == tree
+        limit = Ceiling.read(tree).at(0.3)
+        assert limit
+        line = sorted((p["kl"], p["reward"]) for p in front["points"] if p["eta"] is not None)
+        grid_of_kl = [0.003 * n for n in range(101)]
+        best = max(np.interp(grid_of_kl, *zip(*line, strict=True)))
+        gain = limit[0] - tree["reward"][0]
+        share = (best - tree["reward"][0]) / gain
+        assert trial["ceiling_share"] == pytest.approx(share, rel=0.02, abs=0.01)
+    assert all("ceiling_share" in trial.measured for trial in sweep.trials)
 
 
 def test_the_report_page_of_a_sweep_has_all_fronts(grid: tuple[Sweep, Path, str]) -> None:
