@@ -19,7 +19,9 @@ from raywarp.report.series import Curve, curves, number, summary
 from raywarp.report.texts import clip, sample_texts, training_texts
 from raywarp.report.timeline import timeline
 from raywarp.report.trajectories import trajectories
+from raywarp.run.ceiling import Ceiling, ceiling_of, front_share
 from raywarp.run.config_file import CONFIG_FILE, flat
+from raywarp.run.figures import share_cell
 from raywarp.run.folder import FRONT_FILE, read_mark
 from raywarp.run.front import Point
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
@@ -57,6 +59,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
     tracked = files.rows(TRAJECTORY_FILE)
     front: dict[str, Any] = part("The front", lambda: files.record(FRONT_FILE) or {}, {})
     points = part("The front", lambda: points_of(front), list[Point]())
+    ceiling = part("The ceiling", lambda: ceiling_of(front), None)
     geometry = part("Angles and norms", lambda: _geometry(files), Rows())
     moments = [_timestamp(event.get("time")) for event in events]
     times: Mapping[str, Any] = part(
@@ -77,14 +80,24 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
         ),
         "mark": mark and mark.title,
         "planned": part("What was asked for", lambda: _planned(config), None),
-        "front": {**front, "points": [asdict(point) for point in points]} if points else None,
+        "front": (
+            {
+                **front,
+                "points": [asdict(point) for point in points],
+                "ceiling": part("The ceiling", lambda: _ceiling(points, ceiling, front), None),
+            }
+            if points
+            else None
+        ),
         "findings": part(
             "What to look at",
             lambda: [
                 asdict(one)
                 for one in [
                     *_earlier_sampler(mark),
-                    *findings(points, chosen, _gaps(rows), _last(geometry), _effects(rows)),
+                    *findings(
+                        points, chosen, _gaps(rows), _last(geometry), _effects(rows), ceiling
+                    ),
                 ]
             ],
             Rows(),
@@ -135,6 +148,19 @@ def _history(
         ],
         "config": files.section("The configuration", lambda: _settings(config), Rows()),
         "versions": next((found for found in versions if isinstance(found, Mapping)), None),
+    }
+
+
+def _ceiling(
+    points: Sequence[Point], ceiling: Ceiling | None, front: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the ceiling, with each point's share of it and a line on the whole front."""
+    if ceiling is None:
+        return None
+    return {
+        **ceiling.json(),
+        "shares": {point.name: share_cell(point, ceiling) for point in points},
+        "said": str(front_share(points, ceiling, number(front.get("share_kl")))),
     }
 
 

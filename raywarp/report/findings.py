@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from raywarp.run.ceiling import Ceiling, points_above
 from raywarp.run.front import Point
 
 REPETITIVE = 0.75  # of SFT's distinct-2; below it, texts repeat themselves
@@ -42,6 +43,7 @@ def findings(
     gaps: Sequence[float],
     angles: Sequence[float],
     effects: Sequence[tuple[float, float]] = (),
+    ceiling: Ceiling | None = None,
 ) -> list[Finding]:
     """Return all findings about a run.
 
@@ -51,8 +53,10 @@ def findings(
         gaps: sampler_gap of the steps, in nats per token.
         angles: in degrees, of all blocks and pairs of policies in the last iteration.
         effects: (adapter_effect, its standard error) of the steps where it was measured.
+        ceiling: the ceiling of the front, if it was measured.
     """
-    found = [*over_optimisation(points), *_gain(points), *_texts(points, chosen)]
+    found = [*(above_ceiling(points, ceiling) if ceiling else [])]
+    found += [*over_optimisation(points), *_gain(points), *_texts(points, chosen)]
     gaps, angles = [g for g in gaps if math.isfinite(g)], [a for a in angles if math.isfinite(a)]
     if gaps and median(gaps) > GAP:
         text = (
@@ -75,6 +79,28 @@ def findings(
         )
         found.append(Finding("note", "The policies went much the same way", text))
     return found
+
+
+def above_ceiling(points: Sequence[Point], ceiling: Ceiling) -> list[Finding]:
+    """Return a warning if a point is above the ceiling by more than both intervals.
+
+    No policy can be there, so it is a fault of the measurement.
+    """
+    above = points_above(points, ceiling)
+    if not above:
+        return []
+    worst = max(above, key=lambda point: point.reward - (ceiling.at(point.kl) or (0.0, 0.0))[0])
+    limit, half = ceiling.at(worst.kl) or (0.0, 0.0)
+    names = ", ".join(point.name for point in above)
+    text = (
+        f"{names}: no policy can be there. At {worst.kl:.2f} nats {worst.name} has a reward of"
+        f" {worst.reward:.2f} ± {worst.reward_ci:.2f}, and the most that these nats can buy is"
+        f" {limit:.2f} ± {half:.2f}. Either the reward is not that of the texts that were measured,"
+        " or KL and reward are of different policies. Do not believe this front before you know"
+        " which."
+    )
+    title = "A point is above the ceiling" if len(above) == 1 else "Points are above the ceiling"
+    return [Finding("warning", title, text)]
 
 
 def over_optimisation(points: Sequence[Point]) -> list[Finding]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import S3Server
 from tiny_run import DAMAGE, files_of
 
@@ -23,6 +24,7 @@ from raywarp.report.series import METRICS, curves, stretches, summary, trajector
 from raywarp.report.texts import clip, departure, sample_texts
 from raywarp.report.timeline import SLICES, timeline
 from raywarp.report.trajectories import trajectories
+from raywarp.run.ceiling import Ceiling
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
 from raywarp.storage import sealed
@@ -49,6 +51,9 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
     assert data["missing"] == []
     assert data["state"]["word"] == "finished"
     assert data["front"]["points"] == tiny_finished.front()["points"]
+    assert data["front"]["ceiling"]["reward"] == tiny_finished.front()["ceiling"]["reward"]
+    assert data["front"]["ceiling"]["shares"].keys() == {p["name"] for p in data["front"]["points"]}
+    assert data["front"]["ceiling"]["said"].startswith("SLERP's front: ")
     assert [(c["iteration"], c["policy"], c["last"]) for c in data["curves"]["curves"]] == [
         (i, m, 5) for i in (1, 2) for m in (1, 2)
     ]
@@ -363,6 +368,37 @@ def test_other_findings() -> None:
         )
         == []
     )
+
+
+def test_a_point_above_the_ceiling_is_a_fault_of_measurement() -> None:
+    """An honest front has no such finding; nor has one beyond what was measured."""
+    rewards = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    ceiling = Ceiling.of("key", rewards.tolist())
+    limit, half = ceiling.at(1.0) or (0.0, 0.0)
+
+    def found(kl: float, reward: float) -> list[str]:
+        own = Point("slerp", 1.0, reward, 0.05, kl, 0.1, None, None, 0.9, 10.0, 0.5)
+        texts = findings([point("sft", 0.0, 0.0, None), own], None, [], [], [], ceiling)
+        return [f"{one.level}: {one.title}. {one.text}" for one in texts]
+
+    assert found(1.0, 0.9 * limit) == []
+    assert found(1.0, limit + half) == []
+    assert found(4.0, 9.0) == []
+    (fault,) = found(1.0, limit + 2 * half + 0.3)
+    assert fault.startswith("warning: A point is above the ceiling. slerp: no policy can be there.")
+    assert f"the most that these nats can buy is {limit:.2f} ± {half:.2f}" in fault
+    assert "Either the reward is not that of the texts that were measured, or KL and" in fault
+
+
+def test_a_run_without_a_ceiling_is_shown_as_before(tiny_finished: Run, tmp_path: Path) -> None:
+    """As runs of earlier versions have none."""
+    folder = copied(tiny_finished, tmp_path / "run")
+    without = ("ceiling", "share_kl", "sha256")
+    front = {key: value for key, value in tiny_finished.front().items() if key not in without}
+    sealed.write_record(folder / "front.json", front)
+    data = report_data(str(folder))
+    assert data["front"]["ceiling"] is None
+    assert data["missing"] == []
 
 
 def test_long_curves_become_means_with_least_and_largest() -> None:

@@ -193,6 +193,14 @@ def test_everything_is_there_and_nothing_is_asked_of_the_network(
     assert len(browser.texts("#geometry .chart svg")) == 2
     for selector in ("#front-chart svg path", "#control svg path", "#time svg path"):
         assert len(browser.texts(selector)) > 5, selector
+    assert "of ceiling" in browser.texts("#points th")
+    assert browser.text("#share").startswith("SLERP's front: ")
+    shown = "return arguments[0].map((name) => document.querySelector('#front-chart').chart"
+    names = browser.run(
+        f"{shown}.instance.getOption().series.filter((s) => s.name === name).length)",
+        ["ceiling", "best of n"],
+    )
+    assert names == [2, 1]  # line and band; points
     assert "raywarp" in browser.text("#versions")
     assert "warp.steps" in browser.text("#settings table")
     assert browser.logged() == []

@@ -6,7 +6,7 @@ const SHOWN_SAMPLES = 6;
 function frontSection(run, runs, state, select) {
   const lead =
     "Each point is a model, measured on held-out prompts with the same sampling. To the right is further from the SFT model, up is more reward; bars are 95 % " +
-    "intervals. The line is the front: η = 0 is SFT, η = 1 the SLERP merge. Thin lines are the policies while they trained (" + (run.trajectories.some((one) => one.held_out) ? "on held-out prompts of their own" : "means over training prompts") + "). " +
+    "intervals. The line is the front: η = 0 is SFT, η = 1 the SLERP merge. The dashed line is the ceiling: the most reward that any policy can have there. Thin lines are the policies while they trained (" + (run.trajectories.some((one) => one.held_out) ? "on held-out prompts of their own" : "means over training prompts") + "). " +
     "Choose a point to read its texts.";
   if (!run.front && !run.trajectories.some((one) => one.points.length)) {
     return section("front", "KL–reward front", lead, h("p", { class: "empty" }, "Nothing has been measured yet."));
@@ -32,6 +32,7 @@ function frontSection(run, runs, state, select) {
   };
   show();
   const parts = [h("div", { class: "split" }, h("div", { class: "card" }, chart), panel)];
+  if (run.front && run.front.ceiling) parts.push(h("p", { class: "about", id: "share", style: { "margin-top": "10px" } }, `${run.front.ceiling.said}. The ceiling follows from ${run.front.ceiling.completions} SFT completions of each of ${run.front.ceiling.prompts} prompts.`));
   if (run.front) parts.push(h("div", { style: { "margin-top": "16px" } }, table));
   const result = section("front", "KL–reward front", lead, ...parts);
   result.select = () => {
@@ -78,6 +79,7 @@ function frontOption(run, runs, state) {
       data: own.map((point) => ({ value: [point.kl, point.reward], other: other.name, measured: point })),
     });
   });
+  if (run.front && run.front.ceiling) series.push(...ceilingSeries(run.front.ceiling));
   series.push({ name: "front", type: "line", data: line.map((p) => dot(p)), color: colour("accent"), lineStyle: { width: 2.2 }, label: label("top"), labelLayout: { hideOverlap: true }, z: 4 });
   series.push({ ...errorBars(points.map((p) => [p.kl, p.reward, p.kl_ci, p.reward_ci, pointStyle(p).colour])), name: "front" });
   series.push({ name: "policies, LERP", type: "scatter", data: points.filter((p) => p.eta === null).map((p) => dot(p)), color: colour("c1"), label: label("bottom"), labelLayout: { hideOverlap: true, moveOverlap: "shiftY" }, z: 5 });
@@ -98,17 +100,34 @@ function frontOption(run, runs, state) {
   };
 }
 
+/** The most reward at each KL as a line with its band, and best of n as triangles. */
+function ceilingSeries(ceiling) {
+  const own = colour("c3");
+  const rows = ceiling.kl.map((kl, n) => [kl, ceiling.reward[n] - ceiling.reward_ci[n], ceiling.reward[n] + ceiling.reward_ci[n]]);
+  const line = ceiling.kl.map((kl, n) => ({ value: [kl, ceiling.reward[n]], ceiling: [ceiling.reward[n], ceiling.reward_ci[n]] }));
+  const best = ceiling.best_of.map((one) => ({ value: [one.kl, one.reward], best: one }));
+  return [
+    { ...band(ceiling.reward_ci[0] === null ? [] : rows, own), name: "ceiling" },
+    { name: "ceiling", type: "line", data: line, color: own, symbol: "circle", symbolSize: 3, lineStyle: { width: 1.6, type: [6, 4] }, z: 3 },
+    { name: "best of n", type: "scatter", data: best, color: own, symbol: "triangle", symbolSize: 7, z: 3, label: { show: true, position: "right", fontSize: 10.5, color: colour("faint"), formatter: (item) => `best of ${item.data.best.n}` }, labelLayout: { hideOverlap: true } },
+  ];
+}
+
 function byName(points, name) {
   return points.find((point) => point.name === name);
 }
 
 function frontTip(item, points, run) {
   if (item.data && item.data.way) return trajectoryTip(item.data.way, item.data.at);
+  if (item.data && item.data.ceiling) return ["ceiling", `reward ${interval(...item.data.ceiling)}`, `KL ${format(item.data.value[0])} nats`];
+  if (item.data && item.data.best) return [`best of ${item.data.best.n}`, `reward ${interval(item.data.best.reward, item.data.best.reward_ci)}`, `KL at most ${format(item.data.best.kl)} nats`];
   const point = (item.data && item.data.measured) || (item.data && byName(points, item.data.point));
   if (!point) return [];
   const lines = [item.data.other ? `${item.data.other}: ${pointLabel(point)}` : pointLabel(point) + (run.front.chosen === point.name ? " (chosen)" : "")];
   lines.push(`reward ${interval(point.reward, point.reward_ci)}`, `KL ${interval(point.kl, point.kl_ci)} nats`);
   if (point.control !== null) lines.push(`control ${interval(point.control, point.control_ci)}`);
+  const share = !item.data.other && run.front.ceiling && run.front.ceiling.shares[point.name];
+  if (share) lines.push(`of the ceiling: ${share}`);
   return [...lines, `${format(point.length, 1)} tokens, distinct-2 ${format(point.distinct_2)}`];
 }
 
@@ -121,12 +140,13 @@ function trajectoryTip(way, [kl, reward, step, klError, rewardError, control, co
 
 function pointTable(run, state, select) {
   const control = run.front.points.some((point) => point.control !== null);
-  const head = ["point", "reward", "KL, nats", control && "control", "distinct-2", "tokens", "ended by itself"].filter(Boolean);
+  const shares = run.front.ceiling && run.front.ceiling.shares;
+  const head = ["point", "reward", "KL, nats", shares && "of ceiling", control && "control", "distinct-2", "tokens", "ended by itself"].filter(Boolean);
   const row = (point) => {
     const on = point.name === state.point;
     const button = h("button", { type: "button", "aria-pressed": String(on), "data-point": point.name }, pointLabel(point));
     const tag = run.front.chosen === point.name && h("span", { class: "tag", title: "the folder adapter/ holds this one" }, "adapter/");
-    const cells = [interval(point.reward, point.reward_ci), interval(point.kl, point.kl_ci), control && interval(point.control, point.control_ci)];
+    const cells = [interval(point.reward, point.reward_ci), interval(point.kl, point.kl_ci), shares ? shares[point.name] : false, control && interval(point.control, point.control_ci)];
     cells.push(format(point.distinct_2), format(point.length, 1), percent(point.eos_rate));
     const line = h("tr", { class: on ? "on" : "", click: () => select(point.name) }, h("td", {}, button, tag));
     line.append(...cells.filter((cell) => cell !== false).map((cell) => h("td", { class: "number" }, cell)));
