@@ -4,6 +4,7 @@ ceilings/<key>/ in the store of the policies holds a measured one. The key is a 
 it depends on (see raywarp.run.keys.ceiling_key). So runs with one store measure it once.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -118,7 +119,7 @@ class FrontShare:
         wanted: the KL that was asked for, front.share_kl.
         kl: the KL that the share is of: the wanted one, or the end of what is measured.
         share: (the front's reward − SFT's) / (the ceiling's − SFT's), with the front interpolated
-            on its η line; None where the ceiling gains no more than its error.
+            between its points, see _reward_at; None where the ceiling gains no more than its error.
         ends: what ends before the wanted KL: "", "front" or "ceiling".
     """
 
@@ -128,12 +129,12 @@ class FrontShare:
     ends: str
 
     def __str__(self) -> str:
-        what = f"{self.kl:.3g} nats can buy"
+        what = f"{_nats(self.kl)} can buy"
         share = "nothing beyond the error of" if self.share is None else f"{self.share:.0%} of"
         line = f"SLERP's front: {share.replace('%', ' %')} what {what}"
         end = {
-            "front": f"; it ends there, before {self.wanted:g} nats",
-            "ceiling": f"; at {self.wanted:g} nats the ceiling is not measured",
+            "front": f"; it ends there, before {_nats(self.wanted)}",
+            "ceiling": f"; at {_nats(self.wanted)} the ceiling is not measured",
         }
         return line + end.get(self.ends, "")
 
@@ -197,7 +198,7 @@ def verdict(ceiling: Ceiling, wanted: float) -> str:
         return "nothing to gain: all completions of a prompt score the same"
     sft = ceiling.reward[0]
     found = (
-        f"{kl:.3g} nats can buy {gain:+.2f} ± {half:.2f} of reward, from {sft:.2f} to"
+        f"{_nats(kl)} can buy {gain:+.2f} ± {half:.2f} of reward, from {sft:.2f} to"
         f" {sft + gain:.2f}, which is {gain / ceiling.deviation:.1f} standard deviations of SFT"
         " completions' rewards"
     )
@@ -206,7 +207,7 @@ def verdict(ceiling: Ceiling, wanted: float) -> str:
             f"nothing to gain beyond the error: {found}; more front.prompts or"
             " front.ceiling_completions would narrow it"
         )
-    return found if kl == wanted else f"{found}; {wanted:g} nats are not measured"
+    return found if kl == wanted else f"{found}; {_nats(wanted)} are not measured"
 
 
 def find_ceiling(store: Storage, key: str, say: Callable[[str], None]) -> Ceiling | None:
@@ -239,6 +240,10 @@ def save_ceiling(store: Storage, key: str, rewards: Sequence[Sequence[float]]) -
     return ceiling
 
 
+def _nats(kl: float) -> str:
+    return f"{kl:.3g} {'nat' if kl == 1 else 'nats'}"
+
+
 def _line(points: Sequence[Point]) -> list[Point]:
     """Return the points from SFT to SLERP and beyond, by rising η."""
     line = [point for point in points if point.eta is not None]
@@ -248,13 +253,17 @@ def _line(points: Sequence[Point]) -> list[Point]:
 def _reward_at(line: Sequence[Point], kl: float) -> float:
     """Return the reward where the line first reaches a KL.
 
+    Between two points it is linear in √KL. Near the SFT model that is linear in η, since KL grows
+    with η²; a line in KL would be far too low there.
+
     Args:
         line: points by rising η; the last or an earlier one has at least this KL.
         kl: in nats.
     """
     for a, b in pairwise(line):
         if a.kl <= kl <= b.kl:
-            share = (kl - a.kl) / (b.kl - a.kl) if b.kl > a.kl else 1.0
+            start, way = math.sqrt(a.kl), math.sqrt(b.kl) - math.sqrt(a.kl)
+            share = (math.sqrt(kl) - start) / way if way else 1.0
             return a.reward + share * (b.reward - a.reward)
     return line[0].reward
 

@@ -114,7 +114,7 @@ def test_the_command_says_what_there_is_to_gain(before: Ceiling, heard: Listener
     said = heard.text()
     gain = before.gain(1.0)
     assert gain
-    assert f"1 nats can buy {gain[0]:+.2f} ± {gain[1]:.2f} of reward" in said
+    assert f"1 nat can buy {gain[0]:+.2f} ± {gain[1]:.2f} of reward" in said
     assert "640 completions in" in said
     assert f"{before.best_of[0].reward:.2f} ± {before.best_of[0].reward_ci:.2f}" in said
 

@@ -25,14 +25,14 @@ from raywarp.run.front import Point
 from raywarp.run.keys import ceiling_key, front_key
 from raywarp.storage.location import Storage
 
-# SFT 0.1; 1 nat buys 1, 2 nats 1.5.
+# SFT 0.1; 1 nat buys 1, 4 nats 2.5.
 CEILING = Ceiling(
     key="k",
     prompts=50,
     completions=32,
     deviation=0.8,
-    kl=[0.0, 1.0, 2.0],
-    reward=[0.1, 1.1, 1.6],
+    kl=[0.0, 1.0, 4.0],
+    reward=[0.1, 1.1, 2.6],
     reward_ci=[0.05, 0.1, 0.2],
     gain_ci=[0.0, 0.08, 0.16],
     best_of=[BestOf(2, 0.19, 0.5, 0.06)],
@@ -46,55 +46,57 @@ def point(name: str, eta: float | None, kl: float, reward: float) -> Point:
 FRONT = [
     point("sft", 0.0, 0.0, 0.1),
     point("policy 1", None, 1.0, 0.9),
-    point("liti 0.5", 0.5, 0.5, 0.4),
-    point("slerp", 1.0, 1.5, 0.8),
+    point("liti 0.5", 0.5, 0.25, 0.25),
+    point("slerp", 1.0, 2.25, 0.8),
 ]
 
 
 def test_the_ceiling_between_its_points_and_beyond() -> None:
     assert CEILING.at(0.5) == pytest.approx((0.6, 0.075))
-    assert CEILING.at(2.0) == pytest.approx((1.6, 0.2))
-    assert CEILING.at(2.01) is None
-    assert CEILING.gain(1.5) == pytest.approx((1.25, 0.12))
+    assert CEILING.at(4.0) == pytest.approx((2.6, 0.2))
+    assert CEILING.at(4.01) is None
+    assert CEILING.gain(2.5) == pytest.approx((1.75, 0.12))
 
 
 def test_a_share_is_of_the_gain_above_sft() -> None:
     assert CEILING.share(1.0, 0.6) == pytest.approx(0.5)
     assert CEILING.share(0.0, 0.1) is None  # nothing to gain there
-    assert CEILING.share(3.0, 2.0) is None  # not measured
+    assert CEILING.share(5.0, 2.0) is None  # not measured
 
 
 def test_a_fronts_share_is_interpolated_on_its_line() -> None:
-    """At 1 nat, half-way from η = ½ to SLERP: .6, half of the gain of 1; the policy is off it."""
+    """At 1 nat, half-way in √KL from η = ½ to SLERP: .525; the policy is off the line."""
     found = front_share(FRONT, CEILING, 1.0)
-    assert found.share == pytest.approx(0.5)
-    assert str(found) == "SLERP's front: 50 % of what 1 nats can buy"
+    assert found.share == pytest.approx(0.425)
+    assert str(found) == "SLERP's front: 43 % of what 1 nat can buy"
+    # a quarter of the KL is half the way from SFT
+    assert front_share(FRONT, CEILING, 0.25 / 4).share == pytest.approx(0.075 / 0.0625)
 
 
 def test_a_front_that_ends_earlier_says_so() -> None:
-    """At its end, 1.5 nats: .7 of 1.25."""
-    found = front_share(FRONT, CEILING, 2.0)
-    assert (found.kl, found.share) == (1.5, pytest.approx(0.56))
+    """At its end, 2.25 nats: .7 of 1.625."""
+    found = front_share(FRONT, CEILING, 3.0)
+    assert (found.kl, found.share) == (2.25, pytest.approx(0.7 / 1.625))
     assert (
-        str(found) == "SLERP's front: 56 % of what 1.5 nats can buy; it ends there, before 2 nats"
+        str(found) == "SLERP's front: 43 % of what 2.25 nats can buy; it ends there, before 3 nats"
     )
 
 
 def test_a_ceiling_that_ends_earlier_says_so() -> None:
-    far = [*FRONT[:-1], point("slerp", 1.0, 6.0, 2.0)]
-    found = front_share(far, CEILING, 4.0)
-    assert found.kl == 2.0
-    assert str(found).endswith("of what 2 nats can buy; at 4 nats the ceiling is not measured")
+    far = [*FRONT[:-1], point("slerp", 1.0, 9.0, 2.0)]
+    found = front_share(far, CEILING, 6.0)
+    assert found.kl == 4.0
+    assert str(found).endswith("of what 4 nats can buy; at 6 nats the ceiling is not measured")
 
 
 def test_trials_are_compared_by_their_best_within_the_kl() -> None:
-    """A front that ends at 1.5 nats counts with its best there, over what 2 nats can buy."""
-    assert capped_share(FRONT, CEILING, 2.0) == pytest.approx(0.7 / 1.5)
-    assert capped_share(FRONT, CEILING, 1.0) == pytest.approx(0.5)
+    """A front that ends at 2.25 nats counts with its best there, over what 3 nats can buy."""
+    assert capped_share(FRONT, CEILING, 3.0) == pytest.approx(0.7 / 2.0)
+    assert capped_share(FRONT, CEILING, 1.0) == pytest.approx(0.425)
     # Past its best, a front still has it.
     falling = [FRONT[0], point("liti 0.5", 0.5, 0.5, 0.9), point("slerp", 1.0, 1.5, 0.2)]
     assert capped_share(falling, CEILING, 1.0) == pytest.approx(0.8)
-    assert capped_share(FRONT, CEILING, 9.0) == pytest.approx(0.7 / 1.5)
+    assert capped_share(FRONT, CEILING, 9.0) == pytest.approx(0.7 / 2.5)
     flat = Ceiling("k", 5, 4, 0.0, [0.0], [0.1], [0.0], [0.0], [])
     assert capped_share(FRONT, flat, 2.0) == 0.0
 
@@ -105,19 +107,19 @@ def test_a_point_above_the_ceiling_by_more_than_both_intervals_is_told() -> None
     assert points_above([*FRONT, inside], CEILING) == []
     assert points_above([*FRONT, above], CEILING) == [above]
     uncertain = Point("slerp", 1.0, 1.23, 0.02, 1.0, 0.3, None, None, 0.5, 10.0, 0.0)
-    assert points_above([uncertain, point("slerp", 1.0, 2.5, 9.0)], CEILING) == []
+    assert points_above([uncertain, point("slerp", 1.0, 5.0, 9.0)], CEILING) == []
 
 
 def test_the_verdict_in_words() -> None:
     assert verdict(CEILING, 2.0) == (
-        "2 nats can buy +1.50 ± 0.16 of reward, from 0.10 to 1.60, which is 1.9 standard"
+        "2 nats can buy +1.50 ± 0.11 of reward, from 0.10 to 1.60, which is 1.9 standard"
         " deviations of SFT completions' rewards"
     )
     assert verdict(CEILING, 5.0).endswith("; 5 nats are not measured")
     same = Ceiling.of("k", [[3.0] * 4, [1.0] * 4])
     assert verdict(same, 2.0) == "nothing to gain: all completions of a prompt score the same"
     noise = Ceiling("k", 5, 4, 0.8, [0.0, 1.0], [0.1, 0.2], [0.3, 0.4], [0.0, 0.3], [])
-    assert verdict(noise, 1.0).startswith("nothing to gain beyond the error: 1 nats can buy +0.10")
+    assert verdict(noise, 1.0).startswith("nothing to gain beyond the error: 1 nat can buy +0.10")
 
 
 def test_tables_say_what_is_not_measured() -> None:

@@ -197,8 +197,8 @@ def test_the_trials_share_one_ceiling(grid: tuple[Sweep, Path, str], sweep_folde
         limit = Ceiling.read(tree).at(0.3)
         assert limit
         line = sorted((p["kl"], p["reward"]) for p in front["points"] if p["eta"] is not None)
-        grid_of_kl = [0.003 * n for n in range(101)]
-        best = max(np.interp(grid_of_kl, *zip(*line, strict=True)))
+        kls, rewards = zip(*line, strict=True)
+        best = max(np.interp(np.linspace(0, np.sqrt(0.3), 101), np.sqrt(kls), rewards))
         gain = limit[0] - tree["reward"][0]
         share = (best - tree["reward"][0]) / gain
         assert trial["ceiling_share"] == pytest.approx(share, rel=0.02, abs=0.01)
