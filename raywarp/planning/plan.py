@@ -16,6 +16,7 @@ from raywarp.data import embedded
 from raywarp.data.models import read_model_config
 from raywarp.data.prompts import HUB_ID
 from raywarp.planning import memory, preflight
+from raywarp.planning.ceiling_time import ceiling_lines
 from raywarp.planning.forecast import Forecast, Origin, ProcessMemory, forecast, forecast_of_shapes
 from raywarp.planning.known_models import known_config
 from raywarp.planning.memory import Shapes, in_units
@@ -299,8 +300,9 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
         )
         listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         lines.append(f"node {report.address}: {in_units(report.memory)} of memory{gpus}; {listed}")
+    ceiling = ceiling_lines(config, found.plan, shapes)
     if shapes is None:
-        return lines
+        return lines + ceiling
     if shapes.scope:
         lines.append(shapes.scope)
     from raywarp.run.policy_files import KEPT_CHECKPOINTS
@@ -326,7 +328,7 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
             "and the init of an iteration once, to each node: at most"
             f" {in_units(memory.init_bytes(shapes, config))}"
         )
-    return lines
+    return lines + ceiling
 
 
 def policy_runs(space: SearchSpace) -> tuple[int, int] | None:

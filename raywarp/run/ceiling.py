@@ -21,6 +21,7 @@ from raywarp.storage.sealed import DamagedError
 
 FOLDER = "ceilings"
 FILE = "ceiling.json"
+CALL = 256  # completions of a call; not a share of the workers, on which results must not depend
 
 
 @dataclass(frozen=True)

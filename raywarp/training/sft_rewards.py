@@ -6,9 +6,9 @@ from typing import Any
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
 from raywarp.rollout.protocol import SFT, Request, join, submit
+from raywarp.run.ceiling import CALL
 from raywarp.training.session import Session
 
-CALL = 256  # completions of a call; not a share of the workers, on which results must not depend
 AHEAD = 2  # calls under way for each worker, so that none waits and few texts are held
 
 
