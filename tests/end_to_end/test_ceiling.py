@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tiny_run import Listener, files_of, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raywarp import ceiling_stage
 from raywarp.ceiling_stage import ceiling
 from raywarp.config.schema import Config
 from raywarp.run.ceiling import Ceiling, ceiling_of
@@ -160,12 +162,32 @@ def test_a_finished_run_starts_nothing_for_it(
     train(settings(worth, tiny_llama, "run"), Listener())
 
 
+def kill_in_the_first_call(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Kill the rollout worker once the first completions are scored, and others are asked for."""
+    killed = list[int]()
+    measure = ceiling_stage.rewards_of_sft
+
+    def measured(session: Any, prompts: Any, completions: int, done: Any) -> Any:
+        def first(count: int) -> None:
+            done(count)
+            for process in psutil.Process().children(recursive=True):
+                if not killed and process.name().startswith("ray::RolloutW"):
+                    process.kill()
+                    killed.append(process.pid)
+
+        return measure(session, prompts, completions, first)
+
+    monkeypatch.setattr("raywarp.ceiling_stage.rewards_of_sft", measured)
+    return killed
+
+
 def test_other_completions_measure_only_the_ceiling_again(
-    finished: tuple[Run, str], worth: Path, tiny_llama: Path
+    finished: tuple[Run, str], worth: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And none is measured where ceiling_completions is 0; the points stay.
 
-    A damaged ceiling is measured again, to the same numbers.
+    A damaged ceiling is measured again. Though the rollout worker dies meanwhile, the numbers are
+    the same.
     """
     run, _ = finished
     points, before = run.front()["points"], ceiling_of(run.front())
@@ -181,8 +203,10 @@ def test_other_completions_measure_only_the_ceiling_again(
     assert after.reward[0] == pytest.approx(before.reward[0], abs=sum(before.reward_ci[:1]))
     assert "8 SFT completions of each of 10 prompts" in said.text()
     assert "evaluating" not in said.text()
+    killed = kill_in_the_first_call(monkeypatch)
     file = run.folder / "ceilings" / before.key / "rewards.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     train(settings(worth, tiny_llama, "run"), said := Listener())
     assert "the ceiling is measured again" in said.text()
     assert ceiling_of(run.front()) == before
+    assert len(killed) == 1
