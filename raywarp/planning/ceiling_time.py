@@ -15,7 +15,7 @@ from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
 
 # Assumed where no run was measured.
-THREAD_FLOPS = 10e9  # floating-point operations a second that a CPU thread does while it samples
+THREAD_FLOPS = 50e9  # floating-point operations a second that a CPU thread does while it samples
 GPU_BANDWIDTH = 1e12  # bytes of weights a second that a GPU reads while it samples
 LAST_ROWS = 50  # rows of metrics.jsonl that a pace is taken from
 

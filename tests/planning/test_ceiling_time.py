@@ -32,14 +32,14 @@ def lines(config: Config, shapes: Shapes | None = SHAPES) -> list[str]:
 
 
 def test_an_assumption_is_called_one() -> None:
-    """800 completions of 10 tokens, at 3 threads × 10 GFLOP/s / (2 × 135 M) = 111 tokens/s each:
-    8,000 / 111 / 2 = 36 s.
+    """800 completions of 10 tokens, at 3 threads × 50 GFLOP/s / (2 × 135 M) = 556 tokens/s each:
+    8,000 / 556 / 2 = 7 s.
     """
     (line,) = lines(settings())
     assert line.startswith(
         "ceiling of the front: 800 SFT completions (front.ceiling_completions = 16 of each of up to"
-        " 50 prompts), at most 8,000 tokens; about 36 s at 111 tokens/s of a rollout worker"
-        " (assumed: 10 GFLOP/s of each of 3 CPU threads;"
+        " 50 prompts), at most 8,000 tokens; about 7 s at 556 tokens/s of a rollout worker"
+        " (assumed: 50 GFLOP/s of each of 3 CPU threads;"
     )
     assert lines(settings(), None)[0].endswith("; their time is not known")
     assert lines(settings(ceiling_completions=0)) == []
