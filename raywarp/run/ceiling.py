@@ -160,7 +160,8 @@ def capped_share(points: Sequence[Point], ceiling: Ceiling, wanted: float) -> fl
 
     It is the best reward of the front within this KL, over the ceiling at this KL, both above the
     SFT model's. So a front that ends earlier counts with the best that it has. Where the ceiling
-    ends earlier, its end takes the place of the KL. The result is 0 where there is nothing to gain.
+    ends earlier, its end takes the place of the KL. The result is 0 where there is nothing to gain,
+    and never less, since every front has the SFT model.
 
     Args:
         points: see front_share.
@@ -171,7 +172,7 @@ def capped_share(points: Sequence[Point], ceiling: Ceiling, wanted: float) -> fl
     within = [point.reward for point in line if point.kl <= kl]
     if any(point.kl > kl for point in line):
         within.append(_reward_at(line, kl))
-    return ceiling.share(kl, max(within)) or 0.0
+    return max(ceiling.share(kl, max(within)) or 0.0, 0.0)
 
 
 def points_above(points: Sequence[Point], ceiling: Ceiling) -> list[Point]:

@@ -97,6 +97,7 @@ def test_trials_are_compared_by_their_best_within_the_kl() -> None:
     falling = [FRONT[0], point("liti 0.5", 0.5, 0.5, 0.9), point("slerp", 1.0, 1.5, 0.2)]
     assert capped_share(falling, CEILING, 1.0) == pytest.approx(0.8)
     assert capped_share(FRONT, CEILING, 9.0) == pytest.approx(0.7 / 2.5)
+    assert capped_share([point("sft", 0.0, 0.0, -0.3)], CEILING, 1.0) == 0.0
     flat = Ceiling("k", 5, 4, 0.0, [0.0], [0.1], [0.0], [0.0], [])
     assert capped_share(FRONT, flat, 2.0) == 0.0
 

@@ -200,7 +200,7 @@ def test_the_trials_share_one_ceiling(grid: tuple[Sweep, Path, str], sweep_folde
         kls, rewards = zip(*line, strict=True)
         best = max(np.interp(np.linspace(0, np.sqrt(0.3), 101), np.sqrt(kls), rewards))
         gain = limit[0] - tree["reward"][0]
-        share = (best - tree["reward"][0]) / gain
+        share = max((best - tree["reward"][0]) / gain, 0)
         assert trial["ceiling_share"] == pytest.approx(share, rel=0.02, abs=0.01)
     assert all("ceiling_share" in trial.measured for trial in sweep.trials)
 
