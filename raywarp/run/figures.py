@@ -115,7 +115,9 @@ def draw_ceiling(axes: Any, ceiling: Ceiling) -> None:
             f"best of {best.n}",
             (best.kl, best.reward),
             textcoords="offset points",
-            xytext=(5, -9),
+            # the last one may stand at the picture's edge
+            xytext=(5, -9) if best != ceiling.best_of[-1] else (-5, 5),
+            ha="left" if best != ceiling.best_of[-1] else "right",
             fontsize=7,
             color=CEILING_COLOUR,
         )

@@ -31,7 +31,7 @@ from raywarp.run import front
 from raywarp.run.ceiling import Ceiling, capped_share, ceiling_of, find_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
-from raywarp.run.front import Point
+from raywarp.run.front import Point, is_current
 from raywarp.run.keys import ceiling_key, front_key, key_chain
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
@@ -215,7 +215,11 @@ class Trial(Trainable):
             return None
         if not last:
             points = self._stored_front(front)
-        elif self.record.rows[iteration - 1 : iteration] and self.run.has_front(front):
+        elif (
+            self.record.rows[iteration - 1 : iteration]
+            and self.run.has_front(front)
+            and is_current(self.run.front(), self.own, ceiling.json() if ceiling else None)
+        ):
             points = self.run.front()["points"]
         else:
             points = None

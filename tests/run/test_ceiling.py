@@ -9,7 +9,8 @@ from rich.console import Console
 from tiny_run import flip
 
 from raywarp.algorithm.tilting import BestOf
-from raywarp.config.schema import Config
+from raywarp.ceiling_stage import ceiling
+from raywarp.config.schema import Config, ConfigError
 from raywarp.run.ceiling import (
     Ceiling,
     capped_share,
@@ -171,6 +172,11 @@ def test_one_prompt_has_no_interval_and_survives_storage(tmp_path: Path) -> None
     assert math.isinf(saved.reward_ci[-1])
     assert find_ceiling(Storage(tmp_path), "one", print) == saved
     assert saved.share(saved.end, 2.0) is None
+
+
+def test_no_completions_are_refused_before_anything_starts(no_ray: None) -> None:
+    with pytest.raises(ConfigError, match="front.ceiling_completions=0 measures no ceiling"):
+        ceiling(with_front(ceiling_completions=0))
 
 
 def with_front(**changes: float) -> Config:
