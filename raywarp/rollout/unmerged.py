@@ -141,8 +141,9 @@ class Product:
         """Hold these adapters and no others. An adapter's slot is its index."""
         stacks = [self._stack(slot, factors) for slot, factors in enumerate(adapters)]
         self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
-        own, self.mixed = list(self.stacks.values()), None
-        if own and len(adapters) > 1:
+        own = list(self.stacks.values())
+        self.mixed = own[0] if own else None  # one adapter may meet tokens that have none
+        if len(own) > 1:
             A, B = torch.cat([stack.A for stack in own]), torch.cat([stack.B for stack in own], 1)
             self.mixed = self._stacked(A, B, torch.cat([stack.slots for stack in own]))
 

@@ -20,9 +20,9 @@ from tiny_run import make_project, tiny_config
 from raywarp.algorithm.deltas import scale
 from raywarp.config.schema import Config
 from raywarp.data.text import Completion, Prompt
-from raywarp.rollout.effect import EffectError
+from raywarp.rollout.effect import EffectError, effect
 from raywarp.rollout.engine import Engine
-from raywarp.rollout.proof import PROOF_STEPS
+from raywarp.rollout.proof import PROOF_STEPS, requests
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.policy_files import Job
@@ -120,6 +120,21 @@ def session(
     ) as session:
         yield session
     assert not left_behind(before)
+
+
+def test_an_adapter_that_was_loaded_alone_acts_beside_none(session: Session) -> None:
+    """A step's batch has loaded a policy alone when its effect is asked for."""
+    proof = session.proof
+    assert proof is not None
+    adapter = proof.adapters[0]
+    another = Adapter(policy=_half(adapter.parts[0]))
+    for alone in (another, adapter):
+        ((ref,),) = submit(session.pool, [Request([[3, 4]], [0], alone)])
+        session.get(ref)
+    answers = session.get(session.pool.logprobs.remote(requests(proof.probe, [SFT, adapter])))
+    before, adapted = map(proof.probe.scored, answers)
+    found = effect(proof.none, proof.trained[0], before, adapted)
+    assert found.slope == pytest.approx(1, abs=0.05)
 
 
 def test_a_healthy_engine_passes(session: Session) -> None:

@@ -65,22 +65,23 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_token_has_its_own_adapter(dtype: torch.dtype) -> None:
-    """Rows of one pass: two adapters of unequal rank, and none; each as in a pass of its own, and a
-    bias with all of them.
+def test_each_token_has_its_own_adapter(dtype: torch.dtype, count: int) -> None:
+    """Rows of one pass: one or two adapters, and none; each as in a pass of its own,
+    and a bias with all of them.
     """
     weight, bias = numbers(16, D_IN, seed=1).to(dtype), numbers(16, seed=2).to(dtype)
     layer = Product(weight)
     layer.find({"up": ModuleRows.of(weight, 1)}, 0)
-    layer.take([{"up": factors(16, D_IN, 2, 1)}, {"up": factors(16, D_IN, 5, 2)}])
+    layer.take([{"up": factors(16, D_IN, 2, 1)}, {"up": factors(16, D_IN, 5, 2)}][:count])
     x = numbers(TOKENS, D_IN, seed=3).to(dtype)
-    slots = torch.tensor([0, 1, -1, 1, 0, -1, 1])
+    slots = torch.tensor([0, 1, -1, 1, 0, -1, 1]).clamp(max=count - 1)
     alone = {}
-    for slot in (-1, 0, 1):
+    for slot in range(-1, count):
         everybody(slot)
         alone[slot] = layer(x, torch.empty(0), bias)
-    assert (alone[0] - alone[1]).abs().mean() > 0.1
+    assert (alone[-1] - alone[count - 1]).abs().mean() > 0.1
     PASS.only, PASS.slots = None, slots
     mixed = layer(x, torch.empty(0), bias)
     expected = torch.stack([alone[int(slot)][n] for n, slot in enumerate(slots)])
