@@ -19,7 +19,7 @@ from typing import Any
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import liti, slerp
-from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
 from raywarp.algorithm.truncation import compress
 from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
@@ -298,7 +298,7 @@ class Driver:
         chosen = front.choose(measured, config.front.choose)
         title = f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}"
         plot_front(measured, chosen, run.folder / "front.png", title, ceiling)
-        adapter = scale(points[-1].delta or init, chosen.eta or 0.0)
+        adapter = front.on_line(points, chosen.eta or 0.0)
         run.save_adapter(
             adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors), ceiling)
         )

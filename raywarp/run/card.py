@@ -16,7 +16,7 @@ from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
 from raywarp.run.ceiling import Ceiling, front_share
-from raywarp.run.figures import front_cells, front_headings
+from raywarp.run.figures import footnote, front_cells, front_headings
 from raywarp.run.folder import PICTURE
 from raywarp.run.front import Point
 from raywarp.run.sampler_mark import Mark
@@ -51,6 +51,7 @@ def card(
         "tags": ["lora", "peft", "rlhf", "warp", "raywarp"],
     }
     warp = config.warp
+    beyond = ", extrapolated beyond the policies" if chosen.extrapolated else ""
     about = [
         (
             f"A LoRA adapter that aligns {_code(base or config.model)} with a reward by WARP"
@@ -65,8 +66,8 @@ def card(
             " average (η = 1) this is"
         ),
         (
-            f"η = {chosen.eta or 0:g}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}, at a KL"
-            " to the SFT model of"
+            f"η = {chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f},"
+            " at a KL to the SFT model of"
         ),
         f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats per completion.",
     ]
@@ -105,7 +106,7 @@ def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceil
     rows = []
     for point in points:
         name, *measured = front_cells(point, ceiling)
-        rows.append((f"**{name}** (this adapter)" if name == chosen.name else name, *measured))
+        rows.append((f"**{name}** (this adapter)" if point == chosen else name, *measured))
     front = config.front
     each = (
         "one completion"
@@ -116,7 +117,8 @@ def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceil
         f"{front.prompts} held-out prompts, {each} each at temperature"
         f" {config.rollout.temperature:g}"
     )
-    note = f"{sampling}; KL is to the SFT model, ± is half of a 95 % interval over prompts."
+    note = f"{sampling}; KL is to the SFT model, ± is half of a 95 % interval over prompts"
+    note += f"{footnote(points)}."
     if ceiling:
         note += (
             f" The ceiling is the most reward that any policy can have at a KL, from"

@@ -248,7 +248,8 @@ class Display:
                 list(dict.fromkeys(["sft", chosen.name, "slerp"])),
             )
         self.progress(f"front: {run.folder / 'front.png'}")
-        self.say(f"chosen: {chosen.name} (*), a PEFT adapter in {run.folder / 'adapter'}")
+        beyond = ", extrapolated beyond SLERP" if chosen.extrapolated else ""
+        self.say(f"chosen: {chosen.name} (*){beyond}, a PEFT adapter in {run.folder / 'adapter'}")
         self.say(
             "all of it on one page: raywarp report"
             f" {run.mirror.storage.uri if run.mirror else run.folder}"

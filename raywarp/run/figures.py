@@ -27,8 +27,8 @@ def plot_front(
 ) -> None:
     """Write front.png: reward over KL to the SFT model, with 95 % intervals.
 
-    The LITI front is a line, as is the ceiling, which has best of n beside it. Every point has its
-    name.
+    The LITI front is a line, dashed and hollow beyond SLERP. The ceiling is another one, which has
+    best of n beside it. Every point has its name.
     """
     import matplotlib
 
@@ -37,13 +37,19 @@ def plot_front(
 
     figure, axes = plt.subplots(figsize=(8, 5.5), dpi=150, layout="constrained")
     line = sorted((p for p in points if p.eta is not None), key=lambda p: p.eta or 0)
-    axes.plot(
-        [p.kl for p in line],
-        [p.reward for p in line],
-        color="#3b6fb6",
-        linewidth=1.5,
-        label="LITI front (SFT to SLERP)",
-    )
+    inside = [p for p in line if not p.extrapolated]
+    parts = [(inside, "-", "LITI front (SFT to SLERP)")]
+    if len(inside) < len(line):
+        parts.append((line[len(inside) - 1 :], "--", "extrapolated, η above 1"))
+    for part, style, label in parts:
+        axes.plot(
+            [p.kl for p in part],
+            [p.reward for p in part],
+            style,
+            color="#3b6fb6",
+            linewidth=1.5,
+            label=label,
+        )
     for point in points:
         colour = (
             "#3b6fb6"
@@ -58,6 +64,7 @@ def plot_front(
             xerr=point.kl_ci,
             fmt=marker,
             color=colour,
+            markerfacecolor="white" if point.extrapolated else colour,
             capsize=3,
             markersize=6,
         )
@@ -150,7 +157,7 @@ def front_headings(ceiling: Ceiling | None) -> tuple[str, ...]:
 def front_cells(point: Point, ceiling: Ceiling | None = None) -> tuple[str, ...]:
     """Return a point as a row under `front_headings`."""
     return (
-        point.name,
+        point.title,
         f"{point.reward:.2f} ± {point.reward_ci:.2f}",
         f"{point.kl:.2f} ± {point.kl_ci:.2f}",
         *([share_cell(point, ceiling)] if ceiling else []),
@@ -194,16 +201,18 @@ def ceiling_table(ceiling: Ceiling) -> Table:
     return table
 
 
+def footnote(points: Sequence[Point]) -> str:
+    """Return what a † means, if there is one among the points."""
+    extrapolated = any(point.extrapolated for point in points)
+    return ", † is extrapolated beyond SLERP (η above 1)" if extrapolated else ""
+
+
 def front_table(points: Sequence[Point], chosen: Point, ceiling: Ceiling | None = None) -> Table:
     """Return the front as a table for the terminal, in the order of front.json."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=(
-            "KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is"
-            " chosen"
-        ),
-        title_justify="left",
+    title = (
+        "KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is chosen"
     )
+    table = Table(box=SIMPLE_HEAD, title=title + footnote(points), title_justify="left")
     for heading in front_headings(ceiling):
         table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
     for point in points:

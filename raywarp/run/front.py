@@ -49,7 +49,7 @@ class Point:
 
     Attributes:
         name: sft, policy m, lerp, liti η, or slerp.
-        eta: position on the line from SFT to SLERP; None for points off that line.
+        eta: position on the line from SFT (0) through SLERP (1); None for points off that line.
         reward: mean reward.
         reward_ci: half the width of the reward's 95 % interval over prompts.
         kl: mean KL to the SFT model, in nats per completion.
@@ -59,6 +59,7 @@ class Point:
         distinct_2: different pairs of successive words over all pairs.
         length: mean length of a completion in tokens.
         eos_rate: share of completions that ended by themselves.
+        extrapolated: whether η is above 1, further from SFT than SLERP.
     """
 
     name: str
@@ -72,6 +73,12 @@ class Point:
     distinct_2: float
     length: float
     eos_rate: float
+    extrapolated: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name, with a † where the point is extrapolated."""
+        return f"{self.name} †" if self.extrapolated else self.name
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def candidates(
 ) -> list[Candidate]:
     """Return the points to measure: SFT, each policy, LERP, and the LITI front.
 
-    The LITI front is η·(θ_slerp − θ_sft). Its end, η = 1, is SLERP.
+    The LITI front is η·(θ_slerp − θ_sft). SLERP is at η = 1, and points beyond it extrapolate.
 
     Args:
         init: θ_init − θ_sft of the last iteration.
@@ -108,11 +115,16 @@ def candidates(
         for m, vector in enumerate(task_vectors, start=1)
     ]
     points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors))))]
-    points += [
-        Candidate(f"liti {eta:g}", eta, scale(merged, eta))
-        for eta in sorted(set(etas) - {0.0, 1.0})
-    ]
-    return [*points, Candidate("slerp", 1.0, merged)]
+    for eta in sorted({*etas, 1.0} - {0.0}):
+        name = "slerp" if eta == 1 else f"liti {eta:g}"
+        points.append(Candidate(name, eta, scale(merged, eta)))
+    return points
+
+
+def on_line(points: Sequence[Candidate], eta: float) -> AdapterDelta:
+    """Return η·(θ_slerp − θ_sft), for any η ≥ 0."""
+    (merged,) = (point.delta for point in points if point.eta == 1 and point.delta is not None)
+    return scale(merged, eta)
 
 
 def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
@@ -140,6 +152,7 @@ def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
         distinct_2=distinct_2(scored.texts),
         length=sum(scored.lengths) / len(scored.lengths),
         eos_rate=sum(scored.finished) / len(scored.finished),
+        extrapolated=(candidate.eta or 0.0) > 1,
     )
 
 
@@ -168,8 +181,8 @@ def distinct_2(texts: Sequence[str]) -> float:
 def choose(points: Sequence[Point], rule: ChooseConfig) -> Point:
     """Return the point that adapter/ will hold.
 
-    The rule names its η, or it is the largest η on the front whose KL stays within max_kl. SFT's
-    own KL is 0, so there is always such a point.
+    The rule names its η, or it is the largest measured η whose KL stays within max_kl, above 1 too.
+    SFT's own KL is 0, so there is always such a point.
     """
     front = [point for point in points if point.eta is not None]
     if rule.eta is not None:

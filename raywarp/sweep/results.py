@@ -17,7 +17,7 @@ from raywarp.config.load import to_yaml
 from raywarp.config.search import DIRECTIONS, describe, name_of, show
 from raywarp.run.ceiling import Ceiling, ceiling_of
 from raywarp.run.display import Display
-from raywarp.run.figures import draw_ceiling
+from raywarp.run.figures import draw_ceiling, footnote
 from raywarp.run.folder import Run
 from raywarp.run.front import Point
 from raywarp.storage import sealed
@@ -265,6 +265,13 @@ def sweep_table(sweep: Sweep) -> Table:
         f"trials by {by}; reward and KL of the chosen point, ± is half of a 95 % interval, * has a"
         " Pareto-optimal point"
     )
+    chosen_points = [
+        point
+        for trial in sweep.trials
+        for point in trial.front
+        if point.name == trial.measured.get("chosen")
+    ]
+    title += footnote(chosen_points)
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     keys = list(sweep.trials[0].point) if sweep.trials else []
     for heading in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
@@ -282,7 +289,7 @@ def sweep_table(sweep: Sweep) -> Table:
                 *[_share(trial) for _ in shares],
                 f"{chosen.reward:.2f} ± {chosen.reward_ci:.2f}",
                 f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f}",
-                chosen.name,
+                chosen.title,
             ]
         table.add_row(
             trial.name + (" *" if trial.name in optimal else ""),

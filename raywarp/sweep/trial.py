@@ -79,7 +79,7 @@ class SweepPlan:
 
 
 def front_line(points: list[dict[str, Any]]) -> list[Point]:
-    """Return the points of a front.json on the line from SFT to SLERP, by rising η."""
+    """Return the points of a front.json on the line from SFT through SLERP, by rising η."""
     return sorted(
         (Point(**point) for point in points if point["eta"] is not None),
         key=lambda point: point.eta or 0,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def test_a_card_says_what_a_reader_needs() -> None:
     assert ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert 'AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in text
     assert "η = 0.5: reward 1.50 ± 0.25" in " ".join(text.split())
+    beyond = Point(**{**asdict(points[2]), "name": "liti 1.5", "eta": 1.5, "extrapolated": True})
+    text_beyond = card(config, [*points, beyond], beyond, 600, ["model.layers.0.mlp.up_proj"])
+    assert "η = 1.5, extrapolated beyond the policies: reward 2.50" in " ".join(text_beyond.split())
+    assert "**liti 1.5 †** (this adapter)" in text_beyond
+    assert "† is extrapolated beyond SLERP" in text_beyond
+    assert "extrapolated" not in text
     assert "rank 600 on `up_proj`" in text
     assert "vLLM serves no LoRA of this rank" in text
     assert r"`me/re\|ward`" in text

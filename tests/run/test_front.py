@@ -1,15 +1,20 @@
 """Tests of the front: its points, their means and intervals, and the choice of one."""
 
+import io
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_delta
+from rich.console import Console
 
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, zeros_like
 from raywarp.algorithm.factors import dense
 from raywarp.config.front import ChooseConfig
+from raywarp.run.figures import front_table, plot_front
 from raywarp.run.front import (
     Point,
     Scored,
@@ -17,6 +22,7 @@ from raywarp.run.front import (
     choose,
     distinct_2,
     mean_interval,
+    on_line,
     summarise,
 )
 
@@ -63,6 +69,48 @@ def test_the_front_runs_from_sft_to_slerp() -> None:
         )
 
 
+def test_points_beyond_slerp_are_its_multiples_and_marked() -> None:
+    init, vectors = random_delta(1), [random_delta(2), random_delta(3)]
+    found = candidates(init, vectors, [2.25, 0.25, 1.5])
+    assert [(c.name, c.eta) for c in found[4:]] == [
+        ("liti 0.25", 0.25),
+        ("slerp", 1),
+        ("liti 1.5", 1.5),
+        ("liti 2.25", 2.25),
+    ]
+    merged = add(init, slerp(vectors))
+    for eta, delta in (
+        (1.5, found[6].delta),
+        (1.5, on_line(found, 1.5)),
+        (0.3, on_line(found, 0.3)),
+    ):
+        assert delta is not None
+        for module, f in merged.factors.items():
+            torch.testing.assert_close(dense(delta.factors[module]), eta * dense(f))
+    scored = Scored(["a"], [1], [True], [1.0], None, [0.1])
+    marks = {c.name: summarise(c, scored, 1) for c in found}
+    assert {name for name, one in marks.items() if one.extrapolated} == {"liti 1.5", "liti 2.25"}
+    assert marks["liti 1.5"].title == "liti 1.5 †"
+    assert marks["policy 1"].title == "policy 1"
+
+
+def test_the_picture_and_the_table_mark_extrapolated_points(tmp_path: Path) -> None:
+    points = [point("sft", 0.0, 0.0), point("slerp", 1.0, 4.0), point("liti 1.5", 1.5, 9.0)]
+    beyond = replace(points[2], extrapolated=True)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(front_table([*points[:2], beyond], beyond))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "liti 1.5 † *" in said
+    assert "† is extrapolated beyond SLERP" in said
+    pictures = []
+    for name, last in (("inside.png", points[2]), ("beyond.png", beyond)):
+        plot_front([*points[:2], last], points[1], tmp_path / name, "title")
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] != pictures[1]  # dashed and hollow
+    console.print(front_table(points[:2], points[1]))
+    assert console.file.getvalue().count("extrapolated") == 1  # type: ignore[attr-defined]
+
+
 def test_one_policy_and_no_init() -> None:
     vector = random_delta(1)
     points = {c.name: c for c in candidates(zeros_like(vector), [vector], [])}
@@ -84,6 +132,10 @@ def test_choosing() -> None:
     assert choose(points, ChooseConfig(max_kl=2.0)).name == "liti 0.5"
     assert choose(points, ChooseConfig(max_kl=50)).name == "slerp"
     assert choose(points, ChooseConfig(max_kl=0.5)).name == "sft"
+    points.append(point("liti 1.5", 1.5, 12.0))
+    assert choose(points, ChooseConfig(eta=1.5)).name == "liti 1.5"
+    assert choose(points, ChooseConfig(max_kl=50)).name == "liti 1.5"
+    assert choose(points, ChooseConfig(max_kl=10)).name == "slerp"
 
 
 def test_summary() -> None:
