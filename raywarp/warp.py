@@ -281,7 +281,7 @@ class Driver:
             determinants: see IterationState.
         """
         config, run = self.config, self.run
-        key = front_key(config, self.inputs.evaluation, keys)
+        key = front_key(config, self.inputs.front, keys)
         ceiling = measured_ceiling(
             self.session, run, self.inputs, determinants, self.display, self.claims
         )
@@ -314,7 +314,9 @@ class Driver:
         """Measure points on the held-out prompts, and write their texts to samples.json."""
         held_out = self.inputs.prompts.held_out
         with self.display.evaluation(len(points)) as done:
-            results = evaluation.evaluate(self.session, self.config, points, held_out, done)
+            results = evaluation.evaluate(
+                self.session, self.config, points, held_out, done, self.inputs.texts
+            )
         self.run.save_evaluation_work(
             spans_of([piece for _, scored in results for piece in scored.work])
         )

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from raywarp.config.field_types import Count, Number, Positive, Section, Text
 
 SNIPPETS = "embedded:movie-snippets"
+EDITORIALS = "embedded:editorials"  # for retention alone
 DATASET = (
     "hub id, local folder, file (.parquet, .jsonl, .json or .csv), or embedded:movie-snippets,"
     " whose parts have fixed sizes"

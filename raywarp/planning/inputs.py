@@ -14,6 +14,7 @@ from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
 from raywarp.data.prompts import load_prompts, prompts_fingerprint, resolve_model
+from raywarp.data.retention_texts import Tokens, load_texts, retention_dataset
 from raywarp.data.text import Prompt, PromptSplits
 from raywarp.model.supported import refuse_unsupported
 from raywarp.planning.jobs import check_paths
@@ -37,6 +38,7 @@ class Inputs:
         shapes: shapes of the model and its adapters.
         prompts: training and held-out prompts in the model's tokens.
         base, prompt_set, reward, evaluation: fingerprints of contents, for the keys.
+        texts: the tokens of the texts that show what is kept; none where there are no such texts.
     """
 
     config: Config
@@ -48,6 +50,14 @@ class Inputs:
     prompt_set: str
     reward: str
     evaluation: str
+    texts: list[Tokens]
+
+    @property
+    def front(self) -> str:
+        """Fingerprint of all that a front is measured on; no policy depends on the texts."""
+        if not self.texts:
+            return self.evaluation
+        return identity.content_key([self.evaluation, self.texts])
 
     @property
     def longest_prompt(self) -> int:
@@ -66,7 +76,7 @@ def prepare(config: Config) -> Inputs:
     Raises:
         ConfigError: a model, dataset, column, reward or engine is missing or unusable. Also if the
             prompts leave no room for a completion, the model lacks the target modules, or the
-            engine would compute another model than transformers does.
+            engine would compute another model than transformers does. Also see prepare_texts.
     """
     from raywarp.planning.model_shapes import model_shapes
 
@@ -93,6 +103,7 @@ def prepare(config: Config) -> Inputs:
                 score.reward_fingerprint(config.control) if config.control else None,
             ]
         ),
+        texts=prepare_texts(config, model, settings),
     )
 
 
@@ -129,23 +140,14 @@ def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
     settings = read_model_config(model, config.trust_remote_code, what)
     check_causal(model, settings, config.trust_remote_code, what)
     tokenizer = read_tokenizer(model, config.trust_remote_code, what)
-    context = getattr(settings.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    room = context - config.rollout.max_new_tokens
+    room = _context(settings) - config.rollout.max_new_tokens
     if room < 1:
         raise ConfigError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room in the model's"
-            f" context of {context} tokens"
+            f" context of {_context(settings)} tokens"
         )
     prompts = load_prompts(config.prompts, tokenizer, config.seed, room)
-    largest, vocabulary = (
-        max(max(prompt.token_ids) for prompt in [*prompts.train, *prompts.held_out]),
-        settings.get_text_config().vocab_size,
-    )
-    if largest >= vocabulary:
-        raise ConfigError(
-            f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary};"
-            " they belong to different models"
-        )
+    _check_vocabulary([p.token_ids for p in [*prompts.train, *prompts.held_out]], settings, what)
     check_tensors(
         transformers.AutoModelForCausalLM,
         model,
@@ -154,6 +156,36 @@ def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
         trust_remote_code=config.trust_remote_code,
     )
     return model, settings, prompts
+
+
+def prepare_texts(config: Config, model: str, settings: Any) -> list[Tokens]:
+    """Return the texts that show what is kept, in the model's tokens; [] without a dataset.
+
+    Raises:
+        ConfigError: see load_texts.
+    """
+    dataset, what = retention_dataset(config), f"model={config.model}"
+    if dataset is None:
+        return []
+    tokenizer = read_tokenizer(model, config.trust_remote_code, what)
+    texts = load_texts(config, dataset, tokenizer, _context(settings))
+    _check_vocabulary(texts, settings, what)
+    return texts
+
+
+def _context(settings: Any) -> int:
+    """Return the most tokens that a model takes, by its configuration."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def _check_vocabulary(texts: Iterable[Sequence[int]], settings: Any, what: str) -> None:
+    """Raise ConfigError if a token is beyond the model's vocabulary."""
+    largest, vocabulary = max(max(ids) for ids in texts), settings.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary};"
+            " they belong to different models"
+        )
 
 
 def check_reward(config: Config, columns: Iterable[str] = ()) -> None:

@@ -18,7 +18,13 @@ from raywarp.storage.locks import writable
 _WRITTEN = ("out", "store")
 # Read, and written too: the score's standardisation is kept beside the weights.
 _MODELS = ("reward.model", "control.model")
-_READ = ("model", "reward_training.backbone", "prompts.dataset", "preferences.dataset")
+_READ = (
+    "model",
+    "reward_training.backbone",
+    "prompts.dataset",
+    "preferences.dataset",
+    "retention.dataset",
+)
 
 
 def in_job() -> bool:

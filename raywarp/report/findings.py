@@ -19,6 +19,7 @@ GAP = 0.1
 # The sampler runs an adapter too weakly or too strongly if its effect differs from 1 by more than
 # this and twice its standard error.
 EFFECT = 0.1
+FORGOTTEN = 0.1  # nats per token; beyond it, what is kept has changed for a reader
 NARROW = 45.0  # degrees; below it, the policies moved in much the same direction
 
 
@@ -202,7 +203,20 @@ def _texts(points: Sequence[Point], chosen: str | None) -> list[Finding]:
             " length; look whether that is all."
         )
         found.append(Finding("warning", f"Texts became {way}", text))
-    return found
+    return [*found, *_forgotten(point)]
+
+
+def _forgotten(point: Point) -> list[Finding]:
+    """Return a note if the loss on unrelated texts has clearly grown by more than FORGOTTEN."""
+    if point.retention is None or point.retention - (point.retention_ci or 0.0) <= FORGOTTEN:
+        return []
+    text = (
+        f"On texts that have nothing to do with the reward, {point.name} loses"
+        f" {point.retention:.2f} ± {point.retention_ci:.2f} nats per token against SFT: a typical"
+        f" word of them is {math.exp(point.retention):.1f} times less likely to it. A smaller η"
+        " keeps more."
+    )
+    return [Finding("note", "The chosen point has forgotten", text)]
 
 
 def _differ(higher: float | None, lower: float | None, error: float) -> bool:

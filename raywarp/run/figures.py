@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,7 +13,9 @@ from raywarp.run.ceiling import Ceiling
 from raywarp.run.front import Point
 from raywarp.storage import sealed
 
-FRONT_HEADINGS = ("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS")
+FRONT_HEADINGS = (
+    *("point", "reward", "KL, nats", "control", "distinct-2", "tokens", "EOS", "retention"),
+)
 SHARE_HEADING = "of ceiling"  # after the KL, where there is a ceiling
 CEILING_COLOUR = "#8a5a9e"
 
@@ -165,6 +167,7 @@ def front_cells(point: Point, ceiling: Ceiling | None = None) -> tuple[str, ...]
         f"{point.distinct_2:.2f}",
         f"{point.length:.1f}",
         f"{point.eos_rate:.0%}",
+        "" if point.retention is None else f"{point.retention:+.2f} ± {point.retention_ci:.2f}",
     )
 
 
@@ -208,16 +211,23 @@ def footnote(points: Sequence[Point]) -> str:
 
 
 def front_table(points: Sequence[Point], chosen: Point, ceiling: Ceiling | None = None) -> Table:
-    """Return the front as a table for the terminal, in the order of front.json."""
+    """Return the front as a table for the terminal, in the order of front.json.
+
+    What no point has, has no column.
+    """
     title = (
         "KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is chosen"
     )
     table = Table(box=SIMPLE_HEAD, title=title + footnote(points), title_justify="left")
-    for heading in front_headings(ceiling):
-        table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
-    for point in points:
-        name, *measured = front_cells(point, ceiling)
-        table.add_row(name + (" *" if point == chosen else ""), *measured)
+    rows = [front_cells(point, ceiling) for point in points]
+    headings = front_headings(ceiling)
+    measured = [n for n in range(len(headings)) if any(row[n] for row in rows)]
+    for n in measured:  # a narrow terminal breaks intervals into two lines, and cuts nothing
+        justify: Literal["left", "right"] = "right" if n else "left"
+        table.add_column(headings[n], justify=justify, no_wrap=not n, overflow="fold")
+    for point, row in zip(points, rows, strict=True):
+        name, *values = (row[n] for n in measured)
+        table.add_row(name + (" *" if point == chosen else ""), *values)
     return table
 
 

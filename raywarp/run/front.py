@@ -32,6 +32,7 @@ class Scored:
         control: score that training never saw; None without one.
         kl: KL to the SFT model, in nats per completion.
         work: (actor, start, end) of each piece of the work, in Unix seconds.
+        text_losses: cross-entropy of each text of retention, in nats, summed over its tokens.
     """
 
     texts: list[str]
@@ -41,6 +42,7 @@ class Scored:
     control: list[float] | None
     kl: list[float]
     work: list[tuple[str, float, float]] = field(default_factory=list, compare=False)
+    text_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Point:
         length: mean length of a completion in tokens.
         eos_rate: share of completions that ended by themselves.
         extrapolated: whether η is above 1, further from SFT than SLERP.
+        retention: cross-entropy of texts that have nothing to do with the reward, minus SFT's, in
+            nats per token. Above 0: it has forgotten. None without texts.
+        retention_ci: half the width of its 95 % interval over texts.
     """
 
     name: str
@@ -74,6 +79,8 @@ class Point:
     length: float
     eos_rate: float
     extrapolated: bool = False
+    retention: float | None = None
+    retention_ci: float | None = None
 
     @property
     def title(self) -> str:
@@ -167,6 +174,32 @@ def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float
         return mean, math.inf
     variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
     return mean, 1.96 * math.sqrt(variance / len(means))
+
+
+def retention(
+    losses: Sequence[float], sft_losses: Sequence[float], tokens: Sequence[int]
+) -> tuple[float, float]:
+    """Return the change of the cross-entropy per token from SFT, with its interval.
+
+    All tokens weigh the same: the change is a ratio of sums, not a mean of the texts' means.
+    The interval is over texts, and paired, as each text is compared with itself.
+
+    Args:
+        losses: cross-entropy of each text in nats, summed over its tokens.
+        sft_losses: likewise of the SFT model.
+        tokens: predicted tokens of each text.
+
+    Returns:
+        (change, half the width of its 95 % interval), in nats per token.
+    """
+    changes = [own - sft for own, sft in zip(losses, sft_losses, strict=True)]
+    mean_tokens = sum(tokens) / len(tokens)
+    rate = sum(changes) / sum(tokens)
+    # Linearisation of a ratio: its error is that of the mean of these residuals.
+    residuals = [
+        (change - rate * count) / mean_tokens for change, count in zip(changes, tokens, strict=True)
+    ]
+    return rate, mean_interval(residuals)[1]
 
 
 def distinct_2(texts: Sequence[str]) -> float:

@@ -209,7 +209,7 @@ class Trial(Trainable):
         if chain is None:
             return None
         keys, last = chain[iteration - 1], iteration == self.own.warp.iterations
-        front = front_key(self.own, self.inputs.evaluation, keys)
+        front = front_key(self.own, self.inputs.front, keys)
         ceiling = self._stored_ceiling()
         if self.own.front.ceiling_completions and ceiling is None:
             return None
@@ -274,7 +274,7 @@ class Trial(Trainable):
     def _measured(self, stage: warp.IterationState) -> dict[str, Any]:
         """Return the row of a finished iteration. Measure its front, unless that is stored."""
         keys = list(stage.keys[stage.iteration - 1])
-        front = front_key(self.own, self.inputs.evaluation, keys)
+        front = front_key(self.own, self.inputs.front, keys)
         if stage.iteration == self.own.warp.iterations:
             found = stage.run.front()
             return self._row(stage.iteration, keys, front, found["points"], ceiling_of(found))
@@ -342,7 +342,12 @@ class Trial(Trainable):
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         with self.display.evaluation(len(wanted)) as done:
             results = evaluation.evaluate(
-                stage.session, self.own, wanted, self.inputs.prompts.held_out, done
+                stage.session,
+                self.own,
+                wanted,
+                self.inputs.prompts.held_out,
+                done,
+                self.inputs.texts,
             )
         points = [asdict(point) for point, _ in results]
         with Storage(self.plan.store).writing(f"fronts/{key}") as folder:

@@ -1,30 +1,47 @@
 """The measurement of a point of the front: its completions, rewards, control scores and KL."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import ray
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
-from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join, submit, work_of
-from raywarp.run.front import Candidate, Point, Scored, summarise
+from raywarp.rollout.protocol import (
+    SFT,
+    Adapter,
+    AdapterPart,
+    Request,
+    Scores,
+    join,
+    submit,
+    work_of,
+)
+from raywarp.run.front import Candidate, Point, Scored, retention, summarise
 from raywarp.training.session import Session
 
 
 class PendingPoint:
     """The pending completions of one adapter. They are requested again if an actor dies."""
 
-    def __init__(self, session: Session, request: Request, prompts: Sequence[Prompt]):
-        self.session, self.request, self.prompts = session, request, prompts
+    def __init__(
+        self, session: Session, request: Request, prompts: Sequence[Prompt], texts: Any = None
+    ):
+        self.session, self.request, self.prompts, self.texts = session, request, prompts, texts
         self.refs: list[Any] = []
 
     def measure(self, rollouts: list[Any]) -> None:
         """Ask for everything that follows from the rollouts."""
-        session, slot = self.session, self.session.next_policy()
-        kl = slot.actor.kl_to_sft.remote(self.request.adapter, self.request.prompts, *rollouts)
+        session, actor = self.session, self.session.next_policy().actor
+        refs = [actor.kl.remote(self.request.adapter, self.request.prompts, *rollouts)]
+        if self.texts is not None:
+            refs.append(actor.text_losses.remote(self.request.adapter, self.texts))
         scorers = [session.reward, *([session.control] if session.control else [])]
-        self.refs = [kl, *(scorer.submit(self.prompts, rollouts) for scorer in scorers), *rollouts]
+        refs += [scorer.submit(self.prompts, rollouts) for scorer in scorers]
+        self.refs = [*refs, *rollouts]
 
     def wait(self) -> Scored:
         scored: Scored = self.session.persist(self._wait)
@@ -37,7 +54,9 @@ class PendingPoint:
             )
             self.measure(rollouts)
         refs, self.refs = self.refs, []
-        kl, rewards, *rest = self.session.get(refs)
+        kl, *rest = self.session.get(refs)
+        text_losses = rest.pop(0) if self.texts is not None else Scores()
+        rewards = rest.pop(0)
         control = rest.pop(0) if self.session.control else None
         completions = join(rest, self.request.adapter)
         return Scored(
@@ -47,7 +66,8 @@ class PendingPoint:
             rewards=rewards,
             control=control,
             kl=kl,
-            work=work_of(rest, [kl, rewards, *([control] if control else [])]),
+            work=work_of(rest, [s for s in (kl, text_losses, rewards, control) if s]),
+            text_losses=text_losses,
         )
 
 
@@ -66,21 +86,34 @@ def sft_scores(session: Session, prompts: Sequence[Prompt]) -> list[float]:
     return scores
 
 
+def sample(session: Session, requests: Sequence[Request]) -> list[list[Any]]:
+    """Ask the pool for the completions of requests with equally many prompts, without waiting.
+
+    If the engine can mix adapters, each of its calls has all adapters and a share of the prompts.
+    Otherwise a call has one adapter.
+
+    Returns:
+        for each request, the refs of its Rollouts in the order of its prompts.
+    """
+    mixes = session.engine["adapter"] == "lora"
+    chunk = session.chunk if mixes else session.config.rollout.chunk_size
+    return submit(session.pool, requests, chunk, together=mixes)
+
+
 def submit_points(
     session: Session,
     deltas: Sequence[AdapterDelta | None],
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
+    texts: Sequence[Sequence[int]] = (),
 ) -> list[PendingPoint]:
-    """Ask for completions, rewards, control scores and KL of base + delta, without waiting.
-
-    If the engine can mix adapters, each of its calls has all adapters and a share of the prompts.
-    Otherwise a call has one adapter.
+    """Ask for completions, rewards, control scores, KL and text losses, without waiting.
 
     Args:
         deltas: task vectors of the points. None or rank 0 stands for the SFT model.
         prompts: N prompts.
         seeds: N sampling seeds, one per prompt.
+        texts: token ids of the texts that show what is kept.
     """
     session.start()
     adapters = [
@@ -90,14 +123,9 @@ def submit_points(
     requests = [
         Request([prompt.token_ids for prompt in prompts], seeds, adapter) for adapter in adapters
     ]
-    mixes = session.engine["adapter"] == "lora"
-    answers = submit(
-        session.pool,
-        requests,
-        session.chunk if mixes else session.config.rollout.chunk_size,
-        together=mixes,
-    )
-    pending = [PendingPoint(session, request, prompts) for request in requests]
+    answers = sample(session, requests)
+    kept = ray.put(list(texts)) if texts else None
+    pending = [PendingPoint(session, request, prompts, kept) for request in requests]
     for point, rollouts in zip(pending, answers, strict=True):
         point.measure(rollouts)
     return pending
@@ -109,20 +137,30 @@ def evaluate(
     points: Sequence[Candidate],
     held_out: Sequence[Prompt],
     done: Callable[[Point], None],
+    texts: Sequence[Sequence[int]] = (),
 ) -> list[tuple[Point, Scored]]:
     """Measure all points. Generation, scores and KL passes of different points overlap.
 
     Args:
+        points: the first of them is SFT.
         held_out: prompts, of which the first config.front.prompts are used.
         done: is called with each point once it is measured.
+        texts: see submit_points.
     """
     chosen = held_out[: config.front.prompts]
     prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
     seeds = [derive_seed(config.seed, "evaluation", n) for n in range(len(prompts))]
-    pending = submit_points(session, [point.delta for point in points], prompts, seeds)
-    results = []
-    for point, waiting in zip(points, pending, strict=True):
+    pending = submit_points(session, [point.delta for point in points], prompts, seeds, texts)
+    results = list[tuple[Point, Scored]]()
+    for candidate, waiting in zip(points, pending, strict=True):
         scored = waiting.wait()
-        results.append((summarise(point, scored, config.front.completions_per_prompt), scored))
-        done(results[-1][0])
+        point = summarise(candidate, scored, config.front.completions_per_prompt)
+        if texts:
+            sft = results[0][1] if results else scored
+            kept, kept_ci = retention(
+                scored.text_losses, sft.text_losses, [len(t) - 1 for t in texts]
+            )
+            point = replace(point, retention=kept, retention_ci=kept_ci)
+        results.append((point, scored))
+        done(point)
     return results

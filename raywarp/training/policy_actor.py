@@ -5,7 +5,6 @@ workers generate for another. Within a policy every batch is on-policy.
 """
 
 import functools
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from raywarp.algorithm.deltas import AdapterDelta, add
+from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
@@ -34,6 +33,7 @@ from raywarp.rollout.protocol import (
     work_of,
 )
 from raywarp.run.policy_files import Job
+from raywarp.training.measuring import Measuring
 from raywarp.training.progress import Progress, finished_rows
 from raywarp.training.tracking import HeldOut, Measurement, fetch, is_due, measured
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 STOP_SECONDS = 0.1  # time between two checks of whether to stop, while there is no other work
 
 
-class PolicyActor:
+class PolicyActor(Measuring):
     """Holds the base model across iterations. Its methods run one at a time.
 
     Those of the concurrency group "watch" run beside the others.
@@ -204,38 +204,6 @@ class PolicyActor:
             (self.title, requested - row["request_seconds"], requested),
             (self.title, now - row["update_seconds"], now),
         ]
-
-    def kl_to_sft(
-        self, adapter: Adapter, prompts: Sequence[Sequence[int]], *rollouts: Any
-    ) -> Scores:
-        """Return the full-vocabulary KL(π ‖ π_sft) of each completion in nats.
-
-        Args:
-            adapter: π is the base with its parts.
-            prompts: token ids of N prompts.
-            rollouts: the workers' Rollouts for them, in order.
-        """
-        from raywarp.model.adapted import INIT
-        from raywarp.model.kl import completion_kls
-
-        start, completions = time.time(), join(rollouts, adapter)
-        if not adapter.parts:
-            return Scores([0.0] * len(completions))
-        with self.work:
-            self._load()
-            self.model.set_init(add(*(part.fetch() for part in adapter.parts)))
-            batch = collate(prompts, completions)
-            values = Scores(completion_kls(self.model, batch, self.config, [INIT]))
-        values.span, values.who = (start, time.time()), self.title
-        return values
-
-    @functools.cached_property
-    def title(self) -> str:
-        """Return the actor's name in a run's time line."""
-        number = re.match(
-            r"raywarp-policy-(\d+)-", ray.get_runtime_context().get_actor_name() or ""
-        )
-        return f"policy actor {number[1] if number else 1}"
 
     def _load(self) -> None:
         """Load the base in an actor that replaced a dead one, and so was never told to start."""

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raywarp.config.datasets import SNIPPETS
+from raywarp.config.datasets import EDITORIALS, SNIPPETS
 from raywarp.config.rewards import MINILM
 from raywarp.config.schema import SMOLLM2, ConfigError
 from raywarp.data import embedded, pypi, text
@@ -210,6 +211,18 @@ def test_a_failed_fetch_is_readable_and_leaves_nothing(shelf: Path, tmp_path: Pa
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_editorials_come_with_the_snippets_or_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older cache that has the snippets alone is completed."""
+    snippets, editorials = embedded.snippets(), embedded.editorials()
+    monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path))
+    assert embedded.snippets() == snippets
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["editorials", "movie-snippets"]
+    shutil.rmtree(tmp_path / "editorials")
+    assert embedded.editorials() == editorials
+
+
 def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAYWARP_CACHE", str(tmp_path / "file" / "cache"))
@@ -279,4 +292,5 @@ def test_the_module_fetches_everything_and_says_where_it_is() -> None:
         SMOLLM2,
         MINILM,
         SNIPPETS,
+        EDITORIALS,
     ]

@@ -23,6 +23,7 @@ from raywarp.run.front import (
     distinct_2,
     mean_interval,
     on_line,
+    retention,
     summarise,
 )
 
@@ -39,6 +40,17 @@ def test_intervals_by_hand() -> None:
     # completions of one prompt are one observation
     assert mean_interval([1.0, 3.0, 2.0, 2.0, 0.0, 4.0], group=2) == (2.0, 0.0)
     assert mean_interval([1.0]) == (1.0, math.inf)
+
+
+def test_retention_by_hand() -> None:
+    """Changes 3, 1 and 2 nats over 2, 1 and 3 tokens: 6 / 6 per token. Residuals 1, 0, −1 over a
+    mean of 2 tokens, so s = ½ and the half-width 1.96·½/√3.
+    """
+    kept, half = retention([5.0, 2.0, 6.0], [2.0, 1.0, 4.0], [2, 1, 3])
+    assert kept == 1
+    assert half == pytest.approx(1.96 * 0.5 / math.sqrt(3))
+    assert retention([5.0, 2.0], [5.0, 2.0], [2, 1]) == (0, 0)
+    assert retention([5.0], [4.0], [2]) == (0.5, math.inf)
 
 
 def test_distinct_2() -> None:
