@@ -44,6 +44,7 @@ from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive
 from raywarp.training import evaluation
+from raywarp.training.merges import measure_merge
 from raywarp.training.session import Session
 
 TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
@@ -166,8 +167,9 @@ class Driver:
         for iteration, keys in enumerate(all_keys, start=1):
             policies = self.fine_tune(iteration, keys, init)
             merged = add(init, slerp(policies))
-            run.save_iteration(iteration, init, merged, keys, policies)
-            self.display.merged(iteration, policies)
+            measured = self.measure_merge(keys, init, policies)
+            run.save_iteration(iteration, init, merged, keys, policies, measured)
+            self.display.merged(iteration, policies, measured)
             if iteration == config.warp.iterations:
                 self.save_front(init, policies, keys, numerics, determinants)
                 self.display.timing(run)
@@ -261,6 +263,13 @@ class Driver:
             self.run.add_metrics(row)
             self.loggers.log(row)
             self.gauges.step(row)
+
+    def measure_merge(
+        self, keys: Sequence[str], init: AdapterDelta, policies: Sequence[AdapterDelta]
+    ) -> Mapping[str, Any] | None:
+        """Return how alike the policies are on the tracked prompts; see training/merges.py."""
+        prompts = self.inputs.prompts.tracked(self.config.front.tracked_prompts)
+        return measure_merge(self.session, self.config, self.run, keys, init, policies, prompts)
 
     def save_front(
         self,

@@ -1,5 +1,10 @@
-"""Norms and angles of task vectors, from the Gram matrix of each group of modules."""
+"""How alike task vectors are: norms and angles of the weights, and the cosine of what they do.
 
+Norms and angles follow from the Gram matrix of each group of modules. The KL cosine follows from
+the KLs of the policies and of their mean.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,6 +17,7 @@ from raywarp.algorithm.factors import Stack
 # Beyond this cosine an angle magnifies the error of float32 products (4e-8). The products are then
 # taken in float64.
 _STEEP = 0.95
+_NO_KL = 1e-6  # nats per completion; below it, a KL is rounding
 
 
 def gram_matrices(
@@ -63,3 +69,56 @@ def norms_and_angles(gram: Tensor) -> dict[str, list[float]]:
     pairs = torch.triu_indices(len(gram), len(gram), offset=1)
     angles = torch.rad2deg(torch.acos(cosine_matrix(gram)[pairs[0], pairs[1]]))
     return {"norms": gram.diagonal().clamp(min=0).sqrt().tolist(), "angles": angles.tolist()}
+
+
+def kl_cosine(policies: Sequence[float], lerp: float) -> float | None:
+    """Return how alike M policies changed the model: 1 if they did the same, 0 if independently.
+
+    It is the mean inner product of two of their changes over their mean square length, in the
+    metric of the KL: c = (M·KL(LERP) / mean KL − 1) / (M − 1). It is exact where KL is quadratic in
+    the change of the weights, that is for small changes.
+
+    Args:
+        policies: KL(θ_m ‖ θ_init) of each policy, in nats.
+        lerp: KL of their plain mean, likewise.
+
+    Returns:
+        None for one policy, or where the policies have not moved.
+    """
+    count, mean = len(policies), sum(policies) / len(policies)
+    if count < 2 or not mean > _NO_KL:
+        return None
+    return (count * lerp / mean - 1) / (count - 1)
+
+
+def kl_cosine_interval(policies: Sequence[Sequence[float]], lerp: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % interval of the KL cosine, by the jackknife over prompts.
+
+    Args:
+        policies: M sequences of N KLs, one per prompt.
+        lerp: N KLs of the policies' mean on the same prompts.
+
+    Returns:
+        None where the cosine is None, or with one prompt.
+    """
+    prompts = len(lerp)
+    totals, total = [sum(own) for own in policies], sum(lerp)
+    left_out = [
+        kl_cosine([t - own[n] for t, own in zip(totals, policies, strict=True)], total - lerp[n])
+        for n in range(prompts)
+    ]
+    found = [cosine for cosine in left_out if cosine is not None]
+    if prompts < 2 or len(found) < prompts:
+        return None
+    mean = sum(found) / prompts
+    spread = sum((cosine - mean) ** 2 for cosine in found)
+    return 1.96 * math.sqrt(spread * (prompts - 1) / prompts)
+
+
+def kl_gain(cosine: float, policies: int) -> float:
+    """Return the largest share of √KL that averaging M policies of this KL cosine can save.
+
+    Their mean keeps √((1 + (M − 1)·c) / M) of √KL. No more than what differs can be averaged away.
+    """
+    kept = (1 + (policies - 1) * cosine) / policies
+    return 1 - math.sqrt(min(max(kept, 0.0), 1.0))

@@ -22,7 +22,7 @@ from raywarp.report.trajectories import trajectories
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share
 from raywarp.run.config_file import CONFIG_FILE, flat
 from raywarp.run.figures import share_cell
-from raywarp.run.folder import FRONT_FILE, read_mark
+from raywarp.run.folder import FRONT_FILE, MERGE, read_mark
 from raywarp.run.front import Point
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.run.policy_files import TRAJECTORY_FILE
@@ -311,7 +311,8 @@ def _geometry(files: RunFiles) -> Rows:
     """Return the geometry of the task vectors, one row per iteration.
 
     A row has the names of the blocks and the pairs of policies. Angles in degrees and norm ratios
-    ‖δ_b‖ / ‖δ_a‖ are pairs × blocks. Norms are policies × blocks.
+    ‖δ_b‖ / ‖δ_a‖ are pairs × blocks. Norms are policies × blocks. "merge" is what was measured of
+    the merge; runs of earlier versions lack it.
     """
     found = []
     for name in sorted(
@@ -322,6 +323,7 @@ def _geometry(files: RunFiles) -> Rows:
         )
         if not blocks:
             continue
+        measured = blocks.pop(MERGE, None)
         norms = [[number(value) for value in block["norms"]] for block in blocks.values()]
         pairs = [(a, b) for a in range(len(norms[0])) for b in range(a + 1, len(norms[0]))]
         found.append(
@@ -338,9 +340,18 @@ def _geometry(files: RunFiles) -> Rows:
                     for a, b in pairs
                 ],
                 "norms": [[round(own[m], 5) for own in norms] for m in range(len(norms[0]))],
+                "merge": _merge(measured),
             }
         )
     return found
+
+
+def _merge(measured: Any) -> dict[str, float] | None:
+    """Return the KL cosine of a merge and what belongs to it, or None if it was not measured."""
+    if not isinstance(measured, Mapping):
+        return None
+    names = ("kl_cosine", "kl_cosine_ci", "kl_gain", "kl_lerp", "prompts")
+    return {name: number(measured.get(name)) for name in names}
 
 
 def _event_row(event: Mapping[str, Any]) -> dict[str, Any]:

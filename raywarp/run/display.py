@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -169,7 +169,13 @@ class Display:
                 bars.add(job, job not in missing)
             yield bars
 
-    def merged(self, number: int, task_vectors: Sequence[AdapterDelta]) -> None:
+    def merged(
+        self,
+        number: int,
+        task_vectors: Sequence[AdapterDelta],
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Print how alike the policies of an iteration are, in their weights and what they do."""
         blocks = geometry(task_vectors).values()
         angles = sorted(angle for block in blocks for angle in block["angles"])
         if angles:
@@ -178,6 +184,13 @@ class Display:
                 f" {angles[len(angles) // 2]:.0f}"
             )
             self.progress(f"iteration {number} merged; angles between task vectors: {spread}")
+            if measured and measured["kl_cosine"] is not None:
+                half = measured["kl_cosine_ci"]
+                error = "" if half is None else f" ± {half:.2f}"
+                self.progress(
+                    f"iteration {number}: KL cosine {measured['kl_cosine']:.2f}{error}: averaging"
+                    f" can save up to {100 * measured['kl_gain']:.0f} % of √KL"
+                )
         else:
             self.progress(f"iteration {number}: one policy, nothing to merge")
 

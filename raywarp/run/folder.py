@@ -33,10 +33,11 @@ from raywarp.storage.sealed import DamagedError
 
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
-# Names that may be there before the configuration: policies for other runs, what a killed or
-# refused start left, and what `raywarp ceiling` measured.
+MERGE = "merge"  # in geometry.json, beside the blocks
+# Names that may be there before the configuration: policies and merges for other runs, what
+# a killed or refused start left, and what `raywarp ceiling` measured.
 _EARLY = re.compile(
-    r"policies|ceilings|ceiling\.json|reward\.json|tensorboard|wandb|loggers\.json"
+    r"policies|merges|ceilings|ceiling\.json|reward\.json|tensorboard|wandb|loggers\.json"
     r"|\.(preflight-|node-|config\.yaml\.|loggers\.json\.|ceiling\.json\.|reward\.json\.).*"
 )
 FRONT_FILES = (
@@ -233,12 +234,13 @@ class Run(History):
         merged: AdapterDelta,
         keys: Sequence[str],
         task_vectors: Sequence[AdapterDelta],
+        measured: Mapping[str, Any] | None = None,
     ) -> None:
         """Save an iteration's init, merged adapter, list of policies, and geometry.
 
         policies.json lists the folders of θ_1..θ_M in the order they were merged. The paths are
         relative to the run's folder if the policies are there. geometry.json has each block's
-        norms and angles of the task vectors.
+        norms and angles of the task vectors, and beside the blocks what was measured of the merge.
 
         Args:
             iteration: the iteration, counted from 1.
@@ -246,6 +248,7 @@ class Run(History):
             merged: θ_slerp, as a change of the SFT model.
             keys: keys of θ_1..θ_M.
             task_vectors: θ_m − θ_init.
+            measured: see raywarp.training.merges.measure_merge; None for one policy.
         """
         name = f"iterations/{iteration}"
         with self._replacing(f"{name}/init") as folder:
@@ -255,7 +258,8 @@ class Run(History):
         with self._replacing(name) as folder:
             place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
             sealed.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
-            sealed.write_json(folder / "geometry.json", geometry(task_vectors))
+            beside = {MERGE: measured} if measured else {}
+            sealed.write_json(folder / "geometry.json", {**geometry(task_vectors), **beside})
         self.push()
 
     @contextmanager
@@ -271,6 +275,23 @@ class Run(History):
         ):
             yield folder
             sealed.seal(folder)
+
+    def find_merge(self, key: str) -> dict[str, Any] | None:
+        """Return what was measured of a merge and saved under a key, or None.
+
+        Args:
+            key: see raywarp.run.keys.merge_key.
+        """
+        data = self.store.read(name := f"merges/{key}.json")
+        try:
+            return None if data is None else sealed.parse_record(data, f"{self.store.uri}/{name}")
+        except DamagedError as error:
+            self.say(f"{error}; measured again")
+            return None
+
+    def save_merge(self, key: str, measured: Mapping[str, Any]) -> None:
+        """Save what was measured of a merge, for all runs with this store."""
+        self.store.write(f"merges/{key}.json", sealed.record_bytes(measured))
 
     def save_adapter(self, delta: AdapterDelta, card: str) -> None:
         """Save the chosen point of the front as a plain PEFT adapter.

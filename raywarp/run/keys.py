@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from raywarp import identity
 from raywarp.cluster.node_report import PACKAGES, versions
 from raywarp.config.schema import Config
+from raywarp.data.prompts import prompts_fingerprint
+from raywarp.data.text import Prompt
 from raywarp.run.front import wanted_etas
 
 # Part of every key. Raise it when the same settings no longer give the same policy.
@@ -175,3 +177,13 @@ def ceiling_key(config: Config, prompts: str, determinants: Mapping[str, object]
             },
         }
     )
+
+
+def merge_key(keys: Sequence[str], prompts: Sequence[Prompt]) -> str:
+    """Return the key of what was measured of an iteration's merge.
+
+    Args:
+        keys: keys of the iteration's policies, which depend on sampling and numerics, too.
+        prompts: those that it is measured on.
+    """
+    return identity.content_key(["merge", list(keys), prompts_fingerprint(prompts)])

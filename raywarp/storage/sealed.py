@@ -125,7 +125,12 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object with its own sha256, so that `read_record` notices any damage."""
-    write_json(path, {**value, "sha256": _record_sha256(value)})
+    write_bytes(path, record_bytes(value))
+
+
+def record_bytes(value: Mapping[str, Any]) -> bytes:
+    """Return the content of a record; see `parse_record`."""
+    return _json_text({**value, "sha256": _record_sha256(value)}).encode()
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
