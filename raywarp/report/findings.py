@@ -212,8 +212,8 @@ def _forgotten(point: Point) -> list[Finding]:
         return []
     text = (
         f"On texts that have nothing to do with the reward, {point.name} loses"
-        f" {point.retention:.2f} ± {point.retention_ci:.2f} nats per token against SFT: a typical"
-        f" word of them is {math.exp(point.retention):.1f} times less likely to it. A smaller η"
+        f" {point.retention:.2f} ± {point.retention_ci:.2f} nats per token against SFT: it holds a"
+        f" typical token of them for {math.exp(point.retention):.1f} times less likely. A smaller η"
         " keeps more."
     )
     return [Finding("note", "The chosen point has forgotten", text)]

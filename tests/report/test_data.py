@@ -401,6 +401,52 @@ def test_a_run_without_a_ceiling_is_shown_as_before(tiny_finished: Run, tmp_path
     assert data["missing"] == []
 
 
+def test_a_chosen_point_that_has_forgotten_is_noted() -> None:
+    """Beyond 0.1 nats per token by more than its error; others than the chosen one do not count."""
+    sft = point("sft", 0.0, 0.0, None, retention=0.0, retention_ci=0.0)
+    far = point("slerp", 1.0, 2.0, None, retention=0.5, retention_ci=0.05)
+    near = point("liti 0.5", 0.5, 1.0, None, retention=0.14, retention_ci=0.05)
+    (found,) = findings([sft, near, far], "slerp", [], [])
+    assert (found.level, found.title) == ("note", "The chosen point has forgotten")
+    assert "slerp loses 0.50 ± 0.05 nats per token" in found.text
+    assert "1.6 times less likely" in found.text  # exp(0.5)
+    assert findings([sft, near, far], "liti 0.5", [], []) == []
+    assert (
+        findings([point("sft", 0.0, 0.0, None), point("slerp", 1.0, 2.0, None)], "slerp", [], [])
+        == []
+    )
+
+
+def test_runs_of_before_lack_what_is_newer_and_are_shown(
+    tiny_finished: Run, tmp_path: Path
+) -> None:
+    """Neither retention and marks in front.json, nor a merge in geometry.json."""
+    now = report_data(str(tiny_finished.folder))
+    merges = [row["merge"] for row in now["geometry"]]
+    assert all(-1.5 < merge["kl_cosine"] < 1.5 and merge["prompts"] == 4 for merge in merges)
+    folder = copied(tiny_finished, tmp_path / "run")
+    front = sealed.read_record(folder / "front.json")
+    assert front
+    for one in front["points"]:
+        for name in ("retention", "retention_ci", "extrapolated"):
+            del one[name]
+    sealed.write_record(folder / "front.json", front)
+    for iteration in ("1", "2"):
+        place = folder / "iterations" / iteration
+        geometry = json.loads((place / "geometry.json").read_text())
+        del geometry["merge"]
+        sealed.write_json(place / "geometry.json", geometry)
+        sealed.seal(place)
+    before = report_data(str(folder))
+    assert before["missing"] == []
+    assert [row["merge"] for row in before["geometry"]] == [None, None]
+    assert [row["angles"] for row in before["geometry"]] == [
+        row["angles"] for row in now["geometry"]
+    ]
+    assert before["front"]["points"] == now["front"]["points"]
+    assert main(["report", str(folder)]) == 0
+
+
 def test_long_curves_become_means_with_least_and_largest() -> None:
     rows = [
         {"iteration": 1, "policy": 1, "step": n, "reward": float(n % 2), "kl_sft": n / 100}

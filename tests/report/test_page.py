@@ -7,6 +7,7 @@ Screenshots to look at go to $RAYWARP_SCREENSHOTS, if it names a folder.
 import base64
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -439,6 +440,45 @@ def test_no_text_becomes_anything_but_text(
     browser.scroll_through()
     assert browser.run("return document.documentElement.scrollWidth") == 360
     browser.screenshot("hostile phone")
+
+
+def test_what_is_kept_and_what_is_extrapolated_is_shown(
+    browser: Browser, report: Path, tiny_finished: Run, tmp_path: Path
+) -> None:
+    folder = Path(
+        shutil.copytree(
+            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
+    front = sealed.read_record(folder / "front.json")
+    assert front
+    for n, one in enumerate(front["points"]):
+        one.update(retention=n / 10, retention_ci=0.05)
+    far = {"name": "liti 1.5", "eta": 1.5, "extrapolated": True, "kl": one["kl"] + 1}
+    front.update(points=[*front["points"], {**one, **far}], chosen="liti 1.5")
+    sealed.write_record(folder / "front.json", front)
+    save_report([str(folder)], str(tmp_path / "page.html"))
+    browser.open(tmp_path / "page.html")
+    browser.scroll_through()
+    assert browser.texts("#points th")[-1] == "retention"
+    last = browser.texts("#points tr:last-child td")
+    assert last[0] == "η 1.5adapter/extrapolated"
+    assert last[-1] == "0.50 ± 0.05"
+    assert "retention 0.50 ± 0.05" in browser.text("#point .facts")
+    assert "extrapolated" in browser.text("#point .facts")
+    assert "extrapolated" in browser.text("#front-chart svg")  # in the legend
+    assert "The chosen point has forgotten" in browser.text("#summary")
+    cosine = json.loads((folder / "iterations/2/geometry.json").read_text())["merge"]["kl_cosine"]
+    merges = browser.texts("#merges tbody tr:last-child td")
+    assert merges[0] == "iteration 2"
+    assert float(merges[1].split(" ±")[0].replace("−", "-")) == pytest.approx(cosine, abs=0.006)
+    assert re.fullmatch(r"up to \d+ % of √KL", merges[2])
+    assert browser.logged() == []
+    browser.screenshot("extrapolated")
+    browser.open(report)  # a run without texts and points beyond SLERP
+    assert "retention" not in browser.texts("#points th")
+    assert "extrapolated" not in browser.text("#points")
+    assert "extrapolated" not in browser.text("#front-chart")
 
 
 def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ const SHOWN_SAMPLES = 6;
 function frontSection(run, runs, state, select) {
   const lead =
     "Each point is a model, measured on held-out prompts with the same sampling. To the right is further from the SFT model, up is more reward; bars are 95 % " +
-    "intervals. The line is the front: η = 0 is SFT, η = 1 the SLERP merge. The dashed line is the ceiling: the most reward that any policy can have there. Thin lines are the policies while they trained (" + (run.trajectories.some((one) => one.held_out) ? "on held-out prompts of their own" : "means over training prompts") + "). " +
+    "intervals. The line is the front: η = 0 is SFT, η = 1 the SLERP merge; beyond it, dashed and hollow, is extrapolation. The other dashed line is the ceiling: the most reward that any policy can have there. Thin lines are the policies while they trained (" + (run.trajectories.some((one) => one.held_out) ? "on held-out prompts of their own" : "means over training prompts") + "). " +
     "Choose a point to read its texts.";
   if (!run.front && !run.trajectories.some((one) => one.points.length)) {
     return section("front", "KL–reward front", lead, h("p", { class: "empty" }, "Nothing has been measured yet."));
@@ -45,6 +45,7 @@ function frontSection(run, runs, state, select) {
 function pointStyle(point) {
   if (point.name === "sft") return { symbol: "circle", colour: colour("soft"), size: 12 };
   if (point.name === "lerp") return { symbol: "diamond", colour: colour("c1"), size: 15 };
+  if (point.extrapolated) return { symbol: "emptyCircle", colour: colour("accent"), size: 11 };
   if (point.eta !== null) return { symbol: "circle", colour: colour("accent"), size: point.name === "slerp" ? 15 : 11 };
   return { symbol: "rect", colour: policyColour(Number(point.name.split(" ")[1]) || 1), size: 11 };
 }
@@ -80,7 +81,10 @@ function frontOption(run, runs, state) {
     });
   });
   if (run.front && run.front.ceiling) series.push(...ceilingSeries(run.front.ceiling));
-  series.push({ name: "front", type: "line", data: line.map((p) => dot(p)), color: colour("accent"), lineStyle: { width: 2.2 }, label: label("top"), labelLayout: { hideOverlap: true }, z: 4 });
+  const inside = line.filter((p) => !p.extrapolated);
+  const front = { type: "line", color: colour("accent"), label: label("top"), labelLayout: { hideOverlap: true } };
+  series.push({ ...front, name: "front", data: inside.map((p) => dot(p)), lineStyle: { width: 2.2 }, z: 4 });
+  if (inside.length < line.length) series.push({ ...front, name: "extrapolated", data: line.slice(inside.length - 1).map((p) => dot(p, p.extrapolated ? {} : { symbol: "none" })), lineStyle: { width: 2.2, type: [6, 4] }, z: 3 });
   series.push({ ...errorBars(points.map((p) => [p.kl, p.reward, p.kl_ci, p.reward_ci, pointStyle(p).colour])), name: "front" });
   series.push({ name: "policies, LERP", type: "scatter", data: points.filter((p) => p.eta === null).map((p) => dot(p)), color: colour("c1"), label: label("bottom"), labelLayout: { hideOverlap: true, moveOverlap: "shiftY" }, z: 5 });
   const ring = (name, size, style) => {
@@ -113,6 +117,11 @@ function ceilingSeries(ceiling) {
   ];
 }
 
+/** Whether a value is there: runs of earlier versions lack some. */
+function isMeasured(value) {
+  return value !== null && value !== undefined;
+}
+
 function byName(points, name) {
   return points.find((point) => point.name === name);
 }
@@ -128,6 +137,8 @@ function frontTip(item, points, run) {
   if (point.control !== null) lines.push(`control ${interval(point.control, point.control_ci)}`);
   const share = !item.data.other && run.front.ceiling && run.front.ceiling.shares[point.name];
   if (share) lines.push(`of the ceiling: ${share}`);
+  if (isMeasured(point.retention)) lines.push(`retention ${interval(point.retention, point.retention_ci)} nats per token`);
+  if (point.extrapolated) lines.push("extrapolated beyond SLERP");
   return [...lines, `${format(point.length, 1)} tokens, distinct-2 ${format(point.distinct_2)}`];
 }
 
@@ -141,14 +152,16 @@ function trajectoryTip(way, [kl, reward, step, klError, rewardError, control, co
 function pointTable(run, state, select) {
   const control = run.front.points.some((point) => point.control !== null);
   const shares = run.front.ceiling && run.front.ceiling.shares;
-  const head = ["point", "reward", "KL, nats", shares && "of ceiling", control && "control", "distinct-2", "tokens", "ended by itself"].filter(Boolean);
+  const retention = run.front.points.some((point) => isMeasured(point.retention));
+  const head = ["point", "reward", "KL, nats", shares && "of ceiling", control && "control", "distinct-2", "tokens", "ended by itself", retention && "retention"].filter(Boolean);
   const row = (point) => {
     const on = point.name === state.point;
     const button = h("button", { type: "button", "aria-pressed": String(on), "data-point": point.name }, pointLabel(point));
     const tag = run.front.chosen === point.name && h("span", { class: "tag", title: "the folder adapter/ holds this one" }, "adapter/");
     const cells = [interval(point.reward, point.reward_ci), interval(point.kl, point.kl_ci), shares ? shares[point.name] : false, control && interval(point.control, point.control_ci)];
-    cells.push(format(point.distinct_2), format(point.length, 1), percent(point.eos_rate));
-    const line = h("tr", { class: on ? "on" : "", click: () => select(point.name) }, h("td", {}, button, tag));
+    cells.push(format(point.distinct_2), format(point.length, 1), percent(point.eos_rate), retention && interval(point.retention, point.retention_ci));
+    const mark = point.extrapolated && h("span", { class: "tag", title: "beyond SLERP, η = 1" }, "extrapolated");
+    const line = h("tr", { class: on ? "on" : "", click: () => select(point.name) }, h("td", {}, button, tag, mark));
     line.append(...cells.filter((cell) => cell !== false).map((cell) => h("td", { class: "number" }, cell)));
     return line;
   };
@@ -161,6 +174,8 @@ function pointPanel(run, state) {
   if (!point) return [h("h3", {}, "Texts"), h("p", { class: "empty" }, "The front has not been measured yet; texts of the training are below.")];
   const facts = [["reward", interval(point.reward, point.reward_ci)], ["KL", `${interval(point.kl, point.kl_ci)} nats`]];
   if (point.control !== null) facts.push(["control", interval(point.control, point.control_ci)]);
+  if (isMeasured(point.retention)) facts.push(["retention", interval(point.retention, point.retention_ci)]);
+  if (point.extrapolated) facts.push(["η above 1:", "extrapolated"]);
   const parts = [h("h3", {}, `Texts of ${pointLabel(point)}`), h("p", { class: "facts" }, facts.map(([name, value]) => h("span", {}, `${name} `, h("b", {}, value))))];
   const rows = run.texts ? run.texts.rows.filter((row) => point.name in row.texts) : [];
   if (!rows.length) return [...parts, h("p", { class: "empty" }, "No texts were kept.")];

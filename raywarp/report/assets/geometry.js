@@ -27,11 +27,26 @@ function geometrySection(run) {
   const angleText = `${format(angles[0], 0)}° to ${format(angles[2], 0)}°, median ${format(angles[1], 0)}°`;
   const ratioText = `${format(ratios[0])} to ${format(ratios[2])}, median ${format(ratios[1])}`;
   return section(
-    "geometry", "Angles and norms", lead,
+    "geometry", "Angles and norms", lead, mergeTable(rows),
     h("div", { class: "pair" },
       card("Angles", angleText, heat("angles", "angle", "°", 1, Math.max(0, 90 - far), Math.min(180, 90 + far), (value) => value)),
       card("Norm ratios", ratioText, heat("ratios", "norm ratio", "", 2, -Math.log(factor), Math.log(factor), Math.log))),
   );
+}
+
+/** What the policies do alike, whatever their angles: the KL cosine of each merge and what it allows. */
+function mergeTable(rows) {
+  const known = rows.filter((one) => one.merge && isMeasured(one.merge.kl_cosine));
+  if (!known.length) return null;
+  const about =
+    "The KL cosine says how alike the policies changed the texts: 1 is the same, 0 independent. Averaging removes only what differs between them, so it can save at most this share of √KL.";
+  const row = ({ iteration, merge }) => {
+    const cells = [interval(merge.kl_cosine, merge.kl_cosine_ci), `up to ${percent(merge.kl_gain)} of √KL`, `${format(merge.kl_lerp)} nats`];
+    return h("tr", {}, h("td", {}, `iteration ${iteration}`), cells.map((cell) => h("td", { class: "number" }, cell)));
+  };
+  const head = ["merge", "KL cosine", "averaging can save", "KL of the mean to the init"].map((name, n) => h("th", { scope: "col", class: n ? "number" : "" }, name));
+  const table = h("table", { id: "merges" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, known.map(row)));
+  return h("div", { class: "card", style: { "margin-bottom": "16px" } }, h("h3", {}, "KL cosine of the merges"), h("p", { class: "about" }, about), h("div", { class: "scroll" }, table));
 }
 
 function blockName(name) {
