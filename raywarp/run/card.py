@@ -16,7 +16,7 @@ from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
 from raywarp.run.ceiling import Ceiling, front_share
-from raywarp.run.figures import footnote, front_cells, front_headings
+from raywarp.run.figures import footnote, front_cells, front_headings, measured_columns
 from raywarp.run.folder import PICTURE
 from raywarp.run.front import Point
 from raywarp.run.sampler_mark import Mark
@@ -103,10 +103,11 @@ def hub_name(model: str) -> str | None:
 
 
 def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceiling | None) -> str:
-    rows = []
-    for point in points:
-        name, *measured = front_cells(point, ceiling)
-        rows.append((f"**{name}** (this adapter)" if point == chosen else name, *measured))
+    every = [front_headings(ceiling), *(front_cells(point, ceiling) for point in points)]
+    headings, *rows = measured_columns(every)
+    for point, row in zip(points, rows, strict=True):
+        if point == chosen:
+            row[0] = f"**{row[0]}** (this adapter)"
     front = config.front
     each = (
         "one completion"
@@ -118,6 +119,10 @@ def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceil
         f" {config.rollout.temperature:g}"
     )
     note = f"{sampling}; KL is to the SFT model, ± is half of a 95 % interval over prompts"
+    if chosen.retention is not None:
+        note += (
+            "; retention is the change of the cross-entropy on unrelated texts, in nats per token"
+        )
     note += f"{footnote(points)}."
     if ceiling:
         note += (
@@ -125,7 +130,7 @@ def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceil
             f" {ceiling.completions} SFT completions of each prompt."
             f" {front_share(points, ceiling, config.front.share_kl)}."
         )
-    return f"{_table(front_headings(ceiling), rows)}\n\n{note}"
+    return f"{_table(headings, rows)}\n\n{note}"
 
 
 def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[str, str]]:

@@ -204,6 +204,12 @@ def ceiling_table(ceiling: Ceiling) -> Table:
     return table
 
 
+def measured_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return a table without the columns that are empty below their heading."""
+    kept = [n for n in range(len(rows[0])) if any(row[n] for row in rows[1:])]
+    return [[row[n] for n in kept] for row in rows]
+
+
 def footnote(points: Sequence[Point]) -> str:
     """Return what a † means, if there is one among the points."""
     extrapolated = any(point.extrapolated for point in points)
@@ -211,22 +217,18 @@ def footnote(points: Sequence[Point]) -> str:
 
 
 def front_table(points: Sequence[Point], chosen: Point, ceiling: Ceiling | None = None) -> Table:
-    """Return the front as a table for the terminal, in the order of front.json.
-
-    What no point has, has no column.
-    """
+    """Return the front as a table for the terminal, in the order of front.json."""
     title = (
         "KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is chosen"
     )
     table = Table(box=SIMPLE_HEAD, title=title + footnote(points), title_justify="left")
-    rows = [front_cells(point, ceiling) for point in points]
-    headings = front_headings(ceiling)
-    measured = [n for n in range(len(headings)) if any(row[n] for row in rows)]
-    for n in measured:  # a narrow terminal breaks intervals into two lines, and cuts nothing
+    every = [front_headings(ceiling), *(front_cells(point, ceiling) for point in points)]
+    headings, *rows = measured_columns(every)
+    for n, heading in enumerate(headings):
+        # A narrow terminal breaks intervals into two lines, and cuts nothing.
         justify: Literal["left", "right"] = "right" if n else "left"
-        table.add_column(headings[n], justify=justify, no_wrap=not n, overflow="fold")
-    for point, row in zip(points, rows, strict=True):
-        name, *values = (row[n] for n in measured)
+        table.add_column(heading, justify=justify, no_wrap=not n, overflow="fold")
+    for point, (name, *values) in zip(points, rows, strict=True):
         table.add_row(name + (" *" if point == chosen else ""), *values)
     return table
 

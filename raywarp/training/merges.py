@@ -6,6 +6,7 @@ from typing import Any
 from raywarp.algorithm.averaging import lerp
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import kl_cosine, kl_cosine_interval, kl_gain
+from raywarp.algorithm.truncation import compress
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
@@ -49,7 +50,9 @@ def measure_merge(
     session.start()
     if found := run.find_merge(key):  # another run measured it while the actors started
         return found
-    *own, mean = kls_to_init(session, config, init, [*policies, lerp(policies)], prompts)
+    # Compressed, since with one frozen A the mean has the policies' rank, as engines expect.
+    vectors = [*policies, compress(lerp(policies))]
+    *own, mean = kls_to_init(session, config, init, vectors, prompts)
     measured = _summary(own, mean)
     run.save_merge(key, measured)
     return measured

@@ -71,6 +71,13 @@ def test_a_card_says_what_a_reader_needs() -> None:
     assert "**liti 1.5 †** (this adapter)" in text_beyond
     assert "† is extrapolated beyond SLERP" in text_beyond
     assert "extrapolated" not in text
+    assert "retention" not in text
+    assert "control" not in text.partition("## What it was")[0]
+    kept = [Point(**{**asdict(one), "retention": 0.25, "retention_ci": 0.5}) for one in points]
+    text_kept = card(config, kept, kept[1], 600, ["model.layers.0.mlp.up_proj"])
+    assert "| retention |" in text_kept
+    assert "+0.25 ± 0.50" in text_kept
+    assert "cross-entropy on unrelated texts" in text_kept
     assert "rank 600 on `up_proj`" in text
     assert "vLLM serves no LoRA of this rank" in text
     assert r"`me/re\|ward`" in text

@@ -123,6 +123,23 @@ def test_the_picture_and_the_table_mark_extrapolated_points(tmp_path: Path) -> N
     assert console.file.getvalue().count("extrapolated") == 1  # type: ignore[attr-defined]
 
 
+def test_the_table_shows_what_was_measured_whole_in_any_width() -> None:
+    """Without control and texts, their columns are left out; a narrow terminal cuts no number."""
+    plain = [point("sft", 0.0, 0.0), point("slerp", 1.0, 4.0)]
+    kept = [replace(one, retention=0.125, retention_ci=0.015) for one in plain]
+    shown = {}
+    for name, points, width in (("plain", plain, 120), ("kept", kept, 120), ("narrow", kept, 70)):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(front_table(points, points[1]))
+        shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "control" not in shown["plain"]
+    assert "retention" not in shown["plain"]
+    assert "retention" in shown["kept"]
+    assert shown["kept"].count("+0.12 ± 0.01") == 2
+    assert "…" not in shown["narrow"]
+    assert shown["narrow"].count("+0.12 ±") == 2
+
+
 def test_one_policy_and_no_init() -> None:
     vector = random_delta(1)
     points = {c.name: c for c in candidates(zeros_like(vector), [vector], [])}

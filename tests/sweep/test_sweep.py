@@ -169,6 +169,7 @@ def test_what_trials_have_in_common_is_trained_once(
     sweep, out, said = grid
     assert batches(sweep_folder) == 18 * STEPS
     assert len(digests(out)) == 18
+    assert len(list((out / "merges").iterdir())) == 3 + 6  # as their policies
     assert (sweep.asked, sweep.executed) == (24, 18)
     assert "they ask for 24 policy runs, of which 18 differ" in said
     assert "24 policy runs were asked for, 18 executed: sharing saved 6 of them" in said
