@@ -134,14 +134,27 @@ def on_line(points: Sequence[Candidate], eta: float) -> AdapterDelta:
     return scale(merged, eta)
 
 
-def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
+def summarise(
+    candidate: Candidate,
+    scored: Scored,
+    group: int,
+    sft: Scored | None = None,
+    text_tokens: Sequence[int] = (),
+) -> Point:
     """Return the means and intervals of one point's completions.
 
     Args:
         candidate: the point.
         scored: its completions, those of a prompt next to each other.
         group: completions per prompt.
+        sft: the SFT model's, whose text losses retention is the change from.
+        text_tokens: predicted tokens of each text; none without texts.
     """
+    kept = (
+        retention(scored.text_losses, (sft or scored).text_losses, text_tokens)
+        if text_tokens
+        else (None, None)
+    )
     reward, reward_ci = mean_interval(scored.rewards, group)
     kl, kl_ci = mean_interval(scored.kl, group)
     control, control_ci = (
@@ -160,6 +173,8 @@ def summarise(candidate: Candidate, scored: Scored, group: int) -> Point:
         length=sum(scored.lengths) / len(scored.lengths),
         eos_rate=sum(scored.finished) / len(scored.finished),
         extrapolated=(candidate.eta or 0.0) > 1,
+        retention=kept[0],
+        retention_ci=kept[1],
     )
 
 

@@ -1,7 +1,6 @@
 """The measurement of a point of the front: its completions, rewards, control scores and KL."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,16 +19,15 @@ from raywarp.rollout.protocol import (
     submit,
     work_of,
 )
-from raywarp.run.front import Candidate, Point, Scored, retention, summarise
+from raywarp.run.front import Candidate, Point, Scored, summarise
+from raywarp.training.sampling import sample
 from raywarp.training.session import Session
 
 
 class PendingPoint:
     """The pending completions of one adapter. They are requested again if an actor dies."""
 
-    def __init__(
-        self, session: Session, request: Request, prompts: Sequence[Prompt], texts: Any = None
-    ):
+    def __init__(self, session: Session, request: Request, prompts: Sequence[Prompt], texts: Any):
         self.session, self.request, self.prompts, self.texts = session, request, prompts, texts
         self.refs: list[Any] = []
 
@@ -86,20 +84,6 @@ def sft_scores(session: Session, prompts: Sequence[Prompt]) -> list[float]:
     return scores
 
 
-def sample(session: Session, requests: Sequence[Request]) -> list[list[Any]]:
-    """Ask the pool for the completions of requests with equally many prompts, without waiting.
-
-    If the engine can mix adapters, each of its calls has all adapters and a share of the prompts.
-    Otherwise a call has one adapter.
-
-    Returns:
-        for each request, the refs of its Rollouts in the order of its prompts.
-    """
-    mixes = session.engine["adapter"] == "lora"
-    chunk = session.chunk if mixes else session.config.rollout.chunk_size
-    return submit(session.pool, requests, chunk, together=mixes)
-
-
 def submit_points(
     session: Session,
     deltas: Sequence[AdapterDelta | None],
@@ -154,13 +138,8 @@ def evaluate(
     results = list[tuple[Point, Scored]]()
     for candidate, waiting in zip(points, pending, strict=True):
         scored = waiting.wait()
-        point = summarise(candidate, scored, config.front.completions_per_prompt)
-        if texts:
-            sft = results[0][1] if results else scored
-            kept, kept_ci = retention(
-                scored.text_losses, sft.text_losses, [len(t) - 1 for t in texts]
-            )
-            point = replace(point, retention=kept, retention_ci=kept_ci)
+        sft, group = results[0][1] if results else scored, config.front.completions_per_prompt
+        point = summarise(candidate, scored, group, sft, [len(text) - 1 for text in texts])
         results.append((point, scored))
         done(point)
     return results

@@ -13,7 +13,7 @@ from raywarp.identity import derive_seed
 from raywarp.rollout.protocol import Adapter, AdapterPart, Request
 from raywarp.run.folder import Run
 from raywarp.run.keys import merge_key
-from raywarp.training.evaluation import sample
+from raywarp.training.sampling import sample
 from raywarp.training.session import Session
 
 
