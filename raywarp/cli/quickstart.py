@@ -31,7 +31,13 @@ QUICKSTART: dict[str, Any] = {
     },
     "optim": {"lr": 1.2e-3, "batch_size": 12, "warmup_steps": 2},
     "rollout": {"completions_per_prompt": 4, "max_new_tokens": 12},
-    "front": {"prompts": 80, "etas": [0.0, 0.3, 0.6, 1.0], "choose": {"max_kl": 8.0}},
+    "front": {
+        "prompts": 80,
+        "etas": [0.0, 0.3, 0.6, 1.0],
+        "choose": {"max_kl": 8.0},
+        "every": 7,
+        "tracked_prompts": 16,
+    },
     "kl_to_sft_every": 7,
 }
 
