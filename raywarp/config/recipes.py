@@ -37,13 +37,14 @@ RECIPES = {
     ),
     "anchored": Recipe(
         about=(
-            "One long policy with the SFT model as its anchor, and the line back to it (LITI).",
-            "Scaling the log-ratio of a converged policy gives the optimum of another KL",
-            "coefficient.",
+            "One long policy with the SFT model as its anchor, a learning rate that falls to 0,",
+            "and the line back to the SFT model (LITI). Scaling the log-ratio of a converged",
+            "policy gives the optimum of another KL coefficient. For one GPU, or where compute",
+            "counts.",
         ),
         figures=FIGURES,
         fixed={"warp": {"anchor": "sft", "iterations": 1, "policies": 1}},
-        usual={"warp": {"steps": 160}},
+        usual={"warp": {"steps": 160}, "optim": {"schedule": "linear"}},
     ),
 }
 

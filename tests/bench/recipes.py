@@ -25,10 +25,11 @@ STEPS = 56  # policy steps of each run, as many as the quickstart's
 VARIANTS: dict[str, list[str]] = {
     "warp": ["recipe=warp", "warp.steps=14"],
     "anchored": ["recipe=anchored", f"warp.steps={STEPS}"],
-    "anchored, linear": ["recipe=anchored", f"warp.steps={STEPS}", "optim.schedule=linear"],
+    "anchored, constant": ["recipe=anchored", f"warp.steps={STEPS}", "optim.schedule=constant"],
     "anchored, mean of 4": [
         "recipe=anchored",
         f"warp.steps={STEPS}",
+        "optim.schedule=constant",
         "warp.average_last=4",
         "checkpoint_every=7",
     ],
@@ -44,11 +45,12 @@ def base(anchored: bool) -> dict[str, Any]:
 
 
 def reward_at(run: Run, kl: float) -> float:
-    """The front's reward at a KL, linear between its points; NaN beyond its end."""
+    """The front's reward at a KL, linear in √KL between its points; NaN beyond its end."""
     line = sorted((p["kl"], p["reward"]) for p in run.front()["points"] if p["eta"] is not None)
     for (k0, r0), (k1, r1) in itertools.pairwise(line):
         if k0 <= kl <= k1:
-            return float(r0 + (r1 - r0) * (kl - k0) / (k1 - k0))
+            share = (math.sqrt(kl) - math.sqrt(k0)) / (math.sqrt(k1) - math.sqrt(k0))
+            return float(r0 + share * (r1 - r0))
     return math.nan
 
 
@@ -58,14 +60,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--only", action="append", choices=list(VARIANTS))
     parser.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args()
-    found: dict[str, dict[float, list[float]]] = {
-        name: {kl: [] for kl in KLS} for name in options.only
-    }
+    names: list[str] = options.only or list(VARIANTS)
+    found: dict[str, dict[float, list[float]]] = {name: {kl: [] for kl in KLS} for name in names}
     for seed in range(options.seeds):
-        for name in options.only:  # in turn, so that all meet the same machine
+        for name in names:  # in turn, so that all meet the same machine
             own = [
                 *VARIANTS[name],
                 f"reward.model={options.reward}",
