@@ -1,7 +1,8 @@
 """The recipes on the quickstart's reward, at equal compute: the reward at some KLs.
 
     .venv/bin/raywarp quickstart out=runs/quickstart      # once: trains the reward model
-    .venv/bin/python tests/bench/recipes.py --reward runs/quickstart/reward --out runs/recipes
+    .venv/bin/python tests/bench/recipes.py --reward runs/quickstart/reward --out runs/recipes \\
+        --seeds 2 --only warp --only anchored front.every=0 front.ceiling_completions=0
 
 All take the same number of policy steps. Their fronts are read at the same KLs, on the same
 held-out prompts. Seeds differ in everything random.
