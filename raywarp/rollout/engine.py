@@ -190,9 +190,12 @@ def mode_problem(config: Config, gpu: bool) -> str:
             "rollout.adapter=unmerged is for CPUs; vLLM on GPUs has rollout.adapter=lora (or auto)"
         )
     if mode == "lora" and not lora_slots(largest_rank(config)):
+        averaged = config.warp.average_last
+        rank = f"lora.rank={config.lora.rank}"
+        rank += f" times warp.average_last={averaged}" if averaged > 1 else ""
         return (
             f"the adapters of this run reach rank {largest_rank(config)}"
-            f" (rank {config.policy_rank} for each of its {config.warp.policies} policies in"
+            f" ({rank} for each of its {config.warp.policies} policies in"
             f" {config.warp.iterations} iterations), and vLLM's largest is {LORA_RANKS[-1]}; lower"
             " lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at"
             " lora.rank"

@@ -213,7 +213,7 @@ SETTINGS = {
         "temperature": 1.0,
     },
     "cluster": {"policy_actors": 1, "threads": 1},
-    "front": {"prompts": 2, "etas": [0, 1], "choose": {"eta": 1}, "samples": 1},
+    "front": {"prompts": 2, "etas": [0, 1], "choose": {"eta": 1}, "samples": 1, "every": 0},
     "checkpoint_every": 2,
 }
 

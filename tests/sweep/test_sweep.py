@@ -89,11 +89,11 @@ SETTINGS: dict[str, Any] = {
     },
     "checkpoint_every": 1,
 }
-EMA, LITI = [0.1, 0.4], [0.3, 0.6, 1.0]
+EMA, LITI = [0.1, 0.4], [0.3, 0.6]
 GRID = {
     "anchor": {"grid": ["ema", "sft"]},
     "ema_rate": {"grid": EMA},
-    "liti_rate": {"grid": LITI[:2]},
+    "liti_rate": {"grid": LITI},
 }
 
 
@@ -231,7 +231,7 @@ def test_every_trial_has_its_front_and_the_sweep_ranks_them(grid: tuple[Sweep, P
         (anchor, ema, liti)
         for anchor, emas in (("ema", EMA), ("sft", [None]))
         for ema in emas
-        for liti in LITI[:2]
+        for liti in LITI
     }
     volumes = [trial["hypervolume"] for trial in trials]
     assert volumes == sorted(volumes, reverse=True)
@@ -438,7 +438,7 @@ def test_whoever_waits_takes_over_from_an_owner_that_dies(
     """
     _, reference, _ = grid
     out, killed, before = sweep_folder / "takeover", list[int](), batches(sweep_folder)
-    search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
+    search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI}}
     config = load_config(settings(out, search, front={"etas": [0.3, 0.6, 1.0]}))
     set_pace(sweep_folder, 1.5)
 
@@ -487,7 +487,11 @@ def test_a_killed_sweep_continues(
     monkeypatch.setenv("TMPDIR", str(temporary))
     # Ray's sockets need a short path
     monkeypatch.setenv("RAY_TMPDIR", os.environ.get("RAY_TMPDIR", "/tmp"))
-    search = {"ema_rate": {"grid": EMA[:1]}, "liti_rate": {"grid": LITI[:2]}}
+    search = {  # the names of trials are hashes of these keys' values, as in the grid
+        "anchor": {"grid": ["ema"]},
+        "ema_rate": {"grid": EMA[:1]},
+        "liti_rate": {"grid": LITI},
+    }
     (folder / "config.yaml").write_text(
         yaml.safe_dump(settings("x", search, front={"etas": [0.3, 0.6, 1.0]}))
     )
