@@ -12,13 +12,13 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.advantages import advantages
 from raywarp.algorithm.averaging import ema_update, mean
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.schedule import adapted, rate_factor
 from raywarp.config.schema import Config
 from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import Batch, MicroBatch, micro_batches
-from raywarp.model.schedule import adapted, rate_factor
 
 BEST = "best"  # the state of the best measurement, where there is a stop rule
 
@@ -191,8 +191,9 @@ class Policy:
         This happens once per optimiser step, for any number of micro-batches.
         """
         optim = self.config.optim
+        factor = rate_factor(optim.schedule, optim.warmup_steps, self.step, self.config.warp.steps)
         for group in self.optimiser.param_groups:
-            group["lr"] = optim.lr * rate_factor(optim, self.step, self.config.warp.steps)
+            group["lr"] = optim.lr * factor
         norm = torch.nn.utils.clip_grad_norm_(self.trained, optim.grad_clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

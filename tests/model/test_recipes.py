@@ -15,13 +15,12 @@ from test_policy import changed, config, load, on_policy, snapshot, step
 from raywarp.algorithm import losses
 from raywarp.algorithm.deltas import zeros_like
 from raywarp.algorithm.factors import Factors, dense
-from raywarp.config.policies import OptimConfig
+from raywarp.algorithm.schedule import adapted, rate_factor
 from raywarp.config.schema import Config
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import micro_batches
 from raywarp.model.checkpoint import load_state, state_of
 from raywarp.model.policy import BEST, Policy
-from raywarp.model.schedule import adapted, rate_factor
 from raywarp.storage.sealed import DamagedError
 
 
@@ -107,13 +106,12 @@ def test_schedules_are_the_formulas_and_fall_to_zero() -> None:
         "linear": lambda done: 1 - done,
         "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     }.items():
-        optim = OptimConfig(schedule=schedule, warmup_steps=warmup)  # type: ignore[arg-type]
-        rates = [rate_factor(optim, step, steps) for step in range(steps)]
+        rates = [rate_factor(schedule, warmup, step, steps) for step in range(steps)]
         assert rates[:warmup] == pytest.approx([1 / 3, 2 / 3, 1])
         after = [formula((step - warmup) / (steps - warmup)) for step in range(warmup, steps)]
         assert rates[warmup:] == pytest.approx(after)
-        assert rate_factor(OptimConfig(schedule=schedule, warmup_steps=0), 0, 1) == 1  # type: ignore[arg-type]
-        assert rate_factor(OptimConfig(schedule=schedule, warmup_steps=99), 4, 9) == 5 / 99  # type: ignore[arg-type]
+        assert rate_factor(schedule, 0, 0, 1) == 1
+        assert rate_factor(schedule, 99, 4, 9) == 5 / 99
 
 
 def test_the_optimiser_steps_at_the_scheduled_rate(tiny_llama: Path) -> None:

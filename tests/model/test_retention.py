@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from raywarp.algorithm.factors import dense
 from raywarp.model.adapted import AdaptedModel
-from raywarp.model.retention import text_losses
+from raywarp.model.measures import text_losses
 
 
 def sampled_texts(folder: Path, count: int = 24) -> list[list[int]]:

@@ -2,8 +2,6 @@
 
 import math
 
-from raywarp.config.policies import OptimConfig
-
 GAIN = 0.1  # the most that β changes in a step, as a share of itself
 
 
@@ -23,21 +21,22 @@ def adapted(kl_coef: float, kl: float, target: float | None) -> float:
     return kl_coef * (1 + GAIN * max(-1.0, min(1.0, kl / target - 1)))
 
 
-def rate_factor(optim: OptimConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step as a share of optim.lr.
+def rate_factor(schedule: str, warmup: int, step: int, steps: int) -> float:
+    """Return the learning rate of a step as a share of the largest one.
 
-    It rises as (step + 1) / warmup_steps. Then it is constant, or falls from 1 to 0, which it
-    reaches after the last step.
+    It rises as (step + 1) / warmup. Then it is constant, or falls from 1 to 0, which it reaches
+    after the last step.
 
     Args:
+        schedule: constant, linear or cosine.
+        warmup: steps of warm-up.
         step: finished steps, 0 … steps − 1.
         steps: T.
     """
-    warmup = optim.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     left = (steps - step) / max(steps - warmup, 1)
-    match optim.schedule:
+    match schedule:
         case "linear":
             return left
         case "cosine":
