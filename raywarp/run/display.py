@@ -195,18 +195,24 @@ class Display:
             self.progress(f"iteration {number}: one policy, nothing to merge")
 
     @contextlib.contextmanager
-    def evaluation(self, count: int) -> Iterator[Callable[[Point], None]]:
-        self.progress(f"evaluating {count} points on held-out prompts")
+    def _bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar in a terminal; yield what advances it."""
         bar = Progress(
             *Progress.get_default_columns(),
             console=self.console,
             disable=self.quiet or not self.console.is_terminal,
         )
         with bar:
-            task = bar.add_task("  evaluation", total=count)
+            task = bar.add_task(f"  {title}", total=total)
+            yield lambda count: bar.advance(task, count)
+
+    @contextlib.contextmanager
+    def evaluation(self, count: int) -> Iterator[Callable[[Point], None]]:
+        self.progress(f"evaluating {count} points on held-out prompts")
+        with self._bar("evaluation", count) as advance:
 
             def done(point: Point) -> None:
-                bar.advance(task)
+                advance(1)
                 if not self.console.is_terminal:
                     self.progress(
                         f"  {point.name}: reward {point.reward:+.2f} at KL {point.kl:.2f}"
@@ -217,22 +223,10 @@ class Display:
     @contextlib.contextmanager
     def sampling(self, prompts: int, completions: int) -> Iterator[Callable[[int], None]]:
         """Show the progress of the ceiling's SFT completions; yield what counts them."""
-        total, start, scored = prompts * completions, time.monotonic(), 0
+        total, start = prompts * completions, time.monotonic()
         self.progress(f"ceiling: {completions} SFT completions of each of {prompts} prompts")
-        bar = Progress(
-            *Progress.get_default_columns(),
-            console=self.console,
-            disable=self.quiet or not self.console.is_terminal,
-        )
-        with bar:
-            task = bar.add_task("  ceiling", total=total)
-
-            def done(count: int) -> None:
-                nonlocal scored
-                scored += count
-                bar.update(task, completed=scored)
-
-            yield done
+        with self._bar("ceiling", total) as advance:
+            yield advance
         self.progress(f"ceiling: {total} completions in {time.monotonic() - start:.0f} s")
 
     def ceiling(self, ceiling: Ceiling, share_kl: float) -> None:
