@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raywarp.cluster.claims import FOLDER as CLAIMED
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config, ConfigError
@@ -110,17 +109,16 @@ def measured_ceiling(
         return None
     prompts = inputs.prompts.held_out[: config.front.prompts]
     key = ceiling_key(config, prompts_fingerprint(prompts), determinants)
-    if found := find_ceiling(run.store, key, run.say):
-        return found
-    # Before the claim. A run that has it must not wait for resources that a waiting run holds.
-    session.start()
-    while True:
-        with claims.take([claimed := f"{CLAIMED}{FOLDER}/{key}"]) as taken:
-            if found := find_ceiling(run.store, key, run.say):
-                return found
-            if taken:
-                count = config.front.ceiling_completions
-                with display.sampling(len(prompts), count) as done:
-                    rewards = rewards_of_sft(session, prompts, count, done)
-                return save_ceiling(run.store, key, rewards)
-        claims.wait([claimed])
+
+    def measure() -> Ceiling:
+        count = config.front.ceiling_completions
+        with display.sampling(len(prompts), count) as done:
+            rewards = rewards_of_sft(session, prompts, count, done)
+        return save_ceiling(run.store, key, rewards)
+
+    return claims.once(
+        f"{FOLDER}/{key}",
+        lambda: find_ceiling(run.store, key, run.say),
+        session.start,
+        measure,
+    )

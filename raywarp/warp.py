@@ -269,7 +269,9 @@ class Driver:
     ) -> Mapping[str, Any] | None:
         """Return how alike the policies are on the tracked prompts; see training/merges.py."""
         prompts = self.inputs.prompts.tracked(self.config.front.tracked_prompts)
-        return measure_merge(self.session, self.config, self.run, keys, init, policies, prompts)
+        return measure_merge(
+            self.session, self.config, self.run, keys, init, policies, prompts, self.claims
+        )
 
     def save_front(
         self,

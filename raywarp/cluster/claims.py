@@ -14,13 +14,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from raywarp import identity
 from raywarp.cluster import runtime
+
+Result = TypeVar("Result")
 
 NAMESPACE = "raywarp"
 FOLDER = "folder "  # prefix of a trial's folder, which is claimed as a policy is
@@ -194,6 +196,33 @@ class Claims:
 
     def wait(self, keys: Sequence[str]) -> None:
         """Return at once, since no other run has any key."""
+
+    def once(
+        self,
+        name: str,
+        find: Callable[[], Result | None],
+        start: Callable[[], None],
+        make: Callable[[], Result],
+    ) -> Result:
+        """Return what the store has, or make it; of several runs one makes it, and the others wait.
+
+        Args:
+            name: of what is made, in the store.
+            find: returns it from the store, or None.
+            start: starts what `make` needs. It runs before the claim: a run that has the claim must
+                not wait for resources that a waiting run holds.
+            make: makes and stores it.
+        """
+        if (found := find()) is not None:
+            return found
+        start()
+        while True:
+            with self.take([claimed := f"{FOLDER}{name}"]) as taken:
+                if (found := find()) is not None:
+                    return found
+                if taken:
+                    return make()
+            self.wait([claimed])
 
 
 NO_CLAIMS = Claims()

@@ -7,6 +7,7 @@ from raywarp.algorithm.averaging import lerp
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import kl_cosine, kl_cosine_interval, kl_gain
 from raywarp.algorithm.truncation import compress
+from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
@@ -25,6 +26,7 @@ def measure_merge(
     init: AdapterDelta,
     policies: Sequence[AdapterDelta],
     prompts: Sequence[Prompt],
+    claims: Claims = NO_CLAIMS,
 ) -> dict[str, Any] | None:
     """Return how alike an iteration's policies are, in terms of the KL; None for one policy.
 
@@ -36,6 +38,7 @@ def measure_merge(
         init: θ_init − θ_sft.
         policies: θ_m − θ_init.
         prompts: held-out prompts.
+        claims: what this run may do, where runs share a store.
 
     Returns:
         kl_cosine and its kl_cosine_ci (None if the policies have not moved), kl_gain (the share of
@@ -45,17 +48,16 @@ def measure_merge(
     if len(policies) < 2:
         return None
     key = merge_key(keys, prompts)
-    if found := run.find_merge(key):
-        return found
-    session.start()
-    if found := run.find_merge(key):  # another run measured it while the actors started
-        return found
-    # Compressed, since with one frozen A the mean has the policies' rank, as engines expect.
-    vectors = [*policies, compress(lerp(policies))]
-    *own, mean = kls_to_init(session, config, init, vectors, prompts)
-    measured = _summary(own, mean)
-    run.save_merge(key, measured)
-    return measured
+
+    def measure() -> dict[str, Any]:
+        # Compressed, since with one frozen A the mean has the policies' rank, as engines expect.
+        vectors = [*policies, compress(lerp(policies))]
+        *own, mean = kls_to_init(session, config, init, vectors, prompts)
+        measured = _summary(own, mean)
+        run.save_merge(key, measured)
+        return measured
+
+    return claims.once(f"merges/{key}", lambda: run.find_merge(key), session.start, measure)
 
 
 def kls_to_init(
