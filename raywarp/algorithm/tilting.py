@@ -17,7 +17,6 @@ from torch import Tensor
 POINTS = 26  # of the line; even in √KL, in which the reward is nearly straight near 0
 TEMPERATURES = 96  # values of β, besides 0
 HOTTEST, COLDEST = 100.0, 1e-4  # largest and smallest β, in deviations of a prompt's rewards
-BATCH = 1 << 22  # numbers held at once, for each tensor of the jackknife
 HALF = 1.96  # standard errors in half of a 95 % interval
 
 
@@ -115,20 +114,18 @@ def _tilt(rewards: Tensor, beta: float) -> Tensor:
     """Return each prompt's reward and KL of the tilted optimum, as (2, P).
 
     Args:
-        rewards: (P, n). A completion of −∞ is left out.
+        rewards: (P, n).
         beta: the KL coefficient; 0 stands for the limit, the mean over the best completions.
     """
-    present = rewards > -math.inf
-    excess = rewards - rewards.amax(1, keepdim=True)
-    scores = excess / beta if beta > 0 else excess.masked_fill(excess < 0, -math.inf)
-    weights = scores.softmax(dim=1)
-    mean = (weights * rewards.masked_fill(~present, 0.0)).sum(1)
-    kl = torch.special.xlogy(weights, weights * present.sum(1, keepdim=True)).sum(1)
-    return torch.stack([mean, kl])
+    scores = _scores(rewards, beta)
+    return _moments(*_sums(rewards, scores), rewards.shape[1])
 
 
 def _jackknife(rewards: Tensor, plain: Tensor, beta: float) -> Tensor:
     """Return n·f_n − (n − 1)·mean f_{n−1} of `_tilt`, over all samples that lack one completion.
+
+    Sums without a completion are the sums of all minus its own term. This is precise as long as the
+    best completion stays, so the sample without the best one is computed on its own.
 
     Args:
         rewards: (P, n).
@@ -136,12 +133,46 @@ def _jackknife(rewards: Tensor, plain: Tensor, beta: float) -> Tensor:
         beta: see `_tilt`.
     """
     n = rewards.shape[1]
-    without = torch.eye(n, dtype=torch.bool)
-    means = []
-    for some in rewards.split(max(1, BATCH // n**2)):
-        left = some[:, None].expand(-1, n, -1).masked_fill(without, -math.inf)
-        means.append(_tilt(left.reshape(-1, n), beta).reshape(2, -1, n).mean(2))
-    return n * plain - (n - 1) * torch.cat(means, dim=1)
+    rewards = rewards.sort(dim=1, descending=True).values
+    scores = _scores(rewards, beta)
+    sums, own = _sums(rewards, scores), _terms(rewards, scores)
+    weights, rewarded, logged = (
+        total[:, None] - term[:, 1:] for total, term in zip(sums, own, strict=True)
+    )
+    without_best = _tilt(rewards[:, 1:], beta)
+    total = _moments(weights, rewarded, logged, n - 1).sum(2) + without_best
+    return n * plain - (n - 1) * total / n
+
+
+def _scores(rewards: Tensor, beta: float) -> Tensor:
+    """Return (P, n) log weights, 0 for the best completion."""
+    excess = rewards - rewards.amax(1, keepdim=True)
+    return excess / beta if beta > 0 else excess.masked_fill(excess < 0, -math.inf)
+
+
+def _terms(rewards: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (P, n) w, w·r and w·log w of weights w = exp(scores)."""
+    weights = scores.exp()
+    return weights, weights * rewards, torch.special.xlogy(weights, weights)
+
+
+def _sums(rewards: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the (P,) sums of `_terms`."""
+    weights, rewarded, logged = _terms(rewards, scores)
+    return weights.sum(1), rewarded.sum(1), logged.sum(1)
+
+
+def _moments(weights: Tensor, rewarded: Tensor, logged: Tensor, count: int) -> Tensor:
+    """Return Σ p·r and Σ p·log(n·p) with p = w / Σ w, from the sums of w, w·r and w·log w.
+
+    Args:
+        weights, rewarded, logged: (…) sums over n completions.
+        count: n.
+
+    Returns:
+        (2, …).
+    """
+    return torch.stack([rewarded / weights, logged / weights - weights.log() + math.log(count)])
 
 
 def _slopes(line: Tensor, kl: Tensor, betas: Tensor) -> Tensor:
