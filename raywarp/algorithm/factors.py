@@ -131,7 +131,7 @@ def _products(columns: Tensor) -> Tensor:
 
 
 def _quick_products(columns: Tensor) -> Tensor:
-    if columns.dtype == torch.float64:
+    if columns.dtype == torch.float64 or not columns.shape[1]:
         return _products(columns)
     whole = len(columns) // _CHUNK * _CHUNK
     chunks = columns[:whole].view(-1, _CHUNK, columns.shape[1])
