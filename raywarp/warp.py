@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
 from raywarp.algorithm.truncation import compress
@@ -188,7 +187,11 @@ class Driver:
             folder = None if self.session.is_started else self.run.find_policy(key)
         except sealed.DamagedError:
             folder = None
-        zero = replace(zeros_like(load_peft(folder)), peft={}) if folder else self.session.zero
+        zero = (
+            replace(zeros_like(self.run.load_policy(folder)), peft={})
+            if folder
+            else self.session.zero
+        )
         # Sorted, so that both sources give the modules in the same order.
         return replace(zero, factors=dict(sorted(zero.factors.items())))
 
@@ -197,7 +200,7 @@ class Driver:
     ) -> AdapterDelta:
         """Stage 3: return LITI(θ_init, θ_slerp), or the policy's EMA with warp.elastic_reset."""
         if self.config.warp.elastic_reset:
-            return compress(load_peft(self.run.policy_folder(f"{keys[0]}{EMA}")))
+            return compress(self.run.load_policy(self.run.policy_folder(f"{keys[0]}{EMA}")))
         return liti(init, merged, self.config.warp.liti_rate or 0.0)
 
     def fine_tune(
@@ -234,7 +237,8 @@ class Driver:
             raise Elsewhere(iteration, others)
         return [
             trailing(
-                load_peft(run.find_policy(key) or run.policy_folder(key)), self.config.policy_rank
+                run.load_policy(run.find_policy(key) or run.policy_folder(key)),
+                self.config.policy_rank,
             )
             for key in keys
         ]

@@ -110,6 +110,14 @@ class Config(Section):
     model: Text = Field(
         SMOLLM2, description="hub id or folder of the SFT model, or embedded:smollm2-135m-instruct"
     )
+    sft_adapter: Text | None = Field(
+        None,
+        description=(
+            "folder or hub id of a PEFT LoRA adapter of the model, of any rank, to start from: the"
+            " SFT model, to which KL and LITI refer, is then model + adapter; results are adapters"
+            " of the model"
+        ),
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; auto: bfloat16 where the hardware has it"
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from raywarp.adapters.start import Start
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
 from raywarp.config.policies import LoraConfig
@@ -34,6 +35,7 @@ from raywarp.model.linear import AdaptedLinear
 from raywarp.model.targets import Targets, find_targets
 
 INIT = "init"
+START = "start"  # the SFT adapter, which takes part in every pass
 
 
 class AdaptedModel:
@@ -47,6 +49,7 @@ class AdaptedModel:
         trust_remote_code: whether the model's own code may run.
         gradient_checkpointing: whether a trained pass keeps only each block's input and recomputes
             the rest for its gradients.
+        start: the SFT adapter, if the SFT model is not the base itself.
 
     Attributes:
         targets: the adapted modules.
@@ -61,6 +64,7 @@ class AdaptedModel:
         device: torch.device,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        start: Start | None = None,
     ):
         base = load_model(
             AutoModelForCausalLM,
@@ -73,6 +77,9 @@ class AdaptedModel:
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self._base = base.to(device).eval()
         self.targets, self._layers = replace_targets(self._base, lora)
+        self._trained = set(self._layers)
+        if start:
+            self._begin_from(start)
         self.set_init(self.zero_delta())
         keep_layers_unscaled(self._base)
         self._lengths = Lengths(self._base)
@@ -89,7 +96,21 @@ class AdaptedModel:
             d_out, d_in = layer.weight.shape
             factors[name] = Factors(torch.zeros(d_out, 0), torch.zeros(0, d_in))
         conv1d = any(isinstance(layer.base, Conv1D) for layer in self._layers.values())
-        return AdapterDelta(factors, self.targets.names, self.source, fan_in_fan_out=conv1d)
+        all_trained = len(self._trained) == len(self._layers)
+        names = self.targets.names if all_trained else tuple(self._layers)
+        return AdapterDelta(factors, names, self.source, fan_in_fan_out=conv1d)
+
+    def _begin_from(self, start: Start) -> None:
+        """Add the SFT adapter, which then takes part in every pass.
+
+        Policies have rank 0 in the modules that it alone changes.
+        """
+        for name in start.sizes.keys() - self._layers.keys():
+            self._layers[name] = AdaptedLinear(self._base.get_submodule(name))
+            self._base.set_submodule(name, self._layers[name])
+        self.set_init(start.over(self.zero_delta()), START)
+        for layer in self._layers.values():
+            layer.always = (START,)
 
     def add_policy(self, name: str, seed: int) -> None:
         """Add a trainable adapter with ΔW = 0, as PEFT initialises it.
@@ -97,7 +118,8 @@ class AdaptedModel:
         A is Kaiming-uniform from the seed, and B is zero.
         """
         for module, layer in self._layers.items():
-            A = layer.add(name, self.lora.rank, self.lora.alpha / self.lora.rank).A.data
+            rank = self.lora.rank if module in self._trained else 0
+            A = layer.add(name, rank, self.lora.alpha / self.lora.rank).A.data
             generator = torch.Generator().manual_seed(derive_seed(seed, module))
             bound = A.shape[1] ** -0.5
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
@@ -139,7 +161,7 @@ class AdaptedModel:
         return [
             tensor
             for key, tensor in self.tensors(name).items()
-            if self.lora.init != "frozen" or key.endswith(".B")
+            if tensor.numel() and (self.lora.init != "frozen" or key.endswith(".B"))
         ]
 
     def delta(self, name: str) -> AdapterDelta:

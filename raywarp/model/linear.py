@@ -67,11 +67,15 @@ class AdaptedLinear(Module):
 
     Args:
         base: the replaced layer.
+
+    Attributes:
+        always: names of the adapters that take part in every pass.
     """
 
     def __init__(self, base: Linear | Conv1D):
         super().__init__()
         self.base = base
+        self.always: tuple[str, ...] = ()
         # Not registered as parameters of this module: the model's own stay the frozen ones.
         self.adapters: dict[str, LayerAdapter] = {}
         self.active: Active | None = None
@@ -96,17 +100,18 @@ class AdaptedLinear(Module):
         """Make these adapters take part from now on.
 
         Args:
-            names: of the adapters.
+            names: of the adapters, besides those that always do.
             trained: the one of them that gets gradients, in float32; None for no gradients.
         """
+        names = [*self.always, *names]
         chosen = [self.adapters[name] for name in names if self.adapters[name].rank]
         self.active = None
         if not chosen:
             return
         dtype, start = self.weight.dtype, 0
-        adapter = self.adapters[trained] if trained else None
-        if trained:
-            start = sum(self.adapters[name].rank for name in names[: list(names).index(trained)])
+        adapter = self.adapters[trained] if trained and self.adapters[trained].rank else None
+        if adapter and trained:
+            start = sum(self.adapters[name].rank for name in names[: names.index(trained)])
         self.active = Active(
             A=_side_by_side([a.A for a in chosen], dtype, dim=0),
             B=_side_by_side([_scaled(a.B, a.scale) for a in chosen], dtype, dim=1),

@@ -4,7 +4,7 @@ Each has a fingerprint of its contents, which goes into the policies' keys.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from raywarp.data.text import Prompt, PromptSplits
 from raywarp.model.supported import refuse_unsupported
 from raywarp.planning.jobs import check_paths
 from raywarp.planning.memory import Shapes
+from raywarp.planning.sft_adapter import check_start, start_fingerprint
 from raywarp.rewards import score
 from raywarp.rewards.classifier import check_classifier, load_tokenizer
 from raywarp.rollout.engine import check_engine
@@ -39,6 +40,7 @@ class Inputs:
         prompts: training and held-out prompts in the model's tokens.
         base, prompt_set, reward, evaluation: fingerprints of contents, for the keys.
         texts: the tokens of the texts that show what is kept; none where there are no such texts.
+        start: fingerprint of the SFT adapter; empty without one.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Inputs:
     reward: str
     evaluation: str
     texts: list[Tokens]
+    start: str = ""
 
     @property
     def front(self) -> str:
@@ -67,6 +70,7 @@ class Inputs:
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints that the policies' keys depend on."""
         found = {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
+        found |= {"sft_adapter": self.start} if self.start else {}
         return found | ({"evaluation": self.evaluation} if self.config.stop.is_set else {})
 
 
@@ -88,11 +92,12 @@ def prepare(config: Config) -> Inputs:
     longest = prompts.longest + config.rollout.max_new_tokens
     refuse_unsupported(config.model, settings, config.rollout, longest)
     shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
+    start = check_start(config, model, settings)
     return Inputs(
         config=config,
         model=model,
         settings=settings,
-        shapes=shapes,
+        shapes=replace(shapes, start_numbers=start.numbers) if start else shapes,
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=prompts_fingerprint(prompts.train),
@@ -104,6 +109,7 @@ def prepare(config: Config) -> Inputs:
             ]
         ),
         texts=prepare_texts(config, model, settings),
+        start=start_fingerprint(config.sft_adapter) if config.sft_adapter else "",
     )
 
 

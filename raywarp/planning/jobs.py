@@ -20,6 +20,7 @@ _WRITTEN = ("out", "store")
 _MODELS = ("reward.model", "control.model")
 _READ = (
     "model",
+    "sft_adapter",
     "reward_training.backbone",
     "prompts.dataset",
     "preferences.dataset",

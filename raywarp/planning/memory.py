@@ -39,6 +39,7 @@ class Shapes:
         saved_bytes: bytes that autograd keeps for a micro-batch, in the run's dtype; 0 if they were
             not counted.
         left: descriptions of what lora.target_modules=all-linear does not adapt.
+        start_numbers: numbers in the factors of the SFT adapter; 0 without one.
     """
 
     parameters: int
@@ -50,6 +51,7 @@ class Shapes:
     vocabulary: int
     saved_bytes: int
     left: tuple[str, ...] = ()
+    start_numbers: int = 0
 
     @property
     def scope(self) -> str:
@@ -117,6 +119,7 @@ def policy_process(
     return {
         "base weights": shapes.parameters * width,
         "its file, mapped": shapes.parameters * stored_bytes,
+        **_start(shapes, FLOAT32 + width),
         "init adapter": init * (FLOAT32 + width),
         "policy adapters": own * policies,
         "EMA adapters": own * policies,
@@ -127,6 +130,16 @@ def policy_process(
         "logits in chunks": 3 * CHUNK_BYTES,
         "Python, torch, Ray": POLICY_RUNTIME,
     }
+
+
+def _start(shapes: Shapes, width: int) -> Components:
+    """Return the memory of the SFT adapter.
+
+    Args:
+        width: bytes of one number.
+    """
+    numbers = shapes.start_numbers
+    return {"SFT adapter": numbers * width} if numbers else {}
 
 
 def rollout_process(
@@ -165,6 +178,7 @@ def rollout_process(
         components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (
             width + FLOAT32 if transformers else 3 * width
         )
+        components |= _start(shapes, width + FLOAT32 if transformers else 3 * width)
     if not gpu:
         components["KV cache"] = kv_cache(shapes, config, width, tokens)
     return {**components, "Python, torch, vLLM, Ray": ROLLOUT_RUNTIME}

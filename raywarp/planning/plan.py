@@ -192,6 +192,7 @@ def local_paths(config: Config, model: str) -> list[str]:
     """Return the folders and files of this machine that processes on other nodes also read."""
     scorers = [scorer for scorer in (config.reward, config.control) if scorer is not None]
     names = [model, *(embedded.resolve(scorer.model) for scorer in scorers if scorer.model)]
+    names += [config.sft_adapter] if config.sft_adapter else []
     modules = [own_file(scorer.function) for scorer in scorers if scorer.function]
     folders = [Path(name).expanduser().absolute() for name in names]
     return [*(str(folder) for folder in folders if folder.is_dir()), *filter(None, modules)]

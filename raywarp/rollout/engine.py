@@ -43,6 +43,7 @@ class EngineSettings:
         gpu: whether the worker has a GPU.
         trust_remote_code: whether the model's own code may run.
         seed: of the engine.
+        sft_adapter: folder or hub id of the adapter that the SFT model has on the base, if any.
     """
 
     model: str
@@ -53,6 +54,7 @@ class EngineSettings:
     gpu: bool
     trust_remote_code: bool = False
     seed: int = 0
+    sft_adapter: str | None = None
 
 
 class Loader(Protocol):

@@ -85,21 +85,23 @@ class AdapterPart:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What to sample from: base + init + policy. Without both it is the SFT model.
+    """What to sample from: SFT model + init + policy.
 
-    Engines hold both beside the weights, each at its own rank.
+    Engines hold all parts beside the weights, each at its own rank.
 
     Attributes:
         init: the iteration's θ_init.
         policy: the change on top of it.
+        start: the SFT adapter, which a worker with one puts before both.
     """
 
     init: AdapterPart | None = None
     policy: AdapterPart | None = None
+    start: AdapterPart | None = None
 
     @property
     def parts(self) -> tuple[AdapterPart, ...]:
-        return tuple(part for part in (self.init, self.policy) if part is not None)
+        return tuple(part for part in (self.start, self.init, self.policy) if part)
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import ray
 
+from raywarp.adapters.start import Start, load_start
 from raywarp.cluster.health import GROUP, Process, Work, stack_here
 from raywarp.rollout.engine import Engine, EngineSettings
-from raywarp.rollout.protocol import Request, Rollout
+from raywarp.rollout.protocol import Adapter, AdapterPart, Request, Rollout, RolloutError
 
 
 class RolloutWorker:
@@ -31,6 +33,7 @@ class RolloutWorker:
     def __init__(self, settings: EngineSettings, number: int = 1):
         self.settings, self.number = settings, number
         self.engine: Engine | None = None
+        self.beginning: Beginning | None = None
         self.hasher = ThreadPoolExecutor(1)
         self.thread = 0
         self.loading = Work()
@@ -96,7 +99,8 @@ class RolloutWorker:
     ) -> list[list[tuple[float, ...]]]:
         found = []
         for _, group in itertools.groupby(
-            requests, key=lambda request: engine.loader.in_weights(request.adapter)
+            self._of_base(requests),
+            key=lambda request: engine.loader.in_weights(request.adapter),
         ):
             together = list(group)
             engine.loader.load([request.adapter for request in together])
@@ -106,7 +110,8 @@ class RolloutWorker:
     def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
         rollouts = []
         for _, group in itertools.groupby(
-            requests, key=lambda request: engine.loader.in_weights(request.adapter)
+            self._of_base(requests),
+            key=lambda request: engine.loader.in_weights(request.adapter),
         ):
             together, start = list(group), time.perf_counter()
             adapters = [request.adapter for request in together]
@@ -121,7 +126,10 @@ class RolloutWorker:
             )
             ended = time.time()
             parts = zip(completions, digests.result(), strict=True)
-            rollouts += [Rollout(c, d, self.number, seconds, swap, ended=ended) for c, d in parts]
+            rollouts += [
+                Rollout(c, self._of_sft(d), self.number, seconds, swap, ended=ended)
+                for c, d in parts
+            ]
         return rollouts
 
     def _engine(self) -> Engine:
@@ -132,7 +140,51 @@ class RolloutWorker:
         return self.engine
 
     def _start_engine(self) -> Engine:
+        if start := load_start(self.settings.sft_adapter):
+            self.beginning = Beginning(start)
         return start_engine(self.settings)
+
+    def _of_base(self, requests: Sequence[Request]) -> list[Request]:
+        """Return requests whose adapters begin with the SFT adapter, if there is one."""
+        if self.beginning is None:
+            return list(requests)
+        return [
+            replace(request, adapter=self.beginning.before(request.adapter)) for request in requests
+        ]
+
+    def _of_sft(self, digests: tuple[str, ...]) -> tuple[str, ...]:
+        """Return digests without that of the SFT adapter, after a check that the engine has it.
+
+        Raises:
+            RolloutError: the engine took another SFT adapter.
+        """
+        if self.beginning is None:
+            return digests
+        if not self.beginning.is_digest(digests[0]):
+            raise RolloutError(
+                f"rollout worker {self.number} sampled from another SFT adapter than"
+                f" sft_adapter={self.settings.sft_adapter}"
+            )
+        return digests[1:]
+
+
+class Beginning:
+    """The SFT adapter as the first part of every adapter that a worker samples from."""
+
+    def __init__(self, start: Start):
+        self.start, self.alone = start, AdapterPart.put(start.delta)
+        self.over: AdapterPart | None = None  # with the modules that the policies have besides
+
+    def before(self, adapter: Adapter) -> Adapter:
+        if not adapter.parts:
+            return replace(adapter, start=self.alone)
+        if self.over is None:
+            self.over = AdapterPart.put(self.start.over(adapter.parts[0].fetch()))
+        return replace(adapter, start=self.over)
+
+    def is_digest(self, digest: str) -> bool:
+        parts = (self.alone, self.over)
+        return digest in [part.digest for part in parts if part]
 
 
 def start_engine(settings: EngineSettings) -> Engine:

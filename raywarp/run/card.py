@@ -138,6 +138,11 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
     names = sorted({module.rpartition(".")[2] for module in modules})
     rows = [
         ("base", _code(config.model)),
+        *(
+            [("SFT adapter on it, which this one contains", _code(config.sft_adapter))]
+            if config.sft_adapter
+            else []
+        ),
         ("prompts", _code(config.prompts.dataset)),
         ("reward", _reward_name(config.reward)),
         *(

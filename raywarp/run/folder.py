@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raywarp.adapters.peft import save_peft
+from raywarp.adapters.peft import load_peft, save_peft
+from raywarp.adapters.start import Start, load_start, of_base, of_sft
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import geometry
 from raywarp.config.schema import Config, ConfigError
@@ -66,12 +67,15 @@ class Run(History):
         place: the store of the policies, if it is not `out` itself.
         mirror: keeps an object store equal to the folder; None if `out` is a folder.
         say: gets a line for each damaged file, which also says what becomes of it.
+        start: the SFT adapter. Adapters in files are changes of the base, and elsewhere of the SFT
+            model.
     """
 
     folder: Path
     place: Storage | None = None
     mirror: Mirror | None = None
     say: Callable[[str], None] = field(default=print, repr=False, compare=False)
+    start: Start | None = field(default=None, repr=False, compare=False)
 
     @property
     def store(self) -> Storage:
@@ -87,14 +91,14 @@ class Run(History):
                 files that no run wrote. The message names the keys that differ.
             StoreError: an object store cannot be reached.
         """
-        out = Storage(config.out)
+        out, start = Storage(config.out), load_start(config.sft_adapter)
         place = Storage(config.store) if config.store else None
         if out.folder is None:
             mirror = Mirror(out)
             mirror.pull()
-            run = cls(mirror.folder, place, mirror, say)
+            run = cls(mirror.folder, place, mirror, say, start)
         else:
-            run = cls(out.folder, place, say=say)
+            run = cls(out.folder, place, say=say, start=start)
         run._check(config)
         return run
 
@@ -198,6 +202,10 @@ class Run(History):
         """
         return self.store.fetch(f"policies/{key}")
 
+    def load_policy(self, folder: Path) -> AdapterDelta:
+        """Return the adapter in a policy's folder, as a change of the SFT model."""
+        return of_sft(self.start, load_peft(folder))
+
     def restore_rows(self, iteration: int, iterations: int, finished: Sequence[str]) -> None:
         """Rebuild an iteration's rows of both tables from the folders of its finished policies.
 
@@ -252,9 +260,9 @@ class Run(History):
         """
         name = f"iterations/{iteration}"
         with self._replacing(f"{name}/init") as folder:
-            save_peft(init, folder)
+            save_peft(of_base(self.start, init), folder)
         with self._replacing(f"{name}/merged") as folder:
-            save_peft(merged, folder)
+            save_peft(of_base(self.start, merged), folder)
         with self._replacing(name) as folder:
             place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
             sealed.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
@@ -294,12 +302,16 @@ class Run(History):
         self.store.write(f"merges/{key}.json", sealed.record_bytes(measured))
 
     def save_adapter(self, delta: AdapterDelta, card: str) -> None:
-        """Save the chosen point of the front as a plain PEFT adapter.
+        """Save the chosen point of the front as a plain PEFT adapter of the base.
 
-        Its card and the front's picture are saved with it.
+        Its card and the front's picture are saved with it. Where a run has an SFT adapter,
+        adapter-of-sft/ holds the same point as a change of the SFT model.
         """
+        if self.start:
+            with self._replacing("adapter-of-sft") as folder:
+                save_peft(delta, folder)
         with self._replacing("adapter") as folder:
-            save_peft(delta, folder)
+            save_peft(of_base(self.start, delta), folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
             shutil.copyfile(self.folder / PICTURE, folder / PICTURE)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
+from raywarp.adapters.start import load_start
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
@@ -96,6 +97,7 @@ class PolicyActor(Measuring):
             device,
             self.config.trust_remote_code,
             self.config.optim.gradient_checkpointing,
+            load_start(self.config.sft_adapter),
         )
         return self.model.zero_delta()
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raywarp.adapters.start import load_start, of_base
 from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.data.text import Completion, Prompt
 from raywarp.rollout.protocol import SFT, Adapter
@@ -112,10 +113,11 @@ class Progress:
         self.saved_step = self.policy.step
 
     def save_result(self, init: AdapterDelta) -> None:
-        """Save θ_m as a PEFT adapter on the SFT model: init's columns, then the policy's own r."""
-        result = add(init, self.policy.result())
+        """Save θ_m as a PEFT adapter on the base: init's columns, then the policy's own r."""
+        start = load_start(self.policy.config.sft_adapter)
+        result = of_base(start, add(init, self.policy.result()))
         if self.policy.config.warp.elastic_reset:
-            self.files.save_ema(add(init, self.policy.ema()))
+            self.files.save_ema(of_base(start, add(init, self.policy.ema())))
         self.files.save_result(result, self.metrics, self.samples, self.trajectory)
 
     def add_measurement(self, row: Row) -> None:

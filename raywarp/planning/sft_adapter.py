@@ -1,0 +1,77 @@
+"""The check of sft_adapter: whether the adapter is one of the model, and exact."""
+
+from pathlib import Path
+from typing import Any
+
+from raywarp.adapters.peft import local_folder
+from raywarp.adapters.start import Start, not_finite
+from raywarp.algorithm.factors import AdapterError
+from raywarp.config.policies import LoraConfig
+from raywarp.config.schema import Config, ConfigError
+from raywarp.identity import folder_fingerprint
+
+
+def check_start(config: Config, model: str, settings: Any) -> Start | None:
+    """Return the run's SFT adapter; None without one.
+
+    Args:
+        model: folder or hub id of the model.
+        settings: transformers' configuration of the model.
+
+    Raises:
+        ConfigError: it cannot be read, is no plain LoRA, holds NaN, or is of another model.
+    """
+    if config.sft_adapter is None:
+        return None
+    what = f"sft_adapter={config.sft_adapter}"
+    try:
+        start = Start.load(config.sft_adapter)
+    except AdapterError as error:
+        raise ConfigError(f"{what}: {error}") from None
+    if module := not_finite(start.delta):
+        raise ConfigError(f"{what}: the factors of {module} hold NaN or infinity")
+    _check_name(what, start.delta.base_model, config, model, settings)
+    _check_shapes(what, start, config, settings)
+    return start
+
+
+def start_fingerprint(source: str) -> str:
+    """Return the fingerprint of an adapter's files."""
+    return folder_fingerprint(local_folder(source), ["adapter_config.json", "*.safetensors"])
+
+
+def _check_name(what: str, base: str, config: Config, model: str, settings: Any) -> None:
+    """Compare what the adapter calls its base with the names of the model.
+
+    A name is the last part of a hub id or path, since folders of one model differ.
+    """
+    ours = {_short(name) for name in (config.model, model, getattr(settings, "_name_or_path", ""))}
+    if base and _short(base) not in ours:
+        raise ConfigError(
+            f"{what} is an adapter of {base}, and model={config.model}; if both are the same"
+            " weights, write the model's name into base_model_name_or_path of its"
+            " adapter_config.json"
+        )
+
+
+def _short(name: str) -> str:
+    parts = Path(name.partition("@")[0]).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    last = cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else ""
+    return last.rpartition(":")[2].lower()
+
+
+def _check_shapes(what: str, start: Start, config: Config, settings: Any) -> None:
+    from raywarp.planning.model_shapes import model_shapes
+
+    wanted = LoraConfig(target_modules=list(start.sizes))
+    try:
+        shapes = model_shapes(settings, wanted, trust_remote_code=config.trust_remote_code)
+    except ConfigError as error:
+        raise ConfigError(f"{what} does not fit model={config.model}: {error}") from None
+    for module, size in start.sizes.items():
+        if size != shapes.adapted[module]:
+            raise ConfigError(
+                f"{what} does not fit model={config.model}: {module} is {size} in the adapter and"
+                f" {shapes.adapted[module]} in the model"
+            )
