@@ -104,6 +104,8 @@ def stages(
     run = Run.open(config, display.say)
     if inputs.shapes.scope:
         display.say(inputs.shapes.scope)
+    for text in inputs.warnings:
+        display.say(f"warning: {text}")
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with (
         exclusive(config.out, run.folder, display.say) if claims.alone else nullcontext(),

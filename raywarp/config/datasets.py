@@ -72,26 +72,35 @@ class PreferencesConfig(Section):
     dataset: Text = Field(SNIPPETS, description=DATASET)
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
     split: Text = Field("train", description="split that preferences come from")
+    held_out_split: Text | None = Field(
+        None,
+        description=(
+            "split whose halves are validation and test; without it held_out_fraction of split is"
+            " kept back twice"
+        ),
+    )
     prompt: Text | None = Field(
         None,
         description=(
-            "column with the prompt, which stands before chosen and rejected; not for rated data"
+            "column with the prompt, a text or chat messages, which stands before the answers;"
+            " default: the column prompt, where there is one"
         ),
     )
     chosen: Text = Field("chosen", description="column with the preferred text, or chat messages")
     rejected: Text = Field("rejected", description="column with the other text, or chat messages")
-    text: Text = Field("text", description="column with the text, for rated data")
+    text: Text = Field("text", description="column with the rated text, or answer to the prompt")
     rating: Text = Field(
         "rating",
         description=(
-            "column with the rating, for rated data (used where chosen/rejected are absent)"
+            "column with the rating, for rated data (used where chosen/rejected are absent);"
+            " several ratings of one text are averaged"
         ),
     )
     margin: Positive = Field(
         0.5,
         description=(
-            "smallest difference of two ratings that makes a preference; higher: fewer and clearer"
-            " ones"
+            "smallest difference of two ratings that makes a preference, among answers to one"
+            " prompt where there are prompts; higher: fewer and clearer ones"
         ),
     )
     held_out_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = Field(

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raywarp.config.field_types import Count, Modules, Positive, Section, Text, Whole
+from raywarp.config.field_types import (
+    Count,
+    Modules,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    Whole,
+)
 
 MINILM = "embedded:all-minilm-l6-v2"
 
@@ -56,6 +64,30 @@ class RewardTrainingConfig(Section):
         256,
         description="tokens of prompt and completion together; longer prompts lose their beginning",
     )
+    template: Literal["auto", "none", "chat"] = Field(
+        "auto",
+        description=(
+            "chat: conversations, and texts with a prompt, are read in the backbone's chat"
+            " template; none: as plain text; auto: chat where the backbone has a template"
+        ),
+    )
+    append_eos: bool = Field(
+        False, description="put the backbone's EOS token behind each text, as TRL does with texts"
+    )
+    margin_loss: bool = Field(
+        False,
+        description=(
+            "the better score must exceed the worse by a margin: the difference of their ratings,"
+            " or the pair's number in the column margin"
+        ),
+    )
+    center_rewards_coefficient: NotNegative = Field(
+        0.0,
+        description=(
+            "weight of the squared sum of a pair's scores in the loss; higher: scores closer to a"
+            " mean of 0; TRL's documentation recommends 0.01"
+        ),
+    )
     num_workers: Count = Field(1, description="data-parallel workers of Ray Train")
     use_gpu: bool | None = Field(
         None, description="one GPU per worker; by default if the cluster has GPUs"
@@ -88,17 +120,27 @@ class RewardConfig(Section):
             "shift and scale by SFT completions; default: yes for a model, no for a function"
         ),
     )
-    template: Literal["auto", "none", "chat"] = Field(
+    template: Literal["auto", "none", "plain", "chat"] = Field(
         "auto",
         description=(
-            "what a model reads: the prompt with its completion, or both as turns of its own chat"
-            " template; auto: turns where prompts.template=chat and the model, not trained by"
-            " raywarp, has a template"
+            "what a model reads: none: the prompt with its completion; chat: both as turns of its"
+            " own chat template; plain: turns as plain text; auto: what it was trained on by"
+            " raywarp, else chat where prompts.template=chat and the model has a template"
         ),
     )
-    max_length: Count = Field(
-        256,
-        description="tokens of prompt and completion together; longer prompts lose their beginning",
+    append_eos: bool | None = Field(
+        None,
+        description=(
+            "put the model's EOS token behind each text; default: as in its training by raywarp,"
+            " TRL or OpenRLHF, else no"
+        ),
+    )
+    max_length: Count | None = Field(
+        None,
+        description=(
+            "tokens of prompt and completion together; longer prompts lose their beginning;"
+            " default: as in its training by raywarp or TRL, else 256"
+        ),
     )
     batch_size: Count = Field(
         64, description="texts per forward pass of a model; lower it where its memory runs out"

@@ -21,7 +21,8 @@ from raywarp.planning.jobs import check_paths
 from raywarp.planning.memory import Shapes
 from raywarp.planning.sft_adapter import check_start, start_fingerprint
 from raywarp.rewards import score
-from raywarp.rewards.classifier import check_classifier, load_tokenizer
+from raywarp.rewards.classifier import check_classifier, load_tokenizer, read_tokens
+from raywarp.rewards.reading import cut_warning
 from raywarp.rollout.engine import check_engine
 from raywarp.run.loggers import check_loggers
 from raywarp.storage import sealed
@@ -66,6 +67,18 @@ class Inputs:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt."""
         return self.prompts.longest
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reward model may not read of the completions."""
+        config, found = self.config, []
+        for key, scorer in (("reward", config.reward), ("control", config.control)):
+            if scorer is not None and scorer.model:
+                read = read_tokens(scorer, config.trust_remote_code)
+                found.append(
+                    cut_warning(key, read, self.longest_prompt, config.rollout.max_new_tokens)
+                )
+        return [text for text in found if text]
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints that the policies' keys depend on."""

@@ -141,7 +141,7 @@ def _origin(config: Config) -> Origin:
         if source is None:
             raise
         return replace(source, warnings=[f"a run from here ends at once: {error}"])
-    return Origin(inputs.model, inputs.settings, inputs.longest_prompt)
+    return Origin(inputs.model, inputs.settings, inputs.longest_prompt, warnings=inputs.warnings)
 
 
 def shapes_only(config: Config, weights: bool = False) -> Origin | None:

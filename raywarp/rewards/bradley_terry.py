@@ -20,11 +20,13 @@ from transformers import AutoModelForSequenceClassification
 from raywarp.cluster.device import supports_bf16
 from raywarp.config.rewards import RewardTrainingConfig
 from raywarp.config.schema import ConfigError
+from raywarp.data.conversation import Part
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import load_model
-from raywarp.data.preferences import Preference
+from raywarp.data.pairs import Preference
 from raywarp.identity import batch_indices, derive_seed
-from raywarp.rewards.classifier import classify, load_tokenizer
+from raywarp.rewards.classifier import classify, load_tokenizer, padding_token
+from raywarp.rewards.reading import Reading
 from raywarp.storage.sealed import write_json
 
 # Texts of similar length per forward pass. On a CPU padding costs more than small matrices do.
@@ -32,16 +34,25 @@ CPU_GROUP = 16
 GPU_GROUP = 256
 
 
-def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return −mean log σ(r_chosen − r_rejected) in nats, which is 0 without pairs.
+def pair_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centre: float = 0.0
+) -> Tensor:
+    """Return mean[−log σ(r_c − r_r − m) + c·(r_c + r_r)²] in nats, which is 0 without pairs.
 
-    A batch of equal ratings has no pairs.
+    A batch of equal ratings has no pairs. The margin m is that of Llama 2 (Touvron et al. 2023,
+    eq. 2), and the centring that of Eisenstein et al. (2023), eq. 2. Both are as in TRL 1.16,
+    RewardTrainer.compute_loss, whose center_rewards_coefficient is c.
 
     Args:
-        chosen: (N,) scores of the better texts.
-        rejected: (N,) scores of the worse texts.
+        chosen: (N,) scores of the better texts, r_c.
+        rejected: (N,) scores of the worse texts, r_r.
+        margin: (N,) margins m.
+        centre: the weight c.
     """
-    return -logsigmoid(chosen - rejected).sum() / max(len(chosen), 1)
+    losses = -logsigmoid(chosen - rejected - margin)
+    if centre:
+        losses = losses + centre * (chosen + rejected) ** 2
+    return losses.sum() / max(len(chosen), 1)
 
 
 def learning_rate(settings: RewardTrainingConfig, step: int) -> float:
@@ -101,6 +112,7 @@ class PairTrainer:
         world: number of workers.
         wrap: makes the module data-parallel.
         margin: see `train`.
+        reading: how a prompt and its completion become one text.
 
     Raises:
         ConfigError: the backbone cannot be loaded as a sequence classifier.
@@ -118,6 +130,7 @@ class PairTrainer:
         world: int = 1,
         wrap: Callable[[Any], Any] = lambda model: model,
         margin: float = 0.0,
+        reading: Reading | None = None,
     ):
         self.settings, self.train, self.seed, self.device, self.rank, self.world = (
             settings,
@@ -128,8 +141,11 @@ class PairTrainer:
             world,
         )
         self.tokenizer = load_tokenizer(backbone, trust_remote_code)
+        self.reading = reading or Reading(settings.max_length, append_eos=settings.append_eos)
         self.model = _load_model(settings, backbone, seed, trust_remote_code)
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        if (padding := padding_token(self.tokenizer)) != self.tokenizer.pad_token:
+            self.tokenizer.pad_token = padding
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval()
         self.parallel = wrap(self.model)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -152,11 +168,12 @@ class PairTrainer:
         """
         start, lr = time.perf_counter(), learning_rate(self.settings, self.step)
         texts, better, worse = self._batch()
+        margins = self._margins(better, worse) if self.settings.margin_loss else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         scores = self._score(self.parallel, texts)
         chosen, rejected = scores[better], scores[worse]
-        loss = pair_loss(chosen, rejected)
+        loss = pair_loss(chosen, rejected, margins, self.settings.center_rewards_coefficient)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -191,15 +208,14 @@ class PairTrainer:
 
         A text that several pairs share is scored once.
         """
-        texts = list(
-            dict.fromkeys((p.prompt, text) for p in pairs for text in (p.chosen, p.rejected))
-        )
+        pairs_of_texts = [pair.texts for pair in pairs]
+        texts = list(dict.fromkeys(text for both in pairs_of_texts for text in both))
         place = {text: n for n, text in enumerate(texts)}
         with torch.inference_mode():
             scores = self._score(self.model, texts).cpu()
         return (
-            scores[[place[p.prompt, p.chosen] for p in pairs]],
-            scores[[place[p.prompt, p.rejected] for p in pairs]],
+            scores[[place[chosen] for chosen, _ in pairs_of_texts]],
+            scores[[place[rejected] for _, rejected in pairs_of_texts]],
         )
 
     def save(self, folder: Path) -> None:
@@ -249,26 +265,24 @@ class PairTrainer:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _score(self, model: Any, texts: Sequence[tuple[str, str]]) -> Tensor:
+    def _score(self, model: Any, texts: Sequence[tuple[Part, Part]]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=supports_bf16(self.device)):
             prompts, completions = (
                 [prompt for prompt, _ in texts],
                 [completion for _, completion in texts],
             )
-            return classify(
-                model, self.tokenizer, prompts, completions, self.settings.max_length, self.group
-            )
+            return classify(model, self.tokenizer, prompts, completions, self.reading, self.group)
 
-    def _batch(self) -> tuple[list[tuple[str, str]], list[int], list[int]]:
+    def _batch(self) -> tuple[list[tuple[Part, Part]], list[int], list[int]]:
         """Return the step's texts, and for each pair the index of its better and of its worse text.
 
         A text is a tuple (prompt, completion).
         """
-        rows = [self.train[n] for n in self._positions()]
+        rows = self._rows()
         rated = [row for row in rows if isinstance(row, Snippet)]
-        pairs = [row for row in rows if isinstance(row, Preference)]
+        pairs = [row.texts for row in rows if isinstance(row, Preference)]
         if pairs:
-            texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+            texts = [*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)]
             return texts, list(range(len(pairs))), list(range(len(pairs), 2 * len(pairs)))
         places = [
             (i, j)
@@ -277,6 +291,18 @@ class PairTrainer:
             if one.rating - other.rating >= self.margin
         ]
         return [("", row.text) for row in rated], [i for i, _ in places], [j for _, j in places]
+
+    def _margins(self, better: Sequence[int], worse: Sequence[int]) -> Tensor:
+        """Return by how much each better text of the step is better: ratings, or given margins."""
+        rows = self._rows()
+        margins = [row.margin or 0.0 for row in rows if isinstance(row, Preference)]
+        if not margins:
+            ratings = [row.rating for row in rows if isinstance(row, Snippet)]
+            margins = [ratings[i] - ratings[j] for i, j in zip(better, worse, strict=True)]
+        return torch.tensor(margins, device=self.device)
+
+    def _rows(self) -> list[Preference | Snippet]:
+        return [self.train[n] for n in self._positions()]
 
     def _positions(self) -> list[int]:
         size = self.settings.batch_size * (2 if isinstance(self.train[0], Snippet) else 1)

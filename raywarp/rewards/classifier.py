@@ -1,6 +1,8 @@
 """A one-label sequence classifier and its tokenizer as a reward for a prompt and a completion."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import transformers  # not `from`: its parts take seconds to import, and a check
 from torch import Tensor
 
 from raywarp.cluster.device import supports_bf16
+from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import (
     check_one_label,
@@ -16,87 +19,144 @@ from raywarp.data.models import (
     read_model_config,
     read_tokenizer,
 )
+from raywarp.rewards.reading import LENGTH, Reading, positions
 
 
 def encode(
     tokenizer: Any,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    max_length: int,
-    chat: bool = False,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    reading: Reading | int,
 ) -> Any:
-    """Return token ids and attention mask of prompt + completion, (N, longest), right-padded.
+    """Return token ids and attention mask of prompt with completion, (N, longest), right-padded.
 
-    A text of more than max_length tokens loses its beginning, so that the completion is kept. The
-    same holds above the limit that the tokenizer gives for its model.
+    A text that is too long loses its beginning, so that the completion is kept. The special tokens
+    before it are kept, too.
 
     Args:
-        prompts: N texts.
-        completions: N texts.
-        max_length: tokens per text.
-        chat: encode prompt and completion as two turns of a chat.
+        prompts: N texts, conversations, or lists of messages.
+        completions: N texts, conversations, or lists of messages.
+        reading: how they become one text; a number of tokens for prompt + completion as it is.
     """
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-    pairs = list(zip(prompts, completions, strict=True))
-    texts = (
-        [_as_turns(tokenizer, *pair) for pair in pairs]
-        if chat
-        else [prompt + completion for prompt, completion in pairs]
-    )
-    length = min(max_length, tokenizer.model_max_length)
-    return tokenizer(
-        texts,
-        padding=True,
-        truncation=True,
-        max_length=length,
-        add_special_tokens=not chat,
-        return_tensors="pt",
-    )
+    return _padded(tokenizer, *tokens_of(tokenizer, prompts, completions, reading))
 
 
-def _as_turns(tokenizer: Any, prompt: str, completion: str) -> str:
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    return text
+def tokens_of(
+    tokenizer: Any, prompts: Sequence[Any], completions: Sequence[Any], reading: Reading | int
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Return the token ids of each text, and the ids of their types where the tokenizer has them.
+
+    See encode for the arguments.
+    """
+    reading = Reading(reading) if isinstance(reading, int) else reading
+    tokenizer.truncation_side = "left"
+    length = min(reading.max_length, tokenizer.model_max_length)
+    encoded = tokenizer(
+        reading.texts(tokenizer, prompts, completions),
+        truncation=not reading.is_chat,
+        max_length=None if reading.is_chat else length,
+        add_special_tokens=not reading.is_chat,
+        verbose=False,
+    )
+    rows = [_fitted(tokenizer, ids, length, reading.append_eos) for ids in encoded["input_ids"]]
+    if not all(rows):
+        raise ConfigError("a text has no tokens at all, so a reward model cannot score it")
+    return rows, encoded.get("token_type_ids")
+
+
+def _fitted(tokenizer: Any, ids: list[int], length: int, append_eos: bool) -> list[int]:
+    """Return a text's tokens, EOS included, without so many of its first that they fit.
+
+    A BOS at the beginning is kept.
+    """
+    if append_eos and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    if len(ids) <= length:
+        return ids
+    first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    head = ids[:1] if length > 1 and ids[0] in first else []
+    return [*head, *ids[len(ids) - length + len(head) :]]
+
+
+def _padded(
+    tokenizer: Any, rows: list[list[int]], types: list[list[int]] | None
+) -> transformers.BatchEncoding:
+    """Return the rows as tensors, with the tokenizer's types of tokens where it has them."""
+    longest, filler = max(map(len, rows)), tokenizer.pad_token_id or 0
+    columns = {
+        "input_ids": [ids + [filler] * (longest - len(ids)) for ids in rows],
+        "attention_mask": [[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows],
+    }
+    if types is not None:
+        fill = tokenizer.pad_token_type_id
+        own = [
+            (kinds + kinds[-1:])[: len(ids)] for kinds, ids in zip(types, rows, strict=True)
+        ]  # with the type of an EOS that was put behind
+        columns["token_type_ids"] = [kinds + [fill] * (longest - len(kinds)) for kinds in own]
+    return transformers.BatchEncoding(columns, tensor_type="pt")
 
 
 def classify(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    max_length: int,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    reading: Reading | int,
     batch_size: int,
-    chat: bool = False,
 ) -> Tensor:
     """Return the classifier's scores, (N,) float32 on its device.
 
-    Training and scoring both call this. The scores have a gradient if autograd is on. Texts of
-    similar length share a forward pass of at most batch_size, which saves most of the padding.
+    Each is the score that the model gives to its text alone, without any padding. Training and
+    scoring both call this. The scores have a gradient if autograd is on. Texts of similar length
+    share a forward pass of at most batch_size, which saves most of the padding.
 
     Args:
-        prompts: N texts.
-        completions: N texts.
-        max_length: tokens per text, see encode.
+        prompts, completions, reading: see encode.
         batch_size: texts per forward pass.
-        chat: see encode.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(completions)), key=lambda n: len(prompts[n]) + len(completions[n]))
+    sizes = [_characters(p) + _characters(c) for p, c in zip(prompts, completions, strict=True)]
+    order = sorted(range(len(completions)), key=sizes.__getitem__)
+    ends = not isinstance(reading, int) and reading.ends
     parts = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = encode(
-            tokenizer,
-            [prompts[n] for n in chosen],
-            [completions[n] for n in chosen],
-            max_length,
-            chat,
+            tokenizer, [prompts[n] for n in chosen], [completions[n] for n in chosen], reading
         )
-        parts.append(model(**batch.to(device)).logits[:, 0].float())
+        with _padding(model, batch, ends):
+            parts.append(model(**batch.to(device)).logits[:, 0].float())
     place = torch.empty(len(order), dtype=torch.long, device=device)
     place[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
     return torch.cat(parts)[place]
+
+
+def _characters(part: Any) -> int:
+    return len(part) if isinstance(part, str) else len(str(part))
+
+
+@contextmanager
+def _padding(model: Any, batch: Any, ends: bool) -> Iterator[None]:
+    """Pad with the id that the model's configuration calls padding, and no other.
+
+    A decoder's classifier (transformers 5.19) finds a text's end by that id: it reads the last
+    token that differs from it. So padding with another id moves the end. Without such an id, the
+    end is the last token: an id that ends no text of the batch then pads.
+
+    Args:
+        ends: each text's last token is its end, even if the configuration calls it padding.
+    """
+    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    settings, mask = inner.config.get_text_config(), batch["attention_mask"]
+    before = settings.pad_token_id
+    if ends or before is None or not 0 <= before < getattr(settings, "vocab_size", before + 1):
+        last = batch["input_ids"][torch.arange(len(mask)), mask.sum(dim=1) - 1]
+        settings.pad_token_id = next(n for n in range(len(last) + 1) if n not in last)
+    batch["input_ids"] = batch["input_ids"].masked_fill(mask == 0, settings.pad_token_id)
+    try:
+        yield
+    finally:
+        settings.pad_token_id = before
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -118,6 +178,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def padding_token(tokenizer: Any) -> str:
+    """Return the token that pads a training's texts: one that is no EOS, where there is one.
+
+    Transformers finds the end of a text by it, so it must not be a text's last token. BOS stands
+    in for a padding token, since it is never last.
+    """
+    named = [tokenizer.pad_token, *_named_padding(tokenizer), tokenizer.bos_token]
+    other = [token for token in named if token and token != tokenizer.eos_token]
+    return str(other[0] if other else tokenizer.pad_token)
+
+
+def _named_padding(tokenizer: Any) -> list[str]:
+    """Return special tokens such as Llama 3's <|finetune_right_pad_id|>."""
+    added = tokenizer.added_tokens_decoder.values()
+    return [token.content for token in added if token.special and "pad" in token.content.lower()]
+
+
 def check_classifier(name: str, trust_remote_code: bool = False) -> None:
     """Raise ConfigError if the model cannot be read, is incomplete, or has not exactly one label.
 
@@ -135,12 +212,20 @@ def check_classifier(name: str, trust_remote_code: bool = False) -> None:
     )
 
 
+def read_tokens(config: RewardConfig, trust_remote_code: bool = False) -> int:
+    """Return how many tokens the model of a configuration, which with_template decided, reads."""
+    name = config.model or ""
+    settings = read_model_config(name, trust_remote_code, f"the reward model {name}")
+    most = positions(load_tokenizer(name, trust_remote_code), settings)
+    return min(config.max_length or LENGTH, most)
+
+
 class ClassifierReward:
-    """A one-label AutoModelForSequenceClassification that scores prompt + completion.
+    """A one-label AutoModelForSequenceClassification that scores a prompt with its completion.
 
     Args:
         name: folder or hub id, already resolved.
-        max_length: tokens per text, see encode.
+        reading: how it reads the two; a number of tokens for prompt + completion as one text.
         batch_size: texts per forward pass.
         chat: prompt and completion are turns of its chat template.
 
@@ -151,39 +236,42 @@ class ClassifierReward:
     def __init__(
         self,
         name: str,
-        max_length: int = 256,
+        reading: Reading | int = LENGTH,
         batch_size: int = 64,
         trust_remote_code: bool = False,
         device: str = "cpu",
         chat: bool = False,
     ):
         check_classifier(name, trust_remote_code)
-        self.max_length, self.batch_size, self.chat = max_length, batch_size, chat
+        self.reading = Reading(reading) if isinstance(reading, int) else reading
+        if chat:
+            self.reading = replace(self.reading, template="chat")
+        self.batch_size = batch_size
         self.tokenizer = load_tokenizer(name, trust_remote_code)
         dtype = "auto" if supports_bf16(torch.device(device)) else torch.float32
         auto = transformers.AutoModelForSequenceClassification
         model = load_model(
             auto, name, f"the reward model {name}", dtype=dtype, trust_remote_code=trust_remote_code
         )
-        # A decoder's classifier reads the last token that is not the padding token.
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        most = positions(self.tokenizer, model.config)
+        if self.reading.max_length > most:
+            self.reading = replace(self.reading, max_length=most)
         self.model = model.to(device).eval()
 
     def score(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float]:
-        """Return the raw scores, in the order of the completions."""
+        """Return the raw scores, in the order of the completions.
+
+        Args:
+            prompts: N texts, conversations, or lists of messages.
+            completions: N texts.
+            columns: ignored.
+        """
         if not completions:
             return []
         with torch.inference_mode():
             scores = classify(
-                self.model,
-                self.tokenizer,
-                prompts,
-                completions,
-                self.max_length,
-                self.batch_size,
-                self.chat,
+                self.model, self.tokenizer, prompts, completions, self.reading, self.batch_size
             )
         return [float(score) for score in scores.tolist()]

@@ -23,10 +23,12 @@ from raywarp.config.datasets import PromptsConfig
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import ConfigError
 from raywarp.identity import content_key, folder_fingerprint
+from raywarp.rewards.reading import Reading
+from raywarp.rewards.record import REWARD_FILE as REWARD_FILE
+from raywarp.rewards.record import reading_of, stored_reading
 from raywarp.storage.sealed import DamagedError, check_sealed, is_sealed, read_record
 
 Score = Callable[..., Any]
-REWARD_FILE = "reward.json"
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
 EXCERPT = 200  # characters of a prompt or completion in an error
 # Kept from the time when the module's source was hashed, since the function is still the same.
@@ -223,11 +225,10 @@ def load_reward(
     mean, std = stored if stored and config.standardise is not False else (0.0, 1.0)
     classifier = ClassifierReward(
         config.model,
-        config.max_length,
+        _reading(config, PromptsConfig(), trust_remote_code),
         config.batch_size,
         trust_remote_code,
         device,
-        config.template == "chat",
     )
     return Reward(config.model, classifier.score, mean, std)
 
@@ -235,31 +236,30 @@ def load_reward(
 def with_template(
     config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool = False
 ) -> RewardConfig:
-    """Return the configuration with `template` none or chat; its model is resolved.
+    """Return the configuration with all that decides how its model, which is resolved, reads texts.
+
+    These are `template` (none, plain or chat), `max_length` and `append_eos`.
 
     Raises:
-        ConfigError: template=chat, but the model has no chat template.
+        ConfigError: see reading_of.
     """
-    plain = config.model_copy(update={"template": "none"})
-    if (
-        not config.model
-        or config.template == "none"
-        or (config.template == "auto" and prompts.template != "chat")
-    ):
-        return plain
+    if not config.model:
+        return config.model_copy(update={"template": "none"})
+    reading = _reading(config, prompts, trust_remote_code)
+    decided = {
+        "template": reading.template,
+        "max_length": reading.max_length,
+        "append_eos": reading.append_eos,
+    }
+    return config.model_copy(update=decided)
+
+
+def _reading(config: RewardConfig, prompts: PromptsConfig, trust_remote_code: bool) -> Reading:
     from raywarp.rewards.classifier import load_tokenizer
 
-    has_one = bool(load_tokenizer(config.model, trust_remote_code).chat_template)
-    if config.template == "chat" and not has_one:
-        raise ConfigError(
-            f"reward.template=chat, but the tokenizer of {config.model} has no chat template; use"
-            " template=none"
-        )
-    own = (
-        Path(config.model) / REWARD_FILE
-    ).is_file()  # raywarp trains on the two texts as they are
-    wanted = config.template == "chat" or (has_one and not own)
-    return plain.model_copy(update={"template": "chat"}) if wanted else plain
+    assert config.model
+    tokenizer = load_tokenizer(config.model, trust_remote_code)
+    return reading_of(config, prompts, tokenizer, trust_remote_code)
 
 
 def reward_fingerprint(config: RewardConfig) -> str:
@@ -284,11 +284,13 @@ def reward_fingerprint(config: RewardConfig) -> str:
         }
     elif config.model:
         settings |= {
-            "max_length": config.max_length,
+            "max_length": config.max_length
+            or (stored_reading(config.model) or Reading()).max_length,
             "standardise": config.standardise,
             "model": _model_fingerprint(config.model),
         }
-        settings |= {"template": "chat"} if config.template == "chat" else {}
+        settings |= {"template": config.template} if config.template in ("chat", "plain") else {}
+        settings |= {"append_eos": True} if config.append_eos else {}
     return content_key(settings)
 
 

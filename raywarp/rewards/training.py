@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from raywarp.cluster.device import CPU_ENV
 from raywarp.config.schema import Config, ConfigError
-from raywarp.data.preferences import Preference
+from raywarp.data.pairs import Preference
 from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval
 from raywarp.rewards.inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.rewards.progress import following
+from raywarp.rewards.reading import Reading
 from raywarp.rewards.score import REWARD_FILE
 from raywarp.run.display import Display
 from raywarp.storage.sealed import (
@@ -92,11 +93,15 @@ def train_reward(
         display.say(f"reward model {out} is already complete")
         return _summary(out, already_complete=True)
     use_gpu, splits = _check_workers(config), inputs.splits
+    for note in inputs.notes():
+        display.say(note)
     test = splits.test[: training.test_pairs]
     write_record(out / WORK / SETTINGS_FILE, settings_of(config))
     job = {
         "config": config.model_dump(mode="json"),
         "backbone": inputs.backbone,
+        "reading": asdict(inputs.reading),
+        "left_out": dict(splits.left_out),
         "out": str(out),
         "pairs": ray.put(
             (splits.rated or splits.train, splits.validation[: training.eval_pairs], test)
@@ -184,6 +189,7 @@ def _train_worker(job: dict[str, Any]) -> None:
         world,
         _parallel,
         config.preferences.margin,
+        Reading(**job["reading"]),
     )
     fault = _resume(trainer)
     metrics = out / "metrics.jsonl"
@@ -198,7 +204,7 @@ def _train_worker(job: dict[str, Any]) -> None:
         if trainer.step % settings.eval_every == 0 or trainer.step == settings.steps:
             _validate(trainer, validation, out, first)
     if first:
-        _test_and_export(trainer, test, job["backbone"], config, out / WORK / "model")
+        _test_and_export(trainer, test, job["left_out"], config, out / WORK / "model")
     # The report is also a barrier: no worker leaves before the model is written.
     ray.train.report({"step": trainer.step})
 
@@ -250,7 +256,11 @@ def _validate(trainer: PairTrainer, pairs: Sequence[Preference], out: Path, firs
 
 
 def _test_and_export(
-    trainer: PairTrainer, test: Sequence[Preference], backbone: str, config: Config, folder: Path
+    trainer: PairTrainer,
+    test: Sequence[Preference],
+    left_out: dict[str, int],
+    config: Config,
+    folder: Path,
 ) -> None:
     trainer.take_best()
     chosen, rejected = trainer.scores(test)
@@ -267,6 +277,8 @@ def _test_and_export(
         "best_step": trainer.best_step,
         "validation": trainer.history,
         "settings": settings_of(config),
+        "reading": asdict(trainer.reading),
+        "left_out": left_out,
     }
     write_record(folder / REWARD_FILE, report)
 

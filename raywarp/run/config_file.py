@@ -14,6 +14,8 @@ CONFIG_FILE = "config.yaml"
 # Raise it when a change makes the sampler sample another policy than before.
 # Older runs are then marked, and they are not continued.
 SAMPLER_VERSION = 1
+# Defaults of earlier versions where the default is now null.
+_FORMER = {"reward.max_length": 256}
 _CHECKSUM = "# sha256 of the lines below: "
 _SAMPLER = "# sampler version: "
 # Keys that change how a run is carried out or shown, but not what it trains.
@@ -82,7 +84,9 @@ def differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"{key} is {before.get(key)!r} there and {value!r} here"
         for key, value in now.items()
-        if not _FREE_KEYS & {key, key.partition(".")[0]} and before.get(key) != value
+        if not _FREE_KEYS & {key, key.partition(".")[0]}
+        and before.get(key) != value
+        and (before.get(key), value) != (_FORMER.get(key), None)
     ]
 
 
