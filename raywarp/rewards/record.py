@@ -14,7 +14,6 @@ from raywarp.config.datasets import PromptsConfig
 from raywarp.config.field_types import LARGEST
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import ConfigError
-from raywarp.data.models import read_model_config
 from raywarp.rewards.reading import LENGTH, Reading, adds_bos
 from raywarp.storage.sealed import read_record
 
@@ -52,6 +51,8 @@ def reading_of(
     Raises:
         ConfigError: template=chat without a chat template, or append_eos without an EOS.
     """
+    from raywarp.data.models import read_model_config  # imports torch
+
     name = config.model or ""
     settings = read_model_config(name, trust_remote_code, f"the reward model {name}")
     own = stored_reading(name)

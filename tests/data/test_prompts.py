@@ -428,7 +428,8 @@ def test_rated_rows_are_split_by_text_before_they_are_paired(write: Write) -> No
         20,
         20,
     ]
-    assert all(int(p.chosen[5:]) % 5 - int(p.rejected[5:]) % 5 >= 1 for p in all_pairs(splits))
+    rating = {f"film {n}": n % 5 for n in range(100)} | {"film 7": 3}  # of 2 and 4
+    assert all(rating[p.chosen] - rating[p.rejected] >= 1 for p in all_pairs(splits))
     assert load_preferences(config, 0) == splits
     assert load_preferences(config, 1) != splits
 
@@ -461,28 +462,6 @@ def test_pairs_with_a_prompt_are_split_by_prompt(write: Write) -> None:
     )
 
 
-def test_conversations_give_the_users_turns_and_the_last_answer(write: Write) -> None:
-    def talk(answer: str, n: int) -> list[dict[str, str]]:
-        turns = (
-            ("system", "be nice"),
-            ("user", f"hi {n}"),
-            ("assistant", "hello"),
-            ("user", "tell me"),
-            ("assistant", answer),
-        )
-        return [{"role": role, "content": content} for role, content in turns]
-
-    rows = [
-        {"chosen": talk("gladly", n), "rejected": talk("no", n), "prompt": talk("", n)[1:2]}
-        for n in range(10)
-    ]
-    path = write(rows, "t.jsonl")
-    pairs = all_pairs(load_preferences(PreferencesConfig(dataset=path), 0))
-    assert set(pairs) == {Preference("gladly", "no", f"hi {n}\ntell me") for n in range(10)}
-    pairs = all_pairs(load_preferences(PreferencesConfig(dataset=path, prompt="prompt"), 0))
-    assert set(pairs) == {Preference("gladly", "no", f"hi {n}") for n in range(10)}
-
-
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
@@ -509,17 +488,17 @@ def test_conversations_give_the_users_turns_and_the_last_answer(write: Write) ->
         (
             [{"chosen": 1, "rejected": 2}],
             {},
-            "column chosen holds 1; it must hold texts or lists of role and content",
+            "row 0, column chosen holds 1; it must hold texts or lists of role and content",
         ),
         (
             [{"chosen": [{"role": "user", "content": "x"}], "rejected": []}],
             {},
-            "a conversation in column chosen has no assistant turn",
+            "row 0, column chosen: the last turn of a conversation must be the assistant's",
         ),
         (
             [{"text": "x", "rating": "good"}],
             {},
-            "a rated row needs a text and a number, found 'x' and 'good'",
+            "row 0: a rated row needs a text and a number, found 'x' and 'good'",
         ),
         (
             [{"text": "x", "rating": None}],
@@ -530,11 +509,6 @@ def test_conversations_give_the_users_turns_and_the_last_answer(write: Write) ->
             [{"text": f"film {n}", "rating": 1.0} for n in range(50)],
             {},
             "too few preferences: 0 for training",
-        ),
-        (
-            [{"text": "x", "rating": 1.0, "q": "?"}],
-            {"prompt": "q"},
-            "for rated data put the prompt into the text column",
         ),
     ],
 )

@@ -24,6 +24,7 @@ from raywarp.data.text import Completion
 from raywarp.planning.inputs import prepare
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.classifier import ClassifierReward, classify, encode
+from raywarp.rewards.reading import Reading
 from raywarp.rewards.score import (
     REWARD_FILE,
     Reward,
@@ -50,9 +51,7 @@ def scored_by(function) -> Reward:
 
 
 def test_truncation_keeps_the_completion_and_drops_the_beginning_of_the_prompt():
-    ids = encode(build_tokenizer(), ["the film was a plot "], ["good bad"], max_length=5)[
-        "input_ids"
-    ]
+    ids = encode(build_tokenizer(), ["the film was a plot "], ["good bad"], 5)["input_ids"]
     assert [BERT_WORDS[i] for i in ids[0]] == ["[CLS]", "plot", "good", "bad", "[SEP]"]
 
 
@@ -80,7 +79,7 @@ def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: P
         != reward_fingerprint(with_template(config, plain))
         == reward_fingerprint(config)
     )
-    ids = encode(tokenizer, ["a film"], ["the plot"], 16, chat=True)["input_ids"]
+    ids = encode(tokenizer, ["a film"], ["the plot"], Reading(16, "chat"))["input_ids"]
     # special tokens are the template's own
     assert [BERT_WORDS[i] for i in ids[0]] == [
         "good",
@@ -100,7 +99,7 @@ def test_a_reward_model_with_a_chat_template_reads_turns(bert: Path, tmp_path: P
 
 
 def test_texts_are_padded_on_the_right():
-    batch = encode(build_tokenizer(), ["", ""], ["good", "good film"], max_length=8)
+    batch = encode(build_tokenizer(), ["", ""], ["good", "good film"], 8)
     assert batch["input_ids"].tolist() == [[2, 4, 3, 0], [2, 4, 6, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
