@@ -49,16 +49,20 @@ def tokens_of(
     See encode for the arguments.
     """
     reading = Reading(reading) if isinstance(reading, int) else reading
-    tokenizer.truncation_side = "left"
+    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     length = min(reading.max_length, tokenizer.model_max_length)
     encoded = tokenizer(
         reading.texts(tokenizer, prompts, completions),
+        # taken off again; a tokenizer's file keeps it, and so the fingerprint of a trained model
+        padding=tokenizer.pad_token is not None,
         truncation=not reading.is_chat,
         max_length=None if reading.is_chat else length,
         add_special_tokens=not reading.is_chat,
         verbose=False,
     )
-    rows = [_fitted(tokenizer, ids, length, reading.append_eos) for ids in encoded["input_ids"]]
+    sizes = list(map(sum, encoded["attention_mask"]))
+    texts = [ids[:size] for ids, size in zip(encoded["input_ids"], sizes, strict=True)]
+    rows = [_fitted(tokenizer, ids, length, reading.append_eos) for ids in texts]
     if not all(rows):
         raise ConfigError("a text has no tokens at all, so a reward model cannot score it")
     return rows, encoded.get("token_type_ids")

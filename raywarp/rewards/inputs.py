@@ -41,7 +41,7 @@ NEW_KEYS = {
 }
 CUT_EQUAL = "pairs of answers that are equal in the tokens that the model reads"
 CUT_TWICE = "rated texts that equal another in the tokens that the model reads, averaged"
-TOKENIZED = 1000  # texts at a time
+TOKENIZED = 64  # texts at a time, padded to the longest of them
 
 
 @dataclass(frozen=True)
