@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from raywarp.data.conversation import ANSWER, Conversation, Part, plain
 from raywarp.data.embedded import Snippet
+from raywarp.data.turns import ANSWER, Conversation, Part, plain
 from raywarp.identity import derive_seed
 
 

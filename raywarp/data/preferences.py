@@ -11,7 +11,10 @@ from typing import Any
 from raywarp.config.datasets import SNIPPETS, PreferencesConfig
 from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
-from raywarp.data.conversation import (
+from raywarp.data.pairs import Preference, PreferenceSplits, of_turns, split_given, split_pairs
+from raywarp.data.prompts import load_rows
+from raywarp.data.ratings import TWICE, averaged, pair_splits, read_rated, split_rated
+from raywarp.data.turns import (
     Conversation,
     Part,
     Turn,
@@ -21,9 +24,6 @@ from raywarp.data.conversation import (
     read_dialogue,
     read_messages,
 )
-from raywarp.data.pairs import Preference, PreferenceSplits, of_turns, split_given, split_pairs
-from raywarp.data.prompts import load_rows
-from raywarp.data.ratings import TWICE, averaged, pair_splits, read_rated, split_rated
 
 PROMPT, MARGIN = "prompt", "margin"  # columns that TRL's formats name
 EQUAL = "pairs of equal answers"

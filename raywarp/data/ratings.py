@@ -12,7 +12,10 @@ from itertools import combinations
 from typing import Any
 
 from raywarp.config.schema import ConfigError
-from raywarp.data.conversation import (
+from raywarp.data.embedded import Snippet
+from raywarp.data.pairs import Preference, PreferenceSplits, Rated, of_turns, shuffled
+from raywarp.data.text import text_key
+from raywarp.data.turns import (
     Part,
     Turn,
     asked,
@@ -20,9 +23,6 @@ from raywarp.data.conversation import (
     plain,
     read_messages,
 )
-from raywarp.data.embedded import Snippet
-from raywarp.data.pairs import Preference, PreferenceSplits, Rated, of_turns, shuffled
-from raywarp.data.text import text_key
 from raywarp.identity import derive_seed
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000  # of texts without a prompt

@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification
 from raywarp.cluster.device import supports_bf16
 from raywarp.config.rewards import RewardTrainingConfig
 from raywarp.config.schema import ConfigError
-from raywarp.data.conversation import Part
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import load_model
 from raywarp.data.pairs import Preference
+from raywarp.data.turns import Part
 from raywarp.identity import batch_indices, derive_seed
 from raywarp.rewards.classifier import classify, load_tokenizer, padding_token
 from raywarp.rewards.reading import Reading

@@ -51,8 +51,9 @@ def tokens_of(
     reading = Reading(reading) if isinstance(reading, int) else reading
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     length = min(reading.max_length, tokenizer.model_max_length)
+    texts = reading.texts(tokenizer, prompts, completions)
     encoded = tokenizer(
-        reading.texts(tokenizer, prompts, completions),
+        texts,
         # taken off again; a tokenizer's file keeps it, and so the fingerprint of a trained model
         padding=tokenizer.pad_token is not None,
         truncation=not reading.is_chat,
@@ -60,12 +61,23 @@ def tokens_of(
         add_special_tokens=not reading.is_chat,
         verbose=False,
     )
-    sizes = list(map(sum, encoded["attention_mask"]))
-    texts = [ids[:size] for ids, size in zip(encoded["input_ids"], sizes, strict=True)]
-    rows = [_fitted(tokenizer, ids, length, reading.append_eos) for ids in texts]
+    rows = []
+    for text, ids, mask in zip(texts, encoded["input_ids"], encoded["attention_mask"], strict=True):
+        own = _with_one_bos(tokenizer, text, ids[: sum(mask)])
+        rows.append(_fitted(tokenizer, own, length, reading.append_eos))
     if not all(rows):
         raise ConfigError("a text has no tokens at all, so a reward model cannot score it")
     return rows, encoded.get("token_type_ids")
+
+
+def _with_one_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Return the tokens without a second BOS that is not in the text.
+
+    Some tokenizers add theirs to a chat template's even when they are told not to.
+    """
+    bos, token = tokenizer.bos_token, tokenizer.bos_token_id
+    twice = bos and ids[:2] == [token, token] and not text.startswith(bos * 2)
+    return ids[1:] if twice else ids
 
 
 def _fitted(tokenizer: Any, ids: list[int], length: int, append_eos: bool) -> list[int]:

@@ -11,12 +11,12 @@ from statistics import fmean
 from typing import Any
 
 from raywarp.config.schema import Config, ConfigError
-from raywarp.data.conversation import Part
 from raywarp.data.embedded import Snippet
 from raywarp.data.models import check_tensors, check_weights, read_model_config
 from raywarp.data.pairs import Preference, PreferenceSplits
 from raywarp.data.preferences import load_preferences
 from raywarp.data.prompts import resolve_model
+from raywarp.data.turns import Part
 from raywarp.rewards.classifier import load_tokenizer, padding_token, tokens_of
 from raywarp.rewards.reading import Reading, adds_bos, positions
 from raywarp.rewards.score import REWARD_FILE, check_trained
@@ -24,6 +24,7 @@ from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError, read_record
 
 SETTINGS_FILE = "settings.json"
+READING = "reading"  # in that file, beside the settings
 WORK = ".ray_train"  # a folder inside the model's folder, removed at success
 # Keys that may change without making it another model.
 FREE_KEYS = {
@@ -110,6 +111,7 @@ def prepare_reward(config: Config) -> RewardInputs | None:
     if training.margin_loss:
         _check_margins(splits)
     reading = training_reading(config, tokenizer, splits)
+    _drop_other_reading(out, begun, reading)
     return RewardInputs(backbone, without_equal(splits, tokenizer, reading), reading)
 
 
@@ -128,7 +130,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def _refuse_other(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted((old.keys() | new.keys()) - {READING}):
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"{out} holds a reward model trained with {key}={old.get(key)}, and now"
@@ -190,7 +192,7 @@ def training_reading(config: Config, tokenizer: Any, splits: PreferenceSplits) -
         training.max_length,
         "chat" if is_chat else "plain" if talks else "none",
         training.append_eos,
-        tokenizer.chat_template if is_chat else None,
+        tokenizer.get_chat_template() if is_chat else None,
         splits.dialogues,
         adds_bos=adds_bos(tokenizer),
         pad_token_id=tokenizer.convert_tokens_to_ids(padding_token(tokenizer)),
@@ -278,6 +280,16 @@ def _check_margins(splits: PreferenceSplits) -> None:
                 f"reward_training.margin_loss=true, but row {pair.row} of the preferences has no"
                 " number in the column margin; add it, or set margin_loss=false"
             )
+
+
+def _drop_other_reading(out: Path, begun: dict[str, Any] | None, reading: Reading) -> None:
+    """Delete checkpoints of a training that read its texts in another way.
+
+    Before readings were kept, prompt and answer were one text.
+    """
+    if begun is not None and begun.get(READING, "none") != reading.template:
+        print(f"reward model: {out / WORK} was trained on texts of another form; it starts over")
+        shutil.rmtree(out / WORK)
 
 
 def _check_backbone(config: Config) -> tuple[str, Any]:

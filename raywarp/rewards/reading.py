@@ -5,11 +5,15 @@ A trained model keeps its reading in reward.json. This module needs neither torc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from raywarp.config.schema import ConfigError
-from raywarp.data.conversation import Part, answered, asked, messages, plain, read_messages
+from raywarp.data.turns import Part, answered, asked, messages, plain, read_messages
 
+# The day for templates that ask for it, so that a score does not depend on the day. It is that of
+# Llama 3's own template.
+TODAY = date(2024, 7, 26)
 LENGTH = 256  # tokens per text where nothing says otherwise
 # Their positions begin behind the padding id (create_position_ids_from_input_ids).
 _OFFSET_POSITIONS = {
@@ -72,7 +76,9 @@ class Reading:
         return completion.strip() if self.dialogues and isinstance(completion, str) else completion
 
     def _rendered(self, tokenizer: Any, turns: list[dict[str, Any]]) -> str:
-        own = {"chat_template": self.chat_template} if self.chat_template else {}
+        own: dict[str, Any] = {"chat_template": self.chat_template} if self.chat_template else {}
+        if "strftime_now" in (self.chat_template or str(tokenizer.chat_template)):
+            own["strftime_now"] = TODAY.strftime
         try:
             text: str = tokenizer.apply_chat_template(turns, tokenize=False, **own)
         # A template is a program, which can raise anything.

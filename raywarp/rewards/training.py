@@ -27,7 +27,14 @@ from raywarp.cluster.device import CPU_ENV
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.pairs import Preference
 from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval
-from raywarp.rewards.inputs import SETTINGS_FILE, WORK, RewardInputs, prepare_reward, settings_of
+from raywarp.rewards.inputs import (
+    READING,
+    SETTINGS_FILE,
+    WORK,
+    RewardInputs,
+    prepare_reward,
+    settings_of,
+)
 from raywarp.rewards.progress import following
 from raywarp.rewards.reading import Reading
 from raywarp.rewards.score import REWARD_FILE
@@ -96,7 +103,8 @@ def train_reward(
     for note in inputs.notes():
         display.say(note)
     test = splits.test[: training.test_pairs]
-    write_record(out / WORK / SETTINGS_FILE, settings_of(config))
+    kept = {**settings_of(config), READING: inputs.reading.template}
+    write_record(out / WORK / SETTINGS_FILE, kept)
     job = {
         "config": config.model_dump(mode="json"),
         "backbone": inputs.backbone,

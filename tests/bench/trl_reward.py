@@ -19,8 +19,8 @@ from trl import RewardTrainer
 
 from raywarp.config.datasets import PromptsConfig
 from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
-from raywarp.data.conversation import Turn
 from raywarp.data.pairs import of_turns
+from raywarp.data.turns import Turn
 from raywarp.rewards.bradley_terry import PairTrainer
 from raywarp.rewards.classifier import ClassifierReward
 from raywarp.rewards.reading import Reading

@@ -11,9 +11,9 @@ import pytest
 
 from raywarp.config.datasets import PreferencesConfig
 from raywarp.config.schema import ConfigError
-from raywarp.data.conversation import plain
 from raywarp.data.pairs import Preference, PreferenceSplits
 from raywarp.data.preferences import load_preferences
+from raywarp.data.turns import plain
 
 Rows = list[dict[str, Any]]
 Load = Callable[..., PreferenceSplits]

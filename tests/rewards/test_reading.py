@@ -24,13 +24,13 @@ from raywarp.config.datasets import PromptsConfig
 from raywarp.config.load import parse_config
 from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
 from raywarp.config.schema import Config, ConfigError
-from raywarp.data.conversation import Turn
 from raywarp.data.embedded import Snippet
 from raywarp.data.pairs import Preference, of_turns
+from raywarp.data.turns import Turn
 from raywarp.planning.inputs import prepare
 from raywarp.rewards.bradley_terry import PairTrainer, pair_loss
 from raywarp.rewards.classifier import ClassifierReward, encode
-from raywarp.rewards.inputs import RewardInputs, prepare_reward
+from raywarp.rewards.inputs import WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.rewards.reading import Reading, cut_warning
 from raywarp.rewards.score import REWARD_FILE, load_reward, reward_fingerprint, with_template
 from raywarp.run.config_file import differing_keys
@@ -307,6 +307,27 @@ def test_no_text_has_two_bos_and_a_cut_one_keeps_its_own(tmp_path: Path) -> None
     )
     assert whole.tolist().count(1) == 1
     assert cut.tolist() == [1, *whole.tolist()[-4:]]
+
+
+def test_a_score_does_not_depend_on_the_day(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path))
+    tokenizer.chat_template = "{{ strftime_now('%d') }} " + ROLES
+    (text,) = Reading(64, "chat").texts(tokenizer, ["a film"], ["good"])
+    assert text == "26 film a film</s>plot good</s>"
+
+
+def test_a_training_of_texts_in_another_form_starts_over(backbone: Path, tmp_path: Path) -> None:
+    """A checkpoint from before readings were kept is of prompt and answer as one text."""
+    config = reward_config(tmp_path, backbone, [FORMS["HH"][0](n) for n in range(20)])
+    (checkpoint := tmp_path / "out" / WORK / "run" / "checkpoint_1").mkdir(parents=True)
+    write_record(tmp_path / "out" / WORK / "settings.json", settings_of(config))
+    prepare_reward(config)
+    assert not checkpoint.exists()
+    checkpoint.mkdir(parents=True)
+    kept = {**settings_of(config), "reading": "chat"}
+    write_record(tmp_path / "out" / WORK / "settings.json", kept)
+    prepare_reward(config)
+    assert checkpoint.exists()
 
 
 def test_a_model_is_scored_on_as_many_tokens_as_it_was_trained_on(tmp_path: Path) -> None:

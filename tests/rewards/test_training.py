@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ import ray
 import torch
 from safetensors.torch import load_file
 from tiny_models import build_bert
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from raywarp.config.datasets import PromptsConfig
 from raywarp.config.load import parse_config
 from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
 from raywarp.config.schema import Config, ConfigError
@@ -24,7 +26,7 @@ from raywarp.data.embedded import Snippet
 from raywarp.data.preferences import Preference
 from raywarp.rewards.bradley_terry import PairTrainer, accuracy_interval, learning_rate, pair_loss
 from raywarp.rewards.inputs import WORK, prepare_reward
-from raywarp.rewards.score import load_reward
+from raywarp.rewards.score import load_reward, with_template
 from raywarp.rewards.training import RewardSummary, train_reward
 
 pytestmark = pytest.mark.slow
@@ -135,6 +137,52 @@ def straight(
     return train_and_listen(
         make_config(tmp_path_factory.mktemp("straight") / "reward", backbone, preferences)
     )
+
+
+def test_conversations_are_trained_on_and_scored_in_the_chat_template(
+    cluster, tiny_llama, tmp_path
+):
+    """The backbone's only padding token is EOS, which also ends each turn of its template."""
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny_llama, backbone)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    tokenizer.save_pretrained(backbone)
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": a}, {"role": "user", "content": f"{b} {c}"}],
+            "chosen": [{"role": "assistant", "content": f"good {c}"}],
+            "rejected": [{"role": "assistant", "content": f"bad {c}"}],
+        }
+        for a in FILLER
+        for b in FILLER
+        for c in FILLER
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, summary, lines = train_and_listen(
+        make_config(tmp_path / "out", backbone, tmp_path / "p.jsonl", steps=10)
+    )
+    assert summary.accuracy > 0.9
+    assert any("reads the backbone's chat template, at most 32 tokens" in line for line in lines)
+    reading = json.loads((summary.folder / "reward.json").read_text())["reading"]
+    assert (reading["template"], reading["max_length"]) == ("chat", 32)
+    assert reading["chat_template"] == tokenizer.chat_template
+
+    reward = load_reward(
+        with_template(RewardConfig(model=str(summary.folder)), PromptsConfig(template="chat"))
+    )
+    scores = reward.score([row["prompt"] for row in rows[:8]] * 2, ["good film"] * 8 + ["bad"] * 8)
+    assert min(scores[:8]) > max(scores[8:])
+    # as transformers and the template have it, at the EOS that ends the answer
+    own = AutoTokenizer.from_pretrained(summary.folder)
+    model = AutoModelForSequenceClassification.from_pretrained(summary.folder).eval()
+    turns = [*rows[0]["prompt"], {"role": "assistant", "content": "good film"}]
+    ids = own.apply_chat_template(turns, tokenize=True, return_tensors="pt")["input_ids"]
+    assert ids[0, -1] == own.eos_token_id != own.pad_token_id
+    with torch.inference_mode():
+        last = model.score(model.model(ids).last_hidden_state[0, -1]).item()
+        assert model(ids).logits.item() == pytest.approx(last, abs=1e-6)
+    assert scores[0] == pytest.approx(last, abs=1e-5)
 
 
 def train_and_listen(config: Config) -> tuple[Config, RewardSummary, list[str]]:
