@@ -94,6 +94,11 @@ def _prompt_column(config: PreferencesConfig, columns: Sequence[str]) -> str | N
             f"preferences.prompt={config.prompt}: the dataset's columns are {', '.join(columns)}"
         )
     named = (config.chosen, config.rejected, config.text, config.rating)
+    if config.prompt in set(named) & set(columns):
+        raise ConfigError(
+            f"preferences.prompt={config.prompt} is also the column of the texts or ratings; name"
+            " the prompt's own column"
+        )
     return config.prompt or (PROMPT if PROMPT in columns and PROMPT not in named else None)
 
 
@@ -152,8 +157,7 @@ class _PairReader:
     def _pair(self, row: Mapping[str, Any], number: int) -> Preference:
         where = f"preferences: row {number}, column"
         chosen, rejected = (
-            self._answer(row[column], f"{where} {column}")
-            for column in (self.chosen, self.rejected)
+            self._answer(row[column], number, column) for column in (self.chosen, self.rejected)
         )
         prompt: Part = "" if self.prompt is None else self._prompt(row, f"{where} {self.prompt}")
         margin = row.get(MARGIN)
@@ -175,18 +179,18 @@ class _PairReader:
         ]
         return of_turns(*self._divided(whole[0], whole[1], number), margin, number)
 
-    def _answer(self, value: Any, where: str) -> Part:
+    def _answer(self, value: Any, row: int, column: str) -> Part:
         if is_dialogue(value):
             self.dialogues = True
             turns = read_dialogue(value)
         elif isinstance(value, str):
             return value
         else:
-            turns = read_messages(value, where)
+            turns = read_messages(value, f"preferences: row {row}, column {column}")
         if not turns or turns[-1].role != "assistant":
             raise ConfigError(
-                f"{where}: the last turn of a conversation must be the assistant's; it is"
-                f" {turns[-1].role if turns else 'missing'}: {str(value)[-100:]}"
+                f"preferences: row {row}: a conversation in column {column} has no assistant turn"
+                f" at its end: {str(value)[-100:]}"
             )
         return turns
 

@@ -99,7 +99,9 @@ def asked(prompt: Part, dialogues: bool = False) -> Conversation:
         dialogues: a text of the form "\\n\\nHuman: …\\n\\nAssistant:" is several turns.
     """
     if not isinstance(prompt, str):
-        return prompt
+        if not (len(prompt) == 1 and prompt[0].role == "user" and dialogues):
+            return prompt
+        prompt = prompt[0].content
     if not (dialogues and is_dialogue(prompt)):
         return (Turn("user", prompt),) if prompt else ()
     turns = read_dialogue(prompt)

@@ -9,7 +9,15 @@ from datetime import date
 from typing import Any
 
 from raywarp.config.schema import ConfigError
-from raywarp.data.turns import Part, answered, asked, messages, plain, read_messages
+from raywarp.data.turns import (
+    Conversation,
+    Part,
+    answered,
+    asked,
+    messages,
+    plain,
+    read_messages,
+)
 
 # The day for templates that ask for it, so that a score does not depend on the day. It is that of
 # Llama 3's own template.
@@ -66,14 +74,16 @@ class Reading:
                 _without_bos(tokenizer, _as_text(prompt) + _as_text(completion, prompt))
                 for prompt, completion in pairs
             ]
-        turns = [(*asked(p, self.dialogues), *answered(self._trimmed(c))) for p, c in pairs]
+        turns = [(*asked(p, self.dialogues), *self._trimmed(answered(c))) for p, c in pairs]
         if self.template == "plain":
             return [plain(own) for own in turns]
         return [self._rendered(tokenizer, messages(own)) for own in turns]
 
-    def _trimmed(self, completion: Part) -> Part:
-        """Return a completion as a dialogue's turns were trained on: without spaces around it."""
-        return completion.strip() if self.dialogues and isinstance(completion, str) else completion
+    def _trimmed(self, answer: Conversation) -> Conversation:
+        """Return an answer as a dialogue's turns were trained on: without spaces around it."""
+        if not self.dialogues:
+            return answer
+        return tuple(turn._replace(content=turn.content.strip()) for turn in answer)
 
     def _rendered(self, tokenizer: Any, turns: list[dict[str, Any]]) -> str:
         own: dict[str, Any] = {"chat_template": self.chat_template} if self.chat_template else {}

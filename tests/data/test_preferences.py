@@ -260,8 +260,7 @@ GOOD = {"chosen": talk("user: q", "assistant: a"), "rejected": talk("user: q", "
         ),
         (
             [{**GOOD, "chosen": talk("user: q", "assistant: a", "user: more")}],
-            "row 0, column chosen: the last turn of a conversation must be the assistant's; it is"
-            " user",
+            "row 0: a conversation in column chosen has no assistant turn at its end",
         ),
         (
             [{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "nothing of the kind"}],

@@ -493,7 +493,7 @@ def test_pairs_with_a_prompt_are_split_by_prompt(write: Write) -> None:
         (
             [{"chosen": [{"role": "user", "content": "x"}], "rejected": []}],
             {},
-            "row 0, column chosen: the last turn of a conversation must be the assistant's",
+            "row 0: a conversation in column chosen has no assistant turn at its end",
         ),
         (
             [{"text": "x", "rating": "good"}],

@@ -366,9 +366,28 @@ DATASETS: dict[str, Case] = {
         ),
         "preferences.prompt=question: the dataset's columns are",
     ),
-    "preferences: a prompt beside ratings": (
+    "preferences: a prompt that is the answer": (
         preferences("p.jsonl", rated(1.0, 3.0), "preferences.prompt=text"),
-        "preferences.prompt is for chosen/rejected columns",
+        "preferences.prompt=text is also the column of the texts or ratings",
+    ),
+    "preferences: answers to different prompts": (
+        preferences(
+            "p.jsonl",
+            [{part: f"\n\nHuman: {part}\n\nAssistant: a" for part in ("chosen", "rejected")}] * 9,
+        ),
+        "preferences: row 0: chosen and rejected answer different prompts",
+    ),
+    "preferences: more tokens than the backbone has": (
+        override("reward_training.max_length=100000", command="reward"),
+        "reward_training.max_length=100000, but",
+    ),
+    "preferences: no margin": (
+        preferences(
+            "p.jsonl",
+            [{"chosen": f"a{n}", "rejected": f"b{n}"} for n in range(20)],
+            "reward_training.margin_loss=true",
+        ),
+        "no number in the column margin",
     ),
     "preferences: missing backbone": (
         override("reward_training.backbone=./missing", command="reward"),

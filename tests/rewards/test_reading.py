@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_bert, save_tiny_gpt2, save_tiny_llama
+from tiny_models import WORDS, build_bert, save_tiny_gpt2, save_tiny_llama, save_tokenizer
 from tiny_run import make_project, tiny_config
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from raywarp.config.datasets import PromptsConfig
@@ -170,8 +172,11 @@ def test_training_and_scoring_read_the_templates_own_tokens(
         assert score["input_ids"][0].tolist() == wanted[0]
         if form == "HH":
             text = HUMAN.format(n=number)
-            score = encode(tokenizer, [text], [f" good {number}"], inputs.reading)
-            assert score["input_ids"][0].tolist() == wanted[0]
+            answer = f" good {number}"
+            as_messages = talk(f"user: {text}"), [{"role": "assistant", "content": answer}]
+            for prompt, completion in ((text, answer), as_messages):
+                score = encode(tokenizer, [prompt], [completion], inputs.reading)
+                assert score["input_ids"][0].tolist() == wanted[0]
     assert len(seen) == 20
 
 
@@ -216,6 +221,34 @@ def test_a_score_is_the_models_own_of_the_text_alone(
     assert reward.model.config.pad_token_id == pad
     if pad != 2:  # each turn ends with EOS, which is 2
         assert wanted == pytest.approx(last, abs=1e-6)
+
+
+def test_an_encoder_counts_positions_from_its_own_padding(tmp_path: Path) -> None:
+    """RoBERTa finds padding by its configuration's id; here the tokenizer pads with another."""
+    config = RobertaConfig(
+        vocab_size=3 + len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=20,
+        pad_token_id=0,
+        num_labels=1,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)  # pads with 2
+    reward = ClassifierReward(str(tmp_path))
+    texts = ["good", "the film is very bad and dull it was", "good film " * 20]
+    wanted = []
+    for text in texts:
+        ids = reward.tokenizer(text)["input_ids"]
+        with torch.inference_mode():
+            wanted.append(model(torch.tensor([[1, *ids[1:][-18:]]])).logits.item())
+    assert reward.reading.max_length == 19  # a position each, behind that of padding
+    assert reward.score([""] * 3, texts) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_an_openrlhf_model_is_read_at_the_eos_that_is_put_behind_its_text(tmp_path: Path) -> None:
