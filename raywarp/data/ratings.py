@@ -27,7 +27,7 @@ from raywarp.identity import derive_seed
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000  # of texts without a prompt
 PAIRINGS = 16  # the most other texts that each rated text is compared with
-TIES = "ratings that differ by less than preferences.margin"
+TIES = "pairs of ratings that differ by less than preferences.margin"
 TWICE = "repeated ratings of one text, averaged"
 
 
@@ -178,7 +178,11 @@ def _pair_within(
 ) -> tuple[list[Preference], int]:
     """Return the pairs of answers to one prompt, and how many are closer than the margin."""
     pairs, ties = [], 0
-    for group in _grouped(one for one in rated if isinstance(one, Rated)).values():
+    groups: dict[str, list[Rated]] = {}
+    for one in rated:
+        if isinstance(one, Rated):
+            groups.setdefault(one.prompt, []).append(one)
+    for group in groups.values():
         for one, other in _couples(group, derive_seed(seed, group[0].prompt)):
             low, high = sorted((one, other), key=lambda answer: answer.rating)
             if high.rating - low.rating < margin:

@@ -179,7 +179,7 @@ def test_answers_are_compared_with_answers_to_the_same_prompt(load: Load) -> Non
     assert all(p.prompt == f"question {c // 3}" for p, (c, _) in zip(pairs, numbers, strict=True))
     assert all(pair.margin == 3 for pair in pairs)
     # each prompt's two answers of rating 1
-    assert splits.left_out == {"ratings that differ by less than preferences.margin": 20}
+    assert splits.left_out == {"pairs of ratings that differ by less than preferences.margin": 20}
     other = all_pairs(load(rows, text="response", rating="verbosity"))
     assert all(int(p.chosen.split()[1]) > int(p.rejected.split()[1]) for p in other)
     assert len(other) == 60
