@@ -49,7 +49,8 @@ def reading_of(
         tokenizer: the model's.
 
     Raises:
-        ConfigError: template=chat without a chat template, or append_eos without an EOS.
+        ConfigError: template=chat without a chat template, a template that refuses an answer or
+            leaves it out, or append_eos without an EOS.
     """
     from raywarp.data.models import read_model_config  # imports torch
 
@@ -72,7 +73,7 @@ def reading_of(
         append_eos = False
     if append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"reward.append_eos=true, but the tokenizer of {name} has no EOS token")
-    return Reading(
+    reading = Reading(
         config.max_length or known.max_length,
         template,
         append_eos,
@@ -82,6 +83,19 @@ def reading_of(
         adds_bos(tokenizer),
         tokenizer.pad_token_id,
     )
+    if template == "chat":
+        _check_answers_show(reading, tokenizer, name)
+    return reading
+
+
+def _check_answers_show(reading: Reading, tokenizer: Any, name: str) -> None:
+    """Raise ConfigError if the chat template refuses an answer, or leaves it out."""
+    one, other = reading.texts(tokenizer, ["Why?", "Why?"], ["Because.", "No idea."])
+    if one == other:
+        raise ConfigError(
+            f"the chat template of {name} does not show the assistant's turn, so every answer would"
+            " have the same score; use reward.template=plain or none"
+        )
 
 
 def _others(name: str, settings: Any) -> Reading:

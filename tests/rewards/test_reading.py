@@ -423,6 +423,21 @@ def test_a_template_that_raises_is_refused_with_its_row(backbone: Path, tmp_path
         prepare_reward(config)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no assistants') }}", "refuses a conversation (no assistants)"),
+        ("{{ messages[0]['content'] }}", "does not show the assistant's turn"),
+    ],
+)
+def test_a_reward_models_template_that_cannot_be_scored_by_is_refused(
+    template: str, message: str, tmp_path: Path
+) -> None:
+    config = RewardConfig(model=str(classifier(tmp_path, template)))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        with_template(config, PromptsConfig(template="chat"))
+
+
 def test_what_is_equal_in_the_tokens_that_are_read_is_left_out(
     backbone: Path, tmp_path: Path
 ) -> None:
