@@ -102,10 +102,8 @@ def stages(
         Elsewhere: another run is training policies that this run needs. All other work is done.
     """
     run = Run.open(config, display.say)
-    if inputs.shapes.scope:
-        display.say(inputs.shapes.scope)
-    for text in inputs.warnings:
-        display.say(f"warning: {text}")
+    for text in inputs.notes:
+        display.say(text)
     gauges = RunMetrics(PurePosixPath(config.out).name)
     with (
         exclusive(config.out, run.folder, display.say) if claims.alone else nullcontext(),

@@ -80,6 +80,12 @@ class Inputs:
                 )
         return [text for text in found if text]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the run starts."""
+        scope = [self.shapes.scope] if self.shapes.scope else []
+        return [*scope, *(f"warning: {text}" for text in self.warnings)]
+
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints that the policies' keys depend on."""
         found = {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
