@@ -19,6 +19,7 @@ from raywarp.algorithm.deltas import concatenate as concatenate
 from raywarp.algorithm.deltas import scale as scale
 from raywarp.algorithm.deltas import subtract as subtract
 from raywarp.algorithm.factors import AdapterError as AdapterError
+from raywarp.algorithm.finite import NotFiniteError as NotFiniteError
 from raywarp.algorithm.geometry import geometry as geometry
 from raywarp.algorithm.truncation import compress as compress
 from raywarp.algorithm.truncation import truncate as truncate
@@ -31,7 +32,7 @@ from raywarp.config.schema import ConfigError as ConfigError
 from raywarp.data.pypi import FetchError as FetchError
 from raywarp.planning.plan import plan as plan
 from raywarp.reward_stage import reward as reward
-from raywarp.rewards.score import RewardError as RewardError
+from raywarp.rewards.reward import RewardError as RewardError
 from raywarp.rollout.base_weights import BaseWeightsError as BaseWeightsError
 from raywarp.rollout.effect import EffectError as EffectError
 from raywarp.rollout.protocol import RolloutError as RolloutError

@@ -9,7 +9,8 @@ from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import content_key
 from raywarp.planning.inputs import Inputs, first_prompts
-from raywarp.rewards.score import REWARD_FILE, RewardError, statistics
+from raywarp.rewards.reward import RewardError
+from raywarp.rewards.score import REWARD_FILE, statistics
 from raywarp.run.folder import Run
 from raywarp.storage.sealed import DamagedError, read_record, write_record
 from raywarp.training.evaluation import sft_scores

@@ -62,8 +62,9 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, AdapterError):
         return 2
+    from raywarp.algorithm.finite import NotFiniteError
     from raywarp.cluster.faults import FaultError
-    from raywarp.rewards.score import RewardError
+    from raywarp.rewards.reward import RewardError
     from raywarp.rollout.base_weights import BaseWeightsError
     from raywarp.rollout.protocol import RolloutError
     from raywarp.storage.sealed import DamagedError, StoreError
@@ -72,7 +73,13 @@ def _exit_code(error: Exception) -> int | None:
         1
         if isinstance(
             error,
-            BaseWeightsError | DamagedError | FaultError | RewardError | RolloutError | StoreError,
+            BaseWeightsError
+            | DamagedError
+            | FaultError
+            | NotFiniteError
+            | RewardError
+            | RolloutError
+            | StoreError,
         )
         else None
     )

@@ -12,6 +12,7 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raywarp.config.callables import named
 from raywarp.config.rewards import RewardConfig, RewardLoraConfig
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.secrets import keys_with_secrets, redact
@@ -34,13 +35,13 @@ def load_config(
         ConfigError: an unreadable file, an unknown key (the message names the nearest one), or a
             value out of range.
     """
-    tree = (
-        copy.deepcopy(dict(source))
-        if isinstance(source, Mapping)
-        else _read_yaml(source)
-        if source is not None
-        else {}
-    )
+    if isinstance(source, Mapping):
+        try:
+            tree = copy.deepcopy(named(source))
+        except ValueError as error:
+            raise ConfigError(f"the reward function {error}") from None
+    else:
+        tree = _read_yaml(source) if source is not None else {}
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree)

@@ -1,9 +1,10 @@
 """The sections of the configuration that score completions or train a reward model."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from raywarp.config.callables import as_name
 from raywarp.config.field_types import (
     Count,
     Modules,
@@ -103,9 +104,12 @@ class RewardConfig(Section):
     model: Text | None = Field(
         None, description="hub id or folder of a one-label sequence classifier"
     )
-    function: Text | None = Field(
+    function: Annotated[Text, BeforeValidator(as_name)] | None = Field(
         None,
-        description="module:function with score(prompts, completions, **columns) -> list[float]",
+        description=(
+            "module:function with score(prompts, completions, **columns) -> list of numbers, None"
+            " where it does not apply; parameters are filled by their names"
+        ),
     )
     version: str = Field(
         "",
@@ -152,8 +156,35 @@ class RewardConfig(Section):
         ),
     )
 
+    messages: bool | None = Field(
+        None,
+        description=(
+            "whether a function gets prompts and completions as lists of messages; default: where"
+            " the type of its parameter completions is one of dicts, as TRL's are"
+        ),
+    )
+    concurrency: Count = Field(
+        1,
+        description=(
+            "processes that call a function, each with one batch at a time; an asynchronous one has"
+            " a single process for all; more where several policies wait for a slow reward"
+        ),
+    )
+    retry_on: list[Text] = Field(
+        [],
+        description=(
+            "exceptions after which a function is called again, with longer and longer pauses, such"
+            " as TimeoutError or httpx.HTTPError"
+        ),
+    )
+    retries: Count = Field(5, description="how often it is called again, within timeout_seconds")
+
     @model_validator(mode="after")
     def one_source(self) -> "RewardConfig":
         if self.model and self.function:
             raise ValueError("has both a model and a function; give one of them")
+        if self.model and self.concurrency > 1:
+            raise ValueError(
+                f"concurrency={self.concurrency} is of functions; a model is one process"
+            )
         return self

@@ -22,6 +22,7 @@ from raywarp.planning.memory import Shapes
 from raywarp.planning.sft_adapter import check_start, start_fingerprint
 from raywarp.rewards import score
 from raywarp.rewards.classifier import check_classifier, load_tokenizer, read_tokens
+from raywarp.rewards.functions import load_exceptions, load_function
 from raywarp.rewards.reading import cut_warning
 from raywarp.rollout.engine import check_engine
 from raywarp.run.loggers import check_loggers
@@ -231,7 +232,8 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
         if scorer is None:
             continue
         if scorer.function:
-            score.check_call(scorer.function, score.load_function(scorer.function), columns)
+            score.check_call(scorer.function, load_function(scorer.function), columns)
+            load_exceptions(scorer.retry_on)
         elif scorer.model:
             model = scorer.model
             try:

@@ -1,7 +1,9 @@
 """The Ray actor that scores completions. It is wrapped by ray.remote where it is placed."""
 
 import functools
+import math
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +11,12 @@ from typing import Any
 
 import ray
 
-from raywarp.cluster.health import GROUP, Process, Work
+from raywarp.cluster.health import GROUP, Process
 from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Prompt
-from raywarp.rewards.score import Reward, RewardError, load_reward
+from raywarp.rewards.process import FunctionProcesses, Source
+from raywarp.rewards.reward import Batch, Raw, Reward, RewardError
+from raywarp.rewards.score import load_reward
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 from raywarp.rollout.protocol import Rollout, Scores
 
@@ -53,6 +57,7 @@ class RewardActor:
         trust_remote_code: bool = False,
         threads: int | None = None,
         title: str = "reward worker",
+        source: Source | None = None,
     ):
         self.config, self.trust_remote_code, self.threads, self.title = (
             config,
@@ -60,7 +65,9 @@ class RewardActor:
             threads,
             title,
         )
-        self.seconds, self.done, self.work = 0.0, 0, Work()
+        self.source = source or Source.here(config)
+        self.seconds, self.done = 0.0, 0
+        self._lock, self._busy = threading.Lock(), 0
         # The actor's id stays the same after a restart.
         own = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
         self.limit = TimeLimit(config.timeout_seconds, own or str(os.getpid()))
@@ -73,41 +80,67 @@ class RewardActor:
         Raises:
             ConfigError: see load_reward.
         """
-        _ = self.reward
+        _ = self.processes if self.config.function else self.reward
 
     @ray.method(concurrency_group=GROUP)
     def pulse(self) -> Process:
         """Return what this process does. It answers while a score is computed."""
-        return Process.here(done=self.done, busy=self.work.busy)
+        return Process.here(done=self.done, busy=self._busy > 0)
 
     @functools.cached_property
     def reward(self) -> Reward:
-        """Load the reward when it is first used, also after a death of this process."""
+        """Load the model when it is first used, also after a death of this process."""
         return load_reward(self.config, self.trust_remote_code, self._device())
+
+    @functools.cached_property
+    def processes(self) -> FunctionProcesses:
+        """Start the function's processes when they are first used."""
+        # A function may use this Ray; without its address it would start another one.
+        context = ray.get_runtime_context() if ray.is_initialized() else None
+        return FunctionProcesses(
+            self.source, {"RAY_ADDRESS": context.gcs_address} if context else {}
+        )
 
     def score(
         self,
         prompts: Sequence[str],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
-    ) -> list[float]:
+    ) -> list[Raw]:
         """Return one score per completion. See Reward.score for the arguments.
 
         Raises:
             RewardError: the reward failed, or took longer than its timeout_seconds.
         """
+        return self._score(Batch(prompts, completions, columns or {}), None)
+
+    def _score(self, batch: Batch, statistics: tuple[float, float] | None) -> list[Raw]:
+        with self._lock:
+            self._busy += 1
         start = time.perf_counter()
         try:
-            scores = self.limit.call(lambda: self.reward.score(prompts, completions, columns))
+            if self.config.function:
+                mean, std = statistics or (0.0, 1.0)
+                raw = self.processes.score(batch)
+                return [None if one is None else (one - mean) / std for one in raw]
+            return self._score_by_model(batch, statistics)
+        finally:
+            with self._lock:
+                self._busy -= 1
+                self.seconds += time.perf_counter() - start
+                self.done += 1
+
+    def _score_by_model(self, batch: Batch, statistics: tuple[float, float] | None) -> list[Raw]:
+        if statistics:
+            self.reward.mean, self.reward.std = statistics
+        try:
+            return self.limit.call(lambda: self.reward.standardised(self.reward.raw(batch)))
         except TimeLimitError as error:
-            source = self.config.function or self.config.model
             raise RewardError(
-                f"reward {source} {error}, for {len(completions)} completions: make it faster, or"
-                " raise reward.timeout_seconds (of a control: control.timeout_seconds)"
+                f"reward {self.config.model} {error}, for {len(batch.completions)} completions:"
+                " make it faster, or raise reward.timeout_seconds (of a control:"
+                " control.timeout_seconds)"
             ) from None
-        self.seconds += time.perf_counter() - start
-        self.done += 1
-        return scores
 
     def seconds_of_work(self) -> float:
         """Return the seconds that this process has spent on scores so far."""
@@ -122,6 +155,8 @@ class RewardActor:
     ) -> Scores:
         """Return the scores of the rollout workers' completions, in order.
 
+        NaN stands for a completion that the reward does not apply to.
+
         Args:
             statistics: mean and standard deviation that standardise the scores. None takes those
                 that are stored with the reward.
@@ -131,18 +166,15 @@ class RewardActor:
                 wait.
         """
         start = time.time()
-        completions = [
-            completion.text for rollout in rollouts for completion in rollout.completions
-        ]
+        completions = [one for rollout in rollouts for one in rollout.completions]
         names = columns[0] if columns else {}
-        with self.work:
-            if statistics:
-                self.reward.mean, self.reward.std = statistics
-            scores = Scores(
-                self.score(
-                    prompts, completions, {name: [row[name] for row in columns] for name in names}
-                )
-            )
+        batch = Batch(
+            prompts,
+            [completion.text for completion in completions],
+            {name: [row[name] for row in columns] for name in names},
+            [list(completion.token_ids) for completion in completions],
+        )
+        scores = Scores(math.nan if one is None else one for one in self._score(batch, statistics))
         scores.span, scores.who = (start, time.time()), self.title
         return scores
 

@@ -1,196 +1,39 @@
 """Sources of scores for completions: a one-label sequence classifier, or a user's Python function.
 
-Both are called as `score(prompts, completions, **columns) -> list[float]`. Prompts and completions
-are lists of N texts. Every other column of the prompts' dataset is a list of N values.
+A function is called by the names of its parameters (functions.py). It returns a number for each
+completion, or None where it does not apply.
 
 A function needs neither torch nor transformers, whose import takes two seconds and 270 MB in each
 process. So the code that needs them is in classifier.py, and is imported only where it is called.
 """
 
-import importlib
 import inspect
-import math
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from raywarp.config import callables
 from raywarp.config.datasets import PromptsConfig
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import ConfigError
 from raywarp.identity import content_key, folder_fingerprint
+from raywarp.rewards import functions
+from raywarp.rewards.functions import Score, load_function
 from raywarp.rewards.reading import Reading
 from raywarp.rewards.record import REWARD_FILE as REWARD_FILE
 from raywarp.rewards.record import reading_of, stored_reading
+from raywarp.rewards.reward import Reward
 from raywarp.storage.sealed import DamagedError, check_sealed, is_sealed, read_record
 
-Score = Callable[..., Any]
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
-EXCERPT = 200  # characters of a prompt or completion in an error
 # Kept from the time when the module's source was hashed, since the function is still the same.
 _KNOWN = {"raywarp.embedded:vader": "7f7a66ec6e713b0d"}
 
 
-class RewardError(RuntimeError):
-    """A reward failed, or did not return one finite number per completion.
-
-    The message shows the text.
-    """
-
-
-class Reward:
-    """A source of scores with its standardisation. Its results are checked.
-
-    Args:
-        name: name of the reward in errors.
-        function: score(prompts, completions, **columns).
-        mean: mean of the raw score.
-        std: standard deviation of the raw score. The score returned is (raw - mean) / std.
-        source: file of a user's function. Errors then point to its line.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        function: Score,
-        mean: float = 0.0,
-        std: float = 1.0,
-        source: str | None = None,
-    ):
-        self.name, self.function, self.mean, self.std, self.source = (
-            name,
-            function,
-            mean,
-            std,
-            source,
-        )
-
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        columns: Mapping[str, Sequence[Any]] | None = None,
-    ) -> list[float]:
-        """Return one standardised score per completion.
-
-        Args:
-            prompts: N texts.
-            completions: N texts.
-            columns: for each column of the dataset a list of N values. Columns named `prompts` or
-                `completions` are not passed on.
-
-        Raises:
-            RewardError: the function raised, or did not return one finite number per completion.
-        """
-        if not completions:
-            return []
-        extra = {
-            key: list(values)
-            for key, values in (columns or {}).items()
-            if key not in ("prompts", "completions")
-        }
-        try:
-            result = self.function(list(prompts), list(completions), **extra)
-        except Exception as error:
-            place = _frame(error, self.source)
-            raise self._error(
-                f"raised {type(error).__name__}: {error}{place}; the batch begins with",
-                prompts[0],
-                completions[0],
-            ) from None
-        return [(raw - self.mean) / self.std for raw in self._checked(result, prompts, completions)]
-
-    def _checked(
-        self, result: Any, prompts: Sequence[str], completions: Sequence[str]
-    ) -> list[float]:
-        values = result.tolist() if hasattr(result, "tolist") else result
-        if not isinstance(values, list | tuple):
-            raise self._error(
-                f"returned {type(result).__name__}, not a list of floats, for",
-                prompts[0],
-                completions[0],
-            )
-        if len(values) != len(completions):
-            problem = (
-                f"returned {len(values)} scores for {len(completions)} completions, the first of"
-                " them"
-            )
-            raise self._error(problem, prompts[0], completions[0])
-        scores = []
-        for value, prompt, completion in zip(values, prompts, completions, strict=True):
-            number = (
-                value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-            )
-            if not isinstance(number, Real) or not math.isfinite(number):
-                raise self._error(
-                    f"returned {_excerpt(repr(value), 60)}, not a finite number, for",
-                    prompt,
-                    completion,
-                )
-            scores.append(float(number))
-        return scores
-
-    def _error(self, problem: str, prompt: str, completion: str) -> RewardError:
-        return RewardError(
-            f"reward {self.name} {problem}\n  prompt: {_excerpt(prompt)!r}\n  completion:"
-            f" {_excerpt(completion)!r}"
-        )
-
-
-def load_function(path: str) -> Score:
-    """Return the callable that `module:function` names. Modules in the current directory count too.
-
-    Raises:
-        ConfigError: the path has another form, the module cannot be imported, or the name is
-            missing or not callable.
-    """
-    module_name, separator, name = path.partition(":")
-    if not (separator and module_name and name):
-        raise ConfigError(
-            f"the reward function '{path}' is not of the form module:function, for example"
-            " my_rewards:score"
-        )
-    found: Any = _import(module_name)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(
-                f"the module {module_name} has no '{name}', which the reward function '{path}'"
-                " asks for"
-            )
-        found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(
-            f"the reward function '{path}' is a {type(found).__name__}, not a function"
-        )
-    return found  # type: ignore[no-any-return]
-
-
 def check_call(path: str, function: Score, columns: Iterable[str] = ()) -> None:
-    """Raise ConfigError if a reward function does not fit the call or is asynchronous.
-
-    It must take two lists, and the columns by name.
-    """
-    if inspect.iscoroutinefunction(function):
-        raise ConfigError(
-            f"the reward function '{path}' is asynchronous; it must return a list of floats"
-        )
-    extra: dict[str, list[Any]] = {
-        name: [] for name in columns if name not in ("prompts", "completions")
-    }
-    try:
-        inspect.signature(function).bind([], [], **extra)
-    except TypeError as error:
-        called = ", ".join(["prompts", "completions", *(f"{name}=" for name in extra)])
-        raise ConfigError(
-            f"the reward function '{path}' cannot be called as score({called}): {error}; add"
-            " **columns to take any"
-        ) from None
-    except ValueError:  # a builtin without a signature
-        return
+    """Raise ConfigError if a reward function cannot be called by the names of its parameters."""
+    functions.call_of(path, function, columns)
 
 
 def load_reward(
@@ -211,7 +54,14 @@ def load_reward(
                 " deviation to scale by"
             )
         function = load_function(config.function)
-        return Reward(config.function, function, source=_source_file(function))
+        return Reward(
+            config.function,
+            function,
+            source=_source_file(function),
+            messages=config.messages,
+            retry_on=functions.load_exceptions(config.retry_on),
+            retries=config.retries,
+        )
     if not config.model:
         raise ConfigError("there is no reward: set reward.model or reward.function")
     from raywarp.rewards.classifier import ClassifierReward
@@ -276,12 +126,8 @@ def reward_fingerprint(config: RewardConfig) -> str:
             else _KNOWN[config.function]
         )
     if config.function:
-        module = _import(config.function.partition(":")[0])
-        source = inspect.getsourcefile(module) if getattr(module, "__file__", None) else None
-        settings |= {
-            "function": config.function,
-            "source": Path(source).read_text() if source else None,
-        }
+        settings |= {"function": config.function, "source": _source_of(config.function)}
+        settings |= {"messages": config.messages} if config.messages is not None else {}
     elif config.model:
         settings |= {
             "max_length": config.max_length
@@ -292,6 +138,18 @@ def reward_fingerprint(config: RewardConfig) -> str:
         settings |= {"template": config.template} if config.template in ("chat", "plain") else {}
         settings |= {"append_eos": True} if config.append_eos else {}
     return content_key(settings)
+
+
+def _source_of(path: str) -> str | None:
+    """Return the text of a function's module, or the hash of one that no module holds."""
+    if path.startswith((callables.PREFIX, "__main__:")):
+        try:
+            return callables.fingerprint(load_function(path))
+        except ValueError as error:
+            raise ConfigError(f"the reward function '{path}' {error}") from None
+    module = functions.load_module(*path.split(":", 1))
+    source = inspect.getsourcefile(module) if getattr(module, "__file__", None) else None
+    return Path(source).read_text() if source else None
 
 
 def _model_fingerprint(name: str) -> str:
@@ -335,23 +193,12 @@ def own_file(path: str) -> str | None:
 
     The result is None for an installed function.
     """
-    file = getattr(_import(path.partition(":")[0]), "__file__", None)
+    if path.startswith((callables.PREFIX, "__main__:")):
+        return None  # it is sent to the workers
+    file = getattr(functions.load_module(path.partition(":")[0]), "__file__", None)
     # Ray copies a submitted job's folder to every node itself.
     in_job = "working_dir_files" in os.getcwd()
     return file if file and not in_job and Path(file).is_relative_to(os.getcwd()) else None
-
-
-def _import(module_name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"the reward module '{module_name}' cannot be imported ({what}); looked in"
-            f" {os.getcwd()} and sys.path"
-        ) from None
 
 
 def _source_file(function: Score) -> str | None:
@@ -359,14 +206,3 @@ def _source_file(function: Score) -> str | None:
         return inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:
         return None
-
-
-def _frame(error: BaseException, source: str | None) -> str:
-    """Return " (file:line)" of the deepest frame in the user's file, else of the deepest one."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is in this file
-    own = [frame for frame in frames if frame.filename == source] or frames
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-
-
-def _excerpt(text: str, length: int = EXCERPT) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -18,6 +18,7 @@ from raywarp.cluster.device import cpu_environment
 from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config
 from raywarp.rewards.actor import RewardActor
+from raywarp.rewards.process import Source, calls_at_once
 from raywarp.rollout.engine import EngineSettings, largest_rank
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.worker import RolloutWorker
@@ -201,10 +202,13 @@ class Actors:
                 need,
                 group,
                 self.environment,
-                restart | {"name": placement_groups.unique_name("raywarp-reward", n)},
+                restart
+                | {"name": placement_groups.unique_name("raywarp-reward", n)}
+                | {"max_concurrency": calls_at_once(source)},
                 source,
                 *common,
                 title,
+                Source.here(source),
                 watched=True,
             )
             for n, (source, group, title) in enumerate(

@@ -754,9 +754,13 @@ REWARDS: dict[str, Case] = {
         reward_code("def score(prompts, completions):\n    return [0.0]\n"),
         "add **columns to take any",
     ),
-    "asynchronous": (
-        reward_code("async def score(prompts, completions, **columns):\n    return [0.0]\n"),
-        "is asynchronous",
+    "a generator": (
+        reward_code("def score(prompts, completions, **columns):\n    yield 0.0\n"),
+        "is a generator",
+    ),
+    "an exception that is none": (
+        override("reward.retry_on=[fine_reward.NUMBER]"),
+        "'fine_reward.NUMBER' is no exception",
     ),
     "two labels": (reward_model(lambda folder: None), "num_labels=2, a reward needs 1"),
     "a language model with one label": (

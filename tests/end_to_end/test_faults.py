@@ -48,7 +48,7 @@ from raywarp.config.load import parse_config
 from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Completion, Prompt
 from raywarp.rewards.actor import RewardActor, Scorer
-from raywarp.rewards.score import RewardError
+from raywarp.rewards.reward import RewardError
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.pool import PoolHealth, RolloutPool
 from raywarp.rollout.protocol import Request, Rollout

@@ -20,7 +20,7 @@ from tiny_run import DAMAGE, Listener, files_of, tiny_config
 from raywarp.adapters.peft import load_peft
 from raywarp.config.schema import Config
 from raywarp.rewards import score
-from raywarp.rewards.score import RewardError
+from raywarp.rewards.reward import RewardError
 from raywarp.run.folder import Run
 from raywarp.run.policy_files import PolicyFiles
 from raywarp.storage import sealed

@@ -19,7 +19,7 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import subtract
 from raywarp.algorithm.factors import dense
 from raywarp.config.schema import Config
-from raywarp.rewards.score import RewardError
+from raywarp.rewards.reward import RewardError
 from raywarp.rollout.transport import digest
 from raywarp.run.folder import Run
 from raywarp.storage import sealed

@@ -24,12 +24,11 @@ from raywarp.data.text import Completion
 from raywarp.planning.inputs import prepare
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.classifier import ClassifierReward, classify, encode
+from raywarp.rewards.functions import load_function
 from raywarp.rewards.reading import Reading
+from raywarp.rewards.reward import Reward, RewardError
 from raywarp.rewards.score import (
     REWARD_FILE,
-    Reward,
-    RewardError,
-    load_function,
     load_reward,
     reward_fingerprint,
     with_template,
@@ -225,7 +224,7 @@ def test_a_function_gets_the_columns_and_may_return_numpy_or_tensors():
         ([1.0, math.nan], "returned nan, not a finite number", "second"),
         ([math.inf, 1.0], "returned inf, not a finite number", "first"),
         ([1.0, "3"], "returned '3', not a finite number", "second"),
-        ([1.0, None], "returned None, not a finite number", "second"),
+        ([1.0, [None, 2.0]], "returned [None, 2.0], not a finite number", "second"),
         (None, "returned NoneType, not a list", "first"),
     ],
 )

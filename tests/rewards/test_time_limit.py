@@ -16,7 +16,7 @@ import pytest
 from raywarp.cluster.health import GROUP
 from raywarp.config.rewards import RewardConfig
 from raywarp.rewards.actor import RewardActor
-from raywarp.rewards.score import RewardError
+from raywarp.rewards.reward import RewardError
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 
 SLOW = """
@@ -130,9 +130,6 @@ def test_the_error_names_function_time_and_key(ray_cluster: Any, module: Path) -
 
 
 def test_c_code_ends_its_process_and_is_not_called_again(ray_cluster: Any, module: Path) -> None:
-    """Ray starts the worker again and repeats the call, as it does for any death; the worker then
-    refuses it.
-    """
     config = RewardConfig(function=f"{module.stem}:score", timeout_seconds=0.5)
     environment = {"env_vars": {"PYTHONPATH": ":".join([str(module.parent), *sys.path])}}
     remote: Any = ray_cluster.remote(concurrency_groups={GROUP: 1})(RewardActor)
@@ -141,7 +138,7 @@ def test_c_code_ends_its_process_and_is_not_called_again(ray_cluster: Any, modul
     ).remote(config)
     ray_cluster.get(actor.start.remote())
     with pytest.raises(
-        RewardError, match=r"took longer than 0\.5 s and could not be interrupted(?s:.*)in score"
+        RewardError, match=r"took longer than 0\.5 s; its process was ended at(?s:.*)in score"
     ):
         ray_cluster.get(actor.score.remote(["p"], ["stuck"]), timeout=60)
     assert module.with_suffix(".calls").read_text() == "x"
