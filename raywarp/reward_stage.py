@@ -95,7 +95,7 @@ def _train_and_standardise(
         )
         scorer = with_template(scorer, config.prompts, config.trust_remote_code)
         scores = scores_of_sft(
-            config.model_copy(update={"reward": scorer, "control": None}),
+            config.model_copy(update={"reward": scorer, "rewards": [], "control": None}),
             inputs.model,
             inputs.prompts.train,
         )

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
+from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import content_key
 from raywarp.planning.inputs import Inputs, first_prompts
 from raywarp.rewards.reward import RewardError
 from raywarp.rewards.score import REWARD_FILE, statistics
+from raywarp.rewards.totals import present
 from raywarp.run.folder import Run
 from raywarp.storage.sealed import DamagedError, read_record, write_record
 from raywarp.training.evaluation import sft_scores
@@ -22,19 +24,20 @@ def is_standardised(folder: str | Path) -> bool:
 
 
 def save_standardisation(
-    folder: str | Path, scores: Sequence[float], of: str = ""
+    folder: str | Path, scores: Sequence[float], of: str = "", name: str = REWARD_FILE
 ) -> tuple[float, float]:
-    """Write the scores' mean and standard deviation into a folder's reward.json, and return both.
+    """Write the scores' mean and standard deviation into a file of a folder, and return both.
 
     Args:
         folder: the reward model's folder, or the run's.
         scores: raw scores of SFT completions.
         of: a fingerprint of what was scored, and by which model.
+        name: name of the file.
 
     Raises:
         RewardError: there are fewer than two scores, one is not finite, or all are (nearly) equal.
     """
-    path = Path(folder) / REWARD_FILE
+    path = Path(folder) / name
     values = torch.tensor(list(scores), dtype=torch.float64)
     mean, std = (values.mean().item(), values.std().item()) if len(values) > 1 else (0.0, 0.0)
     if not 1e-8 < std < float("inf"):
@@ -62,32 +65,56 @@ def scores_of_sft(config: Config, model: str, prompts: Sequence[Prompt]) -> list
 
 
 def reward_statistics(session: Session, run: Run, inputs: Inputs) -> dict[str, float]:
-    """Return the mean and deviation that standardise the run's reward, for its policies' keys.
+    """Return the mean and deviation that standardise each of the run's rewards, for policies' keys.
 
-    The result is empty where the reward is not standardised. A classifier without statistics gets
-    them from this run's SFT completions. A model that raywarp trained keeps them. For any other
-    model the run keeps them while its models and prompts stay the same.
+    The result has nothing of a reward that is not standardised. One without statistics gets them
+    from this run's SFT completions. A model that raywarp trained keeps them. For any other reward
+    the run keeps them while its models and prompts stay the same.
     """
-    config = inputs.config
-    if not config.reward.model or config.reward.standardise is False:
-        return {}
-    model, completions = Path(config.reward.model), config.reward_training.sft_completions
-    home = model if (model / REWARD_FILE).is_file() else run.folder
-    of = content_key([inputs.fingerprints(), completions])
+    config, known = inputs.config, dict[str, tuple[float, float]]()
+    wanted = [key for key, source in config.rewards_by_key.items() if is_wanted(source)]
+    of = content_key([inputs.fingerprints(), config.reward_training.sft_completions])
+    for key in wanted:
+        if (found := _stored(run, config.rewards_by_key[key], key, of)) is not None:
+            known[key] = found
+    if missing := [key for key in wanted if key not in known]:
+        prompts = first_prompts(inputs.prompts.train, config.reward_training.sft_completions)
+        scores = sft_scores(session, prompts)
+        for key in missing:
+            own = scores.parts.get(key.partition(".")[2], scores)
+            home, name = _home(run, config.rewards_by_key[key], key)
+            known[key] = save_standardisation(home, present(own), of, name)
+    for key in wanted:
+        session.set_reward_statistics(*known[key], key)
+    return {
+        f"{name}{key.removeprefix('reward').removeprefix('s').replace('.', '/')}": value
+        for key in wanted
+        for name, value in zip(("score_mean", "score_std"), known[key], strict=True)
+    }
+
+
+def is_wanted(source: RewardConfig) -> bool:
+    """Return whether a reward is standardised: a model is, unless the configuration says no."""
+    return bool(source.model) if source.standardise is None else source.standardise
+
+
+def _home(run: Run, source: RewardConfig, key: str) -> tuple[Path, str]:
+    """Return the folder and the file with a reward's statistics."""
+    if source.model and (Path(source.model) / REWARD_FILE).is_file():
+        return Path(source.model), REWARD_FILE
+    return run.folder, REWARD_FILE if key == "reward" else f"reward-{key.partition('.')[2]}.json"
+
+
+def _stored(run: Run, source: RewardConfig, key: str, of: str) -> tuple[float, float] | None:
+    """Return the stored statistics of a reward, or None if there are none of it."""
+    home, name = _home(run, source, key)
     try:
-        known = read_record(home / REWARD_FILE) or {}
+        known = read_record(home / name) or {}
     except DamagedError as error:  # only the run's own file: a model's was checked before
         run.say(f"{error}; measured again")
-        (home / REWARD_FILE).unlink()
+        (home / name).unlink()
         known = {}
     if home == run.folder and known.get("score_of", of) != of:
-        run.say(f"{home / REWARD_FILE} is of another model, reward or prompts; measured again")
+        run.say(f"{home / name} is of another model, reward or prompts; measured again")
         known = {}
-    if "score_mean" in known:
-        mean, deviation = known["score_mean"], known["score_std"]
-    else:
-        mean, deviation = save_standardisation(
-            home, sft_scores(session, first_prompts(inputs.prompts.train, completions)), of
-        )
-    session.set_reward_statistics(mean, deviation)
-    return {"score_mean": mean, "score_std": deviation}
+    return (known["score_mean"], known["score_std"]) if "score_mean" in known else None

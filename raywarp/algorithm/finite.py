@@ -1,7 +1,6 @@
 """The guard of a step: nothing that is not finite is trained on or published."""
 
-from collections.abc import Mapping
-
+import torch
 from torch import Tensor
 
 
@@ -18,19 +17,25 @@ class NotFiniteError(RuntimeError):
         self.completions, self.is_reward = completions, is_reward
 
 
-def check_completions(values: Mapping[str, Tensor], present: Tensor) -> None:
-    """Raise NotFiniteError for the first of these values that is not finite.
+def check_completions(
+    rewards: Tensor, logprobs: Tensor, anchor: Tensor, sampler: Tensor, mask: Tensor
+) -> None:
+    """Raise NotFiniteError for the first completions with a number that is not finite.
 
     Args:
-        values: name → (N,) numbers, one per completion. The first is the reward.
-        present: (N,), whether a completion has a reward. The reward of others is not looked at.
+        rewards: (N,). NaN stands for a completion without a reward, and is no fault.
+        logprobs, anchor, sampler: (N, T) log-probs of the policy, its anchor and the sampler.
+        mask: (N, T).
     """
-    for n, (name, numbers) in enumerate(values.items()):
-        wrong = ~numbers.isfinite() & (present | (n > 0))
-        if wrong.any():
-            (found,) = wrong.nonzero(as_tuple=True)
-            text = f"the {name} is {float(numbers[found[0]])}"
-            raise NotFiniteError(text, tuple(found.tolist()), is_reward=n == 0)
+    names = ("log-prob", "log-prob of the anchor", "log-prob of the sampler")
+    found = {"reward": rewards.nan_to_num(0.0, torch.inf, -torch.inf)}
+    for name, values in zip(names, (logprobs, anchor, sampler), strict=True):
+        found[name] = values.masked_fill(mask == 0, 0.0).sum(-1)
+    for name, numbers in found.items():
+        (wrong,) = (~numbers.isfinite()).nonzero(as_tuple=True)
+        if len(wrong):
+            text = f"the {name} is {float(numbers[wrong[0]])}"
+            raise NotFiniteError(text, tuple(wrong.tolist()), is_reward=name == "reward")
 
 
 def check_gradient(norm: Tensor) -> None:

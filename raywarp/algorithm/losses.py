@@ -83,9 +83,14 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 
 
 
 def policy_gradient_loss(
-    logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor, mask: Tensor, completions: int
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    completions: int,
+    cap: float = 2.0,
 ) -> Tensor:
-    """Return −1/N · Σ_n A_n · Σ_t min(π_trainer/π_sampler, 2) · log π_θ(y_t).
+    """Return −1/N · Σ_n A_n · Σ_t min(π_trainer/π_sampler, cap) · log π_θ(y_t).
 
     It is neither normalised by length nor divided by a deviation, so that its gradient is that of
     E[r_β].
@@ -100,7 +105,7 @@ def policy_gradient_loss(
     Returns:
         A scalar with gradient.
     """
-    weights = importance_weights(logprobs, sampler_logprobs) * mask
+    weights = importance_weights(logprobs, sampler_logprobs, cap) * mask
     return -(advantages.detach() * (weights * logprobs).sum(-1)).sum() / completions
 
 

@@ -55,7 +55,7 @@ def quickstart(overrides: Sequence[str] = (), display: Display | None = None) ->
     from raywarp.warp import train
 
     config, display = load_config(QUICKSTART, overrides), display or Display()
-    if config.reward.model or config.reward.function:
+    if config.rewards or config.reward.model or config.reward.function:
         return train(config, display)
     folder = f"{config.out.rstrip('/')}/reward"
     config = config.model_copy(

@@ -149,7 +149,7 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
             "reward_worker",
             cluster.gpus_per_reward_worker,
             cluster.cpus_per_reward_worker,
-            2 if config.control else 1,
+            len(config.scorers),
         ),
         None,
         run_dtype(config.dtype, per_policy > 0),

@@ -132,7 +132,9 @@ _EXPLAINED = (
 def section_types(annotation: Any) -> list[type[BaseModel]]:
     """Return the sections that a key's type allows; a mapping of sections is none."""
     options = (
-        () if get_origin(annotation) is dict else getattr(annotation, "__args__", (annotation,))
+        ()
+        if get_origin(annotation) in (dict, list)
+        else getattr(annotation, "__args__", (annotation,))
     )
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 

@@ -1,12 +1,22 @@
 """The sections of the configuration on how policies are trained: LoRA, WARP, optimiser, stop."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raywarp.config.field_types import Count, Modules, NotNegative, Positive, Rate, Section, Whole
+from raywarp.config.field_types import (
+    Count,
+    Modules,
+    NotNegative,
+    Number,
+    Positive,
+    Rate,
+    Section,
+    Whole,
+)
 
+Betas = Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 RATES = {"ema_rate": 0.01, "liti_rate": 0.3}  # their defaults, where they are used
 
 
@@ -115,11 +125,12 @@ class WarpConfig(Section):
             " exact in its change of the weights; its rank is as many times lora.rank"
         ),
     )
-    advantage: Literal["rloo", "mean", "none"] = Field(
+    advantage: Literal["rloo", "grpo", "mean", "none"] = Field(
         "rloo",
         description=(
             "baseline that is taken from a reward: the mean of the prompt's other completions, of"
-            " the batch's others, or none"
+            " the batch's others, or none; grpo: that of all the prompt's, divided by their"
+            " deviation"
         ),
     )
 
@@ -199,6 +210,32 @@ class OptimConfig(Section):
     grad_clip: Positive = Field(
         1.0, description="largest norm of a policy's gradient; a longer one is scaled down"
     )
+    weight_decay: NotNegative = Field(
+        0.0,
+        description=(
+            "AdamW's weight decay of the adapter, per step and lr; higher: the policy stays nearer"
+            " to its init"
+        ),
+    )
+    betas: Betas = Field(
+        [0.9, 0.999],
+        description=(
+            "AdamW's decay rates of the gradient's mean and square; higher: smoother and slower"
+        ),
+    )
+    importance_cap: Positive = Field(
+        2.0,
+        description=(
+            "largest weight of a token, the trainer's over the sampler's probability; higher: less"
+            " bias and more variance where the two differ"
+        ),
+    )
+
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """Return the arguments of torch's AdamW."""
+        first, second = self.betas
+        return {"lr": self.lr, "betas": (first, second), "weight_decay": self.weight_decay}
 
 
 class StopConfig(Section):

@@ -9,6 +9,7 @@ from raywarp.config.field_types import (
     Count,
     Modules,
     NotNegative,
+    Number,
     Positive,
     Section,
     Text,
@@ -188,3 +189,18 @@ class RewardConfig(Section):
                 f"concurrency={self.concurrency} is of functions; a model is one process"
             )
         return self
+
+
+class NamedRewardConfig(RewardConfig):
+    """One of several rewards: a reward with its name and its weight in the total."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(
+        description="its name in metrics, the front and the report; letters, digits, '.', '_', '-'"
+    )
+    weight: Number = Field(
+        1.0,
+        description=(
+            "what its standardised score is multiplied with in the total; negative: a penalty; 0:"
+            " it is logged only"
+        ),
+    )

@@ -23,7 +23,7 @@ from raywarp.config.field_types import (
 from raywarp.config.front import FrontConfig, RetentionConfig
 from raywarp.config.policies import LoraConfig, OptimConfig, StopConfig, WarpConfig
 from raywarp.config.recipes import RECIPES, with_recipe
-from raywarp.config.rewards import RewardConfig, RewardTrainingConfig
+from raywarp.config.rewards import NamedRewardConfig, RewardConfig, RewardTrainingConfig
 from raywarp.config.tune import TuneConfig
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
@@ -146,6 +146,14 @@ class Config(Section):
     preferences: PreferencesConfig = PreferencesConfig()
     reward_training: RewardTrainingConfig = RewardTrainingConfig()
     reward: RewardConfig = RewardConfig()
+    rewards: list[NamedRewardConfig] = Field(
+        [],
+        description=(
+            "several rewards in place of `reward`: [{name, weight, function or model, …}] with the"
+            " keys of `reward`; the total is the sum of weight times score, and where a score is"
+            " None, the others' weights are scaled up"
+        ),
+    )
     control: RewardConfig | None = Field(
         None, description="a second score that training never sees"
     )
@@ -185,6 +193,26 @@ class Config(Section):
         return with_recipe(tree) if known and tree["recipe"] in RECIPES else tree
 
     @property
+    def rewards_by_key(self) -> dict[str, RewardConfig]:
+        """What the policies are trained on: `reward`, or the entries of `rewards` by their keys."""
+        named = {f"rewards.{entry.name}": entry for entry in self.rewards}
+        return dict(named) if named else {"reward": self.reward}
+
+    @property
+    def scorers(self) -> dict[str, RewardConfig]:
+        """All that score: the rewards, then the control if there is one."""
+        control = {"control": self.control} if self.control else {}
+        return {**self.rewards_by_key, **control}
+
+    def with_scorers(self, scorers: Mapping[str, RewardConfig]) -> "Config":
+        """Return the configuration with these in place of `scorers`."""
+        if not self.rewards:
+            return self.model_copy(update=dict(scorers))
+        named = [scorers[f"rewards.{entry.name}"] for entry in self.rewards]
+        control = {"control": scorers["control"]} if self.control else {}
+        return self.model_copy(update={"rewards": named, **control})
+
+    @property
     def policy_rank(self) -> int:
         """The rank of a finished policy's task vector: a mean of checkpoints stacks theirs."""
         stacked = 1 if self.lora.init == "frozen" else self.warp.average_last
@@ -203,13 +231,14 @@ class Config(Section):
                 f"optim.batch_size={batch} is not a multiple of"
                 f" rollout.completions_per_prompt={group}"
             )
-        if self.warp.advantage == "rloo" and group < 2:
+        if self.warp.advantage in ("rloo", "grpo") and group < 2:
             raise ValueError(
-                "rollout.completions_per_prompt must be at least 2 with warp.advantage=rloo (or use"
-                " advantage=mean)"
+                "rollout.completions_per_prompt must be at least 2 with warp.advantage="
+                f"{self.warp.advantage} (or use advantage=mean)"
             )
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
+        self._check_rewards()
         self._check_stop()
         if self.warp.average_last > (most := -(-self.warp.steps // self.checkpoint_every)):
             raise ValueError(
@@ -217,6 +246,24 @@ class Config(Section):
                 f"{self.warp.steps} with checkpoint_every={self.checkpoint_every} makes {most}"
             )
         return self
+
+    def _check_rewards(self) -> None:
+        """Raise ValueError if there are rewards of two forms, or two of one name."""
+        names = [entry.name for entry in self.rewards]
+        if names and self.reward != RewardConfig():
+            raise ValueError(
+                "reward and rewards are both given; put that of reward into the list of rewards,"
+                " with a name"
+            )
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"rewards: two of them have the name {twice}; each needs its own")
+        for n, entry in enumerate(self.rewards):
+            if not (entry.model or entry.function):
+                raise ValueError(
+                    f"rewards.{n} ({entry.name}) has neither a model nor a function; give one"
+                )
+        if names and not any(entry.weight for entry in self.rewards):
+            raise ValueError("rewards: every weight is 0, so there is nothing to train on")
 
     def _check_stop(self) -> None:
         """Raise ValueError if a stop rule lacks what it needs, or contradicts another key."""

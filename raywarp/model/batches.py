@@ -130,6 +130,15 @@ def micro_batches(
     return [_lay_out(batch, lengths, rows) for rows in _fill(units, max_tokens)]
 
 
+def is_whole(completions: Tensor, size: int) -> bool:
+    """Return whether these indices are groups of `size`, each complete and in order."""
+    if len(completions) % size:
+        return False
+    groups = completions.view(-1, size)
+    wanted = groups[:, :1] + torch.arange(size, device=groups.device)
+    return bool((groups == wanted).all() and (groups[:, 0] % size == 0).all())
+
+
 def _units(
     batch: Batch, lengths: Sequence[int], max_tokens: int | None, pairs_per_token: float | None
 ) -> Iterator[list[_Row]]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raywarp.algorithm import losses
-from raywarp.algorithm.advantages import advantages
+from raywarp.algorithm import finite, losses
+from raywarp.algorithm.advantages import advantages, flat_groups
 from raywarp.algorithm.averaging import ema_update, mean
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.schedule import adapted, rate_factor
@@ -18,7 +18,7 @@ from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model import rng
 from raywarp.model.adapted import INIT, AdaptedModel
-from raywarp.model.batches import Batch, MicroBatch, micro_batches
+from raywarp.model.batches import Batch, MicroBatch, is_whole, micro_batches
 
 BEST = "best"  # the state of the best measurement, where there is a stop rule
 
@@ -44,12 +44,10 @@ class Policy:
         self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.name, self.ema_name = f"policy_{index}", f"ema_{index}"
         self.anchor = _anchor(config, iteration, self.ema_name)
-        model.add_policy(self.name, _init_seed(config, iteration, index))
+        model.add_policy(self.name, rng.lora_seed(config, iteration, index))
         model.add_copy(self.ema_name, of=self.name)
         self.trained = model.trainable(self.name)
-        self.optimiser = torch.optim.AdamW(
-            self.trained, lr=config.optim.lr, weight_decay=0.0, fused=True
-        )
+        self.optimiser = torch.optim.AdamW(self.trained, fused=True, **config.optim.adamw)
         self.rng = rng.seeded(derive_seed(config.seed, "rng", iteration, index), model.device)
         self.step = 0
 
@@ -98,13 +96,16 @@ class Policy:
 
         Args:
             batch: N completions, those of a prompt next to each other.
-            rewards: (N,) r(x, y), already standardised.
+            rewards: (N,) r(x, y), already standardised. NaN: the completion has none.
             completions: the N completions as the sampler returned them.
             with_sft_kl: whether to measure KL(π_θ ‖ π_sft) too, which takes one more pass.
 
         Returns:
             metrics of the policy before the step. KL is in nats per completion, entropy and gap are
             in nats per token.
+
+        Raises:
+            NotFiniteError: before the step, which is not taken.
         """
         with rng.using(self.rng, self.model.device):
             return self._update(batch, rewards, completions, with_sft_kl)
@@ -138,15 +139,18 @@ class Policy:
         def backward(part: MicroBatch, logprobs: Tensor, advantage: Tensor) -> None:
             chosen = part.completions
             loss = losses.policy_gradient_loss(
-                logprobs, batch.sampler_logprobs[chosen], advantage, batch.mask[chosen], len(batch)
+                logprobs,
+                batch.sampler_logprobs[chosen],
+                advantage,
+                batch.mask[chosen],
+                len(batch),
+                settings.optim.importance_cap,
             )
             loss.backward()
 
         # An advantage needs the other completions of its baseline. With all of them in one
         # micro-batch, one pass gives log-probs and gradient.
-        at_once = all(
-            _is_whole(part.completions, self._baseline_size(len(batch))) for part in parts
-        )
+        at_once = all(is_whole(part.completions, self._baseline_size(len(batch))) for part in parts)
         for part in parts:
             logprobs, anchor[part.completions], kl_sft[part.completions] = self._measure(
                 part, at_once, with_sft_kl
@@ -160,15 +164,18 @@ class Policy:
                 backward(
                     part, self._logprobs(part, self.name, train=True), advantage[part.completions]
                 )
+        finite.check_completions(penalised, sampled, anchor, batch.sampler_logprobs, batch.mask)
         kl_anchor = losses.sequence_log_ratio(sampled, anchor, batch.mask).mean()
         coefficient = {"kl_coef": self.kl_coef} if settings.warp.kl_target else {}
         gradient_norm = self._optimise()
         self.kl_coef = adapted(self.kl_coef, float(kl_anchor), settings.warp.kl_target)
         self._keep_recent()
 
-        metrics = {
-            "reward": rewards.mean(),
-            "reward_std": rewards.std(unbiased=False),
+        scored = rewards[~rewards.isnan()]
+        metrics: dict[str, Tensor | float] = {
+            "reward": scored.mean(),
+            "reward_std": scored.std(unbiased=False),
+            "flat_groups": flat_groups(rewards, settings.rollout.completions_per_prompt),
             "kl_anchor": kl_anchor,
             **coefficient,
             "entropy": -losses.masked_mean(sampled, batch.mask),
@@ -195,6 +202,7 @@ class Policy:
         for group in self.optimiser.param_groups:
             group["lr"] = optim.lr * factor
         norm = torch.nn.utils.clip_grad_norm_(self.trained, optim.grad_clip)
+        finite.check_gradient(norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         policy, ema = self.model.tensors(self.name), self.model.tensors(self.ema_name)
@@ -249,9 +257,9 @@ class Policy:
 
     def _baseline_size(self, completions: int) -> int:
         """Return how many successive completions an advantage depends on."""
-        return {"rloo": self.config.rollout.completions_per_prompt, "none": 1}.get(
-            self.config.warp.advantage, completions
-        )
+        group = self.config.rollout.completions_per_prompt
+        sizes = {"rloo": group, "grpo": group, "none": 1}
+        return sizes.get(self.config.warp.advantage, completions)
 
     @property
     def _temperature(self) -> float:
@@ -273,24 +281,3 @@ def _anchor(config: Config, iteration: int, ema: str) -> list[str]:
 def _recent(step: int) -> str:
     """Return the name under which the state after a step is kept for the mean."""
     return f"recent/{step:09d}"
-
-
-def _is_whole(completions: Tensor, size: int) -> bool:
-    """Return whether these indices are groups of `size`, each complete and in order."""
-    if len(completions) % size:
-        return False
-    groups = completions.view(-1, size)
-    wanted = groups[:, :1] + torch.arange(size, device=groups.device)
-    return bool((groups == wanted).all() and (groups[:, 0] % size == 0).all())
-
-
-def _init_seed(config: Config, iteration: int, index: int) -> int:
-    """Return the seed of A: one per policy and iteration, one per iteration, or one per run.
-
-    The last is for lora.init=frozen, where every merge stays at rank r.
-    """
-    if config.lora.init == "independent":
-        return derive_seed(config.seed, "lora", iteration, index)
-    if config.lora.init == "shared":
-        return derive_seed(config.seed, "lora", iteration)
-    return derive_seed(config.seed, "lora")

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raywarp.config.schema import Config
+from raywarp.identity import derive_seed
+
 
 def capture(device: torch.device) -> dict[str, Tensor]:
     """Return the current states of the CPU's generators, and of the device's if it is a GPU."""
@@ -67,3 +70,15 @@ def seeded(seed: int, device: torch.device) -> dict[str, Tensor]:
         np.random.seed(seed)
         torch.manual_seed(seed)
     return states
+
+
+def lora_seed(config: Config, iteration: int, index: int) -> int:
+    """Return the seed of A: one per policy and iteration, one per iteration, or one per run.
+
+    The last is for lora.init=frozen, where every merge stays at rank r.
+    """
+    if config.lora.init == "independent":
+        return derive_seed(config.seed, "lora", iteration, index)
+    if config.lora.init == "shared":
+        return derive_seed(config.seed, "lora", iteration)
+    return derive_seed(config.seed, "lora")

@@ -211,24 +211,27 @@ def _rows(config: Config, length: int) -> int:
 
 def _reward_process(config: Config) -> Components:
     """Return a reward worker's memory, by component."""
-    if not config.reward.model and not (config.control and config.control.model):
+    if not any(scorer.model for scorer in config.scorers.values()):
         return {"Python, Ray (and what the function needs)": memory.FUNCTION_RUNTIME}
     return {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
 
 
 def _reward_weights(config: Config) -> Components:
-    """Return the bytes of the reward model's weights; nothing if they cannot be known here."""
-    name = embedded.cached(config.reward.model) if config.reward.model else None
-    if name is None:
-        return {}
+    """Return the bytes of the largest reward model's weights; nothing if they are not known."""
+    models = [scorer.model for scorer in config.rewards_by_key.values() if scorer.model]
+    sizes = [_classifier_bytes(name) for model in models if (name := embedded.cached(model))]
+    return {"classifier weights": max(sizes)} if any(sizes) else {}
+
+
+def _classifier_bytes(name: str) -> int:
+    """Return the bytes of a classifier's weights; 0 if they cannot be known here."""
     from raywarp.adapters.weight_files import weight_bytes
     from raywarp.planning.model_shapes import classifier_parameters
 
     known = known_config(name)
-    stored = weight_bytes(Path(name)) or (
+    return weight_bytes(Path(name)) or (
         2 * classifier_parameters(known) if known is not None else 0
     )
-    return {"classifier weights": stored} if stored else {}
 
 
 def _most(process: ProcessMemory, reports: Sequence[NodeReport]) -> int:

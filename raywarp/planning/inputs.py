@@ -121,7 +121,7 @@ def prepare(config: Config) -> Inputs:
         prompts=prompts,
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=prompts_fingerprint(prompts.train),
-        reward=score.reward_fingerprint(config.reward),
+        reward=score.rewards_fingerprint(config),
         evaluation=identity.content_key(
             [
                 prompts_fingerprint(prompts.held_out),
@@ -142,17 +142,17 @@ def resolved(config: Config, columns: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: see check_reward and score.with_template.
     """
-    scorers = {"reward": config.reward} | ({"control": config.control} if config.control else {})
+    scorers = config.scorers
     for key, scorer in scorers.items():
         if scorer.model:
             folder = resolve_model(scorer.model, what=f"{key} model")
             scorers[key] = scorer.model_copy(update={"model": folder})
-    check_reward(config.model_copy(update=scorers), columns)
+    check_reward(config.with_scorers(scorers), columns)
     decided = {
         key: score.with_template(scorer, config.prompts, config.trust_remote_code)
         for key, scorer in scorers.items()
     }
-    return config.model_copy(update=decided)
+    return config.with_scorers(decided)
 
 
 def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
@@ -223,14 +223,12 @@ def check_reward(config: Config, columns: Iterable[str] = ()) -> None:
     Raises:
         ConfigError: there is no reward, or one of the two is unusable.
     """
-    if not (config.reward.model or config.reward.function):
+    if not (config.rewards or config.reward.model or config.reward.function):
         raise ConfigError(
             "there is no reward: set reward.model (for example the folder that `raywarp reward`"
             " wrote) or reward.function"
         )
-    for key, scorer in (("reward", config.reward), ("control", config.control)):
-        if scorer is None:
-            continue
+    for key, scorer in config.scorers.items():
         if scorer.function:
             score.check_call(scorer.function, load_function(scorer.function), columns)
             load_exceptions(scorer.retry_on)

@@ -71,7 +71,11 @@ def absolute_paths(config: Config) -> list[str]:
     They are for a cluster on this machine, whose processes see the same files.
     """
     relative = _relative(config, _WRITTEN, (*_MODELS, *_READ))
-    return [f"{key}={os.path.abspath(Path(value).expanduser())}" for key, value in relative]
+    return [
+        f"{key}={os.path.abspath(Path(value).expanduser())}"
+        for key, value in relative
+        if not key.startswith("rewards.")  # a list has no overrides
+    ]
 
 
 def _relative(
@@ -86,8 +90,9 @@ def _relative(
         written: keys of places that a run writes to.
         read: keys of models and datasets that a run reads.
     """
-    for key in (*written, *read):
-        value = _value(config, key)
+    listed = {f"rewards.{entry.name}.model": entry.model for entry in config.rewards}
+    known = {key: _value(config, key) for key in (*written, *read)}
+    for key, value in (known | (listed if "reward.model" in read else {})).items():
         if not value or "://" in value or value.startswith("embedded:") or os.path.isabs(value):
             continue
         if key in written or value.startswith((".", "~", "runs/")) or Path(value).exists():

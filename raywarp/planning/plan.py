@@ -190,7 +190,7 @@ def _folder_of_config(model: str) -> Path | None:
 
 def local_paths(config: Config, model: str) -> list[str]:
     """Return the folders and files of this machine that processes on other nodes also read."""
-    scorers = [scorer for scorer in (config.reward, config.control) if scorer is not None]
+    scorers = list(config.scorers.values())
     names = [model, *(embedded.resolve(scorer.model) for scorer in scorers if scorer.model)]
     names += [config.sft_adapter] if config.sft_adapter else []
     modules = [own_file(scorer.function) for scorer in scorers if scorer.function]
@@ -341,7 +341,7 @@ def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
 
     if not space.points or space.search == "asha":
         return None
-    read = ("model", "dtype", "prompts", "reward")
+    read = ("model", "dtype", "prompts", "reward", "rewards")
     chains = []
     for config in map(space.config, space.points):
         chains += key_chain(config, {key: str(getattr(config, key)) for key in read})

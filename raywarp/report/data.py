@@ -278,11 +278,11 @@ def _planned(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     warp = {**Config().warp.model_dump(), **config.get("warp", {})}
     names = ("iterations", "policies", "steps", "ema_rate", "liti_rate", "kl_coef")
-    reward = config.get("reward") or {}
+    reward, listed = config.get("reward") or {}, config.get("rewards") or []
     return {
         **{name: warp.get(name) for name in names},
         "model": redact(str(config.get("model", ""))),
-        "reward": redact(str(reward.get("model") or reward.get("function") or "")),
+        "reward": redact(", ".join(filter(None, map(_source, listed or [reward])))),
         "control": bool(config.get("control")),
     }
 
@@ -386,3 +386,10 @@ def _effects(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
 
 def _gaps(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return [number(row.get("sampler_gap")) for row in rows]
+
+
+def _source(reward: Mapping[str, Any]) -> str:
+    """Return what a reward of a saved configuration scores with, after its name if it has one."""
+    source = str(reward.get("model") or reward.get("function") or "")
+    name, weight = reward.get("name"), reward.get("weight", 1)
+    return f"{weight:g} × {name} ({source})" if name else source

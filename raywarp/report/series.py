@@ -5,7 +5,7 @@ curve are equally long.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,7 @@ METRICS = (
         "nats per token",
         "sampler and trainer apart without an adapter, at the same steps",
     ),
+    Metric("flat_groups", "Prompts without variance", "", "of a step; all rewards equal"),
     Metric("kl_coef", "KL coefficient", "", "beta, which warp.kl_target adapts"),
     Metric("grad_norm", "Gradient norm", "", "before clipping"),
 )
@@ -111,11 +112,11 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
         if type(iteration) is int and type(policy) is int and type(step) is int:
             groups.setdefault((iteration, policy), {})[step] = row
     found = []
+    known = [*METRICS, *_rewards({name for row in rows for name in row})]
     for (iteration, policy), by_step in sorted(groups.items()):
         own = [by_step[step] for step in sorted(by_step)]
         values = {
-            metric.name: np.array([number(row.get(metric.name)) for row in own])
-            for metric in METRICS
+            metric.name: np.array([number(row.get(metric.name)) for row in own]) for metric in known
         }
         found.append(
             Curve(
@@ -127,6 +128,16 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
             )
         )
     return found
+
+
+def _rewards(names: Collection[str]) -> list[Metric]:
+    """Return the metrics of several rewards, whose names in metrics.jsonl are reward/NAME."""
+    about = "one of the rewards: mean of its standardised score, before its weight"
+    return [
+        Metric(name, f"Reward {name.removeprefix('reward/')}", "", about)
+        for name in sorted(names)
+        if name.startswith("reward/")
+    ]
 
 
 def summary(found: Sequence[Curve], share: float = 1.0) -> dict[str, Any]:
@@ -144,7 +155,7 @@ def summary(found: Sequence[Curve], share: float = 1.0) -> dict[str, Any]:
     """
     metrics = [
         metric
-        for metric in METRICS
+        for metric in [*METRICS, *_rewards({name for curve in found for name in curve.values})]
         if any(np.isfinite(curve.values[metric.name]).any() for curve in found)
     ]
     limit = min(MOST, max(FEWEST, int(share * POINTS) // max(len(found), 1)))

@@ -18,6 +18,7 @@ from raywarp.rewards.process import FunctionProcesses, Source
 from raywarp.rewards.reward import Batch, Raw, Reward, RewardError
 from raywarp.rewards.score import load_reward
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
+from raywarp.rewards.totals import total
 from raywarp.rollout.protocol import Rollout, Scores
 
 
@@ -30,15 +31,30 @@ class Scorer:
     Attributes:
         actor: handle of a RewardActor.
         statistics: mean and standard deviation of the raw score, or None.
+        name, weight: of one of several rewards.
+        others: the other rewards of the total.
     """
 
     actor: Any
     statistics: tuple[float, float] | None = None
+    name: str = ""
+    weight: float = 1.0
+    others: tuple["Scorer", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Scorer", ...]:
+        """All rewards of the total, this one first."""
+        return (self, *self.others)
 
     def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
         """Ask for the scores of the rollouts behind these refs. Return the ref of Scores."""
         texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
-        return self.actor.score_rollouts.remote(self.statistics, texts, columns, *rollouts)
+        scores = [
+            part.actor.score_rollouts.remote(part.statistics, texts, columns, *rollouts)
+            for part in self.parts
+        ]
+        terms = [(part.name, part.weight) for part in self.parts]
+        return self.actor.total.remote(terms, *scores) if self.name else scores[0]
 
 
 class RewardActor:
@@ -176,6 +192,18 @@ class RewardActor:
         )
         scores = Scores(math.nan if one is None else one for one in self._score(batch, statistics))
         scores.span, scores.who = (start, time.time()), self.title
+        return scores
+
+    @ray.method(concurrency_group=GROUP)
+    def total(self, terms: Sequence[tuple[str, float]], *parts: Scores) -> Scores:
+        """Return the weighted sum of several rewards' scores; see totals.total.
+
+        Args:
+            terms: name and weight of each.
+            parts: the scores of each. Ray fetches them here, so the caller need not wait.
+        """
+        scores = Scores(total([weight for _, weight in terms], parts))
+        scores.parts = {name: part for (name, _), part in zip(terms, parts, strict=True)}
         return scores
 
     def _device(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from raywarp.config import callables
 from raywarp.config.datasets import PromptsConfig
 from raywarp.config.rewards import RewardConfig
-from raywarp.config.schema import ConfigError
+from raywarp.config.schema import Config, ConfigError
 from raywarp.identity import content_key, folder_fingerprint
 from raywarp.rewards import functions
 from raywarp.rewards.functions import Score, load_function
@@ -48,11 +48,6 @@ def load_reward(
             where no statistics are stored.
     """
     if config.function:
-        if config.standardise:
-            raise ConfigError(
-                f"reward.standardise=true: the function {config.function} has no stored mean and"
-                " deviation to scale by"
-            )
         function = load_function(config.function)
         return Reward(
             config.function,
@@ -138,6 +133,15 @@ def reward_fingerprint(config: RewardConfig) -> str:
         settings |= {"template": config.template} if config.template in ("chat", "plain") else {}
         settings |= {"append_eos": True} if config.append_eos else {}
     return content_key(settings)
+
+
+def rewards_fingerprint(config: Config) -> str:
+    """Return a hash of what decides the total of a run's rewards before they are standardised."""
+    if not config.rewards:
+        return reward_fingerprint(config.reward)
+    return content_key(
+        [[entry.name, entry.weight, reward_fingerprint(entry)] for entry in config.rewards]
+    )
 
 
 def _source_of(path: str) -> str | None:

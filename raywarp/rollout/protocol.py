@@ -15,9 +15,10 @@ With at least two policies per worker, no worker idles. With fewer policies than
 `rollout.chunk_size`, which cuts a batch in the same places for every R.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -167,10 +168,12 @@ class Scores(list[float]):
     Attributes:
         span: when a process computed them: start and end in Unix seconds.
         who: the process's name in a timeline.
+        parts: of a total, the scores that it is made of, by name. NaN: there is no score.
     """
 
     span: tuple[float, float] | None = None
     who: str = ""
+    parts: "Mapping[str, Scores]" = MappingProxyType({})
 
 
 def work_of(
@@ -181,7 +184,8 @@ def work_of(
         (f"rollout worker {rollout.worker}", rollout.ended - rollout.seconds, rollout.ended)
         for rollout in rollouts
     ]
-    return pieces + [(one.who, *one.span) for one in scores if one.span]
+    own = [part for one in scores for part in (one, *one.parts.values())]
+    return pieces + [(one.who, *one.span) for one in own if one.span]
 
 
 def spans_of(pieces: Sequence[tuple[str, float, float]]) -> dict[str, list[list[float]]]:

@@ -66,7 +66,8 @@ def card(
             " average (η = 1) this is"
         ),
         (
-            f"η = {chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f},"
+            f"η = {chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}"
+            f"{_parts(chosen)},"
             " at a KL to the SFT model of"
         ),
         f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats per completion.",
@@ -144,7 +145,7 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
             else []
         ),
         ("prompts", _code(config.prompts.dataset)),
-        ("reward", _reward_name(config.reward)),
+        *_rewards(config),
         *(
             [("control score, which training never saw", _reward_name(config.control))]
             if config.control
@@ -182,6 +183,21 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
     return rows
 
 
+def _parts(point: Point) -> str:
+    """Return the means of several rewards, in brackets."""
+    means = ", ".join(f"{name} {mean:.2f}" for name, mean in point.rewards.items())
+    return f" ({means})" if means else ""
+
+
+def _rewards(config: Config) -> list[tuple[str, str]]:
+    if not config.rewards:
+        return [("reward", _reward_name(config.reward))]
+    return [
+        (f"reward {entry.name}, weight {entry.weight:g}", _reward_name(entry))
+        for entry in config.rewards
+    ]
+
+
 def _reward_name(reward: RewardConfig) -> str:
     return (
         f"function {_code(reward.function)}"
@@ -211,7 +227,9 @@ def _use(config: Config, base: str | None, rank: int) -> str:
 
 
 def _limits(config: Config, chosen: Point) -> str:
-    kind = "a function" if config.reward.function else "itself a model"
+    sources = list(config.rewards_by_key.values())
+    kind = "itself a model" if any(source.model for source in sources) else "a function"
+    kind = f"a sum of {len(sources)}" if len(sources) > 1 else kind
     control = (
         "compare it with the control score"
         if chosen.control is not None

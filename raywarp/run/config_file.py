@@ -30,6 +30,9 @@ _FREE_KEYS = {
         "rollout.gpu_memory_utilization",
         "reward.batch_size",
         "reward.timeout_seconds",
+        "reward.concurrency",
+        "reward.retries",
+        "reward.retry_on",
     ),
     *("optim.max_tokens_per_microbatch", "optim.gradient_checkpointing"),
 }

@@ -38,7 +38,7 @@ MERGE = "merge"  # in geometry.json, beside the blocks
 # Names that may be there before the configuration: policies and merges for other runs, what
 # a killed or refused start left, and what `raywarp ceiling` measured.
 _EARLY = re.compile(
-    r"policies|merges|ceilings|ceiling\.json|reward\.json|tensorboard|wandb|loggers\.json"
+    r"policies|merges|ceilings|ceiling\.json|reward(-[\w.-]+)?\.json|tensorboard|wandb|loggers\.json"
     r"|\.(preflight-|node-|config\.yaml\.|loggers\.json\.|ceiling\.json\.|reward\.json\.).*"
 )
 FRONT_FILES = (

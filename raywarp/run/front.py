@@ -12,10 +12,12 @@ from typing import Any
 
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale
+from raywarp.algorithm.finite import NotFiniteError
 from raywarp.algorithm.truncation import compress
 from raywarp.config.front import ChooseConfig, FrontConfig
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
+from raywarp.rollout.protocol import Scores
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Point:
         retention: cross-entropy of texts that have nothing to do with the reward, minus SFT's, in
             nats per token. Above 0: it has forgotten. None without texts.
         retention_ci: half the width of its 95 % interval over texts.
+        rewards: mean of each of several rewards, by its name; none with a single one.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Point:
     extrapolated: bool = False
     retention: float | None = None
     retention_ci: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -157,6 +161,11 @@ def summarise(
     )
     reward, reward_ci = mean_interval(scored.rewards, group)
     kl, kl_ci = mean_interval(scored.kl, group)
+    if not math.isfinite(kl):
+        raise NotFiniteError(
+            f"the KL of {candidate.name} to SFT is {kl} on the held-out prompts: its policies have"
+            " gone too far. Lower optim.lr, and set another out"
+        )
     control, control_ci = (
         mean_interval(scored.control, group) if scored.control is not None else (None, None)
     )
@@ -175,15 +184,28 @@ def summarise(
         extrapolated=(candidate.eta or 0.0) > 1,
         retention=kept[0],
         retention_ci=kept[1],
+        rewards=_means_of_parts(scored.rewards, group),
     )
+
+
+def _means_of_parts(rewards: Sequence[float], group: int) -> dict[str, float]:
+    """Return the mean of each of several rewards that has scores."""
+    parts = rewards.parts if isinstance(rewards, Scores) else {}
+    means = {name: mean_interval(part, group)[0] for name, part in parts.items()}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float]:
     """Return the mean, and half the width of its 95 % interval over prompts.
 
-    The interval is the normal approximation. A prompt's `group` values are averaged first.
+    The interval is the normal approximation. A prompt's `group` values are averaged first. NaN
+    stands for a value that there is not.
     """
-    means = [sum(values[i : i + group]) / group for i in range(0, len(values), group)]
+    groups = [values[i : i + group] for i in range(0, len(values), group)]
+    there = [[value for value in own if not math.isnan(value)] for own in groups]
+    means = [sum(own) / len(own) for own in there if own]
+    if not means:
+        return math.nan, math.inf
     mean = sum(means) / len(means)
     if len(means) < 2:
         return mean, math.inf
@@ -253,8 +275,8 @@ def sample_rows(
     for n, prompt in enumerate(held_out[: min(front.samples, front.prompts)]):
         first = n * front.completions_per_prompt
         texts = {point.name: scored.texts[first] for point, scored in results}
-        values: dict[str, dict[str, float]] = {
-            "rewards": {point.name: scored.rewards[first] for point, scored in results},
+        values: dict[str, dict[str, float | None]] = {
+            "rewards": {point.name: _or_none(scored.rewards[first]) for point, scored in results},
             "kl": {point.name: scored.kl[first] for point, scored in results},
             "control": {
                 point.name: scored.control[first]
@@ -266,6 +288,10 @@ def sample_rows(
             {"prompt": prompt.text, **texts, **{name: own for name, own in values.items() if own}}
         )
     return rows
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def wanted_etas(config: Config) -> list[float]:
@@ -291,10 +317,15 @@ def front_json(
         "temperature": config.rollout.temperature,
         "kl_unit": "nats per completion, KL(policy || SFT)",
         "interval": "half-width of 95 % over prompts",
-        "points": [asdict(point) for point in points],
+        "points": [_point_json(point) for point in points],
         "share_kl": config.front.share_kl,
         **({"ceiling": ceiling} if ceiling else {}),
     }
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    row = asdict(point)
+    return row if row["rewards"] else {name: row[name] for name in row if name != "rewards"}
 
 
 def is_current(front: Mapping[str, Any], config: Config, ceiling: Mapping[str, Any] | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from raywarp import identity
 from raywarp.cluster.node_report import PACKAGES, versions
+from raywarp.config.policies import OptimConfig
 from raywarp.config.schema import Config
 from raywarp.data.prompts import prompts_fingerprint
 from raywarp.data.text import Prompt
@@ -15,6 +16,8 @@ from raywarp.run.front import wanted_etas
 # Part of every key. Raise it when the same settings no longer give the same policy.
 ALGORITHM_VERSION = 3
 CEILING_VERSION = 1  # likewise of a ceiling
+# Keys of `optim` that are newer than the first policies' keys.
+_NEWER = ("weight_decay", "betas", "importance_cap")
 # Keys of `front` that its measured points do not depend on.
 _NOT_OF_POINTS = {"choose", "every", "tracked_prompts", "ceiling_completions", "share_kl"}
 
@@ -49,7 +52,7 @@ def policy_keys(
         "inputs": dict(inputs),
         "lora": config.lora.model_dump(),
         "optim": config.optim.model_dump(
-            exclude={"max_tokens_per_microbatch", "gradient_checkpointing", "schedule"}
+            exclude={"max_tokens_per_microbatch", "gradient_checkpointing", "schedule", *_NEWER}
         ),
         "warp": _warp(config, iteration),
         "rollout": rollout,
@@ -83,6 +86,10 @@ def _warp(config: Config, iteration: int) -> dict[str, object]:
 def _choices(config: Config) -> dict[str, object]:
     """Return the settings that are newer than the first keys, as far as they are in use."""
     warp, found = config.warp, dict[str, object]()
+    defaults = OptimConfig()
+    for name in _NEWER:
+        if (value := getattr(config.optim, name)) != getattr(defaults, name):
+            found[name] = value
     if config.optim.schedule != "constant":
         found["schedule"] = config.optim.schedule
     if warp.kl_target is not None:

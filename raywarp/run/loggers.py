@@ -88,8 +88,8 @@ class Loggers:
         policy = f"iteration {row['iteration']} policy {row['policy']}"
         values = {
             f"held_out_{name}/{policy}": float(row[name])
-            for name in ("reward", "kl", "control")
-            if name in row
+            for name in row
+            if name in ("reward", "kl", "control") or name.startswith("reward/")
         }
         self.log_values(values, row["step"], f"step/{policy}")
 

@@ -11,6 +11,8 @@ policies/<key>/checkpoint-<step>/state.safetensors   adapter, EMA adapter, AdamW
                                  trajectory.jsonl    a row per measurement on held-out prompts
 policies/<key>/                                      θ_m as a PEFT adapter, and the three tables
 policies/<key>-ema/                                  its EMA, with warp.elastic_reset
+policies/<key>-last-good/                            its last good checkpoint as a PEFT adapter and
+                                                     the batch, where something was not finite
 
 Three things need no state of their own. The learning rate follows from the step. The prompts of a
 step follow from (seed, iteration, policy, step). The seeds of its completions follow from
@@ -35,6 +37,7 @@ from raywarp.storage.sealed import DamagedError, read_jsonl, write_json, write_j
 
 KEPT_CHECKPOINTS = 2
 TRAJECTORY_FILE = "trajectory.jsonl"
+LAST_GOOD = "-last-good"  # ends the key of what is left of a policy that had to stop
 EMA = "-ema"  # ends the key under which a policy's EMA is stored
 
 
@@ -117,6 +120,31 @@ class PolicyFiles:
         if not whole:
             raise DamagedError(f"{folder} is not of step {checkpoint.step} of policy {self.key}")
         return checkpoint
+
+    def last_before(self, step: int) -> Checkpoint | None:
+        """Return the newest whole checkpoint of an earlier step, and discard the later ones."""
+        for name in reversed(self.checkpoints()):
+            try:
+                checkpoint = self.load_checkpoint(name)
+            except DamagedError:
+                checkpoint = None
+            if checkpoint is not None and checkpoint.step < step:
+                return checkpoint
+            self.discard(name)
+        return None
+
+    def save_last_good(self, adapter: AdapterDelta, batch: Sequence[dict[str, Any]]) -> str:
+        """Save the adapter of a policy that had to stop, with the batch, and return the place.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        name = f"{self.name}{LAST_GOOD}"
+        self.storage.remove(name)
+        with self.storage.writing(name) as folder:
+            save_peft(adapter, folder)
+            write_jsonl(folder / "batch.jsonl", batch)
+        return f"{self.storage.uri.rstrip('/')}/{name}"
 
     def save_ema(self, adapter: AdapterDelta) -> None:
         """Save the EMA of the policy, before the policy itself.

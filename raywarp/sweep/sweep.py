@@ -97,7 +97,15 @@ def check_inputs(space: SearchSpace) -> Inputs:
     for point in space.points or [space.first()]:
         config = space.config(point)
         read = config.model_dump(
-            include={"model", "prompts", "reward", "control", "lora", "trust_remote_code"}
+            include={
+                "model",
+                "prompts",
+                "reward",
+                "rewards",
+                "control",
+                "lora",
+                "trust_remote_code",
+            }
         )
         different.setdefault(
             identity.content_key([read, config.rollout.max_new_tokens, config.rollout.engine]),

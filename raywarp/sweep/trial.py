@@ -382,7 +382,16 @@ def _move_to(folder: str) -> None:
 def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Return a key of all that a session's numerics and a reward's statistics may depend on."""
     sections = config.model_dump(
-        include={"rollout", "reward", "lora", "cluster", "seed", "prompts", "trust_remote_code"}
+        include={
+            "rollout",
+            "reward",
+            "rewards",
+            "lora",
+            "cluster",
+            "seed",
+            "prompts",
+            "trust_remote_code",
+        }
     )
     gpus = resources.cluster_gpus()
     machine = [resources.wish(config, gpus).dtype, gpus > 0]

@@ -37,7 +37,12 @@ VLLM_CPU_ENV = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 FEWEST_TOKENS = 8  # lowest max_model_len, so that the engines of shorter runs can be proven too
-REWARD_TITLES = ("reward worker", "control worker")
+
+
+def reward_titles(config: Config) -> list[str]:
+    """Return the names of the reward workers in a run's time line."""
+    titles = {"reward": "reward worker", "control": "control worker"}
+    return [titles.get(key) or f"reward worker {key.partition('.')[2]}" for key in config.scorers]
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class Actors:
 
         Ray restarts them and repeats their calls.
         """
-        sources = [self.config.reward] + ([self.config.control] if self.config.control else [])
+        sources = list(self.config.scorers.values())
         groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
         # Retries are unlimited, because Ray 2.60 also counts one for a worker that is restarting.
         restart = {"max_restarts": -1, "max_task_retries": -1}
@@ -212,7 +217,7 @@ class Actors:
                 watched=True,
             )
             for n, (source, group, title) in enumerate(
-                zip(sources, groups, REWARD_TITLES[: len(sources)], strict=True), 1
+                zip(sources, groups, reward_titles(self.config), strict=True), 1
             )
         ]
 

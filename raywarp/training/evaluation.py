@@ -69,18 +69,18 @@ class PendingPoint:
         )
 
 
-def sft_scores(session: Session, prompts: Sequence[Prompt]) -> list[float]:
+def sft_scores(session: Session, prompts: Sequence[Prompt]) -> Scores:
     """Return the reward of one SFT completion per prompt."""
     session.start()
     seeds = [derive_seed(session.config.seed, "standardise", n) for n in range(len(prompts))]
     request = Request([prompt.token_ids for prompt in prompts], seeds, SFT)
 
-    def score() -> list[float]:
+    def score() -> Scores:
         (rollouts,) = submit(session.pool, [request], session.chunk)
-        scores: list[float] = session.get(session.reward.submit(prompts, rollouts))
+        scores: Scores = session.get(session.reward.submit(prompts, rollouts))
         return scores
 
-    scores: list[float] = session.persist(score)
+    scores: Scores = session.persist(score)
     return scores
 
 

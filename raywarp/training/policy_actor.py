@@ -301,9 +301,8 @@ class PolicyActor(Measuring):
         completions = join(rollouts, progress.adapter)
         batch = collate([p.token_ids for p in progress.prompts], completions)
         effect_in_engine = self._effect(progress)
-        measured = progress.policy.update(
-            batch, torch.tensor(scores), completions, step % self.config.kl_to_sft_every == 0
-        )
+        with_sft_kl = step % self.config.kl_to_sft_every == 0
+        measured = progress.update(batch, scores, completions, with_sft_kl)
         row = {
             **progress.job.label,
             "step": step,

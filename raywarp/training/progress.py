@@ -1,20 +1,25 @@
 """A policy's progress on its actor, with the checkpoints that another actor can resume it from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raywarp.adapters.start import load_start, of_base
 from raywarp.algorithm.deltas import AdapterDelta, add
+from raywarp.algorithm.finite import NotFiniteError
 from raywarp.data.text import Completion, Prompt
-from raywarp.rollout.protocol import SFT, Adapter
+from raywarp.rewards.totals import means
+from raywarp.rollout.protocol import SFT, Adapter, Scores
 from raywarp.rollout.transport import digest
 from raywarp.run.policy_files import EMA, TRAJECTORY_FILE, Checkpoint, Job, PolicyFiles
 from raywarp.storage.sealed import DamagedError, read_jsonl
+from raywarp.training.last_good import keep_last_good
 from raywarp.training.tracking import Measurement, Row, best, reason_to_stop
 
 # Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:
+    from raywarp.model.batches import Batch
     from raywarp.model.policy import Policy
 
 
@@ -37,6 +42,7 @@ class Progress:
         ended: which stop rule has ended the training.
         saved_step: step of the last checkpoint.
         discarded: why older checkpoints could not be used.
+        broken: whether its present state has given numbers that are not finite.
     """
 
     job: Job
@@ -55,6 +61,7 @@ class Progress:
     ended: str | None = None
     saved_step: int = 0
     discarded: list[str] = field(default_factory=list)
+    broken: bool = False
 
     @classmethod
     def resume(cls, job: Job, policy: "Policy") -> "Progress":
@@ -91,7 +98,7 @@ class Progress:
                 "step": step,
                 "prompt": self.prompts[0].text,
                 "completion": completions[0].text,
-                "reward": scores[0],
+                "reward": None if math.isnan(scores[0]) else scores[0],
             }
         )
 
@@ -99,7 +106,7 @@ class Progress:
         """Save everything up to the last finished step, unless that is saved already."""
         from raywarp.model.checkpoint import state_of
 
-        if self.policy.step == self.saved_step:
+        if self.policy.step == self.saved_step or self.broken:
             return
         position = {
             **self.job.label,
@@ -120,10 +127,34 @@ class Progress:
             self.files.save_ema(of_base(start, add(init, self.policy.ema())))
         self.files.save_result(result, self.metrics, self.samples, self.trajectory)
 
+    def update(
+        self, batch: "Batch", scores: Scores, completions: Sequence[Completion], sft: bool
+    ) -> dict[str, float]:
+        """Take the policy's next step, and return its metrics; see Policy.update.
+
+        Raises:
+            NotFiniteError: something is not finite. The last good checkpoint is kept as an adapter.
+        """
+        import torch
+
+        try:
+            found = self.policy.update(batch, torch.tensor(scores), completions, sft)
+            return {**found, **means(scores.parts)}
+        except NotFiniteError as error:
+            texts = [completion.text for completion in completions]
+            raise keep_last_good(self, error, texts, scores) from None
+
     def add_measurement(self, row: Row) -> None:
-        """Add a row to the trajectory, keep the state if it is the best, and apply stop rules."""
+        """Add a row to the trajectory, keep the state if it is the best, and apply stop rules.
+
+        Raises:
+            NotFiniteError: the KL is not finite. The last good checkpoint is kept as an adapter.
+        """
         from raywarp.model.policy import BEST
 
+        if not math.isfinite(row["kl"]):
+            text = f"the KL to SFT on held-out prompts is {row['kl']}"
+            raise keep_last_good(self, NotFiniteError(text))
         rule = self.policy.config.stop
         self.trajectory.append(row)
         if rule.is_set:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.health import Report
 from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool, hang_of
+from raywarp.config.rewards import NamedRewardConfig, RewardConfig
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.rewards.actor import Scorer
@@ -24,7 +26,7 @@ from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
-from raywarp.training.actors import REAL, REWARD_TITLES, Actors, Kinds
+from raywarp.training.actors import REAL, Actors, Kinds, reward_titles
 from raywarp.training.fine_tuning import TICK, FineTuning
 from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
@@ -36,6 +38,11 @@ def log_event(event: str, **details: Any) -> None:
     logging.getLogger(__name__).warning(
         ", ".join([event, *(f"{name} {value}" for name, value in details.items())])
     )
+
+
+def _term(source: RewardConfig) -> tuple[str, float]:
+    """Return a reward's name and weight in the total."""
+    return (source.name, source.weight) if isinstance(source, NamedRewardConfig) else ("", 1.0)
 
 
 class Session:
@@ -82,7 +89,7 @@ class Session:
         self._texts, self._proves = texts, proves and policies
         self.proof: Proof | None = None
         self.is_started = False
-        self._statistics: tuple[float, float] | None = None
+        self._statistics: dict[str, tuple[float, float]] = {}
         self.timing: Timing | None = None
         self._free_before: dict[str, float] = {}
         self._actors: Actors | None = None
@@ -172,11 +179,11 @@ class Session:
             fine_tuning.rows, time.monotonic() - start, fine_tuning.trainers, report, reward_seconds
         )
 
-    def set_reward_statistics(self, mean: float, deviation: float) -> None:
-        """Standardise all later rewards as (raw − mean) / deviation."""
-        self._statistics = (mean, deviation)
+    def set_reward_statistics(self, mean: float, deviation: float, key: str = "reward") -> None:
+        """Standardise all later rewards of this key as (raw − mean) / deviation."""
+        self._statistics[key] = (mean, deviation)
         if self.is_started:
-            self.reward = Scorer(self.reward.actor, self._statistics)
+            self.reward = self._scorer([part.actor for part in self.reward.parts])
 
     def persist(self, work: Callable[[], Any]) -> Any:
         """Return the result of work that can be repeated.
@@ -278,8 +285,17 @@ class Session:
             raise self.policies[0].no_room(self.config.cluster.timeout_seconds)
 
     def _reward_seconds(self) -> float:
-        seconds: float = self.get(self.reward.actor.seconds_of_work.remote())
-        return seconds
+        """Return the seconds of the reward worker that has worked most."""
+        refs = [part.actor.seconds_of_work.remote() for part in self.reward.parts]
+        return max(map(float, self.get(refs)))
+
+    def _scorer(self, actors: Sequence[Any]) -> Scorer:
+        """Return what scores by all rewards, whose workers these are."""
+        parts = [
+            Scorer(actor, self._statistics.get(key), *_term(source))
+            for actor, (key, source) in zip(actors, self.config.rewards_by_key.items(), strict=True)
+        ]
+        return replace(parts[0], others=tuple(parts[1:]))
 
     def _start(self) -> None:
         config = self.config
@@ -291,10 +307,8 @@ class Session:
         if self._trains:
             self.policies = actors.policies()
         scorers = actors.rewards()
-        self.reward, self.control = (
-            Scorer(scorers[0], self._statistics),
-            Scorer(scorers[1]) if config.control else None,
-        )
+        self.reward = self._scorer(scorers[: len(config.rewards_by_key)])
+        self.control = Scorer(scorers[-1]) if config.control else None
         engines, zeros, rewards = (
             request_start(actors)
             for actors in (self.workers, [slot.actor for slot in self.policies], scorers)
@@ -327,7 +341,9 @@ class Session:
                 again=actors.worker_again,
             )
         ]
-        for name, scorer, group in zip(REWARD_TITLES, scorers, rooms["reward"], strict=False):
+        for name, scorer, group in zip(
+            reward_titles(config), scorers, rooms["reward"], strict=True
+        ):
             self._helpers.append(
                 SupervisedActor(name, scorer, hang, self.report, most, [group], wait)
             )

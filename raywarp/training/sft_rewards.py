@@ -5,6 +5,8 @@ from typing import Any
 
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
+from raywarp.rewards.reward import RewardError
+from raywarp.rewards.totals import present
 from raywarp.rollout.protocol import SFT, Request, join, submit
 from raywarp.run.ceiling import CALL
 from raywarp.training.session import Session
@@ -16,6 +18,8 @@ def rewards_of_sft(
     session: Session, prompts: Sequence[Prompt], completions: int, done: Callable[[int], None]
 ) -> list[list[float]]:
     """Return the rewards of n SFT completions of each of P prompts, as P lists of n.
+
+    Prompts with a completion that has no reward are left out.
 
     Args:
         session: its reward is standardised as the front's.
@@ -38,7 +42,11 @@ def rewards_of_sft(
             soon.submit()
         rewards += part.wait()
         done(len(part.prompts))
-    return [rewards[n : n + completions] for n in range(0, len(rewards), completions)]
+    found = [rewards[n : n + completions] for n in range(0, len(rewards), completions)]
+    whole = [own for own in found if len(present(own)) == completions]
+    if not whole:
+        raise RewardError("the reward applies to all completions of no held-out prompt")
+    return whole
 
 
 class _Part:

@@ -17,6 +17,7 @@ from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
 from raywarp.rewards.actor import Scorer
+from raywarp.rewards.totals import means
 from raywarp.rollout.protocol import Adapter, Request, Rollout, Scores, submit
 from raywarp.run.front import mean_interval
 
@@ -80,7 +81,7 @@ def measured(scores: Sequence[Scores], kl: Sequence[float]) -> Row:
     row: Row = {}
     for name, own in values.items():
         row[name], row[f"{name}_ci"] = mean_interval(own)
-    return row
+    return {**row, **means(scores[0].parts)}
 
 
 def fetch(ref: Any) -> Scores:

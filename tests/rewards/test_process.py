@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from raywarp.cluster.health import GROUP
 from raywarp.config.rewards import RewardConfig
+from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.process import FunctionProcesses, Source
 from raywarp.rewards.reward import Batch, RewardError
 
@@ -219,3 +221,20 @@ def test_a_function_of_a_script_reaches_the_process(tmp_path: Path) -> None:
         "python:Judge [23.0]",
         "python:lambda [5.0]",
     ], done.stderr
+
+
+def test_a_second_run_of_a_session_is_scored_by_its_own_folder(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts its workers with the folders of the driver that began the session."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    remote: Any = ray_cluster.remote(concurrency_groups={GROUP: 1})(RewardActor)
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / name).mkdir()
+        code = f"def score(prompts, completions):\n    return [{value}]\n"
+        (tmp_path / name / "same_name.py").write_text(code)
+        monkeypatch.chdir(tmp_path / name)
+        config = RewardConfig(function="same_name:score")
+        actor = remote.options(num_cpus=0).remote(config, source=Source.here(config))
+        assert ray_cluster.get(actor.score.remote(["p"], ["c"]), timeout=60) == [value]
+        ray_cluster.kill(actor)

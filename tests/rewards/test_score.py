@@ -286,11 +286,6 @@ def test_a_function_that_cannot_be_loaded_is_the_users_error(user_module, path, 
         load_function(path)
 
 
-def test_a_function_is_not_standardised():
-    with pytest.raises(ConfigError, match="no stored mean"):
-        load_reward(RewardConfig(function="math:sqrt", standardise=True))
-
-
 def test_the_fingerprint_of_a_function_follows_its_source_and_version(user_module):
     first = reward_fingerprint(RewardConfig(function="users_rewards:score"))
     assert reward_fingerprint(RewardConfig(function="users_rewards:score")) == first

@@ -153,12 +153,14 @@ function pointTable(run, state, select) {
   const control = run.front.points.some((point) => point.control !== null);
   const shares = run.front.ceiling && run.front.ceiling.shares;
   const retention = run.front.points.some((point) => isMeasured(point.retention));
-  const head = ["point", "reward", "KL, nats", shares && "of ceiling", control && "control", "distinct-2", "tokens", "ended by itself", retention && "retention"].filter(Boolean);
+  const rewards = [...new Set(run.front.points.flatMap((point) => Object.keys(point.rewards || {})))];
+  const head = ["point", "reward", ...rewards.map((name) => `reward ${name}`), "KL, nats", shares && "of ceiling", control && "control", "distinct-2", "tokens", "ended by itself", retention && "retention"].filter(Boolean);
   const row = (point) => {
     const on = point.name === state.point;
     const button = h("button", { type: "button", "aria-pressed": String(on), "data-point": point.name }, pointLabel(point));
     const tag = run.front.chosen === point.name && h("span", { class: "tag", title: "the folder adapter/ holds this one" }, "adapter/");
-    const cells = [interval(point.reward, point.reward_ci), interval(point.kl, point.kl_ci), shares ? shares[point.name] : false, control && interval(point.control, point.control_ci)];
+    const own = rewards.map((name) => format((point.rewards || {})[name] ?? null));
+    const cells = [interval(point.reward, point.reward_ci), ...own, interval(point.kl, point.kl_ci), shares ? shares[point.name] : false, control && interval(point.control, point.control_ci)];
     cells.push(format(point.distinct_2), format(point.length, 1), percent(point.eos_rate), retention && interval(point.retention, point.retention_ci));
     const mark = point.extrapolated && h("span", { class: "tag", title: "beyond SLERP, η = 1" }, "extrapolated");
     const line = h("tr", { class: on ? "on" : "", click: () => select(point.name) }, h("td", {}, button, tag, mark));
