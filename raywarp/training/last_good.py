@@ -6,16 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from raywarp.algorithm.deltas import add
 from raywarp.algorithm.finite import NotFiniteError
+from raywarp.data.text import Prompt
+from raywarp.run.policy_files import Job, PolicyFiles
 
+# Imported only where the actor runs: transformers and PEFT take seconds to import.
 if TYPE_CHECKING:
-    from raywarp.training.progress import Progress
+    from raywarp.model.policy import Policy
 
 SHOWN = 200  # characters of a text in a message
 
 
 def keep_last_good(
-    progress: "Progress",
+    job: Job,
+    policy: "Policy",
     error: NotFiniteError,
+    prompts: Sequence[Prompt] = (),
     texts: Sequence[str] = (),
     scores: Sequence[float] = (),
 ) -> NotFiniteError:
@@ -26,46 +31,41 @@ def keep_last_good(
 
     Args:
         error: what is not finite, before the policy's next step.
-        texts, scores: the completions of the step and their rewards; none where there are none.
+        prompts, texts, scores: of the N completions of the step; none where there are none.
     """
     from raywarp.model.adapted import INIT
 
-    policy, step = progress.policy, progress.policy.step
-    progress.broken, good_step = not error.is_reward, step
-    if progress.broken:
-        good_step = _go_back(progress)
+    files, step = PolicyFiles(job.store, job.key), policy.step
+    good = step if error.is_reward else _go_back(job, policy, files)
     rows = [
         {
             "prompt": prompt.text,
             "completion": text,
             "reward": score if math.isfinite(score) else None,
         }
-        for prompt, text, score in zip(progress.prompts, texts, scores, strict=False)
+        for prompt, text, score in zip(prompts, texts, scores, strict=True)
     ]
     for n in error.completions:
         rows[n]["not_finite"] = str(error)
     adapter = add(policy.model.delta(INIT), policy.task_vector())
-    place = progress.files.save_last_good(adapter, rows)
-    lr, out = policy.config.optim.lr, policy.config.out
-    command = (
-        f"raywarp train {out.rstrip('/')}/config.yaml optim.lr={lr / 10:g} out=NEW"
-        f" sft_adapter={place}"
-    )
+    place = files.save_last_good(adapter, rows)
+    lr, out = policy.config.optim.lr, policy.config.out.rstrip("/")
     return NotFiniteError(
-        f"{progress.name} step {step}: {error}{_which(rows, error.completions)}; the step was not"
-        f" taken. The last good checkpoint, of step {good_step}, is kept as the adapter {place},"
-        f" with the batch in batch.jsonl. To start from it: {command}"
+        f"iteration {job.iteration} policy {job.index} step {step}:"
+        f" {error}{_which(rows, error.completions)}; the step was not taken. The last good"
+        f" checkpoint, of step {good}, is kept as the adapter {place}, with the batch in"
+        f" batch.jsonl. To start from it: raywarp train {out}/config.yaml optim.lr={lr / 10:g}"
+        f" out=NEW sft_adapter={place}"
     )
 
 
-def _go_back(progress: "Progress") -> int:
+def _go_back(job: Job, policy: "Policy", files: PolicyFiles) -> int:
     """Give the policy the adapter of its last good checkpoint, and return that one's step."""
     from raywarp.model.rng import lora_seed
 
-    policy, job = progress.policy, progress.job
-    if (good := progress.files.last_before(policy.step)) is not None:
-        policy.restore(good.state)
-        return good.step
+    if (checkpoint := files.last_before(policy.step)) is not None:
+        policy.restore(checkpoint.state)
+        return checkpoint.step
     policy.model.remove(policy.name)
     policy.model.add_policy(policy.name, lora_seed(policy.config, job.iteration, job.index))
     return 0

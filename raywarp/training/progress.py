@@ -142,7 +142,10 @@ class Progress:
             return {**found, **means(scores.parts)}
         except NotFiniteError as error:
             texts = [completion.text for completion in completions]
-            raise keep_last_good(self, error, texts, scores) from None
+            self.broken = not error.is_reward
+            raise keep_last_good(
+                self.job, self.policy, error, self.prompts, texts, scores
+            ) from None
 
     def add_measurement(self, row: Row) -> None:
         """Add a row to the trajectory, keep the state if it is the best, and apply stop rules.
@@ -154,7 +157,8 @@ class Progress:
 
         if not math.isfinite(row["kl"]):
             text = f"the KL to SFT on held-out prompts is {row['kl']}"
-            raise keep_last_good(self, NotFiniteError(text))
+            self.broken = True
+            raise keep_last_good(self.job, self.policy, NotFiniteError(text))
         rule = self.policy.config.stop
         self.trajectory.append(row)
         if rule.is_set:

@@ -14,6 +14,8 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.factors import dense
 from raywarp.algorithm.finite import NotFiniteError
 from raywarp.cli.commands import _exit_code
+from raywarp.config.load import load_config
+from raywarp.config.schema import Config
 from raywarp.report.series import curves, summary
 from raywarp.run.folder import Run
 from raywarp.storage import sealed
@@ -39,6 +41,7 @@ async def words(prompts, completions, id, completion_ids):
     lengths = [float(len(ids)) + 10.0 * len(set(text)) for text, ids in both]
     return [None if row % 3 == 0 else length for row, length in zip(id, lengths)]
 '''
+CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 REWARDS = [
     {"name": "good", "function": "two_rewards:timed"},
     {"name": "words", "function": "two_rewards:words", "weight": 0.5, "standardise": True},
@@ -46,7 +49,9 @@ REWARDS = [
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: Any) -> Iterator[Run]:
+def configured(
+    ray_cluster: Any, tiny_llama: Path, tmp_path_factory: Any
+) -> Iterator[tuple[Config, Run]]:
     folder = make_project(tmp_path_factory.mktemp("several"))
     (folder / "two_rewards.py").write_text(CODE)
     changes: dict[str, Any] = {
@@ -58,7 +63,13 @@ def finished(ray_cluster: Any, tiny_llama: Path, tmp_path_factory: Any) -> Itera
         "optim": {"weight_decay": 0.01, "betas": [0.8, 0.95], "importance_cap": 1.5},
     }
     with contextlib.chdir(folder):
-        yield train(tiny_config(folder, tiny_llama, folder / "run", **changes))
+        config = tiny_config(folder, tiny_llama, folder / "run", **changes)
+        yield config, train(config)
+
+
+@pytest.fixture(scope="module")
+def finished(configured: tuple[Config, Run]) -> Run:
+    return configured[1]
 
 
 def test_each_reward_is_logged_by_its_name(finished: Run) -> None:
@@ -100,13 +111,33 @@ def test_the_front_has_the_total_that_its_texts_give(finished: Run) -> None:
 
 
 def test_a_finished_run_of_several_rewards_starts_no_actors(
-    finished: Run, monkeypatch: pytest.MonkeyPatch
+    configured: tuple[Config, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raywarp.config.load import load_config
-
     monkeypatch.setattr("raywarp.training.session.Session._start", lambda _: pytest.fail("starts"))
-    with contextlib.chdir(finished.folder.parent):
-        train(load_config(finished.folder / "config.yaml"))
+    train(configured[0])
+
+
+def test_the_example_of_gsm8k_runs_in_small(
+    ray_cluster: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """With its own rewards, on sums of one step; only model, data and sizes are others."""
+    rows = [
+        {"question": f"{a} plus {b} is", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>\n#### {a + b}"}
+        for a in range(1, 5)
+        for b in range(1, 5)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = tiny_config(tmp_path, tiny_llama, tmp_path / "run").model_dump(mode="json")
+    example = load_config(CONFIGS / "gsm8k.yaml").model_dump(mode="json", exclude_unset=True)
+    example["prompts"] = {"dataset": str(tmp_path / "sums.jsonl"), "column": "question"}
+    for section in ("model", "dtype", "out", "lora", "optim", "rollout", "cluster", "front"):
+        example[section] = small[section]
+    example["warp"] |= {"iterations": 1, "policies": 1, "steps": 1}
+    run = train(load_config(example))
+    (row,) = sealed.read_jsonl(run.folder / "metrics.jsonl")
+    total = row["reward/correct"] - 0.05 * row["reward/length"]
+    assert row["reward"] == pytest.approx(total, abs=1e-6)
+    assert row["reward/length"] == pytest.approx(row["length"] / 100, abs=1e-6)
 
 
 def test_a_policy_that_is_no_longer_finite_stops_at_its_last_good_checkpoint(

@@ -121,7 +121,7 @@ def test_the_error_names_function_time_and_key(ray_cluster: Any, module: Path) -
     with pytest.raises(
         RewardError,
         match=(
-            rf"{module.stem}:score took longer than 0\.5 s, for 2"
+            rf"(?s){module.stem}:score took longer than 0\.5 s; .* in score.*, for 2"
             r" completions.*reward\.timeout_seconds"
         ),
     ):
