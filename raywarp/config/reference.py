@@ -130,6 +130,8 @@ def _type_in_words(tree: _Tree) -> str:
         )
     if "enum" in tree:
         return f"one of {', '.join(f'`{value}`' for value in tree['enum'])}"
+    if "$ref" in tree.get("items", {}):
+        return "a list of sections"
     if tree.get("type") == "array":
         return f"a list of {_plural(_type_in_words(tree['items']))}"
     if tree.get("type") == "object":

@@ -49,8 +49,11 @@ class Scorer:
     def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
         """Ask for the scores of the rollouts behind these refs. Return the ref of Scores."""
         texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
+        messages = [getattr(prompt, "messages", None) for prompt in prompts]
         scores = [
-            part.actor.score_rollouts.remote(part.statistics, texts, columns, *rollouts)
+            part.actor.score_rollouts.remote(
+                part.statistics, texts, columns, *rollouts, messages=messages
+            )
             for part in self.parts
         ]
         terms = [(part.name, part.weight) for part in self.parts]
@@ -168,6 +171,7 @@ class RewardActor:
         prompts: Sequence[str],
         columns: Sequence[Mapping[str, Any]],
         *rollouts: Rollout,
+        messages: Sequence[Any] = (),
     ) -> Scores:
         """Return the scores of the rollout workers' completions, in order.
 
@@ -180,6 +184,7 @@ class RewardActor:
             columns: N rows with the other columns of each prompt.
             rollouts: as the workers returned them. Ray fetches them here, so the caller need not
                 wait.
+            messages: N prompts as lists of messages. None: the prompt's text is a user's message.
         """
         start = time.time()
         completions = [one for rollout in rollouts for one in rollout.completions]
@@ -189,6 +194,7 @@ class RewardActor:
             [completion.text for completion in completions],
             {name: [row[name] for row in columns] for name in names},
             [list(completion.token_ids) for completion in completions],
+            list(messages) or None,
         )
         scores = Scores(math.nan if one is None else one for one in self._score(batch, statistics))
         scores.span, scores.who = (start, time.time()), self.title

@@ -42,7 +42,7 @@ LOOK_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
-class ProcessDiedError(Exception):
+class ProcessDied(Exception):
     """A reward's process died while it worked. The message says how."""
 
 
@@ -120,12 +120,12 @@ class FunctionProcess:
         Raises:
             RewardError: the function failed.
             TimeLimitError: it took longer than `seconds`.
-            ProcessDiedError: the process died.
+            ProcessDied: the process died.
         """
         future = Future[Any]()
         with self._lock:
             if self._ended:
-                raise ProcessDiedError(self._death())
+                raise ProcessDied(self._death())
             number = next(self._numbers)
             self._pending[number] = future
             with suppress(OSError):  # it has died, and the reader says so
@@ -147,7 +147,7 @@ class FunctionProcess:
         except FutureTimeoutError:
             self.close()
             raise TimeLimitError(f"took longer than {seconds:g} s") from None
-        except ProcessDiedError:
+        except ProcessDied:
             if stack := Path(self._stack.name).read_text()[-2000:]:
                 text = f"took longer than {seconds:g} s; its process was ended at\n{stack}"
                 raise TimeLimitError(text) from None
@@ -171,7 +171,7 @@ class FunctionProcess:
             self._ended, pending = True, list(self._pending.values())
             self._pending.clear()
         for future in pending:
-            future.set_exception(ProcessDiedError(self._death()))
+            future.set_exception(ProcessDied(self._death()))
 
     def _death(self) -> str:
         code = self.process.returncode
@@ -208,7 +208,7 @@ class FunctionProcesses:
             process = self._take()
             try:
                 return process.call(batch, config.timeout_seconds)
-            except ProcessDiedError as error:
+            except ProcessDied as error:
                 cause = str(error)
             except TimeLimitError as error:
                 raise RewardError(
@@ -230,7 +230,7 @@ class FunctionProcesses:
     def _start(self) -> FunctionProcess:
         try:
             return FunctionProcess(self.source, self.environment)
-        except ProcessDiedError as error:
+        except ProcessDied as error:
             raise RewardError(
                 f"reward {self.source.config.function}: its process died at the start ({error})"
             ) from None

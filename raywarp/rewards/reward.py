@@ -36,7 +36,7 @@ class Batch:
         completions: N texts.
         columns: for each other column of the dataset a list of N values.
         completion_ids: N lists of token ids, where they are known.
-        messages: N prompts as lists of messages, where the dataset has them.
+        messages: N prompts as lists of messages; None where the dataset has a text.
     """
 
     prompts: Sequence[str]
@@ -131,7 +131,10 @@ class Reward:
         prompts: Sequence[Any] = batch.prompts
         completions: Sequence[Any] = batch.completions
         if self.messages:
-            prompts = batch.messages or [[_message("user", text)] for text in prompts]
+            turns = batch.messages or [None] * len(prompts)
+            prompts = [
+                own or [_message("user", text)] for own, text in zip(turns, prompts, strict=True)
+            ]
             completions = [[_message("assistant", text)] for text in completions]
         return call(self.function, prompts, completions, batch.completion_ids, batch.columns)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from raywarp.algorithm.deltas import add
 from raywarp.algorithm.finite import NotFiniteError
+from raywarp.config.policies import OptimConfig
 from raywarp.data.text import Prompt
 from raywarp.run.policy_files import Job, PolicyFiles
 
@@ -49,12 +50,13 @@ def keep_last_good(
         rows[n]["not_finite"] = str(error)
     adapter = add(policy.model.delta(INIT), policy.task_vector())
     place = files.save_last_good(adapter, rows)
-    lr, out = policy.config.optim.lr, policy.config.out.rstrip("/")
+    out = policy.config.out.rstrip("/")
+    lr = min(policy.config.optim.lr / 10, OptimConfig().lr)
     return NotFiniteError(
         f"iteration {job.iteration} policy {job.index} step {step}:"
         f" {error}{_which(rows, error.completions)}; the step was not taken. The last good"
         f" checkpoint, of step {good}, is kept as the adapter {place}, with the batch in"
-        f" batch.jsonl. To start from it: raywarp train {out}/config.yaml optim.lr={lr / 10:g}"
+        f" batch.jsonl. To start from it: raywarp train {out}/config.yaml optim.lr={lr:g}"
         f" out=NEW sft_adapter={place}"
     )
 

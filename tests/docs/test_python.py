@@ -2,7 +2,11 @@
 
 import ast
 import inspect
+import json
 import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,9 @@ from conftest import random_delta
 import raywarp
 from raywarp.adapters.peft import save_peft
 from raywarp.algorithm.factors import Factors
+from raywarp.config.rewards import RewardConfig
+from raywarp.rewards.process import FunctionProcesses, Source
+from raywarp.rewards.reward import Batch
 from raywarp.rewards.score import check_call
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -87,13 +94,53 @@ def test_the_other_examples_are_python_that_uses_what_there_is() -> None:
 
 def test_the_reward_function_of_your_own() -> None:
     names: dict[str, Any] = {}
-    (code,) = examples(PAGE.with_name("your-own.md").read_text())
+    code, judge = examples(PAGE.with_name("your-own.md").read_text())
     exec(code, names)
     check_call("my_rewards:score", names["score"], ["reference", "other"])
+    assert judge.startswith("# judge.py\n")
     assert names["score"](["a", "b"], ["x y", "z"], reference=["y x q", "a"], other=[1, 2]) == [
         2.0,
         0.0,
     ]
+
+
+class Judge(BaseHTTPRequestHandler):
+    """A server with OpenAI's interface. It rates an answer by its last word."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        (message,) = asked["messages"]
+        text = message["content"].rpartition(" ")[2]
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"]}
+        body = json.dumps({**reply, "choices": [choice | {"finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_the_judge_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai")
+    (tmp_path / "judge.py").write_text(examples(PAGE.with_name("your-own.md").read_text())[1])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("JUDGE_MODEL", "any")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = {"function": "judge:score", "retry_on": ["openai.APIConnectionError"]}
+    processes = FunctionProcesses(Source.here(RewardConfig(**settings)))
+    try:
+        batch = Batch(["q"] * 4, ["I say 7", "about 2.5", "no idea", "it is 99"])
+        assert processes.score(batch) == [0.7, 0.25, None, 1.0]
+    finally:
+        processes.close()
+        server.shutdown()
 
 
 def test_what_the_page_says_of_averages() -> None:
