@@ -212,7 +212,11 @@ def _rows(config: Config, length: int) -> int:
 def _reward_process(config: Config) -> Components:
     """Return a reward worker's memory, by component."""
     if not any(scorer.model for scorer in config.scorers.values()):
-        return {"Python, Ray (and what the function needs)": memory.FUNCTION_RUNTIME}
+        processes = max(scorer.concurrency for scorer in config.scorers.values())
+        return {
+            "Python, Ray": memory.FUNCTION_RUNTIME,
+            "processes (and what the function needs)": processes * memory.FUNCTION_PROCESS,
+        }
     return {**_reward_weights(config), "Python, torch, Ray": memory.REWARD_RUNTIME}
 
 

@@ -19,7 +19,8 @@ POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
     1000 << 20,
     600 << 20,
 )
-FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model; its function may need more
+FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model
+FUNCTION_PROCESS = 40 << 20  # of a process that calls a function, which may need more
 Components = dict[str, int]  # name of a component → bytes
 
 

@@ -14,6 +14,7 @@ from raywarp import identity
 from raywarp.cluster import placement_groups, resources, runtime
 from raywarp.cluster.claims import Table
 from raywarp.cluster.runtime import stoppable
+from raywarp.config.callables import PREFIX
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, SearchSpace, Values, choice_texts, search_space
 from raywarp.planning.inputs import Inputs, prepare
@@ -49,6 +50,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     """
     display = display or Display()
     space = search_space(config)
+    _refuse_callables(config)
     inputs = check_inputs(space)
     run = Run.open(config, display.say)
     files = SweepFiles(os.path.abspath(config.out) if run.mirror is None else config.out)
@@ -66,6 +68,16 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
             save_sweep(sweep, plan, run)
             show_sweep(sweep, display)
     return sweep
+
+
+def _refuse_callables(config: Config) -> None:
+    """Raise ConfigError for a reward function that only this process has: trials are others."""
+    for key, scorer in config.scorers.items():
+        if (scorer.function or "").startswith((PREFIX, "__main__:")):
+            raise ConfigError(
+                f"{key}.function={scorer.function} is of this script, and a sweep's trials run in"
+                " processes of their own; put it into a module, and name it as module:function"
+            )
 
 
 def _refuse_earlier(files: SweepFiles) -> None:

@@ -67,3 +67,14 @@ def test_each_entry_and_its_weight_decide_the_key() -> None:
     keys = [key(FIRST), key(FIRST | {"weight": 2}), key(FIRST, second), key(second)]
     assert len({*keys}) == 4
     assert key(FIRST | {"concurrency": 4, "timeout_seconds": 5}) == keys[0]
+
+
+@pytest.mark.parametrize("function", ["__main__:score", lambda prompts, completions: [1.0]])
+def test_a_sweep_refuses_a_function_that_its_trials_could_not_import(
+    function: Any, no_ray: None
+) -> None:
+    from raywarp.sweep.sweep import tune
+
+    tree = {"reward": {"function": function}, "tune": {"space": {"optim.lr": {"grid": [1e-4]}}}}
+    with pytest.raises(ConfigError, match=r"reward\.function=.* put it into a module"):
+        tune(load_config(tree))
