@@ -161,10 +161,14 @@ def summarise(
     )
     reward, reward_ci = mean_interval(scored.rewards, group)
     kl, kl_ci = mean_interval(scored.kl, group)
-    if not math.isfinite(kl):
+    if math.isnan(reward):
         raise NotFiniteError(
-            f"the KL of {candidate.name} to SFT is {kl} on the held-out prompts: its policies have"
-            " gone too far. Lower optim.lr, and set another out"
+            f"the reward applies to no completion of {candidate.name} on the held-out prompts"
+        )
+    if wrong := [value for value in scored.kl if not math.isfinite(value)]:
+        raise NotFiniteError(
+            f"the KL of {candidate.name} to SFT is {wrong[0]} on a held-out prompt: its policies"
+            " have gone too far. Lower optim.lr, and set another out"
         )
     control, control_ci = (
         mean_interval(scored.control, group) if scored.control is not None else (None, None)

@@ -4,6 +4,7 @@ Every measurement samples the same prompts with the same seeds, so that the meas
 policy, and those of different policies, are paired.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
 from raywarp.rewards.actor import Scorer
+from raywarp.rewards.reward import RewardError
 from raywarp.rewards.totals import means
 from raywarp.rollout.protocol import Adapter, Request, Rollout, Scores, submit
 from raywarp.run.front import mean_interval
@@ -74,6 +76,9 @@ def measured(scores: Sequence[Scores], kl: Sequence[float]) -> Row:
     Args:
         scores: the rewards, and the control scores if there are any.
         kl: KL to SFT of each completion, in nats.
+
+    Raises:
+        RewardError: no completion has a reward.
     """
     values = {"reward": scores[0], "kl": kl}
     if len(scores) > 1:
@@ -81,6 +86,10 @@ def measured(scores: Sequence[Scores], kl: Sequence[float]) -> Row:
     row: Row = {}
     for name, own in values.items():
         row[name], row[f"{name}_ci"] = mean_interval(own)
+    if not all(map(math.isfinite, kl)):
+        row["kl"] = math.nan
+    if math.isnan(row["reward"]):
+        raise RewardError("the reward applies to no completion of the tracked prompts")
     return {**row, **means(scores[0].parts)}
 
 

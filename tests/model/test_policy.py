@@ -3,6 +3,7 @@
 A resumed run must be the same run.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from raywarp.algorithm import losses
 from raywarp.algorithm.averaging import liti
 from raywarp.algorithm.deltas import zeros_like
 from raywarp.algorithm.factors import dense
+from raywarp.algorithm.finite import NotFiniteError
 from raywarp.config.load import parse_config
 from raywarp.config.policies import LoraConfig
 from raywarp.config.schema import Config
@@ -402,3 +404,33 @@ def test_init_adapter_of_any_rank_is_what_its_change_says(
     )
     model.set_init(zeros_like(init))
     torch.testing.assert_close(model.logits(batch, [INIT]), model.logits(batch, []))
+
+
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf])
+def test_a_step_that_is_not_finite_is_not_taken(model: AdaptedModel, wrong: float) -> None:
+    policy = Policy(model, config(), 1, 1)
+    step(policy, 0)
+    before = snapshot(model, [policy.name, policy.ema_name])
+    with pytest.raises(NotFiniteError, match="the reward is") as caught:
+        step(policy, 1, (1.0, -1.0, wrong, 2.0))
+    assert (caught.value.completions, caught.value.is_reward) == ((2,), True)
+    assert not changed(before, snapshot(model, [policy.name, policy.ema_name]))
+    assert policy.step == 1
+    next(iter(model.tensors(policy.name).values())).data.fill_(math.nan)
+    with pytest.raises(NotFiniteError, match="the log-prob"):
+        step(policy, 1)
+
+
+def test_a_completion_without_a_reward_gives_no_gradient(tiny_llama: Path) -> None:
+    """Of two prompts of two, one completion of the first has none: only the second prompt counts,
+    as where the first one's two rewards are equal.
+    """
+    found = []
+    for rewards in ((1.0, math.nan, 0.5, 2.0), (3.0, 3.0, 0.5, 2.0)):
+        policy = Policy(load(tiny_llama), config(kl_coef=0.0), 1, 1)
+        metrics = step(policy, 0, rewards)
+        found.append((metrics["grad_norm"], dict(policy.snapshot())))
+        assert metrics["flat_groups"] == 1
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(tensor, found[1][1][name])

@@ -13,9 +13,12 @@ from rich.console import Console
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import add, zeros_like
 from raywarp.algorithm.factors import dense
+from raywarp.algorithm.finite import NotFiniteError
 from raywarp.config.front import ChooseConfig
+from raywarp.rollout.protocol import Scores
 from raywarp.run.figures import front_table, plot_front
 from raywarp.run.front import (
+    Candidate,
     Point,
     Scored,
     candidates,
@@ -179,3 +182,20 @@ def test_summary() -> None:
     found = summarise(candidates(random_delta(1), [random_delta(2)], [])[0], scored, group=2)
     assert (found.reward, found.kl, found.control) == (2.5, pytest.approx(0.2), 0.5)
     assert (found.length, found.eos_rate, found.distinct_2) == (2.25, 0.75, pytest.approx(2 / 3))
+
+
+def test_means_leave_out_what_has_no_reward_and_refuse_what_is_not_finite() -> None:
+    """Two prompts of two completions: means 1 and 5, so 3 ± 1.96 · 2."""
+    rewards = Scores([1.0, math.nan, 4.0, 6.0])
+    rewards.parts = {"a": Scores([0.0, 2.0, 4.0, 6.0])}
+    shared = {"texts": ["x"] * 4, "lengths": [1] * 4, "finished": [True] * 4, "control": None}
+    sft, whole = Candidate("sft", 0.0, None), Scored(rewards=rewards, kl=[0.0] * 4, **shared)
+    point = summarise(sft, whole, 2)
+    assert (point.reward, point.reward_ci) == (3.0, pytest.approx(1.96 * 2))
+    assert point.rewards == {"a": 3.0}
+    broken = Scored(rewards=rewards, kl=[0.0, math.nan, 0.0, math.inf], **shared)
+    with pytest.raises(NotFiniteError, match="the KL of sft to SFT is nan"):
+        summarise(sft, broken, 2)
+    none = Scored(rewards=[math.nan] * 4, kl=[0.0] * 4, **shared)
+    with pytest.raises(NotFiniteError, match="applies to no completion of sft"):
+        summarise(sft, none, 2)

@@ -1,9 +1,12 @@
 """Tests of when policies are measured while they train, which state is best, and stop rules."""
 
+import math
+
 import pytest
 
 from raywarp.config.load import parse_config
 from raywarp.config.policies import StopConfig
+from raywarp.rewards.reward import RewardError
 from raywarp.rollout.protocol import Scores
 from raywarp.training.tracking import Row, best, is_due, measured, reason_to_stop
 
@@ -64,3 +67,14 @@ def test_a_plateau_is_so_many_measurements_without_a_new_best() -> None:
     said = reason_to_stop(rows(reward=[0.0, 0.4, 0.4, 0.4]), rule)
     assert said == "reward has not risen above 0.40 for stop.plateau=2 measurements"
     assert reason_to_stop(rows(reward=[0.0, 0.4, 0.3, 0.2]), StopConfig()) is None
+
+
+def test_a_measurement_leaves_out_completions_without_a_reward() -> None:
+    scores = Scores([1.0, math.nan, 3.0])
+    scores.parts = {"a": Scores([1.0, math.nan, 3.0]), "b": Scores([math.nan] * 3)}
+    row = measured([scores], [0.5, 0.5, 2.0])
+    assert (row["reward"], row["kl"], row["reward/a"]) == (2.0, 1.0, 2.0)
+    assert "reward/b" not in row
+    assert math.isnan(measured([scores], [0.5, math.nan, 2.0])["kl"])
+    with pytest.raises(RewardError, match="applies to no completion"):
+        measured([Scores([math.nan] * 2)], [0.0, 0.0])
