@@ -23,7 +23,7 @@ from raywarp.run.ceiling import Ceiling, ceiling_of, front_share
 from raywarp.run.config_file import CONFIG_FILE, flat
 from raywarp.run.figures import share_cell
 from raywarp.run.folder import FRONT_FILE, MERGE, read_mark
-from raywarp.run.front import Point
+from raywarp.run.front import Point, point_json
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
 from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.run.sampler_mark import Mark
@@ -83,7 +83,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
         "front": (
             {
                 **front,
-                "points": [asdict(point) for point in points],
+                "points": [point_json(point) for point in points],
                 "ceiling": part("The ceiling", lambda: _ceiling(points, ceiling, front), None),
             }
             if points

@@ -321,13 +321,14 @@ def front_json(
         "temperature": config.rollout.temperature,
         "kl_unit": "nats per completion, KL(policy || SFT)",
         "interval": "half-width of 95 % over prompts",
-        "points": [_point_json(point) for point in points],
+        "points": [point_json(point) for point in points],
         "share_kl": config.front.share_kl,
         **({"ceiling": ceiling} if ceiling else {}),
     }
 
 
-def _point_json(point: Point) -> dict[str, Any]:
+def point_json(point: Point) -> dict[str, Any]:
+    """Return a point as JSON; `rewards` is there where there are several."""
     row = asdict(point)
     return row if row["rewards"] else {name: row[name] for name in row if name != "rewards"}
 

@@ -69,6 +69,7 @@ def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:
         "adapter_effect",
         "engine_gap",
         "grad_norm",
+        "flat_groups",
     }
     assert [(way["iteration"], way["policy"], way["held_out"]) for way in data["trajectories"]] == [
         (i, m, True) for i in (1, 2) for m in (1, 2)
@@ -472,7 +473,7 @@ def test_long_curves_become_means_with_least_and_largest() -> None:
     assert [cut.stop - cut.start for cut in stretches(10, 4)] == [3, 3, 3, 1]
     short = summary(curves(rows[-5:]))["curves"][0]
     assert short["values"]["reward"] == {"mean": [0, 1, 0, 1, 0]}
-    assert len(METRICS) == len(short["values"]) + 9
+    assert len(METRICS) == len(short["values"]) + 10
 
 
 def test_a_path_is_measured_on_held_out_prompts_where_it_can_be() -> None:
@@ -563,3 +564,14 @@ def test_json_stands_safely_in_a_page() -> None:
     }
     page = render(page_data([{"name": text}], text)).decode()
     assert page.count("</script>") == 3
+
+
+def test_several_rewards_have_a_chart_each() -> None:
+    rows = [
+        {"iteration": 1, "policy": 1, "step": n, "reward": 1.0, "reward/b": n, "reward/a": 2.0}
+        for n in range(3)
+    ]
+    drawn = summary(curves(rows))
+    titles = [metric["title"] for metric in drawn["metrics"]]
+    assert titles == ["Reward", "Reward a", "Reward b"]
+    assert drawn["curves"][0]["values"]["reward/b"]["mean"] == [0, 1, 2]
