@@ -3,10 +3,11 @@
 import functools
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -117,7 +118,8 @@ class RewardActor:
         # A function may use this Ray; without its address it would start another one.
         context = ray.get_runtime_context() if ray.is_initialized() else None
         return FunctionProcesses(
-            self.source, {"RAY_ADDRESS": context.gcs_address} if context else {}
+            replace(self.source, paths=[*self.source.paths, *filter(None, sys.path)]),
+            {"RAY_ADDRESS": context.gcs_address} if context else {},
         )
 
     def score(
