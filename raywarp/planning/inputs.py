@@ -73,8 +73,8 @@ class Inputs:
     def warnings(self) -> list[str]:
         """What a reward model may not read of the completions."""
         config, found = self.config, []
-        for key, scorer in (("reward", config.reward), ("control", config.control)):
-            if scorer is not None and scorer.model:
+        for key, scorer in config.scorers.items():
+            if scorer.model:
                 read = read_tokens(scorer, config.trust_remote_code)
                 found.append(
                     cut_warning(key, read, self.longest_prompt, config.rollout.max_new_tokens)

@@ -381,18 +381,8 @@ def _move_to(folder: str) -> None:
 
 def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Return a key of all that a session's numerics and a reward's statistics may depend on."""
-    sections = config.model_dump(
-        include={
-            "rollout",
-            "reward",
-            "rewards",
-            "lora",
-            "cluster",
-            "seed",
-            "prompts",
-            "trust_remote_code",
-        }
-    )
+    read = {"rollout", "reward", "rewards", "lora", "cluster", "seed", "prompts"}
+    sections = config.model_dump(include={*read, "trust_remote_code"})
     gpus = resources.cluster_gpus()
     machine = [resources.wish(config, gpus).dtype, gpus > 0]
     completions = config.reward_training.sft_completions

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from raywarp.adapters.start import load_start, of_base
 from raywarp.algorithm.deltas import add
 from raywarp.algorithm.finite import NotFiniteError
 from raywarp.config.policies import OptimConfig
@@ -48,7 +49,8 @@ def keep_last_good(
     ]
     for n in error.completions:
         rows[n]["not_finite"] = str(error)
-    adapter = add(policy.model.delta(INIT), policy.task_vector())
+    change = add(policy.model.delta(INIT), policy.task_vector())
+    adapter = of_base(load_start(policy.config.sft_adapter), change)
     place = files.save_last_good(adapter, rows)
     out = policy.config.out.rstrip("/")
     lr = min(policy.config.optim.lr / 10, OptimConfig().lr)

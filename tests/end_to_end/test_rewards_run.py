@@ -171,3 +171,7 @@ def test_a_policy_that_is_no_longer_finite_stops_at_its_last_good_checkpoint(
     assert any("not_finite" in row for row in batch)
     with contextlib.chdir(folder), pytest.raises(NotFiniteError, match="step 2: "):
         train(config, Listener())
+    path, *overrides = message.rpartition("raywarp train ")[2].split()
+    overrides[overrides.index("out=NEW")] = f"out={folder / 'new'}"
+    with contextlib.chdir(folder):
+        train(load_config(path, [*overrides, "warp.steps=1"]), Listener())
