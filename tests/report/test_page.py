@@ -190,7 +190,7 @@ def test_everything_is_there_and_nothing_is_asked_of_the_network(
         " document.querySelector(a.hash))"
     )
     assert browser.text("#state") == "finished"
-    assert len(browser.texts("#curves .chart svg")) == 10
+    assert len(browser.texts("#curves .chart svg")) == 11
     assert len(browser.texts("#geometry .chart svg")) == 2
     for selector in ("#front-chart svg path", "#control svg path", "#time svg path"):
         assert len(browser.texts(selector)) > 5, selector
