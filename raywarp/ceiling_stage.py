@@ -14,6 +14,7 @@ from raywarp.run.ceiling import FOLDER, Ceiling, find_ceiling, save_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.run.keys import ceiling_key, key_of_numerics
+from raywarp.run.moment import keep_moment
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive
@@ -40,9 +41,11 @@ def ceiling(config: Config, display: Display | None = None) -> Ceiling:
         raise ConfigError(
             "front.ceiling_completions=0 measures no ceiling; set it to at least 4, for example 32"
         )
-    display, inputs = display or Display(), prepare(config)
+    display = display or Display()
+    inputs = prepare(config, display.progress)
     run = Run.open(config, display.say)
     with exclusive(config.out, run.folder, display.say), run.mirrored(), stoppable():
+        keep_moment(run.store, inputs.prompts.rendered_at)
         found = _measure(config, inputs, run, display)
     display.ceiling(found, config.front.share_kl)
     return found

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ def batch_indices(population: int, size: int, step: int, seed: int) -> list[int]
 
 
 @functools.lru_cache(maxsize=16)
-def _epoch_order(population: int, epoch: int, seed: int) -> tuple[int, ...]:
-    order = list(range(population))
+def _epoch_order(population: int, epoch: int, seed: int) -> "array[int]":
+    order = array("q", range(population))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-    return tuple(order)
+    return order
 
 
 def content_key(parts: Any) -> str:

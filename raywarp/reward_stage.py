@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raywarp.cluster import runtime
 from raywarp.config.schema import Config
-from raywarp.data.text import PromptSplits
+from raywarp.data.prompt_set.table import PromptSplits
 from raywarp.planning import preflight
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.planning.jobs import check_paths
@@ -97,7 +97,7 @@ def _train_and_standardise(
         scores = scores_of_sft(
             config.model_copy(update={"reward": scorer, "rewards": [], "control": None}),
             inputs.model,
-            inputs.prompts.train,
+            inputs.prompts.sampled,
         )
         save_standardisation(summary.folder, scores)
     low, high = summary.accuracy_ci

@@ -78,7 +78,7 @@ def reward_statistics(session: Session, run: Run, inputs: Inputs) -> dict[str, f
         if (found := _stored(run, config.rewards_by_key[key], key, of)) is not None:
             known[key] = found
     if missing := [key for key in wanted if key not in known]:
-        prompts = first_prompts(inputs.prompts.train, config.reward_training.sft_completions)
+        prompts = first_prompts(inputs.prompts.sampled, config.reward_training.sft_completions)
         scores = sft_scores(session, prompts)
         for key in missing:
             own = scores.parts.get(key.partition(".")[2], scores)

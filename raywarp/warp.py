@@ -81,7 +81,7 @@ def train(config: Config, display: Display | None = None) -> Run:
         Stopped: SIGTERM or Ctrl-C, a KeyboardInterrupt. Finished work is kept.
     """
     display = display or Display()
-    with closing(stages(config, prepare(config), display)) as found:
+    with closing(stages(config, prepare(config, display.progress), display)) as found:
         for stage in found:
             run = stage.run
     return run
@@ -123,7 +123,7 @@ def stages(
             texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
         )
         with Loggers(config, run, lazy=known is not None) as loggers, session_of_run as session:
-            run.save_config(config)
+            run.save_config(config, inputs.prompts.rendered_at)
             run.clean()
             journal.begin()
             yield from Driver(
@@ -300,9 +300,9 @@ class Driver:
         ceiling = measured_ceiling(
             self.session, run, self.inputs, determinants, self.display, self.claims
         )
-        limits = ceiling.json() if ceiling else None
+        limits, told = ceiling.json() if ceiling else None, self.inputs.measured(config)
         is_measured = run.has_front(key)
-        if is_measured and front.is_current(run.front(), config, limits):
+        if is_measured and front.is_current(run.front(), told, limits):
             return self.display.front(run)
         points = front.candidates(init, policies, front.wanted_etas(config))
         measured = (
@@ -315,13 +315,11 @@ class Driver:
         plot_front(measured, chosen, run.folder / "front.png", title, ceiling)
         adapter = front.on_line(points, chosen.eta or 0.0)
         run.save_adapter(
-            adapter, card(config, measured, chosen, adapter.rank, list(adapter.factors), ceiling)
+            adapter, card(told, measured, chosen, adapter.rank, list(adapter.factors), ceiling)
         )
-        told = {
-            "key": key,
-            "numerics": {key_of_numerics(config, self.inputs.fingerprints()): numerics},
-        }
-        run.save_front({**told, **front.front_json(measured, chosen, config, limits)})
+        numerics_key = key_of_numerics(config, self.inputs.fingerprints())
+        found = {"key": key, "numerics": {numerics_key: numerics}}
+        run.save_front({**found, **front.front_json(measured, chosen, told, limits)})
         self.loggers.finish(run)
         self.display.front(run)
 

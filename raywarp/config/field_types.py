@@ -25,6 +25,11 @@ def _printable(text: str) -> str:
     return text
 
 
+def _printable_lines(text: str) -> str:
+    _printable(text.replace("\n", " ").replace("\t", " "))
+    return text
+
+
 def _whole_above_one(amount: float) -> float:
     if amount > 1 and amount != int(amount):
         raise ValueError("must be a whole number, or a share of one GPU")
@@ -41,4 +46,5 @@ Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]
 Seed = Annotated[Integer, Field(ge=0, lt=2**32)]  # numpy's range
 Gpus = Annotated[NotNegative, AfterValidator(_whole_above_one)]
 Text = Annotated[str, AfterValidator(_printable)]
+Multiline = Annotated[str, AfterValidator(_printable_lines)]
 Modules = Text | Annotated[list[Text], Field(min_length=1)]

@@ -130,12 +130,9 @@ _EXPLAINED = (
 
 
 def section_types(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that a key's type allows; a mapping of sections is none."""
-    options = (
-        ()
-        if get_origin(annotation) in (dict, list)
-        else getattr(annotation, "__args__", (annotation,))
-    )
+    """Return the sections that a key's type allows; a mapping or list of sections is none."""
+    kinds = getattr(annotation, "__args__", (annotation,))
+    options = () if get_origin(annotation) in (dict, list) else kinds
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
@@ -146,6 +143,7 @@ _ALTERNATIVES = {
         "front.choose": ("eta", "max_kl"),
         "reward": ("model", "function"),
         "control": ("model", "function"),
+        "prompts": ("dataset", "datasets"),
     }.items()
     for one, other in (pair, pair[::-1])
 }

@@ -134,6 +134,8 @@ def _type_in_words(tree: _Tree) -> str:
         return "a list of sections"
     if tree.get("type") == "array":
         return f"a list of {_plural(_type_in_words(tree['items']))}"
+    if "$ref" in tree:
+        return "sections"
     if tree.get("type") == "object":
         return "keys with their values"
     noun = {

@@ -12,8 +12,8 @@ from raywarp.config.datasets import SNIPPETS, PreferencesConfig
 from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.pairs import Preference, PreferenceSplits, of_turns, split_given, split_pairs
-from raywarp.data.prompts import load_rows
 from raywarp.data.ratings import TWICE, averaged, pair_splits, read_rated, split_rated
+from raywarp.data.rows import load_rows
 from raywarp.data.turns import (
     Conversation,
     Part,

@@ -1,4 +1,4 @@
-"""Prompts from the hub, a local folder or file, or the embedded ratings (embedded.py).
+"""Prompts from datasets, or the embedded ratings (embedded.py), in the policy's tokens.
 
 Everything random here is a function of the seed, and no prompt is in two splits.
 """
@@ -6,23 +6,35 @@ Everything random here is a function of the seed, and no prompt is in two splits
 import hashlib
 import json
 import os
-import random
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raywarp.config.datasets import SNIPPETS, PromptsConfig
+import numpy as np
+
+from raywarp.config.datasets import SNIPPETS, PromptsConfig, PromptSource
 from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
-from raywarp.data.text import Prompt, PromptSplits
-from raywarp.identity import derive_seed
+from raywarp.data.prompt_set.order import (
+    Grouped,
+    Split,
+    distinct,
+    held_back,
+    mixed,
+    of_two,
+    seed_of,
+    without_evaluated,
+)
+from raywarp.data.prompt_set.rendering import EMPTY, KEPT, LONG, PromptRenderer
+from raywarp.data.prompt_set.table import Part, Prompts, PromptSplits
+from raywarp.data.prompt_set.tokenising import rendered
+from raywarp.data.rows import is_path, load_rows
+from raywarp.data.text import Prompt
 
 if TYPE_CHECKING:
     import datasets
-
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str, what: str = "model") -> str:
@@ -45,213 +57,155 @@ def resolve_model(name: str, what: str = "model") -> str:
             f"{what} {name} is a file; it must be a folder with config.json and weights, or a"
             " hub id"
         )
-    if _is_path(name):
+    if is_path(name):
         raise ConfigError(f"{what} folder {name} does not exist (in {os.getcwd()})")
     return name
 
 
-def _is_path(name: str) -> bool:
-    """Return whether a name that does not exist here is a path rather than a hub id.
-
-    It is one if its first folder exists here, or if it cannot be an id.
-    """
-    first = name.partition("/")[0]
-    return (
-        not HUB_ID.fullmatch(name)
-        or first in (".", "..", "~", "runs")
-        or ("/" in name and Path(first).is_dir())
-    )
-
-
-def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "datasets.Dataset":
-    """Load one split of a dataset.
-
-    Args:
-        dataset: a hub id, a local folder, or a local parquet, JSONL, JSON or CSV file, whose only
-            split is train.
-        name: the dataset's configuration (subset).
-
-    Raises:
-        ConfigError: it does not exist, cannot be reached or read, has no such subset or split, or
-            is empty.
-    """
-    import datasets  # here, so that a Ray actor that only needs Prompt starts faster
-
-    datasets.disable_progress_bars()
-    # The library logs what it raises, with a traceback.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if dataset.startswith(embedded.EMBEDDED):
-        raise ConfigError(f"unknown embedded dataset '{dataset}'; there is {SNIPPETS}")
-    path = Path(dataset).expanduser()
-    kind = FORMATS.get(path.suffix)
-    if path.is_file() and kind is None:
-        raise ConfigError(f"dataset file {dataset} is none of {', '.join(FORMATS)}")
-    if not path.exists() and (kind or _is_path(dataset)):
-        raise ConfigError(f"dataset {dataset} does not exist (in {os.getcwd()})")
-    source = (
-        {"path": kind, "data_files": str(path)}
-        if path.is_file()
-        else {"path": str(path) if path.is_dir() else dataset, "name": name}
-    )
-    try:
-        rows = datasets.load_dataset(split=split, **source)
-    # datasets passes errors of pyarrow, pandas, httpx and the hub through unchanged
-    except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:400]
-        raise ConfigError(f"cannot load split '{split}' of dataset {dataset}: {reason}") from None
-    if not len(rows):
-        raise ConfigError(f"split '{split}' of dataset {dataset} is empty")
-    return rows
-
-
 def load_prompts(
-    config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int
+    config: PromptsConfig,
+    tokenizer: Any,
+    seed: int,
+    max_prompt_tokens: int,
+    say: Callable[[str], None] = lambda line: None,
+    moment: Callable[[], datetime | None] = lambda: None,
 ) -> PromptSplits:
-    """Load prompts: cut, rendered and tokenized once, each token sequence once.
+    """Load prompts: cut, rendered and tokenized once.
 
-    No prompt is in both splits. Empty ones are dropped.
+    No prompt is in both splits. Empty ones are dropped, and rows that are equal in tokens and
+    columns count once.
 
     Args:
         tokenizer: the policy's. With template=none it adds its default special tokens, but no EOS
             at the end.
         seed: of the split, and of the lengths that prompts are cut to.
         max_prompt_tokens: the longest prompt that leaves room for a completion, template included.
+        say: gets a line now and then, while many rows are tokenised.
+        moment: gives the time for a template that asks for the date; None stands for now.
 
     Raises:
-        ConfigError: see load_rows; a missing column, a prompt that is too long, or nothing left in
-            a split.
+        ConfigError: see load_rows; a missing column, a row that is neither text nor messages, a
+            prompt that is too long or that the template refuses, or nothing left in a split.
     """
-    render = _PromptRenderer(config, tokenizer, seed, max_prompt_tokens)
-    if config.dataset == SNIPPETS:
-        parts = embedded.split_snippets(seed)
-        train, held_out = (
-            render([{config.column: s.text} for s in part])
-            for part in (parts.rl_prompts, parts.held_out)
+    loaded, rendered_at = list[list[Part]](), None
+    for source in config.sources:
+        own = config.model_copy(
+            update={"dataset": source.dataset, "column": source.column or config.column}
         )
-    else:
-        train = render(load_rows(config.dataset, config.name, config.split))
-        if config.held_out_split is not None:
-            held_out = render(load_rows(config.dataset, config.name, config.held_out_split))
-        else:
-            random.Random(derive_seed(seed, "prompts")).shuffle(train)
-            count = max(1, round(len(train) * config.held_out_fraction))
-            train, held_out = train[count:], train[:count]
-    evaluated = {prompt.token_ids for prompt in held_out}
-    splits = PromptSplits(
-        [prompt for prompt in train if prompt.token_ids not in evaluated], held_out
-    )
-    if not (splits.train and splits.held_out):
+        renderer = PromptRenderer(own, tokenizer, seed, max_prompt_tokens)
+        if renderer.is_dated:
+            rendered_at = rendered_at or (moment() or datetime.now()).replace(microsecond=0)
+            renderer.moment = rendered_at
+        loaded.append([_part(rows, own, renderer, say) for rows in _rows(source, own.column, seed)])
+    splits = _split(config, loaded, seed)
+    if not (len(splits.train) and len(splits.held_out)):
         sizes = f"{len(splits.train)} for training, {len(splits.held_out)} held out"
+        named = ", ".join(source.dataset for source in config.sources)
         raise ConfigError(
-            f"prompts.dataset={config.dataset} has too few prompts, once empty and repeated ones"
+            f"prompts.dataset={named} has too few prompts, once empty and repeated ones"
             f" are dropped: {sizes}"
         )
-    return splits
+    return replace(splits, rendered_at=rendered_at.isoformat() if rendered_at else None)
 
 
-class _PromptRenderer:
-    """Turn rows into prompts, in the rows' order, each token sequence once."""
+def _rows(source: PromptSource, column: str, seed: int) -> list["datasets.Dataset"]:
+    """Return the rows of a dataset: those to train on and those held out, or both as one."""
+    if source.dataset == SNIPPETS:
+        import datasets
 
-    def __init__(
-        self, config: PromptsConfig, tokenizer: Any, seed: int, max_prompt_tokens: int
-    ) -> None:
-        self.config, self.tokenizer, self.seed, self.max_prompt_tokens = (
-            config,
-            tokenizer,
-            seed,
-            max_prompt_tokens,
-        )
-        if config.template == "chat" and not tokenizer.chat_template:
-            raise ConfigError(
-                "prompts.template=chat, but the model's tokenizer has no chat template; use"
-                " prompts.template=none"
-            )
-
-    def __call__(self, rows: Iterable[dict[str, Any]]) -> list[Prompt]:
-        prompts: dict[tuple[int, ...], Prompt] = {}
-        for row in rows:
-            if self.config.column not in row:
-                raise ConfigError(
-                    f"prompts.column={self.config.column}: the dataset's columns are"
-                    f" {', '.join(row)}"
-                )
-            prompt = self.render(row)
-            if prompt is not None and prompt.text.strip():
-                prompts.setdefault(prompt.token_ids, prompt)
-        return list(prompts.values())
-
-    def render(self, row: dict[str, Any]) -> Prompt | None:
-        """Return a row's prompt, or None where the text has fewer than min_tokens."""
-        text = row[self.config.column] or ""
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"prompts.column={self.config.column} holds a {type(text).__name__}; it must hold"
-                " texts"
-            )
-        if self.config.max_words is not None:
-            text = " ".join(text.split()[: self.config.max_words])
-        head, content = own_tokens(self.tokenizer, text)
-        if len(content) < (self.config.min_tokens or 0):
-            return None
-        longest = self.longest(text)
-        if longest is not None and len(content) > longest:
-            content, text = self.cut(content[:longest])
-        token_ids = self.chat(text) if self.config.template == "chat" else (*head, *content)
-        if len(token_ids) > self.max_prompt_tokens:
-            raise ConfigError(
-                f"the prompt '{text[:60]}' has {len(token_ids)} tokens, the limit is"
-                f" {self.max_prompt_tokens}; set prompts.max_tokens"
-            )
-        return Prompt(
-            text, token_ids, {key: value for key, value in row.items() if key != self.config.column}
-        )
-
-    def longest(self, text: str) -> int | None:
-        """Return how many tokens the text keeps; None stands for all.
-
-        With both limits, the number depends on the seed and the text alone.
-        """
-        shortest, longest = self.config.min_tokens, self.config.max_tokens
-        if shortest is None or longest is None:
-            return longest
-        return shortest + derive_seed(self.seed, "prompt length", text) % (longest - shortest + 1)
-
-    def cut(self, content: list[int]) -> tuple[list[int], str]:
-        """Return tokens and their text, without the bytes of a character that was cut in two."""
-        text = self.tokenizer.decode(content, clean_up_tokenization_spaces=False)
-        return self.cut(content[:-1]) if text.endswith("\ufffd") else (content, text)
-
-    def chat(self, text: str) -> tuple[int, ...]:
-        turns = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
-        return tuple(self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+        parts = embedded.split_snippets(seed)
+        return [
+            datasets.Dataset.from_dict({column: [snippet.text for snippet in part]})
+            for part in (parts.rl_prompts, parts.held_out)
+        ]
+    splits = [source.split, *([source.held_out_split] if source.held_out_split else [])]
+    return [load_rows(source.dataset, source.name, split) for split in splits]
 
 
-def own_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Return the special tokens before a text, and the text's own tokens.
+def _part(
+    rows: "datasets.Dataset",
+    config: PromptsConfig,
+    renderer: PromptRenderer,
+    say: Callable[[str], None],
+) -> Part:
+    """Return the prompts of one split.
 
-    A BOS that the text already had is dropped.
+    Raises:
+        ConfigError: it lacks the column, or see PromptRenderer.drafts.
     """
-    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
-    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
-    start = special.index(0) if 0 in special else len(ids)
-    head, content = (
-        ids[:start],
-        [token for token, added in zip(ids[start:], special[start:], strict=True) if not added],
+    if config.column not in rows.column_names:
+        raise ConfigError(
+            f"prompts.column={config.column}: the dataset's columns are"
+            f" {', '.join(rows.column_names)}"
+        )
+    others = tuple(name for name in rows.column_names if name != config.column)
+    return Part(rows, config.column, rendered(rows, renderer, say), config, others)
+
+
+def _split(config: PromptsConfig, loaded: Sequence[Sequence[Part]], seed: int) -> PromptSplits:
+    """Return the prompts of all datasets in their splits, mixed by weight."""
+    parts = [part for of_source in loaded for part in of_source]
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    parts = [replace(part, columns=tuple(names)) for part in parts]
+    groups, same = (
+        np.unique(np.concatenate([part.digests(name) for part in parts]), return_inverse=True)[1]
+        for name in ("group", "same")
     )
-    return head, content[1:] if head and content[:1] == [tokenizer.bos_token_id] else content
+    starts = np.cumsum([0, *(len(part.found) for part in parts)])
+    grouped = iter(
+        Grouped.of(distinct(start + np.flatnonzero(part.numbers("state") == KEPT), same), groups)
+        for part, start in zip(parts, starts, strict=False)
+    )
+    splits = [
+        _split_source(config, source, number, [next(grouped) for _ in of_source], seed)
+        for number, (source, of_source) in enumerate(zip(config.sources, loaded, strict=True))
+    ]
+    evaluated = np.unique(groups[np.concatenate([split.held_out for split in splits])])
+    splits = [without_evaluated(split, groups, evaluated) for split in splits]
+    final = mixed(splits, [source.weight for source in config.sources])
+    train, held_out, sampled = (
+        Prompts(parts, order) for order in (final.train, final.held_out, final.sampled)
+    )
+    train.release()
+    return PromptSplits(train, held_out, sampled, notes=_notes(parts))
+
+
+def _split_source(
+    config: PromptsConfig, source: PromptSource, number: int, parts: Sequence[Grouped], seed: int
+) -> Split:
+    if len(parts) == 1:
+        return held_back(parts[0], config.held_out_fraction, seed_of(seed, number, "prompts"))
+    train, held_out = parts
+    if source.dataset == SNIPPETS:  # its parts are in a random order
+        return of_two(train, held_out, None)
+    seeds = seed_of(seed, number, "held out"), seed_of(seed, number, "sample")
+    return of_two(train, held_out, seeds)
+
+
+def _notes(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return a line for each part that rows were left out of, because of what they hold."""
+    notes = []
+    for part in parts:
+        states = part.numbers("state")
+        for state, what in ((EMPTY, "empty"), (LONG, "too long (prompts.too_long=drop)")):
+            if count := int((states == state).sum()):
+                notes.append(
+                    f"prompts: {count:,} of {len(states):,} rows of {part.config.dataset} left"
+                    f" out: {what}"
+                )
+    return tuple(notes)
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Return the sha256, in hex, of every prompt's text, token ids and columns, in order."""
+    """Return the sha256, in hex, of every prompt's text, token ids, columns and turns, in order.
+
+    Where a template asks for the date, the tokens are those of a fixed one.
+    """
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(
-            json.dumps(
-                [prompt.text, prompt.token_ids, prompt.columns], sort_keys=True, default=str
-            ).encode()
-            + b"\n"
-        )
+        told = [prompt.text, prompt.undated or prompt.token_ids, prompt.columns]
+        # Messages came later. A single user turn says no more than the text.
+        if prompt.messages and prompt.messages != [{"role": "user", "content": prompt.text}]:
+            told.append(prompt.messages)
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()

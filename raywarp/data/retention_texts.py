@@ -7,7 +7,8 @@ from typing import Any
 from raywarp.config.datasets import EDITORIALS, SNIPPETS
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data import embedded
-from raywarp.data.prompts import load_rows, own_tokens
+from raywarp.data.rows import load_rows
+from raywarp.data.text import own_tokens
 
 Tokens = tuple[int, ...]
 
@@ -17,7 +18,8 @@ def retention_dataset(config: Config) -> str | None:
 
     By default it is the editorials where the prompts are the embedded ones.
     """
-    default = EDITORIALS if config.prompts.dataset == SNIPPETS else None
+    embedded_alone = config.prompts.dataset == SNIPPETS and not config.prompts.datasets
+    default = EDITORIALS if embedded_alone else None
     return config.retention.dataset or default
 
 
@@ -73,5 +75,5 @@ def _texts(config: Config, dataset: str) -> Iterator[str]:
 
 
 def _tokens(tokenizer: Any, text: str) -> Tokens:
-    head, content = own_tokens(tokenizer, text)
+    ((head, content),) = own_tokens(tokenizer, [text])
     return (*head, *content)

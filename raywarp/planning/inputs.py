@@ -3,8 +3,9 @@
 Each has a fingerprint of its contents, which goes into the policies' keys.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import transformers  # without `from`, because transformers' submodules take sec
 from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
+from raywarp.data.prompt_set.table import PromptSplits
 from raywarp.data.prompts import load_prompts, prompts_fingerprint, resolve_model
 from raywarp.data.retention_texts import Tokens, load_texts, retention_dataset
-from raywarp.data.text import Prompt, PromptSplits
+from raywarp.data.text import Prompt
 from raywarp.model.supported import refuse_unsupported
 from raywarp.planning.jobs import check_paths
 from raywarp.planning.memory import Shapes
@@ -26,7 +28,18 @@ from raywarp.rewards.functions import load_exceptions, load_function
 from raywarp.rewards.reading import cut_warning
 from raywarp.rollout.engine import check_engine
 from raywarp.run.loggers import check_loggers
+from raywarp.run.moment import stored_moment
 from raywarp.storage import sealed
+
+# What configurations call the number of positions, by family.
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,21 @@ class Inputs:
         """Tokens of the longest prompt."""
         return self.prompts.longest
 
+    def measured(self, config: Config) -> Config:
+        """Return a configuration with as many prompts in `front` as the front is measured on."""
+        held_out = min(config.front.prompts, len(self.prompts.held_out))
+        front = config.front.model_copy(update={"prompts": held_out})
+        return config.model_copy(update={"front": front})
+
+    @property
+    def prompt_notes(self) -> list[str]:
+        wanted, found = self.config.front.prompts, self.measured(self.config).front.prompts
+        few = f"front.prompts={wanted}, but only {found} are held out: the front is measured on"
+        return [*self.prompts.notes, *([f"{few} {found} prompts"] if found < wanted else [])]
+
     @property
     def warnings(self) -> list[str]:
-        """What a reward model may not read of the completions."""
+        """What a reward model may not read of the completions, and what the front lacks."""
         config, found = self.config, []
         for key, scorer in config.scorers.items():
             if scorer.model:
@@ -79,7 +104,7 @@ class Inputs:
                 found.append(
                     cut_warning(key, read, self.longest_prompt, config.rollout.max_new_tokens)
                 )
-        return [text for text in found if text]
+        return [*self.prompt_notes, *(text for text in found if text)]
 
     @property
     def notes(self) -> list[str]:
@@ -94,8 +119,11 @@ class Inputs:
         return found | ({"evaluation": self.evaluation} if self.config.stop.is_set else {})
 
 
-def prepare(config: Config) -> Inputs:
+def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> Inputs:
     """Resolve and check everything that a run reads.
+
+    Args:
+        say: gets a line now and then, while many prompts are read.
 
     Raises:
         ConfigError: a model, dataset, column, reward or engine is missing or unusable. Also if the
@@ -107,7 +135,7 @@ def prepare(config: Config) -> Inputs:
     check_paths(config)
     check_loggers(config)
     check_engine(config)
-    model, settings, prompts = prepare_prompts(config)
+    model, settings, prompts = prepare_prompts(config, say)
     config = resolved(config, prompts.train[0].columns)
     longest = prompts.longest + config.rollout.max_new_tokens
     refuse_unsupported(config.model, settings, config.rollout, longest)
@@ -155,8 +183,15 @@ def resolved(config: Config, columns: Iterable[str] = ()) -> Config:
     return config.with_scorers(decided)
 
 
-def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
+def prepare_prompts(
+    config: Config, say: Callable[[str], None] = lambda line: None
+) -> tuple[str, Any, PromptSplits]:
     """Return the model's folder or hub id, its configuration, and the prompts in its tokens.
+
+    A template that asks for the date gets that of the run's first start.
+
+    Args:
+        say: see prepare.
 
     Raises:
         ConfigError: the model, its tokenizer or the prompts are missing or unusable, or
@@ -166,14 +201,15 @@ def prepare_prompts(config: Config) -> tuple[str, Any, PromptSplits]:
     settings = read_model_config(model, config.trust_remote_code, what)
     check_causal(model, settings, config.trust_remote_code, what)
     tokenizer = read_tokenizer(model, config.trust_remote_code, what)
-    room = _context(settings) - config.rollout.max_new_tokens
+    room = most_tokens(settings) - config.rollout.max_new_tokens
     if room < 1:
         raise ConfigError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room in the model's"
-            f" context of {_context(settings)} tokens"
+            f" context of {most_tokens(settings)} tokens"
         )
-    prompts = load_prompts(config.prompts, tokenizer, config.seed, room)
-    _check_vocabulary([p.token_ids for p in [*prompts.train, *prompts.held_out]], settings, what)
+    moment = partial(stored_moment, config)
+    prompts = load_prompts(config.prompts, tokenizer, config.seed, room, say, moment)
+    _check_vocabulary(prompts.largest_token, settings, what)
     check_tensors(
         transformers.AutoModelForCausalLM,
         model,
@@ -194,19 +230,21 @@ def prepare_texts(config: Config, model: str, settings: Any) -> list[Tokens]:
     if dataset is None:
         return []
     tokenizer = read_tokenizer(model, config.trust_remote_code, what)
-    texts = load_texts(config, dataset, tokenizer, _context(settings))
-    _check_vocabulary(texts, settings, what)
+    texts = load_texts(config, dataset, tokenizer, most_tokens(settings))
+    _check_vocabulary(max(max(ids) for ids in texts), settings, what)
     return texts
 
 
-def _context(settings: Any) -> int:
+def most_tokens(settings: Any) -> int:
     """Return the most tokens that a model takes, by its configuration."""
-    return getattr(settings.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    text = settings.get_text_config()
+    found = [getattr(text, name, None) for name in POSITIONS]
+    return next((count for count in found if isinstance(count, int) and count > 0), 1 << 30)
 
 
-def _check_vocabulary(texts: Iterable[Sequence[int]], settings: Any, what: str) -> None:
+def _check_vocabulary(largest: int, settings: Any, what: str) -> None:
     """Raise ConfigError if a token is beyond the model's vocabulary."""
-    largest, vocabulary = max(max(ids) for ids in texts), settings.get_text_config().vocab_size
+    vocabulary = settings.get_text_config().vocab_size
     if largest >= vocabulary:
         raise ConfigError(
             f"{what}: its tokenizer gives token {largest}, and its vocabulary has {vocabulary};"

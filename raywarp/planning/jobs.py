@@ -71,11 +71,32 @@ def absolute_paths(config: Config) -> list[str]:
     They are for a cluster on this machine, whose processes see the same files.
     """
     relative = _relative(config, _WRITTEN, (*_MODELS, *_READ))
-    return [
-        f"{key}={os.path.abspath(Path(value).expanduser())}"
+    found = [
+        f"{key}={_absolute(value)}"
         for key, value in relative
         if not key.startswith("rewards.")  # a list has no overrides
     ]
+    sources = config.prompts.datasets or []
+    if any(_is_relative(source.dataset) for source in sources):
+        listed = [
+            source.model_copy(update={"dataset": _absolute(source.dataset)})
+            if _is_relative(source.dataset)
+            else source
+            for source in sources
+        ]
+        shown = [source.model_dump(mode="json", exclude_none=True) for source in listed]
+        found.append(f"prompts.datasets={json.dumps(shown)}")
+    return found
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())
+
+
+def _is_relative(value: str, written: bool = False) -> bool:
+    if not value or "://" in value or value.startswith("embedded:") or os.path.isabs(value):
+        return False
+    return written or value.startswith((".", "~", "runs/")) or Path(value).exists()
 
 
 def _relative(
@@ -93,9 +114,7 @@ def _relative(
     listed = {f"rewards.{entry.name}.model": entry.model for entry in config.rewards}
     known = {key: _value(config, key) for key in (*written, *read)}
     for key, value in (known | (listed if "reward.model" in read else {})).items():
-        if not value or "://" in value or value.startswith("embedded:") or os.path.isabs(value):
-            continue
-        if key in written or value.startswith((".", "~", "runs/")) or Path(value).exists():
+        if value and _is_relative(value, key in written):
             yield key, value
 
 

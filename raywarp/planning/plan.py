@@ -14,7 +14,7 @@ from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
 from raywarp.data.models import read_model_config
-from raywarp.data.prompts import HUB_ID
+from raywarp.data.rows import HUB_ID
 from raywarp.planning import memory, preflight
 from raywarp.planning.ceiling_time import ceiling_lines
 from raywarp.planning.forecast import Forecast, Origin, ProcessMemory, forecast, forecast_of_shapes

@@ -144,7 +144,7 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
             if config.sft_adapter
             else []
         ),
-        ("prompts", _code(config.prompts.dataset)),
+        ("prompts", ", ".join(_code(one.dataset) for one in config.prompts.sources)),
         *_rewards(config),
         *(
             [("control score, which training never saw", _reward_name(config.control))]

@@ -93,10 +93,13 @@ def differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
     ]
 
 
+_WHOLE = {"prompts.template_kwargs"}  # keys that take any mapping
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys and their values."""
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and prefix + key not in _WHOLE:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

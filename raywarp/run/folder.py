@@ -25,6 +25,7 @@ from raywarp.run.config_file import (
     saved_form,
 )
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE, History
+from raywarp.run.moment import keep_moment
 from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.run.sampler_mark import Mark, sampler_mark
 from raywarp.storage import sealed
@@ -38,7 +39,8 @@ MERGE = "merge"  # in geometry.json, beside the blocks
 # Names that may be there before the configuration: policies and merges for other runs, what
 # a killed or refused start left, and what `raywarp ceiling` measured.
 _EARLY = re.compile(
-    r"policies|merges|ceilings|ceiling\.json|reward(-[\w.-]+)?\.json|tensorboard|wandb|loggers\.json"
+    r"policies|merges|ceilings|ceiling\.json|prompts\.json|reward(-[\w.-]+)?\.json|tensorboard|wandb"
+    r"|loggers\.json"
     r"|\.(preflight-|node-|config\.yaml\.|loggers\.json\.|ceiling\.json\.|reward\.json\.).*"
 )
 FRONT_FILES = (
@@ -141,7 +143,9 @@ class Run(History):
                 " empty it"
             )
 
-    def save_config(self, config: Config) -> None:
+    def save_config(self, config: Config, rendered_at: str | None = None) -> None:
+        """Save the configuration, and when the prompts were rendered."""
+        keep_moment(self.store, rendered_at)
         sealed.write_text(self.folder / CONFIG_FILE, saved_form(config))
         self.push()
 

@@ -335,5 +335,6 @@ def point_json(point: Point) -> dict[str, Any]:
 
 def is_current(front: Mapping[str, Any], config: Config, ceiling: Mapping[str, Any] | None) -> bool:
     """Return whether a front.json of the right points also has the right choice and ceiling."""
-    told = (front.get("choose"), front.get("share_kl"), front.get("ceiling"))
-    return told == (config.front.choose.model_dump(), config.front.share_kl, ceiling)
+    told = [front.get(name) for name in ("choose", "share_kl", "ceiling", "prompts")]
+    wanted = config.front
+    return told == [wanted.choose.model_dump(), wanted.share_kl, ceiling, wanted.prompts]

@@ -21,6 +21,7 @@ from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster, opening
 from raywarp.run.display import Display
 from raywarp.run.folder import Run, read_mark
+from raywarp.run.moment import keep_moment
 from raywarp.storage import scratch
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import exclusive
@@ -60,6 +61,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
         plan, concurrent = _plan_sweep(space, files)
         check_cluster(plan.space.largest(), inputs)
         run.save_config(config)
+        keep_moment(Storage(plan.store), inputs.prompts.rendered_at)
         display.progress(opening(space, concurrent))
         with run.mirrored():
             points = _run_trials(plan, run, concurrent, display)

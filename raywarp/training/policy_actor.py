@@ -18,7 +18,7 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
-from raywarp.identity import batch_indices, derive_seed
+from raywarp.identity import derive_seed
 from raywarp.model.batches import collate
 from raywarp.rewards.actor import Scorer
 from raywarp.rollout.proof import PROOF_STEPS, Proof, requests
@@ -34,6 +34,7 @@ from raywarp.rollout.protocol import (
     work_of,
 )
 from raywarp.run.policy_files import Job
+from raywarp.training.draws import draws
 from raywarp.training.measuring import Measuring
 from raywarp.training.progress import Progress, finished_rows
 from raywarp.training.tracking import HeldOut, Measurement, fetch, is_due, measured
@@ -277,8 +278,7 @@ class PolicyActor(Measuring):
             progress.policy.step,
             self.config.rollout.completions_per_prompt,
         )
-        order = derive_seed(self.config.seed, "prompts", job.iteration, job.index)
-        chosen = batch_indices(len(prompts), self.config.optim.batch_size // group, step, order)
+        chosen = draws(self.config, job, step, len(prompts))
         progress.prompts = [prompts[i] for i in chosen for _ in range(group)]
         seeds = [
             derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n)

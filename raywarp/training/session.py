@@ -27,6 +27,7 @@ from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
 from raywarp.training.actors import REAL, Actors, Kinds, reward_titles
+from raywarp.training.draws import drawn
 from raywarp.training.fine_tuning import TICK, FineTuning
 from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
@@ -78,13 +79,8 @@ class Session:
         texts: Sequence[Sequence[int]] = (),
         proves: bool = True,
     ):
-        self.config, self.model, self.prompt_tokens, self._trains, self._kinds = (
-            config,
-            model,
-            prompt_tokens,
-            policies,
-            kinds,
-        )
+        self.config, self.model, self.prompt_tokens = config, model, prompt_tokens
+        self._trains, self._kinds = policies, kinds
         self.report, self._shares, self._check, self._lazy = report, shares, check, lazy
         self._texts, self._proves = texts, proves and policies
         self.proof: Proof | None = None
@@ -162,7 +158,7 @@ class Session:
         self.start()
         work = (
             AdapterPart.put(init),
-            ray.put(list(prompts)),
+            ray.put(drawn(self.config, jobs, prompts)),
             self.pool,
             self.reward,
             HeldOut(list(held_out), self.control),

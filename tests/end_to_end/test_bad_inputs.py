@@ -283,7 +283,7 @@ DATASETS: dict[str, Case] = {
     ),
     "prompts: mixed types": (
         prompts("p.jsonl", [{"text": "a film"}, {"text": {"a": 1}}]),
-        "it must hold texts",
+        "row 2 of prompts.dataset=./p.jsonl: prompts.column=text holds a dict; it must",
     ),
     "prompts: broken parquet": (
         prompts("p.parquet", b"PAR1" + bytes(50) + b"PAR1"),
@@ -305,12 +305,34 @@ DATASETS: dict[str, Case] = {
     "prompts: one text": (prompts("p.jsonl", [{"text": "the film"}] * 5), "too few prompts"),
     "prompts: numbers": (
         prompts("p.jsonl", [{"text": n} for n in range(9)]),
-        "prompts.column=text holds a int; it must hold texts",
+        "row 1 of prompts.dataset=./p.jsonl: prompts.column=text holds a int; it must hold text",
     ),
     "prompts: lists": (
         prompts("p.jsonl", [{"text": ["a"]}] * 5),
-        "prompts.column=text holds a list",
+        "row 1 of prompts.dataset=./p.jsonl: prompts.column=text: message 1 has no role",
     ),
+    "prompts: messages without a template": (
+        prompts("p.jsonl", [{"text": [{"role": "user", "content": "a film"}]}] * 5),
+        "holds messages; set prompts.template=chat",
+    ),
+    "prompts: a system turn without a template": (
+        override("prompts.system=be kind"),
+        "prompts: system='be kind' is for a chat template, and template=none",
+    ),
+    "prompts: an unknown way with long ones": (
+        override("prompts.too_long=shorten"),
+        "prompts.too_long: ",
+    ),
+    "prompts: one of several is missing": (
+        override("prompts.datasets=[{dataset: ./prompts.jsonl}, {dataset: ./missing.jsonl}]"),
+        "./missing.jsonl does not exist",
+    ),
+    "prompts: a source without a dataset": (
+        override("prompts.datasets=[{name: ./prompts.jsonl}]"),
+        "prompts.datasets.0.dataset: field required",
+    ),
+    "an empty stop string": (override("rollout.stop=['']"), "rollout.stop.0: "),
+    "a stop string for a list": (override("rollout.stop=END"), "rollout.stop: "),
     "prompts: a file as folder": (override("prompts.dataset=./config.yaml/x"), "does not exist"),
     "prompts: a script": (scripted, "cannot load split 'train'"),
     "prompts: unknown embedded data": (
@@ -683,6 +705,20 @@ MODELS: dict[str, Case] = {
     "no chat template": (
         model(lambda folder: (folder / "chat_template.jinja").unlink(), "prompts.template=chat"),
         "tokenizer has no chat template; use prompts.template=none",
+    ),
+    "a template that raises": (
+        model(
+            lambda folder: (folder / "chat_template.jinja").write_text(
+                "{{ raise_exception('no user turns here') }}"
+            ),
+            "prompts.template=chat",
+        ),
+        "row 1 of prompts.dataset=./prompts.jsonl: the model's chat template does not take it"
+        " (TemplateError: no user turns here)",
+    ),
+    "a template's argument that it does not read": (
+        override("prompts.template=chat", "prompts.template_kwargs={enable_thinking: false}"),
+        "prompts.template_kwargs.enable_thinking: the model's chat template does not read",
     ),
 }
 

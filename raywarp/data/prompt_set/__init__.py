@@ -1,0 +1,1 @@
+"""How rows of datasets become prompts: rendered, tokenised, split and kept in arrow files."""
