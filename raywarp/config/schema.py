@@ -81,6 +81,13 @@ class RolloutConfig(Section):
     ignore_eos: bool = Field(
         False, description="sample past the end of text up to max_new_tokens; for benchmarks"
     )
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = Field(
+        None,
+        description=(
+            "strings that end a completion, for example ['\\n\\nHuman:']; the text ends before the"
+            " first of them, the tokens after it, and the completion counts as finished"
+        ),
+    )
     missing_eos_penalty: NotNegative = Field(
         0.0, description="taken from the reward of a completion that max_new_tokens cut off"
     )

@@ -224,6 +224,8 @@ class TransformersEngine:
             tokens.append(chosen)
             logprobs.append(logprob)
             finished |= torch.isin(chosen, end)
+            if rollout.stop:
+                self._stop(prompts, torch.stack(tokens, 1).tolist(), finished)
             if bool(finished.all()):
                 break
             ids = chosen[:, None]
@@ -232,8 +234,21 @@ class TransformersEngine:
                 [*sequence, token]
                 for sequence, token in zip(sequences, chosen.tolist(), strict=True)
             ]
-        rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+        rows = zip(
+            prompts,
+            torch.stack(tokens, 1).tolist(),
+            torch.stack(logprobs, 1).tolist(),
+            strict=True,
+        )
         return [self._completion(*row) for row in rows]
+
+    def _stop(
+        self, prompts: Sequence[Sequence[int]], tokens: list[list[int]], finished: Tensor
+    ) -> None:
+        """Mark the rows as finished whose text has come to a stop string."""
+        for n in torch.nonzero(~finished)[:, 0].tolist():
+            text = following(self.tokenizer, prompts[n], tokens[n])
+            finished[n] = stop_place(text, self.settings.rollout.stop or ()) is not None
 
     @torch.inference_mode()
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
@@ -262,15 +277,47 @@ class TransformersEngine:
         ).logits
         return [row[-len(prompt) :] for row, prompt in zip(logits, prompts, strict=True)]
 
-    def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
-        """Cut the tokens after the first EOS; the EOS itself is part of the completion."""
+    def _completion(
+        self, prompt: Sequence[int], tokens: list[int], logprobs: list[float]
+    ) -> Completion:
+        """Cut the tokens after the first EOS, or after the one that completes a stop string.
+
+        They are part of the completion. Its text ends before them.
+        """
         length = next(
             (n for n, token in enumerate(tokens, start=1) if token in self.end), len(tokens)
         )
-        text: Any = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return Completion(
-            tuple(tokens[:length]), tuple(logprobs[:length]), text, tokens[length - 1] in self.end
-        )
+        finished = tokens[length - 1] in self.end
+        body, stops = tokens[: length - finished], self.settings.rollout.stop or ()
+        text = following(self.tokenizer, prompt, body)
+        if (place := stop_place(text, stops)) is not None:
+            count = next(
+                n
+                for n in range(1, len(body) + 1)
+                if stop_place(following(self.tokenizer, prompt, body[:n]), stops) is not None
+            )
+            text = following(self.tokenizer, prompt, body[:count])
+            place = stop_place(text, stops)
+            length, text, finished = count, text[:place], True
+        return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), text, finished)
+
+
+def following(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return the text of tokens where it follows a prompt, without special tokens.
+
+    Decoded alone, tokens of some tokenizers (Llama 2's, Gemma's) lose the space before them.
+    """
+    before, whole, alone = (
+        str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in ([*prompt], [*prompt, *tokens], [*tokens])
+    )
+    return whole[len(before) :] if whole.startswith(before) else alone
+
+
+def stop_place(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the first stop string in a text begins, or None."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(places, default=None)
 
 
 def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:

@@ -196,6 +196,7 @@ class VllmEngine:
             logprobs=0,
             seed=seed,
             ignore_eos=rollout.ignore_eos,
+            stop=rollout.stop,
             extra_args=self._slot(request),
         )
 

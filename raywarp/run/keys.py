@@ -4,6 +4,7 @@ Nothing else goes into a key.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from raywarp import identity
 from raywarp.cluster.node_report import PACKAGES, versions
@@ -96,9 +97,28 @@ def _choices(config: Config) -> dict[str, object]:
         found["kl_target"] = warp.kl_target
     if warp.average_last > 1:
         found["average_last"] = [warp.average_last, config.checkpoint_every]
+    if config.rollout.stop:
+        found["stop_strings"] = sorted(set(config.rollout.stop))
     if config.stop.is_set:
         measured = config.front.model_dump(include={"every", "tracked_prompts", "prompts"})
         found["stop"] = [config.stop.model_dump(), measured]
+    return found
+
+
+# Settings that are newer than the first keys, which keys have only where they are in use.
+_USED_ONLY = {
+    "rollout": ("stop",),
+    "prompts": ("datasets", "template_kwargs", "system", "last_answer", "too_long"),
+}
+
+
+def used_settings(config: Config, sections: set[str]) -> dict[str, Any]:
+    """Return sections of the configuration for a key, without newer settings that are not used."""
+    found, default = config.model_dump(include=sections), Config()
+    for section, names in _USED_ONLY.items():
+        for name in names if section in sections else ():
+            if found[section][name] == getattr(getattr(default, section), name):
+                del found[section][name]
     return found
 
 
@@ -136,9 +156,7 @@ def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
         config: the run's configuration.
         inputs: see policy_keys.
     """
-    sections = config.model_dump(
-        include={"dtype", "rollout", "lora", "cluster", "trust_remote_code"}
-    )
+    sections = used_settings(config, {"dtype", "rollout", "lora", "cluster", "trust_remote_code"})
     return identity.content_key(
         [ALGORITHM_VERSION, sections, dict(inputs), versions((*PACKAGES, "peft"))]
     )
@@ -178,6 +196,7 @@ def ceiling_key(config: Config, prompts: str, determinants: Mapping[str, object]
             "seed": config.seed,
             "rollout": config.rollout.model_dump(
                 include={"max_new_tokens", "temperature", "ignore_eos", "chunk_size"}
+                | ({"stop"} if config.rollout.stop else set())
             ),
             "determinants": {
                 name: value for name, value in determinants.items() if name not in of_policies

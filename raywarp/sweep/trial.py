@@ -32,7 +32,7 @@ from raywarp.run.ceiling import Ceiling, capped_share, ceiling_of, find_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.run.front import Point, is_current
-from raywarp.run.keys import ceiling_key, front_key, key_chain
+from raywarp.run.keys import ceiling_key, front_key, key_chain, used_settings
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
@@ -218,7 +218,11 @@ class Trial(Trainable):
         elif (
             self.record.rows[iteration - 1 : iteration]
             and self.run.has_front(front)
-            and is_current(self.run.front(), self.own, ceiling.json() if ceiling else None)
+            and is_current(
+                self.run.front(),
+                self.inputs.measured(self.own),
+                ceiling.json() if ceiling else None,
+            )
         ):
             points = self.run.front()["points"]
         else:
@@ -382,7 +386,7 @@ def _move_to(folder: str) -> None:
 def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Return a key of all that a session's numerics and a reward's statistics may depend on."""
     read = {"rollout", "reward", "rewards", "lora", "cluster", "seed", "prompts"}
-    sections = config.model_dump(include={*read, "trust_remote_code"})
+    sections = used_settings(config, {*read, "trust_remote_code"})
     gpus = resources.cluster_gpus()
     machine = [resources.wish(config, gpus).dtype, gpus > 0]
     completions = config.reward_training.sft_completions
