@@ -1,26 +1,26 @@
-"""The points that are measured, as curves: an adapter scaled by η, one merged at different λ, or a
-training as it went on.
-"""
+"""The points that are measured, as curves: an adapter scaled by η, or a training as it went on."""
 
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.evidence import merges
-from bench.evidence.settings import ARMS, SFT_COEFS, Settings
+from bench.evidence.settings import ARMS, LAST, Settings
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, scale, trailing
+from raywarp.algorithm.factors import norm
 from raywarp.algorithm.geometry import geometry
-from raywarp.algorithm.truncation import compress, truncate
+from raywarp.algorithm.truncation import compress
 from raywarp.run.folder import Run
 from raywarp.storage.sealed import check_sealed
 
 SFT = "sft"
+END = "end"
 
 
 class Trained:
@@ -33,7 +33,7 @@ class Trained:
 
     def __init__(self, settings: Settings, runs: Callable[[str], Run], kept: Path):
         self.settings, self.runs, self.kept = settings, runs, kept
-        self._made: dict[tuple[str, str], AdapterDelta] = {}
+        self._made: dict[str, AdapterDelta] = {}
 
     def folders(self, arm: str, iteration: int | None = None) -> list[Path]:
         """Of the policies of an iteration, the last by default, in the order in which they were
@@ -47,17 +47,11 @@ class Trained:
         )
         return [run.folder / name for name in names]
 
-    def rank(self, arm: str) -> int:
-        """Of each policy of an arm."""
-        return self.settings.rank * ARMS[arm].rank
-
-    def policy(self, arm: str, m: int) -> AdapterDelta:
+    def policy(self, arm: str, m: int = 1) -> AdapterDelta:
         return load_peft(self.folders(arm)[m - 1])
 
-    def vectors(self, arm: str, iteration: int | None = None) -> list[AdapterDelta]:
-        return [
-            trailing(load_peft(folder), self.rank(arm)) for folder in self.folders(arm, iteration)
-        ]
+    def vectors(self, arm: str) -> list[AdapterDelta]:
+        return [trailing(load_peft(folder), self.settings.rank) for folder in self.folders(arm)]
 
     def merged(self, arm: str) -> AdapterDelta:
         """θ_slerp of the last iteration, as the run saved it."""
@@ -65,7 +59,7 @@ class Trained:
             self.runs(arm).folder / "iterations" / str(ARMS[arm].iterations) / "merged"
         )
 
-    def kept_policy(self, arm: str, m: int, part: float) -> AdapterDelta:
+    def kept_policy(self, arm: str, part: float, m: int = 1) -> AdapterDelta:
         """θ_m of an arm of one iteration after part·T steps."""
         folder = (
             self.kept
@@ -75,18 +69,17 @@ class Trained:
         check_sealed(folder)
         return load_peft(folder)
 
-    def once(self, name: str, arm: str, make: Callable[["Trained"], AdapterDelta]) -> AdapterDelta:
-        """make(self), at its true rank, made when it is first wanted."""
-        if (name, arm) not in self._made:
-            self._made[name, arm] = compress(make(self))
-        return self._made[name, arm]
+    def end(self, curve: "Curve") -> AdapterDelta:
+        """The end of a line, at its true rank, made when it is first wanted."""
+        if curve.name not in self._made:
+            self._made[curve.name] = compress(curve.make(self, 1.0))
+        return self._made[curve.name]
 
     def facts(self, arm: str) -> dict[str, Any]:
-        """Norms and angles of the last iteration's task vectors per block, how far inexact merges
-        of them are off; steps of all policies, and the median seconds of one.
+        """Steps of all policies and the median seconds of one; of several policies the norms and
+        angles of their task vectors per block, and how far inexact merges of them are off.
         """
-        vectors = self.vectors(arm)
-        rows = self.runs(arm).metrics()
+        vectors, rows = self.vectors(arm), self.runs(arm).metrics()
         own = [
             row["rollout_seconds"] + row["request_seconds"] + row["update_seconds"] for row in rows
         ]
@@ -96,101 +89,99 @@ class Trained:
         }
         if len(vectors) == 1:
             return facts
-        facts["geometry"] = _rounded(geometry(vectors))
-        if ARMS[arm].iterations == 1:
-            exact, mean = slerp(vectors), lerp(vectors)
-            small, retained = truncate(exact, self.rank(arm))
-            found = {
-                "slerp of factors": (merges.slerp_of_factors(vectors), exact),
-                "PEFT linear": (merges.peft_linear(vectors), mean),
-                "SVD": (small, exact),
-                "LERP": (mean, exact),
+        exact, mean = slerp(vectors), lerp(vectors)
+        found = {
+            "slerp of factors": (merges.slerp_of_factors(vectors), exact),
+            "PEFT linear": (merges.peft_linear(vectors), mean),
+        }
+        errors = {
+            name: {
+                "error": round(merges.relative_error(*pair), 5),
+                "length": round(merges.length_ratio(*pair), 5),
             }
-            facts["errors"] = {
-                name: {
-                    "error": round(merges.relative_error(*pair), 5),
-                    "length": round(merges.length_ratio(*pair), 5),
-                }
-                for name, pair in found.items()
-            }
-            facts["svd_retained"] = _rounded(retained)
-        return facts
+            for name, pair in found.items()
+        }
+        return {**facts, "geometry": _rounded(geometry(vectors)), "errors": errors}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points that belong together: name@value for each value.
+    """Points that belong together.
 
-    arm: that has to be trained for it. adapter: at a value. also: other curves' points that lie on
-    it, too, SFT among them.
-    label: in a figure.
+    A line is an adapter scaled by η from SFT to its end, where η = 1. Its points are placed at the
+    study's KLs, as far as the end reaches. A training's points are where its policies were kept.
+
+    Attributes:
+        name: point p is named name@p.
+        label: in a figure.
+        arm: the arm that has to be trained for it.
+        make: (trained, part) → adapter; the part has a meaning for a training only.
+        parts: points of a training.
+        end: point of another curve with which a training ends.
+        alone: its end is all that is measured of a line.
     """
 
     name: str
     label: str
     arm: str
-    values: tuple[float, ...]
-    adapter: Callable[[Trained, float], AdapterDelta]
-    also: tuple[str, ...] = (SFT,)
+    make: Callable[[Trained, float], AdapterDelta]
+    parts: tuple[float, ...] = ()
+    end: str = ""
+    alone: bool = False
 
-    def point(self, value: float) -> str:
-        return f"{self.name}@{value:g}"
-
-    @property
-    def points(self) -> list[str]:
-        return [self.point(value) for value in self.values]
+    def point(self, at: float | str) -> str:
+        return f"{self.name}@{at if isinstance(at, str) else format(at, 'g')}"
 
     @property
-    def front(self) -> list[str]:
-        """All points of it, in no particular order."""
-        return [*self.also, *self.points]
+    def is_line(self) -> bool:
+        return not self.parts
+
+    def front(self, measured: Any) -> list[str]:
+        """Its points among those that were measured, SFT among them."""
+        own = [name for name in measured if name.startswith(f"{self.name}@")]
+        return [SFT, *own, *([self.end] if self.end else [])]
 
 
-def scaled(
-    name: str,
-    label: str,
-    arm: str,
-    etas: tuple[float, ...],
-    make: Callable[[Trained], AdapterDelta],
-) -> Curve:
-    """η·adapter: a line from SFT."""
+def size(delta: AdapterDelta) -> float:
+    """‖ΔW‖ over all weights."""
+    return float(sum(norm(f) ** 2 for f in delta.factors.values()) ** 0.5)
+
+
+def scaled(delta: AdapterDelta, eta: float) -> AdapterDelta:
+    return scale(delta, eta)
+
+
+def _policy(arm: str, m: int, name: str, label: str) -> Curve:
+    return Curve(name, label, arm, lambda trained, _: trained.policy(arm, m))
+
+
+def _merge(arm: str, name: str, label: str) -> Curve:
+    return Curve(name, label, arm, lambda trained, _: trained.merged(arm))
+
+
+def _mean(arm: str, name: str) -> Curve:
+    """LERP, of which the KL at the end gives the KL cosine."""
+    return Curve(name, "LERP", arm, lambda trained, _: lerp(trained.vectors(arm)), alone=True)
+
+
+def _kept(arm: str, part: float, name: str, label: str) -> Curve:
+    return Curve(name, label, arm, lambda trained, _: trained.kept_policy(arm, part))
+
+
+def _training(m: int) -> Curve:
     return Curve(
-        name, label, arm, etas, lambda trained, eta: scale(trained.once(name, arm, make), eta)
-    )
-
-
-def along(name: str, label: str, arm: str, m: int, also: tuple[str, ...]) -> Curve:
-    """A policy on its way, from SFT to its end, which is a point of another curve."""
-    return Curve(
-        name,
-        label,
-        arm,
-        ARMS[arm].kept,
-        lambda trained, part: trained.kept_policy(arm, m, part),
-        (SFT, *also),
-    )
-
-
-def _policy_line(arm: str, m: int, name: str, label: str, etas: tuple[float, ...]) -> Curve:
-    return scaled(name, label, arm, etas, lambda trained: trained.policy(arm, m))
-
-
-def _merge_line(
-    arm: str, name: str, label: str, etas: tuple[float, ...] = (0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
-) -> Curve:
-    return scaled(name, label, arm, etas, lambda trained: trained.merged(arm))
-
-
-def _lambdas(name: str, label: str, average: Callable[..., AdapterDelta]) -> Curve:
-    """η = 1 at unequal weights; λ = 0 and 1 are the policies."""
-    return Curve(
-        name,
-        label,
+        f"training-{m}",
+        f"training of policy {m}",
         "warp",
-        (0.25, 0.75),
-        lambda trained, value: average(trained.vectors("warp"), [1 - value, value]),
-        (),
+        lambda trained, part: trained.kept_policy("warp", part, m),
+        ARMS["warp"].kept,
+        f"policy-{m}@{END}",
     )
+
+
+def _last_five(trained: Trained) -> AdapterDelta:
+    kept = [trained.kept_policy("sft-8t", part) for part in LAST]
+    return lerp([*kept, trained.policy("sft-8t")])
 
 
 def _rounded(value: Any) -> Any:
@@ -201,113 +192,40 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-OWN = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25)
-LONG = (0.3, 0.5, 0.7, 0.85, 1.0)
-HALF = (0.15, 0.3, 0.5, 0.7)
-ROUGH = (0.3, 0.45, 0.6, 0.8, 1.0)
-
-_LONG_ARMS = {
-    "ema-long": ("one run of 4T, EMA anchor", "ema"),
-    **{
-        f"sft-{coef:g}-long": (f"one run of 4T, SFT anchor, β = {coef:g}", f"sft-{coef:g}")
-        for coef in SFT_COEFS
-    },
-}
 CURVES = {
     curve.name: curve
     for curve in (
-        *(_policy_line("warp", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (1, 2)),
-        _merge_line("warp", "slerp", "SLERP (LITI front)"),
-        scaled(
-            "lerp",
-            "LERP, scaled",
-            "warp",
-            (0.27, 0.4, 0.65, 1.0, 1.4),
-            lambda trained: lerp(trained.vectors("warp")),
-        ),
-        _lambdas("slerp-weights", "SLERP at λ", slerp),
-        _lambdas("lerp-weights", "LERP at λ", lerp),
-        *(
-            along(f"training-{m}", f"training of policy {m}", "warp", m, (f"policy-{m}@1",))
-            for m in (1, 2)
-        ),
-        scaled(
+        _merge("warp", "slerp", "SLERP of two"),
+        *(_policy("warp", m, f"policy-{m}", f"policy {m}") for m in (1, 2)),
+        *(_training(m) for m in (1, 2)),
+        _mean("warp", "lerp"),
+        Curve(
             "factors",
             "SLERP of A and B apart",
             "warp",
-            ROUGH,
-            lambda trained: merges.slerp_of_factors(trained.vectors("warp")),
+            lambda trained, _: merges.slerp_of_factors(trained.vectors("warp")),
         ),
-        scaled(
+        Curve(
             "peft",
             "PEFT linear",
             "warp",
-            (0.35, 0.6, 1.0, 1.4),
-            lambda trained: merges.peft_linear(trained.vectors("warp")),
+            lambda trained, _: merges.peft_linear(trained.vectors("warp")),
         ),
-        scaled(
-            "svd",
-            "SLERP, SVD back to r",
-            "warp",
-            ROUGH,
-            lambda t: truncate(t.merged("warp"), t.rank("warp"))[0],
-        ),
-        _merge_line("shared", "shared", "SLERP, A shared at the start"),
-        scaled(
-            "shared-factors",
-            "SLERP of A and B apart, A shared",
-            "shared",
-            ROUGH,
-            lambda t: merges.slerp_of_factors(t.vectors("shared")),
-        ),
-        _merge_line("frozen", "frozen", "SLERP, A shared and frozen", ROUGH),
-        _merge_line("half-lr", "half-lr", "SLERP, half the learning rate", (0.45, 0.7, 1.0)),
-        _merge_line("double-lr", "double-lr", "SLERP, twice the learning rate", (0.15, 0.3, 0.5)),
-        _merge_line(
-            "high-rank", "high-rank", "SLERP, four times the rank", (0.2, 0.3, 0.45, 0.6, 1.0)
-        ),
-        *(
-            _policy_line(
-                "high-rank",
-                m,
-                f"high-rank-{m}",
-                f"policy {m}, four times the rank, scaled",
-                (0.3, 0.5, 0.7, 1.0),
-            )
-            for m in (1, 2)
-        ),
-        *(
-            scaled(
-                f"slerp-m{m}",
-                f"SLERP of {m}",
-                "warp-m4",
-                ROUGH,
-                lambda t, m=m: slerp(t.vectors("warp-m4")[:m]),
-            )
-            for m in (3, 4)
-        ),
-        *(_policy_line("warp-m4", m, f"policy-{m}", f"policy {m}, scaled", OWN) for m in (3, 4)),
-        *(_merge_line(f"warp-i{i}", f"slerp-i{i}", f"front after {i} iterations") for i in (2, 3)),
-        _merge_line(
-            "warp-i2-init", "slerp-i2-init", "front after 2 iterations, anchored at each init"
-        ),
-        *(
-            _policy_line(arm, 1, f"{short}-long", f"{label}, scaled", LONG)
-            for arm, (label, short) in _LONG_ARMS.items()
-        ),
-        *(
-            along(f"{short}-training", f"{label}, training", arm, 1, (f"{short}-long@1",))
-            for arm, (label, short) in _LONG_ARMS.items()
-        ),
-        replace(
-            scaled(
-                "ema-half",
-                "one run of 2T, EMA anchor, scaled",
-                "ema-long",
-                HALF,
-                lambda trained: trained.kept_policy("ema-long", 1, 2),
-            ),
-            also=(SFT, "ema-training@2"),
-        ),
+        _merge("warp-m4", "slerp-m4", "SLERP of four"),
+        *(_policy("warp-m4", m, f"policy-{m}", f"policy {m}") for m in (3, 4)),
+        _mean("warp-m4", "lerp-m4"),
+        _merge("warp-i2", "slerp-i2", "WARP, M = I = 2"),
+        _policy("ema-4t", 1, "ema-4t", "one run of 4T, EMA anchor"),
+        _kept("ema-4t", 2, "ema-2t", "one run of 2T, EMA anchor"),
+        _policy("sft-4t", 1, "sft-4t", "one run of 4T, SFT anchor"),
+        _kept("sft-4t", 2, "sft-2t", "one run of 2T, SFT anchor"),
+        _policy("sft-8t", 1, "sft-8t", "one run of 8T"),
+        Curve("sft-last", "… its last five checkpoints", "sft-8t", lambda t, _: _last_five(t)),
+        _merge("sft-m2", "sft-m2", "SLERP of two of 4T"),
+        _mean("sft-m2", "sft-m2-lerp"),
+        _merge("sft-m4", "sft-m4", "SLERP of four of 2T"),
+        _mean("sft-m4", "sft-m4-lerp"),
+        _policy("sft-decay", 1, "sft-decay", "one run of 8T, rate decay"),
+        _policy("sft-batch", 1, "sft-batch", "one run of 2T, batch × 4"),
     )
 }

@@ -5,26 +5,26 @@ them. B resamples, S seeds, N prompts, K values of KL. Leading axes (…) are ca
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Array = NDArray[np.float64]
-Verdict = Literal["reproduced", "not reproduced", "undecided"]
+Outcome = Literal["better", "worse", "equal", "undecided"]
 
-DRAWS = 10_000
 SEEDS_NEEDED = 3
-MARGIN = 0.05  # standard deviations of the SFT model's reward: a gain below it is none
+MARGIN = 0.05  # standard deviations of the SFT model's reward: a difference below it is none
+LEAST = 0.02  # below it a difference is no gain, however sure
 
 
 def reward_at(kl: Array, reward: Array, at: Array) -> Array:
-    """The front's reward at fixed KL: its points joined by lines in √KL, the last line going on
-    beyond the end.
+    """The front's reward at fixed KL: its points joined by lines in √KL.
 
     Along a scaled task vector both √KL and reward are linear in its length to first order, so that
     fronts with unequally spaced points compare without the bias that straight lines in KL would
-    have.
+    have. Ask for nothing beyond the last point: the last line goes on there.
 
     Args:
         kl, reward: (…, P), in any order; P ≥ 2.
@@ -46,59 +46,6 @@ def reward_at(kl: Array, reward: Array, at: Array) -> Array:
     return result
 
 
-def hypervolume(kl: Array, reward: Array, largest_kl: float, least_reward: Array | float) -> Array:
-    """The area that a set of points dominates: KL up to largest_kl, reward from least_reward, which
-    together are the reference point.
-
-    Args:
-        kl, reward: (…, P), in any order. least_reward: (…) or a number.
-
-    Returns:
-        (…): nats × reward.
-    """
-    order = np.argsort(kl, axis=-1, kind="stable")
-    x = np.clip(np.take_along_axis(kl, order, -1), 0.0, largest_kl)
-    inside = np.take_along_axis(kl, order, -1) <= largest_kl
-    gain = (
-        np.maximum(np.take_along_axis(reward, order, -1) - np.asarray(least_reward)[..., None], 0.0)
-        * inside
-    )
-    best = np.maximum.accumulate(gain, axis=-1)
-    ends = np.concatenate([x[..., 1:], np.full((*x.shape[:-1], 1), largest_kl)], axis=-1)
-    area: Array = (best * (ends - x)).sum(-1)
-    return area
-
-
-def front_hypervolume(
-    kl: Array, reward: Array, largest_kl: float, least_reward: Array | float, steps: int = 100
-) -> Array:
-    """hypervolume of the front as a line (see reward_at), so that it does not depend on how densely
-    it was measured; beyond its last point it has nothing more to offer.
-
-    Args, returns: as hypervolume.
-    """
-    at = np.linspace(0.0, largest_kl, steps + 1)
-    line = reward_at(kl, reward, at)
-    last = kl.max(-1)[..., None]
-    line = np.where(at <= last, line, -np.inf)
-    return hypervolume(np.broadcast_to(at, line.shape), line, largest_kl, least_reward)
-
-
-def chord_at(kl: Array, reward: Array, at: Array) -> Array:
-    """The straight line in KL from the point of the least KL to that of the largest.
-
-    Args, returns: as reward_at.
-    """
-    first, last = (
-        np.take_along_axis(kl, place(kl, -1)[..., None], -1) for place in (np.argmin, np.argmax)
-    )
-    low, high = (
-        np.take_along_axis(reward, place(kl, -1)[..., None], -1) for place in (np.argmin, np.argmax)
-    )
-    line: Array = low + (at - first) / np.maximum(last - first, 1e-9) * (high - low)
-    return line
-
-
 def resampling_weights(prompts: int, resamples: int, generator: np.random.Generator) -> Array:
     """(1 + B, N): the first row is the plain mean, the others are bootstrap draws of the prompts.
     One matrix serves all points of a seed, which makes their comparison paired.
@@ -109,58 +56,67 @@ def resampling_weights(prompts: int, resamples: int, generator: np.random.Genera
 
 @dataclass(frozen=True)
 class Effect:
-    """value: the mean over the seeds. low, high: its 95 % interval. per_seed: its value in each."""
+    """A difference between fronts.
+
+    Attributes:
+        value: the mean over the seeds.
+        low, high: its 95 % t-interval over the seeds.
+        prompts: its 95 % bootstrap interval over the prompts of these very seeds.
+        per_seed: its value in each.
+    """
 
     value: float
     low: float
     high: float
+    prompts: tuple[float, float]
     per_seed: tuple[float, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "effect": _rounded(self.value),
+            "interval": [_rounded(self.low), _rounded(self.high)],
+            "interval_over_prompts": [_rounded(value) for value in self.prompts],
+            "seeds": len(self.per_seed),
+            "per_seed": [_rounded(value) for value in self.per_seed],
+            "outcome": outcome(self),
+        }
 
-def paired_bootstrap(effects: Array, generator: np.random.Generator) -> Effect:
-    """An effect's interval over seeds and prompts: draw S seeds with replacement, and for each one
-    of its resamples of the prompts.
 
-    Of three seeds, one alone is drawn three times in 4 % of the draws: an interval that excludes 0
-    means that every seed says the same.
+def effect_of(effects: Array) -> Effect:
+    """An effect with its intervals.
 
     Args:
         effects: (S, 1 + B), the first column without resampling; seeds with NaN in it do not count.
     """
     effects = effects[~np.isnan(effects[:, 0])]
-    if not len(effects):
-        return Effect(np.nan, np.nan, np.nan, ())
-    seeds, resamples = len(effects), effects.shape[1] - 1
-    chosen = generator.integers(seeds, size=(DRAWS, seeds))
-    resampled = 1 + generator.integers(resamples, size=(DRAWS, seeds))
-    means = effects[chosen, resampled].mean(1)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
-    return Effect(
-        float(effects[:, 0].mean()),
-        float(low),
-        float(high),
-        tuple(float(value) for value in effects[:, 0]),
-    )
+    own = tuple(float(value) for value in effects[:, 0])
+    if not own:
+        return Effect(np.nan, np.nan, np.nan, (np.nan, np.nan), ())
+    value, half = float(np.mean(own)), t_half(own)
+    low, high = np.nanpercentile(effects[:, 1:].mean(0), [2.5, 97.5])
+    return Effect(value, value - half, value + half, (float(low), float(high)), own)
 
 
-def verdict(effect: Effect, margin: float = MARGIN, needed: int = SEEDS_NEEDED) -> Verdict:
-    """reproduced: the whole interval is above 0. not reproduced: it is below the margin, so that
-    there is no gain or a negligible one.
-    undecided: anything else, and fewer seeds than needed.
+def t_half(values: Any) -> float:
+    """Half of the 95 % interval of the mean of independent values, by Student's t."""
+    count = len(values)
+    if count < 2:
+        return np.inf
+    return float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+
+
+def outcome(effect: Effect, needed: int = SEEDS_NEEDED) -> Outcome:
+    """better or worse: the whole t-interval is on one side of 0, and the effect is at least LEAST.
+    equal: the whole interval is within ± MARGIN. undecided: anything else, and too few seeds.
     """
     if len(effect.per_seed) < needed:
         return "undecided"
-    if effect.low > 0:
-        return "reproduced"
-    return "not reproduced" if effect.high < margin else "undecided"
+    if effect.low > 0 and effect.value >= LEAST:
+        return "better"
+    if effect.high < 0 and effect.value <= -LEAST:
+        return "worse"
+    return "equal" if effect.low >= -MARGIN and effect.high <= MARGIN else "undecided"
 
 
-def within(effect: Effect, margin: float, needed: int = SEEDS_NEEDED) -> Verdict:
-    """Of a claim that something is 0. reproduced: all of the interval is nearer to it than the
-    margin; not reproduced: all is farther.
-    """
-    if len(effect.per_seed) < needed:
-        return "undecided"
-    if -margin < effect.low and effect.high < margin:
-        return "reproduced"
-    return "not reproduced" if effect.low > margin or effect.high < -margin else "undecided"
+def _rounded(value: float) -> float | None:
+    return round(value, 4) if np.isfinite(value) else None

@@ -1,5 +1,5 @@
 """What was measured, per prompt, without texts: one compressed file per seed, small enough to
-commit; all else is drawn from them.
+commit; all else follows from them.
 """
 
 import io
@@ -16,46 +16,72 @@ from raywarp.storage.sealed import write_bytes
 
 DIGITS = 3  # of scores
 SCALE = 10**DIGITS
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A point: N numbers each, but for distinct_2, which is of all completions together.
+    """A point.
 
-    reward: standardised. control: raw score of the second reward model. vader: from −1 to 1. kl: to
-    SFT, nats. length: tokens.
-    finished: it ended by itself.
+    Attributes:
+        reward: (N,) standardised by SFT's completions.
+        control: (N,) raw score of the second reward model.
+        vader: (N,) from −1 to 1.
+        kl: (N,) KL to SFT over the whole vocabulary, by the trainer, in nats.
+        log_ratio: (C,) log π − log π_sft of the first C prompts' texts, both by the sampler, in
+            nats. Its mean is a second measurement of the KL, which shares nothing with the first.
+        length: (N,) tokens.
+        finished: (N,) 1 where the text ended by itself.
+        distinct_2: of all texts together.
+        eta: factor of the end of its line, or how far a training had come, in units of T.
+        norm: ‖ΔW‖ over all weights.
+        slope: of the sampler's log-ratios on the trainer's (see raywarp.rollout.effect).
+        slope_error: its standard error.
+        gap: mean |sampler − trainer|, in nats per token.
+        rms: root mean square of the trainer's log-ratios, in nats per token.
     """
 
-    reward: NDArray[np.float64]
-    control: NDArray[np.float64]
-    vader: NDArray[np.float64]
-    kl: NDArray[np.float64]
-    length: NDArray[np.float64]
-    finished: NDArray[np.float64]
-    distinct_2: float
+    reward: Numbers
+    control: Numbers
+    vader: Numbers
+    kl: Numbers
+    log_ratio: Numbers
+    length: Numbers
+    finished: Numbers
+    distinct_2: float = 0.0
+    eta: float = 0.0
+    norm: float = 0.0
+    slope: float = 0.0
+    slope_error: float = 0.0
+    gap: float = 0.0
+    rms: float = 0.0
 
 
-PER_PROMPT = [field.name for field in fields(Measured) if field.name != "distinct_2"]
-SCORES = ("reward", "control", "vader", "kl")
+PER_PROMPT = [field.name for field in fields(Measured) if field.type is Numbers]
+SCALARS = [field.name for field in fields(Measured) if field.name not in PER_PROMPT]
+SCORES = ("reward", "control", "vader", "kl", "log_ratio")
 
 
 @dataclass
 class Seed:
-    """points: name → what was measured. facts: what else is known of the arms: geometry, timing,
-    errors of merges.
+    """The points of a seed by name, and what else is known.
 
-    sampler: the version that sampled them; 0 before there was one, when policies were sampled from
-    rounded weights.
+    Attributes:
+        points: name → what was measured.
+        facts: of the arms: their finished curves, geometry, timing, errors of merges.
+        ceiling: (P, n) rewards of n SFT completions of each of the first P prompts; None until it
+            is measured.
+        sampler: the version that sampled the points.
     """
 
     points: dict[str, Measured]
     facts: dict[str, Any]
+    ceiling: Numbers | None = None
     sampler: int = SAMPLER_VERSION
 
 
 class OtherSettingsError(ValueError):
-    """The results are of other settings, or of an earlier sampler; the message says which."""
+    """The results are of other settings, or of another sampler; the message says which."""
 
 
 class Results:
@@ -76,18 +102,13 @@ class Results:
 
     def check_sampler(self, seed: int) -> None:
         """Raises OtherSettingsError where nothing may be added to a seed: its points were sampled
-        by an earlier version.
+        by another version.
         """
-        if self.seed(seed).sampler < SAMPLER_VERSION:
+        if self.seed(seed).sampler != SAMPLER_VERSION:
             raise OtherSettingsError(
-                f"the numbers of seed {seed} in {self.folder} were sampled by an earlier version,"
-                " from rounded weights; choose another --results, or move them away"
+                f"the numbers of seed {seed} in {self.folder} were sampled by another version;"
+                " choose another --results, or move them away"
             )
-
-    @property
-    def are_earlier(self) -> bool:
-        """Whether any of them were sampled by an earlier version."""
-        return any(seed.sampler < SAMPLER_VERSION for seed in self.seeds.values())
 
     def add(self, seed: int, name: str, measured: Measured) -> None:
         """As it will be read back."""
@@ -95,13 +116,21 @@ class Results:
         self.seed(seed).points[name] = replace(measured, **rounded)
         self.save(seed)
 
+    def add_ceiling(self, seed: int, rewards: Numbers) -> None:
+        """(P, n), as they will be read back."""
+        self.seed(seed).ceiling = np.round(rewards, DIGITS)
+        self.save(seed)
+
     def save(self, seed: int) -> None:
-        own, columns = self.seed(seed), {}
+        own, columns = self.seed(seed), dict[str, Any]()
         names = sorted(own.points)
         for column in PER_PROMPT:
             values = np.array([getattr(own.points[name], column) for name in names])
-            columns[column] = np.round(values * (SCALE if column in SCORES else 1)).astype(np.int32)
-        columns["distinct_2"] = np.array([own.points[name].distinct_2 for name in names])
+            columns[column] = _integers(values, SCALE if column in SCORES else 1)
+        for column in SCALARS:
+            columns[column] = np.array([getattr(own.points[name], column) for name in names])
+        if own.ceiling is not None:
+            columns["ceiling"] = _integers(own.ceiling, SCALE)
         content = io.BytesIO()
         about = json.dumps(
             {"settings": self.settings, "points": names, "facts": own.facts, "sampler": own.sampler}
@@ -112,7 +141,7 @@ class Results:
     def _read(self, path: Path) -> Seed:
         with np.load(path) as file:
             about = json.loads(file["about"].tobytes())
-            columns = {name: file[name] for name in [*PER_PROMPT, "distinct_2"]}
+            columns = {name: file[name] for name in file.files if name != "about"}
         if differing := [
             key for key, value in self.settings.items() if about["settings"].get(key) != value
         ]:
@@ -128,5 +157,11 @@ class Results:
                 column: columns[column][n] / (SCALE if column in SCORES else 1)
                 for column in PER_PROMPT
             }
-            points[name] = Measured(**row, distinct_2=float(columns["distinct_2"][n]))
-        return Seed(points, about["facts"], about.get("sampler", 0))
+            scalars = {column: float(columns[column][n]) for column in SCALARS}
+            points[name] = Measured(**row, **scalars)
+        ceiling = columns["ceiling"] / SCALE if "ceiling" in columns else None
+        return Seed(points, about["facts"], ceiling, about["sampler"])
+
+
+def _integers(values: Numbers, scale: int) -> NDArray[np.int32]:
+    return np.round(values * scale).astype(np.int32)

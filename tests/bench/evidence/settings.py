@@ -5,7 +5,7 @@ write it.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from raywarp.config.schema import SMOLLM2, Config
 from raywarp.data import embedded
 from raywarp.storage.sealed import write_text
 
-SELECTION_FILE = "selection.json"
 # A reward model from human ratings; a reward by function, to rule out luck; the first with another
 # backbone for its control model.
 REVIEWS, PRESENT_TENSE, OTHER_CONTROL = TASKS = ("reviews", "present-tense", "smollm2-control")
+
+
+LEARNING_RATE = 3e-4  # see `--select`
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,31 @@ class Settings:
     """Everything that decides a number. Points that were measured under other settings are refused,
     not mixed in.
 
-    task: of TASKS, or tiny (of seconds, for tests). steps: T. prompts: held out, for every point.
-    kls: where fronts are compared; upper_kls likewise, where they reach so far; reference_kl: of
-    the hypervolume.
+    task: of TASKS, or tiny (of seconds, for tests). steps: T. temperature: 1, at which the sampler
+    also scores texts without an adapter. prompts: held out, for every point.
+    targets: KLs at which the points of a line are placed, besides its end. kls: KLs at which fronts
+    are compared. checked_prompts: those whose texts' own log-ratio is measured. sloped_prompts:
+    those whose texts show the slope. ceiling_prompts: those with ceiling_completions each.
     """
 
     task: str = REVIEWS
     steps: int = 32
-    lr: float = 1e-3
+    lr: float = LEARNING_RATE
     ema_rate: float = 0.1
     kl_coef: float = 0.1
     liti_rate: float = 0.5
     batch_size: int = 32
     group: int = 4
     new_tokens: int = 24
+    temperature: float = 1.0
     rank: int = 16
     prompts: int = 500
+    targets: tuple[float, ...] = (1.0, 2.0, 3.3, 5.0)
     kls: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
-    upper_kls: tuple[float, ...] = (6.0, 8.0, 10.0)
-    reference_kl: float = 10.0
+    checked_prompts: int = 200
+    sloped_prompts: int = 24
+    ceiling_prompts: int = 250
+    ceiling_completions: int = 64
 
     def as_json(self) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -60,64 +68,53 @@ TINY = Settings(
     new_tokens=4,
     rank=2,
     prompts=4,
+    targets=(0.01, 0.05),
     kls=(0.01, 0.02, 0.05),
-    upper_kls=(0.2, 0.5),
-    reference_kl=0.5,
+    checked_prompts=4,
+    sloped_prompts=2,
+    ceiling_prompts=4,
+    ceiling_completions=4,
 )
-
-
-def selected(settings: Settings, *folders: Path) -> Settings:
-    """With the learning rate that `--select` chose: of the first of the results' folders for which
-    it was run.
-    """
-    found = [path for folder in folders if (path := folder / SELECTION_FILE).is_file()]
-    return replace(settings, lr=json.loads(found[0].read_text())["lr"]) if found else settings
 
 
 @dataclass(frozen=True)
 class Arm:
     """One run of raywarp.
 
-    length: its steps, in units of T. lr, rank: in units of the study's. init: of A. ema_rate,
-    kl_coef: None for the study's.
+    length: its steps, in units of T. batch: completions of a step, in units of the study's.
     kept: points of training whose policies are kept, in units of T; the end is kept anyway.
     """
 
     name: str
-    policies: int = 2
+    policies: int = 1
     iterations: int = 1
     length: int = 1
-    lr: float = 1.0
-    rank: int = 1
-    init: str = "independent"
-    ema_rate: float | None = None
-    kl_coef: float | None = None
+    anchor: str = "ema"
+    schedule: str = "constant"
+    batch: int = 1
     kept: tuple[float, ...] = ()
 
-    def kept_steps(self, settings: Settings) -> list[int]:
-        return [round(settings.steps * part) for part in self.kept]
+    @property
+    def cost(self) -> int:
+        """Completions that it trains on, in units of T steps of one policy."""
+        return self.policies * self.iterations * self.length * self.batch
 
 
-EARLY, LATE = (0.25, 0.5, 0.75), (0.5, 1, 2, 3)
-SFT_COEFS = (0.0, 0.01, 0.03, 0.1, 0.3)  # β of the runs that are anchored at the SFT model
+EARLY = (0.25, 0.5, 0.75)
+LAST = (7, 7.25, 7.5, 7.75)
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("warp", kept=EARLY),
-        Arm("warp-m4", policies=4, kept=EARLY),
-        Arm("warp-i2", iterations=2, kept=EARLY),
-        Arm("warp-i3", iterations=3, kept=EARLY),
-        Arm("warp-i2-init", iterations=2, ema_rate=0.0),
-        Arm("shared", init="shared"),
-        Arm("frozen", init="frozen"),
-        Arm("half-lr", lr=0.5),
-        Arm("double-lr", lr=2.0),
-        Arm("high-rank", rank=4),
-        Arm("ema-long", policies=1, length=4, kept=LATE),
-        *(
-            Arm(f"sft-{coef:g}-long", policies=1, length=4, ema_rate=0.0, kl_coef=coef, kept=LATE)
-            for coef in SFT_COEFS
-        ),
+        Arm("warp", policies=2, kept=EARLY),
+        Arm("warp-m4", policies=4),
+        Arm("warp-i2", policies=2, iterations=2),
+        Arm("ema-4t", length=4, kept=(2,)),
+        Arm("sft-4t", length=4, anchor="sft", kept=(2,)),
+        Arm("sft-8t", length=8, anchor="sft", kept=LAST),
+        Arm("sft-m2", policies=2, length=4, anchor="sft"),
+        Arm("sft-m4", policies=4, length=2, anchor="sft"),
+        Arm("sft-decay", length=8, anchor="sft", schedule="linear"),
+        Arm("sft-batch", length=2, anchor="sft", batch=4),
     )
 }
 
@@ -130,39 +127,50 @@ def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
     """The arm's configuration. Its own front is made small: the study measures with more prompts,
     and keeps what each gave.
     """
-    cores, rank = os.cpu_count() or 2, settings.rank * arm.rank
+    warp: dict[str, Any] = {
+        "iterations": arm.iterations,
+        "policies": arm.policies,
+        "steps": settings.steps * arm.length,
+        "anchor": arm.anchor,
+        "liti_rate": settings.liti_rate,
+        "kl_coef": settings.kl_coef,
+    }
+    if arm.anchor == "ema":
+        warp["ema_rate"] = settings.ema_rate
     tree: dict[str, Any] = {
         "seed": seed,
         "out": str(seed_folder(folder, seed) / "arms" / f"{arm.name}-lr-{settings.lr:g}"),
         "store": str(folder / "store"),
-        "lora": {"rank": rank, "alpha": float(rank), "init": arm.init},
-        "warp": {
-            "iterations": arm.iterations,
-            "policies": arm.policies,
-            "steps": settings.steps * arm.length,
-            "ema_rate": settings.ema_rate if arm.ema_rate is None else arm.ema_rate,
-            "liti_rate": settings.liti_rate,
-            "kl_coef": settings.kl_coef if arm.kl_coef is None else arm.kl_coef,
+        "lora": {"rank": settings.rank, "alpha": float(settings.rank)},
+        "warp": warp,
+        "optim": {
+            "lr": settings.lr,
+            "batch_size": settings.batch_size * arm.batch,
+            "warmup_steps": 2,
+            "schedule": arm.schedule,
         },
-        "optim": {"lr": settings.lr * arm.lr, "batch_size": settings.batch_size, "warmup_steps": 2},
         "rollout": {
             "completions_per_prompt": settings.group,
             "max_new_tokens": settings.new_tokens,
+            "temperature": settings.temperature,
         },
-        # Threads are part of a policy's key, and arms of different M share policies.
-        "cluster": {"threads": cores if arm.policies == 1 else max(1, cores // 2)},
-        "front": {"prompts": 2, "etas": [0.0, 1.0], "choose": {"eta": 1.0}, "samples": 1},
-        "checkpoint_every": _checkpoint_every(settings, arm),
+        # Policies share one actor and its threads, which are part of their keys: arms of different
+        # M share policies.
+        "cluster": {"policy_actors": 1, "threads": os.cpu_count() or 2},
+        "front": {
+            "prompts": 2,
+            "etas": [0.0, 1.0],
+            "choose": {"eta": 1.0},
+            "samples": 1,
+            "every": 0,
+            "ceiling_completions": 0,
+        },
+        "retention": {"texts": 1},
+        # A kept step is one that has a checkpoint.
+        "checkpoint_every": settings.steps // 4,
         "kl_to_sft_every": max(1, settings.steps // 4),
     }
     return load_config(_merged(tree, _task(settings.task, seed, folder)))
-
-
-def _checkpoint_every(settings: Settings, arm: Arm) -> int:
-    """A kept step is one that has a checkpoint."""
-    every = round(settings.steps * min(arm.kept, default=0.5))
-    assert all(step % every == 0 for step in arm.kept_steps(settings)), arm
-    return every
 
 
 def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
@@ -236,8 +244,8 @@ def _tiny_task(project: Path) -> dict[str, Any]:
         "prompts": {"dataset": str(project / "prompts.jsonl")},
         "reward": {"function": "count_good:score"},
         "control": {"function": "raywarp.embedded:vader"},
-        "rollout": {"engine": "transformers", "temperature": 1.0},
-        "cluster": {"policy_actors": 1, "threads": 1},
+        "rollout": {"engine": "transformers"},
+        "cluster": {"threads": 1},
     }
 
 

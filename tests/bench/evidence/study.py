@@ -1,56 +1,40 @@
-"""The paper's claims with LoRA, on human ratings, at equal compute: trains, measures, judges,
-draws. What is done is not done again.
+"""What averaging buys with LoRA, on human ratings, at equal KL and equal compute: trains, measures,
+judges, draws. What is done is not done again.
 
-    .venv/bin/python tests/bench/evidence --seeds 3 --hours 3                  # the first tier: H3,
-                                                                               H5, H11, H12
-    .venv/bin/python tests/bench/evidence --claim H3 --seeds 1 --results runs/evidence-again    #
-                                                                                                one
-                                                                                                claim,
-                                                                                                one
-                                                                                                seed,
-                                                                                                from
-                                                                                                nothing:
-                                                                               # less than an hour
-                                                                               on two cores
-    .venv/bin/python tests/bench/evidence --redraw                             # verdicts and
-                                                                               figures from the
-                                                                               committed numbers
-    .venv/bin/python tests/bench/evidence --select                             # learning rate, on a
-                                                                               seed that is not
-                                                                               reported
-    .venv/bin/python tests/bench/evidence --task present-tense --claim H3      # the second task,
-                                                                               with numbers of its
-                                                                               own
-    .venv/bin/python tests/bench/evidence --task smollm2-control --claim H3    # the first one,
-                                                                               scored by a control
-                                                                               of another backbone
+    .venv/bin/python tests/bench/evidence --seeds 5 --hours 3          # P1 to P5 and P8
+    .venv/bin/python tests/bench/evidence --claim P6 --seeds 3
+    .venv/bin/python tests/bench/evidence --claim P1 --seeds 1 --results runs/evidence-again
+                                                                       # one claim, one seed, from
+                                                                       # nothing, on two cores
+    .venv/bin/python tests/bench/evidence --redraw                     # from the committed numbers
+    .venv/bin/python tests/bench/evidence --select                     # a learning rate, on a seed
+                                                                       # that is in no claim
 
-Policies lie in runs/evidence, under their keys; the numbers of every point (per prompt, no texts),
-verdicts and figures lie in results/ beside this file, and tests/bench/evidence.json says in short
-what came out. Killed or out of its hours, the same command continues. What is committed there is
-not measured again: other --results, a folder that is made, begin from nothing.
+Policies lie in runs/evidence, under their keys. The numbers of every point (per prompt, no texts)
+lie in numbers/ beside this file, and tests/bench/evidence.json says what came out. Killed or out of
+its hours, the same command continues. An arm whose numbers are there is not trained again, on no
+machine. Other --results, a folder that is made, begin from nothing.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from bench.evidence import claims, figures
-from bench.evidence.claims import CLAIMS, FIRST_TIER
-from bench.evidence.curves import CURVES, SFT, Curve, Trained
-from bench.evidence.results import Measured, OtherSettingsError, Results
+from bench.evidence.claims import ARMS_OF, FIRST_TIER, NAMES, SHARES
+from bench.evidence.curves import CURVES, END, SFT, Curve, Trained, scaled
+from bench.evidence.measuring import Measurer, Wanted
+from bench.evidence.report import report
+from bench.evidence.results import OtherSettingsError, Results
 from bench.evidence.settings import (
     ARMS,
-    SELECTION_FILE,
     TASKS,
     TINY,
     Arm,
@@ -58,7 +42,6 @@ from bench.evidence.settings import (
     arm_config,
     reward_configs,
     seed_folder,
-    selected,
     tiny_project,
 )
 from rich.console import Console
@@ -68,24 +51,23 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
-from raywarp.data import embedded
-from raywarp.identity import derive_seed
 from raywarp.planning.inputs import prepare_prompts, resolved
 from raywarp.reward_stage import prepare_stage, reward
 from raywarp.rewards import score
 from raywarp.run.display import Bars, Display
 from raywarp.run.folder import Run, read_mark
-from raywarp.run.front import Scored, distinct_2
 from raywarp.run.policy_files import Checkpoint, PolicyFiles
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
-from raywarp.training.evaluation import submit_points
 from raywarp.training.session import Session
 from raywarp.warp import train
 
 HERE = Path(__file__).parent
+NUMBERS = HERE / "numbers"
 SELECTION_SEED = 0  # its numbers are in no claim
-AT_ONCE = 2  # points under way: one is generated while another is scored
+NEAR = 0.97  # a target beyond this share of the end's KL is left to the end
+AT_ONCE = 5  # points that share the engine's calls
+TEXTS = 200  # on which the sampler is proven
 
 
 class OutOfTime(Exception):
@@ -97,12 +79,9 @@ class Clock:
         self.start = time.monotonic()
         self.end = None if hours is None else self.start + hours * 3600
 
-    def over(self) -> bool:
-        return self.end is not None and time.monotonic() > self.end
-
     def check(self) -> None:
         """Raises OutOfTime if it is over."""
-        if self.over():
+        if self.end is not None and time.monotonic() > self.end:
             raise OutOfTime
 
     def say(self, text: str) -> None:
@@ -119,7 +98,8 @@ class Keeper(Display):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.file = log.open("a")
         super().__init__(Console(file=self.file, width=200))
-        self.settings, self.arm, self.place, self.clock = settings, arm, place, clock
+        self.place, self.clock = place, clock
+        self.steps = [round(settings.steps * part) for part in arm.kept]
 
     @contextmanager
     def iteration(self, number: int, *rest: Any) -> Iterator[Bars]:
@@ -138,7 +118,7 @@ class Keeper(Display):
 
     def keep(self, key: str) -> None:
         files = PolicyFiles(self.place, key)
-        for step in self.arm.kept_steps(self.settings):
+        for step in self.steps:
             kept, name = f"kept/{key}/step-{step}", f"policies/{key}/checkpoint-{step:06d}"
             if (
                 name in files.checkpoints()
@@ -165,44 +145,107 @@ def policy_of(checkpoint: Checkpoint) -> AdapterDelta:
 
 
 class Study:
-    """Some claims at some seeds.
+    """Some arms at some seeds.
 
     Args:
-        folder: runs and policies. results: numbers per prompt.
+        folder: runs and policies. results: numbers per prompt. commit: whether git gets them.
     """
 
-    def __init__(self, settings: Settings, folder: Path, results: Results, clock: Clock):
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        results: Results,
+        clock: Clock,
+        commit: bool = False,
+    ):
         self.settings, self.folder, self.results, self.clock = settings, folder, results, clock
-        self.place = Storage(folder / "store")
+        self.place, self.commits = Storage(folder / "store"), commit
 
-    def run(self, seeds: Sequence[int], wanted: Sequence[str]) -> None:
-        """Seed by seed, and claim by claim within; raises OutOfTime."""
+    def run(self, seeds: Sequence[int], claims: Sequence[str]) -> None:
+        """Seed by seed, and arm by arm within; raises OutOfTime."""
+        arms = dict.fromkeys(arm for claim in claims for arm in ARMS_OF[claim])
         for seed in seeds:
-            for claim in wanted:
-                self.measure(seed, CLAIMS[claim].curves, claim)
+            for arm in arms:
+                self.finish(seed, [curve for curve in CURVES.values() if curve.arm == arm])
+            if SHARES in claims:
+                self.ceiling(seed)
 
-    def measure(self, seed: int, curves: Sequence[Curve], why: str) -> None:
-        """Train what the curves' missing points need, and measure these."""
-        missing = [
-            (curve, value)
-            for curve in curves
-            for value in curve.values
-            if curve.point(value) not in self.results.seed(seed).points
-        ]
-        if SFT not in self.results.seed(seed).points:
-            missing.insert(0, (None, 0.0))
+    def finish(self, seed: int, curves: Sequence[Curve]) -> None:
+        """Train the arm of these curves and measure them, as far as their numbers are missing."""
+        own, arm = self.results.seed(seed), curves[0].arm
+        missing = [c for c in curves if c.name not in own.facts.get(arm, {}).get("curves", [])]
         if not missing:
             return
         self.results.check_sampler(seed)
-        self.clock.say(f"seed {seed}, {why}: {len(missing)} points to measure")
-        for arm in dict.fromkeys(curve.arm if curve else "warp" for curve, _ in missing):
-            self.train(seed, ARMS[arm])
+        self.train(seed, ARMS[arm])
         trained = Trained(
             self.settings, lambda arm: self.arm_run(seed, ARMS[arm]), self.folder / "store" / "kept"
         )
-        for arm in dict.fromkeys(curve.arm for curve, _ in missing if curve):
-            self.results.seed(seed).facts[arm] = trained.facts(arm)
-        self.evaluate(seed, missing, trained)
+        start = time.monotonic()
+        with self.measuring(seed) as measurer:
+            self.measure(seed, missing, trained, measurer)
+        own.facts[arm] = {**trained.facts(arm), "curves": [curve.name for curve in curves]}
+        self.keep(seed, f"the numbers of {arm}")
+        self.clock.say(f"seed {seed}: arm {arm} measured in {time.monotonic() - start:.0f} s")
+
+    def measure(
+        self, seed: int, curves: Sequence[Curve], trained: Trained, measurer: Measurer
+    ) -> None:
+        """First the ends of lines and what lies on trainings, then what is placed by the ends."""
+        found = self.results.seed(seed).points
+        first = [] if SFT in found else [Wanted(SFT, None, 0.0)]
+        for curve in curves:
+            first += (
+                [Wanted(curve.point(END), trained.end(curve), 1.0)]
+                if curve.is_line
+                else [
+                    Wanted(curve.point(part), curve.make(trained, part), part)
+                    for part in curve.parts
+                ]
+            )
+        self.points(seed, first, measurer)
+        second = [
+            Wanted(curve.point(kl), scaled(trained.end(curve), eta), eta)
+            for curve in curves
+            if curve.is_line and not curve.alone
+            for kl, eta in self.placed(float(found[curve.point(END)].kl.mean()))
+        ]
+        self.points(seed, second, measurer)
+
+    def placed(self, end: float) -> list[tuple[float, float]]:
+        """(KL, η) of the points of a line whose end has this KL, which grows about as η²."""
+        return [(kl, (kl / end) ** 0.5) for kl in self.settings.targets if kl < NEAR * end]
+
+    def points(self, seed: int, wanted: Sequence[Wanted], measurer: Measurer) -> None:
+        """Measure those that are missing, and keep each as soon as it is there."""
+        missing = [p for p in wanted if p.name not in self.results.seed(seed).points]
+        for n in range(0, len(missing), AT_ONCE):
+            self.clock.check()
+            for name, measured, texts in measurer.points(missing[n : n + AT_ONCE]):
+                self.results.add(seed, name, measured)
+                texts_file = seed_folder(self.folder, seed) / "texts" / f"{name}.json"
+                sealed.write_json(texts_file, texts)
+                self.say_point(seed, name)
+
+    def ceiling(self, seed: int) -> None:
+        """Measure the seed's ceiling, unless it is there."""
+        if self.results.seed(seed).ceiling is not None:
+            return
+        self.clock.check()
+        start = time.monotonic()
+        with self.measuring(seed) as measurer:
+            self.results.add_ceiling(seed, measurer.ceiling())
+        self.keep(seed, "the ceiling")
+        self.clock.say(f"seed {seed}: ceiling measured in {time.monotonic() - start:.0f} s")
+
+    def keep(self, seed: int, what: str) -> None:
+        """Save a seed's numbers, and commit them where that is wanted."""
+        self.results.save(seed)
+        if self.commits:
+            message = f"evidence: add {what} of seed {seed}"
+            for command in (["add", "."], ["commit", "--quiet", "-m", message, "."]):
+                subprocess.run(["git", *command], check=True, cwd=self.results.folder)
 
     def arm_run(self, seed: int, arm: Arm) -> Run:
         config = self.config(seed, arm)
@@ -211,8 +254,18 @@ class Study:
     def config(self, seed: int, arm: Arm) -> Config:
         return arm_config(self.settings, arm, seed, self.folder)
 
+    def rewards(self, seed: int) -> None:
+        """The reward models of a seed, unless they are there."""
+        for config in reward_configs(self.settings, seed, self.folder):
+            if score.check_trained(Path(config.out)) is None:
+                summary = reward(config, standardise=False, inputs=prepare_stage(config))
+                self.clock.say(
+                    f"seed {seed}: {Path(config.out).name} model, pairwise accuracy"
+                    f" {summary.accuracy:.3f}"
+                )
+
     def train(self, seed: int, arm: Arm) -> None:
-        """The arm's run, unless it is finished; before the first one the reward models."""
+        """The arm's run, unless it is finished."""
         run = self.arm_run(seed, arm)
         if (run.folder / "front.json").is_file():
             if mark := read_mark(Storage(run.folder)):
@@ -222,307 +275,89 @@ class Study:
                 )
             return
         self.clock.check()
-        for config in reward_configs(self.settings, seed, self.folder):
-            if score.check_trained(Path(config.out)) is None:
-                summary = reward(config, standardise=False, inputs=prepare_stage(config))
-                self.clock.say(
-                    f"seed {seed}: {Path(config.out).name} model, pairwise accuracy"
-                    f" {summary.accuracy:.3f}"
-                )
-        start = time.monotonic()
-        train(
-            self.config(seed, arm),
-            Keeper(
-                run.folder.with_name(f"{run.folder.name}.log"),
-                self.settings,
-                arm,
-                self.place,
-                self.clock,
-            ),
-        )
+        self.rewards(seed)
+        start, log = time.monotonic(), run.folder.with_name(f"{run.folder.name}.log")
+        train(self.config(seed, arm), Keeper(log, self.settings, arm, self.place, self.clock))
         self.clock.say(f"seed {seed}: arm {arm.name} trained in {time.monotonic() - start:.0f} s")
 
-    def evaluate(
-        self, seed: int, points: Sequence[tuple[Curve | None, float]], trained: Trained
-    ) -> None:
-        """Measure the points one after another, and keep each as soon as it is there."""
-        config = self.config(seed, ARMS["warp"]).model_copy(
-            update={"out": str(seed_folder(self.folder, seed) / "evaluation")}
-        )
-        config = config.model_copy(
-            update={"cluster": config.cluster.model_copy(update={"policy_actors": 1})}
-        )
+    @contextmanager
+    def measuring(self, seed: int) -> Iterator[Measurer]:
+        """A session of the seed's task, with room for the largest rank of any curve."""
+        self.rewards(seed)
+        config = arm_config(
+            self.settings, replace(ARMS["warp"], policies=5), seed, self.folder
+        ).model_copy(update={"out": str(seed_folder(self.folder, seed) / "evaluation")})
         model, _, splits = prepare_prompts(config)
-        prompts = splits.held_out[: self.settings.prompts]
-        sampling = [derive_seed(seed, "evaluation", n) for n in range(len(prompts))]
         start_ray()
-        under_way: deque[tuple[str, Any, float]] = deque()
-        with Session(resolved(config), model, splits.longest) as session:
-            for curve, value in [*points, *[(None, -1.0)] * AT_ONCE]:
-                if value >= 0 and not self.clock.over():
-                    delta = curve.adapter(trained, value) if curve else None
-                    (pending,) = submit_points(session, [delta], prompts, sampling)
-                    under_way.append(
-                        (curve.point(value) if curve else SFT, pending, time.monotonic())
-                    )
-                if under_way and (len(under_way) == AT_ONCE or value < 0 or self.clock.over()):
-                    name, pending, start = under_way.popleft()
-                    scored = pending.wait()
-                    self.results.add(
-                        seed, name, self.measured(scored, [prompt.text for prompt in prompts])
-                    )
-                    sealed.write_json(
-                        seed_folder(self.folder, seed) / "texts" / f"{name}.json", scored.texts
-                    )
-                    self.say_point(seed, name, time.monotonic() - start)
-        self.clock.check()
+        texts = [prompt.token_ids for prompt in splits.train[:TEXTS]]
+        with Session(resolved(config), model, splits.longest, texts=texts) as session:
+            yield Measurer(self.settings, session, config, model, splits.held_out)
 
-    def measured(self, scored: Scored, prompts: Sequence[str]) -> Measured:
-        columns = {
-            "reward": scored.rewards,
-            "control": scored.control,
-            "vader": embedded.vader(prompts, scored.texts),
-            "kl": scored.kl,
-        }
-        columns |= {"length": scored.lengths, "finished": scored.finished}
-        return Measured(
-            **{name: np.array(values, dtype=float) for name, values in columns.items()},
-            distinct_2=distinct_2(scored.texts),
-        )
-
-    def say_point(self, seed: int, name: str, seconds: float) -> None:
+    def say_point(self, seed: int, name: str) -> None:
         point = self.results.seed(seed).points[name]
-        numbers = (
-            f"reward {point.reward.mean():+.2f}, KL {point.kl.mean():.2f}, control"
-            f" {point.control.mean():+.2f}"
+        self.clock.say(
+            f"seed {seed}: {name}: reward {point.reward.mean():+.2f}, KL {point.kl.mean():.2f},"
+            f" texts' log-ratio {point.log_ratio.mean():.2f}, slope {point.slope:.3f} ±"
+            f" {point.slope_error:.3f}, control {point.control.mean():+.2f}, VADER"
+            f" {point.vader.mean():+.2f}, distinct-2 {point.distinct_2:.2f},"
+            f" ‖ΔW‖ {point.norm:.2f}, η {point.eta:.2f}"
         )
-        numbers += (
-            f", VADER {point.vader.mean():+.2f}, distinct-2 {point.distinct_2:.2f},"
-            f" {point.length.mean():.1f} tokens"
-        )
-        self.clock.say(f"seed {seed}: {name}: {numbers} ({seconds:.0f} s)")
 
 
-LEARNING_RATES = (5e-4, 8e-4, 1.2e-3, 2e-3)
-ENOUGH_KL = 5.0  # nats: what a policy should reach, on the mean
-
-
-def select(
-    settings: Settings,
-    folder: Path,
-    results_folder: Path,
-    clock: Clock,
-    rates: Sequence[float] = LEARNING_RATES,
-) -> None:
-    """The least learning rate whose two policies reach a mean KL of ENOUGH_KL nats, on a seed of
-    its own; if none does, that with the largest.
-    """
-    rows = []
+def select(settings: Settings, folder: Path, clock: Clock, rates: Sequence[float]) -> None:
+    """Print where two policies and their merge end at some learning rates, as lines of JSON."""
+    curves = [replace(CURVES[name], alone=True) for name in ("slerp", "policy-1", "policy-2")]
     for rate in rates:
         tried = replace(settings, lr=rate, prompts=min(settings.prompts, 200))
-        study = Study(
-            tried, folder, Results(folder / "selection" / f"lr-{rate:g}", tried.as_json()), clock
-        )
-        ends = [(CURVES[name], 1.0) for name in ("policy-1", "policy-2", "slerp")]
-        study.measure(
-            SELECTION_SEED,
-            [replace(curve, values=(value,)) for curve, value in ends],
-            f"learning rate {rate:g}",
-        )
-        own = study.results.seed(SELECTION_SEED)
-        row: dict[str, Any] = {"lr": rate}
-        for name in (SFT, *(curve.point(value) for curve, value in ends)):
-            point = own.points[name]
-            row[name] = {
-                column: round(float(getattr(point, column).mean()), 3)
-                for column in ("reward", "kl", "control", "vader")
-            }
-            row[name]["distinct_2"] = round(point.distinct_2, 3)
-        blocks = own.facts["warp"]["geometry"].values()
-        row["median_angle"] = round(
-            float(np.median([angle for block in blocks for angle in block["angles"]])), 2
-        )
-        row["policy_kl"] = round(float(np.mean([row[f"policy-{m}@1"]["kl"] for m in (1, 2)])), 3)
-        rows.append(row)
-        clock.say(json.dumps(row))
-        if row["policy_kl"] >= ENOUGH_KL:
-            break
-    chosen = max(rows, key=lambda row: row["policy_kl"])
-    rule = (
-        f"the least learning rate at which the policies' mean KL reaches {ENOUGH_KL:g} nats; seed"
-        f" {SELECTION_SEED}, 200 prompts"
-    )
-    sealed.write_json(
-        results_folder / SELECTION_FILE, {"lr": chosen["lr"], "rule": rule, "tried": rows}
-    )
-    clock.say(f"learning rate {chosen['lr']:g}: {results_folder / SELECTION_FILE}")
-
-
-def report(results: Results, settings: Settings, where: Path, summary: Path) -> None:
-    """evidence.json and a figure for every claim that has points, from the results alone."""
-    of_seeds = claims.samples(settings, results)
-    entries: dict[str, Any] = {}
-    for name, claim in CLAIMS.items():
-        judged = claims.judge(claim, of_seeds)
-        if not any(effect.per_seed for effect in judged.effects.values()):
-            continue
-        seeds = max(of_seeds)
-        task = f" --task {settings.task}" if settings.task in TASKS[1:] else ""
-        command = (
-            f".venv/bin/python tests/bench/evidence{task} --claim {name} --seeds {seeds} --results"
-            " runs/evidence-again"
-        )
-        entries[name] = judged.as_json(command, claims.facts_of(claim, results))
-        figures.draw(judged, of_seeds, where / f"{name}.png")
-        first = entries[name]
-        print(
-            f"{name}: {first['verdict']}: {first['effect']} {first['interval']} over"
-            f" {first['seeds']} seeds; {claim.text}"
-        )
-        for part, row in first["parts"].items():
-            print(f"    {part}: {row['effect']} {row['interval']} {row.get('verdict', '')}")
-    sealed.write_json(summary, {"settings": settings.as_json(), **entries})
-    sealed.write_text(where / "README.md", page(entries, results.are_earlier))
-    print(f"{summary}, figures in {where}")
-
-
-EARLIER = (
-    "**Warning: sampled from rounded weights.** An earlier version of raywarp measured these"
-    " numbers; [docs/results.md](../../../../docs/results.md) says what is likely to change."
-)
-
-
-def page(entries: dict[str, Any], are_earlier: bool = False) -> str:
-    """All figures and comparisons, in Markdown.
-
-    Args:
-        are_earlier: some were sampled by an earlier version.
-    """
-    lines = ["# The claims, on this project's own numbers", ""]
-    lines += [
-        (
-            "Effects are differences between fronts at equal KL unless they say otherwise, with 95"
-            " % intervals; written by `--redraw`."
-        ),
-        "",
-        *([EARLIER, ""] if are_earlier else []),
-    ]
-    for name, entry in entries.items():
-        lines += [
-            f"## {name}: {entry['verdict']}",
-            "",
-            f"{entry['claim']} Redone by `{entry['command']}`.",
-            "",
-            f"![{name}]({name}.png)",
-            "",
-        ]
-        lines += [
-            "| comparison | effect | 95 % interval | per seed | unit |",
-            "|---|---|---|---|---|",
-        ]
-        for part, row in entry["parts"].items():
-            verdict = f" (**{row['verdict']}**)" if "verdict" in row else ""
-            cells = [
-                _short(row["effect"]),
-                " to ".join(map(_short, row["interval"])),
-                ", ".join(map(_short, row["per_seed"])),
-                row["unit"],
-            ]
-            lines.append(f"| {part}{verdict} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _short(number: float | None) -> str:
-    return "–" if number is None else f"{number:+.3f}"
+        results = Results(folder / "selection" / f"lr-{rate:g}", tried.as_json())
+        study = Study(tried, folder, results, clock)
+        study.finish(SELECTION_SEED, curves)
+        ends = {
+            name: {"reward": float(point.reward.mean()), "kl": float(point.kl.mean())}
+            for name, point in results.seed(SELECTION_SEED).points.items()
+        }
+        print(json.dumps({"lr": rate, **ends}), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--claim",
-        nargs="+",
-        choices=list(CLAIMS),
-        default=list(FIRST_TIER),
-        help="default: the first tier",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N")
-    parser.add_argument(
-        "--hours", type=float, help="stop after so long; the same command continues"
-    )
-    parser.add_argument(
-        "--redraw",
-        action="store_true",
-        help="verdicts and figures from the results; nothing is trained or measured",
-    )
-    parser.add_argument(
-        "--select",
-        action="store_true",
-        help="choose the learning rate on a seed of its own, before anything else",
-    )
-    parser.add_argument(
-        "--task",
-        choices=TASKS,
-        default=TASKS[0],
-        help=(
-            "the second one has a reward by function, the third one the first one's reward and"
-            " another control; their rate is the first one's unless selected"
-        ),
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="runs and policies; default: runs/evidence, and the task's name but for the first",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        help="numbers and figures; default: results beside this file, likewise",
-    )
-    parser.add_argument(
-        "--tiny",
-        action="store_true",
-        help="a tiny model for seconds, for tests; wants --out and --results",
-    )
+    add = parser.add_argument
+    add("--claim", nargs="+", choices=NAMES, default=list(FIRST_TIER))
+    add("--seeds", type=int, default=5, help="seeds 1 to N")
+    add("--hours", type=float, help="stop after so long; the same command continues")
+    add("--redraw", action="store_true", help="judge and draw; nothing is trained or measured")
+    add("--select", nargs="*", type=float, help="learning rates to try, on a seed of its own")
+    add("--commit", action="store_true", help="commit the numbers of each arm")
+    add("--task", choices=TASKS, default=TASKS[0])
+    add("--out", type=Path, help="runs and policies; default: runs/evidence, and the task's name")
+    add("--results", type=Path, help="numbers; default: numbers beside this file, likewise")
+    add("--tiny", action="store_true", help="a tiny model, for tests; wants --out and --results")
     options = parser.parse_args(arguments)
     suffix = "" if options.task == TASKS[0] else f"-{options.task}"
-    options.out = options.out or Path(f"runs/evidence{suffix}")
-    if options.tiny and options.results in (None, HERE / "results"):
+    out = options.out or Path(f"runs/evidence{suffix}")
+    if options.tiny and options.results is None:
         parser.error("--tiny wants a --results of its own")
-    options.results = options.results or HERE / f"results{suffix}"
-    _environment(options.out, options.tiny)
-    settings = (
-        TINY
-        if options.tiny
-        else selected(Settings(task=options.task), options.results, HERE / "results")
-    )
+    folder = options.results or Path(f"{NUMBERS}{suffix}")
+    _environment(out, options.tiny)
+    settings = TINY if options.tiny else Settings(task=options.task)
     clock = Clock(options.hours)
     try:
-        results = Results(options.results, settings.as_json())
-    except OtherSettingsError as error:
-        parser.error(str(error))
-    summary = (
-        HERE.parent / "evidence.json"
-        if options.results == HERE / "results"
-        else options.results / "evidence.json"
-    )
-    try:
-        if options.select:
-            select(settings, options.out, options.results, clock)
+        if options.select is not None:
+            select(settings, out, clock, options.select)
             return 0
+        results = Results(folder, settings.as_json())
         if not options.redraw:
-            Study(settings, options.out, results, clock).run(
-                range(1, options.seeds + 1), options.claim
-            )
+            study = Study(settings, out, results, clock, options.commit)
+            study.run(range(1, options.seeds + 1), options.claim)
     except OtherSettingsError as error:
         parser.error(str(error))
     except OutOfTime:
         clock.say("the hours are over; the same command continues")
     except KeyboardInterrupt as stopped:
         clock.say(str(stopped) or "stopped; the same command continues")
-    report(results, settings, options.results, summary)
+    report(results, settings, HERE.parent if folder == NUMBERS else folder)
     return 0
 
 
