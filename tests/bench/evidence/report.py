@@ -13,7 +13,7 @@ from bench.evidence.settings import ARMS, TASKS, Settings
 
 from raywarp.storage import sealed
 
-PAGE = "evidence/README.md"
+SUMMARY, PAGE = "evidence.json", "evidence/README.md"
 
 
 def report(results: Results, settings: Settings, where: Path) -> None:
@@ -41,7 +41,7 @@ def report(results: Results, settings: Settings, where: Path) -> None:
         },
     }
     sealed.write_json(
-        where / "evidence.json",
+        where / SUMMARY,
         {"settings": settings.as_json(), "measurement": measurement, "claims": entries},
     )
     sealed.write_text(where / PAGE, page(entries, checked, left, cosines))

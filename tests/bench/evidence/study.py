@@ -31,7 +31,7 @@ from typing import Any
 from bench.evidence.claims import ARMS_OF, FIRST_TIER, NAMES, SHARES
 from bench.evidence.curves import CURVES, END, SFT, Curve, Trained, scaled
 from bench.evidence.measuring import Measurer, Wanted
-from bench.evidence.report import report
+from bench.evidence.report import PAGE, SUMMARY, report
 from bench.evidence.results import OtherSettingsError, Results
 from bench.evidence.settings import (
     ARMS,
@@ -148,7 +148,8 @@ class Study:
     """Some arms at some seeds.
 
     Args:
-        folder: runs and policies. results: numbers per prompt. commit: whether git gets them.
+        folder: runs and policies. results: numbers per prompt. where: of evidence.json. commit:
+            whether git gets both after each arm.
     """
 
     def __init__(
@@ -157,10 +158,12 @@ class Study:
         folder: Path,
         results: Results,
         clock: Clock,
+        where: Path | None = None,
         commit: bool = False,
     ):
         self.settings, self.folder, self.results, self.clock = settings, folder, results, clock
-        self.place, self.commits = Storage(folder / "store"), commit
+        self.place, self.where = Storage(folder / "store"), where or results.folder
+        self.commits = commit
 
     def run(self, seeds: Sequence[int], claims: Sequence[str]) -> None:
         """Seed by seed, and arm by arm within; raises OutOfTime."""
@@ -240,12 +243,14 @@ class Study:
         self.clock.say(f"seed {seed}: ceiling measured in {time.monotonic() - start:.0f} s")
 
     def keep(self, seed: int, what: str) -> None:
-        """Save a seed's numbers, and commit them where that is wanted."""
+        """Save a seed's numbers with what follows from all, and commit both where wanted."""
         self.results.save(seed)
         if self.commits:
+            report(self.results, self.settings, self.where)
+            files = [self.results.folder, self.where / SUMMARY, (self.where / PAGE).parent]
             message = f"evidence: add {what} of seed {seed}"
-            for command in (["add", "."], ["commit", "--quiet", "-m", message, "."]):
-                subprocess.run(["git", *command], check=True, cwd=self.results.folder)
+            for command in (["add"], ["commit", "--quiet", "-m", message]):
+                subprocess.run(["git", *command, *map(str, files)], check=True)
 
     def arm_run(self, seed: int, arm: Arm) -> Run:
         config = self.config(seed, arm)
@@ -340,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tiny and options.results is None:
         parser.error("--tiny wants a --results of its own")
     folder = options.results or Path(f"{NUMBERS}{suffix}")
+    where = HERE.parent if folder == NUMBERS else folder
     _environment(out, options.tiny)
     settings = TINY if options.tiny else Settings(task=options.task)
     clock = Clock(options.hours)
@@ -349,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         results = Results(folder, settings.as_json())
         if not options.redraw:
-            study = Study(settings, out, results, clock, options.commit)
+            study = Study(settings, out, results, clock, where, options.commit)
             study.run(range(1, options.seeds + 1), options.claim)
     except OtherSettingsError as error:
         parser.error(str(error))
@@ -357,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock.say("the hours are over; the same command continues")
     except KeyboardInterrupt as stopped:
         clock.say(str(stopped) or "stopped; the same command continues")
-    report(results, settings, HERE.parent if folder == NUMBERS else folder)
+    report(results, settings, where)
     return 0
 
 
