@@ -50,7 +50,7 @@ class Scorer:
     def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Any]) -> Any:
         """Ask for the scores of the rollouts behind these refs. Return the ref of Scores."""
         texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
-        messages = [getattr(prompt, "messages", None) for prompt in prompts]
+        messages = [prompt.messages for prompt in prompts]
         scores = [
             part.actor.score_rollouts.remote(
                 part.statistics, texts, columns, *rollouts, messages=messages

@@ -74,14 +74,16 @@ def load_reward(
             " score_std"
         )
     mean, std = stored if stored and config.standardise is not False else (0.0, 1.0)
+    reading = _reading(config, PromptsConfig(), trust_remote_code)
     classifier = ClassifierReward(
         config.model,
-        _reading(config, PromptsConfig(), trust_remote_code),
+        reading,
         config.batch_size,
         trust_remote_code,
         device,
     )
-    return Reward(config.model, classifier.score, mean, std)
+    turns = reading.template != "none"
+    return Reward(config.model, classifier.score, mean, std, messages=turns)
 
 
 def with_template(

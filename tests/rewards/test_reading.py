@@ -34,6 +34,7 @@ from raywarp.rewards.bradley_terry import PairTrainer, pair_loss
 from raywarp.rewards.classifier import ClassifierReward, encode
 from raywarp.rewards.inputs import WORK, RewardInputs, prepare_reward, settings_of
 from raywarp.rewards.reading import Reading, cut_warning
+from raywarp.rewards.reward import Batch
 from raywarp.rewards.score import REWARD_FILE, load_reward, reward_fingerprint, with_template
 from raywarp.run.config_file import differing_keys
 from raywarp.storage.sealed import write_record
@@ -386,6 +387,28 @@ def test_a_kept_reading_is_the_one_that_scores(tmp_path: Path) -> None:
     read = load_reward(decided).function.__self__.reading
     (ids,) = encode(tokenizer, ["a film"], ["good"], read)["input_ids"].tolist()
     assert ids == tokenizer("film a film</s>plot good</s>", add_special_tokens=False)["input_ids"]
+
+
+def test_a_runs_conversations_are_scored_turn_by_turn(tmp_path: Path) -> None:
+    """As the template renders them, system and earlier answers included; plain text has one turn."""
+    folder = classifier(tmp_path, ENDED)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    asked = talk("system: is", "user: this film", "assistant: good", "user: a plot")
+    ids = tokenizer.apply_chat_template(
+        [*asked, *talk("assistant: bad")], tokenize=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.inference_mode():
+        wanted = model(ids).logits.item()
+    chat, plain = (
+        load_reward(RewardConfig(model=str(folder), template=template, standardise=False))
+        for template in ("chat", "none")
+    )
+    batch = Batch(["is this film good a plot"], ["bad"], messages=[asked])
+    assert chat.raw(batch) == pytest.approx([wanted], abs=1e-5)
+    assert chat.raw(batch) != pytest.approx(plain.raw(batch), abs=1e-3)
+    single = Batch(["a plot"], ["bad"], messages=[None])
+    assert chat.raw(single) == chat.raw(replace(single, messages=[talk("user: a plot")]))
 
 
 def test_positions_beyond_a_model_are_not_read(tmp_path: Path) -> None:
