@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from raywarp.config.schema import ConfigError
+from raywarp.data.conversations import Message, content_text, conversation
 
 # "\n\nHuman: … \n\nAssistant: …", the form of Anthropic's HH-RLHF.
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -39,36 +39,18 @@ def read_messages(value: Any, where: str) -> Conversation:
     Raises:
         ConfigError: it is no list of messages with a role and text.
     """
-    if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
-        raise ConfigError(
-            f"{where} holds {str(value)[:60]}; it must hold texts or lists of role and content"
-        )
-    return tuple(_turn(message, f"{where}, turn {n + 1}") for n, message in enumerate(value))
+    try:
+        found = conversation(list(value) if isinstance(value, tuple) else value)
+    except ValueError as error:
+        raise ConfigError(f"{where}{error}") from None
+    return tuple(_turn(message) for message in found)
 
 
-def _turn(message: Mapping[str, Any], where: str) -> Turn:
-    # Arrow gives each message the keys of all others, with None.
-    kept = {key: value for key, value in message.items() if value is not None}
-    role, content = kept.pop("role", None), _content(kept.pop("content", None), where)
-    if not isinstance(role, str) or (content is None and not kept):
-        raise ConfigError(
-            f"{where} is {str(dict(message))[:80]}; a message needs a role and content"
-        )
+def _turn(message: Message) -> Turn:
+    kept = {key: value for key, value in message.items() if key not in ("role", "content")}
     more = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str) if kept else ""
-    return Turn(role, content or "", more)
-
-
-def _content(content: Any, where: str) -> str | None:
-    """Return a message's text, joined where it comes in parts."""
-    if content is None or isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list | tuple) else [content]
-    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if any(isinstance(part, Mapping) and part.get("type", "text") != "text" for part in parts) or (
-        not all(isinstance(text, str) for text in texts)
-    ):
-        raise ConfigError(f"{where} has content that is no text: {str(content)[:80]}")
-    return "".join(texts)
+    content = content_text(message) if message["content"] is not None else ""
+    return Turn(message["role"], content, more)
 
 
 def is_dialogue(value: Any) -> bool:

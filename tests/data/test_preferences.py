@@ -278,7 +278,7 @@ GOOD = {"chosen": talk("user: q", "assistant: a"), "rejected": talk("user: q", "
         ),
         (
             [{**GOOD, "chosen": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
-            "row 0, column chosen, turn 1 has content that is no text",
+            "row 0, column chosen: message 1 (user) has a content part of type image",
         ),
     ],
 )
