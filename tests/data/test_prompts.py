@@ -335,7 +335,7 @@ def test_bad_prompts_have_readable_errors(write: Write, tokenizer: Any, tiny_lla
     ):
         prompts_of(path, tokenizer, column="prompt")
     with pytest.raises(
-        ConfigError, match=r"row 1 of .*: prompts\.column=year holds '1'; it must hold text, or"
+        ConfigError, match=r"row 1 of .*: prompts\.column=year holds a int; it must hold text, or"
     ):
         prompts_of(path, tokenizer, column="year")
     with pytest.raises(

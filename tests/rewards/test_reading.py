@@ -390,7 +390,7 @@ def test_a_kept_reading_is_the_one_that_scores(tmp_path: Path) -> None:
 
 
 def test_a_runs_conversations_are_scored_turn_by_turn(tmp_path: Path) -> None:
-    """As the template renders them, system and earlier answers included; plain text has one turn."""
+    """As the template renders them, with system and earlier answers; as plain text there is one."""
     folder = classifier(tmp_path, ENDED)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
