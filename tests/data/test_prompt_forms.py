@@ -7,10 +7,13 @@ import gc
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -404,10 +407,38 @@ def test_datasets_are_mixed_by_weight(write: Callable[..., str], tokenizer: Any)
 # Many rows
 
 
+def done_elsewhere(request: pytest.FixtureRequest) -> bool:
+    """Run this test in a process without Ray, if Ray runs here: only there are others forked."""
+    if not (ray := sys.modules.get("ray")) or not ray.is_initialized():
+        return False
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    subprocess.run(
+        [*command, f"{__file__}::{request.node.name}"],
+        check=True,
+        env=variables,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+    )
+    return True
+
+
+def test_one_process_tokenises_where_ray_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for runs in (False, True):
+        ray = SimpleNamespace(is_initialized=lambda runs=runs: runs)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        assert (tokenising._processes() == 1) == (runs or os.cpu_count() == 1)
+
+
 def test_many_rows_are_tokenised_in_parallel_to_the_same_prompts(
-    write: Callable[..., str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., str],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """In blocks, each with a line of progress, and in files that go with the prompts."""
+    if done_elsewhere(request):
+        return
     rows = [{"text": f"the {a} {b} {c}"} for a in WORDS[:9] for b in WORDS[:9] for c in WORDS[:3]]
     path = write(rows)
     few = load(path, tokenizer, template="chat")
@@ -433,8 +464,13 @@ def test_many_rows_are_tokenised_in_parallel_to_the_same_prompts(
 
 
 def test_a_tokenising_process_that_dies_is_done_without(
-    write: Callable[..., str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., str],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if done_elsewhere(request):
+        return
     path = write([{"text": f"the {a} {b}"} for a in WORDS[:9] for b in WORDS[:9]])
     few, own, lines = load(path, tokenizer), os.getpid(), list[str]()
     whole = rendering.PromptRenderer.__call__

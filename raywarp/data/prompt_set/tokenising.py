@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 import uuid
 import weakref
@@ -46,7 +47,7 @@ def rendered(
     )
     count, start, blocks = len(rows), time.monotonic(), []
     folder = scratch.claim() if count > IN_MEMORY else None
-    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES, BLOCK // PER_PROCESS)
+    processes = _processes()
     with _single_threaded_tokenizers() if folder else contextlib.nullcontext():
         for first in range(0, count, BLOCK):
             done = min(first + BLOCK, count)
@@ -90,6 +91,17 @@ def _block(
         load_from_cache_file=False,
         new_fingerprint=uuid.uuid4().hex,
     )
+
+
+def _processes() -> int:
+    """Return how many processes tokenise.
+
+    It is one where Ray runs in this process: a fork of its threads is not safe.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return 1
+    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES, BLOCK // PER_PROCESS)
 
 
 @contextlib.contextmanager
