@@ -24,7 +24,6 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any
 
 from raywarp.config import callables
@@ -96,11 +95,13 @@ class FunctionProcess:
 
     def __init__(self, source: Source, environment: dict[str, str] | None = None):
         ours, theirs = Pipe()
-        self._stack = tempfile.NamedTemporaryFile(prefix="raywarp-reward-stack-")  # noqa: SIM115
-        command = f"from raywarp.rewards.process import main; main({theirs.fileno()})"
+        # Without a name, so that nothing of it stays when this process is killed.
+        self._stack = tempfile.TemporaryFile()  # noqa: SIM115
+        passed = [theirs.fileno(), self._stack.fileno()]
+        command = f"from raywarp.rewards.process import main; main(*{passed})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", command],
-            pass_fds=[theirs.fileno()],
+            pass_fds=passed,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env={**os.environ, **(environment or {})},
@@ -110,7 +111,7 @@ class FunctionProcess:
         self._numbers, self._pending = itertools.count(), dict[int, Future[Any]]()
         self._ended = False
         started = self._pending[next(self._numbers)] = Future[Any]()
-        ours.send((source, self._stack.name))
+        ours.send(source)
         threading.Thread(target=self._receive, daemon=True).start()
         self.is_async: bool = self._result(started, START_SECONDS)
 
@@ -148,7 +149,7 @@ class FunctionProcess:
             self.close()
             raise TimeLimitError(f"took longer than {seconds:g} s") from None
         except ProcessDied:
-            if stack := Path(self._stack.name).read_text()[-2000:]:
+            if stack := os.pread(self._stack.fileno(), 1 << 20, 0).decode()[-2000:]:
                 text = f"took longer than {seconds:g} s; its process was ended at\n{stack}"
                 raise TimeLimitError(text) from None
             raise
@@ -254,12 +255,18 @@ class FunctionProcesses:
         return new
 
 
-def main(descriptor: int) -> None:
-    """Serve batches until the other end is closed: the body of a process."""
+def main(descriptor: int, stack: int) -> None:
+    """Serve batches until the other end is closed: the body of a process.
+
+    Args:
+        descriptor: of the connection.
+        stack: of the file that gets the stack of a call that takes too long.
+    """
     _die_with_parent()
-    os.set_inheritable(descriptor, False)
+    for one in (descriptor, stack):
+        os.set_inheritable(one, False)
     connection = Connection(descriptor)
-    source, stack = connection.recv()
+    source: Source = connection.recv()
     source.enter()
     try:
         reward = load_reward(source.config)
@@ -270,7 +277,7 @@ def main(descriptor: int) -> None:
     (_serve_async if own else _serve)(connection, reward, stack)
 
 
-def _serve(connection: Connection, reward: Reward, stack: str) -> None:
+def _serve(connection: Connection, reward: Reward, stack: int) -> None:
     with open(stack, "w") as file, suppress(EOFError, OSError):
         while True:
             number, batch, seconds = connection.recv()
@@ -281,7 +288,7 @@ def _serve(connection: Connection, reward: Reward, stack: str) -> None:
             connection.send((number, *answer))
 
 
-def _serve_async(connection: Connection, reward: Reward, _: str) -> None:
+def _serve_async(connection: Connection, reward: Reward, _: int) -> None:
     loop = asyncio.new_event_loop()
     lock = threading.Lock()
 

@@ -107,6 +107,16 @@ KINDS = [
 ]
 
 
+def test_a_killed_process_leaves_no_file(
+    made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    processes = made("array")
+    assert processes.score(BATCH) == [1.0, 2.0, 3.0]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_function_may_use_what_a_program_may(made: Make, name: str) -> None:
     assert made(name).score(BATCH) == [1.0, 2.0, 3.0]
