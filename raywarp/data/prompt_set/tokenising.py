@@ -33,6 +33,7 @@ def rendered(
     """
     import datasets
 
+    datasets.disable_progress_bars()  # lines say how far it is
     features = datasets.Features(
         {
             "row": datasets.Value("int64"),
