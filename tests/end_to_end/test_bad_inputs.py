@@ -373,7 +373,7 @@ DATASETS: dict[str, Case] = {
     ),
     "preferences: numbers": (
         preferences("p.jsonl", [{"chosen": 1, "rejected": 2}] * 9),
-        "it must hold texts or lists of role and content",
+        "it must hold text, or a list of messages",
     ),
     "preferences: nobody answers": (
         preferences(
