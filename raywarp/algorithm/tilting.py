@@ -117,8 +117,9 @@ def _tilt(rewards: Tensor, beta: float) -> Tensor:
         rewards: (P, n).
         beta: the KL coefficient; 0 stands for the limit, the mean over the best completions.
     """
-    scores = _scores(rewards, beta)
-    return _moments(*_sums(rewards, scores), rewards.shape[1])
+    terms = _terms(rewards, _scores(rewards, beta))
+    weights, rewarded, logged = (term.sum(1) for term in terms)
+    return _moments(weights, rewarded, logged, rewards.shape[1])
 
 
 def _jackknife(rewards: Tensor, plain: Tensor, beta: float) -> Tensor:
@@ -134,11 +135,8 @@ def _jackknife(rewards: Tensor, plain: Tensor, beta: float) -> Tensor:
     """
     n = rewards.shape[1]
     rewards = rewards.sort(dim=1, descending=True).values
-    scores = _scores(rewards, beta)
-    sums, own = _sums(rewards, scores), _terms(rewards, scores)
-    weights, rewarded, logged = (
-        total[:, None] - term[:, 1:] for total, term in zip(sums, own, strict=True)
-    )
+    terms = _terms(rewards, _scores(rewards, beta))
+    weights, rewarded, logged = (term.sum(1, keepdim=True) - term[:, 1:] for term in terms)
     without_best = _tilt(rewards[:, 1:], beta)
     total = _moments(weights, rewarded, logged, n - 1).sum(2) + without_best
     return n * plain - (n - 1) * total / n
@@ -154,12 +152,6 @@ def _terms(rewards: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (P, n) w, w·r and w·log w of weights w = exp(scores)."""
     weights = scores.exp()
     return weights, weights * rewards, torch.special.xlogy(weights, weights)
-
-
-def _sums(rewards: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the (P,) sums of `_terms`."""
-    weights, rewarded, logged = _terms(rewards, scores)
-    return weights.sum(1), rewarded.sum(1), logged.sum(1)
 
 
 def _moments(weights: Tensor, rewarded: Tensor, logged: Tensor, count: int) -> Tensor:
