@@ -16,7 +16,7 @@ from raywarp.cluster.health import GROUP, Process
 from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Prompt
 from raywarp.rewards.process import FunctionProcesses, Source
-from raywarp.rewards.reward import Batch, Raw, Reward, RewardError
+from raywarp.rewards.reward import Batch, Raw, Reward, standardised, too_slow
 from raywarp.rewards.score import load_reward
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 from raywarp.rewards.totals import total
@@ -141,9 +141,7 @@ class RewardActor:
         start = time.perf_counter()
         try:
             if self.config.function:
-                mean, std = statistics or (0.0, 1.0)
-                raw = self.processes.score(batch)
-                return [None if one is None else (one - mean) / std for one in raw]
+                return standardised(self.processes.score(batch), *(statistics or (0.0, 1.0)))
             return self._score_by_model(batch, statistics)
         finally:
             with self._lock:
@@ -157,11 +155,7 @@ class RewardActor:
         try:
             return self.limit.call(lambda: self.reward.standardised(self.reward.raw(batch)))
         except TimeLimitError as error:
-            raise RewardError(
-                f"reward {self.config.model} {error}, for {len(batch.completions)} completions:"
-                " make it faster, or raise reward.timeout_seconds (of a control:"
-                " control.timeout_seconds)"
-            ) from None
+            raise too_slow(self.config.model, error, len(batch.completions)) from None
 
     def seconds_of_work(self) -> float:
         """Return the seconds that this process has spent on scores so far."""

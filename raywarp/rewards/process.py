@@ -29,7 +29,7 @@ from typing import Any
 from raywarp.config import callables
 from raywarp.config.rewards import RewardConfig
 from raywarp.rewards.functions import is_async, load_function
-from raywarp.rewards.reward import Batch, Raw, Reward, RewardError
+from raywarp.rewards.reward import Batch, Raw, Reward, RewardError, too_slow
 from raywarp.rewards.score import load_reward
 from raywarp.rewards.time_limit import TimeLimitError
 
@@ -212,11 +212,7 @@ class FunctionProcesses:
             except ProcessDied as error:
                 cause = str(error)
             except TimeLimitError as error:
-                raise RewardError(
-                    f"reward {config.function} {error}, for {len(batch.completions)} completions:"
-                    " make it faster, or raise reward.timeout_seconds (of a control:"
-                    " control.timeout_seconds)"
-                ) from None
+                raise too_slow(config.function, error, len(batch.completions)) from None
             finally:
                 self._give(process)
         raise RewardError(

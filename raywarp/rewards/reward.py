@@ -97,7 +97,7 @@ class Reward:
 
     def standardised(self, raw: Sequence[Raw]) -> list[Raw]:
         """Return (raw - mean) / std of each score that there is."""
-        return [None if one is None else (one - self.mean) / self.std for one in raw]
+        return standardised(raw, self.mean, self.std)
 
     def raw(self, batch: Batch) -> list[Raw]:
         """Return the raw scores of a batch; see score for the errors."""
@@ -199,6 +199,19 @@ class Reward:
             f"reward {self.name} {problem}\n  prompt: {_excerpt(prompt)!r}\n  completion:"
             f" {_excerpt(completion)!r}"
         )
+
+
+def standardised(raw: Sequence[Raw], mean: float, std: float) -> list[Raw]:
+    """Return (raw - mean) / std of each score that there is."""
+    return [None if one is None else (one - mean) / std for one in raw]
+
+
+def too_slow(name: str | None, error: Exception, completions: int) -> RewardError:
+    """Return the error of a reward that took longer than its timeout_seconds."""
+    return RewardError(
+        f"reward {name} {error}, for {completions} completions: make it faster, or raise"
+        " reward.timeout_seconds (of a control: control.timeout_seconds)"
+    )
 
 
 def _number(value: Any) -> Any:
