@@ -57,7 +57,7 @@ class Start:
             change: of the SFT model. It has every module of the SFT adapter, at rank 0 where it
                 changes nothing.
         """
-        return replace(add(self.over(change), change), peft=change.peft)
+        return add(self.over(change), change)
 
     def of_sft(self, whole: AdapterDelta) -> AdapterDelta:
         """Return the change of the SFT model in what `of_base` returned, bit for bit."""

@@ -54,6 +54,7 @@ class AdaptedModel:
     Attributes:
         targets: the adapted modules.
         pairs_per_token: for micro_batches; None where completions cannot share a row.
+        start: the SFT adapter, or None.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class AdaptedModel:
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self._base = base.to(device).eval()
         self.targets, self._layers = replace_targets(self._base, lora)
-        self._trained = set(self._layers)
+        self._trained, self.start = set(self._layers), start
         if start:
             self._begin_from(start)
         self.set_init(self.zero_delta())

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from raywarp.adapters.start import load_start, of_base
+from raywarp.adapters.start import of_base
 from raywarp.algorithm.deltas import add
 from raywarp.algorithm.finite import NotFiniteError
 from raywarp.config.policies import OptimConfig
@@ -50,7 +50,7 @@ def keep_last_good(
     for n in error.completions:
         rows[n]["not_finite"] = str(error)
     change = add(policy.model.delta(INIT), policy.task_vector())
-    adapter = of_base(load_start(policy.config.sft_adapter), change)
+    adapter = of_base(policy.model.start, change)
     place = files.save_last_good(adapter, rows)
     out = policy.config.out.rstrip("/")
     lr = min(policy.config.optim.lr / 10, OptimConfig().lr)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raywarp.adapters.start import load_start, of_base
+from raywarp.adapters.start import of_base
 from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.algorithm.finite import NotFiniteError
 from raywarp.data.text import Completion, Prompt
@@ -121,7 +121,7 @@ class Progress:
 
     def save_result(self, init: AdapterDelta) -> None:
         """Save θ_m as a PEFT adapter on the base: init's columns, then the policy's own r."""
-        start = load_start(self.policy.config.sft_adapter)
+        start = self.policy.model.start
         result = of_base(start, add(init, self.policy.result()))
         if self.policy.config.warp.elastic_reset:
             self.files.save_ema(of_base(start, add(init, self.policy.ema())))
