@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import ray
 
+from raywarp.adapters.start import start_rank
+from raywarp.algorithm.factors import AdapterError
 from raywarp.config.schema import Config, ConfigError, RolloutConfig
 from raywarp.data.text import Completion
 from raywarp.rollout.protocol import Adapter, Request
@@ -195,11 +197,12 @@ def mode_problem(config: Config, gpu: bool) -> str:
         averaged = config.warp.average_last
         rank = f"lora.rank={config.lora.rank}"
         rank += f" times warp.average_last={averaged}" if averaged > 1 else ""
+        on_start = ", on top of sft_adapter" if config.sft_adapter else ""
         return (
             f"the adapters of this run reach rank {largest_rank(config)}"
             f" ({rank} for each of its {config.warp.policies} policies in"
-            f" {config.warp.iterations} iterations), and vLLM's largest is {LORA_RANKS[-1]}; lower"
-            " lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at"
+            f" {config.warp.iterations} iterations{on_start}), and vLLM's largest is {LORA_RANKS[-1]};"
+            " lower lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at"
             " lora.rank"
         )
     return ""
@@ -218,10 +221,17 @@ def slot_count(rank: int) -> int:
 def largest_rank(config: Config) -> int:
     """Return the largest rank of any adapter that a run samples.
 
-    It is that of a policy on top of its init, or that of the last merge. With one frozen A, merges
-    keep lora.rank.
+    It is that of a policy on top of its init, or that of the last merge, and the SFT adapter's
+    besides. With one frozen A, merges keep lora.rank.
+
+    Raises:
+        ConfigError: the SFT adapter cannot be read.
     """
     rank, warp = config.policy_rank, config.warp
+    try:
+        start = start_rank(config.sft_adapter)
+    except AdapterError as error:
+        raise ConfigError(f"sft_adapter={config.sft_adapter}: {error}") from None
     if config.lora.init == "frozen":
-        return rank if warp.iterations == 1 else 2 * rank
-    return rank * warp.policies * warp.iterations
+        return start + (rank if warp.iterations == 1 else 2 * rank)
+    return start + rank * warp.policies * warp.iterations

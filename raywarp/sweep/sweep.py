@@ -113,6 +113,7 @@ def check_inputs(space: SearchSpace) -> Inputs:
         read = config.model_dump(
             include={
                 "model",
+                "sft_adapter",
                 "prompts",
                 "reward",
                 "rewards",

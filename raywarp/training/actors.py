@@ -12,7 +12,6 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp.adapters.start import start_rank
 from raywarp.cluster import health, placement_groups, resources
 from raywarp.cluster.device import cpu_environment
 from raywarp.cluster.supervisor import ActorSlot
@@ -88,7 +87,7 @@ class Actors:
             model=model,
             dtype=plan.dtype,
             max_model_len=max(prompt_tokens + config.rollout.max_new_tokens, FEWEST_TOKENS),
-            lora_rank=largest_rank(config) + start_rank(config.sft_adapter),
+            lora_rank=largest_rank(config),
             rollout=config.rollout,
             gpu=plan.rollout.gpus > 0,
             trust_remote_code=config.trust_remote_code,

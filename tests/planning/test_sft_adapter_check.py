@@ -14,6 +14,7 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
 from raywarp.config.schema import ConfigError
 from raywarp.planning.inputs import prepare
+from raywarp.rollout.engine import largest_rank
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -74,6 +75,23 @@ def test_an_adapter_of_other_weights_is_refused(
     config = tiny_config(project, tiny_llama, tmp_path / "out", sft_adapter=str(folder))
     with pytest.raises(ConfigError, match=reason):
         prepare(config)
+
+
+def test_its_rank_counts_where_vllm_has_slots_for_so_much(
+    project: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """512 is the most: 2 policies of rank 128 in 2 iterations, and 2 of the SFT adapter."""
+    sections = {
+        "lora": {"rank": 128},
+        "rollout": {"engine": "vllm", "adapter": "lora"},
+    }
+    config = tiny_config(project, tiny_llama, tmp_path / "out", **sections)
+    assert largest_rank(config) == 512
+    prepare(config)
+    folder = write(tiny_llama, tmp_path / "sft")
+    more = tiny_config(project, tiny_llama, tmp_path / "out", sft_adapter=str(folder), **sections)
+    with pytest.raises(ConfigError, match="reach rank 514 .* on top of sft_adapter"):
+        prepare(more)
 
 
 def test_the_name_of_the_model_is_its_last_part(
