@@ -204,6 +204,9 @@ def test_every_curve_has_its_arm_and_its_ends() -> None:
         if curve.end:
             assert ARMS[curve.arm].kept == curve.parts
             assert CURVES[curve.end.removesuffix(f"@{END}")].is_line
+    for arm, policies in checks.POLICIES.items():
+        assert len(policies) == ARMS[arm].policies
+        assert {*policies, checks.LERPS[arm]} <= CURVES.keys()
     for claim in CLAIMS.values():
         assert {name for part in claim.parts for name in part.curves} <= CURVES.keys()
     same = {name: ([*c.parts[0].ours], [*c.parts[0].theirs]) for name, c in CLAIMS.items()}
@@ -481,7 +484,10 @@ def test_a_killed_study_continues(
     summary = tmp_path / "results" / "evidence.json"
     before = json.loads(summary.read_text())
     assert before["claims"]["P2"]["outcome"] == "undecided"
-    assert before["claims"]["P8"]["seeds"] <= 1
+    ceiling = Results(tmp_path / "results", TINY.as_json()).seed(1).ceiling
+    assert ceiling is not None
+    assert ceiling.shape == (TINY.ceiling_prompts, TINY.ceiling_completions)
+    assert "P8" not in before["claims"]  # no line of this run comes as far as a nat
     summary.unlink()
     assert study.main([*arguments, "--redraw"]) == 0
     assert json.loads(summary.read_text()) == before

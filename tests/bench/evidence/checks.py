@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from bench.evidence.claims import FOUR, TWO
 from bench.evidence.curves import CURVES, END, SFT
 from bench.evidence.fronts import Array
 from bench.evidence.results import Measured, Results
@@ -24,8 +25,10 @@ ERRORS = 2.0  # standard errors by which a ratio must be off as well
 RESIDUAL_KL = 4.0  # nats, up to which residuals are taken
 LERPS = {"warp": "lerp", "warp-m4": "lerp-m4", "sft-m2": "sft-m2-lerp", "sft-m4": "sft-m4-lerp"}
 POLICIES = {
-    "warp": ("policy-1", "policy-2"),
-    "warp-m4": ("policy-1", "policy-2", "policy-3", "policy-4"),
+    "warp": TWO,
+    "warp-m4": FOUR,
+    "sft-m2": tuple(f"sft-m2-policy-{m}" for m in (1, 2)),
+    "sft-m4": tuple(f"sft-m4-policy-{m}" for m in (1, 2, 3, 4)),
 }
 
 

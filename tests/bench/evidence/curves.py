@@ -12,7 +12,7 @@ from bench.evidence.settings import ARMS, LAST, Settings
 
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import lerp, slerp
-from raywarp.algorithm.deltas import AdapterDelta, scale, trailing
+from raywarp.algorithm.deltas import AdapterDelta, trailing
 from raywarp.algorithm.factors import norm
 from raywarp.algorithm.geometry import geometry
 from raywarp.algorithm.truncation import compress
@@ -147,12 +147,8 @@ def size(delta: AdapterDelta) -> float:
     return float(sum(norm(f) ** 2 for f in delta.factors.values()) ** 0.5)
 
 
-def scaled(delta: AdapterDelta, eta: float) -> AdapterDelta:
-    return scale(delta, eta)
-
-
-def _policy(arm: str, m: int, name: str, label: str) -> Curve:
-    return Curve(name, label, arm, lambda trained, _: trained.policy(arm, m))
+def _policy(arm: str, m: int, name: str, label: str, alone: bool = False) -> Curve:
+    return Curve(name, label, arm, lambda trained, _: trained.policy(arm, m), alone=alone)
 
 
 def _merge(arm: str, name: str, label: str) -> Curve:
@@ -162,6 +158,14 @@ def _merge(arm: str, name: str, label: str) -> Curve:
 def _mean(arm: str, name: str) -> Curve:
     """LERP, of which the KL at the end gives the KL cosine."""
     return Curve(name, "LERP", arm, lambda trained, _: lerp(trained.vectors(arm)), alone=True)
+
+
+def _ends(arm: str) -> list[Curve]:
+    """The policies of an arm, of which the KLs at the end give the KL cosine."""
+    return [
+        _policy(arm, m, f"{arm}-policy-{m}", f"policy {m}", alone=True)
+        for m in range(1, ARMS[arm].policies + 1)
+    ]
 
 
 def _kept(arm: str, part: float, name: str, label: str) -> Curve:
@@ -223,8 +227,10 @@ CURVES = {
         Curve("sft-last", "… its last five checkpoints", "sft-8t", lambda t, _: _last_five(t)),
         _merge("sft-m2", "sft-m2", "SLERP of two of 4T"),
         _mean("sft-m2", "sft-m2-lerp"),
+        *_ends("sft-m2"),
         _merge("sft-m4", "sft-m4", "SLERP of four of 2T"),
         _mean("sft-m4", "sft-m4-lerp"),
+        *_ends("sft-m4"),
         _policy("sft-decay", 1, "sft-decay", "one run of 8T, rate decay"),
         _policy("sft-batch", 1, "sft-batch", "one run of 2T, batch × 4"),
     )

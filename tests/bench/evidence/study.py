@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence.claims import ARMS_OF, FIRST_TIER, NAMES, SHARES
-from bench.evidence.curves import CURVES, END, SFT, Curve, Trained, scaled
+from bench.evidence.curves import CURVES, END, SFT, Curve, Trained
 from bench.evidence.measuring import Measurer, Wanted
 from bench.evidence.report import PAGE, SUMMARY, report
 from bench.evidence.results import OtherSettingsError, Results
@@ -47,7 +47,7 @@ from bench.evidence.settings import (
 from rich.console import Console
 
 from raywarp.adapters.peft import save_peft
-from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.deltas import AdapterDelta, scale
 from raywarp.algorithm.factors import Factors
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.schema import Config
@@ -209,7 +209,7 @@ class Study:
             )
         self.points(seed, first, measurer)
         second = [
-            Wanted(curve.point(kl), scaled(trained.end(curve), eta), eta)
+            Wanted(curve.point(kl), scale(trained.end(curve), eta), eta)
             for curve in curves
             if curve.is_line and not curve.alone
             for kl, eta in self.placed(float(found[curve.point(END)].kl.mean()))
