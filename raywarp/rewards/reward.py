@@ -32,14 +32,14 @@ class Batch:
     """N completions with all that a reward may read of them.
 
     Attributes:
-        prompts: N texts.
+        prompts: N texts, or lists of messages.
         completions: N texts.
         columns: for each other column of the dataset a list of N values.
         completion_ids: N lists of token ids, where they are known.
         messages: N prompts as lists of messages; None where the dataset has a text.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[Any]
     completions: Sequence[str]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     completion_ids: Sequence[Sequence[int]] | None = None
@@ -78,14 +78,14 @@ class Reward:
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> list[Raw]:
         """Return one standardised score per completion, None where the reward does not apply.
 
         Args:
-            prompts: N texts.
+            prompts: N texts or lists of messages.
             completions: N texts.
             columns: for each column of the dataset a list of N values. Columns named `prompts`,
                 `completions` or `completion_ids` are not passed on.
@@ -132,9 +132,7 @@ class Reward:
         completions: Sequence[Any] = batch.completions
         if self.messages:
             turns = batch.messages or [None] * len(prompts)
-            prompts = [
-                own or [_message("user", text)] for own, text in zip(turns, prompts, strict=True)
-            ]
+            prompts = [own or _messages(p) for own, p in zip(turns, prompts, strict=True)]
             completions = [[_message("assistant", text)] for text in completions]
         return call(self.function, prompts, completions, batch.completion_ids, batch.columns)
 
@@ -223,6 +221,10 @@ def _number(value: Any) -> Any:
     if callable(getattr(value, "numel", None)) and value.numel() == 1:  # a torch tensor
         return value.item()
     return value
+
+
+def _messages(prompt: Any) -> list[dict[str, str]]:
+    return [_message("user", prompt)] if isinstance(prompt, str) else prompt
 
 
 def _message(role: str, text: str) -> dict[str, str]:

@@ -201,9 +201,9 @@ def mode_problem(config: Config, gpu: bool) -> str:
         return (
             f"the adapters of this run reach rank {largest_rank(config)}"
             f" ({rank} for each of its {config.warp.policies} policies in"
-            f" {config.warp.iterations} iterations{on_start}), and vLLM's largest is {LORA_RANKS[-1]};"
-            " lower lora.rank or warp.iterations, or set lora.init=frozen, which keeps merges at"
-            " lora.rank"
+            f" {config.warp.iterations} iterations{on_start}), and vLLM's largest is"
+            f" {LORA_RANKS[-1]}; lower lora.rank or warp.iterations, or set lora.init=frozen,"
+            " which keeps merges at lora.rank"
         )
     return ""
 
