@@ -75,6 +75,10 @@ def every(splits: PromptSplits) -> list[Prompt]:
     return splits.train + splits.held_out
 
 
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
 def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
@@ -266,6 +270,26 @@ def test_hh_prompts_are_plain_texts(write: Callable[..., str], tokenizer: Any) -
     found = every(load(write(rows), tokenizer))
     assert {p.text for p in found} == {row["text"] for row in rows}
     assert all(p.token_ids == tuple(tokenizer(p.text).input_ids) for p in found)
+
+
+def test_hh_dialogues_are_turns_of_a_chat(write: Callable[..., str], tokenizer: Any) -> None:
+    """Their last answer is one to drop, to continue, or a reason to refuse; also without chat."""
+    asked = [f"\n\nHuman: a {w}\n\nAssistant: fine\n\nHuman: the film\n\nAssistant:" for w in WORDS]
+    open_ones = load(write([{"text": text} for text in asked]), tokenizer, template="chat")
+    wanted = {
+        own_ids(tokenizer, [user(f"a {w}"), assistant("fine"), user("the film")]) for w in WORDS
+    }
+    assert {p.token_ids for p in every(open_ones)} == wanted
+    answered = write([{"text": f"{text} good {n}"} for n, text in enumerate(asked)])
+    for template in ("chat", "none"):
+        with pytest.raises(ConfigError, match=r"row \d+ .*last_answer=drop"):
+            load(answered, tokenizer, template=template)
+    dropped = load(answered, tokenizer, template="chat", last_answer="drop")
+    assert {p.token_ids for p in every(dropped)} == wanted
+    texts = load(answered, tokenizer, last_answer="drop")
+    assert {p.text for p in every(texts)} == set(asked)
+    kept = load(answered, tokenizer, last_answer="continue")
+    assert {p.text for p in every(kept)} == {f"{text} good {n}" for n, text in enumerate(asked)}
 
 
 def test_verl_columns_reach_the_reward_as_they_are(

@@ -19,8 +19,14 @@ from raywarp.data.conversations import (
     plain_text,
 )
 from raywarp.data.text import own_tokens
+from raywarp.data.turns import ANSWER, Turn, is_dialogue, read_dialogue
+from raywarp.data.turns import messages as messages_of
 from raywarp.identity import derive_seed
 
+_ANSWERED = (
+    "the last message is the assistant's; set prompts.last_answer=drop to have it answered anew, or"
+    " continue"
+)
 KEPT, EMPTY, SHORT, LONG = range(4)  # what became of a row
 
 
@@ -124,7 +130,7 @@ class PromptRenderer:
         if value is None:
             return Draft(state=EMPTY)
         if isinstance(value, str):
-            return self._text(value)
+            return self._dialogue(value, row) if is_dialogue(value) else self._text(value)
         try:
             messages = conversation(value)
         except ValueError as error:
@@ -138,6 +144,22 @@ class PromptRenderer:
                 )
         return self._turns(messages, row)
 
+    def _dialogue(self, text: str, row: int) -> Draft:
+        """Return the prompt of a text of the form "\\n\\nHuman: …\\n\\nAssistant: …": its turns.
+
+        Without a template it stays a text, up to where the answer begins.
+        """
+        turns, last = read_dialogue(text), self.config.last_answer
+        is_open = turns[-1] == Turn("assistant", "")
+        if self.template:
+            asked = turns[:-1] if is_open else turns
+            return replace(self._turns(messages_of(asked), row), altered=True)
+        if is_open or last == "continue" or turns[-1].role != "assistant":
+            return self._text(text)
+        if last == "refuse":
+            raise _BadRow(row, _ANSWERED)
+        return self._text(text[: text.rindex(ANSWER.rstrip())] + ANSWER.rstrip())
+
     def _text(self, text: str) -> Draft:
         if self.config.max_words is not None:
             text = " ".join(text.split()[: self.config.max_words])
@@ -148,11 +170,7 @@ class PromptRenderer:
         altered = False
         if messages[-1]["role"] == "assistant" and self.config.last_answer != "continue":
             if self.config.last_answer == "refuse":
-                raise _BadRow(
-                    row,
-                    "the last message is the assistant's; set prompts.last_answer=drop to have it"
-                    " answered anew, or continue",
-                )
+                raise _BadRow(row, _ANSWERED)
             messages, altered = messages[:-1], True
         if not any(message["role"] != "system" for message in messages):
             raise _BadRow(row, "it has no turn to answer")
