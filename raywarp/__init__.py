@@ -5,6 +5,7 @@ WARP stands for Weight Averaged Rewarded Policies.
 raywarp.train(config) -> Run            Algorithm 1 (raywarp.load_config reads a YAML file)
 raywarp.reward(config) -> RewardSummary the reward model from preferences
 raywarp.ceiling(config) -> Ceiling      what the reward lets a policy gain, before any training
+raywarp.front(adapters, config) -> Run  the KL–reward front of adapters from anywhere
 raywarp.tune(config) -> Sweep           Ray Tune over any key; work that trials share is done once
 raywarp.plan(config) -> Forecast        what a run needs of the cluster, memory per process, and
                                         whether it fits
@@ -21,6 +22,7 @@ _WHERE = {
     "train": "warp",
     "reward": "reward_stage",
     "ceiling": "ceiling_stage",
+    "front": "front_stage",
     "tune": "sweep.sweep",
     "plan": "planning.plan",
     "Run": "run.folder",

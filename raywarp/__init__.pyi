@@ -30,6 +30,7 @@ from raywarp.config.load import load_config as load_config
 from raywarp.config.schema import Config as Config
 from raywarp.config.schema import ConfigError as ConfigError
 from raywarp.data.pypi import FetchError as FetchError
+from raywarp.front_stage import front as front
 from raywarp.planning.plan import plan as plan
 from raywarp.reward_stage import reward as reward
 from raywarp.rewards.reward import RewardError as RewardError

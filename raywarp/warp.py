@@ -20,20 +20,17 @@ from typing import Any
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
 from raywarp.algorithm.truncation import compress
-from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
+from raywarp.front_stage import TEXTS, Fronts
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
-from raywarp.rollout.protocol import spans_of
-from raywarp.run import front
-from raywarp.run.card import card
+from raywarp.run.card import run_origin
 from raywarp.run.display import Display
 from raywarp.run.events import Journal
-from raywarp.run.figures import plot_front
 from raywarp.run.folder import Run
-from raywarp.run.front import Candidate, Point
+from raywarp.run.front import candidates, wanted_etas
 from raywarp.run.history import METRICS_FILE
 from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
@@ -42,11 +39,8 @@ from raywarp.run.prometheus import RunMetrics
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive
-from raywarp.training import evaluation
 from raywarp.training.merges import measure_merge
 from raywarp.training.session import Session
-
-TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,7 @@ class Driver:
             run.save_iteration(iteration, init, merged, keys, policies, measured)
             self.display.merged(iteration, policies, measured)
             if iteration == config.warp.iterations:
-                self.save_front(init, policies, keys, numerics, determinants)
+                self.save_front(init, policies, keys, determinants, numerics)
                 self.display.timing(run)
             yield IterationState(
                 run, self.session, iteration, all_keys, determinants, init, policies
@@ -282,59 +276,17 @@ class Driver:
         init: AdapterDelta,
         policies: Sequence[AdapterDelta],
         keys: Sequence[str],
-        numerics: Mapping[str, object],
         determinants: Mapping[str, object],
+        numerics: Mapping[str, object],
     ) -> None:
-        """Measure the front of the last iteration, and save the adapter of the chosen η.
-
-        If front.json already has these points, they are not measured again. A new choice of η then
-        only rewrites adapter/ and the files beside it. Likewise for the ceiling.
-
-        Args:
-            keys: keys of the policies.
-            numerics: are kept in front.json, see Run.numerics.
-            determinants: see IterationState.
-        """
-        config, run = self.config, self.run
-        key = front_key(config, self.inputs.front, keys)
-        ceiling = measured_ceiling(
-            self.session, run, self.inputs, determinants, self.display, self.claims
-        )
-        limits, told = ceiling.json() if ceiling else None, self.inputs.measured(config)
-        is_measured = run.has_front(key)
-        if is_measured and front.is_current(run.front(), told, limits):
-            return self.display.front(run)
-        points = front.candidates(init, policies, front.wanted_etas(config))
-        measured = (
-            [Point(**point) for point in run.front()["points"]]
-            if is_measured
-            else self.measure(points)
-        )
-        chosen = front.choose(measured, config.front.choose)
-        title = f"WARP, I={config.warp.iterations}, M={config.warp.policies}: {config.model}"
-        plot_front(measured, chosen, run.folder / "front.png", title, ceiling)
-        adapter = front.on_line(points, chosen.eta or 0.0)
-        run.save_adapter(
-            adapter, card(told, measured, chosen, adapter.rank, list(adapter.factors), ceiling)
-        )
-        numerics_key = key_of_numerics(config, self.inputs.fingerprints())
-        found = {"key": key, "numerics": {numerics_key: numerics}}
-        run.save_front({**found, **front.front_json(measured, chosen, told, limits)})
-        self.loggers.finish(run)
-        self.display.front(run)
-
-    def measure(self, points: Sequence[Candidate]) -> list[Point]:
-        """Measure points on the held-out prompts, and write their texts to samples.json."""
-        held_out = self.inputs.prompts.held_out
-        with self.display.evaluation(len(points)) as done:
-            results = evaluation.evaluate(
-                self.session, self.config, points, held_out, done, self.inputs.texts
-            )
-        self.run.save_evaluation_work(
-            spans_of([piece for _, scored in results for piece in scored.work])
-        )
-        sealed.write_json(
-            self.run.folder / "samples.json",
-            front.sample_rows(results, held_out, self.config.front),
-        )
-        return [point for point, _ in results]
+        """Measure the front of the last iteration, and save the adapter of the chosen η."""
+        config = self.config
+        fronts = Fronts(config, self.inputs, self.run, self.session, self.display, self.claims)
+        if fronts.save(
+            front_key(config, self.inputs.front, keys),
+            lambda: candidates(init, policies, wanted_etas(config)),
+            run_origin(config),
+            determinants,
+            numerics,
+        ):
+            self.loggers.finish(self.run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raywarp.cli.config import add_config
+from raywarp.cli.front import add_front
 from raywarp.cli.merge import add_merge
 from raywarp.cli.push import add_push
 from raywarp.cli.report import add_report
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config(commands)
     add_report(commands)
+    add_front(commands)
     add_merge(commands)
     add_push(commands)
     return parser

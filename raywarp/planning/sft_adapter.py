@@ -1,4 +1,4 @@
-"""The check of sft_adapter: whether the adapter is one of the model, and exact."""
+"""The check of an adapter that a run is given: whether it is one of the model, and exact."""
 
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,27 @@ def check_start(config: Config, model: str, settings: Any) -> Start | None:
     Raises:
         ConfigError: it cannot be read, is no plain LoRA, holds NaN, or is of another model.
     """
-    if config.sft_adapter is None:
-        return None
-    what = f"sft_adapter={config.sft_adapter}"
+    source = config.sft_adapter
+    return (
+        checked_adapter(f"sft_adapter={source}", source, config, model, settings)
+        if source
+        else None
+    )
+
+
+def checked_adapter(what: str, source: str, config: Config, model: str, settings: Any) -> Start:
+    """Return an adapter of the model, with its numbers in float32.
+
+    Args:
+        what: names the adapter in errors.
+        source: a folder or hub id.
+        model, settings: see check_start.
+
+    Raises:
+        ConfigError: see check_start.
+    """
     try:
-        start = Start.load(config.sft_adapter)
+        start = Start.load(source)
     except AdapterError as error:
         raise ConfigError(f"{what}: {error}") from None
     if module := not_finite(start.delta):

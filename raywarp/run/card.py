@@ -7,6 +7,7 @@ import json
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,39 @@ from raywarp.storage.location import is_uri
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # hub ids of the embedded models
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the adapters of a front come from, in words.
+
+    Attributes:
+        picture: title of the picture.
+        title: of the card, after the model's name.
+        about: the card's first sentence.
+        rows: what else the card says of them: pairs of a label and a value.
+    """
+
+    picture: str
+    title: str
+    about: str
+    rows: Sequence[tuple[str, str]]
+
+
+def run_origin(config: Config) -> Origin:
+    """Return what a run says of its policies."""
+    warp, base = config.warp, hub_name(config.model)
+    return Origin(
+        f"WARP, I={warp.iterations}, M={warp.policies}: {config.model}",
+        "aligned with WARP",
+        (
+            f"A LoRA adapter that aligns {code(base or config.model)} with a reward by WARP"
+            " (Weight Averaged Rewarded Policies, arXiv 2406.16768), made with raywarp"
+            f" {version('raywarp')}: {warp.iterations} × {warp.policies} policies of {warp.steps}"
+            " steps, averaged in ΔW on the sphere."
+        ),
+        _training(config),
+    )
+
+
 def card(
     config: Config,
     points: Sequence[Point],
@@ -32,6 +66,7 @@ def card(
     rank: int,
     modules: Sequence[str],
     ceiling: Ceiling | None = None,
+    origin: Origin | None = None,
 ) -> str:
     """Return the card as Markdown, with the YAML head that model hubs read.
 
@@ -42,7 +77,9 @@ def card(
         rank: rank of the adapter.
         modules: names of the weights that the adapter changes.
         ceiling: the ceiling of the front, if it was measured.
+        origin: where the front's adapters come from; by default the run's own policies.
     """
+    origin = origin or run_origin(config)
     base = hub_name(config.model)
     head = {
         **({"base_model": base} if base else {}),
@@ -50,37 +87,22 @@ def card(
         "pipeline_tag": "text-generation",
         "tags": ["lora", "peft", "rlhf", "warp", "raywarp"],
     }
-    warp = config.warp
     beyond = ", extrapolated beyond the policies" if chosen.extrapolated else ""
-    about = [
-        (
-            f"A LoRA adapter that aligns {_code(base or config.model)} with a reward by WARP"
-            " (Weight Averaged Rewarded Policies, arXiv"
-        ),
-        (
-            f"2406.16768), made with raywarp {version('raywarp')}: {warp.iterations} ×"
-            f" {warp.policies} policies of {warp.steps} steps,"
-        ),
-        (
-            "averaged in ΔW on the sphere. Of the line from the SFT model (η = 0) to the last"
-            " average (η = 1) this is"
-        ),
-        (
-            f"η = {chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}"
-            f"{_parts(chosen)},"
-            " at a KL to the SFT model of"
-        ),
-        f"{chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats per completion.",
-    ]
+    about = (
+        f"{origin.about} Of the line from the SFT model (η = 0) to their average (η = 1) this is"
+        f" η = {chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}"
+        f"{_parts(chosen)}, at a KL to the SFT model of {chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats"
+        " per completion."
+    )
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
-        f"# {_flat(_model_name(base or config.model))} aligned with WARP",
-        textwrap.fill(" ".join(about), 110, break_long_words=False, break_on_hyphens=False),
+        f"# {_flat(_model_name(base or config.model))} {origin.title}",
+        textwrap.fill(about, 110, break_long_words=False, break_on_hyphens=False),
         "## The front",
         _front(config, points, chosen, ceiling),
         f"![KL–reward front]({PICTURE})",
         "## What it was made from",
-        _table(("", ""), _sources(config, rank, modules)),
+        _table(("", ""), [*_sources(config, rank, modules), *origin.rows, *_sampling(config)]),
         "## Use",
         _use(config, base, rank),
         "## Limits",
@@ -135,16 +157,15 @@ def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceil
 
 
 def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[str, str]]:
-    warp, optim, rollout = config.warp, config.optim, config.rollout
     names = sorted({module.rpartition(".")[2] for module in modules})
-    rows = [
-        ("base", _code(config.model)),
+    return [
+        ("base", code(config.model)),
         *(
-            [("SFT adapter on it, which this one contains", _code(config.sft_adapter))]
+            [("SFT adapter on it, which this one contains", code(config.sft_adapter))]
             if config.sft_adapter
             else []
         ),
-        ("prompts", ", ".join(_code(one.dataset) for one in config.prompts.sources)),
+        ("prompts", ", ".join(code(one.dataset) for one in config.prompts.sources)),
         *_rewards(config),
         *(
             [("control score, which training never saw", _reward_name(config.control))]
@@ -153,11 +174,15 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
         ),
         (
             "adapter",
-            (
-                f"rank {rank} on {', '.join(map(_code, names))}; each policy had rank"
-                f" {config.policy_rank}"
-            ),
+            f"rank {rank} on {', '.join(map(code, names))}",
         ),
+    ]
+
+
+def _training(config: Config) -> list[tuple[str, str]]:
+    warp, optim = config.warp, config.optim
+    return [
+        ("each policy", f"rank {config.policy_rank}"),
         (
             "WARP",
             ", ".join(
@@ -174,13 +199,18 @@ def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[st
             ),
         ),
         ("optimiser", f"AdamW, learning rate {optim.lr:g}, {optim.batch_size} completions a step"),
+    ]
+
+
+def _sampling(config: Config) -> list[tuple[str, str]]:
+    rollout = config.rollout
+    return [
         (
             "sampling",
             f"at most {rollout.max_new_tokens} tokens at temperature {rollout.temperature:g}",
         ),
         ("seed", str(config.seed)),
     ]
-    return rows
 
 
 def _parts(point: Point) -> str:
@@ -200,9 +230,9 @@ def _rewards(config: Config) -> list[tuple[str, str]]:
 
 def _reward_name(reward: RewardConfig) -> str:
     return (
-        f"function {_code(reward.function)}"
+        f"function {code(reward.function)}"
         if reward.function
-        else f"model {_code(reward.model or '')}"
+        else f"model {code(reward.model or '')}"
     )
 
 
@@ -258,7 +288,8 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Return a text as inline code in Markdown."""
     return f"`{_flat(text).replace('`', chr(39))}`"
 
 

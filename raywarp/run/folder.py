@@ -39,10 +39,11 @@ MERGE = "merge"  # in geometry.json, beside the blocks
 # Names that may be there before the configuration: policies and merges for other runs, what
 # a killed or refused start left, and what `raywarp ceiling` measured.
 _EARLY = re.compile(
-    r"policies|merges|ceilings|ceiling\.json|prompts\.json|reward(-[\w.-]+)?\.json|tensorboard|wandb"
+    r"policies|merges|points|ceilings|sources\.json|ceiling\.json|prompts\.json|reward(-[\w.-]+)?\.json|tensorboard|wandb"
     r"|loggers\.json"
     r"|\.(preflight-|node-|config\.yaml\.|loggers\.json\.|ceiling\.json\.|reward\.json\.).*"
 )
+SOURCES_FILE = "sources.json"  # the adapters of `raywarp front`
 FRONT_FILES = (
     PICTURE,
     "samples.json",
@@ -85,8 +86,11 @@ class Run(History):
         return self.place or (self.mirror.storage if self.mirror else Storage(self.folder))
 
     @classmethod
-    def open(cls, config: Config, say: Callable[[str], None] = print) -> "Run":
+    def open(cls, config: Config, say: Callable[[str], None] = print, trains: bool = True) -> "Run":
         """Return the run at `out`, which is new or holds this same run.
+
+        Args:
+            trains: whether the run trains its policies, other than `raywarp front`.
 
         Raises:
             ConfigError: `out` holds a different run, a run that an earlier version sampled, or
@@ -101,10 +105,10 @@ class Run(History):
             run = cls(mirror.folder, place, mirror, say, start)
         else:
             run = cls(out.folder, place, say=say, start=start)
-        run._check(config)
+        run._check(config, trains)
         return run
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: Config, trains: bool) -> None:
         """Raise ConfigError if the folder holds another run, or files that no run wrote.
 
         A run of an earlier sampler is refused, too. A lost or damaged configuration is written
@@ -120,6 +124,9 @@ class Run(History):
                 f"out={config.out} cannot be continued: {mark.reason}; choose another out, or"
                 " delete the folder"
             )
+        if saved.is_file() and trains == (folder / SOURCES_FILE).is_file():
+            holds = "a front of `raywarp front`" if trains else "a run of `raywarp train`"
+            raise ConfigError(f"out={config.out} holds {holds}; choose another out")
         if saved.is_file():
             theirs = read_saved_config(saved.read_bytes())
             if theirs is None and not ours:
@@ -263,16 +270,29 @@ class Run(History):
             measured: see raywarp.training.merges.measure_merge; None for one policy.
         """
         name = f"iterations/{iteration}"
+        place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
         with self._replacing(f"{name}/init") as folder:
             save_peft(of_base(self.start, init), folder)
         with self._replacing(f"{name}/merged") as folder:
             save_peft(of_base(self.start, merged), folder)
         with self._replacing(name) as folder:
-            place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
             sealed.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
-            beside = {MERGE: measured} if measured else {}
-            sealed.write_json(folder / "geometry.json", {**geometry(task_vectors), **beside})
+            self._write_geometry(folder, task_vectors, measured)
         self.push()
+
+    def save_geometry(
+        self, task_vectors: Sequence[AdapterDelta], measured: Mapping[str, Any] | None
+    ) -> None:
+        """Save the geometry of adapters that no run has trained; see save_iteration."""
+        with self._replacing("iterations/1") as folder:
+            self._write_geometry(folder, task_vectors, measured)
+
+    @staticmethod
+    def _write_geometry(
+        folder: Path, task_vectors: Sequence[AdapterDelta], measured: Mapping[str, Any] | None
+    ) -> None:
+        beside = {MERGE: measured} if measured else {}
+        sealed.write_json(folder / "geometry.json", {**geometry(task_vectors), **beside})
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
@@ -288,22 +308,22 @@ class Run(History):
             yield folder
             sealed.seal(folder)
 
-    def find_merge(self, key: str) -> dict[str, Any] | None:
-        """Return what was measured of a merge and saved under a key, or None.
+    def find_measured(self, name: str) -> dict[str, Any] | None:
+        """Return what was measured and saved under a name, or None.
 
         Args:
-            key: see raywarp.run.keys.merge_key.
+            name: `merges/` or `points/` with a key, see raywarp/run/keys.py.
         """
-        data = self.store.read(name := f"merges/{key}.json")
+        data = self.store.read(f"{name}.json")
         try:
             return None if data is None else sealed.parse_record(data, f"{self.store.uri}/{name}")
         except DamagedError as error:
             self.say(f"{error}; measured again")
             return None
 
-    def save_merge(self, key: str, measured: Mapping[str, Any]) -> None:
-        """Save what was measured of a merge, for all runs with this store."""
-        self.store.write(f"merges/{key}.json", sealed.record_bytes(measured))
+    def save_measured(self, name: str, measured: Mapping[str, Any]) -> None:
+        """Save what was measured, for all runs with this store."""
+        self.store.write(f"{name}.json", sealed.record_bytes(measured))
 
     def save_adapter(self, delta: AdapterDelta, card: str) -> None:
         """Save the chosen point of the front as a plain PEFT adapter of the base.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from raywarp.algorithm.averaging import lerp, slerp
+from raywarp.algorithm.averaging import karcher, lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale
 from raywarp.algorithm.finite import NotFiniteError
 from raywarp.algorithm.truncation import compress
@@ -45,6 +45,29 @@ class Scored:
     kl: list[float]
     work: list[tuple[str, float, float]] = field(default_factory=list, compare=False)
     text_losses: list[float] = field(default_factory=list)
+
+    def json(self) -> dict[str, Any]:
+        """Return it without `work` as JSON, with null where there is no reward; see `read`."""
+        parts = self.rewards.parts if isinstance(self.rewards, Scores) else {}
+        return {
+            "texts": self.texts,
+            "lengths": self.lengths,
+            "finished": self.finished,
+            "rewards": list(map(_or_none, self.rewards)),
+            "parts": {name: list(map(_or_none, part)) for name, part in parts.items()},
+            "control": None if self.control is None else list(map(_or_none, self.control)),
+            "kl": list(self.kl),
+            "text_losses": list(self.text_losses),
+        }
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any]) -> "Scored":
+        """Return what `json` gave."""
+        rewards = _scores(tree["rewards"])
+        rewards.parts = {name: _scores(part) for name, part in tree["parts"].items()}
+        control = None if tree["control"] is None else _scores(tree["control"])
+        rest = {name: value for name, value in tree.items() if name != "parts"}
+        return cls(**{**rest, "rewards": rewards, "control": control})
 
 
 @dataclass(frozen=True)
@@ -108,7 +131,11 @@ class Candidate:
 
 
 def candidates(
-    init: AdapterDelta, task_vectors: Sequence[AdapterDelta], etas: Sequence[float]
+    init: AdapterDelta,
+    task_vectors: Sequence[AdapterDelta],
+    etas: Sequence[float],
+    between: Sequence[Candidate] = (),
+    names: Sequence[str] = (),
 ) -> list[Candidate]:
     """Return the points to measure: SFT, each policy, LERP, and the LITI front.
 
@@ -118,18 +145,38 @@ def candidates(
         init: θ_init − θ_sft of the last iteration.
         task_vectors: θ_m − θ_init of the last iteration's policies.
         etas: points of the front besides 0 and 1, which are always there.
+        between: more points, which come before the LITI front.
+        names: of the policies; by default their numbers.
     """
+    names = names or [f"policy {m}" for m in range(1, len(task_vectors) + 1)]
     merged = compress(add(init, slerp(task_vectors)))
     points = [Candidate("sft", 0.0, None)]
     points += [
-        Candidate(f"policy {m}", None, add(init, vector))
-        for m, vector in enumerate(task_vectors, start=1)
+        Candidate(name, None, add(init, vector))
+        for name, vector in zip(names, task_vectors, strict=True)
     ]
-    points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors))))]
+    points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors)))), *between]
     for eta in sorted({*etas, 1.0} - {0.0}):
         name = "slerp" if eta == 1 else f"liti {eta:g}"
         points.append(Candidate(name, eta, scale(merged, eta)))
     return points
+
+
+def more_averages(
+    init: AdapterDelta, task_vectors: Sequence[AdapterDelta], lambdas: Sequence[float]
+) -> list[Candidate]:
+    """Return the Karcher mean, and for two policies SLERP at each λ.
+
+    Args:
+        init: see candidates.
+        task_vectors: see candidates; two or more.
+        lambdas: shares of the second policy, from 0 to 1.
+    """
+    found = [Candidate("karcher", None, compress(add(init, karcher(task_vectors))))]
+    for share in lambdas:
+        mixed = slerp(task_vectors, weights=(1 - share, share))
+        found.append(Candidate(f"slerp λ {share:g}", None, compress(add(init, mixed))))
+    return found
 
 
 def on_line(points: Sequence[Candidate], eta: float) -> AdapterDelta:
@@ -296,6 +343,10 @@ def sample_rows(
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _scores(values: Sequence[float | None]) -> Scores:
+    return Scores(math.nan if value is None else value for value in values)
 
 
 def wanted_etas(config: Config) -> list[float]:

@@ -16,7 +16,7 @@ from raywarp.run.front import wanted_etas
 
 # Part of every key. Raise it when the same settings no longer give the same policy.
 ALGORITHM_VERSION = 3
-CEILING_VERSION = 1  # likewise of a ceiling
+CEILING_VERSION = POINT_VERSION = 1  # likewise of a ceiling, and of a front's point
 # Keys of `optim` that are newer than the first policies' keys.
 _NEWER = ("weight_decay", "betas", "importance_cap")
 # Keys of `front` that its measured points do not depend on.
@@ -178,6 +178,24 @@ def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
     return identity.content_key([keys, evaluation, front, config.cluster.threads])
 
 
+def points_key(config: Config, evaluation: str, determinants: Mapping[str, object]) -> str:
+    """Return the key of all that a measured point depends on, except its adapter.
+
+    Args:
+        config: the run's configuration.
+        evaluation: fingerprint of what the evaluation reads.
+        determinants: see ceiling_key.
+    """
+    counts = config.front.model_dump(include={"prompts", "completions_per_prompt"})
+    return identity.content_key(
+        {
+            "version": POINT_VERSION,
+            "evaluation": [evaluation, counts],
+            **_of_sampling(config, determinants),
+        }
+    )
+
+
 def ceiling_key(config: Config, prompts: str, determinants: Mapping[str, object]) -> str:
     """Return the key of a ceiling: a hash of all that its completions and rewards follow from.
 
@@ -187,22 +205,29 @@ def ceiling_key(config: Config, prompts: str, determinants: Mapping[str, object]
         determinants: fingerprints of base and reward, the reward's statistics, and the numerics;
             others are ignored.
     """
-    of_policies = ("prompts", "evaluation")  # what the ceiling does not depend on
     return identity.content_key(
         {
             "version": CEILING_VERSION,
             "prompts": prompts,
             "completions": config.front.ceiling_completions,
-            "seed": config.seed,
-            "rollout": config.rollout.model_dump(
-                include={"max_new_tokens", "temperature", "ignore_eos", "chunk_size"}
-                | ({"stop"} if config.rollout.stop else set())
-            ),
-            "determinants": {
-                name: value for name, value in determinants.items() if name not in of_policies
-            },
+            **_of_sampling(config, determinants),
         }
     )
+
+
+def _of_sampling(config: Config, determinants: Mapping[str, object]) -> dict[str, object]:
+    """Return what completions and rewards of held-out prompts follow from."""
+    of_policies = ("prompts", "evaluation")  # what they do not depend on
+    return {
+        "seed": config.seed,
+        "rollout": config.rollout.model_dump(
+            include={"max_new_tokens", "temperature", "ignore_eos", "chunk_size"}
+            | ({"stop"} if config.rollout.stop else set())
+        ),
+        "determinants": {
+            name: value for name, value in determinants.items() if name not in of_policies
+        },
+    }
 
 
 def merge_key(keys: Sequence[str], prompts: Sequence[Prompt]) -> str:

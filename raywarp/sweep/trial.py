@@ -32,12 +32,13 @@ from raywarp.run.ceiling import Ceiling, capped_share, ceiling_of, find_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.run.front import Point, is_current
-from raywarp.run.keys import ceiling_key, front_key, key_chain, used_settings
+from raywarp.run.keys import ceiling_key, front_key, key_chain, points_key, used_settings
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError
 from raywarp.sweep.files import Record, SweepFiles, within
 from raywarp.training import evaluation
+from raywarp.training.kept_points import KeptPoints
 
 STOP_POLL = 0.25  # seconds between two checks whether the sweep has to stop
 
@@ -344,14 +345,17 @@ class Trial(Trainable):
         """Measure the front on the line from SFT to SLERP, and keep it in the store."""
         candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
+        inputs = self.inputs
+        kept = KeptPoints(self.run, points_key(self.own, inputs.front, stage.determinants))
         with self.display.evaluation(len(wanted)) as done:
             results = evaluation.evaluate(
                 stage.session,
                 self.own,
                 wanted,
-                self.inputs.prompts.held_out,
+                inputs.prompts.held_out,
                 done,
-                self.inputs.texts,
+                inputs.texts,
+                kept,
             )
         points = [asdict(point) for point, _ in results]
         with Storage(self.plan.store).writing(f"fronts/{key}") as folder:

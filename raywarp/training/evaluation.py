@@ -20,6 +20,7 @@ from raywarp.rollout.protocol import (
     work_of,
 )
 from raywarp.run.front import Candidate, Point, Scored, summarise
+from raywarp.training.kept_points import KeptPoints
 from raywarp.training.sampling import sample
 from raywarp.training.session import Session
 
@@ -122,22 +123,30 @@ def evaluate(
     held_out: Sequence[Prompt],
     done: Callable[[Point], None],
     texts: Sequence[Sequence[int]] = (),
+    kept: KeptPoints | None = None,
 ) -> list[tuple[Point, Scored]]:
     """Measure all points. Generation, scores and KL passes of different points overlap.
+
+    Actors start only if there is a point that was not measured before.
 
     Args:
         points: the first of them is SFT.
         held_out: prompts, of which the first config.front.prompts are used.
         done: is called with each point once it is measured.
         texts: see submit_points.
+        kept: what was measured before, and where each point is kept once it is measured.
     """
     chosen = held_out[: config.front.prompts]
     prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
     seeds = [derive_seed(config.seed, "evaluation", n) for n in range(len(prompts))]
-    pending = submit_points(session, [point.delta for point in points], prompts, seeds, texts)
+    found = [kept.find(point.delta) if kept else None for point in points]
+    missing = [point.delta for point, own in zip(points, found, strict=True) if own is None]
+    pending = iter(submit_points(session, missing, prompts, seeds, texts) if missing else ())
     results = list[tuple[Point, Scored]]()
-    for candidate, waiting in zip(points, pending, strict=True):
-        scored = waiting.wait()
+    for candidate, own in zip(points, found, strict=True):
+        scored = own or next(pending).wait()
+        if kept and not own:
+            kept.save(candidate.delta, scored)
         sft, group = results[0][1] if results else scored, config.front.completions_per_prompt
         point = summarise(candidate, scored, group, sft, [len(text) - 1 for text in texts])
         results.append((point, scored))

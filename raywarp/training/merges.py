@@ -47,17 +47,17 @@ def measure_merge(
     """
     if len(policies) < 2:
         return None
-    key = merge_key(keys, prompts)
+    name = f"merges/{merge_key(keys, prompts)}"
 
     def measure() -> dict[str, Any]:
         # Compressed, since with one frozen A the mean has the policies' rank, as engines expect.
         vectors = [*policies, compress(lerp(policies))]
         *own, mean = kls_to_init(session, config, init, vectors, prompts)
         measured = _summary(own, mean)
-        run.save_merge(key, measured)
+        run.save_measured(name, measured)
         return measured
 
-    return claims.once(f"merges/{key}", lambda: run.find_merge(key), session.start, measure)
+    return claims.once(name, lambda: run.find_measured(name), session.start, measure)
 
 
 def kls_to_init(

@@ -1,0 +1,273 @@
+"""The front of a run, or of adapters that were trained anywhere.
+
+It is measured under its ceiling, and saved with the adapter of the chosen η.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import PurePosixPath
+from typing import Any
+
+from raywarp.ceiling_stage import measured_ceiling
+from raywarp.cluster.claims import NO_CLAIMS, Claims
+from raywarp.cluster.runtime import stoppable
+from raywarp.config.schema import Config, ConfigError
+from raywarp.planning.front_sources import Sources, check_same, front_config, read_sources
+from raywarp.planning.inputs import Inputs, prepare
+from raywarp.planning.plan import check_cluster
+from raywarp.rollout.protocol import spans_of
+from raywarp.run import front as fronts
+from raywarp.run.card import Origin, card, code, hub_name
+from raywarp.run.ceiling import Ceiling
+from raywarp.run.display import Display
+from raywarp.run.events import Journal
+from raywarp.run.figures import plot_front
+from raywarp.run.folder import SOURCES_FILE, Run
+from raywarp.run.front import Candidate, Point, candidates, more_averages, wanted_etas
+from raywarp.run.keys import front_key, key_of_numerics, points_key
+from raywarp.run.prometheus import RunMetrics
+from raywarp.standardisation import reward_statistics
+from raywarp.storage import sealed
+from raywarp.storage.locks import exclusive
+from raywarp.training.evaluation import evaluate
+from raywarp.training.kept_points import KeptPoints
+from raywarp.training.merges import measure_merge
+from raywarp.training.session import Session
+
+TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
+
+
+@dataclass(frozen=True)
+class Fronts:
+    """What measures a run's front, and saves it.
+
+    Attributes:
+        config: the run's configuration, as it is saved; that of the inputs is resolved.
+        more: what front.json holds besides.
+    """
+
+    config: Config
+    inputs: Inputs
+    run: Run
+    session: Session
+    display: Display
+    claims: Claims = NO_CLAIMS
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(
+        self,
+        key: str,
+        candidates: Callable[[], list[Candidate]],
+        origin: Origin,
+        determinants: Mapping[str, object],
+        numerics: Mapping[str, object],
+    ) -> bool:
+        """Measure a front, and save it with the adapter of the chosen η.
+
+        If front.json already has these points, they are not measured again. A new choice of η then
+        only rewrites adapter/ and the files beside it. Likewise for the ceiling.
+
+        Args:
+            key: of the front, see raywarp.run.keys.front_key.
+            candidates: gives the points to measure, of which the first is SFT.
+            origin: where the adapters come from.
+            determinants: what the policies' keys depend on besides the configuration.
+            numerics: are kept in front.json, see Run.numerics.
+
+        Returns:
+            Whether anything was saved.
+        """
+        config, run = self.config, self.run
+        ceiling = measured_ceiling(
+            self.session, run, self.inputs, determinants, self.display, self.claims
+        )
+        limits, told = ceiling.json() if ceiling else None, self.inputs.measured(config)
+        is_measured = run.has_front(key)
+        if is_measured and fronts.is_current(run.front(), told, limits):
+            self.display.front(run)
+            return False
+        points = candidates()
+        measured = (
+            [Point(**point) for point in run.front()["points"]]
+            if is_measured
+            else self._measure(points, determinants)
+        )
+        chosen = fronts.choose(measured, config.front.choose)
+        self._save_adapter(points, measured, chosen, origin, ceiling)
+        numerics_key = key_of_numerics(config, self.inputs.fingerprints())
+        found = {"key": key, "numerics": {numerics_key: numerics}, **self.more}
+        run.save_front({**found, **fronts.front_json(measured, chosen, told, limits)})
+        self.display.front(run)
+        return True
+
+    def _save_adapter(
+        self,
+        points: Sequence[Candidate],
+        measured: Sequence[Point],
+        chosen: Point,
+        origin: Origin,
+        ceiling: Ceiling | None,
+    ) -> None:
+        told = self.inputs.measured(self.config)
+        plot_front(measured, chosen, self.run.folder / "front.png", origin.picture, ceiling)
+        adapter = fronts.on_line(points, chosen.eta or 0.0)
+        self.run.save_adapter(
+            adapter,
+            card(told, measured, chosen, adapter.rank, list(adapter.factors), ceiling, origin),
+        )
+
+    def _measure(
+        self, points: Sequence[Candidate], determinants: Mapping[str, object]
+    ) -> list[Point]:
+        """Measure points on the held-out prompts, and write their texts to samples.json."""
+        inputs, held_out = self.inputs, self.inputs.prompts.held_out
+        kept = KeptPoints(self.run, points_key(inputs.config, inputs.front, determinants))
+        with self.display.evaluation(len(points)) as done:
+            results = evaluate(
+                self.session, self.config, points, held_out, done, inputs.texts, kept
+            )
+        self.run.save_evaluation_work(
+            spans_of([piece for _, scored in results for piece in scored.work])
+        )
+        sealed.write_json(
+            self.run.folder / "samples.json",
+            fronts.sample_rows(results, held_out, self.config.front),
+        )
+        return [point for point, _ in results]
+
+
+def front(
+    adapters: Sequence[str],
+    config: Config,
+    init: str | None = None,
+    lambdas: Sequence[float] = (),
+    display: Display | None = None,
+) -> Run:
+    """Measure the KL–reward front of adapters, and save it; nothing is trained.
+
+    Its points are the SFT model, each adapter, their LERP and Karcher mean, and the LITI line from
+    the SFT model through their SLERP. Points that `out` already holds are not measured again.
+
+    Args:
+        adapters: folders or hub ids of PEFT LoRA adapters of `config.model`; or one run's folder
+            (or s3://bucket/prefix), whose last policies are measured anew.
+        config: as for `train`. Model, prompts, reward, rollout and `front` are used; `lora` is
+            taken from the adapters, and of `warp` nothing is used.
+        init: θ_init that the adapters' task vectors start from; by default the SFT model.
+        lambdas: for two adapters, the shares λ of the second one at which SLERP is measured, too.
+        display: where progress is printed.
+
+    Returns:
+        The run in `config.out`: front.json, front.png, samples.json, and the chosen point in
+        adapter/.
+
+    Raises:
+        ConfigError: an adapter cannot be read exactly, is of another model, or the rest is wrong,
+            as in `train`; nothing was started.
+        RewardError: the reward failed or was not a finite number. What was measured is kept.
+        FaultError: an actor died too often, or the cluster has no room for it any more.
+        Stopped: SIGTERM or Ctrl-C, a KeyboardInterrupt. The same call continues.
+    """
+    display = display or Display()
+    wide = front_config(config, adapters, init)
+    inputs = prepare(wide, display.progress)
+    sources = read_sources(inputs, adapters, init)
+    _check_lambdas(lambdas, len(sources.policies))
+    run = Run.open(config, display.say, trains=False)
+    check_same(run.folder, sources, config.out)
+    for text in inputs.notes:
+        display.say(text)
+    with (
+        exclusive(config.out, run.folder, display.say),
+        run.mirrored(),
+        Journal(run, display, RunMetrics(PurePosixPath(config.out).name)) as journal,
+        stoppable(),
+    ):
+        known = run.numerics(key_of_numerics(wide, inputs.fingerprints()))
+        with Session(
+            inputs.config,
+            inputs.model,
+            inputs.longest_prompt,
+            report=journal.report,
+            check=lambda: check_cluster(inputs.config, inputs),
+            lazy=known is not None,
+            texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
+        ) as session:
+            sealed.write_record(run.folder / SOURCES_FILE, {"key": sources.key, **sources.json()})
+            run.save_config(config, inputs.prompts.rendered_at)
+            journal.begin()
+            stage = Fronts(wide, inputs, run, session, display, more=sources.json())
+            _measure_sources(stage, sources, lambdas, known)
+    return run
+
+
+def _check_lambdas(lambdas: Sequence[float], count: int) -> None:
+    if lambdas and count != 2:
+        raise ConfigError(f"lambdas lie between two adapters, and there are {count}")
+    if odd := [share for share in lambdas if not 0 <= share <= 1]:
+        raise ConfigError(
+            f"lambda {odd[0]:g} is not between 0 and 1; beyond the adapters, `raywarp merge` makes"
+            " one to measure"
+        )
+
+
+def _measure_sources(
+    stage: Fronts,
+    sources: Sources,
+    lambdas: Sequence[float],
+    known: Mapping[str, object] | None,
+) -> None:
+    """Measure the merge and the front of adapters, unless that was done before."""
+    run, session, inputs, config = stage.run, stage.session, stage.inputs, stage.config
+    statistics = reward_statistics(session, run, inputs)
+    numerics = known or session.numerics()
+    determinants = {**inputs.fingerprints(), **statistics, **numerics}
+    key = points_key(inputs.config, inputs.front, determinants)
+    prompts = inputs.prompts.tracked(config.front.tracked_prompts)
+    measured = measure_merge(
+        session, config, run, [sources.key, key], sources.init, sources.policies, prompts
+    )
+    run.save_geometry(sources.policies, measured)
+    stage.display.merged(1, sources.policies, measured)
+    stage.save(
+        front_key(config, inputs.front, [sources.key, key, *map(str, lambdas)]),
+        lambda: candidates_of(sources, wanted_etas(config), lambdas),
+        _origin(config, sources),
+        determinants,
+        numerics,
+    )
+
+
+def candidates_of(
+    sources: Sources, etas: Sequence[float], lambdas: Sequence[float]
+) -> list[Candidate]:
+    """Return the points to measure of adapters; a single one is the end of its line."""
+    init, policies = sources.init, sources.policies
+    if len(policies) > 1:
+        between = more_averages(init, policies, lambdas)
+        return candidates(init, policies, etas, between, sources.names)
+    line = candidates(init, policies, etas)
+    return [
+        replace(point, name=sources.names[0]) if point.eta == 1 else point
+        for point in line
+        if point.eta is not None
+    ]
+
+
+def _origin(config: Config, sources: Sources) -> Origin:
+    """Return what a card says of adapters that raywarp has measured, and not trained."""
+    count, base = len(sources.names), hub_name(config.model) or config.model
+    made = "one adapter" if count == 1 else f"{count} adapters, averaged in ΔW on the sphere"
+    rows = [(name, place) for name, place in zip(sources.names, sources.places, strict=True)] + (
+        [("init", sources.init_place)] if sources.init_place else []
+    )
+    return Origin(
+        f"front of {made}: {config.model}",
+        f"on the front of {count} adapter{'s' if count > 1 else ''}",
+        (
+            f"A LoRA adapter of {base}, made by raywarp {version('raywarp')} from {made}. They were"
+            " trained elsewhere; raywarp measured their reward and KL."
+        ),
+        [(name, code(place)) for name, place in rows],
+    )
