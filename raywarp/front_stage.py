@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
 
+from raywarp.algorithm.averaging import slerp
+from raywarp.algorithm.deltas import add
+from raywarp.algorithm.truncation import compress
 from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.cluster.runtime import stoppable
@@ -228,7 +231,8 @@ def _measure_sources(
     measured = measure_merge(
         session, config, run, [sources.key, key], sources.init, sources.policies, prompts
     )
-    run.save_geometry(sources.policies, measured)
+    merged = compress(add(sources.init, slerp(sources.policies)))
+    run.save_iteration(1, sources.init, merged, (), sources.policies, measured)
     stage.display.merged(1, sources.policies, measured)
     stage.save(
         front_key(config, inputs.front, [sources.key, key, *map(str, lambdas)]),

@@ -1,14 +1,22 @@
-"""`raywarp push`: upload a run's chosen adapter to a model hub, with its card and picture."""
+"""`raywarp push`: upload a run's chosen adapter to a model hub, with its card and picture.
+
+The other points of the front's line go with it on demand.
+"""
 
 import argparse
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raywarp.config.schema import ConfigError
+from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import MANIFEST, DamagedError, StoreError
 
 CARD = "README.md"
+Files = dict[str, bytes]
 
 
 def add_push(commands: Any) -> None:
@@ -31,34 +39,29 @@ def add_push(commands: Any) -> None:
         metavar="BRANCH",
         help="upload to this branch, which is made if it is not there; default: main",
     )
+    parser.add_argument(
+        "--points",
+        choices=("subfolders", "revisions"),
+        help=(
+            "upload each measured point of the line from SFT through SLERP, too: to eta-0.5/, …"
+            " beside the chosen adapter, or to branches of these names; one card tells them all"
+        ),
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_push)
 
 
-def _operations(folder: Path, mark: Any) -> list[Any]:
-    """Return an upload operation for each file of the adapter's folder.
-
-    If an earlier version sampled the run, its card gets the run's mark.
-    """
-    from huggingface_hub import CommitOperationAdd
-
-    from raywarp.run.card import marked
-
-    contents = {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if not path.name.startswith(".") and path.name != MANIFEST
-    }
-    if mark and CARD in contents:
-        contents[CARD] = marked(contents[CARD].decode(errors="replace"), mark).encode()
-    return [CommitOperationAdd(name, content) for name, content in contents.items()]
-
-
 def _push(options: argparse.Namespace) -> None:
-    print(push(options.run, options.repo, options.private, options.revision))
+    print(push(options.run, options.repo, options.private, options.revision, options.points))
 
 
-def push(run: str, repo: str, private: bool = False, revision: str | None = None) -> str:
+def push(
+    run: str,
+    repo: str,
+    private: bool = False,
+    revision: str | None = None,
+    points: str | None = None,
+) -> str:
     """Upload the adapter in one commit, and return the commit's URL.
 
     Args:
@@ -66,36 +69,101 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
         repo: USER/NAME of the model's repository, which is made if it is not there.
         private: make a new repository private.
         revision: the branch, which is made if it is not there; by default main.
+        points: "subfolders" uploads each point of the front's line in the same commit, to a folder
+            of its own. "revisions" uploads each to a branch of its own before. None: no other
+            point.
 
     Raises:
         ConfigError: there is no whole adapter, no token, or the hub refuses the name.
         StoreError: the hub cannot be reached, or refuses the files.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    storage, hub = Storage(run), HfApi()
+    files = _files(_whole(storage, "adapter"))
+    line = _line(storage) if points else {}
+    files[CARD] = _card(files.get(CARD, b""), storage, list(line), points).encode()
+    if points == "subfolders":
+        files |= {f"{name}/{one}": data for name, own in line.items() for one, data in own.items()}
+    with _explained(repo, hub):
+        repo = hub.create_repo(repo, private=private, exist_ok=True).repo_id
+        for name, own in line.items() if points == "revisions" else ():
+            _commit(hub, repo, {**own, CARD: files[CARD]}, name)
+        return _commit(hub, repo, files, revision)
+
+
+def _whole(storage: Storage, name: str) -> Path:
+    try:
+        folder = storage.fetch(name)
+    except DamagedError as error:
+        raise ConfigError(f"{error}; `raywarp train` makes it anew") from None
+    if folder is None:
+        raise ConfigError(f"{storage.uri} has no {name}/: is it the folder of a finished run?")
+    return folder
+
+
+def _files(folder: Path) -> Files:
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and path.name != MANIFEST
+    }
+
+
+def _line(storage: Storage) -> dict[str, Files]:
+    """Return the files of the adapter at each measured η of the front but 0, by its name."""
+    from raywarp.adapters.line import save_line
+    from raywarp.run.config_file import CONFIG_FILE, read_saved_config
+    from raywarp.run.folder import FRONT_FILE
+
+    data, saved = storage.read(FRONT_FILE), storage.read(CONFIG_FILE)
+    if data is None or saved is None:
+        raise ConfigError(f"{storage.uri} has no front: is it the folder of a finished run?")
+    points = sealed.parse_record(data, FRONT_FILE)["points"]
+    etas = sorted(point["eta"] for point in points if point["eta"])
+    last = max(int(name) for name in storage.names("iterations") if name.isdigit())
+    merged = _whole(storage, f"iterations/{last}/merged")
+    with tempfile.TemporaryDirectory(prefix="raywarp-push-") as folder:
+        sft_adapter = (read_saved_config(saved) or {}).get("sft_adapter")
+        found = save_line(merged, sft_adapter, etas, Path(folder))
+        return {name: _files(place) for name, place in found.items()}
+
+
+def _card(card: bytes, storage: Storage, names: list[str], points: str | None) -> str:
+    """Return the adapter's card with what it says of other points, and the mark of an old run."""
+    from raywarp.run.card import marked, with_points
     from raywarp.run.folder import read_mark
+
+    text = card.decode(errors="replace")
+    mark = read_mark(storage)
+    text = marked(text, mark) if mark else text
+    return with_points(text, names, points) if points else text
+
+
+def _commit(hub: Any, repo: str, files: Mapping[str, bytes], branch: str | None) -> str:
+    """Upload files in one commit, to a branch that is made if it is not there."""
+    from huggingface_hub import CommitOperationAdd
+
+    if branch:
+        hub.create_branch(repo, branch=branch, exist_ok=True)
+    done = hub.create_commit(
+        repo,
+        [CommitOperationAdd(name, data) for name, data in files.items()],
+        revision=branch,
+        commit_message="Adapter aligned with WARP by raywarp",
+    )
+    return str(done.commit_url)
+
+
+@contextmanager
+def _explained(repo: str, hub: Any) -> Iterator[None]:
+    """Turn the hub's errors into those that `push` documents."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     # The base class is from httpx, or from the library that replaced it.
     http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
     try:
-        folder = Storage(run).fetch("adapter")
-    except DamagedError as error:
-        raise ConfigError(f"{error}; `raywarp train` makes it anew") from None
-    if folder is None:
-        raise ConfigError(f"{run} has no adapter/: is it the folder of a finished run?")
-    hub = HfApi()
-    try:
-        repo = hub.create_repo(repo, private=private, exist_ok=True).repo_id
-        if revision:
-            hub.create_branch(repo, branch=revision, exist_ok=True)
-        message = "Adapter aligned with WARP by raywarp"
-        done = hub.create_commit(
-            repo,
-            _operations(folder, read_mark(Storage(run))),
-            revision=revision,
-            commit_message=message,
-        )
+        yield
     except HFValidationError as error:
         raise ConfigError(f"{repo} is no repository's name: {error}") from None
     except LocalTokenNotFoundError:
@@ -112,4 +180,3 @@ def push(run: str, repo: str, private: bool = False, revision: str | None = None
         raise StoreError(f"the hub refused {repo}: {' '.join(str(error).split())}") from None
     except (http_error, OSError) as error:
         raise StoreError(f"the hub {hub.endpoint} cannot be reached: {error}") from None
-    return str(done.commit_url)

@@ -118,6 +118,22 @@ def marked(text: str, mark: Mark) -> str:
     return f"{text[:place]}\n\n> **{mark.title}.** {mark.text}{text[place:]}"
 
 
+def with_points(text: str, names: Sequence[str], place: str | None) -> str:
+    """Return a card that says where the other points of the front's line are.
+
+    Args:
+        names: of the points, as save_line has them.
+        place: "subfolders" or "revisions".
+    """
+    argument = "subfolder" if place == "subfolders" else "revision"
+    where = "folder of this repository" if place == "subfolders" else "branch of this repository"
+    more = (
+        f"Each measured point of the line is here, in a {where}: {', '.join(map(code, names))}."
+        f' `PeftModel.from_pretrained(base, repository, {argument}="{names[0]}")` loads one.'
+    )
+    return text.replace("## What it was made from", f"{more}\n\n## What it was made from", 1)
+
+
 def hub_name(model: str) -> str | None:
     """Return the model's id on a hub, or None for a folder."""
     return HUB_NAMES.get(model) or (

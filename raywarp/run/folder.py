@@ -265,34 +265,22 @@ class Run(History):
             iteration: the iteration, counted from 1.
             init: θ_init that the policies started from, as a change of the SFT model.
             merged: θ_slerp, as a change of the SFT model.
-            keys: keys of θ_1..θ_M.
+            keys: keys of θ_1..θ_M; none for adapters that no run has trained.
             task_vectors: θ_m − θ_init.
             measured: see raywarp.training.merges.measure_merge; None for one policy.
         """
         name = f"iterations/{iteration}"
+        for part, delta in (("init", init), ("merged", merged)):
+            with self._replacing(f"{name}/{part}") as folder:
+                save_peft(of_base(self.start, delta), folder)
         place = f"{self.place.uri.partition('?')[0].rstrip('/')}/" if self.place else ""
-        with self._replacing(f"{name}/init") as folder:
-            save_peft(of_base(self.start, init), folder)
-        with self._replacing(f"{name}/merged") as folder:
-            save_peft(of_base(self.start, merged), folder)
         with self._replacing(name) as folder:
-            sealed.write_json(folder / "policies.json", [f"{place}policies/{key}" for key in keys])
-            self._write_geometry(folder, task_vectors, measured)
+            if keys:
+                listed = [f"{place}policies/{key}" for key in keys]
+                sealed.write_json(folder / "policies.json", listed)
+            beside = {MERGE: measured} if measured else {}
+            sealed.write_json(folder / "geometry.json", {**geometry(task_vectors), **beside})
         self.push()
-
-    def save_geometry(
-        self, task_vectors: Sequence[AdapterDelta], measured: Mapping[str, Any] | None
-    ) -> None:
-        """Save the geometry of adapters that no run has trained; see save_iteration."""
-        with self._replacing("iterations/1") as folder:
-            self._write_geometry(folder, task_vectors, measured)
-
-    @staticmethod
-    def _write_geometry(
-        folder: Path, task_vectors: Sequence[AdapterDelta], measured: Mapping[str, Any] | None
-    ) -> None:
-        beside = {MERGE: measured} if measured else {}
-        sealed.write_json(folder / "geometry.json", {**geometry(task_vectors), **beside})
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:

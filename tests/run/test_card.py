@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from tiny_run import as_of_before
 
 from raywarp.adapters.peft import load_peft
+from raywarp.algorithm.factors import dense
 from raywarp.config.load import load_config
 from raywarp.config.schema import SMOLLM2
 from raywarp.run.card import card
@@ -208,6 +210,35 @@ def test_push_uploads_the_adapter_with_card_and_picture(
     again = push(hub, tmp_path, str(folder), "me/warped", "--revision", "longer")
     assert again.returncode == 0, again.stderr
     assert (hub.branches, hub.commits[1][0]) == (["longer"], "longer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", ["subfolders", "revisions"])
+def test_push_uploads_every_point_of_the_line(
+    tiny_finished: Run, hub: Hub, tmp_path: Path, points: str
+) -> None:
+    """Each is η times the merge, which is the point at η = 1, and one card tells of them all."""
+    before = len(hub.commits)
+    done = push(hub, tmp_path, str(tiny_finished.folder), "me/warped", "--points", points)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, bytes]] = {}
+    for branch, files in hub.commits[before:]:
+        assert f"{points[:-1]}=" in files["README.md"].decode()
+        for name, content in files.items():
+            folder, _, own = name.rpartition("/")
+            found.setdefault(folder or branch, {})[own] = content
+    etas = [point["eta"] for point in tiny_finished.front()["points"] if point["eta"]]
+    assert len(etas) > 1
+    assert found.keys() == {"main", *(f"eta-{eta:g}" for eta in etas)}
+    merged = load_peft(tiny_finished.folder / "iterations/2/merged")
+    for eta in etas:
+        place = tmp_path / f"{eta:g}"
+        place.mkdir()
+        for name, content in found[f"eta-{eta:g}"].items():
+            (place / name).write_bytes(content)
+        for module, f in load_peft(place).factors.items():
+            assert torch.allclose(dense(f), eta * dense(merged.factors[module]), atol=1e-7)
+            assert dense(f).abs().max() > 1e-4
 
 
 def test_an_old_run_is_pushed_with_a_mark_on_its_card(
