@@ -48,6 +48,12 @@ def read_tokenizer(name: str, trust_remote_code: bool, what: str) -> Any:
         raise ConfigError(f"{what}: its tokenizer cannot be loaded: {_reason(error)}") from None
 
 
+def is_causal(config: Any) -> bool:
+    """Return whether config.json names a causal language model, by its class."""
+    kinds = getattr(config, "architectures", None) or []
+    return any(ending in kind for kind in kinds for ending in _CAUSAL)
+
+
 def check_causal(name: str, config: Any, trust_remote_code: bool, what: str) -> None:
     """Raise ConfigError unless a model is a whole causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -152,6 +158,14 @@ def check_tensors(
         )
         if len(stored) == 2 and not torch.equal(*(tensors[key].tensor(key) for key in stored)):
             raise ConfigError(_untied(what, " and ".join(stored)))
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a hub id or path, in lower case: folders of one model differ."""
+    parts = Path(name.partition("@")[0]).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    last = cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else ""
+    return last.rpartition(":")[2].lower()
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """The check of an adapter that a run is given: whether it is one of the model, and exact."""
 
-from pathlib import Path
 from typing import Any
 
 from raywarp.adapters.peft import local_folder
@@ -8,6 +7,7 @@ from raywarp.adapters.start import Start, not_finite
 from raywarp.algorithm.factors import AdapterError
 from raywarp.config.policies import LoraConfig
 from raywarp.config.schema import Config, ConfigError
+from raywarp.data.models import short_name
 from raywarp.identity import folder_fingerprint
 
 
@@ -61,20 +61,14 @@ def _check_name(what: str, base: str, config: Config, model: str, settings: Any)
 
     A name is the last part of a hub id or path, since folders of one model differ.
     """
-    ours = {_short(name) for name in (config.model, model, getattr(settings, "_name_or_path", ""))}
-    if base and _short(base) not in ours:
+    own = getattr(settings, "_name_or_path", "")
+    ours = {short_name(name) for name in (config.model, model, own)}
+    if base and short_name(base) not in ours:
         raise ConfigError(
             f"{what} is an adapter of {base}, and model={config.model}; if both are the same"
             " weights, write the model's name into base_model_name_or_path of its"
             " adapter_config.json"
         )
-
-
-def _short(name: str) -> str:
-    parts = Path(name.partition("@")[0]).parts
-    cached = [part for part in parts if part.startswith("models--")]
-    last = cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else ""
-    return last.rpartition(":")[2].lower()
 
 
 def _check_shapes(what: str, start: Start, config: Config, settings: Any) -> None:
