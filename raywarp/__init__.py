@@ -13,6 +13,7 @@ raywarp.slerp([delta, ...])             exact averages of adapters; also lerp, k
                                         load_peft, save_peft
 raywarp.merge(Recipe(...), out)         the same from folder to folder, block by block;
                                         raywarp.inspect looks at adapters
+raywarp.bake(adapter, out)              base + η·ΔW as full weights, with what rounding loses
 """
 
 from importlib import import_module
@@ -58,6 +59,7 @@ _WHERE = {
     "geometry": "algorithm.geometry",
     "merge": "adapters.merging",
     "inspect": "adapters.merging",
+    "bake": "baking.bake",
     "Recipe": "adapters.recipe",
 }
 __all__ = sorted(_WHERE)

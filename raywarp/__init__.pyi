@@ -23,6 +23,7 @@ from raywarp.algorithm.finite import NotFiniteError as NotFiniteError
 from raywarp.algorithm.geometry import geometry as geometry
 from raywarp.algorithm.truncation import compress as compress
 from raywarp.algorithm.truncation import truncate as truncate
+from raywarp.baking.bake import bake as bake
 from raywarp.ceiling_stage import ceiling as ceiling
 from raywarp.cluster.faults import FaultError as FaultError
 from raywarp.cluster.runtime import Stopped as Stopped

@@ -77,6 +77,12 @@ class TensorFile:
         )
         return flat.view(self.shapes[name])
 
+    def stored(self, name: str) -> tuple[str, memoryview]:
+        """Return a tensor's dtype, as the header names it, and its bytes as a view of the file."""
+        entry = self._entries[name]
+        begin, end = (self._start + offset for offset in entry["data_offsets"])
+        return entry["dtype"], memoryview(self._map)[begin:end]
+
     @property
     def dtypes(self) -> set[torch.dtype]:
         """The readable dtypes of the file's tensors."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from raywarp.cli.bake import add_bake
 from raywarp.cli.config import add_config
 from raywarp.cli.front import add_front
 from raywarp.cli.merge import add_merge
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_front(commands)
     add_merge(commands)
+    add_bake(commands)
     add_push(commands)
     return parser
 

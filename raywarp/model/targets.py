@@ -59,7 +59,7 @@ def find_targets(base: Any, lora: LoraConfig) -> Targets:
     adaptable = [
         name
         for name in linear
-        if name in language and name in readable and not _is_bypassed(base, name)
+        if name in language and name in readable and not is_bypassed(base, name)
     ]
     if isinstance(lora.target_modules, str) and lora.target_modules.lower() == ALL_LINEAR:
         head = base.get_output_embeddings()
@@ -174,7 +174,7 @@ def _is_under(name: str, places: Iterable[str]) -> bool:
     return any(not place or name == place or name.startswith(f"{place}.") for place in places)
 
 
-def _is_bypassed(base: Any, name: str) -> bool:
+def is_bypassed(base: Any, name: str) -> bool:
     """Return whether the code around a layer multiplies by its weight itself.
 
     State-space models do so. An adapter there would have no effect.
