@@ -49,6 +49,11 @@ def add_bake(commands: Any) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the base's own code run"
     )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write the adapter alone to DIR/adapter.gguf, for llama.cpp's --lora",
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_bake)
@@ -59,6 +64,8 @@ def _bake(options: argparse.Namespace) -> None:
     from raywarp.baking.card import summary
     from raywarp.cluster.runtime import stoppable
 
+    if options.gguf:
+        return _gguf(options)
     with stoppable():
         baked = bake(
             options.adapter,
@@ -74,3 +81,20 @@ def _bake(options: argparse.Namespace) -> None:
         print(json.dumps({**asdict(baked), "folder": str(baked.folder)}))
     else:
         print(f"{summary(baked)}\nwritten to {options.out}")
+
+
+def _gguf(options: argparse.Namespace) -> None:
+    from raywarp.baking.gguf_lora import write_gguf
+    from raywarp.cluster.runtime import stoppable
+
+    with stoppable():
+        file = write_gguf(
+            options.adapter,
+            options.out,
+            options.liti,
+            options.dtype,
+            options.base,
+            options.trust_remote_code,
+            options.allow_different_base,
+        )
+    print(f"written to {file}; llama-cli -m BASE.gguf --lora {file}")
