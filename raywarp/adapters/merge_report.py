@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group as Lines
 from rich.table import Table
 
+from raywarp.adapters.notes import absent_modules, merge_like, notes, pipeline_tag, usage
 from raywarp.adapters.peft import AdapterFile
 from raywarp.adapters.recipe import Group, Merge, Recipe
 from raywarp.algorithm.deltas import grouped
@@ -44,12 +45,12 @@ def merge_table(merge: Merge) -> Lines:
     rows["rank of the merge"] = [block.rank for block in blocks]
     if recipe.rank or recipe.energy:
         rows["retained norm"] = [block.retained for block in blocks]
-    base = first.like().base_model or "an unnamed base"
+    base = merge_like(merge.files).base_model or "an unnamed base"
     title = (
         f"{recipe.method} of {len(recipe.adapters)} adapters, {len(first.shapes)} modules in"
         f" {len(blocks)} blocks of {base}"
     )
-    return Lines(title, _spread_table(rows))
+    return Lines(title, *notes(merge.files), _spread_table(rows))
 
 
 def inspect_table(
@@ -75,7 +76,7 @@ def inspect_table(
                 for key in ("rank", "alpha", "modules", "blocks", "targets", "base_model")
             ),
         )
-    return Lines(table, "", _spread_table(_geometry_rows(groups, policies)))
+    return Lines(table, "", *notes(files), _spread_table(_geometry_rows(groups, policies)))
 
 
 def adapter_facts(file: AdapterFile) -> dict[str, Any]:
@@ -83,20 +84,22 @@ def adapter_facts(file: AdapterFile) -> dict[str, Any]:
 
     rank and alpha are one number or "least to largest"; alpha says whether it is rsLoRA's.
     """
-    ranks = [rank for _, rank, _ in file.shapes.values()]
+    ranks = [file.shapes[module][1] for module in file.own]
     root = bool(file.config.get("use_rslora"))
     alphas = [
         file.scalings[module] * (math.sqrt(rank) if root else rank)
-        for module, (_, rank, _) in file.shapes.items()
+        for module, rank in zip(file.own, ranks, strict=True)
     ]
     return {
         "name": file.name,
         "rank": _span(ranks),
         "alpha": _span([round(alpha, 6) for alpha in alphas]) + (" (rsLoRA)" if root else ""),
-        "modules": len(file.shapes),
-        "blocks": len(grouped(file.shapes)),
-        "targets": " ".join(sorted({module.rsplit(".", 1)[-1] for module in file.shapes})),
+        "modules": len(file.own),
+        "blocks": len(grouped(file.own)),
+        "targets": " ".join(sorted({module.rsplit(".", 1)[-1] for module in file.own})),
         "base_model": file.like().base_model,
+        "absent": absent_modules(file),
+        "skipped": file.skipped,
     }
 
 
@@ -139,10 +142,12 @@ def groups_json(groups: Mapping[str, Group], count: int) -> dict[str, Any]:
 
 def merge_card(merge: Merge) -> str:
     """Return the merged adapter's README.md: what was merged, how, and how to load it."""
-    recipe, base = merge.recipe, merge.files[0].like().base_model
+    recipe, like = merge.recipe, merge_like(merge.files)
+    tag = pipeline_tag(like)
     head = [
         "---",
-        *([f"base_model: {base}"] if base else []),
+        *([f"base_model: {like.base_model}"] if like.base_model else []),
+        *([f"pipeline_tag: {tag}"] if tag else []),
         "library_name: peft",
         "tags:",
         "- lora",
@@ -177,20 +182,7 @@ def merge_card(merge: Merge) -> str:
     rows["rank"] = [block.rank for block in merge.blocks.values()]
     rows["retained norm"] = [block.retained for block in merge.blocks.values()]
     lines += [f"| {name} | {' | '.join(_spread(values))} |" for name, values in rows.items()]
-    model = base or "the base model"
-    lines += [
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-    ]
-    lines += [
-        f'model = AutoModelForCausalLM.from_pretrained("{model}")',
-        'model = PeftModel.from_pretrained(model, "this folder")',
-        "```",
-        "",
-    ]
+    lines += ["", *usage(like), ""]
     return "\n".join(lines)
 
 

@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raywarp.adapters.notes import merge_like
 from raywarp.adapters.peft import AdapterFile, AdapterWriter
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE
 from raywarp.adapters.recipe import Block, Group, Merge, Recipe
 from raywarp.algorithm import averaging, geometry
-from raywarp.algorithm.deltas import Granularity, check_same_sizes, group_of, grouped
+from raywarp.algorithm.deltas import Granularity, group_of, grouped
 from raywarp.algorithm.factors import AdapterError, Stack
+from raywarp.algorithm.fitting import check_finite, union
 from raywarp.algorithm.truncation import difference, shrink
 from raywarp.storage import sealed
 
@@ -50,7 +52,7 @@ def merge(
     )
     with _new_adapter(Path(out), overwrite) as folder:
         done = _write(recipe, files, folder)
-        (folder / "README.md").write_text(merge_card(done))
+        (folder / "README.md").write_text(merge_card(done), encoding="utf-8")
     return done
 
 
@@ -82,24 +84,44 @@ def inspect(
 
 
 def open_adapters(sources: Sequence[str], allow_different_bases: bool = False) -> list[AdapterFile]:
-    """Open adapters for reading.
+    """Open adapters for reading, each over the modules of all: those that it lacks have rank 0.
 
     Raises:
-        AdapterError: one cannot be read, or they do not change the same weights of one base model.
+        AdapterError: one cannot be read, or they do not change weights of one base model.
     """
     files = [AdapterFile(source) for source in sources]
-    check_same_sizes([file.sizes for file in files], [file.name for file in files])
-    named = [
-        (file.like().base_model.rstrip("/"), file.name) for file in files if file.like().base_model
-    ]
-    other = next((pair for pair in named if pair[0] != named[0][0]), None)
-    if other and not allow_different_bases:
-        raise AdapterError(
-            f"{named[0][1]} is of base model {named[0][0]} and {other[1]} of {other[0]}: only"
-            " adapters of one base can be averaged (--allow-different-bases if both names mean the"
-            " same weights)"
-        )
+    sizes = union([file.sizes for file in files], [file.name for file in files])
+    if not allow_different_bases:
+        _check_bases(files)
+    for file in files:
+        file.complete(sizes)
     return files
+
+
+def _check_bases(files: Sequence[AdapterFile]) -> None:
+    """Raise AdapterError if two adapters name different bases or revisions of one.
+
+    An adapter without a base fits any. One without a revision is of the branch `main`, as in PEFT.
+    """
+    likes = {file.name: file.like() for file in files if file.like().base_model}
+    bases = {
+        name: (like.base_model.rstrip("/"), like.peft.get("revision") or "main")
+        for name, like in likes.items()
+    }
+    first = next(iter(bases), "")
+    for name, (base, revision) in bases.items():
+        known, known_revision = bases[first]
+        if base != known:
+            raise AdapterError(
+                f"{first} is of base model {known} and {name} of {base}: only adapters of one base"
+                " can be averaged (--allow-different-bases if both names mean the same weights)"
+            )
+        if revision != known_revision:
+            raise AdapterError(
+                f"{first} is of revision {known_revision} of {known} and {name} of {revision}"
+                " (none named: main): only adapters of one revision can be averaged"
+                " (--allow-different-bases if both have the same weights)"
+            )
 
 
 def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
@@ -108,13 +130,16 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
     whole = (
         _gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
     )
-    like = next((file for file in files if file.like().base_model), files[0]).like()
     with AdapterWriter(
-        folder, like, _largest_shapes(recipe, files), getattr(torch, recipe.dtype)
+        folder,
+        merge_like(files),
+        _largest_shapes(recipe, files),
+        getattr(torch, recipe.dtype),
+        recipe.per_module_ranks,
     ) as writer:
         for block, stacks, grams in _read_blocks(files):
             for group, own in (
-                whole or _group_grams(files, stacks, grams, bool(recipe.init), recipe.granularity)
+                whole or _group_grams(stacks, grams, bool(recipe.init), recipe.granularity)
             ).items():
                 if group not in groups:
                     groups[group] = Group(
@@ -195,9 +220,16 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
         parts = [file.read(module) for file in files]
         fits = all(tensor.dtype == memory.dtype for f in parts for tensor in f)
         stack = Stack.of(parts, memory if fits else None)
+        gram = stack.gram(exact)
+        if not bool(gram.isfinite().all()):  # so is every Gram matrix of what is not finite
+            for part, file in zip(parts, files, strict=True):
+                check_finite({module: part}, file.name)
+            gram = stack.gram()
         for file in files:
             file.release(module)
-        return stack, stack.gram(exact)
+        if not bool(gram.isfinite().all()):
+            raise AdapterError(f"{module}: the numbers are too large to multiply")
+        return stack, gram
 
     def start(block: str, memory: Tensor) -> dict[str, Future[tuple[Stack, Tensor]]]:
         places = memory[: sum(counts[module] for module in blocks[block])].split(
@@ -240,13 +272,12 @@ def _gram_matrices(
     totals: dict[str, Tensor] = {}
     # A sum over blocks cannot be refined afterwards, so `global` multiplies in float64 at once.
     for _, stacks, grams in _read_blocks(files, exact=granularity == "global"):
-        for group, own in _group_grams(files, stacks, grams, has_init, granularity).items():
+        for group, own in _group_grams(stacks, grams, has_init, granularity).items():
             totals[group] = totals[group] + own if group in totals else own
     return totals
 
 
 def _group_grams(
-    files: Sequence[AdapterFile],
     stacks: Mapping[str, Stack],
     grams: Mapping[str, Tensor],
     has_init: bool,
@@ -257,8 +288,6 @@ def _group_grams(
     Args:
         grams: module → Gram matrix of its stack. Without an init it is that of the task vectors.
 
-    Raises:
-        AdapterError: a number is NaN, infinite, or too large to multiply.
     """
     if has_init:
         stacks = {module: _task_vectors(stack) for module, stack in stacks.items()}
@@ -269,10 +298,6 @@ def _group_grams(
         result[group] = geometry.refined(
             quick, partial(geometry.summed_gram, [stacks[module] for module in modules])
         )
-        if not bool(result[group].isfinite().all()):
-            for file in files:
-                file.require_finite(modules)
-            raise AdapterError(f"{group}: the numbers are too large to multiply")
     return result
 
 

@@ -35,6 +35,8 @@ class Recipe:
             by default nothing is cut off.
         granularity: what shares an angle.
         dtype: of the written factors.
+        per_module_ranks: write unequal ranks, with a rank_pattern. By default all modules get the
+            largest rank, by columns and rows of zeros.
 
     Raises:
         ConfigError: a number out of range, or two options that exclude each other.
@@ -50,6 +52,7 @@ class Recipe:
     energy: float | None = None
     granularity: Granularity = "block"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    per_module_ranks: bool = False
 
     def __post_init__(self) -> None:
         try:

@@ -7,8 +7,6 @@ factor. Both directions are exact.
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from raywarp.adapters.peft import AdapterFile, load_peft
 from raywarp.algorithm.deltas import AdapterDelta, add
 from raywarp.algorithm.factors import Factors
@@ -99,11 +97,3 @@ def start_rank(source: str | None) -> int:
         AdapterError: see AdapterFile.
     """
     return max(rank for _, rank, _ in AdapterFile(source).shapes.values()) if source else 0
-
-
-def not_finite(delta: AdapterDelta) -> str | None:
-    """Return the first module whose factors hold a NaN or an infinity, if any."""
-    return next(
-        (m for m, f in delta.factors.items() if not all(bool(torch.isfinite(x).all()) for x in f)),
-        None,
-    )

@@ -112,13 +112,10 @@ class TensorFile:
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             for entry in entries.values():
                 begin, end = entry["data_offsets"]
-                if (
-                    not 0 <= begin <= end
-                    or any(size < 0 for size in entry["shape"])
-                    or not isinstance(entry["dtype"], str)
-                ):
+                whole = all(type(n) is int and n >= 0 for n in (begin, end, *entry["shape"]))
+                if not whole or begin > end or not isinstance(entry["dtype"], str):
                     raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise TensorFileError(
                 f"{self.path} is corrupt: its header is not one of a safetensors file"
             ) from None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from raywarp.algorithm.deltas import AdapterDelta, Granularity, check_same_modules, concatenate
+from raywarp.algorithm.deltas import AdapterDelta, Granularity, aligned, concatenate
 from raywarp.algorithm.factors import AdapterError, Factors
 from raywarp.algorithm.geometry import gram_matrices
 from raywarp.algorithm.truncation import compress, difference
@@ -179,7 +179,7 @@ def slerp(
 
     Raises:
         AntipodalError: two vectors of one group are opposite; the message names the group.
-        AdapterError: the adapters do not change the same weights.
+        AdapterError: see deltas.aligned.
     """
     return _spherical(slerp_coefficients, deltas, weights, init, granularity)
 
@@ -233,11 +233,12 @@ def task_vectors(policies: Sequence[AdapterDelta], init: AdapterDelta) -> list[A
     What policies and init have in common is cancelled before anything is squared.
 
     Raises:
-        AdapterError: the adapters do not change the same weights.
+        AdapterError: see deltas.aligned.
     """
-    check_same_modules([*policies, init])
+    names = [f"adapter {number}" for number in range(1, len(policies) + 1)]
+    *policies, start = aligned([*policies, init], [*names, "the init"])
     return [
-        policy.map(lambda module, f: difference(f, init.factors[module])) for policy in policies
+        policy.map(lambda module, f: difference(f, start.factors[module])) for policy in policies
     ]
 
 

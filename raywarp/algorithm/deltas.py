@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from raywarp.algorithm.factors import AdapterError, Factors, Stack
+from raywarp.algorithm.factors import Factors, Stack
+from raywarp.algorithm.fitting import check_finite, completed, joint_targets, union
 
 Granularity = Literal["block", "tensor", "global"]
 
@@ -37,6 +38,11 @@ class AdapterDelta:
     def blocks(self) -> dict[str, list[str]]:
         """Return transformer block → its modules, in the order of the factors."""
         return grouped(self.factors)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Module → (d_out, d_in)."""
+        return {module: (f.B.shape[0], f.A.shape[1]) for module, f in self.factors.items()}
 
     @property
     def rank(self) -> int:
@@ -90,14 +96,14 @@ def concatenate(
     """Return Σ_m c_m ΔW_m exactly, as [c₁B₁ … c_MB_M]·[A₁; …; A_M].
 
     Args:
-        deltas: M adapters of the same modules.
+        deltas: M adapters. A module that one of them lacks has the change zero there.
         coefficients: M numbers for all modules, or M numbers per module, per block, or (under
             "global") for the rest.
 
     Raises:
-        AdapterError: the adapters change different modules, or weights of different sizes.
+        AdapterError: a number is NaN or infinite, or weights have different sizes.
     """
-    check_same_modules(deltas)
+    deltas = aligned(deltas)
 
     def combine(module: str, _: Factors) -> Factors:
         return Stack.of([delta.factors[module] for delta in deltas]).weigh(
@@ -132,31 +138,20 @@ def trailing(delta: AdapterDelta, rank: int) -> AdapterDelta:
     return delta.map(lambda _, f: Factors(f.B[:, f.rank - rank :], f.A[f.rank - rank :]))
 
 
-def check_same_modules(deltas: Sequence[AdapterDelta]) -> None:
-    """Raise AdapterError unless all adapters change the same weights."""
-    sizes = [
-        {module: (f.B.shape[0], f.A.shape[1]) for module, f in delta.factors.items()}
-        for delta in deltas
-    ]
-    check_same_sizes(sizes, [f"adapter {index}" for index in range(1, len(deltas) + 1)])
+def aligned(
+    deltas: Sequence[AdapterDelta], names: Sequence[str] | None = None
+) -> list[AdapterDelta]:
+    """Return the adapters over all modules that any of them has, at rank 0 where one has none.
 
-
-def check_same_sizes(sizes: Sequence[Mapping[str, tuple[int, int]]], names: Sequence[str]) -> None:
-    """Raise AdapterError unless all map the same modules to the same (d_out, d_in).
-
-    Args:
-        sizes: module → (d_out, d_in) of each adapter.
-        names: of the adapters, for the message.
+    Raises:
+        AdapterError: a number is NaN or infinite, or two have a module in different sizes.
     """
-    for ours, name in zip(sizes[1:], names[1:], strict=True):
-        if odd := sorted(sizes[0].keys() ^ ours.keys()):
-            raise AdapterError(
-                f"{names[0]} and {name} adapt different modules: only one of them has {odd[0]}"
-                f" ({len(odd)} in all)"
-            )
-        for module, size in ours.items():
-            if size != sizes[0][module]:
-                raise AdapterError(
-                    f"{module} is {sizes[0][module]} in {names[0]} and {size} in {name}: not of one"
-                    " base model"
-                )
+    names = names or [f"adapter {number}" for number in range(1, len(deltas) + 1)]
+    for delta, name in zip(deltas, names, strict=True):
+        check_finite(delta.factors, name)
+    sizes = union([delta.sizes for delta in deltas], names)
+    if all(delta.factors.keys() == sizes.keys() for delta in deltas):
+        return list(deltas)
+    targets, peft = joint_targets([(d.target_modules, d.peft) for d in deltas], sizes)
+    whole = replace(deltas[0], target_modules=targets, peft=peft)
+    return [replace(whole, factors=completed(delta.factors, sizes)) for delta in deltas]

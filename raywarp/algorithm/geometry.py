@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from raywarp.algorithm.deltas import AdapterDelta, Granularity, check_same_modules, grouped
+from raywarp.algorithm.deltas import AdapterDelta, Granularity, aligned, grouped
 from raywarp.algorithm.factors import Stack
 
 # Beyond this cosine an angle magnifies the error of float32 products (4e-8). The products are then
@@ -24,8 +24,7 @@ def gram_matrices(
     deltas: Sequence[AdapterDelta], granularity: Granularity = "block"
 ) -> dict[str, Tensor]:
     """Return group → (M, M) float64 matrix of ⟨δ_i, δ_j⟩, summed over all matrices of the group."""
-    check_same_modules(deltas)
-
+    deltas = aligned(deltas)
     grams = {}
     for group, modules in grouped(deltas[0].factors, granularity).items():
         stacks = [Stack.of([delta.factors[module] for delta in deltas]) for module in modules]

@@ -8,6 +8,7 @@ import torch
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors, Stack
+from raywarp.algorithm.fitting import check_finite
 
 _NEGLIGIBLE = 1e-9  # a singular value below this share of the largest counts as zero
 
@@ -21,7 +22,11 @@ def compress(delta: AdapterDelta) -> AdapterDelta:
     """Return the same ΔW at its true rank, with no loss but rounding.
 
     Both stacks are decomposed by QR, and the small core by SVD.
+
+    Raises:
+        AdapterError: a number is NaN or infinite.
     """
+    check_finite(delta.factors, "the adapter")
     return delta.map(lambda _, f: shrink(f).factors)
 
 
@@ -40,7 +45,11 @@ def truncate(
 
     Returns:
         The truncated adapter, and block → the share of its norm that is retained.
+
+    Raises:
+        AdapterError: a number is NaN or infinite.
     """
+    check_finite(delta.factors, "the adapter")
     small = {module: shrink(f, rank, energy) for module, f in delta.factors.items()}
     retained = {}
     for block, modules in delta.blocks().items():

@@ -103,6 +103,11 @@ def _add_method(methods: Any, method: str, text: str) -> None:
         default="float32",
         help="of the written factors [float32]",
     )
+    parser.add_argument(
+        "--per-module-ranks",
+        action="store_true",
+        help="keep unequal ranks; by default all modules get the largest, padded with zeros",
+    )
     parser.set_defaults(command=_merge, method=method)
 
 
@@ -162,6 +167,7 @@ def _recipe(options: argparse.Namespace) -> Any:
         energy=options.energy,
         granularity=options.granularity,
         dtype=options.dtype,
+        per_module_ranks=options.per_module_ranks,
     )
 
 

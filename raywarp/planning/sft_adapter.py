@@ -3,8 +3,9 @@
 from typing import Any
 
 from raywarp.adapters.peft import local_folder
-from raywarp.adapters.start import Start, not_finite
+from raywarp.adapters.start import Start
 from raywarp.algorithm.factors import AdapterError
+from raywarp.algorithm.fitting import check_finite
 from raywarp.config.policies import LoraConfig
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import short_name
@@ -42,10 +43,9 @@ def checked_adapter(what: str, source: str, config: Config, model: str, settings
     """
     try:
         start = Start.load(source)
+        check_finite(start.delta.factors, source)
     except AdapterError as error:
         raise ConfigError(f"{what}: {error}") from None
-    if module := not_finite(start.delta):
-        raise ConfigError(f"{what}: the factors of {module} hold NaN or infinity")
     _check_name(what, start.delta.base_model, config, model, settings)
     _check_shapes(what, start, config, settings)
     return start

@@ -47,7 +47,7 @@ def poison(folder: Path) -> None:
     [
         (name_another_base, "is an adapter of org/another-model, and model="),
         (use_dora, "DoRA"),
-        (poison, f"the factors of {MODULE} hold NaN"),
+        (poison, f"of {MODULE} holds NaN"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model"),
     ],
 )
