@@ -54,8 +54,9 @@ class AdapterFile:
         self.name = str(source)
         try:
             self.folder = local_folder(source)
+            paths = weight_paths(self.folder)
             self.config = read_adapter_config(self.folder)
-            self._open(weight_paths(self.folder))
+            self._open(paths)
         except OSError as error:
             place = error.filename or source
             raise AdapterError(f"cannot read {place}: {error.strerror or error}") from None

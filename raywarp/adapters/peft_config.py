@@ -79,8 +79,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         AdapterError: it cannot be read, or says that the adapter is no plain LoRA.
     """
     path = folder / ADAPTER_CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(f"{folder} is not a PEFT adapter: {_missing(path)}{_below(folder)}")
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -99,8 +97,10 @@ def weight_paths(folder: Path) -> list[Path]:
     """Return the files that hold an adapter's tensors: one, or those that an index names.
 
     Raises:
-        AdapterError: they are missing, or a pickle.
+        AdapterError: they or the configuration are missing, or they are a pickle.
     """
+    if not (config := folder / ADAPTER_CONFIG_FILE).is_file():
+        raise AdapterError(f"{folder} is not a PEFT adapter: {_missing(config)}{_below(folder)}")
     path, index = folder / ADAPTER_FILE, folder / INDEX_FILE
     if path.is_file():
         if why := _pointer(path):

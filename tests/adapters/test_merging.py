@@ -33,7 +33,7 @@ RANKS = ((3, 2, 4, 1), (1, 4, 2, 3), (2, 2, 2, 2), (4, 1, 3, 2), (2, 3, 1, 4))
 
 
 def saved(folder: Path, delta: AdapterDelta, dtype: torch.dtype = torch.float32) -> str:
-    save_peft(delta, folder, dtype)
+    save_peft(delta, folder, dtype, per_module_ranks=True)
     return str(folder)
 
 
@@ -536,7 +536,7 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_wrong_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each names what and where, and leaves nothing behind."""
-    a, b = policies(tmp_path, 2)
+    (a,) = policies(tmp_path, 1)
     wide = saved(tmp_path / "wide", random_delta(3, sizes=((6, 5), (4, 6), (5, 9), (7, 4))))
     opposite = saved(tmp_path / "opposite", scale(random_delta(1, RANKS[0]), -2))
     other = saved(tmp_path / "other", AdapterDelta(random_delta(2).factors, base_model="meta/two"))

@@ -5,13 +5,22 @@ rank 16. Three averages are compared with the exact mean in ΔW: the mean of A a
 add_weighted_adapter(linear), and SVD back to rank r. The time of the exact factored SLERP is
 compared with that of forming every ΔW. Both sides run in turn; the last line is JSON.
 
+Then peft_features.py averages adapters with PEFT's features, under an old and a new PEFT. Each is
+installed by itself into a folder of its own.
+
     .venv/bin/python tests/bench/averaging.py
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,6 +30,7 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors, dense
 
 RANK, BLOCKS, REPEATS = 16, 30, 5
+PEFT_VERSIONS = ("0.12.0", "0.21.2")
 SIZES = {
     "q": (576, 576),
     "k": (192, 576),
@@ -108,6 +118,23 @@ def seconds(
     return time.perf_counter() - start
 
 
+def features(version: str) -> dict[str, Any]:
+    """Return what peft_features.py measures under a version of PEFT."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
+        subprocess.run([*pip, f"peft=={version}"], check=True)
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        script = Path(__file__).with_name("peft_features.py")
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def main() -> None:
     x, y = adapter(1), adapter(2)
     exact = {m: dense(f) for m, f in lerp([x, y]).factors.items()}
@@ -128,7 +155,8 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name:28s} {value:.3g}")
-    print(json.dumps(result))
+    of_peft = {version: features(version) for version in PEFT_VERSIONS}
+    print(json.dumps({**result, "peft": of_peft}))
 
 
 if __name__ == "__main__":
