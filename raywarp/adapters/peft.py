@@ -128,6 +128,12 @@ class AdapterFile:
         scaling = self.scalings[module]
         return Factors(B.to(dtype) if scaling == 1 else B.to(dtype) * scaling, A.to(dtype))
 
+    def require_finite(self) -> None:
+        """Raise AdapterError if a number is NaN or infinite; the message names its module."""
+        for module in self.own:
+            check_finite({module: self.read(module)}, self.name)
+            self.release(module)
+
     def _tensor(self, name: str) -> Tensor:
         try:
             return self._files[name].tensor(name)

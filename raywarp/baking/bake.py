@@ -65,7 +65,7 @@ def bake(
     file = AdapterFile(adapter)
     opened = open_base(file, base, trust_remote_code, allow_different_base)
     places, untied = find_places(opened, file.sizes, file.name)
-    file.require_finite(file.shapes)
+    file.require_finite()
     asked = None if dtype == "auto" else getattr(torch, dtype)
     weights = BakedWeights(opened, file, places, liti_rate, asked)
     with new_model(out) as folder:

@@ -74,7 +74,7 @@ def write_gguf(
     opened = open_base(file, base, trust_remote_code, allow_different_base, weights=False)
     architecture = _architecture(opened)
     names = _tensor_names(opened, architecture, file)
-    file.require_finite(file.shapes)
+    file.require_finite()
     with new_model(out) as folder:
         _write(file, folder / FILE, architecture, names, liti_rate, dtype == "float16", opened)
     return Path(out) / FILE
