@@ -14,6 +14,10 @@ from torch import Tensor
 # Products of this many rows are summed in float32 before float64 takes over. The error is 4e-8 of a
 # norm, at 2.5 times float64's speed.
 _CHUNK = 256
+# Between these, float32 holds the squares of a column's numbers.
+_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-20, 1e30
+# Below this share of its summands' squares, ‖ΔW‖² has lost the digits of float32.
+_CANCELLED = 0.05
 
 
 class AdapterError(ValueError):
@@ -47,25 +51,33 @@ def inner(x: Factors, y: Factors) -> float:
 
 
 class Stack(NamedTuple):
-    """One weight's factors of M adapters side by side: Σ_m ΔW_m = [B₁ … B_M]·[A₁; …; A_M].
+    """One weight's factors of M adapters side by side: Σ_m ΔW_m = [s₁B₁ … s_MB_M]·[A₁; …; A_M].
 
     Attributes:
         B: (d_out, R).
         A: (R, d_in).
         ranks: r_1 … r_M.
+        scalings: s_1 … s_M, 1 by default.
     """
 
     B: Tensor
     A: Tensor
     ranks: tuple[int, ...]
+    scalings: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, parts: Sequence[Factors], memory: Tensor | None = None) -> "Stack":
+    def of(
+        cls,
+        parts: Sequence[Factors],
+        memory: Tensor | None = None,
+        scalings: Sequence[float] = (),
+    ) -> "Stack":
         """Stack the factors of one weight.
 
         Args:
             parts: the factors of M adapters.
             memory: flat memory to put the stack into; new memory by default.
+            scalings: of the parts, where it is not folded into them.
         """
         ranks = tuple(f.rank for f in parts)
         B = A = None
@@ -79,27 +91,34 @@ class Stack(NamedTuple):
             torch.cat([f.B for f in parts], dim=1, out=B),
             torch.cat([f.A for f in parts], out=A),
             ranks,
+            tuple(scalings),
         )
 
     def parts(self) -> list[Factors]:
-        """Return the M summands, as views."""
-        return [
-            Factors(B, A)
-            for B, A in zip(self.B.split(self.ranks, dim=1), self.A.split(self.ranks), strict=True)
-        ]
+        """Return the M summands."""
+        scalings = self.scalings or [1.0] * len(self.ranks)
+        split = self.B.split(self.ranks, dim=1), self.A.split(self.ranks), scalings
+        return [Factors(B if s == 1 else B * s, A) for B, A, s in zip(*split, strict=True)]
 
     def gram(self, exact: bool = True) -> Tensor:
         """Return the (M, M) float64 inner products ⟨ΔW_i, ΔW_j⟩ of the summands.
 
         Args:
             exact: multiply in float64. Otherwise float32 factors are multiplied in float32, in
-                chunks that are summed in float64.
+                chunks that are summed in float64, wherever that keeps seven digits.
         """
         multiply = _products if exact else _quick_products
         products = multiply(self.B) * multiply(self.A.T)
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
         member = (owner == torch.arange(len(self.ranks))[:, None]).double()
-        return member @ products @ member.T
+        gram = member @ products @ member.T
+        uncancelled = (member @ products.abs() @ member.T).diagonal()
+        if not exact and bool((gram.diagonal() < _CANCELLED * uncancelled).any()):
+            return self.gram(exact=True)
+        if self.scalings:
+            scalings = torch.tensor(self.scalings, dtype=torch.float64)
+            gram *= torch.outer(scalings, scalings)
+        return gram
 
     def weigh(self, coefficients: Sequence[float], in_place: bool = False) -> Factors:
         """Return Σ_m c_m ΔW_m, exactly; summands of weight 0 are left out.
@@ -108,11 +127,9 @@ class Stack(NamedTuple):
             coefficients: c_1 … c_M.
             in_place: the stack's own memory may be used for the result.
         """
-        weights = [
-            weight
-            for weight, rank in zip(coefficients, self.ranks, strict=True)
-            for _ in range(rank)
-        ]
+        scalings = self.scalings or [1.0] * len(self.ranks)
+        summands = zip(coefficients, scalings, self.ranks, strict=True)
+        weights = [c * s for c, s, rank in summands for _ in range(rank)]
         B, A, kept = (
             self.B,
             self.A,
@@ -131,13 +148,16 @@ def _products(columns: Tensor) -> Tensor:
 
 
 def _quick_products(columns: Tensor) -> Tensor:
-    if columns.dtype == torch.float64 or not columns.shape[1]:
+    """Return XᵀX of X (d, R), multiplied in float32 where that can hold the squares."""
+    if columns.dtype != torch.float32 or not columns.shape[1]:
         return _products(columns)
     whole = len(columns) // _CHUNK * _CHUNK
     chunks = columns[:whole].view(-1, _CHUNK, columns.shape[1])
-    return torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64) + _products(
-        columns[whole:]
-    )
+    products = torch.bmm(chunks.transpose(1, 2), chunks).sum(0, dtype=torch.float64)
+    products += _products(columns[whole:])
+    squares = products.diagonal()
+    unheld = ~((squares > _SMALLEST_SQUARE) & (squares < _LARGEST_SQUARE))
+    return _products(columns) if bool(columns[:, unheld].any()) else products
 
 
 def norm(f: Factors) -> float:

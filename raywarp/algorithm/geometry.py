@@ -14,9 +14,9 @@ from torch import Tensor
 from raywarp.algorithm.deltas import AdapterDelta, Granularity, aligned, grouped
 from raywarp.algorithm.factors import Stack
 
-# Beyond this cosine an angle magnifies the error of float32 products (4e-8). The products are then
-# taken in float64.
-_STEEP = 0.95
+# Where the least eigenvalue of the cosines is below this, some combination of the vectors almost
+# vanishes. An angle to it magnifies the error of float32 products (4e-8).
+_DEPENDENT = 0.1
 _NO_KL = 1e-6  # nats per completion; below it, a KL is rounding
 
 
@@ -38,9 +38,16 @@ def summed_gram(stacks: Sequence[Stack], exact: bool = True) -> Tensor:
 
 
 def refined(quick: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-    """Return the quick float32 Gram matrix, or the exact one where vectors are near parallel."""
-    cosines = cosine_matrix(quick).fill_diagonal_(0)
-    return exact() if bool((cosines.abs() > _STEEP).any()) else quick
+    """Return the quick float32 Gram matrix, or the exact one where vectors are nearly dependent.
+
+    The condition covers every angle between combinations of the vectors, as between SLERP's running
+    merge and the next vector: with a cosine c, the least eigenvalue is at most 2·(1 − |c|).
+    """
+    moved = quick.diagonal() > 0
+    cosines = cosine_matrix(quick[moved][:, moved])
+    if len(cosines) < 2 or not bool(cosines.isfinite().all()):
+        return quick
+    return exact() if float(torch.linalg.eigvalsh(cosines)[0]) < _DEPENDENT else quick
 
 
 def cosine_matrix(gram: Tensor) -> Tensor:

@@ -88,9 +88,9 @@ def shrink(f: Factors, rank: int | None = None, energy: float | None = None) -> 
     q_out, r_out = torch.linalg.qr(f.B.double())
     q_in, r_in = torch.linalg.qr(f.A.double().T)
     u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    squares = s.square()
     noise = max(_NEGLIGIBLE * float(s[:1].sum()), _ROUNDING * float(r_out.norm() * r_in.norm()))
-    keep = int((s > noise).sum())
+    s = s.where(s > noise, 0)
+    squares, keep = s.square(), int((s > 0).sum())
     if rank is not None:
         keep = min(rank, keep)
     if energy is not None and energy < 1:
