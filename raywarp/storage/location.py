@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
-from pyarrow import ArrowInvalid, fs
 
 from raywarp import identity
 from raywarp.config.schema import ConfigError
@@ -238,6 +237,11 @@ class Storage:
             self.put(folder / file, f"{name}/{unique}/{file}")
         self.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
 
+    def unlink(self, name: str) -> None:
+        """Delete one file of an object store, if it is there."""
+        with self._explained("write"), suppress(FileNotFoundError):
+            self._fs.delete_file(self._path(name))
+
     def put(self, path: Path, name: str) -> None:
         """Copy one file of this machine into an object store."""
         with (
@@ -298,6 +302,11 @@ class Storage:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
+        from pyarrow import (
+            ArrowInvalid,
+            fs,
+        )  # half a second and 30 MB, which a folder does not need
+
         try:
             return fs.FileSystem.from_uri(self.uri)  # type: ignore[no-any-return]
         except (ArrowInvalid, NotImplementedError) as error:
@@ -317,6 +326,8 @@ class Storage:
         return f"{self._root}/{name}".rstrip("/")
 
     def _list(self, name: str, recursive: bool) -> list[Any]:
+        from pyarrow import fs
+
         listed: list[Any] = self._fs.get_file_info(
             fs.FileSelector(self._path(name), allow_not_found=True, recursive=recursive)
         )
