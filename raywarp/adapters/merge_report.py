@@ -2,26 +2,30 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from statistics import median
 from typing import Any
 
 from rich.console import Group as Lines
 from rich.table import Table
+from rich.text import Text
 
 from raywarp.adapters.notes import absent_modules, merge_like, notes, pipeline_tag, usage
 from raywarp.adapters.peft import AdapterFile
-from raywarp.adapters.recipe import Group, Merge, Recipe
+from raywarp.adapters.recipe import Group, Merge, Recipe, Survey
 from raywarp.algorithm.deltas import grouped
 
 # The pairs of up to M = 5 adapters get a row each; the angles of more share one.
 _PAIRS_SHOWN = 10
+_LOSSY = 0.01  # a rounding loss above this share of the norm calls for another dtype
 _METHODS = {
     "slerp": (
         "spherical interpolation (SLERP) of the task vectors, by the recursion of WARP (Ramé et al."
         " 2024, eq. 26)"
     ),
     "lerp": "the plain mean (LERP)",
+    "sum": "task arithmetic, the weighted sum of the task vectors",
     "karcher": "the Karcher mean of the task vectors' directions, at the mean of their norms",
     "ema": "an exponential moving average over the adapters as checkpoints, the oldest first",
     "liti": "linear interpolation towards the initialisation (LITI)",
@@ -50,25 +54,34 @@ def merge_table(merge: Merge) -> Lines:
         f"{recipe.method} of {len(recipe.adapters)} adapters, {len(first.shapes)} modules in"
         f" {len(blocks)} blocks of {base}"
     )
-    return Lines(title, *notes(merge.files), _spread_table(rows))
+    dtype = f"dtype: {_dtype_line(merge)}"
+    return Lines(title, *notes(merge.files), _spread_table(rows), dtype)
 
 
-def inspect_table(
-    files: Sequence[AdapterFile], groups: Mapping[str, Group], policies: int
-) -> Lines:
-    """Return one row per adapter, then the norms and angles of their task vectors.
+def _dtype_line(merge: Merge) -> str:
+    """Return the dtype that was written, why, and what it loses."""
+    found = sorted({_name(dtype) for file in merge.files for dtype in file.dtypes})
+    line = _name(merge.dtype)
+    if merge.recipe.dtype == "auto" and len(found) > 1:
+        line += f", which holds the inputs' {' and '.join(found)}"
+    if lost := max(block.rounding for block in merge.blocks.values()):
+        line += f"; its rounding changes ΔW by up to {lost:.1e} of a block's norm"
+        line += "; float32 keeps it" if lost > _LOSSY else ""
+    return line
 
-    Args:
-        files: the adapters; those after the first `policies` are the init.
-        groups: group → its norms and angles.
-        policies: the number of adapters besides the init.
-    """
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def inspect_table(found: Survey) -> Lines:
+    """Return one row per adapter, their norms and angles, and what merge would refuse."""
     table = Table(box=None, pad_edge=False)
     for name in ("adapter", "rank", "alpha", "modules", "blocks", "targets", "base"):
         table.add_column(name, overflow="fold")
-    for number, file in enumerate(files, start=1):
+    for number, file in enumerate(found.files, start=1):
         facts = adapter_facts(file)
-        label = f"{number}" if number <= policies else "init"
+        label = f"{number}" if number <= found.policies else "init"
         table.add_row(
             f"{label}: {file.name}",
             *(
@@ -76,7 +89,22 @@ def inspect_table(
                 for key in ("rank", "alpha", "modules", "blocks", "targets", "base_model")
             ),
         )
-    return Lines(table, "", *notes(files), _spread_table(_geometry_rows(groups, policies)))
+    refused = [f"merge refuses {source}: {why}" for source, why in found.refusals.items()]
+    refused += [f"merge {method} refuses these: {why}" for method, why in found.undefined.items()]
+    rows = _geometry_rows(found.groups, found.policies)
+    return Lines(table, "", *notes(found.files), _spread_table(rows), *map(Text, refused))
+
+
+def survey_json(found: Survey) -> dict[str, Any]:
+    """Return everything that was found, for programs."""
+    facts = [adapter_facts(file) for file in found.files]
+    return {
+        "adapters": facts[: found.policies],
+        "init": next(iter(facts[found.policies :]), None),
+        "groups": groups_json(found.groups, found.policies),
+        "refused": found.refusals,
+        "undefined": found.undefined,
+    }
 
 
 def adapter_facts(file: AdapterFile) -> dict[str, Any]:
@@ -112,11 +140,9 @@ def merge_json(merge: Merge) -> dict[str, Any]:
         "init": adapter_facts(merge.files[-1]) if recipe.init else None,
         "liti_rate": recipe.liti_rate,
         "granularity": recipe.granularity,
+        "dtype": _name(merge.dtype),
         "groups": groups_json(merge.groups, len(recipe.adapters)),
-        "blocks": {
-            name: {"norm": block.norm, "rank": block.rank, "retained": block.retained}
-            for name, block in merge.blocks.items()
-        },
+        "blocks": {name: asdict(block) for name, block in merge.blocks.items()},
     }
 
 
@@ -188,7 +214,8 @@ def merge_card(merge: Merge) -> str:
 
 def _inputs(merge: Merge) -> list[str]:
     recipe = merge.recipe
-    weights = recipe.weights or (None,) * len(recipe.adapters)
+    usual = 1.0 if recipe.method == "sum" else None
+    weights = recipe.weights or (usual,) * len(recipe.adapters)
     names = [
         *(f"θ_{number}" for number in range(1, len(recipe.adapters) + 1)),
         *(["θ_init"] if recipe.init else []),
@@ -211,6 +238,7 @@ def _how(recipe: Recipe, merge: Merge) -> list[str]:
     if recipe.liti_rate != 1:
         lines.append(
             f"- LITI rate η: {recipe.liti_rate:g} of the way from the initialisation to the merge"
+            + (" (extrapolated)" if recipe.liti_rate > 1 else "")
         )
     if recipe.rank or recipe.energy:
         limit = (
@@ -224,7 +252,7 @@ def _how(recipe: Recipe, merge: Merge) -> list[str]:
         )
     else:
         lines.append("- not truncated: the rank is the sum of the ranks")
-    return [*lines, f"- dtype: {recipe.dtype}"]
+    return [*lines, f"- dtype: {_dtype_line(merge)}"]
 
 
 def _geometry_rows(groups: Mapping[str, Group], count: int) -> dict[str, list[float]]:

@@ -8,38 +8,49 @@ grows with the largest block, not with the model.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from raywarp.adapters.destination import new_adapter
 from raywarp.adapters.notes import merge_like
 from raywarp.adapters.peft import AdapterFile, AdapterWriter
-from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE
 from raywarp.adapters.recipe import Block, Group, Merge, Recipe
+from raywarp.adapters.rounding import balanced, squared_loss
 from raywarp.algorithm import averaging, geometry
 from raywarp.algorithm.deltas import Granularity, group_of, grouped
 from raywarp.algorithm.factors import AdapterError, Stack
 from raywarp.algorithm.fitting import check_finite, union
-from raywarp.algorithm.truncation import difference, shrink
-from raywarp.storage import sealed
+from raywarp.algorithm.truncation import Shrunk, difference, shrink
 
 _READERS = 2  # threads that read the next block while one is written
+# Below this share of its summands' squares, a sum has lost digits to float32's rounding of them.
+_CANCELS = 0.05
+
+
+Progress = Callable[[int, int], None]
 
 
 def merge(
-    recipe: Recipe, out: str | Path, overwrite: bool = False, allow_different_bases: bool = False
+    recipe: Recipe,
+    out: str | Path,
+    overwrite: bool = False,
+    allow_different_bases: bool = False,
+    progress: Progress | None = None,
 ) -> Merge:
-    """Write the merged adapter to the folder `out`, with a model card that says how it was made.
+    """Write the merged adapter to `out`, with a model card that says how it was made.
 
     Args:
+        out: a folder, or an object store's prefix (s3://, gs://).
         overwrite: replace the adapter in `out`; other files there stay.
         allow_different_bases: do not compare the names of the adapters' base models.
+        progress: called after each block with the number of blocks done and that of all.
 
     Raises:
         AdapterError: an adapter that cannot be averaged exactly, adapters that do not fit each
@@ -47,12 +58,13 @@ def merge(
     """
     from raywarp.adapters.merge_report import merge_card
 
-    files = open_adapters(
-        [*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases
-    )
-    with _new_adapter(Path(out), overwrite) as folder:
-        done = _write(recipe, files, folder)
-        (folder / "README.md").write_text(merge_card(done), encoding="utf-8")
+    with new_adapter(out, overwrite) as folder:
+        files = open_adapters(
+            [*recipe.adapters, *([recipe.init] if recipe.init else [])], allow_different_bases
+        )
+        done = _write(recipe, files, folder, progress or (lambda done, count: None))
+        card = merge_card(done).encode(errors="replace")
+        (folder / "README.md").write_bytes(card)
     return done
 
 
@@ -77,7 +89,7 @@ def inspect(
         AdapterError: see merge.
     """
     files = open_adapters([*adapters, *([init] if init else [])], allow_different_bases)
-    measured = _gram_matrices(files, bool(init), granularity)
+    measured = gram_matrices(files, bool(init), granularity)
     return files, {
         group: Group(**geometry.norms_and_angles(own)) for group, own in measured.items()
     }
@@ -124,18 +136,15 @@ def _check_bases(files: Sequence[AdapterFile]) -> None:
             )
 
 
-def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
+def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path, progress: Progress) -> Merge:
     groups: dict[str, Group] = {}
     blocks: dict[str, Block] = {}
     whole = (
-        _gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
+        gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
     )
+    dtype, count = _dtype(recipe, files), len(grouped(files[0].sizes))
     with AdapterWriter(
-        folder,
-        merge_like(files),
-        _largest_shapes(recipe, files),
-        getattr(torch, recipe.dtype),
-        recipe.per_module_ranks,
+        folder, merge_like(files), _largest_shapes(recipe, files), dtype, recipe.per_module_ranks
     ) as writer:
         for block, stacks, grams in _read_blocks(files):
             for group, own in (
@@ -150,8 +159,16 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path) -> Merge:
                 module: _weights(recipe, groups[group_of(module, recipe.granularity)].coefficients)
                 for module in stacks
             }
-            blocks[block] = _write_block(recipe, writer, stacks, grams, weights)
-    return Merge(recipe, files, groups, blocks)
+            blocks[block] = _write_block(recipe, writer, stacks, grams, weights, dtype)
+            progress(len(blocks), count)
+    return Merge(recipe, files, groups, blocks, dtype)
+
+
+def _dtype(recipe: Recipe, files: Sequence[AdapterFile]) -> torch.dtype:
+    """Return the dtype to write: the narrowest that holds every input's numbers, for auto."""
+    if recipe.dtype != "auto":
+        return getattr(torch, recipe.dtype)  # type: ignore[no-any-return]
+    return reduce(torch.promote_types, sorted(set().union(*(f.dtypes for f in files)), key=str))
 
 
 def _write_block(
@@ -160,22 +177,41 @@ def _write_block(
     stacks: Mapping[str, Stack],
     grams: Mapping[str, Tensor],
     weights: Mapping[str, Sequence[float]],
+    dtype: torch.dtype,
 ) -> Block:
-    square = kept = 0.0
+    square = kept = lost = 0.0
     rank = 0
     for module, stack in stacks.items():
-        merged = stack.weigh(weights[module], in_place=True)
-        c = torch.tensor(weights[module], dtype=torch.float64)
-        kept_here = square_here = float(c @ grams[module] @ c)
-        if recipe.rank or recipe.energy:
-            merged, kept_here, square_here = shrink(merged, recipe.rank, recipe.energy)
-        kept, square, rank = kept + kept_here, square + square_here, max(rank, merged.rank)
+        own = _merged(recipe, stack, weights[module], grams[module])
+        merged = balanced(own.factors, dtype)
+        kept, square, rank = kept + own.kept, square + own.total, max(rank, merged.rank)
+        lost += squared_loss(merged, dtype)
         writer.write(module, merged)
     return Block(
         norm=math.sqrt(max(square, 0)),
         retained=math.sqrt(kept / square) if square > 0 else 1.0,
         rank=rank,
+        rounding=math.sqrt(lost / kept) if kept > 0 else 0.0,
     )
+
+
+def _merged(recipe: Recipe, stack: Stack, weights: Sequence[float], gram: Tensor) -> Shrunk:
+    """Return Σ c_m ΔW_m of one module; the stack's memory may be used.
+
+    Where summands cancel, their sum is taken in float64 and brought to its true rank. In factors
+    of the summands' size, float32 would round it away.
+    """
+    c = torch.tensor(weights, dtype=torch.float64)
+    square, summands = float(c @ gram @ c), float(c.square() @ gram.diagonal())
+    cancels = square < _CANCELS * summands
+    if cancels:
+        stack = stack._replace(B=stack.B.double(), A=stack.A.double())
+    merged = stack.weigh(weights, in_place=True)
+    if float(c.abs().max()) > 1 and not bool(merged.B.isfinite().all()):
+        raise AdapterError("the weighted numbers are too large for float32; use smaller weights")
+    if cancels or recipe.rank or recipe.energy:
+        return shrink(merged, recipe.rank, recipe.energy)
+    return Shrunk(merged, square, square)
 
 
 def _weights(recipe: Recipe, coefficients: Sequence[float]) -> list[float]:
@@ -217,14 +253,14 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
     memories = torch.empty(2, largest)
 
     def read(module: str, memory: Tensor) -> tuple[Stack, Tensor]:
-        parts = [file.read(module) for file in files]
+        parts = [file.read(module, scaled=False) for file in files]
         fits = all(tensor.dtype == memory.dtype for f in parts for tensor in f)
-        stack = Stack.of(parts, memory if fits else None)
+        scalings = [file.scalings.get(module, 1.0) for file in files]
+        stack = Stack.of(parts, memory if fits else None, scalings)
         gram = stack.gram(exact)
         if not bool(gram.isfinite().all()):  # so is every Gram matrix of what is not finite
             for part, file in zip(parts, files, strict=True):
                 check_finite({module: part}, file.name)
-            gram = stack.gram()
         for file in files:
             file.release(module)
         if not bool(gram.isfinite().all()):
@@ -265,7 +301,7 @@ def _single_threaded_operations() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _gram_matrices(
+def gram_matrices(
     files: Sequence[AdapterFile], has_init: bool, granularity: Granularity
 ) -> dict[str, Tensor]:
     """Return group → Gram matrix of the task vectors, block by block over whole files."""
@@ -316,22 +352,3 @@ def _largest_shapes(
             rank = min(rank, recipe.rank or rank, d_out, d_in)
         shapes[module] = (d_out, rank, d_in)
     return shapes
-
-
-@contextmanager
-def _new_adapter(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder whose files become the adapter in `out`; see storage.sealed.new_files.
-
-    Raises:
-        AdapterError: `out` is in use or cannot be written.
-    """
-    out = out.expanduser().resolve()
-    if out.exists() and not out.is_dir():
-        raise AdapterError(f"{out} is a file; name a folder")
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
-    try:
-        with sealed.new_files(out, last=ADAPTER_CONFIG_FILE) as folder:
-            yield folder
-    except OSError as error:
-        raise AdapterError(f"cannot write {out}: {error.strerror or error}") from None

@@ -23,6 +23,7 @@ from raywarp.adapters.peft_config import (
     weight_paths,
     without_factors,
 )
+from raywarp.adapters.rounding import balanced
 from raywarp.adapters.tensor_file import TensorFile, TensorFileError, TensorWriter
 from raywarp.adapters.tensor_names import factor_shape, read_names, tensor_name
 from raywarp.algorithm.deltas import AdapterDelta
@@ -99,6 +100,13 @@ class AdapterFile:
         """The modules that the file has factors of."""
         return list(self._names)
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the factors."""
+        names = [name for pair in self._names.values() for name in pair]
+        found = {self._files[name].dtype(name) for name in names}
+        return {dtype for dtype in found if dtype}
+
     def complete(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Add the modules that other adapters change; this one changes them by zero, at rank 0.
 
@@ -114,18 +122,21 @@ class AdapterFile:
         """Return everything about the adapter except its factors."""
         return without_factors(self.config)
 
-    def read(self, module: str) -> Factors:
-        """Return the factors of one module, with the scaling folded into B.
+    def read(self, module: str, scaled: bool = True) -> Factors:
+        """Return the factors of one module.
 
         They are in float32, or in float64 if they are stored so. They may be views of the file:
         valid until `release`, and read again when used later.
+
+        Args:
+            scaled: fold the scaling into B.
         """
         if module not in self._names:
             d_out, rank, d_in = self.shapes[module]
             return Factors(torch.empty(d_out, rank), torch.empty(rank, d_in))
         A, B = (self._tensor(name) for name in self._names[module])
         dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
-        scaling = self.scalings[module]
+        scaling = self.scalings[module] if scaled else 1
         return Factors(B.to(dtype) if scaling == 1 else B.to(dtype) * scaling, A.to(dtype))
 
     def require_finite(self) -> None:
@@ -194,7 +205,7 @@ class AdapterWriter:
 
     def write(self, module: str, factors: Factors) -> None:
         """Write the next module. Raise AdapterError if a number is too large for the dtype."""
-        B, A = factors
+        B, A = balanced(factors, self._writer.dtype)
         if not factors.rank:
             B, A = B.new_zeros(B.shape[0], 1), A.new_zeros(1, A.shape[1])
         self._ranks[module] = A.shape[0]

@@ -83,12 +83,9 @@ class TensorFile:
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         return entry["dtype"], memoryview(self._map)[begin:end]
 
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The readable dtypes of the file's tensors."""
-        return {
-            _DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES
-        }
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Return a tensor's dtype; None where it cannot be read."""
+        return _DTYPES.get(self._entries[name]["dtype"])
 
     def release(self, name: str) -> None:
         """Give the pages of this tensor back to the system.
@@ -193,10 +190,10 @@ class TensorWriter:
                 f"tensors must come in the order that was announced: {expected}, not {name}"
             )
         stored = tensor.detach().to("cpu", self.dtype).contiguous()
-        if self.dtype == torch.float16 and not bool(stored.isfinite().all()):
-            raise OverflowError(
-                f"{name} has numbers too large for float16; use float32 or bfloat16"
-            )
+        if stored.dtype != tensor.dtype and not bool(stored.isfinite().all()):
+            other = "float32 or bfloat16" if self.dtype == torch.float16 else "smaller numbers"
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise OverflowError(f"{name} has numbers too large for {dtype}; use {other}")
         self._written[name] = tuple(stored.shape)
         self._write(stored.view(-1).view(torch.uint8).numpy().data)
 

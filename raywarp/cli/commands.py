@@ -4,9 +4,9 @@ There is no logic here: each command reads a configuration and calls the functio
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from raywarp.cli.bake import add_bake
 from raywarp.cli.config import add_config
 from raywarp.cli.front import add_front
 from raywarp.cli.merge import add_merge
+from raywarp.cli.merge_words import arranged
 from raywarp.cli.push import add_push
 from raywarp.cli.report import add_report
 from raywarp.cluster.runtime import Stopped
@@ -36,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         143: SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a locale without Δ or η prints escapes
-            stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+        if isinstance(stream, TextIOWrapper):  # a locale may lack what a message has: Δ, η, é
+            stream.reconfigure(errors="replace")
+    try:
+        words = arranged(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        return _fail(error, 2)
+    options = _parser().parse_args(words)
     try:
         return options.command(options) or 0
     except Stopped as stopped:

@@ -2,7 +2,12 @@
 
 import argparse
 import json
+import sys
+import time
 from typing import Any
+
+from raywarp.cluster.runtime import Stopped, stoppable
+from raywarp.config.schema import ConfigError
 
 _HELP = {
     "slerp": (
@@ -11,9 +16,11 @@ _HELP = {
     ),
     "lerp": "plain mean",
     "karcher": "spherical mean that does not depend on the adapters' order",
+    "sum": "task arithmetic: weighted sum of task vectors; weights may be negative or above 1",
     "ema": "exponential moving average over checkpoints, the oldest first",
     "liti": "interpolation from an init (or the base model) to one adapter (WARP, stage 3)",
 }
+_PROGRESS_SECONDS = 10.0
 _EXACTNESS = (
     "Averages are taken of the change ΔW = s·B·A, never of A and B apart. The result is an ordinary"
     " PEFT adapter, of the sum of the ranks; --rank and --energy truncate it, and say what that"
@@ -31,8 +38,8 @@ def add_merge(commands: Any) -> None:
         _add_method(methods, method, text)
     inspect = methods.add_parser(
         "inspect",
-        help="ranks, targets, norms and angles; writes nothing",
-        description="Look at adapters. Nothing is written.",
+        help="ranks, targets, norms, angles, and what merge would refuse; writes nothing",
+        description="Look at adapters, and say what merge would refuse. Nothing is written.",
     )
     inspect.add_argument("adapters", nargs="+", metavar="ADAPTER", help="local folder or hub id")
     _add_common(inspect)
@@ -58,7 +65,10 @@ def _add_method(methods: Any, method: str, text: str) -> None:
             help="local folder or hub id (user/name or user/name@revision)",
         )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder that gets the merged adapter"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder that gets the merged adapter, or s3://bucket/prefix, gs://bucket/prefix",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an adapter in DIR; other files there stay"
@@ -70,7 +80,7 @@ def _add_method(methods: Any, method: str, text: str) -> None:
         required=method == "liti",
         default=1.0,
         metavar="ETA",
-        help="how far to go from the init to the merge, 0 to 1",
+        help="how far to go from the init to the merge; above 1 extrapolates [1]",
     )
     if method == "ema":
         parser.add_argument(
@@ -83,9 +93,9 @@ def _add_method(methods: Any, method: str, text: str) -> None:
     elif method != "liti":
         parser.add_argument(
             "--weights",
-            nargs="+",
             metavar="W",
-            help="one per adapter, with spaces or commas between; equal by default",
+            help="one per adapter, with spaces or commas between; equal by default"
+            + (" (1)" if method == "sum" else ""),
         )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -99,9 +109,9 @@ def _add_method(methods: Any, method: str, text: str) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the written factors [float32]",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the written factors; auto: the inputs', the widest where they differ [auto]",
     )
     parser.add_argument(
         "--per-module-ranks",
@@ -132,12 +142,28 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
 
 
-def _merge(options: argparse.Namespace) -> None:
+def _merge(options: argparse.Namespace) -> int:
+    try:
+        with stoppable():
+            _merge_and_report(options)
+    except Stopped as stopped:
+        print(f"raywarp: {str(stopped).split(';')[0]}; nothing was written", file=sys.stderr)
+        return stopped.exit_code
+    return 0
+
+
+def _merge_and_report(options: argparse.Namespace) -> None:
     from raywarp.adapters.merge_report import merge_json, merge_table
     from raywarp.adapters.merging import merge
     from raywarp.run.terminal import console
 
-    done = merge(_recipe(options), options.out, options.overwrite, options.allow_different_bases)
+    done = merge(
+        _recipe(options),
+        options.out,
+        options.overwrite,
+        options.allow_different_bases,
+        _Progress().say,
+    )
     if options.json:
         print(json.dumps(merge_json(done)))
     else:
@@ -145,9 +171,22 @@ def _merge(options: argparse.Namespace) -> None:
         console().print(f"written to {options.out}", highlight=False, markup=False)
 
 
+class _Progress:
+    """Lines on stderr about a long merge: none in the first seconds, then one now and then."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._next = self._start + _PROGRESS_SECONDS
+
+    def say(self, done: int, count: int) -> None:
+        now = time.monotonic()
+        if now >= self._next and done < count:
+            self._next = now + _PROGRESS_SECONDS
+            print(f"{done} of {count} blocks, {now - self._start:.0f} s", file=sys.stderr)
+
+
 def _recipe(options: argparse.Namespace) -> Any:
     from raywarp.adapters.recipe import Recipe
-    from raywarp.config.schema import ConfigError
 
     adapters, init = tuple(options.adapters), options.init
     if options.method == "liti" and len(adapters) == 2:
@@ -171,38 +210,24 @@ def _recipe(options: argparse.Namespace) -> Any:
     )
 
 
-def _floats(words: list[str] | None) -> tuple[float, ...] | None:
-    from raywarp.config.schema import ConfigError
-
-    if words is None:
+def _floats(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
         return None
     try:
-        return tuple(float(word) for word in " ".join(words).replace(",", " ").split())
+        return tuple(float(word) for word in text.replace(",", " ").split())
     except ValueError:
-        raise ConfigError(
-            f"--weights takes numbers, for example 0.7,0.3; not {' '.join(words)}"
-        ) from None
+        raise ConfigError(f"--weights takes numbers, for example 0.7,0.3; not {text}") from None
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from raywarp.adapters.merge_report import adapter_facts, groups_json, inspect_table
-    from raywarp.adapters.merging import inspect
+    from raywarp.adapters.inspection import survey
+    from raywarp.adapters.merge_report import inspect_table, survey_json
     from raywarp.run.terminal import console
 
-    count = len(options.adapters)
-    files, groups = inspect(
+    found = survey(
         options.adapters, options.init, options.granularity, options.allow_different_bases
     )
     if options.json:
-        facts = [adapter_facts(file) for file in files]
-        print(
-            json.dumps(
-                {
-                    "adapters": facts[:count],
-                    "init": facts[count] if options.init else None,
-                    "groups": groups_json(groups, count),
-                }
-            )
-        )
+        print(json.dumps(survey_json(found)))
     else:
-        console().print(inspect_table(files, groups, count), highlight=False)
+        console().print(inspect_table(found), highlight=False)

@@ -170,7 +170,8 @@ def test_any_shapes_ranks_and_dtypes(
     # one number per matrix: parallel or antipodal vectors, which have tests of their own
     except ZeroDivisionError:
         return
-    merge(Recipe(method, tuple(sources), start, rate), folder / "out")  # type: ignore[arg-type]
+    recipe = Recipe(method, tuple(sources), start, rate, dtype="float32")  # type: ignore[arg-type]
+    merge(recipe, folder / "out")
     scale_of = sum(float(w.square().sum()) for w in expected.values()) ** 0.5
     if rate > 0 or has_init:
         assert error(folder / "out", expected) < 1e-6
@@ -513,7 +514,7 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["slerp", a, b, *out, "--weights", 1], ["need 2 weights"]),
         (["slerp", a, b, *out, "--weights", "1,-1"], ["at least 0"]),
         (["slerp", a, b, *out, "--weights", "one,two"], ["--weights takes numbers", "one,two"]),
-        (["slerp", a, b, *out, "--liti", 1.5], ["LITI rate", "[0, 1]", "1.5"]),
+        (["slerp", a, b, *out, "--liti", -0.5], ["LITI rate", "at least 0", "-0.5"]),
         (["slerp", a, b, *out, "--liti", "nan"], ["LITI rate"]),
         (["slerp", a, b, *out, "--rank", 0], ["rank must be at least 1"]),
         (["slerp", a, b, *out, "--energy", 0], ["energy", "(0, 1]"]),
@@ -546,7 +547,7 @@ def test_wrong_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     tensors = load_file(tmp_path / "poisoned" / ADAPTER_FILE)
     name = "base_model.model.model.layers.1.mlp.up.lora_A.weight"
     save_file(tensors | {name: tensors[name] * torch.nan}, tmp_path / "poisoned" / ADAPTER_FILE)
-    huge = saved(tmp_path / "huge", scale(random_delta(5), 1e6))
+    huge = saved(tmp_path / "huge", scale(random_delta(5), 1e12))
     before = sorted(tmp_path.rglob("*"))
     for words, parts in (
         (["slerp", a, wide], ["model.layers.1.attn.q", "(5, 5)", "(5, 9)", wide]),
@@ -563,6 +564,14 @@ def test_wrong_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert sorted(tmp_path.rglob("*")) == before
     run(capsys, "slerp", one, other, "--out", tmp_path / "out", "--allow-different-bases")
     run(capsys, "slerp", one, same, "--out", tmp_path / "out2")
+    shown = json.loads(run(capsys, "inspect", a, fewer, poisoned, opposite, "--json"))
+    assert [facts["name"] for facts in shown["adapters"]] == [a, fewer, opposite]
+    assert list(shown["refused"]) == [poisoned]
+    assert "NaN" in shown["refused"][poisoned]
+    assert sorted(shown["undefined"]) == ["karcher", "slerp"]
+    said = " ".join(run(capsys, "inspect", a, b, poisoned).split())
+    assert f"merge refuses {poisoned}:" in said
+    assert "NaN" in refused(capsys, "inspect", poisoned)
 
 
 def test_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
