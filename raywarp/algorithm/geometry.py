@@ -7,6 +7,7 @@ the KLs of the policies and of their mean.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +120,26 @@ def kl_cosine_interval(policies: Sequence[Sequence[float]], lerp: Sequence[float
     mean = sum(found) / prompts
     spread = sum((cosine - mean) ** 2 for cosine in found)
     return 1.96 * math.sqrt(spread * (prompts - 1) / prompts)
+
+
+def kl_summary(policies: Sequence[Sequence[float]], lerp: Sequence[float]) -> dict[str, Any]:
+    """Return the KL cosine, its interval, the gain, and the mean KLs that they come from.
+
+    Args:
+        policies: M sequences of N KLs, one per prompt.
+        lerp: N KLs of the policies' mean on the same prompts.
+    """
+    prompts = len(lerp)
+    kl_policies, kl_lerp = [sum(own) / prompts for own in policies], sum(lerp) / prompts
+    cosine = kl_cosine(kl_policies, kl_lerp)
+    return {
+        "kl_cosine": cosine,
+        "kl_cosine_ci": kl_cosine_interval(policies, lerp),
+        "kl_gain": None if cosine is None else kl_gain(cosine, len(policies)),
+        "kl_policies": kl_policies,
+        "kl_lerp": kl_lerp,
+        "prompts": prompts,
+    }
 
 
 def kl_gain(cosine: float, policies: int) -> float:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from raywarp.cluster.runtime import Stopped, stoppable
@@ -42,6 +43,14 @@ def add_merge(commands: Any) -> None:
         description="Look at adapters, and say what merge would refuse. Nothing is written.",
     )
     inspect.add_argument("adapters", nargs="+", metavar="ADAPTER", help="local folder or hub id")
+    inspect.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="folder or hub id; measures the adapters' KL cosine on texts (loads the model)",
+    )
+    inspect.add_argument(
+        "--texts", metavar="FILE", help="one text per line, for --base; default: eight built in"
+    )
     _add_common(inspect)
     inspect.set_defaults(command=_inspect)
 
@@ -224,10 +233,59 @@ def _inspect(options: argparse.Namespace) -> None:
     from raywarp.adapters.merge_report import inspect_table, survey_json
     from raywarp.run.terminal import console
 
+    texts = _texts(options.base, options.texts)
     found = survey(
         options.adapters, options.init, options.granularity, options.allow_different_bases
     )
+    kl = _kl_summary(options.base, found, texts) if options.base else {}
     if options.json:
-        print(json.dumps(survey_json(found)))
+        print(json.dumps(survey_json(found) | ({"kl": kl} if kl else {})))
     else:
         console().print(inspect_table(found), highlight=False)
+        if kl:
+            console().print(_kl_line(kl), highlight=False)
+
+
+def _texts(base: str | None, file: str | None) -> list[str]:
+    """Return the texts of a file, one per line; none where the built-in ones are meant.
+
+    Raises:
+        ConfigError: the file cannot be read or is empty, or there is no base to ask.
+    """
+    if file is None:
+        return []
+    if base is None:
+        raise ConfigError("--texts goes with --base, the model that reads them")
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--texts {file} cannot be read: {error}") from None
+    if not (texts := [line for line in lines if line.strip()]):
+        raise ConfigError(f"--texts {file} holds no text; write one per line")
+    return texts
+
+
+def _kl_summary(base: str, found: Any, texts: list[str]) -> dict[str, Any]:
+    from raywarp.adapters.peft import load_peft
+    from raywarp.algorithm.averaging import lerp
+    from raywarp.algorithm.geometry import kl_summary
+    from raywarp.model.adapter_kls import TEXTS, text_kls
+
+    deltas = [load_peft(file.name) for file in found.files]
+    policies, init = deltas[: found.policies], next(iter(deltas[found.policies :]), None)
+    if len(policies) < 2:
+        raise ConfigError("a KL cosine is of two adapters or more that can be merged")
+    *own, mean = text_kls(base, [*policies, lerp(policies)], texts or TEXTS, init)
+    return kl_summary(own, mean)
+
+
+def _kl_line(kl: dict[str, Any]) -> str:
+    shown = ", ".join(f"{value:.3g}" for value in [*kl["kl_policies"], kl["kl_lerp"]])
+    line = f"KL of each and of their mean: {shown} nats per text ({kl['prompts']} texts)"
+    if kl["kl_cosine"] is None:
+        return f"{line}; too small for a KL cosine"
+    half = f" ± {kl['kl_cosine_ci']:.2f}" if kl["kl_cosine_ci"] is not None else ""
+    return (
+        f"KL cosine {kl['kl_cosine']:.2f}{half}: averaging saves at most"
+        f" {kl['kl_gain']:.0%} of √KL\n{line}"
+    )

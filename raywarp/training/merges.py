@@ -5,7 +5,7 @@ from typing import Any
 
 from raywarp.algorithm.averaging import lerp
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.algorithm.geometry import kl_cosine, kl_cosine_interval, kl_gain
+from raywarp.algorithm.geometry import kl_summary
 from raywarp.algorithm.truncation import compress
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.config.schema import Config
@@ -53,7 +53,7 @@ def measure_merge(
         # Compressed, since with one frozen A the mean has the policies' rank, as engines expect.
         vectors = [*policies, compress(lerp(policies))]
         *own, mean = kls_to_init(session, config, init, vectors, prompts)
-        measured = _summary(own, mean)
+        measured = kl_summary(own, mean)
         run.save_measured(name, measured)
         return measured
 
@@ -89,17 +89,3 @@ def kls_to_init(
 
     kls: list[list[float]] = session.persist(measure)
     return kls
-
-
-def _summary(policies: Sequence[Sequence[float]], mean: Sequence[float]) -> dict[str, Any]:
-    prompts = len(mean)
-    kl_policies, kl_lerp = [sum(own) / prompts for own in policies], sum(mean) / prompts
-    cosine = kl_cosine(kl_policies, kl_lerp)
-    return {
-        "kl_cosine": cosine,
-        "kl_cosine_ci": kl_cosine_interval(policies, mean),
-        "kl_gain": None if cosine is None else kl_gain(cosine, len(policies)),
-        "kl_policies": kl_policies,
-        "kl_lerp": kl_lerp,
-        "prompts": prompts,
-    }
