@@ -83,6 +83,13 @@ class TensorFile:
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         return entry["dtype"], memoryview(self._map)[begin:end]
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The readable dtypes of the file's tensors."""
+        return {
+            _DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES
+        }
+
     def dtype(self, name: str) -> torch.dtype | None:
         """Return a tensor's dtype; None where it cannot be read."""
         return _DTYPES.get(self._entries[name]["dtype"])

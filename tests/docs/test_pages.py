@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from raywarp.cli import commands
+from raywarp.cli.merge_words import arranged
 from raywarp.config.load import known_keys, parse_config
 from raywarp.config.reference import anchor
 from raywarp.config.schema import Config
@@ -97,7 +98,7 @@ def test_commands(page: Path) -> None:
     for words in commands(page):
         for place, word in enumerate(words):
             if word == "raywarp" or word.endswith("/bin/raywarp"):
-                _parsed(PARSER, words[place + 1 :])
+                _parsed(PARSER, arranged(words[place + 1 :]))
                 break
             if word.endswith("cluster/local.sh"):
                 command, rest = words[place + 1], words[place + 2 :]
