@@ -14,9 +14,9 @@ from raywarp.cli.bake import add_bake
 from raywarp.cli.config import add_config
 from raywarp.cli.front import add_front
 from raywarp.cli.merge import add_merge
-from raywarp.cli.merge_words import arranged
 from raywarp.cli.push import add_push
 from raywarp.cli.report import add_report
+from raywarp.cli.words import arranged, together
 from raywarp.cluster.runtime import Stopped
 from raywarp.config.load import config_help, load_config
 from raywarp.config.schema import Config, ConfigError
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = arranged(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
         return _fail(error, 2)
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(together(parser, words))
     try:
         return options.command(options) or 0
     except Stopped as stopped:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from raywarp import identity
+from raywarp.adapters.merging import open_adapters
 from raywarp.adapters.peft import AdapterFile, load_peft
 from raywarp.adapters.start import Start, of_sft
 from raywarp.algorithm.averaging import task_vectors
@@ -85,8 +86,8 @@ def front_config(config: Config, adapters: Sequence[str], init: str | None = Non
     its own.
 
     Raises:
-        ConfigError: there is no adapter, or one is no plain LoRA. A run stands with others, or
-            with an init.
+        ConfigError: there is no adapter, one is no plain LoRA, or they name different bases. A run
+            stands with others, or with an init.
     """
     if not adapters:
         raise ConfigError("name at least one adapter, or the folder of a run")
@@ -99,8 +100,11 @@ def front_config(config: Config, adapters: Sequence[str], init: str | None = Non
         )
     if runs:
         return config
-    files = [_opened(place) for place in (*adapters, *([init] if init else []))]
-    modules = sorted({module for file in files for module in file.shapes})
+    try:
+        files = open_adapters([*adapters, *([init] if init else [])])
+    except AdapterError as error:
+        raise ConfigError(str(error)) from None
+    modules = sorted(files[0].shapes)
     ranks = [max(rank for _, rank, _ in file.shapes.values()) for file in files]
     lora = config.lora.model_copy(update={"target_modules": modules, "rank": sum(ranks)})
     warp = config.warp.model_copy(update={"policies": 1, "iterations": 1})

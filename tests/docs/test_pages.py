@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from raywarp.cli import commands
-from raywarp.cli.merge_words import arranged
+from raywarp.cli.words import arranged
 from raywarp.config.load import known_keys, parse_config
 from raywarp.config.reference import anchor
 from raywarp.config.schema import Config

@@ -1,4 +1,4 @@
-"""Tests of the order of the words after `raywarp merge`, and of a terminal that lacks letters."""
+"""Tests of the order of a command's words, and of a terminal that lacks letters."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ from conftest import random_delta
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import lerp
 from raywarp.algorithm.factors import dense
-from raywarp.cli.commands import main
-from raywarp.cli.merge_words import arranged
+from raywarp.cli.commands import _parser, main
+from raywarp.cli.words import arranged, together
 from raywarp.config.schema import ConfigError
 
 
@@ -34,6 +34,25 @@ from raywarp.config.schema import ConfigError
 def test_the_method_comes_first_and_the_weights_end(words: str, expected: str) -> None:
     assert arranged(["merge", *words.split()]) == ["merge", *expected.split()]
     assert arranged(["train", *words.split()]) == ["train", *words.split()]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train my.yaml -q warp.steps=3", "train my.yaml warp.steps=3 -q"),
+        ("train -v my.yaml warp.steps=3", "train my.yaml warp.steps=3 -v"),
+        ("front a --out o b --etas 0,1 seed=2", "front a b seed=2 --out o --etas 0,1"),
+        ("front --out=o a", "front a --out=o"),
+        ("config --init my.yaml", "config --init my.yaml"),
+        ("report a --serve b --port 1", "report a b --serve --port 1"),
+        ("push a --points revisions me/b", "push a me/b --points revisions"),
+        ("merge slerp a --out o b", "merge slerp a --out o b"),
+        ("--help", "--help"),
+        ("", ""),
+    ],
+)
+def test_words_without_options_may_stand_anywhere(words: str, expected: str) -> None:
+    assert together(_parser(), words.split()) == expected.split()
 
 
 def test_options_before_the_adapters_merge_the_same(tmp_path: Path) -> None:

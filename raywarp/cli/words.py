@@ -1,10 +1,12 @@
-"""The words after `raywarp merge`, brought into the order that argparse reads.
+"""The words of a command, brought into the order that argparse reads.
 
-argparse takes every word after `--weights` for a weight and `-0.5,1` for an option, and knows no
-option of a method before the method.
+argparse reads the words that are no options only as long as they stand together. Of `merge` it
+takes every word after `--weights` for a weight and `-0.5,1` for an option, and knows no option of a
+method before the method.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from raywarp.config.schema import ConfigError
 
@@ -35,6 +37,34 @@ def arranged(words: Sequence[str]) -> list[str]:
     if reason := why_not(rest[place]):
         raise ConfigError(reason)
     return ["merge", rest[place], *rest[:place], *rest[place + 1 :]]
+
+
+def together(parser: Any, words: Sequence[str]) -> list[str]:
+    """Return a command's words with those that are no options behind the command, in their order.
+
+    Args:
+        parser: that of all commands.
+        words: the command's name, and its words.
+    """
+    commands = next(action.choices for action in parser._actions if action.choices)
+    command = commands.get(words[0]) if words else None
+    if command is None or words[0] == "merge":
+        return list(words)
+    plain, options, rest = list[str](), list[str](), list(words[1:])
+    while rest:
+        word = rest.pop(0)
+        (options if word.startswith("-") else plain).append(word)
+        if _takes_value(command, word, rest[:1]):
+            options.append(rest.pop(0))
+    return [words[0], *plain, *options]
+
+
+def _takes_value(command: Any, word: str, following: Sequence[str]) -> bool:
+    """Return whether the word after an option is its value."""
+    action = command._option_string_actions.get(word)
+    if action is None or not following:
+        return False
+    return action.nargs is None or (action.nargs == "?" and not following[0].startswith("-"))
 
 
 def _with_joined_weights(words: Sequence[str]) -> list[str]:
