@@ -233,7 +233,7 @@ def _measure_sources(
     )
     merged = compress(add(sources.init, slerp(sources.policies)))
     run.save_iteration(1, sources.init, merged, (), sources.policies, measured)
-    stage.display.merged(1, sources.policies, measured)
+    stage.display.merged(None, sources.policies, measured)
     stage.save(
         front_key(config, inputs.front, [sources.key, key, *map(str, lambdas)]),
         lambda: candidates_of(sources, wanted_etas(config), lambdas),

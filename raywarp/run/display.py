@@ -171,11 +171,16 @@ class Display:
 
     def merged(
         self,
-        number: int,
+        number: int | None,
         task_vectors: Sequence[AdapterDelta],
         measured: Mapping[str, Any] | None = None,
     ) -> None:
-        """Print how alike the policies of an iteration are, in their weights and what they do."""
+        """Print how alike the policies of an iteration are, in their weights and what they do.
+
+        Args:
+            number: the iteration, counted from 1; None for adapters that no run has trained.
+        """
+        who = f"iteration {number}" if number else "the adapters"
         blocks = geometry(task_vectors).values()
         angles = sorted(angle for block in blocks for angle in block["angles"])
         if angles:
@@ -183,16 +188,16 @@ class Display:
                 f"{angles[0]:.0f} to {angles[-1]:.0f} degrees, median"
                 f" {angles[len(angles) // 2]:.0f}"
             )
-            self.progress(f"iteration {number} merged; angles between task vectors: {spread}")
+            self.progress(f"{who} merged; angles between task vectors: {spread}")
             if measured and measured["kl_cosine"] is not None:
                 half = measured["kl_cosine_ci"]
                 error = "" if half is None else f" ± {half:.2f}"
                 self.progress(
-                    f"iteration {number}: KL cosine {measured['kl_cosine']:.2f}{error}: averaging"
+                    f"{who}: KL cosine {measured['kl_cosine']:.2f}{error}: averaging"
                     f" can save up to {100 * measured['kl_gain']:.0f} % of √KL"
                 )
         else:
-            self.progress(f"iteration {number}: one policy, nothing to merge")
+            self.progress(f"{who}: one policy, nothing to merge")
 
     @contextlib.contextmanager
     def _bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -10,6 +10,7 @@ chosen adapter come from one command each. The last line is JSON: reward and KL 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from environment import python_with
 
 from raywarp.cli import main as raywarp
 from raywarp.cli.quickstart import QUICKSTART
+from raywarp.cluster.device import CPU_ENV
 from raywarp.config.load import load_config
 from raywarp.config.schema import SMOLLM2
 from raywarp.planning.inputs import prepare_prompts
@@ -52,7 +54,8 @@ def train(folder: Path, seed: int, steps: int) -> str:
     if not (adapter / "adapter_config.json").is_file():
         python = python_with("trl", ["trl==1.16.0"])
         script = str(HERE / "trl_rloo.py")
-        subprocess.run([str(python), script, json.dumps(settings(folder, seed, steps))], check=True)
+        told = json.dumps(settings(folder, seed, steps))
+        subprocess.run([str(python), script, told], check=True, env=os.environ | CPU_ENV)
     return str(adapter)
 
 
