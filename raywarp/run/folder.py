@@ -304,7 +304,9 @@ class Run(History):
         """
         data = self.store.read(f"{name}.json")
         try:
-            return None if data is None else sealed.parse_record(data, f"{self.store.uri}/{name}")
+            return (
+                None if data is None else sealed.parse_record(data, f"{self.store.uri}/{name}.json")
+            )
         except DamagedError as error:
             self.say(f"{error}; measured again")
             return None

@@ -945,14 +945,6 @@ ADAPTERS: dict[str, Case] = {
         adapter(tensors(lambda held: held.update({"../x": torch.zeros(2)}))),
         "tensor ../x cannot be averaged",
     ),
-    "fewer targets": (
-        adapter(tensors(lambda held: [held.pop(LORA_A), held.pop(LORA_B)])),
-        "layers.0.attn.q",
-    ),
-    "a link out of the folder": (
-        adapter(linked("adapter_model.safetensors")),
-        "is a link that leads out of its folder",
-    ),
     "a place that is a file": (
         adapter(lambda folder: write(folder.parent, "merged", "")),
         "merged is a file; name a folder",

@@ -171,6 +171,25 @@ def test_each_point_is_measured_on_the_policy_that_its_name_says(
     assert found["karcher"]["kl"] == pytest.approx(exact, rel=1e-3)
 
 
+def test_an_init_is_where_the_task_vectors_start(
+    ray_cluster: Any, project: Path, tiny_llama: Path, adapters: list[str]
+) -> None:
+    """The average is of what the adapters have changed since the init, and the init stays in it."""
+    modules = ["q_proj", "v_proj"]
+    init = make_adapter(tiny_llama, project / "init", 3, r=3, lora_alpha=3, target_modules=modules)
+    config = settings(project, tiny_llama, "from-init", front={"ceiling_completions": 0})
+    found = points(front(adapters, config, init=init, display=Listener()))
+    a, b, start = (dense_changes(tiny_llama, place) for place in (*adapters, init))
+    vectors = [{name: own[name] - start[name] for name in own} for own in (a, b)]
+    mean = averaged(*vectors, slerp_of)
+    merged = {name: start[name] + mean.get(name, 0) for name in start}
+    for name, eta in (("liti 0.5", 0.5), ("slerp", 1.0)):
+        exact = kl_of(project, tiny_llama, lambda m, own=eta: add_to(m, merged, own))
+        assert found[name]["kl"] == pytest.approx(exact, rel=1e-3), name
+    apart = kl_of(project, tiny_llama, lambda m: add_to(m, averaged(a, b, slerp_of), 1.0))
+    assert abs(found["slerp"]["kl"] / apart - 1) > 0.01
+
+
 def test_the_chosen_adapter_is_the_point(measured: Run, project: Path, tiny_llama: Path) -> None:
     place = str(measured.folder / "adapter")
     exact = kl_of(project, tiny_llama, lambda m: PeftModel.from_pretrained(m, place))
@@ -255,7 +274,7 @@ def test_the_command_takes_adapters_options_and_keys(
     ("case", "message"),
     [
         ("lambdas", "lambdas lie between two adapters, and there are 1"),
-        ("nan", "hold NaN or infinity"),
+        ("nan", "holds NaN or infinity"),
         ("base", "is an adapter of"),
         ("mixed", "is a run, and stands beside other adapters"),
         ("out of a run", "holds a run of `raywarp train`"),
