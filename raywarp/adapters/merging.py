@@ -201,13 +201,20 @@ def _merged(recipe: Recipe, stack: Stack, weights: Sequence[float], gram: Tensor
     Where summands cancel, their sum is taken in float64 and brought to its true rank. In factors
     of the summands' size, float32 would round it away.
     """
-    c = torch.tensor(weights, dtype=torch.float64)
-    square, summands = float(c @ gram @ c), float(c.square() @ gram.diagonal())
+    rows = gram.tolist()  # so few numbers are summed faster in Python
+    square = math.fsum(
+        a * b * x
+        for a, row in zip(weights, rows, strict=True)
+        for b, x in zip(weights, row, strict=True)
+    )
+    summands = math.fsum(
+        a * a * row[m] for m, (a, row) in enumerate(zip(weights, rows, strict=True))
+    )
     cancels = square < _CANCELS * summands
     if cancels:
         stack = stack._replace(B=stack.B.double(), A=stack.A.double())
     merged = stack.weigh(weights, in_place=True)
-    if float(c.abs().max()) > 1 and not bool(merged.B.isfinite().all()):
+    if max(map(abs, weights)) > 1 and not bool(merged.B.isfinite().all()):
         raise AdapterError("the weighted numbers are too large for float32; use smaller weights")
     if cancels or recipe.rank or recipe.energy:
         return shrink(merged, recipe.rank, recipe.energy)

@@ -5,6 +5,7 @@ An error about an unknown key names the nearest known one.
 
 import copy
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
@@ -89,6 +90,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
             yield from known_keys(inner, f"{prefix}{name}.")
 
 
+@functools.cache
 def config_help() -> str:
     """Return every key with its default and description, for --help."""
     lines = ["keys and their defaults:"]
