@@ -25,11 +25,12 @@ from raywarp.adapters.recipe import Block, Group, Merge, Recipe
 from raywarp.adapters.rounding import balanced, squared_loss
 from raywarp.algorithm import averaging, geometry
 from raywarp.algorithm.deltas import Granularity, group_of, grouped
-from raywarp.algorithm.factors import AdapterError, Stack
+from raywarp.algorithm.factors import AdapterError, Factors, Stack
 from raywarp.algorithm.fitting import check_finite, union
 from raywarp.algorithm.truncation import Shrunk, difference, shrink
 
-_READERS = 2  # threads that read the next block while one is written
+_READERS = 2  # threads that read the next block while one is merged
+_MEMORIES = 3
 # Below this share of its summands' squares, a sum has lost digits to float32's rounding of them.
 _CANCELS = 0.05
 
@@ -143,9 +144,12 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path, progress:
         gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
     )
     dtype, count = _dtype(recipe, files), len(grouped(files[0].sizes))
-    with AdapterWriter(
-        folder, merge_like(files), _largest_shapes(recipe, files), dtype, recipe.per_module_ranks
-    ) as writer:
+    shapes, saved = _largest_shapes(recipe, files), Future[None]()
+    saved.set_result(None)
+    with (
+        AdapterWriter(folder, merge_like(files), shapes, dtype, recipe.per_module_ranks) as writer,
+        ThreadPoolExecutor(1) as saver,
+    ):
         for block, stacks, grams in _read_blocks(files):
             for group, own in (
                 whole or _group_grams(stacks, grams, bool(recipe.init), recipe.granularity)
@@ -159,8 +163,11 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path, progress:
                 module: _weights(recipe, groups[group_of(module, recipe.granularity)].coefficients)
                 for module in stacks
             }
-            blocks[block] = _write_block(recipe, writer, stacks, grams, weights, dtype)
+            blocks[block], merged = _merged_block(recipe, stacks, grams, weights, dtype)
+            saved.result()  # one block at a time, so that its memory is free again in time
+            saved = saver.submit(_write_block, writer, merged)
             progress(len(blocks), count)
+        saved.result()
     return Merge(recipe, files, groups, blocks, dtype)
 
 
@@ -171,28 +178,33 @@ def _dtype(recipe: Recipe, files: Sequence[AdapterFile]) -> torch.dtype:
     return reduce(torch.promote_types, sorted(set().union(*(f.dtypes for f in files)), key=str))
 
 
-def _write_block(
+def _merged_block(
     recipe: Recipe,
-    writer: AdapterWriter,
     stacks: Mapping[str, Stack],
     grams: Mapping[str, Tensor],
     weights: Mapping[str, Sequence[float]],
     dtype: torch.dtype,
-) -> Block:
+) -> tuple[Block, dict[str, Factors]]:
+    """Return what is told of a block's merge, and its factors in the stacks' memory."""
     square = kept = lost = 0.0
-    rank = 0
+    factors = {}
     for module, stack in stacks.items():
         own = _merged(recipe, stack, weights[module], grams[module])
-        merged = balanced(own.factors, dtype)
-        kept, square, rank = kept + own.kept, square + own.total, max(rank, merged.rank)
+        factors[module] = merged = balanced(own.factors, dtype)
+        kept, square = kept + own.kept, square + own.total
         lost += squared_loss(merged, dtype)
-        writer.write(module, merged)
-    return Block(
+    told = Block(
         norm=math.sqrt(max(square, 0)),
         retained=math.sqrt(kept / square) if square > 0 else 1.0,
-        rank=rank,
+        rank=max(f.rank for f in factors.values()),
         rounding=math.sqrt(lost / kept) if kept > 0 else 0.0,
     )
+    return told, factors
+
+
+def _write_block(writer: AdapterWriter, factors: Mapping[str, Factors]) -> None:
+    for module, own in factors.items():
+        writer.write(module, own)
 
 
 def _merged(recipe: Recipe, stack: Stack, weights: Sequence[float], gram: Tensor) -> Shrunk:
@@ -244,8 +256,8 @@ class _Read(NamedTuple):
 def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[_Read]:
     """Yield one block after another, while other threads read the next one.
 
-    A block's stacks are valid until the next is asked for. Each operation stays in one thread:
-    operations this small would wait for each other more than they compute.
+    A block's stacks are valid until the next but one is asked for. Each operation stays in one
+    thread: operations this small would wait for each other more than they compute.
 
     Args:
         exact: see Stack.gram.
@@ -256,8 +268,9 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
     }
     blocks = grouped(counts)
     largest = max(sum(counts[module] for module in modules) for modules in blocks.values())
-    # The two are used in turn, since new memory for every block would have to be paged in first.
-    memories = torch.empty(2, largest)
+    # They are used in turn, since new memory for every block would have to be paged in first: for a
+    # block that is read, one that is merged, and one that is written.
+    memories = torch.empty(_MEMORIES, largest)
 
     def read(module: str, memory: Tensor) -> tuple[Stack, Tensor]:
         parts = [file.read(module, scaled=False) for file in files]
@@ -290,7 +303,7 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
         ):
             results = {module: future.result() for module, future in under_way.items()}
             if following is not None:
-                under_way = start(following, memories[number % 2])
+                under_way = start(following, memories[number % _MEMORIES])
             yield _Read(
                 block,
                 {m: stack for m, (stack, _) in results.items()},
