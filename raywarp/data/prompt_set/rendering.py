@@ -19,7 +19,7 @@ from raywarp.data.conversations import (
     plain_text,
 )
 from raywarp.data.text import own_tokens
-from raywarp.data.turns import ANSWER, Turn, is_dialogue, read_dialogue
+from raywarp.data.turns import ANSWER, asked, is_dialogue, read_dialogue
 from raywarp.data.turns import messages as messages_of
 from raywarp.identity import derive_seed
 
@@ -149,14 +149,12 @@ class PromptRenderer:
 
         Without a template it stays a text, up to where the answer begins.
         """
-        turns, last = read_dialogue(text), self.config.last_answer
-        is_open = turns[-1] == Turn("assistant", "")
         if self.template:
-            asked = turns[:-1] if is_open else turns
-            return replace(self._turns(messages_of(asked), row), altered=True)
-        if is_open or last == "continue" or turns[-1].role != "assistant":
+            return replace(self._turns(messages_of(asked(text, True)), row), altered=True)
+        end, rule = read_dialogue(text)[-1], self.config.last_answer
+        if end.role != "assistant" or not end.content or rule == "continue":
             return self._text(text)
-        if last == "refuse":
+        if rule == "refuse":
             raise _BadRow(row, _ANSWERED)
         return self._text(text[: text.rindex(ANSWER.rstrip())] + ANSWER.rstrip())
 
