@@ -269,7 +269,7 @@ def _kl_summary(base: str, found: Any, texts: list[str]) -> dict[str, Any]:
     from raywarp.adapters.peft import load_peft
     from raywarp.algorithm.averaging import lerp
     from raywarp.algorithm.geometry import kl_summary
-    from raywarp.model.adapter_kls import TEXTS, text_kls
+    from raywarp.baking.adapter_kls import TEXTS, text_kls
 
     deltas = [load_peft(file.name) for file in found.files]
     policies, init = deltas[: found.policies], next(iter(deltas[found.policies :]), None)
