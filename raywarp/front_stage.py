@@ -11,23 +11,33 @@ from typing import Any
 
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add
-from raywarp.algorithm.truncation import compress
 from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims
+from raywarp.cluster.health import Report
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.front_sources import Sources, check_same, front_config, read_sources
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
 from raywarp.rollout.protocol import spans_of
-from raywarp.run import front as fronts
 from raywarp.run.card import Origin, card, code, hub_name
 from raywarp.run.ceiling import Ceiling
 from raywarp.run.display import Display
 from raywarp.run.events import Journal
 from raywarp.run.figures import plot_front
 from raywarp.run.folder import SOURCES_FILE, Run
-from raywarp.run.front import Candidate, Point, candidates, more_averages, wanted_etas
+from raywarp.run.front import (
+    Candidate,
+    Point,
+    candidates,
+    choose,
+    front_json,
+    is_current,
+    more_averages,
+    on_line,
+    sample_rows,
+    wanted_etas,
+)
 from raywarp.run.keys import front_key, key_of_numerics, points_key
 from raywarp.run.prometheus import RunMetrics
 from raywarp.standardisation import reward_statistics
@@ -39,6 +49,24 @@ from raywarp.training.merges import measure_merge
 from raywarp.training.session import Session
 
 TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
+
+
+def session_of(inputs: Inputs, report: Report, lazy: bool, shares: bool = False) -> Session:
+    """Return a session with policy actors, which is proven on a run's own prompts.
+
+    Args:
+        report, lazy, shares: see Session.
+    """
+    return Session(
+        inputs.config,
+        inputs.model,
+        inputs.longest_prompt,
+        report=report,
+        shares=shares,
+        check=lambda: check_cluster(inputs.config, inputs),
+        lazy=lazy,
+        texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,7 @@ class Fronts:
     def save(
         self,
         key: str,
-        candidates: Callable[[], list[Candidate]],
+        points: Callable[[], list[Candidate]],
         origin: Origin,
         determinants: Mapping[str, object],
         numerics: Mapping[str, object],
@@ -73,7 +101,7 @@ class Fronts:
 
         Args:
             key: of the front, see raywarp.run.keys.front_key.
-            candidates: gives the points to measure, of which the first is SFT.
+            points: gives the points to measure, of which the first is SFT.
             origin: where the adapters come from.
             determinants: what the policies' keys depend on besides the configuration.
             numerics: are kept in front.json, see Run.numerics.
@@ -87,20 +115,20 @@ class Fronts:
         )
         limits, told = ceiling.json() if ceiling else None, self.inputs.measured(config)
         is_measured = run.has_front(key)
-        if is_measured and fronts.is_current(run.front(), told, limits):
+        if is_measured and is_current(run.front(), told, limits):
             self.display.front(run)
             return False
-        points = candidates()
+        line = points()
         measured = (
             [Point(**point) for point in run.front()["points"]]
             if is_measured
-            else self._measure(points, determinants)
+            else self._measure(line, determinants)
         )
-        chosen = fronts.choose(measured, config.front.choose)
-        self._save_adapter(points, measured, chosen, origin, ceiling)
+        chosen = choose(measured, config.front.choose)
+        self._save_adapter(line, measured, chosen, origin, ceiling)
         numerics_key = key_of_numerics(config, self.inputs.fingerprints())
         found = {"key": key, "numerics": {numerics_key: numerics}, **self.more}
-        run.save_front({**found, **fronts.front_json(measured, chosen, told, limits)})
+        run.save_front({**found, **front_json(measured, chosen, told, limits)})
         self.display.front(run)
         return True
 
@@ -114,7 +142,7 @@ class Fronts:
     ) -> None:
         told = self.inputs.measured(self.config)
         plot_front(measured, chosen, self.run.folder / "front.png", origin.picture, ceiling)
-        adapter = fronts.on_line(points, chosen.eta or 0.0)
+        adapter = on_line(points, chosen.eta or 0.0)
         self.run.save_adapter(
             adapter,
             card(told, measured, chosen, adapter.rank, list(adapter.factors), ceiling, origin),
@@ -135,7 +163,7 @@ class Fronts:
         )
         sealed.write_json(
             self.run.folder / "samples.json",
-            fronts.sample_rows(results, held_out, self.config.front),
+            sample_rows(results, held_out, self.config.front),
         )
         return [point for point, _ in results]
 
@@ -188,15 +216,7 @@ def front(
         stoppable(),
     ):
         known = run.numerics(key_of_numerics(wide, inputs.fingerprints()))
-        with Session(
-            inputs.config,
-            inputs.model,
-            inputs.longest_prompt,
-            report=journal.report,
-            check=lambda: check_cluster(inputs.config, inputs),
-            lazy=known is not None,
-            texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
-        ) as session:
+        with session_of(inputs, journal.report, lazy=known is not None) as session:
             sealed.write_record(run.folder / SOURCES_FILE, {"key": sources.key, **sources.json()})
             run.save_config(config, inputs.prompts.rendered_at)
             journal.begin()
@@ -231,7 +251,7 @@ def _measure_sources(
     measured = measure_merge(
         session, config, run, [sources.key, key], sources.init, sources.policies, prompts
     )
-    merged = compress(add(sources.init, slerp(sources.policies)))
+    merged = add(sources.init, slerp(sources.policies))
     run.save_iteration(1, sources.init, merged, (), sources.policies, measured)
     stage.display.merged(None, sources.policies, measured)
     stage.save(

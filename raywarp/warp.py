@@ -23,9 +23,8 @@ from raywarp.algorithm.truncation import compress
 from raywarp.cluster.claims import NO_CLAIMS, Claims, Elsewhere
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config
-from raywarp.front_stage import TEXTS, Fronts
+from raywarp.front_stage import Fronts, session_of
 from raywarp.planning.inputs import Inputs, prepare
-from raywarp.planning.plan import check_cluster
 from raywarp.run.card import run_origin
 from raywarp.run.display import Display
 from raywarp.run.events import Journal
@@ -106,17 +105,9 @@ def stages(
         stoppable() if claims.alone else nullcontext(),
     ):
         known = run.numerics(key_of_numerics(config, inputs.fingerprints()))
-        session_of_run = Session(
-            inputs.config,
-            inputs.model,
-            inputs.longest_prompt,
-            report=journal.report,
-            shares=not claims.alone,
-            check=lambda: check_cluster(inputs.config, inputs),
-            lazy=known is not None,
-            texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
-        )
-        with Loggers(config, run, lazy=known is not None) as loggers, session_of_run as session:
+        lazy = known is not None
+        session_of_run = session_of(inputs, journal.report, lazy, shares=not claims.alone)
+        with Loggers(config, run, lazy=lazy) as loggers, session_of_run as session:
             run.save_config(config, inputs.prompts.rendered_at)
             run.clean()
             journal.begin()

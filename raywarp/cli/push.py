@@ -13,7 +13,7 @@ from typing import Any
 from raywarp.config.schema import ConfigError
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
-from raywarp.storage.sealed import MANIFEST, DamagedError, StoreError
+from raywarp.storage.sealed import MANIFEST, StoreError
 
 CARD = "README.md"
 Files = dict[str, bytes]
@@ -79,8 +79,10 @@ def push(
     """
     from huggingface_hub import HfApi
 
+    from raywarp.run.history import fetched
+
     storage, hub = Storage(run), HfApi()
-    files = _files(_whole(storage, "adapter"))
+    files = _files(fetched(storage, "adapter"))
     line = _line(storage) if points else {}
     files[CARD] = _card(files.get(CARD, b""), storage, list(line), points).encode()
     if points == "subfolders":
@@ -90,16 +92,6 @@ def push(
         for name, own in line.items() if points == "revisions" else ():
             _commit(hub, repo, {**own, CARD: files[CARD]}, name)
         return _commit(hub, repo, files, revision)
-
-
-def _whole(storage: Storage, name: str) -> Path:
-    try:
-        folder = storage.fetch(name)
-    except DamagedError as error:
-        raise ConfigError(f"{error}; `raywarp train` makes it anew") from None
-    if folder is None:
-        raise ConfigError(f"{storage.uri} has no {name}/: is it the folder of a finished run?")
-    return folder
 
 
 def _files(folder: Path) -> Files:
@@ -115,14 +107,14 @@ def _line(storage: Storage) -> dict[str, Files]:
     from raywarp.adapters.line import save_line
     from raywarp.run.config_file import CONFIG_FILE, read_saved_config
     from raywarp.run.folder import FRONT_FILE
+    from raywarp.run.history import fetched, last_iteration
 
     data, saved = storage.read(FRONT_FILE), storage.read(CONFIG_FILE)
     if data is None or saved is None:
         raise ConfigError(f"{storage.uri} has no front: is it the folder of a finished run?")
     points = sealed.parse_record(data, FRONT_FILE)["points"]
     etas = sorted(point["eta"] for point in points if point["eta"])
-    last = max(int(name) for name in storage.names("iterations") if name.isdigit())
-    merged = _whole(storage, f"iterations/{last}/merged")
+    merged = fetched(storage, f"iterations/{last_iteration(storage)}/merged")
     with tempfile.TemporaryDirectory(prefix="raywarp-push-") as folder:
         sft_adapter = (read_saved_config(saved) or {}).get("sft_adapter")
         found = save_line(merged, sft_adapter, etas, Path(folder))

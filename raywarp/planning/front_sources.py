@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from raywarp import identity
 from raywarp.adapters.merging import open_adapters
 from raywarp.adapters.peft import AdapterFile, load_peft
-from raywarp.adapters.start import Start, of_sft
+from raywarp.adapters.start import Start, load_start, of_sft
 from raywarp.algorithm.averaging import task_vectors
-from raywarp.algorithm.deltas import AdapterDelta, trailing, zeros_like
-from raywarp.algorithm.factors import AdapterError, Factors
+from raywarp.algorithm.deltas import AdapterDelta, aligned, trailing, zeros_like
+from raywarp.algorithm.factors import AdapterError
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.inputs import Inputs
@@ -22,9 +20,9 @@ from raywarp.planning.sft_adapter import checked_adapter
 from raywarp.rollout.transport import digest
 from raywarp.run.config_file import CONFIG_FILE, read_saved_config
 from raywarp.run.folder import SOURCES_FILE
+from raywarp.run.history import fetched, last_iteration
 from raywarp.storage import sealed
-from raywarp.storage.location import Storage
-from raywarp.storage.sealed import DamagedError
+from raywarp.storage.location import Storage, is_uri
 
 # What a point may not be called after its adapter, since other points have these names.
 _TAKEN = ("sft", "slerp", "lerp", "karcher", "liti")
@@ -68,7 +66,7 @@ def saved_run(place: str) -> dict[str, Any] | None:
     Raises:
         ConfigError: the configuration cannot be read.
     """
-    if not Storage(place).uri.startswith(("s3://", "gs://")) and not Path(place).is_dir():
+    if not (is_uri(place) or Path(place).is_dir()):  # a hub id
         return None
     data = Storage(place).read(CONFIG_FILE)
     if data is None:
@@ -126,11 +124,11 @@ def read_sources(inputs: Inputs, adapters: Sequence[str], init: str | None = Non
     Raises:
         ConfigError: an adapter holds NaN, or is of another model. A run is not finished.
     """
-    start = inputs.start and Start.load(inputs.config.sft_adapter or "")
+    start = load_start(inputs.config.sft_adapter)
     if (saved := saved_run(adapters[0])) is not None:
-        return _of_run(adapters[0], saved, start or None)
-    read = [_read(inputs, place, start or None) for place in (*adapters, *([init] if init else []))]
-    whole = _over_all_modules(read)
+        return _of_run(adapters[0], saved, start)
+    whole = [_read(inputs, place, start) for place in (*adapters, *([init] if init else []))]
+    whole = aligned(whole, [*adapters, *([init] if init else [])])
     at = whole.pop() if init else zeros_like(whole[0])
     vectors = task_vectors(whole, at) if init else whole
     return Sources(_names(adapters), list(adapters), init or "", at, vectors)
@@ -162,72 +160,31 @@ def _opened(place: str) -> AdapterFile:
 def _read(inputs: Inputs, place: str, start: Start | None) -> AdapterDelta:
     """Return an adapter as a change of the SFT model, in float32."""
     delta = checked_adapter(place, place, inputs.config, inputs.model, inputs.settings).delta
-    if start is None:
-        return delta
-    both = _over_all_modules([delta, start.delta])
-    return task_vectors(both[:1], both[1])[0]
-
-
-def _over_all_modules(deltas: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-    """Return the adapters over the modules of any of them: what one lacks, it does not change."""
-    sizes = {
-        module: (f.B.shape[0], f.A.shape[1])
-        for delta in deltas
-        for module, f in delta.factors.items()
-    }
-    return [_over(delta, sizes) for delta in deltas]
-
-
-def _over(delta: AdapterDelta, sizes: Mapping[str, tuple[int, int]]) -> AdapterDelta:
-    """Return an adapter over these modules, with a zero column where it has no factors."""
-    factors = {
-        module: delta.factors.get(module)
-        or Factors(torch.zeros(sizes[module][0], 1), torch.zeros(1, sizes[module][1]))
-        for module in sorted(sizes)
-    }
-    return AdapterDelta(
-        factors, tuple(factors), delta.base_model, fan_in_fan_out=delta.fan_in_fan_out
-    )
+    return task_vectors([delta], start.delta)[0] if start else delta
 
 
 def _of_run(place: str, saved: Mapping[str, Any], start: Start | None) -> Sources:
     """Return the last iteration of a finished run: its policies, and the init they started from."""
     config, storage = parse_config(dict(saved)), Storage(place)
-    done, wanted = _iterations(storage), config.warp.iterations
+    done, wanted = last_iteration(storage), config.warp.iterations
     if done < wanted:
         raise ConfigError(
             f"{place} has finished {done} of {wanted} iterations; let `raywarp train` finish it"
         )
     last = f"iterations/{wanted}"
-    try:
-        folders = [_fetched(storage, last), _fetched(storage, f"{last}/init")]
-        names: list[str] = json.loads((folders[0] / "policies.json").read_text())
-        found = [_fetched(*_place_of(storage, name)) for name in names]
-    except DamagedError as error:
-        raise ConfigError(f"{error}; `raywarp train` makes it anew") from None
+    names: list[str] = json.loads((fetched(storage, last) / "policies.json").read_text())
+    found = [fetched(*_place_of(storage, name)) for name in names]
     policies = [trailing(of_sft(start, load_peft(own)), config.policy_rank) for own in found]
-    init = of_sft(start, load_peft(folders[1]))
+    init = of_sft(start, load_peft(fetched(storage, f"{last}/init")))
     titles = [f"policy {m}" for m in range(1, len(names) + 1)]
     places = [name if "/policies/" in name else f"{place.rstrip('/')}/{name}" for name in names]
     return Sources(titles, places, f"{place.rstrip('/')}/{last}/init", init, policies)
-
-
-def _iterations(storage: Storage) -> int:
-    """Return how many iterations a run has finished."""
-    return max((int(name) for name in storage.names("iterations") if name.isdigit()), default=0)
 
 
 def _place_of(storage: Storage, name: str) -> tuple[Storage, str]:
     """Return the store of a policy, and its name there, by an entry of policies.json."""
     place, _, key = name.rpartition("policies/")
     return (Storage(place) if place else storage), f"policies/{key}"
-
-
-def _fetched(storage: Storage, name: str) -> Path:
-    folder = storage.fetch(name)
-    if folder is None:
-        raise ConfigError(f"{storage.uri} lacks {name}; `raywarp train` makes it anew")
-    return folder
 
 
 def _names(places: Sequence[str]) -> list[str]:

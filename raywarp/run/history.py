@@ -5,14 +5,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raywarp.config.schema import ConfigError
 from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.storage import sealed
+from raywarp.storage.location import Storage
 from raywarp.storage.mirror import Mirror
 from raywarp.storage.sealed import DamagedError
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
 EVENTS_FILE = "events.jsonl"
+
+
+def last_iteration(place: Storage) -> int:
+    """Return how many iterations the run at a place has finished."""
+    return max((int(name) for name in place.names("iterations") if name.isdigit()), default=0)
+
+
+def fetched(place: Storage, name: str) -> Path:
+    """Return a whole folder of a run.
+
+    Raises:
+        ConfigError: it is damaged, or not there.
+    """
+    try:
+        folder = place.fetch(name)
+    except DamagedError as error:
+        raise ConfigError(f"{error}; `raywarp train` makes it anew") from None
+    if folder is None:
+        raise ConfigError(f"{place.uri} has no {name}/: is it the folder of a finished run?")
+    return folder
 
 
 class History:
