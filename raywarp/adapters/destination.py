@@ -66,10 +66,8 @@ def _place(out: str) -> Path | Storage:
 @contextmanager
 def _in_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise AdapterError(f"{out} is a file; name a folder")
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise AdapterError(f"{out} is not empty; choose another folder, or give --overwrite")
+    if (reason := sealed.why_in_use(out)) and not (overwrite and out.is_dir()):
+        raise AdapterError(reason + (", or give --overwrite" if out.is_dir() else ""))
     try:
         with sealed.new_files(out, last=ADAPTER_CONFIG_FILE) as folder:
             yield folder

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from raywarp.adapters.merging import gram_matrices, open_adapters
-from raywarp.adapters.recipe import Group, Survey
-from raywarp.algorithm import averaging, geometry
+from raywarp.adapters.merging import gram_matrices, groups_of, open_adapters
+from raywarp.adapters.recipe import Survey
+from raywarp.algorithm import averaging
 from raywarp.algorithm.averaging import AntipodalError
 from raywarp.algorithm.deltas import Granularity
 from raywarp.algorithm.factors import AdapterError
@@ -71,8 +71,7 @@ def _measured(
         raise AdapterError("\n".join(dict.fromkeys(refusals.values())))
     files = open_adapters([*policies, *([init] if init else [])], allow_different_bases=True)
     grams = gram_matrices(files, bool(init), granularity)
-    groups = {name: Group(**geometry.norms_and_angles(own)) for name, own in grams.items()}
-    return Survey(files, len(policies), groups, refusals, _undefined(grams))
+    return Survey(files, len(policies), groups_of(grams), refusals, _undefined(grams))
 
 
 def _undefined(grams: Mapping[str, Tensor]) -> dict[str, str]:

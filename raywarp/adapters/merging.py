@@ -90,10 +90,12 @@ def inspect(
         AdapterError: see merge.
     """
     files = open_adapters([*adapters, *([init] if init else [])], allow_different_bases)
-    measured = gram_matrices(files, bool(init), granularity)
-    return files, {
-        group: Group(**geometry.norms_and_angles(own)) for group, own in measured.items()
-    }
+    return files, groups_of(gram_matrices(files, bool(init), granularity))
+
+
+def groups_of(grams: Mapping[str, Tensor]) -> dict[str, Group]:
+    """Return group → its norms and angles, from the Gram matrices of its task vectors."""
+    return {group: Group(**geometry.norms_and_angles(own)) for group, own in grams.items()}
 
 
 def open_adapters(sources: Sequence[str], allow_different_bases: bool = False) -> list[AdapterFile]:
@@ -144,12 +146,12 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path, progress:
         gram_matrices(files, bool(recipe.init), "global") if recipe.granularity == "global" else {}
     )
     dtype, count = _dtype(recipe, files), len(grouped(files[0].sizes))
-    shapes, saved = _largest_shapes(recipe, files), Future[None]()
-    saved.set_result(None)
+    shapes = _largest_shapes(recipe, files)
     with (
         AdapterWriter(folder, merge_like(files), shapes, dtype, recipe.per_module_ranks) as writer,
         ThreadPoolExecutor(1) as saver,
     ):
+        saved = saver.submit(_write_block, writer, {})
         for block, stacks, grams in _read_blocks(files):
             for group, own in (
                 whole or _group_grams(stacks, grams, bool(recipe.init), recipe.granularity)
@@ -343,7 +345,6 @@ def _group_grams(
 
     Args:
         grams: module → Gram matrix of its stack. Without an init it is that of the task vectors.
-
     """
     if has_init:
         stacks = {module: _task_vectors(stack) for module, stack in stacks.items()}

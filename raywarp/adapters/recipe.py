@@ -97,8 +97,7 @@ class Recipe:
             raise ConfigError(why_not(self.method) or offered)
         if not self.adapters:
             raise ConfigError("there is no adapter to merge")
-        if not (self.liti_rate >= 0 and math.isfinite(self.liti_rate)):
-            raise ConfigError(f"the LITI rate must be at least 0, not {self.liti_rate}")
+        check_liti_rate(self.liti_rate)
         try:
             if self.method == "sum":
                 _check_summands(self.weights, len(self.adapters))
@@ -132,6 +131,12 @@ class Recipe:
         if self.method == "sum":
             return [float(weight) for weight in self.weights or [1.0] * len(own)]
         return averaging.in_group(group, _COEFFICIENTS[self.method], own, self.weights).tolist()
+
+
+def check_liti_rate(rate: float) -> None:
+    """Raise ConfigError unless η is a number of at least 0; above 1 it extrapolates."""
+    if not (rate >= 0 and math.isfinite(rate)):
+        raise ConfigError(f"the LITI rate must be at least 0, not {rate}")
 
 
 def _check_summands(weights: Sequence[float] | None, count: int) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# As safetensors names them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Linux maps up to a huge page around a page that is read, including what lies before it.
 _WINDOW = 2 << 20
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
@@ -61,12 +62,11 @@ class TensorFile:
             TensorFileError: its numbers are not floating-point numbers of 16 to 64 bits.
         """
         entry = self._entries[name]
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise TensorFileError(
-                f"{self.path}: {name} is {entry['dtype']}; only {', '.join(_DTYPES)} can be"
-                " averaged"
+                f"{self.path}: {name} is {entry['dtype']}; only {', '.join(DTYPES)} can be averaged"
             )
-        dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
         if begin == end:
             return torch.empty(self.shapes[name], dtype=dtype)
         flat = torch.frombuffer(
@@ -87,12 +87,12 @@ class TensorFile:
     def dtypes(self) -> set[torch.dtype]:
         """The readable dtypes of the file's tensors."""
         return {
-            _DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in _DTYPES
+            DTYPES[entry["dtype"]] for entry in self._entries.values() if entry["dtype"] in DTYPES
         }
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Return a tensor's dtype; None where it cannot be read."""
-        return _DTYPES.get(self._entries[name]["dtype"])
+        return DTYPES.get(self._entries[name]["dtype"])
 
     def release(self, name: str) -> None:
         """Give the pages of this tensor back to the system.
@@ -136,7 +136,7 @@ class TensorFile:
             self._entries.items(), key=lambda item: tuple(item[1]["data_offsets"])
         ):
             begin, end = entry["data_offsets"]
-            dtype = _DTYPES.get(entry["dtype"])
+            dtype = DTYPES.get(entry["dtype"])
             if begin != position or (
                 dtype and end - begin != torch.Size(entry["shape"]).numel() * dtype.itemsize
             ):
@@ -223,7 +223,7 @@ class TensorWriter:
         for name, shape in shapes.items():
             end = position + torch.Size(shape).numel() * self.dtype.itemsize
             header[name] = {
-                "dtype": _NAMES[self.dtype],
+                "dtype": DTYPE_NAMES[self.dtype],
                 "shape": list(shape),
                 "data_offsets": [position, end],
             }

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from raywarp.adapters.peft import AdapterFile
+from raywarp.adapters.recipe import check_liti_rate
 from raywarp.adapters.weight_files import inside
 from raywarp.baking.base import Base, open_base
 from raywarp.baking.card import Baked, baked_card
@@ -56,7 +57,7 @@ def bake(
         ConfigError: a base that it cannot be added to exactly, an `out` that is in use, or no room.
             Nothing is left half-written.
     """
-    check_rate(liti_rate)
+    check_liti_rate(liti_rate)
     if not math.isfinite(shard_size) or shard_size <= 0:
         raise ConfigError(f"a weight file's size must be above 0 GB, not {shard_size}")
     if dtype not in get_args(Dtype):
@@ -103,12 +104,6 @@ def _baked(
     )
 
 
-def check_rate(rate: float) -> None:
-    """Raise ConfigError unless η is a number of at least 0."""
-    if not math.isfinite(rate) or rate < 0:
-        raise ConfigError(f"the LITI rate must be a number of at least 0, not {rate}")
-
-
 def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -122,10 +117,8 @@ def check_unused(out: str | Path) -> None:
     if is_uri(str(out)):
         raise ConfigError(f"--out {out}: a model is written to a folder; copy it from there")
     place = Path(out).expanduser().resolve()
-    if place.exists() and not place.is_dir():
-        raise ConfigError(f"{place} is a file; name a folder")
-    if place.exists() and any(place.iterdir()):
-        raise ConfigError(f"{place} is not empty; choose another folder")
+    if reason := sealed.why_in_use(place):
+        raise ConfigError(reason)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from raywarp.adapters.peft import AdapterFile
+from raywarp.adapters.recipe import check_liti_rate
 from raywarp.algorithm.factors import Factors
-from raywarp.baking.bake import Dtype, check_rate, check_unused, new_model
+from raywarp.baking.bake import Dtype, check_unused, new_model
 from raywarp.baking.base import Base, open_base
 from raywarp.config.schema import ConfigError
 
@@ -66,7 +67,7 @@ def write_gguf(
         ConfigError: an architecture whose names or layout are not known exactly, another base, or
             an `out` that is in use.
     """
-    check_rate(liti_rate)
+    check_liti_rate(liti_rate)
     if dtype == "bfloat16":
         raise ConfigError("the factors of a GGUF file are float32 or float16; set --dtype")
     check_unused(out)

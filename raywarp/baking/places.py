@@ -20,8 +20,8 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from raywarp.adapters.tensor_file import DTYPES
 from raywarp.baking.base import Base
-from raywarp.baking.shards import FLOATS
 from raywarp.config.schema import ConfigError
 from raywarp.model.targets import is_bypassed, is_linear
 
@@ -71,10 +71,10 @@ def find_places(
     for module, (d_out, d_in) in sizes.items():
         place = places[module]
         file = base.tensors[place.read]
-        if (kind := file.stored(place.read)[0]) not in FLOATS:
+        if (kind := file.stored(place.read)[0]) not in DTYPES:
             raise ConfigError(
                 f"{base.what} stores {place.read} as {kind}, to which ΔW cannot be added; name a"
-                f" base in {', '.join(FLOATS)} with --base"
+                f" base in {', '.join(DTYPES)} with --base"
             )
         found = file.shapes[place.read]
         if found != ((d_in, d_out) if place.transposed else (d_out, d_in)):

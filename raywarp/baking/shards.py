@@ -11,9 +11,6 @@ from torch import Tensor
 
 from raywarp.adapters.weight_files import INDEX, WEIGHTS
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
-
 
 class Entry(NamedTuple):
     """A tensor to come.

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from raywarp.adapters.peft import AdapterFile
+from raywarp.adapters.tensor_file import DTYPE_NAMES, DTYPES
 from raywarp.baking.base import Base
 from raywarp.baking.places import Place
 from raywarp.baking.rounding import WRITTEN, Losses
-from raywarp.baking.shards import FLOATS, NAMES, Entry, ShardWriter, pieces, split
+from raywarp.baking.shards import Entry, ShardWriter, pieces, split
 from raywarp.config.schema import ConfigError
 
 _BYTES = 1 << 24  # copied at once
@@ -78,7 +79,7 @@ class BakedWeights:
         kind, shape = self._kind(stored), file.shapes[read]
         size = len(data)
         if kind != stored:
-            size = torch.Size(shape).numel() * FLOATS[kind].itemsize
+            size = torch.Size(shape).numel() * DTYPES[kind].itemsize
         return Entry(name, kind, shape, size)
 
     def _kind(self, stored: str) -> str:
@@ -86,12 +87,12 @@ class BakedWeights:
 
         What a 16-bit model holds in more bits (a router's bias) was kept so on purpose.
         """
-        own = FLOATS.get(stored)
+        own = DTYPES.get(stored)
         if self._asked is None or own is None:
             return stored
         is_wide_on_purpose = own.itemsize > self._stored_dtype.itemsize
         narrows = own.itemsize > self._asked.itemsize
-        return stored if is_wide_on_purpose and narrows else NAMES[self._asked]
+        return stored if is_wide_on_purpose and narrows else DTYPE_NAMES[self._asked]
 
     def _read_name(self, name: str) -> str:
         return self._changes[name][1].read if name in self._changes else name
@@ -115,7 +116,7 @@ class BakedWeights:
         module, place = self._changes[entry.name]
         B, A = self.adapter.read(module)
         left, right = (A.T, B.T) if place.transposed else (B, A)
-        dtypes = {WRITTEN: FLOATS[entry.kind], **_OFFERED}
+        dtypes = {WRITTEN: DTYPES[entry.kind], **_OFFERED}
         for rows in pieces(*weight.shape):
             change = _wide(left[rows] * self.rate) @ _wide(right)
             total = _wide(weight[rows]) + change
@@ -126,7 +127,7 @@ class BakedWeights:
         self.adapter.release(module)
 
     def _rounded(self, entry: Entry, numbers: Tensor) -> Tensor:
-        rounded = numbers.to(FLOATS[entry.kind])
+        rounded = numbers.to(DTYPES[entry.kind])
         if not bool(rounded.isfinite().all()) and bool(numbers.isfinite().all()):
             raise ConfigError(
                 f"{entry.name} has numbers too large for float16; use float32 or bfloat16"
@@ -143,5 +144,5 @@ def _main_dtype(base: Base) -> torch.dtype:
     sizes: Counter[str] = Counter()
     for name, file in base.tensors.items():
         kind, data = file.stored(name)
-        sizes[kind] += len(data) if kind in FLOATS else 0
-    return FLOATS[sizes.most_common(1)[0][0]]
+        sizes[kind] += len(data) if kind in DTYPES else 0
+    return DTYPES[sizes.most_common(1)[0][0]]

@@ -62,39 +62,17 @@ def add_bake(commands: Any) -> None:
 def _bake(options: argparse.Namespace) -> None:
     from raywarp.baking.bake import bake
     from raywarp.baking.card import summary
+    from raywarp.baking.gguf_lora import write_gguf
     from raywarp.cluster.runtime import stoppable
 
-    if options.gguf:
-        return _gguf(options)
+    what = (options.adapter, options.out, options.liti, options.dtype, options.base)
+    code, other = options.trust_remote_code, options.allow_different_base
     with stoppable():
-        baked = bake(
-            options.adapter,
-            options.out,
-            options.liti,
-            options.dtype,
-            options.base,
-            options.shard_size,
-            options.trust_remote_code,
-            options.allow_different_base,
-        )
+        if options.gguf:
+            file = write_gguf(*what, code, other)
+            return print(f"written to {file}; llama-cli -m BASE.gguf --lora {file}")
+        baked = bake(*what, options.shard_size, code, other)
     if options.json:
         print(json.dumps({**asdict(baked), "folder": str(baked.folder)}))
     else:
         print(f"{summary(baked)}\nwritten to {options.out}")
-
-
-def _gguf(options: argparse.Namespace) -> None:
-    from raywarp.baking.gguf_lora import write_gguf
-    from raywarp.cluster.runtime import stoppable
-
-    with stoppable():
-        file = write_gguf(
-            options.adapter,
-            options.out,
-            options.liti,
-            options.dtype,
-            options.base,
-            options.trust_remote_code,
-            options.allow_different_base,
-        )
-    print(f"written to {file}; llama-cli -m BASE.gguf --lora {file}")

@@ -302,10 +302,8 @@ class Storage:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        from pyarrow import (
-            ArrowInvalid,
-            fs,
-        )  # half a second and 30 MB, which a folder does not need
+        # Half a second and 30 MB, which a folder does not need.
+        from pyarrow import ArrowInvalid, fs
 
         try:
             return fs.FileSystem.from_uri(self.uri)  # type: ignore[no-any-return]

@@ -257,6 +257,15 @@ def move_into(folder: Path, new: Path, last: str) -> None:
         path.replace(folder / path.name)
 
 
+def why_in_use(folder: Path) -> str:
+    """Return why nothing new can be made at a place; "" for a new or an empty folder."""
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file; name a folder"
+    if folder.exists() and any(folder.iterdir()):
+        return f"{folder} is not empty; choose another folder"
+    return ""
+
+
 @contextmanager
 def new_files(folder: Path, last: str) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved into `folder` if the body succeeds.
