@@ -20,7 +20,7 @@ from raywarp.planning.front_sources import Sources, check_same, front_config, re
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
 from raywarp.rollout.protocol import spans_of
-from raywarp.run.card import Origin, card, code, hub_name
+from raywarp.run.card import Origin, card, code, hub_name, run_origin
 from raywarp.run.ceiling import Ceiling
 from raywarp.run.display import Display
 from raywarp.run.events import Journal
@@ -280,18 +280,20 @@ def candidates_of(
 
 
 def _origin(config: Config, sources: Sources) -> Origin:
-    """Return what a card says of adapters that raywarp has measured, and not trained."""
+    """Return what a card says of the adapters: of a run's policies, what the run says of them."""
+    if sources.of_run:
+        return run_origin(config)
     count, base = len(sources.names), hub_name(config.model) or config.model
-    made = "one adapter" if count == 1 else f"{count} adapters, averaged in ΔW on the sphere"
-    rows = [(name, place) for name, place in zip(sources.names, sources.places, strict=True)] + (
-        [("init", sources.init_place)] if sources.init_place else []
-    )
+    one = count == 1
+    made = "one adapter" if one else f"{count} adapters, averaged in ΔW on the sphere"
+    rows = [*zip(sources.names, sources.places, strict=True)]
+    rows += [("init", sources.init_place)] if sources.init_place else []
     return Origin(
         f"front of {made}: {config.model}",
-        f"on the front of {count} adapter{'s' if count > 1 else ''}",
+        "on the front of one adapter" if one else f"on the front of {count} adapters",
         (
-            f"A LoRA adapter of {base}, made by raywarp {version('raywarp')} from {made}. They were"
-            " trained elsewhere; raywarp measured their reward and KL."
+            f"A LoRA adapter of {base}, made by raywarp {version('raywarp')} from {made}."
+            f" {'It was' if one else 'They were'} trained elsewhere; raywarp measured the rest."
         ),
         [(name, code(place)) for name, place in rows],
     )

@@ -38,6 +38,7 @@ class Sources:
         init_place: likewise of the init; empty where it is the SFT model.
         init: θ_init − θ_sft.
         policies: the task vectors θ_m − θ_init.
+        of_run: whether a run of raywarp trained them.
     """
 
     names: Sequence[str]
@@ -45,6 +46,7 @@ class Sources:
     init_place: str
     init: AdapterDelta
     policies: Sequence[AdapterDelta]
+    of_run: bool = False
 
     @property
     def key(self) -> str:
@@ -178,7 +180,7 @@ def _of_run(place: str, saved: Mapping[str, Any], start: Start | None) -> Source
     init = of_sft(start, load_peft(fetched(storage, f"{last}/init")))
     titles = [f"policy {m}" for m in range(1, len(names) + 1)]
     places = [name if "/policies/" in name else f"{place.rstrip('/')}/{name}" for name in names]
-    return Sources(titles, places, f"{place.rstrip('/')}/{last}/init", init, policies)
+    return Sources(titles, places, f"{place.rstrip('/')}/{last}/init", init, policies, True)
 
 
 def _place_of(storage: Storage, name: str) -> tuple[Storage, str]:

@@ -245,9 +245,12 @@ def test_a_finished_run_measured_anew_has_the_same_front(
     trained: Run, project: Path, tiny_llama: Path
 ) -> None:
     config = settings(project, tiny_llama, "anew")
-    anew, own = points(front([str(trained.folder)], config, display=Listener())), points(trained)
+    run = front([str(trained.folder)], config, display=Listener())
+    anew, own = points(run), points(trained)
     assert {name: anew[name] for name in own} == own
     assert anew.keys() - own.keys() == {"karcher"}
+    cards = [(one.folder / "adapter/README.md").read_text() for one in (run, trained)]
+    assert cards[0].partition("## The front")[0] == cards[1].partition("## The front")[0]
 
 
 def test_the_command_takes_adapters_options_and_keys(
