@@ -16,7 +16,8 @@ _MORE = """\
 Each adapter is measured, with the SFT model, their LERP and Karcher mean, and the LITI line from
 the SFT model through their SLERP, under the ceiling of the prompts and the reward. Nothing is
 trained. A folder with config.yaml is a run: its last policies are measured anew, with its own
-configuration. The same command again continues."""
+configuration. The same command again continues. DIR gets front.json, front.png, samples.json, the
+page report.html, and the chosen point with its card in adapter/."""
 
 
 def add_front(commands: Any) -> None:
@@ -65,12 +66,16 @@ def _numbers(text: str) -> list[float]:
 
 def _front(options: argparse.Namespace) -> None:
     from raywarp.front_stage import front
+    from raywarp.report.page import save_report
     from raywarp.run.display import Display
 
     overrides = [word for word in options.words if _OVERRIDE.fullmatch(word)]
     adapters = [word for word in options.words if word not in overrides]
     config = _config_of(options, adapters, overrides)
-    front(adapters, config, options.init, options.lambdas, Display(quiet=options.quiet))
+    display = Display(quiet=options.quiet)
+    front(adapters, config, options.init, options.lambdas, display)
+    page, _ = save_report([config.out])
+    display.say(f"the page: {page}")
 
 
 def _config_of(options: argparse.Namespace, adapters: list[str], overrides: list[str]) -> Config:

@@ -268,6 +268,7 @@ def test_the_command_takes_adapters_options_and_keys(
     words += ["front.prompts=2", "dtype=float32", "front.ceiling_completions=0", "--quiet"]
     options = ["--out", "one", "--prompts", "prompts.jsonl", "--reward", "count_good:score"]
     assert main([*words, *options, "--etas", "0,.5"]) == 0, capsys.readouterr().err
+    assert b"liti 0.5" in (project / "one" / "report.html").read_bytes()
     told = json.loads((project / "one" / "front.json").read_text())
     assert [point["name"] for point in told["points"]] == ["sft", "liti 0.5", "a"]
     assert f'"{tiny_llama}"' in (project / "one/adapter/adapter_config.json").read_text()
