@@ -29,8 +29,6 @@ from raywarp.algorithm.factors import AdapterError, Factors, Stack
 from raywarp.algorithm.fitting import check_finite, union
 from raywarp.algorithm.truncation import Shrunk, difference, shrink
 
-_READERS = 2  # threads that read the next block while one is merged
-_MEMORIES = 3
 # Below this share of its summands' squares, a sum has lost digits to float32's rounding of them.
 _CANCELS = 0.05
 
@@ -147,11 +145,7 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path, progress:
     )
     dtype, count = _dtype(recipe, files), len(grouped(files[0].sizes))
     shapes = _largest_shapes(recipe, files)
-    with (
-        AdapterWriter(folder, merge_like(files), shapes, dtype, recipe.per_module_ranks) as writer,
-        ThreadPoolExecutor(1) as saver,
-    ):
-        saved = saver.submit(_write_block, writer, {})
+    with AdapterWriter(folder, merge_like(files), shapes, dtype, recipe.per_module_ranks) as writer:
         for block, stacks, grams in _read_blocks(files):
             for group, own in (
                 whole or _group_grams(stacks, grams, bool(recipe.init), recipe.granularity)
@@ -166,10 +160,9 @@ def _write(recipe: Recipe, files: Sequence[AdapterFile], folder: Path, progress:
                 for module in stacks
             }
             blocks[block], merged = _merged_block(recipe, stacks, grams, weights, dtype)
-            saved.result()  # one block at a time, so that its memory is free again in time
-            saved = saver.submit(_write_block, writer, merged)
+            for module, factors in merged.items():
+                writer.write(module, factors)
             progress(len(blocks), count)
-        saved.result()
     return Merge(recipe, files, groups, blocks, dtype)
 
 
@@ -202,11 +195,6 @@ def _merged_block(
         rounding=math.sqrt(lost / kept) if kept > 0 else 0.0,
     )
     return told, factors
-
-
-def _write_block(writer: AdapterWriter, factors: Mapping[str, Factors]) -> None:
-    for module, own in factors.items():
-        writer.write(module, own)
 
 
 def _merged(recipe: Recipe, stack: Stack, weights: Sequence[float], gram: Tensor) -> Shrunk:
@@ -256,10 +244,10 @@ class _Read(NamedTuple):
 
 
 def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[_Read]:
-    """Yield one block after another, while other threads read the next one.
+    """Yield one block after another; in the meantime, another thread reads the next one.
 
-    A block's stacks are valid until the next but one is asked for. Each operation stays in one
-    thread: operations this small would wait for each other more than they compute.
+    A block's stacks are valid until the next one is asked for. Each operation stays in one thread:
+    operations this small would wait for each other more than they compute.
 
     Args:
         exact: see Stack.gram.
@@ -270,9 +258,8 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
     }
     blocks = grouped(counts)
     largest = max(sum(counts[module] for module in modules) for modules in blocks.values())
-    # They are used in turn, since new memory for every block would have to be paged in first: for a
-    # block that is read, one that is merged, and one that is written.
-    memories = torch.empty(_MEMORIES, largest)
+    # They are used in turn, since new memory for every block would have to be paged in first.
+    memories = torch.empty(2, largest)
 
     def read(module: str, memory: Tensor) -> tuple[Stack, Tensor]:
         parts = [file.read(module, scaled=False) for file in files]
@@ -289,27 +276,31 @@ def _read_blocks(files: Sequence[AdapterFile], exact: bool = False) -> Iterator[
             raise AdapterError(f"{module}: the numbers are too large to multiply")
         return stack, gram
 
-    def start(block: str, memory: Tensor) -> dict[str, Future[tuple[Stack, Tensor]]]:
+    def start(block: str, memory: Tensor) -> dict[str, tuple[Future[tuple[Stack, Tensor]], Tensor]]:
         places = memory[: sum(counts[module] for module in blocks[block])].split(
             [counts[module] for module in blocks[block]]
         )
         return {
-            module: pool.submit(read, module, place)
+            module: (pool.submit(read, module, place), place)
             for module, place in zip(blocks[block], places, strict=True)
         }
 
-    with _single_threaded_operations(), ThreadPoolExecutor(_READERS) as pool:
+    with _single_threaded_operations(), ThreadPoolExecutor(1) as pool:
         under_way = start(next(iter(blocks)), memories[0])
         for number, (block, following) in enumerate(
             zip(blocks, [*list(blocks)[1:], None], strict=True), start=1
         ):
-            results = {module: future.result() for module, future in under_way.items()}
+            # What the thread has not begun is read here, last first, so that no core waits.
+            results = {
+                module: read(module, place) if future.cancel() else future.result()
+                for module, (future, place) in reversed(under_way.items())
+            }
             if following is not None:
-                under_way = start(following, memories[number % _MEMORIES])
+                under_way = start(following, memories[number % 2])
             yield _Read(
                 block,
-                {m: stack for m, (stack, _) in results.items()},
-                {m: gram for m, (_, gram) in results.items()},
+                {module: results[module][0] for module in blocks[block]},
+                {module: results[module][1] for module in blocks[block]},
             )
 
 

@@ -102,6 +102,7 @@ class TensorFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
             begin = begin // _WINDOW * _WINDOW
+            end = min(-(-end // _WINDOW) * _WINDOW, self._size)
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _read_header(self, file: Any) -> tuple[dict[str, Any], int]:

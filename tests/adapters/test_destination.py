@@ -18,6 +18,7 @@ from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.adapters.peft_config import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from raywarp.adapters.recipe import Recipe
 from raywarp.algorithm.factors import AdapterError
+from raywarp.cli import merge as merge_command
 from raywarp.cli.commands import main
 from raywarp.storage.location import Storage
 from raywarp.storage.scratch import PREFIX
@@ -143,12 +144,12 @@ SLOW = """
 import sys, time
 from raywarp.adapters import merging
 from raywarp.cli.commands import main
-write = merging._write_block
+merged = merging._merged_block
 def slowly(*arguments):
     print("block", flush=True)
     time.sleep(0.3)
-    return write(*arguments)
-merging._write_block = slowly
+    return merged(*arguments)
+merging._merged_block = slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -203,3 +204,30 @@ sys.exit(main(sys.argv[1:]))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "cannot write" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_path_is_said_as_it_is(
+    tmp_path: Path,
+    sources: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "lerp", *sources, "--out", "a:key:[b]"]) == 0
+    assert capsys.readouterr().out.endswith("written to a:key:[b]\n")
+    assert (tmp_path / "a:key:[b]" / ADAPTER_FILE).is_file()
+
+
+def test_a_long_merge_says_how_far_it_is(
+    tmp_path: Path,
+    sources: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(merge_command, "_PROGRESS_SECONDS", 0.0)
+    words = ["merge", "lerp", *sources, "--out", str(tmp_path / "out"), "--json"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    blocks = len(json.loads(said.out)["blocks"])
+    assert said.err.splitlines() == [f"{n} of {blocks} blocks, 0 s" for n in range(1, blocks)]
+    assert blocks > 1
