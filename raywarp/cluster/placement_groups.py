@@ -1,9 +1,16 @@
-"""Placement groups, one per actor: reserve, request again after a node loss, release."""
+"""The placement group of a run, with one bundle per actor: ask, wait, release.
+
+It is one group, so that autoscalers and queues see the whole demand, and so that of two waiting
+runs none holds a part of what the other needs.
+"""
 
 import contextlib
 import re
 import time
 import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,120 +23,137 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raywarp.cluster import faults
-from raywarp.cluster.resources import Need, Plan, make_plan
-from raywarp.config.schema import Config, ConfigError
+from raywarp.cluster import faults, runtime
+from raywarp.cluster.health import Report
+from raywarp.cluster.resources import Need, in_words
+from raywarp.config.cluster import ClusterConfig
+from raywarp.config.schema import ConfigError
 
 # A name that group_name has made in an actor. Groups with other names are left alone.
 ACTORS_GROUP = re.compile(r"raywarp-.*\.(?P<actor>[0-9a-f]{32})")
+FIRST_WORD, NEXT_WORD = 5.0, 60.0  # seconds of waiting until the first line, and between lines
 
 
-def await_plan(config: Config) -> Plan:
-    """Return make_plan's result. Wait if the cluster is large enough but others hold its resources.
+@dataclass(frozen=True)
+class Bundle:
+    """One actor's part of its run's placement group.
 
-    The wait takes at most cluster.timeout_seconds. It is needed because the actors of a killed
-    driver end a little later than the driver.
-
-    Raises:
-        ConfigError: the cluster is too small, or its resources did not become free in time.
+    When its node is lost, Ray (2.60) asks for the bundle again. It retries without a pause: while
+    there is no room, that takes half a core of the head node.
     """
-    deadline = time.monotonic() + config.cluster.timeout_seconds
-    while True:
-        try:
-            return make_plan(config)
-        except ConfigError:
-            make_plan(config, ray.cluster_resources())
-            if time.monotonic() > deadline:
-                raise
-        take_back()
-        time.sleep(0.5)
+
+    group: PlacementGroup
+    index: int
+
+    @property
+    def node(self) -> str:
+        """The node that Ray has chosen for the bundle. It is empty while there is none."""
+        nodes: dict[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        return nodes.get(self.index, "")
+
+    @property
+    def resources(self) -> dict[str, float]:
+        found: dict[str, float] = self.group.bundle_specs[self.index]
+        return found
 
 
-def reserve(need: Need, name: str, timeout: float) -> list[PlacementGroup | None]:
-    """Return one ready placement group for each actor of a kind.
+def reserve(
+    needs: Sequence[Need], cluster: ClusterConfig, report: Report
+) -> list[list[Bundle | None]]:
+    """Return a bundle for each actor of each kind, all in one group that is ready.
 
-    The group is None for an actor that needs no resources.
+    The bundle is None for an actor that needs no resources.
 
     Args:
-        timeout: seconds to wait.
+        report: gets what is missing, now and then.
 
     Raises:
-        ConfigError: the cluster had no room for them within that time.
+        ConfigError: the cluster had no room for them within longest_wait.
     """
-    if not need.bundle():
-        return [None] * need.count
-    groups = [
-        placement_group([need.bundle()], strategy="STRICT_PACK", name=group_name(name, i + 1))
-        for i in range(need.count)
+    asked = [need.bundle() for need in needs for _ in range(need.count) if need.bundle()]
+    if not asked:
+        return [[None] * need.count for need in needs]
+    group = placement_group(asked, strategy="PACK", name=group_name("raywarp"))
+    try:
+        _await(group, needs, longest_wait(cluster), report)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    indices = iter(range(len(asked)))
+    return [
+        [Bundle(group, next(indices)) if need.bundle() else None for _ in range(need.count)]
+        for need in needs
     ]
-    refs = [group.ready() for group in groups]
-    deadline = time.monotonic() + timeout
-    while (
-        len(ready := ray.wait(refs, num_returns=len(refs), timeout=0.5)[0]) < len(refs)
-        and time.monotonic() < deadline
-    ):
+
+
+def longest_wait(cluster: ClusterConfig) -> float | None:
+    """Return for how many seconds a run waits for its room when it starts; None: without end."""
+    if cluster.wait_seconds is not None:
+        return cluster.wait_seconds
+    return None if runtime.submission_id() else cluster.timeout_seconds
+
+
+def _await(
+    group: PlacementGroup, needs: Sequence[Need], longest: float | None, report: Report
+) -> None:
+    ready, start, word = group.ready(), time.monotonic(), FIRST_WORD
+    while not ray.wait([ready], timeout=0.5)[0]:
+        runtime.check()
         take_back()
-    if len(ready) == len(refs):
-        return list(groups)
-    release(groups)
-    raise ConfigError(
-        f"waited {timeout:.0f} s for {need.count} placement groups of {need.bundle()} and got"
-        f" {len(ready)}: {lack()}; lower cluster.*_per_{need.key} or add nodes"
-    )
+        waited = time.monotonic() - start
+        if longest is not None and waited > longest:
+            keys = " or ".join(f"cluster.*_per_{need.key}" for need in needs if need.bundle())
+            raise ConfigError(
+                f"waited {waited:.0f} s for {in_words(needs)}, all at one time: {lack()}; add"
+                f" nodes, lower {keys}, or raise cluster.wait_seconds"
+            )
+        if waited > word:
+            text = f"{waited:.0f} s for {in_words(needs)}, all at one time: {lack()}"
+            report("waiting", what="the run", message=text)
+            word = waited + NEXT_WORD
 
 
-def ask_again(group: PlacementGroup | None) -> PlacementGroup | None:
-    """Replace a group that lost its node by a new one that asks for the same resources.
-
-    For the old group Ray (2.60) retries without a pause. While there is no room, that takes a core
-    of the head node and half a core of another node.
-    """
-    if group is None:
-        return None
-    name, number, _ = placement_group_table(group)["name"].rsplit("-", 2)
-    release([group])
-    new: PlacementGroup = placement_group(
-        group.bundle_specs, strategy="STRICT_PACK", name=group_name(name, number)
-    )
-    return new
-
-
-def options(need: Need, group: PlacementGroup | None) -> dict[str, Any]:
-    """Return Ray's options for an actor in its group.
+def options(need: Need, bundle: Bundle | None) -> dict[str, Any]:
+    """Return Ray's options for an actor in its bundle.
 
     The strategy is explicit, so that a Tune trial's own group does not capture the actor.
     """
     chosen: dict[str, Any] = {"num_gpus": need.gpus, "num_cpus": need.cpus}
-    if group is not None:
+    if bundle is not None:
         chosen["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=0
+            bundle.group, placement_group_bundle_index=bundle.index
         )
     return chosen
 
 
-def release(groups: list[PlacementGroup | None] | list[PlacementGroup]) -> None:
-    for group in groups:
-        if group is not None:
-            remove_placement_group(group)
+def release(bundles: Sequence[Sequence[Bundle | None]]) -> None:
+    """Remove the group of these bundles, if there is one."""
+    for group in {bundle.group for own in bundles for bundle in own if bundle}:
+        remove_placement_group(group)
 
 
-def is_found(group: PlacementGroup | None) -> bool:
-    """Return whether a placement group is on a node.
+def nodes_of(bundles: Sequence[Sequence[Bundle | None]]) -> set[str]:
+    """Return the nodes that these bundles are on."""
+    return {bundle.node for own in bundles for bundle in own if bundle}
+
+
+def is_found(bundle: Bundle | None) -> bool:
+    """Return whether a bundle is on a node.
 
     While it is not, the groups that dead trials still hold are removed.
     """
-    found = group is None or placement_group_table(group)["state"] == "CREATED"
+    found = bundle is None or bool(bundle.node)
     if not found:
         take_back()
     return found
 
 
-def has_node(group: PlacementGroup | None) -> bool:
-    """Return whether the group is on a node that lives.
+def has_node(bundle: Bundle | None) -> bool:
+    """Return whether the bundle is on a node that lives.
 
     Ray may still count on a node that is gone, so the node is asked too.
     """
-    return is_found(group) and not faults.unnoticed(node_of(group))
+    return is_found(bundle) and not (bundle and faults.unnoticed(bundle.node))
 
 
 def take_back() -> None:
@@ -145,23 +169,21 @@ def take_back() -> None:
                 remove_placement_group(get_placement_group(group["name"]))
 
 
-def lost_node(group: PlacementGroup | None) -> bool:
-    """Return whether Ray looks for a new node for the group, because its node is gone."""
-    return group is not None and placement_group_table(group)["state"] == "RESCHEDULING"
-
-
-def node_of(group: PlacementGroup | None) -> str:
-    """Return the node that Ray has chosen for the group. It is empty while there is none."""
-    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"] if group else {}
-    return next(iter(nodes.values()), "")
-
-
 def lack() -> str:
-    """Return in words how many GPUs and CPUs of the cluster are free."""
-    free, total = ray.available_resources(), ray.cluster_resources()
-    return "the cluster has " + ", ".join(
-        f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("GPU", "CPU")
+    """Return in words what the nodes of the cluster have free, the same nodes in one part."""
+    free = ray._private.state.available_resources_per_node()
+    nodes = Counter(
+        ", ".join(
+            f"{free.get(node['NodeID'], {}).get(name, 0):g} of {node['Resources'][name]:g} {name}s"
+            for name in ("GPU", "CPU")
+            if node["Resources"].get(name)
+        )
+        for node in ray.nodes()
+        if node["Alive"]
     )
+    nodes.pop("", None)  # a head without resources of its own
+    parts = [f"{count} with {own}" if count > 1 else own for own, count in nodes.items()]
+    return f"the cluster's nodes have {'; '.join(parts) or 'no GPUs and no CPUs'} free"
 
 
 def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
@@ -184,19 +206,19 @@ def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:
         time.sleep(0.1)
 
 
-def group_name(name: str, number: int | str) -> str:
+def group_name(name: str) -> str:
     """Return a unique name, which ends in a full stop and the calling actor's id if there is one.
 
-    For example raywarp-policy-1-5f0c2a9b.9d607ad8…
+    For example raywarp-5f0c2a9b.9d607ad8…
     """
     actor = ray.get_runtime_context().get_actor_id()
-    return unique_name(name, number) + (f".{actor}" if actor else "")
+    return f"{name}-{uuid.uuid4().hex[:8]}" + (f".{actor}" if actor else "")
 
 
-def unique_name(name: str, number: int | str) -> str:
-    """Return a unique name for a group or actor, as the dashboard shows it.
+def unique_name(name: str, number: int) -> str:
+    """Return a unique name for an actor, as the dashboard shows it.
 
-    Ray refuses a second group or actor of the same name, and sessions may overlap. For example
+    Ray refuses a second actor of the same name, and sessions may overlap. For example
     raywarp-policy-1-5f0c2a9b.
     """
     return f"{name}-{number}-{uuid.uuid4().hex[:8]}"

@@ -1,11 +1,15 @@
 """Resources of a run: its actors with their GPUs and CPUs, fitted to the cluster at the start."""
 
+import contextlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
 
 from raywarp.config.schema import Config, ConfigError
+
+_EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
@@ -62,29 +66,73 @@ class Plan:
         return [self.policy, self.rollout, self.reward]
 
 
-def make_plan(config: Config, available: dict[str, float] | None = None) -> Plan:
-    """Fit the run into the running cluster.
+@dataclass(frozen=True)
+class Nodes:
+    """The GPUs and CPUs of a cluster's nodes, one mapping "GPU", "CPU" → amount per node.
+
+    Attributes:
+        whole: of the nodes with nothing on them.
+        free: of the same nodes at present.
+    """
+
+    whole: Sequence[Mapping[str, float]]
+    free: Sequence[Mapping[str, float]]
+
+    @classmethod
+    def present(cls) -> "Nodes":
+        """Return the living nodes of the running cluster."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        free = ray._private.state.available_resources_per_node()
+        return cls(
+            [node["Resources"] for node in alive], [free.get(node["NodeID"], {}) for node in alive]
+        )
+
+    @classmethod
+    def empty(cls, nodes: Sequence[Mapping[str, float]]) -> "Nodes":
+        """Return nodes with nothing on them."""
+        return cls(nodes, nodes)
+
+    def total(self, resource: str) -> float:
+        """Return the amount of "GPU" or "CPU" on all nodes, free or not."""
+        return sum(node.get(resource, 0.0) for node in self.whole)
+
+
+def make_plan(config: Config, nodes: Nodes | None = None) -> Plan:
+    """Fit the run into the free part of a cluster.
 
     There are as many policy actors as fit, at most M. An actor holds several policies if there are
     fewer actors than policies.
 
     Args:
-        available: free resources, by default those of the cluster at present.
+        nodes: by default those of the running cluster.
 
     Raises:
         ConfigError: not even one policy actor and the rollout workers fit. The message says what
             was asked, what is there, and which keys to change.
     """
-    cluster, gpus = config.cluster, cluster_gpus()
-    available = ray.available_resources() if available is None else available
-    most = min(cluster.policy_actors or config.warp.policies, config.warp.policies)
-    fewest = most if cluster.policy_actors else 1
+    nodes = nodes or Nodes.present()
+    most = min(config.cluster.policy_actors or config.warp.policies, config.warp.policies)
+    fewest = most if config.cluster.policy_actors else 1
     for actors in range(most, fewest - 1, -1):
-        plan = wish(config, gpus, actors)
-        if not (shortages := [*_too_large(plan.needs), *_shortages(plan.needs, available)]):
-            threads, crowded = _threads(config, plan.policy, plan.rollout)
-            return replace(plan, threads=threads, crowded=crowded)
-    raise ConfigError("\n".join([*shortages, *_what_would_fit(config, gpus, most, available)]))
+        plan = wish(config, nodes.total("GPU"), actors)
+        if not (misfits := _misfits(plan.needs, nodes)):
+            return _with_threads(config, plan, nodes)
+    raise ConfigError("\n".join([*misfits, *_what_would_fit(config, most, nodes)]))
+
+
+def plan_to_ask(config: Config) -> tuple[Plan, list[str]]:
+    """Return the plan for which a run that starts asks the cluster, and why it cannot have it.
+
+    It is made for what is free. If the run does not fit there, it is made for the whole cluster,
+    and the run waits for others to end. If it does not fit there either, it is what the run can
+    use, and the reasons are returned: the run waits for nodes, if any can come.
+    """
+    nodes = Nodes.present()
+    with contextlib.suppress(ConfigError):
+        return make_plan(config, nodes), []
+    empty = Nodes.empty(nodes.whole)
+    plan, reasons = plan_or_wish(config, empty)
+    return _with_threads(config, plan, empty), reasons
 
 
 def fit_several(config: Config, most: int) -> tuple[Plan, int]:
@@ -93,27 +141,20 @@ def fit_several(config: Config, most: int) -> tuple[Plan, int]:
     Raises:
         ConfigError: not even one fits.
     """
-    total = ray.cluster_resources()
-    plan = make_plan(config, total)
-    asked = {
-        resource: sum(need.total(resource) for need in plan.needs) for resource in ("GPU", "CPU")
-    }
-    room = [
-        int((total.get(resource, 0.0) + 1e-9) // amount)
-        for resource, amount in asked.items()
-        if amount
-    ]
-    runs = max(1, min([most, *room]))
-    threads, crowded = _threads(config, plan.policy, plan.rollout, runs)
-    return replace(plan, threads=threads, crowded=crowded), runs
+    whole = Nodes.present().whole
+    plan, runs = make_plan(config, Nodes.empty(whole)), 1
+    while runs < most and not unplaced(plan.needs * (runs + 1), whole):
+        runs += 1
+    return _with_threads(config, plan, Nodes.empty(whole), runs), runs
 
 
-def plan_or_wish(config: Config) -> tuple[Plan, list[str]]:
+def plan_or_wish(config: Config, nodes: Nodes | None = None) -> tuple[Plan, list[str]]:
     """Return make_plan's result, or, if the run does not fit now, its wish and the reasons."""
+    nodes = nodes or Nodes.present()
     try:
-        return make_plan(config), []
+        return make_plan(config, nodes), []
     except ConfigError as error:
-        return wish(config, cluster_gpus()), str(error).splitlines()
+        return wish(config, nodes.total("GPU")), str(error).splitlines()
 
 
 def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
@@ -156,24 +197,83 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
     )
 
 
-def cluster_gpus() -> float:
-    """Return the number of GPUs in the running cluster, free or not."""
-    gpus: float = ray.cluster_resources().get("GPU", 0)
-    return gpus
+def in_words(needs: Sequence[Need]) -> str:
+    """Return what all actors ask for, for example "2 policies with 1 GPU and 1 CPU each"."""
+    asked = [need for need in needs if need.count and need.bundle()]
+    return ", ".join(
+        f"{need.count} x {need.key.replace('_', ' ')} with"
+        f" {' and '.join(f'{amount:g} {name}' for name, amount in need.bundle().items())}"
+        for need in asked
+    )
 
 
-def _too_large(needs: list[Need]) -> list[str]:
+def unplaced(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> list[Need]:
+    """Return the kinds of actors of which some find no room, the largest being placed first.
+
+    An actor is on one node, and a share of a GPU on one GPU.
+    """
+    rooms = [_Room.of(node) for node in nodes]
+    actors = [need for need in needs for _ in range(need.count) if need.bundle()]
+    actors.sort(key=lambda need: (need.gpus, need.cpus), reverse=True)
+    left = [need for need in actors if not any(room.take(need) for room in rooms)]
+    return list(dict.fromkeys(left))
+
+
+@dataclass
+class _Room:
+    """What is left of a node: CPUs, and the free part of each GPU."""
+
+    cpus: float
+    gpus: list[float]
+
+    @classmethod
+    def of(cls, node: Mapping[str, float]) -> "_Room":
+        gpus, share = divmod(node.get("GPU", 0.0) + _EPSILON, 1)
+        return cls(node.get("CPU", 0.0), [1.0] * int(gpus) + [share] * (share > 2 * _EPSILON))
+
+    def take(self, need: Need) -> bool:
+        """Take an actor's part, if it fits. Shares go to the fullest GPU that has room."""
+        whole = max(1, round(need.gpus)) if need.gpus else 0
+        each = min(need.gpus, 1.0)
+        fitting = sorted(
+            (n for n, free in enumerate(self.gpus) if free + _EPSILON >= each),
+            key=lambda n: self.gpus[n],
+        )
+        if len(fitting) < whole or self.cpus + _EPSILON < need.cpus:
+            return False
+        for n in fitting[:whole]:
+            self.gpus[n] -= each
+        self.cpus -= need.cpus
+        return True
+
+
+def _misfits(needs: Sequence[Need], nodes: Nodes) -> list[str]:
+    """Return why these actors do not fit into the free part of a cluster."""
+    found = [*_too_large(needs, nodes), *_shortages(needs, nodes)]
+    if found or not (left := unplaced(needs, nodes.free)):
+        return found
+    free = "; ".join(
+        ", ".join(f"{node.get(name, 0.0):g} {name}s" for name in ("GPU", "CPU") if node.get(name))
+        or "nothing"
+        for node in nodes.free
+    )
+    return [
+        f"no node has room for all of {in_words(left)}: an actor is on one node, and a share of a"
+        f" GPU on one GPU. Free on the nodes: {free}. Change"
+        f" {' or '.join(f'cluster.*_per_{need.key}' for need in left)}, or add nodes"
+    ]
+
+
+def _too_large(needs: Sequence[Need], nodes: Nodes) -> list[str]:
     """Return a message for each kind of actor that is too large for every node, even a free one."""
-    nodes, messages = [node["Resources"] for node in ray.nodes() if node["Alive"]], []
+    messages = []
     for need in needs:
         bundle = need.bundle()
-        if any(
-            all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes
-        ):
+        if not unplaced([replace(need, count=1)], nodes.whole):
             continue
         asked = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
         largest = ", ".join(
-            f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s"
+            f"{max((node.get(name, 0.0) for node in nodes.whole), default=0.0):g} {name}s"
             for name in bundle
         )
         factor = " or rollout.tensor_parallel_size" if need.key == "rollout_worker" else ""
@@ -185,9 +285,7 @@ def _too_large(needs: list[Need]) -> list[str]:
     return messages
 
 
-def _what_would_fit(
-    config: Config, gpus: float, most: int, available: dict[str, float]
-) -> list[str]:
+def _what_would_fit(config: Config, most: int, nodes: Nodes) -> list[str]:
     """Return a message with the most policy actors and rollout workers that fit, if any do."""
     counts = [
         (actors, workers)
@@ -195,25 +293,21 @@ def _what_would_fit(
         for workers in range(1, config.rollout.workers + 1)
     ]
     for actors, workers in sorted(counts, key=lambda pair: (sum(pair), pair), reverse=True):
-        fewer = wish(
-            config.model_copy(
-                update={"rollout": config.rollout.model_copy(update={"workers": workers})}
-            ),
-            gpus,
-            actors,
-        )
-        if not _too_large(fewer.needs) and not _shortages(fewer.needs, available):
+        rollout = config.rollout.model_copy(update={"workers": workers})
+        fewer = wish(config.model_copy(update={"rollout": rollout}), nodes.total("GPU"), actors)
+        if not _misfits(fewer.needs, nodes):
             keys = [f"cluster.policy_actors={actors}"] if config.cluster.policy_actors else []
             return ["it would fit with " + " ".join([*keys, f"rollout.workers={workers}"])]
     return []
 
 
-def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
+def _shortages(needs: Sequence[Need], nodes: Nodes) -> list[str]:
     """Return a message for each resource of which all actors together ask more than is free."""
     messages = []
     for resource, prefix in (("GPU", "gpus"), ("CPU", "cpus")):
-        asked, free = sum(need.total(resource) for need in needs), available.get(resource, 0.0)
-        if asked > free + 1e-9:
+        asked = sum(need.total(resource) for need in needs)
+        free = sum(node.get(resource, 0.0) for node in nodes.free)
+        if asked > free + _EPSILON:
             parts = " + ".join(
                 f"{n.count} {n.key.replace('_', ' ')} x {n.bundle()[resource]:g}"
                 for n in needs
@@ -222,14 +316,14 @@ def _shortages(needs: list[Need], available: dict[str, float]) -> list[str]:
             keys = " or ".join(f"cluster.{prefix}_per_{n.key}" for n in needs if n.total(resource))
             messages.append(
                 f"the run asks for {asked:g} {resource}s ({parts}), the cluster has {free:g} of"
-                f" {ray.cluster_resources().get(resource, 0.0):g} available: {asked - free:g} too"
+                f" {nodes.total(resource):g} available: {asked - free:g} too"
                 f" few; add nodes, or lower {keys}, or rollout.workers"
             )
     return messages
 
 
-def _threads(config: Config, policy: Need, rollout: Need, runs: int = 1) -> tuple[int | None, bool]:
-    """Return the threads per process, and whether a node's busy threads exceed its cores.
+def _with_threads(config: Config, plan: Plan, nodes: Nodes, runs: int = 1) -> Plan:
+    """Return the plan with threads per process, and whether a node's busy threads exceed its cores.
 
     The threads are the cores of the smallest node, divided by its processes that work at one time.
     A policy's rollouts and updates alternate, so no more processes than policies work at one time.
@@ -238,10 +332,10 @@ def _threads(config: Config, policy: Need, rollout: Need, runs: int = 1) -> tupl
     Args:
         runs: number of such runs that share the cluster.
     """
+    policy, rollout = plan.policy, plan.rollout
     if policy.gpus or rollout.gpus:
-        return config.cluster.threads, False
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    nodes = [cpus for cpus in nodes if cpus] or [1]
-    at_work = math.ceil(runs * min(policy.count + rollout.count, config.warp.policies) / len(nodes))
-    threads = config.cluster.threads or max(1, int(min(nodes) // at_work))
-    return threads, threads * at_work > min(nodes)
+        return replace(plan, threads=config.cluster.threads)
+    cores = [cpus for node in nodes.whole if (cpus := node.get("CPU", 0))] or [1]
+    at_work = math.ceil(runs * min(policy.count + rollout.count, config.warp.policies) / len(cores))
+    threads = config.cluster.threads or max(1, int(min(cores) // at_work))
+    return replace(plan, threads=threads, crowded=threads * at_work > min(cores))

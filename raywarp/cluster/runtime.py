@@ -4,7 +4,9 @@ Ray stops a job with SIGTERM, and with SIGKILL three seconds later.
 """
 
 import contextlib
+import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -43,6 +45,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _inside: list[bool] = []
 _received: list[int] = []
 _saved: list[str] = []
+_own: list[str] = []
 
 
 @contextlib.contextmanager
@@ -123,6 +126,10 @@ def start_ray() -> None:
     with orphans.watched():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            from ray._private import worker
+
+            if worker._global_node and worker._global_node.head:
+                _own[:] = [ray.get_runtime_context().gcs_address]
         except ConnectionError:  # the cluster of the last `ray start` is gone
             ray.init(
                 address="local",
@@ -131,3 +138,22 @@ def start_ray() -> None:
                 include_dashboard=False,
             )
     keep_listening()
+
+
+def owns_ray() -> bool:
+    """Return whether start_ray has started the Ray that this process is on. No node will come."""
+    import ray
+
+    return _own == [ray.get_runtime_context().gcs_address]
+
+
+def submission_id() -> str | None:
+    """Return the id of the Ray job that this process is the driver of, or that started it.
+
+    Ray 2.60 tells its drivers so in an environment variable.
+    """
+    try:
+        found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        return str(found["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return None

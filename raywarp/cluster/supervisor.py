@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup
 
 from raywarp.cluster import faults, health, placement_groups
 from raywarp.cluster.health import (
@@ -22,6 +21,7 @@ from raywarp.cluster.health import (
     cause_of_death,
     stack_of,
 )
+from raywarp.cluster.placement_groups import Bundle
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SupervisedActor:
 
     Attributes:
         max_failures: deaths in a row that do not end the run. A finished call resets the count.
-        groups: placement groups, of which at least one has to be on a node.
+        bundles: of which at least one has to be on a node.
         longest_wait: seconds without a node after which the run ends.
         at_work: whether it worked at its last answer. Also true while it is away.
         down_since: when it died, on the monotonic clock. None while it is alive.
@@ -44,7 +44,7 @@ class SupervisedActor:
     hang_seconds: float
     report: Report
     max_failures: int = 3
-    groups: Sequence[PlacementGroup | None] = ()
+    bundles: Sequence[Bundle | None] = ()
     longest_wait: float = 120.0
     at_work: bool = True
     process: Process | None = None
@@ -101,8 +101,8 @@ class SupervisedActor:
     def _check_room(self, what: str, seconds: float) -> None:
         """Raise FaultError if it has been away for too long because no node has room for it."""
         if (
-            self.groups
-            and not any(map(placement_groups.is_found, self.groups))
+            self.bundles
+            and not any(map(placement_groups.is_found, self.bundles))
             and seconds > self.longest_wait
         ):
             raise faults.FaultError(
@@ -148,13 +148,11 @@ class SupervisedPool(SupervisedActor):
 
     Attributes:
         workers: handles of the rollout workers.
-        again: replaces the worker of this index after longest_wait seconds without a node.
         killed: when the worker of each index was killed because it hung, on the monotonic clock.
         down: seconds for which the worker of each index has been away.
     """
 
     workers: list[Any] = field(default_factory=list)
-    again: Callable[[int], Any] = lambda index: None
     killed: dict[int, float] = field(default_factory=dict)
     down: dict[int, float] = field(default_factory=dict)
 
@@ -187,13 +185,6 @@ class SupervisedPool(SupervisedActor):
                 self.killed[index] = now
         if len(self.down) == len(self.workers):
             self._check_room("rollout worker", min(self.down.values()))
-        for index, seconds in self.down.items():
-            if (
-                not placement_groups.is_found(self.groups[index])
-                and seconds > self.longest_wait
-                and placement_groups.lost_node(self.groups[index])
-            ):
-                self.workers[index] = self.again(index)
         return health
 
 
@@ -221,14 +212,13 @@ def restart(actor: Any) -> None:
 
 @dataclass(eq=False)
 class ActorSlot:
-    """The slot of a policy actor: its placement group, and the actor that is in it now.
+    """The slot of a policy actor: its bundle, and the actor that is in it now.
 
-    Ray moves the group to another node when it loses one. Ray itself never restarts a policy actor,
-    because a repeated call would return an untrained policy. `renew` does.
+    Ray moves the bundle to another node when it loses one. Ray itself never restarts a policy
+    actor, because a repeated call would return an untrained policy. `renew` does.
 
     Attributes:
-        make: creates an actor in the group.
-        ask_again: replaces the group by a new one.
+        make: creates an actor in the bundle.
         hung: the actor was killed because it hung.
         gone: the slot was given up because no node has room for it.
         at_work: whether the actor worked at its last answer. True for a new one.
@@ -236,9 +226,8 @@ class ActorSlot:
     """
 
     name: str
-    make: Callable[[PlacementGroup | None], Any]
-    group: PlacementGroup | None
-    ask_again: Callable[[], PlacementGroup | None]
+    make: Callable[[], Any]
+    bundle: Bundle | None
     actor: Any = None
     pulse: Pulse = field(init=False)
     hung: bool = False
@@ -269,11 +258,11 @@ class ActorSlot:
 
     def has_ground(self) -> bool:
         """Return False if Ray would place a new actor on a node that is gone unnoticed."""
-        return not faults.unnoticed(placement_groups.node_of(self.group))
+        return not faults.unnoticed(self.bundle.node if self.bundle else "")
 
     def await_room(self, deadline: float) -> bool:
         """Wait for a living node until the deadline, and return whether there is one."""
-        while not (found := placement_groups.has_node(self.group)) and time.monotonic() < deadline:
+        while not (found := placement_groups.has_node(self.bundle)) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 
@@ -281,7 +270,7 @@ class ActorSlot:
         """Create a new actor. Kill the one before, in any state."""
         self.kill()
         self.actor, self.hung, self.gone, self.process, self.at_work = (
-            self.make(self.group),
+            self.make(),
             False,
             False,
             None,
@@ -291,16 +280,15 @@ class ActorSlot:
         self.pulse = Pulse(lambda: actor.pulse.remote())
 
     def leave(self) -> None:
-        """Give up the slot, which no node has room for. Once its group has a node, call `renew`."""
+        """Give up the slot, which no node has room for. Once its bundle has one, call `renew`."""
         self.gone = True
         self.kill()
-        self.group = self.ask_again()
 
     def no_room(self, seconds: float) -> faults.FaultError:
         """Return the error of a run that cannot continue without this slot."""
         return faults.FaultError(
             f"{self.name} has waited {seconds:.0f} s for"
-            f" {self.group.bundle_specs if self.group else {}} after a loss:"
+            f" {self.bundle.resources if self.bundle else {}} after a loss:"
             f" {placement_groups.lack()}; add nodes, lower cluster.*_per_policy, or raise"
             " cluster.timeout_seconds; the same command continues"
         )

@@ -51,8 +51,15 @@ class ClusterConfig(Section):
             " share policies"
         ),
     )
+    wait_seconds: Positive | None = Field(
+        None,
+        description=(
+            "longest wait for room on the cluster at the start, behind other runs or while nodes"
+            " come; default: without end in a job, else timeout_seconds"
+        ),
+    )
     timeout_seconds: Positive = Field(
-        120, description="longest wait for room on the cluster, at the start and after a loss"
+        120, description="longest wait for room on the cluster after a loss"
     )
     max_failures: Whole = Field(
         3,

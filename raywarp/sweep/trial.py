@@ -391,7 +391,7 @@ def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Return a key of all that a session's numerics and a reward's statistics may depend on."""
     read = {"rollout", "reward", "rewards", "lora", "cluster", "seed", "prompts"}
     sections = used_settings(config, {*read, "trust_remote_code"})
-    gpus = resources.cluster_gpus()
+    gpus = resources.Nodes.present().total("GPU")
     machine = [resources.wish(config, gpus).dtype, gpus > 0]
     completions = config.reward_training.sft_completions
     return identity.content_key(

@@ -2,20 +2,19 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp.cluster import health, placement_groups, resources
+from raywarp.cluster import health, placement_groups, resources, runtime
 from raywarp.cluster.device import cpu_environment
+from raywarp.cluster.placement_groups import Bundle
 from raywarp.cluster.supervisor import ActorSlot
-from raywarp.config.schema import Config
+from raywarp.config.schema import Config, ConfigError
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.process import Source, calls_at_once
 from raywarp.rollout.engine import EngineSettings, largest_rank
@@ -56,12 +55,46 @@ class Kinds:
 REAL = Kinds()
 
 
+def find_room(
+    config: Config, trains: bool, report: health.Report, check: Callable[[], None]
+) -> tuple[resources.Plan, list[list[Bundle | None]]]:
+    """Return a run's plan, and the bundles of its rollout, reward and policy actors.
+
+    Args:
+        trains: whether the run has policy actors.
+        report: see placement_groups.reserve.
+        check: checks the cluster's nodes; called if others have come.
+
+    Raises:
+        ConfigError: there is no room, or a node that has come cannot be used.
+    """
+    plan, reasons = resources.plan_to_ask(config)
+    if reasons and runtime.owns_ray():
+        raise ConfigError("\n".join(reasons))
+    if reasons:
+        report("waiting", what="the run", message=f"for nodes: {'; '.join(reasons)}")
+    needs = [plan.rollout, plan.reward, *([plan.policy] if trains else [])]
+    known = {node["NodeID"] for node in ray.nodes()}
+    try:
+        bundles = placement_groups.reserve(needs, config.cluster, report)
+    except ConfigError as error:
+        raise ConfigError("\n".join([str(error), *reasons])) from None
+    try:
+        if not placement_groups.nodes_of(bundles) <= known:
+            check()
+    except BaseException:
+        placement_groups.release(bundles)
+        raise
+    return plan, bundles
+
+
 class Actors:
-    """Creates all actors of a run. `stop` removes them and their placement groups.
+    """Creates all actors of a run. `stop` removes them and their placement group.
 
     Args:
         model: folder or hub id.
         prompt_tokens: length of the longest prompt, in tokens.
+        bundles: of the rollout workers, the reward workers and the policy actors.
     """
 
     def __init__(
@@ -71,6 +104,7 @@ class Actors:
         model: str,
         prompt_tokens: int,
         kinds: Kinds,
+        bundles: Sequence[list[Bundle | None]],
     ):
         self.config, self.plan, self.model, self.kinds = config, plan, model, kinds
         cpu_env = (
@@ -94,7 +128,7 @@ class Actors:
             seed=config.seed,
             sft_adapter=config.sft_adapter,
         )
-        self.groups: dict[str, list[PlacementGroup | None]] = {}
+        self.bundles = dict(zip(("rollout", "reward", "policy"), bundles, strict=False))
         self.made: list[Any] = []
         self.slots: list[ActorSlot] = []
         self.worker_names: list[str] = []
@@ -104,38 +138,24 @@ class Actors:
 
         Ray restarts a worker as often as it dies. The pool counts its deaths.
         """
-        groups = self._reserve(self.plan.rollout, "rollout")
-        self.worker_names = [
-            placement_groups.unique_name("raywarp-rollout", n) for n in range(1, len(groups) + 1)
-        ]
-        return [self._worker(index) for index in range(len(groups))]
-
-    def worker_again(self, index: int) -> Any:
-        """Replace a rollout worker that lost its node and has found no other.
-
-        The new one has the same name, and starts when there is room.
-        """
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(ray.get_actor(self.worker_names[index]))
-        self._ask_again("rollout", index)
-        return self._worker(index)
-
-    def _worker(self, index: int) -> Any:
         environment = self.environment | VLLM_ENV | ({} if self.settings.gpu else VLLM_CPU_ENV)
-        group, options = (
-            self.groups["rollout"][index],
-            {"max_restarts": -1, "name": self.worker_names[index]},
-        )
-        return self._make(
-            self.kinds.worker,
-            self.plan.rollout,
-            group,
-            environment,
-            options,
-            self.settings,
-            index + 1,
-            watched=True,
-        )
+        numbered = list(enumerate(self.bundles["rollout"], 1))
+        self.worker_names = [
+            placement_groups.unique_name("raywarp-rollout", n) for n, _ in numbered
+        ]
+        return [
+            self._make(
+                self.kinds.worker,
+                self.plan.rollout,
+                bundle,
+                environment,
+                {"max_restarts": -1, "name": name},
+                self.settings,
+                n,
+                watched=True,
+            )
+            for (n, bundle), name in zip(numbered, self.worker_names, strict=True)
+        ]
 
     def pool(self) -> Any:
         """Return the rollout pool, which is placed on the driver's node.
@@ -163,16 +183,16 @@ class Actors:
         )
 
     def policies(self) -> list[ActorSlot]:
-        need, groups = self.plan.policy, self._reserve(self.plan.policy, "policy")
+        need = self.plan.policy
         arguments = (self.config, self.model, self.plan.dtype, self.plan.threads)
 
-        def maker(n: int) -> Callable[[PlacementGroup | None], Any]:
-            def make(group: PlacementGroup | None) -> Any:
+        def maker(n: int, bundle: Bundle | None) -> Callable[[], Any]:
+            def make() -> Any:
                 options = {"name": placement_groups.unique_name("raywarp-policy", n)}
                 return self._make(
                     self.kinds.policy,
                     need,
-                    group,
+                    bundle,
                     self.environment,
                     options,
                     *arguments,
@@ -181,10 +201,9 @@ class Actors:
 
             return make
 
-        again = partial(self._ask_again, "policy")
         self.slots = [
-            ActorSlot(f"policy actor {n}", maker(n), group, partial(again, n - 1))
-            for n, group in enumerate(groups, 1)
+            ActorSlot(f"policy actor {n}", maker(n, bundle), bundle)
+            for n, bundle in enumerate(self.bundles["policy"], 1)
         ]
         for slot in self.slots:
             slot.renew()
@@ -196,7 +215,7 @@ class Actors:
         Ray restarts them and repeats their calls.
         """
         sources = list(self.config.scorers.values())
-        groups, need = self._reserve(self.plan.reward, "reward"), self.plan.reward
+        bundles, need = self.bundles["reward"], self.plan.reward
         # Retries are unlimited, because Ray 2.60 also counts one for a worker that is restarting.
         restart = {"max_restarts": -1, "max_task_retries": -1}
         common = (self.config.trust_remote_code, self.plan.threads)
@@ -204,7 +223,7 @@ class Actors:
             self._make(
                 RewardActor,
                 need,
-                group,
+                bundle,
                 self.environment,
                 restart
                 | {"name": placement_groups.unique_name("raywarp-reward", n)}
@@ -215,8 +234,8 @@ class Actors:
                 Source.here(source),
                 watched=True,
             )
-            for n, (source, group, title) in enumerate(
-                zip(sources, groups, reward_titles(self.config), strict=True), 1
+            for n, (source, bundle, title) in enumerate(
+                zip(sources, bundles, reward_titles(self.config), strict=True), 1
             )
         ]
 
@@ -224,25 +243,13 @@ class Actors:
         for actor in self.made:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
-        for groups in self.groups.values():
-            placement_groups.release(groups)
-
-    def _reserve(self, need: resources.Need, name: str) -> list[PlacementGroup | None]:
-        groups = placement_groups.reserve(
-            need, f"raywarp-{name}", self.config.cluster.timeout_seconds
-        )
-        self.groups[name] = groups
-        return groups
-
-    def _ask_again(self, name: str, index: int) -> PlacementGroup | None:
-        group = self.groups[name][index] = placement_groups.ask_again(self.groups[name][index])
-        return group
+        placement_groups.release(list(self.bundles.values()))
 
     def _make(
         self,
         kind: type,
         need: resources.Need | None,
-        group: PlacementGroup | None,
+        bundle: Bundle | None,
         environment: dict[str, str],
         options: dict[str, Any],
         *arguments: Any,
@@ -261,7 +268,7 @@ class Actors:
             else {}
         )
         remote: Any = ray.remote(**also)(kind) if also else ray.remote(kind)
-        where = placement_groups.options(need, group) if need else {"num_cpus": 0}
+        where = placement_groups.options(need, bundle) if need else {"num_cpus": 0}
         actor = remote.options(**where, runtime_env={"env_vars": environment}, **options).remote(
             *arguments
         )

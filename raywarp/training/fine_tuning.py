@@ -252,7 +252,7 @@ class FineTuning:
         runtime.check()
         others_work = self.tick()
         for stream in list(self.streams):
-            if stream.heard or placement_groups.is_found(stream.slot.group):
+            if stream.heard or placement_groups.is_found(stream.slot.bundle):
                 if text := hang_of(stream.slot, self.config.cluster.hang_seconds):
                     for job in stream.jobs:
                         self._report_hang(stream.slot, self.courses[job.key], text)

@@ -26,7 +26,7 @@ from raywarp.rollout.pool import PoolReport
 from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
-from raywarp.training.actors import REAL, Actors, Kinds, reward_titles
+from raywarp.training.actors import REAL, Actors, Kinds, find_room, reward_titles
 from raywarp.training.draws import drawn
 from raywarp.training.fine_tuning import TICK, FineTuning
 from raywarp.training.startup import Startup, request_start, warn_of_small_cache
@@ -204,7 +204,7 @@ class Session:
     def present(self) -> list[ActorSlot]:
         """Return the policy actors' slots. Renew a slot that was given up, if it has room again."""
         for slot in self.policies:
-            if slot.gone and placement_groups.is_found(slot.group):
+            if slot.gone and placement_groups.is_found(slot.bundle):
                 slot.renew()
         return [slot for slot in self.policies if not slot.gone]
 
@@ -295,9 +295,12 @@ class Session:
 
     def _start(self) -> None:
         config = self.config
-        self.plan = plan = placement_groups.await_plan(config)
         self._free_before = ray.available_resources()
-        self._actors = actors = Actors(config, plan, self.model, self.prompt_tokens, self._kinds)
+        plan, bundles = find_room(config, self._trains, self.report, self._check)
+        self.plan = plan
+        self._actors = actors = Actors(
+            config, plan, self.model, self.prompt_tokens, self._kinds, bundles
+        )
         self.workers = actors.workers()
         self.pool = actors.pool()
         if self._trains:
@@ -310,7 +313,7 @@ class Session:
             for actors in (self.workers, [slot.actor for slot in self.policies], scorers)
         )
         started = self._startup.results(
-            "a rollout worker", self.workers, engines, actors.groups["rollout"]
+            "a rollout worker", self.workers, engines, actors.bundles["rollout"]
         )
         self.pool.know.remote([worker["process"] for worker in started])
         self.engine: dict[str, str] = started[0]["numerics"]
@@ -320,10 +323,9 @@ class Session:
                 [zeros], iter(lambda: request_start([slot.actor for slot in self.present()]), None)
             )
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
-        self._startup.results("the reward worker", scorers, rewards, actors.groups["reward"])
+        self._startup.results("the reward worker", scorers, rewards, actors.bundles["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
-        rooms, most = actors.groups, config.cluster.max_failures
-        worker_groups = rooms["rollout"]
+        rooms, most = actors.bundles, config.cluster.max_failures
         self._helpers = [
             SupervisedPool(
                 "rollout pool",
@@ -331,17 +333,16 @@ class Session:
                 hang,
                 self.report,
                 most,
-                worker_groups,
+                rooms["rollout"],
                 wait,
                 workers=self.workers,
-                again=actors.worker_again,
             )
         ]
-        for name, scorer, group in zip(
+        for name, scorer, bundle in zip(
             reward_titles(config), scorers, rooms["reward"], strict=True
         ):
             self._helpers.append(
-                SupervisedActor(name, scorer, hang, self.report, most, [group], wait)
+                SupervisedActor(name, scorer, hang, self.report, most, [bundle], wait)
             )
         if self._proves:
             self.examine_workers()
@@ -366,8 +367,8 @@ class Session:
         sampler = Sampler(
             self.model, self.engine["engine"], self.engine["adapter"], self.plan.dtype
         )
-        groups = self._actors.groups["rollout"]
-        self.proof = self._startup.prove_workers(sampler, reference, self.workers, groups)
+        bundles = self._actors.bundles["rollout"]
+        self.proof = self._startup.prove_workers(sampler, reference, self.workers, bundles)
         self.get(self.pool.prove_with.remote(self.proof))
 
     def _stop(self, at_once: bool) -> None:

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from raywarp.cluster import faults, placement_groups
 from raywarp.cluster.faults import Failures, FaultError
+from raywarp.cluster.placement_groups import Bundle
 from raywarp.cluster.resources import Plan
 from raywarp.config.schema import Config
 from raywarp.rollout.effect import Sampler
@@ -39,17 +40,17 @@ class Startup:
         what: str,
         actors: Sequence[Any],
         refs: Sequence[Any],
-        groups: Sequence[Any],
+        bundles: Sequence[Bundle | None],
         ask: Callable[[Any], Any] = lambda actor: request_start([actor])[0],
     ) -> list[Any]:
         """Return what the actors answered. Ask again those that died.
 
-        Ray restarts a dead actor once its placement group has a node.
+        Ray restarts a dead actor once its bundle has a node.
 
         Args:
             what: name of such an actor in errors.
             refs: of the answers, one per actor.
-            groups: placement groups, one per actor.
+            bundles: of the actors.
             ask: sends the question to one actor again, and returns the ref of its answer.
 
         Raises:
@@ -58,8 +59,8 @@ class Startup:
         """
         failures = Failures(self.config.cluster.max_failures)
         return [
-            self._result(what, actor, ref, group, ask, failures)
-            for actor, ref, group in zip(actors, refs, groups, strict=True)
+            self._result(what, actor, ref, bundle, ask, failures)
+            for actor, ref, bundle in zip(actors, refs, bundles, strict=True)
         ]
 
     def prove_workers(
@@ -67,14 +68,14 @@ class Startup:
         sampler: Sampler,
         reference: Callable[[int], Any],
         workers: Sequence[Any],
-        groups: Sequence[Any],
+        bundles: Sequence[Bundle | None],
     ) -> Proof:
         """Return the proof that each rollout worker runs the trainer's policies.
 
         Args:
             reference: asks a policy actor for a probe of so many scored tokens, and for the
                 trainer's log-probs of it.
-            groups: placement groups of the workers.
+            bundles: of the workers.
 
         Raises:
             EffectError: an engine does not run the trainer's policies.
@@ -87,7 +88,7 @@ class Startup:
                 return worker.logprobs.remote(asked)
 
             refs = [ask(worker) for worker in workers]
-            answers = self.results("a rollout worker", workers, refs, groups, ask)
+            answers = self.results("a rollout worker", workers, refs, bundles, ask)
             return [scores for _, scores in answers]
 
         return prove(sampler, reference, score)
@@ -97,7 +98,7 @@ class Startup:
         what: str,
         actor: Any,
         ref: Any,
-        group: Any,
+        bundle: Bundle | None,
         ask: Callable[[Any], Any],
         failures: Failures,
     ) -> Any:
@@ -108,7 +109,7 @@ class Startup:
             except RayError as error:
                 if not faults.is_survivable(error):
                     raise faults.cause_of(error) from None
-                has_node = placement_groups.has_node(group)
+                has_node = placement_groups.has_node(bundle)
                 lost = None if has_node else lost or time.monotonic()
                 if lost and time.monotonic() - lost > wait:
                     raise FaultError(

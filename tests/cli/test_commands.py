@@ -187,13 +187,17 @@ def test_reward_stage_refuses_too(
 def test_more_than_the_cluster_has(
     command_folder: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
 ) -> None:
-    message = refused(capsys, "cluster.gpus_per_policy=1", "cluster.gpus_per_rollout_worker=2")
+    """It is asked for all the same, since nodes may come; each time with the reasons."""
+    soon = "cluster.wait_seconds=1"
+    more = ("cluster.gpus_per_policy=1", "cluster.gpus_per_rollout_worker=2")
+    message = refused(capsys, soon, *more)
+    assert "raywarp: waited " in message
     assert (
         "asks for 3 GPUs (1 policy x 1 + 1 rollout worker x 2), the cluster has 0 of 0 available"
         in message
     )
     assert "cluster.gpus_per_policy" in message
-    message = refused(capsys, "cluster.cpus_per_policy=64")
+    message = refused(capsys, soon, "cluster.cpus_per_policy=64")
     assert "CPUs" in message
     assert "cluster.cpus_per_policy" in message
 

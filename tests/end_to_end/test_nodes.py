@@ -196,7 +196,7 @@ def test_another_node_is_waited_for_while_an_engine_loads_but_not_without_end(
         }
         command = [sys.executable, "-c", LOST, str(tiny_llama)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=100, env={**os.environ, **own}
+            command, capture_output=True, text=True, timeout=200, env={**os.environ, **own}
         )
     (message,) = [
         line.removeprefix("FOUND ")

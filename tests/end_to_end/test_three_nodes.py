@@ -168,9 +168,7 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
 
     moved = lose_one(nodes, nodes.ask("places"))
     command.wait_until(lambda: {row["policy"] for row in told(command.run, "moved")} == moved)
-    # of which Ray never rests, and costs the head node a core
-    command.wait_until(lambda: "RESCHEDULING" not in nodes.ask("groups"), 60)
-    assert nodes.ask("groups").count("PENDING") == 2
+    assert nodes.ask("groups") == ["RESCHEDULING"]  # what was lost is still asked for
     set_pace(project, 0)
     assert command.end() == 0, command.tail()
     assert {row["policy"] for row in told(command.run, "continued")[len(again) :]} == moved

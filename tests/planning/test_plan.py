@@ -482,7 +482,8 @@ def test_a_run_that_cannot_write_its_folder_is_refused(
     (fitting_run / "file").write_text("")
     assert main(["train", "config.yaml", "out=file/run"]) == 2
     assert "out=file/run cannot be written: Not a directory" in capsys.readouterr().err
-    assert main(["train", "config.yaml", "out=new/run", "cluster.gpus_per_policy=9"]) == 2
+    more = ["cluster.gpus_per_policy=9", "cluster.wait_seconds=1"]
+    assert main(["train", "config.yaml", "out=new/run", *more]) == 2
     assert not (fitting_run / "new").exists()
 
 
