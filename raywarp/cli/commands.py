@@ -133,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--offline", action="store_true", help="ask neither a cluster nor a hub, and read no data"
     )
+    plan.add_argument(
+        "--cluster",
+        metavar="NODESxGPUSxNAME",
+        help="judge by these nodes instead, such as 2x8xH100 or 8xA100,4x16xCPU",
+    )
     add_config(commands)
     add_report(commands)
     add_front(commands)
@@ -223,6 +228,6 @@ def _plan(options: argparse.Namespace) -> int:
     from raywarp.planning.plan import plan, print_forecast
     from raywarp.run.terminal import console
 
-    found = plan(_config_of(options), options.offline)
+    found = plan(_config_of(options), options.offline, options.cluster)
     print_forecast(found, console())
     return 0 if found.fits else 2

@@ -245,6 +245,13 @@ class Config(Section):
             )
         if self.warp.advantage == "mean" and batch < 2:
             raise ValueError("optim.batch_size must be at least 2 with warp.advantage=mean")
+        share, split = self.cluster.gpus_per_rollout_worker, self.rollout.tensor_parallel_size
+        if share and share < 1 < split:
+            raise ValueError(
+                f"cluster.gpus_per_rollout_worker={share:g} is a share of a GPU, and"
+                f" rollout.tensor_parallel_size={split} splits a model over whole ones; set one of"
+                " them to 1"
+            )
         self._check_rewards()
         self._check_stop()
         if self.warp.average_last > (most := -(-self.warp.steps // self.checkpoint_every)):

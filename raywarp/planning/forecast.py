@@ -227,6 +227,12 @@ def _reward_weights(config: Config) -> Components:
     return {"classifier weights": max(sizes)} if any(sizes) else {}
 
 
+def reward_numbers(config: Config) -> float:
+    """Return the parameters of all reward models, taken from 16-bit files; 0 if not known."""
+    models = [scorer.model for scorer in config.rewards_by_key.values() if scorer.model]
+    return sum(_classifier_bytes(name) for model in models if (name := embedded.cached(model))) / 2
+
+
 def _classifier_bytes(name: str) -> int:
     """Return the bytes of a classifier's weights; 0 if they cannot be known here."""
     from raywarp.adapters.weight_files import weight_bytes

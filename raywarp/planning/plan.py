@@ -17,9 +17,18 @@ from raywarp.data.models import read_model_config
 from raywarp.data.rows import HUB_ID
 from raywarp.planning import memory, preflight
 from raywarp.planning.ceiling_time import ceiling_lines
-from raywarp.planning.forecast import Forecast, Origin, ProcessMemory, forecast, forecast_of_shapes
+from raywarp.planning.forecast import (
+    Forecast,
+    Origin,
+    ProcessMemory,
+    forecast,
+    forecast_of_shapes,
+    reward_numbers,
+)
 from raywarp.planning.known_models import known_config
+from raywarp.planning.machines import CPUS_PER_GPU, Machines, named_cluster
 from raywarp.planning.memory import Shapes, in_units
+from raywarp.planning.step_cost import cost_lines, step_cost
 from raywarp.rewards.score import own_file
 from raywarp.rollout.engine import check_mode, mode_problem
 
@@ -29,21 +38,22 @@ if TYPE_CHECKING:
 UNKNOWN_PROMPT = 128  # assumed tokens of the longest prompt, if neither data nor config tell
 
 
-def plan(config: Config, offline: bool = False) -> Forecast:
+def plan(config: Config, offline: bool = False, cluster: str | None = None) -> Forecast:
     """Return what a run of this config needs, and whether it fits.
 
     If there is no cluster to join, a local Ray is started. Nothing else is started.
 
     Args:
         offline: ask neither a cluster nor a hub, and read no data. The result has the needs only.
+        cluster: the nodes to judge by, such as 2x8xH100 (machines.py), instead of asking a cluster.
 
     Raises:
         ConfigError: the config is wrong, or (unless offline) its model, data or reward.
     """
     if config.tune is not None and config.tune.space:
-        return _sweep_forecast(config, offline)
-    if offline:
-        return _offline(config)
+        return _sweep_forecast(config, offline, cluster)
+    if cluster is not None or offline:
+        return _unasked(config, named_cluster(cluster) if cluster is not None else None, offline)
     from raywarp.cluster import runtime
 
     source = _origin(config)
@@ -73,12 +83,12 @@ def plan(config: Config, offline: bool = False) -> Forecast:
     )
 
 
-def _sweep_forecast(config: Config, offline: bool) -> Forecast:
+def _sweep_forecast(config: Config, offline: bool, cluster: str | None) -> Forecast:
     """Return the forecast of a sweep's largest trial, with a note on all its trials."""
     space = search_space(config)
-    found = plan(space.largest(), offline)
+    found = plan(space.largest(), offline, cluster)
     concurrent = None
-    if not offline and found.fits:
+    if not (offline or cluster) and found.fits:
         concurrent = resources.fit_several(
             space.largest(), min(space.settings.max_concurrent or space.trials, space.trials)
         )[1]
@@ -198,38 +208,61 @@ def local_paths(config: Config, model: str) -> list[str]:
     return [*(str(folder) for folder in folders if folder.is_dir()), *filter(None, modules)]
 
 
-def _offline(config: Config) -> Forecast:
-    """Return the needs of a run without asking a cluster or the hub."""
-    placed = resources.wish(config, 0)
+def _unasked(config: Config, machines: Machines | None, offline: bool) -> Forecast:
+    """Return the forecast without asking a cluster: the needs, judged by named nodes if any."""
+    placed, problems = _placed_on(config, machines)
     check_mode(config, placed.rollout.gpus > 0)
-    notes = [
-        "offline: GPUs are counted where the config names them; a policy actor is counted for each"
-        " policy"
-    ]
-    source = shapes_only(config, weights=True)
+    notes = _assumptions(machines)
+    source = shapes_only(config, weights=True) if offline else _origin(config)
     if source is None:
         notes.append(
             f"memory is not known: the config.json of model={config.model} is not in reach; "
             "a folder with nothing but that file will do: plan … model=FOLDER"
         )
-        return Forecast(
-            config,
-            placed,
-            None,
-            [ProcessMemory(need, {}) for need in placed.needs],
-            placed.dtype,
-            notes=notes,
-        )
-    notes += source.notes
+        processes = [ProcessMemory(need, {}) for need in placed.needs]
+        return Forecast(config, placed, None, processes, placed.dtype, problems, notes=notes)
     result = forecast(config, source, placed)
-    disk = (
-        preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
-        if result.shapes
-        else []
+    reports = machines.reports if machines else []
+    problems += result.impossible(reports)
+    if result.shapes and not machines:  # whose disk is not this machine's
+        problems += preflight.disk_problems(config, memory.checkpoint_bytes(result.shapes, config))
+    return replace(
+        result,
+        problems=problems,
+        warnings=[*source.warnings, *result.cautions(reports)],
+        notes=[*notes, *source.notes, *_cost(config, result, source, machines)],
+        reports=reports,
     )
-    return Forecast(
-        config, placed, result.shapes, result.processes, result.dtype, disk, notes=notes
+
+
+def _placed_on(config: Config, machines: Machines | None) -> tuple[resources.Plan, list[str]]:
+    return (
+        resources.plan_or_wish(config, machines.nodes)
+        if machines
+        else (resources.wish(config, 0), [])
     )
+
+
+def _assumptions(machines: Machines | None) -> list[str]:
+    if machines is None:
+        return [
+            "offline: GPUs are counted where the config names them; a policy actor is counted for"
+            " each policy"
+        ]
+    if machines.gpu is None:
+        return []
+    return [f"a node is taken to have {CPUS_PER_GPU} CPUs per GPU; its host memory is not judged"]
+
+
+def _cost(config: Config, result: Forecast, source: Origin, machines: Machines | None) -> list[str]:
+    """Return lines on a policy step's cost, where the kind of GPU is known."""
+    plan = result.plan
+    if not (machines and machines.gpu and result.shapes and plan.policy.gpus and plan.rollout.gpus):
+        return []
+    gpus = sum(need.total("GPU") for need in plan.needs)
+    scored = reward_numbers(config) if plan.reward.gpus else 0
+    cost = step_cost(config, result.shapes, plan.dtype, machines.gpu, source.prompt_tokens, scored)
+    return cost_lines(cost, gpus, machines.name)
 
 
 def print_forecast(found: Forecast, console: Any) -> None:
@@ -300,7 +333,8 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
             f", GPUs of {', '.join(map(in_units, report.gpu_memory))}" if report.gpu_memory else ""
         )
         listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-        lines.append(f"node {report.address}: {in_units(report.memory)} of memory{gpus}; {listed}")
+        held = f"{in_units(report.memory)} of memory" if report.memory else "memory not known"
+        lines.append(f"node {report.address}: {held}{gpus}" + (f"; {listed}" if listed else ""))
     ceiling = ceiling_lines(config, found.plan, shapes)
     if shapes is None:
         return lines + ceiling
