@@ -37,7 +37,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"
-    provider = {"type": "fake_multinode", "head_node_id": "f" * 56, "launch_multiple": True, "disable_node_updaters": True}
+    flags = {"launch_multiple": True, "disable_node_updaters": True}
+    provider = {"type": "fake_multinode", "head_node_id": "f" * 56, **flags}
     settings = {
         "cluster_name": "fake",
         "max_workers": 4,
@@ -49,7 +50,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "head_node_type": "ray.head.default",
         "file_mounts": {},
         "cluster_synced_files": [],
-        **dict.fromkeys(COMMANDS, []),
+        **{key: [] for key in COMMANDS},
     }
     (tmp_path / "cluster.yaml").write_text(json.dumps(settings))
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as folder:
