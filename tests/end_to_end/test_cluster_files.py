@@ -257,43 +257,6 @@ def test_shellcheck() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_slurm_uses_options_that_symmetric_run_has(tmp_path: Path) -> None:
-    """The script itself, with stand-ins for Slurm and ray; then ray's own parser on what it would
-    have run.
-    """
-    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
-
-    for name, script in {
-        "scontrol": "printf 'node-1\\nnode-2\\n'",
-        "srun": (
-            'for word; do case $word in hostname) echo 10.0.0.1; exit;; esac; done; while [ "$1" !='
-            ' ray ]; do shift; done; exec "$@"'
-        ),
-        "ray": 'printf "%s\\n" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$@"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {
-        "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NODELIST": "node-[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-    }
-    result = subprocess.run(
-        ["bash", CLUSTER / "slurm.sbatch", "my.yaml", "warp.steps=5"],
-        env={"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", **slurm},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    mode, token_length, *words = result.stdout.splitlines()
-    assert (mode, token_length) == ("token", "64")
-    split = words.index("--")
-    assert words[split + 1 :] == ["raywarp", "train", "my.yaml", "warp.steps=5"]
-    assert words[:5] == ["symmetric-run", "--address", "10.0.0.1:24567", "--min-nodes", "2"]
-    assert curate_and_validate_ray_start_args(words[1:split]) == ["--dashboard-host=127.0.0.1"]
-    assert subprocess.run(["bash", CLUSTER / "slurm.sbatch"], capture_output=True).returncode == 2
-
-
 def test_dockerfile_copies_what_is_there_and_installs_an_extra() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
     copied = [
