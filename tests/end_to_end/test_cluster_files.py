@@ -1,7 +1,7 @@
 """Tests of the files in cluster/, as far as they can be checked without the clouds they are for.
 
-The checks are Ray's own validators, the fields of KubeRay's v1 resources, shellcheck, and raywarp
-itself.
+The checks are Ray's own validators, the fields of KubeRay's v1 resources, shellcheck, hadolint,
+and raywarp itself.
 """
 
 import re
@@ -22,6 +22,7 @@ from raywarp.config.load import load_config
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 CONFIGS = sorted((CLUSTER / "configs").glob("*.yaml"))
+SCRIPTS = [*sorted(CLUSTER.glob("*.sh")), CLUSTER / "slurm.sbatch"]
 
 
 def strict(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -249,12 +250,27 @@ def test_runtime_env() -> None:
     assert ".venv" in environment["excludes"]
 
 
-def test_shellcheck() -> None:
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    result = subprocess.run(
-        [shellcheck, "--severity=style", CLUSTER / "slurm.sbatch"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(path: Path) -> None:
+    run_tool("shellcheck", "--severity=style", path)
+
+
+def test_hadolint() -> None:
+    run_tool("hadolint", CLUSTER / "Dockerfile")
+
+
+def run_tool(name: str, *words: str | Path) -> None:
+    """Raise an error with what a tool of this environment finds."""
+    tool = Path(sys.executable).with_name(name)
+    result = subprocess.run([tool, *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_image_has_no_root_and_no_sudo() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == ["1000:1000"]
+    assert "useradd --uid 1000 --gid 1000 " in text
+    assert not re.findall(r"^[^#]*sudo", text, re.MULTILINE)
 
 
 def test_dockerfile_copies_what_is_there_and_installs_an_extra() -> None:
