@@ -1,16 +1,14 @@
 """Tests of the files in cluster/, as far as they can be checked without the clouds they are for.
 
-The checks are Ray's own validators, the fields of KubeRay's v1 resources, shellcheck, hadolint,
-and raywarp itself.
+The checks are Ray's own validators, boto3's model of EC2, shellcheck, hadolint, and raywarp itself.
+Those of Kubernetes and Slurm are in test_kubernetes_files.py and test_slurm_file.py.
 """
 
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.providers import _get_node_provider_cls
@@ -23,190 +21,6 @@ from raywarp.config.load import load_config
 CLUSTER = Path(__file__).parents[2] / "cluster"
 CONFIGS = sorted((CLUSTER / "configs").glob("*.yaml"))
 SCRIPTS = [*sorted(CLUSTER.glob("*.sh")), CLUSTER / "slurm.sbatch"]
-
-
-def strict(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
-    """JSON schema of an object with these fields and no others."""
-    return {
-        "type": "object",
-        "properties": {**required, **(optional or {})},
-        "required": list(required),
-        "additionalProperties": False,
-    }
-
-
-def a_list(item: Any) -> dict[str, Any]:
-    return {"type": "array", "minItems": 1, "items": item}
-
-
-# The fields that these files use, with types and necessity as KubeRay's and Kubernetes' API have
-# them: a misspelt or misplaced one fails.
-TEXT: dict[str, Any] = {"type": "string"}
-COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
-FLAG: dict[str, Any] = {"type": "boolean"}
-QUANTITY: dict[str, Any] = {"type": "string", "pattern": r"^\d+(m|[KMGT]i?)?$"}
-TEXTS: dict[str, Any] = {"type": "object", "additionalProperties": TEXT}
-METADATA = strict(
-    {}, {"name": {"type": "string", "pattern": "^[a-z]([a-z0-9-]*[a-z0-9])?$"}, "labels": TEXTS}
-)
-QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
-ENV = a_list(
-    strict(
-        {"name": TEXT},
-        {"value": TEXT, "valueFrom": strict({"secretKeyRef": strict({"name": TEXT, "key": TEXT})})},
-    )
-)
-CONTAINER = strict(
-    {
-        "name": TEXT,
-        "image": TEXT,
-        "resources": strict({"requests": QUANTITIES, "limits": QUANTITIES}),
-    },
-    {
-        "env": ENV,
-        "ports": a_list(strict({"containerPort": COUNT}, {"name": TEXT})),
-        "volumeMounts": a_list(strict({"name": TEXT, "mountPath": TEXT})),
-    },
-)
-VOLUME = strict(
-    {"name": TEXT},
-    {
-        "persistentVolumeClaim": strict({"claimName": TEXT}),
-        "emptyDir": strict({}, {"medium": TEXT, "sizeLimit": QUANTITY}),
-    },
-)
-POD = strict(
-    {"containers": a_list(CONTAINER)},
-    {
-        "volumes": a_list(VOLUME),
-        "tolerations": a_list(
-            strict({"key": TEXT, "operator": {"enum": ["Exists", "Equal"]}, "effect": TEXT})
-        ),
-        "terminationGracePeriodSeconds": COUNT,
-        "restartPolicy": {"enum": ["Never", "OnFailure"]},
-    },
-)
-TEMPLATE = strict({"spec": POD}, {"metadata": METADATA})
-HEAD = strict({"rayStartParams": TEXTS, "template": TEMPLATE})
-WORKERS = strict(
-    {
-        "groupName": TEXT,
-        "minReplicas": COUNT,
-        "maxReplicas": COUNT,
-        "rayStartParams": TEXTS,
-        "template": TEMPLATE,
-    },
-    {"replicas": COUNT},
-)
-CLUSTER_SPEC = strict(
-    {"headGroupSpec": HEAD, "workerGroupSpecs": a_list(WORKERS)},
-    {
-        "rayVersion": TEXT,
-        "enableInTreeAutoscaling": FLAG,
-        "autoscalerOptions": strict({}, {"idleTimeoutSeconds": COUNT, "env": ENV}),
-    },
-)
-JOB_SPEC = strict(
-    {"entrypoint": TEXT, "rayClusterSpec": CLUSTER_SPEC},
-    {
-        "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
-        "shutdownAfterJobFinishes": FLAG,
-        "ttlSecondsAfterFinished": COUNT,
-        "backoffLimit": COUNT,
-        "runtimeEnvYAML": TEXT,
-        "submitterPodTemplate": TEMPLATE,
-    },
-)
-CLAIM_SPEC = strict(
-    {
-        "accessModes": a_list({"enum": ["ReadWriteMany"]}),
-        "resources": strict({"requests": QUANTITIES}),
-    }
-)
-KINDS = {
-    ("ray.io/v1", "RayCluster"): CLUSTER_SPEC,
-    ("ray.io/v1", "RayJob"): JOB_SPEC,
-    ("v1", "PersistentVolumeClaim"): CLAIM_SPEC,
-}
-
-
-def resources(name: str) -> dict[str, dict[str, Any]]:
-    """kind → spec, of a Kubernetes file."""
-    specs = {}
-    for document in yaml.safe_load_all((CLUSTER / name).read_text()):
-        schema = strict(
-            {
-                "apiVersion": TEXT,
-                "kind": TEXT,
-                "metadata": METADATA,
-                "spec": KINDS[document["apiVersion"], document["kind"]],
-            }
-        )
-        jsonschema.validate(document, schema)
-        specs[document["kind"]] = document["spec"]
-    return specs
-
-
-def ray_version() -> str:
-    match = re.search(r'"ray\[.*\]>=([\d.]+)', (CLUSTER.parent / "pyproject.toml").read_text())
-    assert match
-    return match[1]
-
-
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_kuberay_resources(name: str) -> None:
-    specs = resources(name)
-    spec = specs.get("RayCluster") or specs["RayJob"]["rayClusterSpec"]
-    assert spec["rayVersion"].startswith(ray_version())
-    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
-    assert set(groups) == {"gpu", "cpu"}
-    templates = [
-        spec["headGroupSpec"]["template"],
-        *(group["template"] for group in groups.values()),
-    ]
-    pods = [template["spec"] for template in templates]
-    assert [
-        int(pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)) for pod in pods
-    ] == [0, 4, 0]
-    # vLLM differs
-    assert [pod["containers"][0]["image"] for pod in pods] == [
-        "raywarp:cpu",
-        "raywarp:gpu",
-        "raywarp:cpu",
-    ]
-    for pod in pods:  # all of them share a file system, and none runs without the token
-        assert {"name": "shared", "persistentVolumeClaim": {"claimName": "raywarp-shared"}} in pod[
-            "volumes"
-        ]
-        volumes = {volume["name"] for volume in pod["volumes"]}
-        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes
-    submitters = [specs["RayJob"]["submitterPodTemplate"]["spec"]] if "RayJob" in specs else []
-    for pod in [*pods, *submitters]:
-        environment = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
-        assert environment["RAY_AUTH_MODE"]["value"] == "token"
-        assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {
-            "name": "raywarp-token",
-            "key": "auth_token",
-        }
-
-
-def test_a_misspelt_field_is_noticed() -> None:
-    spec = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())["spec"]
-    spec["rayClusterSpec"]["workerGroupSpecs"][0]["minReplica"] = spec["rayClusterSpec"][
-        "workerGroupSpecs"
-    ][0].pop("minReplicas")
-    with pytest.raises(jsonschema.ValidationError, match="minReplica"):
-        jsonschema.validate(spec, JOB_SPEC)
-
-
-def test_rayjob_runs_a_command_of_raywarp_outside_the_pod() -> None:
-    job = resources("rayjob.yaml")["RayJob"]
-    program, *arguments = job["entrypoint"].split()
-    assert program == "raywarp"
-    options = raywarp.cli.commands._parser().parse_args(arguments)
-    assert str(options.config).startswith("/shared/")
-    assert options.overrides[0].startswith("out=/shared/")
-    RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
 
 
 def test_ray_up_takes_cluster_yaml() -> None:

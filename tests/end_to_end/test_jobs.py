@@ -361,6 +361,28 @@ def test_a_relative_out_is_refused_in_a_job_and_following_exits_as_it_did(cluste
     assert "Traceback" not in following.stdout
 
 
+def test_rayjob_sh_ends_a_job_with_wrong_input_as_stopped(cluster: Cluster) -> None:
+    """KubeRay repeats what failed, and not what was stopped. It follows with `ray job logs`."""
+    client, here = cluster.client(), cluster.environment
+    (cluster.project / "bin").mkdir()
+    (cluster.project / "bin" / "raywarp").write_text("#!/bin/sh\nexit 1\n")
+    (cluster.project / "bin" / "raywarp").chmod(0o755)
+    script = cluster.local_sh.with_name("rayjob.sh")
+    for job, path in {"wrong": here["PATH"], "failed": f"{cluster.project}/bin:/bin"}.items():
+        variables = {"RAY_API_SERVER_ADDRESS": here["RAY_API_SERVER_ADDRESS"], "PATH": path}
+        client.submit_job(
+            entrypoint=f"{script} train {cluster.project / 'warp.yaml'}",
+            submission_id=job,
+            runtime_env={"env_vars": variables},
+        )
+    following = cluster.run("ray", "job", "logs", "--follow", "wrong")
+    assert following.returncode == 0, following.stdout + following.stderr
+    assert "out=run is relative: in a Ray job it would lie in a temporary copy" in following.stdout
+    assert client.get_job_status("wrong") == "STOPPED"
+    assert client.get_job_status("failed") == "FAILED"
+    assert client.get_job_info("failed").driver_exit_code == 1
+
+
 def test_ctrl_c_leaves_the_job(cluster: Cluster, uninterrupted: tuple[Path, str, set[str]]) -> None:
     following = cluster.start(sys.executable, cluster.submit_py, "warp.yaml")
     assert following.stdout
