@@ -4,13 +4,19 @@ The checks are Ray's own validators, boto3's model of EC2, shellcheck, hadolint,
 Those of Kubernetes and Slurm are in test_kubernetes_files.py and test_slurm_file.py.
 """
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from botocore.loaders import Loader
+from botocore.model import ServiceModel
+from botocore.validate import ParamValidator
+from ray.autoscaler._private.aws.config import _check_ami
 from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
@@ -23,9 +29,26 @@ CONFIGS = sorted((CLUSTER / "configs").glob("*.yaml"))
 SCRIPTS = [*sorted(CLUSTER.glob("*.sh")), CLUSTER / "slurm.sbatch"]
 
 
+AMI = "ami-0123456789abcdef0"
+
+
+def filled_in() -> dict[str, Any]:
+    """cluster.yaml as the command in its comment fills it in, for AMI and a registry."""
+    text = (CLUSTER / "cluster.yaml").read_text()
+    (command,) = re.findall(r"^#   (sed .*) >aws\.yaml$", text, re.MULTILINE)
+    result = subprocess.run(
+        ["bash", "-euc", f"ami={AMI} registry=registry.example/me; {command}"],
+        cwd=CLUSTER.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config: dict[str, Any] = yaml.safe_load(result.stdout)
+    return config
+
+
 def test_ray_up_takes_cluster_yaml() -> None:
-    written = yaml.safe_load((CLUSTER / "cluster.yaml").read_text())
-    config = prepare_config(written)
+    config = prepare_config(filled_in())
     validate_config(config)
     assert _get_node_provider_cls(config["provider"])
     nodes = config["available_node_types"]
@@ -34,29 +57,46 @@ def test_ray_up_takes_cluster_yaml() -> None:
         name
         for name, node in nodes.items()
         if node["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"}
-    } == {
-        "gpu",
-        "cpu",
-    }
+    } == {"gpu", "cpu"}
     for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
         assert command == "ray stop" or command.startswith("RAY_AUTH_MODE=token ")
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    images = config["docker"] | {"cpu": nodes["cpu"]["docker"]["worker_image"]}
+    assert (images["head_image"], images["worker_image"], images["cpu"]) == (
+        "registry.example/me/raywarp:cpu",
+        "registry.example/me/raywarp:gpu",
+        "registry.example/me/raywarp:cpu",
+    )
+
+
+def test_the_image_of_aws_has_to_be_filled_in() -> None:
+    """Ray would replace `latest_dlami`, or none, by an image of 2023."""
+    written = yaml.safe_load((CLUSTER / "cluster.yaml").read_text())["available_node_types"]
+    assert {node["node_config"]["ImageId"] for node in written.values()} == {"AMI_ID"}
+    _check_ami(config := filled_in())
+    filled = config["available_node_types"]
+    assert {node["node_config"]["ImageId"] for node in filled.values()} == {AMI}
 
 
 def test_aws_knows_the_fields_of_the_nodes() -> None:
     """boto3's own model of RunInstances checks each node type's fields and their types."""
-    loaders, model, validate = (
-        pytest.importorskip(f"botocore.{name}") for name in ("loaders", "model", "validate")
-    )
-    service = model.ServiceModel(loaders.Loader().load_service_model("ec2", "service-2"))
+    service = ServiceModel(Loader().load_service_model("ec2", "service-2"))
     shape = service.operation_model("RunInstances").input_shape
-    for node in yaml.safe_load((CLUSTER / "cluster.yaml").read_text())[
-        "available_node_types"
-    ].values():
+    for node in filled_in()["available_node_types"].values():
         parameters = {**node["node_config"], "MinCount": 1, "MaxCount": 1}
-        report = validate.ParamValidator().validate(parameters, shape)
+        report = ParamValidator().validate(parameters, shape)
         assert not report.has_errors(), report.generate_report()
         assert parameters["InstanceType"] in shape.members["InstanceType"].enum
+
+
+def test_the_head_may_give_workers_their_role() -> None:
+    text = (CLUSTER / "cluster.yaml").read_text()
+    (policy,) = re.findall(r"^#     '(.*)'$", text, re.MULTILINE)
+    (statement,) = json.loads(policy)["Statement"]
+    assert (statement["Effect"], statement["Action"]) == ("Allow", "iam:PassRole")
+    for node in filled_in()["available_node_types"].values():
+        profile = node["node_config"].get("IamInstanceProfile", {"Name": "ray-autoscaler-v1"})
+        assert statement["Resource"].endswith(f":role/{profile['Name']}")
 
 
 def test_runtime_env() -> None:
