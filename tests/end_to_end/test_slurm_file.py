@@ -4,10 +4,12 @@ The last one interrupts a real run, as Slurm does at the time limit, and continu
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,12 @@ done
 while [ "$1" != ray ]; do shift; done
 exec "$@"
 """,
-    # `ray symmetric-run` on the head node.
+    # `ray symmetric-run` on the head node: it runs the command, and ends with its return code.
     "ray": """
 printf '%s\\n' "$@" >ray-words
 while [ "$1" != -- ]; do shift; done
 shift
-"$@"
+exec python3 -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)' "$@"
 """,
     "raywarp": """
 printf '%s\\n' "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$RAY_ADDRESS" "$@" >raywarp-words
@@ -72,8 +74,14 @@ class Job:
                 stderr=log,
             )
 
-    def end(self) -> int:
-        return self.process.wait(60)
+    def end(self, seconds: float = 60) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self) -> None:
+        """Stop raywarp and then the script, if the test has not seen their end."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
 
     def near_the_time_limit(self) -> None:
         """Send what `#SBATCH --signal=B:USR1@300` asks for: to the script and to nothing else."""
@@ -87,6 +95,9 @@ class Job:
         return (self.folder / f"{program}-words").read_text().splitlines()
 
 
+Start = Callable[..., Job]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder whose `raywarp` ends with exit code 0."""
@@ -97,14 +108,28 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Return what starts a job in that folder."""
+    jobs: list[Job] = []
+
+    def start(*words: str, **addresses: str) -> Job:
+        jobs.append(Job(folder, *words, **addresses))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.stop()
+
+
 def wait_for(path: Path) -> None:
-    patience = Patience(30)
+    patience = Patience(60)
     while not path.exists():
         assert patience.lasts(), f"no {path}"
 
 
-def test_the_command_and_its_cluster(folder: Path) -> None:
-    job = Job(folder, "größe/my.yaml", "warp.steps=5", "out=/shared/a b")
+def test_the_command_and_its_cluster(folder: Path, start: Start) -> None:
+    job = start("größe/my.yaml", "warp.steps=5", "out=/shared/a b")
     assert job.end() == 0, job.log.read_text()
     words = job.words_of("ray")
     split = words.index("--")
@@ -117,8 +142,21 @@ def test_the_command_and_its_cluster(folder: Path) -> None:
     assert not job.requeued()
 
 
-def test_without_a_config_it_says_how_it_is_used(folder: Path) -> None:
-    job = Job(folder)
+def test_what_it_asks_of_slurm() -> None:
+    """Slurm reads these lines up to the first command."""
+    before, _, after = SCRIPT.read_text().partition("\nset -euo pipefail\n")
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", before, re.MULTILINE))
+    assert "#SBATCH" not in after
+    assert len(asked) == before.count("\n#SBATCH ")
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["mem"]) == ("2", "1", "0")
+    assert {"exclusive", "requeue"} <= set(asked)
+    assert asked["open-mode"] == "append"  # what is queued again has the same log
+    assert asked["signal"] == "B:USR1@300"
+    assert re.search(r"^trap '.*' USR1$", after, re.MULTILINE)
+
+
+def test_without_a_config_it_says_how_it_is_used(folder: Path, start: Start) -> None:
+    job = start()
     assert job.end() == 2
     assert job.log.read_text() == "usage: sbatch cluster/slurm.sbatch CONFIG [KEY=VALUE ...]\n"
 
@@ -134,49 +172,74 @@ def test_without_a_config_it_says_how_it_is_used(folder: Path) -> None:
     ],
 )
 def test_the_head_has_an_address_that_others_reach(
-    folder: Path, named: str, listed: str, address: str
+    folder: Path, start: Start, named: str, listed: str, address: str
 ) -> None:
-    job = Job(folder, "my.yaml", named=named, listed=listed)
+    job = start("my.yaml", named=named, listed=listed)
     assert job.end() == 0, job.log.read_text()
     assert job.words_of("ray")[2] == f"{address}:24567"
 
 
-def test_a_head_without_such_an_address_is_refused(folder: Path) -> None:
-    job = Job(folder, "my.yaml", named="127.0.1.1", listed="127.0.1.1 fd00::12")
+def test_a_head_without_such_an_address_is_refused(folder: Path, start: Start) -> None:
+    job = start("my.yaml", named="127.0.1.1", listed="127.0.1.1 fd00::12")
     assert job.end() == 1
     assert "node-1 has no IPv4 address that other nodes can reach" in job.log.read_text()
     assert not (folder / "ray-words").exists()
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
-def test_a_run_that_ended_by_itself_is_not_queued_again(folder: Path, code: int) -> None:
+def test_a_run_that_ended_by_itself_is_not_queued_again(
+    folder: Path, start: Start, code: int
+) -> None:
     (folder / "code").write_text(str(code))
-    job = Job(folder, "my.yaml")
+    job = start("my.yaml")
     assert job.end() == code
     assert not job.requeued()
 
 
-def test_wrong_input_just_before_the_time_limit_is_not_queued_again(folder: Path) -> None:
-    write_stand_ins(folder / "bin", raywarp="trap 'exit 2' TERM; touch started; sleep 60 & wait")
-    job = Job(folder, "my.yaml")
+def test_wrong_input_just_before_the_time_limit_is_not_queued_again(
+    folder: Path, start: Start
+) -> None:
+    write_stand_ins(folder / "bin", raywarp=STAND_INS["raywarp"].replace("143", "2"))
+    (folder / "endless").touch()
+    job = start("my.yaml")
     wait_for(folder / "started")
     job.near_the_time_limit()
     assert job.end() == 2
     assert not job.requeued()
 
 
-def test_the_time_limit_stops_raywarp_and_queues_the_job_again_once(folder: Path) -> None:
+def test_the_time_limit_stops_raywarp_and_queues_the_job_again_once(
+    folder: Path, start: Start
+) -> None:
     (folder / "endless").touch()
-    job = Job(folder, "my.yaml")
+    job = start("my.yaml")
     wait_for(folder / "started")
     job.near_the_time_limit()
     assert job.end() == 143
     assert job.requeued() == ["requeue 1234567"]
 
 
-def test_scancel_stops_raywarp_and_does_not_queue_the_job_again(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("early", "code"),
+    [
+        ({"raywarp": "touch started; exec sleep 60"}, 241),  # has not set its handler yet
+        ({"ray": "touch started; exec sleep 60"}, 143),  # has not been started yet
+    ],
+)
+def test_the_time_limit_may_come_before_raywarp_listens(
+    folder: Path, start: Start, early: dict[str, str], code: int
+) -> None:
+    write_stand_ins(folder / "bin", **early)
+    job = start("my.yaml")
+    wait_for(folder / "started")
+    job.near_the_time_limit()
+    assert job.end() == code
+    assert job.requeued() == ["requeue 1234567"]
+
+
+def test_scancel_stops_raywarp_and_does_not_queue_the_job_again(folder: Path, start: Start) -> None:
     (folder / "endless").touch()
-    job = Job(folder, "my.yaml")
+    job = start("my.yaml")
     wait_for(folder / "started")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 143
@@ -184,7 +247,7 @@ def test_scancel_stops_raywarp_and_does_not_queue_the_job_again(folder: Path) ->
 
 
 def test_a_real_run_continues_after_the_time_limit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A requeued job is the same script with the same words."""
     make_project(
@@ -199,20 +262,20 @@ def test_a_real_run_continues_after_the_time_limit(
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as home:
         monkeypatch.setenv("HOME", home)
         monkeypatch.setenv("RAY_TMPDIR", home)  # its path becomes a socket's, so it is short
-        job, run = Job(folder, "config.yaml", "out=run"), Run(folder / "run")
-        patience = Patience(60)
+        job, run = start("config.yaml", "out=run"), Run(folder / "run")
+        patience = Patience(240)
         while len(run.metrics()) < 3:
             assert job.process.poll() is None, job.log.read_text()
             assert patience.lasts(), job.log.read_text()
         job.near_the_time_limit()
-        assert job.end() == 143, job.log.read_text()
+        assert job.end(240) == 143, job.log.read_text()
         assert "stopped by SIGTERM; iteration 1 policy 1 is saved" in job.log.read_text()
         assert job.requeued() == ["requeue 1234567"]
         saved = {row["policy"]: row["step"] for row in told(run, "saved")}
 
         set_pace(folder, 0)
-        job = Job(folder, "config.yaml", "out=run")
-        assert job.end() == 0, job.log.read_text()
+        job = start("config.yaml", "out=run")
+        assert job.end(240) == 0, job.log.read_text()
     assert {row["policy"]: row["step"] for row in told(run, "resumed")} == saved
     assert missing_lines(run, 1, 2, 6) == 0
     assert adapters(run)["adapter"]
