@@ -35,6 +35,13 @@ def kuberay_schema() -> Node:
     return {"$defs": {kind: fields_schema(fields, kinds) for kind, fields in kinds.items()}}
 
 
+def resource_schema(kind: str) -> Node:
+    fields = ("apiVersion", "kind", "metadata", "spec")
+    schema = fields_schema(dict.fromkeys(fields, "anything!"), {})
+    schema["properties"]["spec"] = {"$ref": f"#/$defs/{kind}"}
+    return schema
+
+
 def fields_schema(fields: Node, kinds: Node) -> Node:
     return {
         "type": "object",
@@ -60,16 +67,16 @@ def type_schema(kind: str | list[str], kinds: Node) -> Node:
         "texts": {"type": "object", "additionalProperties": {"type": "string"}},
         "pod": {"type": "object", "required": ["spec"]},
         "container": {},
+        "anything": {},
         "service": {"type": "object"},
     }[kind]
 
 
 def check(document: Node) -> None:
     """Raise an error that names the field, if a Kubernetes resource has one that is wrong."""
-    kind = document["kind"]
-    if document["apiVersion"] != "ray.io/v1":
+    if document.get("apiVersion") != "ray.io/v1":
         return check_with_kubernetes(document)
-    jsonschema.validate(document["spec"], {**kuberay_schema(), "$ref": f"#/$defs/{kind}"})
+    jsonschema.validate(document, kuberay_schema() | resource_schema(document["kind"]))
     empty = {"containers": [{"name": "none", "image": "none"}]}
     check_pod({"metadata": document["metadata"], "spec": empty})
     for template in pod_templates(document["spec"]):
@@ -157,6 +164,7 @@ def test_a_misspelt_field_is_found(name: str, path: tuple[str | int, ...]) -> No
 @pytest.mark.parametrize(
     "path",
     [
+        ("metadata",),
         ("metadata", "name"),
         ("spec", "backoffLimit"),
         ("spec", "submitterPodTemplate"),
