@@ -54,13 +54,18 @@ def ceiling(config: Config, display: Display | None = None) -> Ceiling:
 def _measure(config: Config, inputs: Inputs, run: Run, display: Display) -> Ceiling:
     numerics_key = key_of_numerics(config, inputs.fingerprints())
     known = run.numerics(numerics_key) or _kept_numerics(run, numerics_key)
+
+    def check() -> None:
+        display.place()
+        preflight(inputs.config, None, local_paths(inputs.config, inputs.model))
+
     with Session(
         inputs.config,
         inputs.model,
         inputs.longest_prompt,
         policies=False,
         report=lambda event, **details: display.event({"event": event, **details}),
-        check=lambda: preflight(inputs.config, None, local_paths(inputs.config, inputs.model)),
+        check=check,
         lazy=known is not None,
     ) as session:
         statistics = reward_statistics(session, run, inputs)

@@ -51,19 +51,27 @@ from raywarp.training.session import Session
 TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
 
 
-def session_of(inputs: Inputs, report: Report, lazy: bool, shares: bool = False) -> Session:
+def session_of(
+    inputs: Inputs, display: Display, report: Report, lazy: bool, shares: bool = False
+) -> Session:
     """Return a session with policy actors, which is proven on a run's own prompts.
 
     Args:
+        display: says where the run is.
         report, lazy, shares: see Session.
     """
+
+    def check() -> None:
+        display.place()
+        check_cluster(inputs.config, inputs)
+
     return Session(
         inputs.config,
         inputs.model,
         inputs.longest_prompt,
         report=report,
         shares=shares,
-        check=lambda: check_cluster(inputs.config, inputs),
+        check=check,
         lazy=lazy,
         texts=[prompt.token_ids for prompt in inputs.prompts.train[:TEXTS]],
     )
@@ -216,7 +224,7 @@ def front(
         stoppable(),
     ):
         known = run.numerics(key_of_numerics(wide, inputs.fingerprints()))
-        with session_of(inputs, journal.report, lazy=known is not None) as session:
+        with session_of(inputs, display, journal.report, lazy=known is not None) as session:
             sealed.write_record(run.folder / SOURCES_FILE, {"key": sources.key, **sources.json()})
             run.save_config(config, inputs.prompts.rendered_at)
             journal.begin()

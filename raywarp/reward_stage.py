@@ -78,6 +78,7 @@ def _train_and_standardise(
 ) -> RewardSummary:
     if inputs.training or (standardise and not is_standardised(config.out)):
         runtime.start_ray()
+        display.place()
         preflight.preflight(config, None, [])
     if inputs.training:
         display.progress(

@@ -106,7 +106,7 @@ def stages(
     ):
         known = run.numerics(key_of_numerics(config, inputs.fingerprints()))
         lazy = known is not None
-        session_of_run = session_of(inputs, journal.report, lazy, shares=not claims.alone)
+        session_of_run = session_of(inputs, display, journal.report, lazy, shares=not claims.alone)
         with Loggers(config, run, lazy=lazy) as loggers, session_of_run as session:
             run.save_config(config, inputs.prompts.rendered_at)
             run.clean()

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from raywarp.cluster import orphans
+from raywarp.cluster import address, orphans
+from raywarp.config.schema import ConfigError
 
 SAVE_SECONDS = 2.0  # of these three seconds, the time for the policies' checkpoints
 
@@ -115,29 +116,35 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def start_ray() -> None:
     """Join a cluster, or start one here that lives as long as this process.
 
-    The cluster is that of RAY_ADDRESS (as in a job) or of the last `ray start`. The address is not
-    "auto", because that joins any Ray on this machine (Ray 2.60), also another program's or another
-    user's.
+    The cluster is that of RAY_ADDRESS (as in a job) or of the last `ray start`. Without RAY_ADDRESS
+    the address is not "auto", because that joins any Ray on this machine (Ray 2.60), also another
+    program's or another user's.
+
+    Raises:
+        ConfigError: the cluster is not there or does not let this process in.
     """
     import ray
 
     if ray.is_initialized():
-        return
-    with orphans.watched():
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-            from ray._private import worker
-
-            if worker._global_node and worker._global_node.head:
-                _own[:] = [ray.get_runtime_context().gcs_address]
-        except ConnectionError:  # the cluster of the last `ray start` is gone
-            ray.init(
-                address="local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False,
-            )
+        return _refuse_client()
+    _notes.clear()
+    if not _joins():
+        _start_own()
     keep_listening()
+
+
+def where() -> str:
+    """Return where the run is: its cluster, with its GPUs and CPUs."""
+    import ray
+    from ray._private import worker  # Ray 2.60: no public way
+
+    found = ray.cluster_resources()
+    kinds = [kind for kind in ("GPU", "CPU") if found.get(kind)]
+    size = ", ".join(f"{found[kind]:g} {kind}{'s' * (found[kind] != 1)}" for kind in kinds)
+    if worker._global_node is not None and worker._global_node.head:
+        return f"on a Ray of its own on this machine ({size})"
+    job = f" (job {name})" if (name := submission_id()) else ""
+    return f"on the cluster at {ray.get_runtime_context().gcs_address}{job}: {size}"
 
 
 def owns_ray() -> bool:
@@ -145,6 +152,11 @@ def owns_ray() -> bool:
     import ray
 
     return _own == [ray.get_runtime_context().gcs_address]
+
+
+def notes() -> list[str]:
+    """Return what a person should know of the Ray that this process has started."""
+    return list(_notes)
 
 
 def submission_id() -> str | None:
@@ -157,3 +169,62 @@ def submission_id() -> str | None:
         return str(found["metadata"]["job_submission_id"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+_notes: list[str] = []
+
+
+def _refuse_client() -> None:
+    """Raise ConfigError if Ray is Ray Client, whose actors and placement groups are proxies."""
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        raise ConfigError(
+            "this process has called ray.init('ray://…'): Ray Client runs no raywarp;"
+            f" {address.SUBMIT}"
+        )
+
+
+def _joins() -> bool:
+    """Join the cluster that is named. Return whether there is one."""
+    if found := address.named_address():
+        address.check_cluster(found, f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}")
+    elif os.environ.get("RAY_ADDRESS") == "local" or not (found := address.last_started()):
+        return False
+    elif address.is_gone(found):
+        _notes.append(f"the cluster of the last `ray start`, {found}, is gone")
+        return False
+    else:
+        address.check_cluster(found, f"the last `ray start` was at {found}")
+    _init(found)
+    return True
+
+
+def _start_own() -> None:
+    """Start a Ray on this machine that ends with this process."""
+    import ray
+
+    with orphans.watched():
+        _init("local")
+    _own[:] = [ray.get_runtime_context().gcs_address]
+
+
+def _init(found: str) -> None:
+    """Run ray.init.
+
+    Raises:
+        ConfigError: the cluster refuses this process for a reason that only ray.init finds.
+    """
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(
+            address=found,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False,
+        )
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        ray.shutdown()
+        raise address.refusal(found, error) from error

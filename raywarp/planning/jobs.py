@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from raywarp.cluster.runtime import submission_id
 from raywarp.config.schema import Config, ConfigError
 from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
@@ -29,17 +30,8 @@ _READ = (
 
 
 def in_job() -> bool:
-    """Return whether this process is the driver of a Ray job, or was started by one.
-
-    Ray 2.60 tells its drivers so in an environment variable.
-    """
-    try:
-        return (
-            "job_submission_id"
-            in json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]
-        )
-    except (ValueError, KeyError, TypeError):
-        return False
+    """Return whether this process is the driver of a Ray job, or was started by one."""
+    return submission_id() is not None
 
 
 def check_paths(config: Config) -> None:

@@ -19,6 +19,7 @@ from rich.progress import (
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import geometry
+from raywarp.cluster import runtime
 from raywarp.run import terminal
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share, verdict
 from raywarp.run.figures import ceiling_table, front_table, print_samples
@@ -129,6 +130,12 @@ class Display:
         self.console.print(
             f"[{time.monotonic() - self.start:5.0f} s] {text}", highlight=False, markup=False
         )
+
+    def place(self) -> None:
+        """Print where the run is, once Ray is there, and what is unusual about it."""
+        self.progress(runtime.where())
+        for note in runtime.notes():
+            self.say(note)
 
     def event(self, row: dict[str, Any]) -> None:
         """Print a row of events.jsonl if a person should know of it."""

@@ -58,6 +58,7 @@ def tune(config: Config, display: Display | None = None) -> Sweep:
     _refuse_earlier(files)
     with exclusive(config.out, run.folder, display.say):
         runtime.start_ray()
+        display.place()
         plan, concurrent = _plan_sweep(space, files)
         check_cluster(plan.space.largest(), inputs)
         run.save_config(config)
