@@ -11,8 +11,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
-from raywarp.cluster import address, orphans
+from raywarp.cluster import address, machine, orphans
 from raywarp.config.schema import ConfigError
 
 SAVE_SECONDS = 2.0  # of these three seconds, the time for the policies' checkpoints
@@ -128,6 +129,7 @@ def start_ray() -> None:
     if ray.is_initialized():
         return _refuse_client()
     _notes.clear()
+    _leave_uv_alone()
     if not _joins():
         _start_own()
     keep_listening()
@@ -185,6 +187,19 @@ def _refuse_client() -> None:
         )
 
 
+def _leave_uv_alone() -> None:
+    """Start workers with the Python that runs here, also under `uv run`.
+
+    Ray 2.60 would start each with `uv run` in a copy of this directory. In a job, whose other nodes
+    may lack the environment, it still does, and where RAY_ENABLE_UV_RUN_RUNTIME_ENV is set.
+    """
+    from ray._private import ray_constants
+
+    name = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+    if submission_id() is None and name not in os.environ:
+        setattr(ray_constants, name, False)
+
+
 def _joins() -> bool:
     """Join the cluster that is named. Return whether there is one."""
     if found := address.named_address():
@@ -204,12 +219,18 @@ def _start_own() -> None:
     """Start a Ray on this machine that ends with this process."""
     import ray
 
+    free, folder = machine.free_shared_memory(), machine.short_folder()
     with orphans.watched():
-        _init("local")
+        _init("local", _temp_dir=folder)
     _own[:] = [ray.get_runtime_context().gcs_address]
+    if folder:
+        _notes.append(machine.folder_note())
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    if note := machine.shared_memory_note(store, free):
+        _notes.append(note)
 
 
-def _init(found: str) -> None:
+def _init(found: str, **options: Any) -> None:
     """Run ray.init.
 
     Raises:
@@ -224,6 +245,7 @@ def _init(found: str) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=False,
+            **options,
         )
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         ray.shutdown()

@@ -1,0 +1,99 @@
+"""Tests of a Ray that raywarp starts itself, on a machine that does not suit Ray."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from raywarp.cluster import machine
+from raywarp.config.schema import ConfigError
+
+# Starts a Ray with 64 MB of shared memory; prints where it is, what is unusual, its folder, and the
+# Python of a worker.
+DRIVER = """
+import json, sys
+from raywarp.cluster import machine, runtime
+machine.SHORT_FOLDER = sys.argv[1]
+machine.free_shared_memory = lambda: 64 << 20
+runtime.start_ray()
+import ray
+from ray._private import worker
+python = ray.get(ray.remote(lambda: sys.executable).remote())
+session = worker._global_node.get_session_dir_path()
+print(json.dumps([runtime.where(), runtime.notes(), session, python]))
+"""
+# A process that calls itself `uv run`, as the parent of its second argument's program.
+UV_RUN = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+
+
+@pytest.mark.parametrize(("length", "is_long"), [(39, False), (40, True)])
+def test_a_folder_is_too_long_for_rays_sockets(
+    monkeypatch: pytest.MonkeyPatch, length: int, is_long: bool
+) -> None:
+    """A socket's path has at most 107 bytes, and 64 of them are Ray's: 107 − 64 − 4 = 39, where 4
+    are those of "/ray".
+    """
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * (length - len("/tmp/")))
+    assert (machine.short_folder() == "/tmp/ray") == is_long
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "é" * ((length - len("/tmp/")) // 2))
+    assert machine.short_folder() is None
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "é" * (length - len("/tmp/")))
+    assert machine.short_folder() == "/tmp/ray"
+
+
+def test_without_a_short_folder_a_long_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 80)
+    monkeypatch.setattr(machine, "SHORT_FOLDER", "/proc/none/ray")
+    with pytest.raises(ConfigError, match="set RAY_TMPDIR to a folder of at most 39 bytes"):
+        machine.short_folder()
+
+
+def test_too_little_shared_memory_is_told_with_its_remedy() -> None:
+    store = 4 << 30
+    assert machine.shared_memory_note(store, store) is None
+    note = machine.shared_memory_note(store, 64 << 20)
+    assert note is not None
+    assert "/dev/shm has 64 MB free, too little for Ray's object store of 4.0 GB" in note
+    assert note.endswith("--shm-size=5g")
+
+
+def test_shared_memory_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SHARED_MEMORY", "/none")
+    assert machine.free_shared_memory() == 0
+
+
+@pytest.mark.slow
+def test_a_run_starts_where_ray_alone_would_not(tmp_path: Path) -> None:
+    """The folder for Ray's files is too long and names a cluster that is gone, there is little
+    shared memory, and `uv run` is an ancestor, for which Ray's workers would start with `uv run`.
+    """
+    long = tmp_path / ("long" * 20)
+    (long / "ray").mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"127.0.0.1:{server.getsockname()[1]}"
+    (long / "ray" / "ray_current_cluster").write_text(gone)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory(prefix="rwm", ignore_cleanup_errors=True) as short:
+        (tmp_path / "run").write_text(UV_RUN)
+        found = subprocess.run(
+            ["uv", "run", sys.executable, "-c", DRIVER, short],
+            executable=sys.executable,
+            cwd=tmp_path,
+            env={**environment, "RAY_TMPDIR": str(long), "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert found.returncode == 0, found.stderr
+        where, notes, session, python = json.loads(found.stdout.splitlines()[-1])
+        assert session.startswith(short)
+    assert where.startswith("on a Ray of its own on this machine (")
+    assert notes[0] == f"the cluster of the last `ray start`, {gone}, is gone"
+    assert f"{long}/ray is too long" in notes[1]
+    assert "--shm-size" in notes[2]
+    assert python == sys.executable
