@@ -1,12 +1,15 @@
 """A run's config.yaml: writing it, reading it, and comparing it with another configuration."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from raywarp.cluster.runtime import submission_id
 from raywarp.config.load import to_yaml
 from raywarp.config.schema import Config
 
@@ -76,7 +79,8 @@ def _sha256(text: str) -> str:
 def differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
     """Return, in words, each key whose value makes a saved configuration another run's.
 
-    Only keys that decide what is trained count.
+    Only keys that decide what is trained count. A relative path equals the absolute one that it
+    leads to, as submit.py writes it.
 
     Args:
         theirs: the saved configuration. A missing key has its default.
@@ -88,9 +92,33 @@ def differing_keys(theirs: Mapping[str, Any], config: Config) -> list[str]:
         f"{key} is {before.get(key)!r} there and {value!r} here"
         for key, value in now.items()
         if not _FREE_KEYS & {key, key.partition(".")[0]}
-        and before.get(key) != value
+        and not _is_same(before.get(key), value)
         and (before.get(key), value) != (_FORMER.get(key), None)
     ]
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    """Return whether two values are equal, or relative and absolute paths of the same file."""
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        return all(map(_is_same, theirs, ours))
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        return theirs.keys() == ours.keys() and all(_is_same(theirs[k], ours[k]) for k in ours)
+    if isinstance(theirs, str) and isinstance(ours, str) and theirs != ours:
+        return _is_same_file(theirs, ours) or _is_same_file(ours, theirs)
+    return bool(theirs == ours)
+
+
+def _is_same_file(absolute: str, relative: str) -> bool:
+    """Return whether the second path is relative, and leads to the first one.
+
+    A job's working directory is a copy of another one. So only the ends of both must be alike.
+    """
+    path = Path(relative).expanduser()
+    if not os.path.isabs(absolute) or os.path.isabs(relative) or not path.exists():
+        return False
+    parts = Path(os.path.normpath(path)).parts
+    is_copy = submission_id() is not None and Path(absolute).parts[-len(parts) :] == parts
+    return os.path.abspath(path) == os.path.normpath(absolute) or is_copy
 
 
 _WHOLE = {"prompts.template_kwargs"}  # keys that take any mapping
