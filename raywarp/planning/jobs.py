@@ -6,6 +6,7 @@ command there. A relative path in such a job thus leads into the temporary copy.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import writable
 
+# A folder of a Ray session (Ray 2.60), where Ray Tune puts the working directories of trials.
+_SESSION = re.compile(r"/session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+(/|$)")
 _WRITTEN = ("out", "store")
 # Read, and written too: the score's standardisation is kept beside the weights.
 _MODELS = ("reward.model", "control.model")
@@ -38,6 +41,7 @@ def check_paths(config: Config) -> None:
     """Check that the paths a run writes to are usable, as far as their names show.
 
     In a job they must not be relative, because the job's copy of the working directory is deleted.
+    Nor in a worker of Ray, such as a user's own Tune trial, which has a temporary directory.
 
     Raises:
         ConfigError: `out` or `store` leads through a file, has too long a name or the like. In a
@@ -47,13 +51,17 @@ def check_paths(config: Config) -> None:
         if (place := _value(config, key)) and (folder := Storage(place).folder):
             with writable(key, place), suppress(FileNotFoundError):
                 (folder / CONFIG_FILE).stat()
-    if not in_job():
+    if in_job():
+        where = "a Ray job it would lie in a temporary copy of the working directory"
+    elif _SESSION.search(os.getcwd()):
+        where = "a worker of Ray it would lie in a temporary folder of Ray's session"
+    else:
         return
     for key, value in _relative(config, _WRITTEN, _MODELS):
         raise ConfigError(
-            f"{key}={value} is relative: in a Ray job it would lie in a temporary copy of the"
-            f" working directory ({os.getcwd()}). Give an absolute path that every node sees, or a"
-            " URI such as s3://bucket/run; cluster/submit.py makes it absolute"
+            f"{key}={value} is relative: in {where} ({os.getcwd()}). Give an absolute path that"
+            " every node sees, or a URI such as s3://bucket/run; cluster/submit.py makes it"
+            " absolute"
         )
 
 

@@ -1,0 +1,25 @@
+"""Tests of relative paths where the working directory is a temporary one."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raywarp.config.load import load_config
+from raywarp.config.schema import ConfigError
+from raywarp.planning.jobs import check_paths
+
+
+def test_a_relative_out_is_refused_in_a_folder_of_rays_session(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
+    """As in a trial of a user's own Tuner: the next one would not find the run again."""
+    trial = Path(ray_cluster._private.worker._global_node.get_session_dir_path()) / "artifacts/x"
+    trial.mkdir(parents=True)
+    with contextlib.chdir(trial):
+        with pytest.raises(ConfigError, match="^out=runs/x is relative: in a worker of Ray it"):
+            check_paths(load_config({"out": "runs/x"}))
+        check_paths(load_config({"out": str(tmp_path / "x")}))
+    with contextlib.chdir(tmp_path):
+        check_paths(load_config({"out": "runs/x"}))
