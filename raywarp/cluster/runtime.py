@@ -216,12 +216,23 @@ def _joins() -> bool:
 
 
 def _start_own() -> None:
-    """Start a Ray on this machine that ends with this process."""
+    """Start a Ray on this machine that ends with this process.
+
+    Raises:
+        ConfigError: a folder for Ray's files cannot be written.
+    """
     import ray
 
     free, folder = machine.free_shared_memory(), machine.short_folder()
     with orphans.watched():
-        _init("local", _temp_dir=folder)
+        try:
+            _init("local", _temp_dir=folder)
+        except OSError as error:
+            raise ConfigError(
+                f"Ray cannot start on this machine: {error}. Its files are below"
+                f" {folder or machine.default_folder()} (RAY_TMPDIR) and its token below"
+                f" {os.path.expanduser('~')}/.ray (HOME); both must be writable"
+            ) from error
     _own[:] = [ray.get_runtime_context().gcs_address]
     if folder:
         _notes.append(machine.folder_note())

@@ -53,6 +53,21 @@ def test_without_a_short_folder_a_long_one_is_refused(monkeypatch: pytest.Monkey
         machine.short_folder()
 
 
+@pytest.mark.parametrize("name", ["HOME", "RAY_TMPDIR"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
+    script = "from raywarp.cluster import runtime; runtime.start_ray()"
+    environment = {"RAY_ADDRESS": "local", "HOME": str(tmp_path), name: "/dev/null"}
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "ConfigError: Ray cannot start on this machine: [Errno 20] Not a dir" in found.stderr
+    assert f"({name})" in found.stderr
+
+
 def test_too_little_shared_memory_is_told_with_its_remedy() -> None:
     store = 4 << 30
     assert machine.shared_memory_note(store, store) is None
