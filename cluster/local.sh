@@ -202,13 +202,22 @@ free_ports() {
 for s in [socket.create_server(("", int(port))) for port in sys.argv[1:]]: print(s.getsockname()[1])' "$@"
 }
 
+bytes_of() {
+  local LC_ALL=C
+  echo "${#1}"
+}
+
 # The cluster has its own ports where Ray's defaults are fixed, so that it does not collide with
 # other clusters here.
+# Workers take any free ports: in Ray's range for them, 10002 to 19999, it would refuse the others.
 # The pid is of `ray start --block`, which on SIGTERM ends all that it started. `ray stop` would
 # end every Ray on this machine.
 start_cluster() {
   local port=${RAYWARP_PORT:-8265} ports gcs_port client_port agent_port pid
   if cluster_is_up; then fail "the cluster runs already at $(cat "$CLUSTER/address"); ./cluster/local.sh stop ends it"; fi
+  if (($(bytes_of "$CLUSTER") > 39)); then # a socket's path has at most 107 bytes, and Ray adds 68
+    fail "RAYWARP_CLUSTER=$CLUSTER is too long for the paths of Ray's sockets; give a folder of at most 39 bytes"
+  fi
   (umask 077 && mkdir -p "$CLUSTER")
   if [[ ! -O $CLUSTER ]]; then fail "$CLUSTER belongs to somebody else; set RAYWARP_CLUSTER to another folder"; fi
   ports=$(free_ports "$port" 0 0 0 2>/dev/null) || fail "port $port is taken; set RAYWARP_PORT to another one"
@@ -220,7 +229,7 @@ start_cluster() {
   set -m # a process group of its own: Ctrl-C here does not reach it
   nohup .venv/bin/ray start --head --block --disable-usage-stats --log-style=record --temp-dir="$CLUSTER/ray" --port="$gcs_port" \
     --ray-client-server-port="$client_port" --dashboard-agent-listen-port="$agent_port" --dashboard-host=127.0.0.1 \
-    --dashboard-port="$port" "$@" >"$CLUSTER/log" 2>&1 </dev/null &
+    --dashboard-port="$port" --min-worker-port=0 --max-worker-port=0 "$@" >"$CLUSTER/log" 2>&1 </dev/null &
   pid=$!
   set +m
   echo "$pid" >"$CLUSTER/pid"

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -241,12 +242,19 @@ def installed(repository):
     return repository
 
 
-def test_a_cluster_that_does_not_start(installed, tmp_path):
+@pytest.fixture
+def short_path():
+    """A folder that is short enough for the paths of sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="rw") as folder:
+        yield Path(folder)
+
+
+def test_a_cluster_that_does_not_start(installed, short_path):
     result = local_sh(
         installed,
         "start",
         "--num-cpus=3",
-        RAYWARP_CLUSTER=str(tmp_path / "c"),
+        RAYWARP_CLUSTER=str(short_path / "c"),
         RAYWARP_PORT="0",
         RAY_AUTH_TOKEN="x",
     )
@@ -254,18 +262,26 @@ def test_a_cluster_that_does_not_start(installed, tmp_path):
         result,
         "Ray did not start",
         "no room for the object store",
-        f"--temp-dir={tmp_path}/c/ray",
+        f"--temp-dir={short_path}/c/ray",
         "--num-cpus=3",
     )
     assert "--dashboard-host=127.0.0.1" in result.stderr
-    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
+    assert stat.S_IMODE((short_path / "c").stat().st_mode) == 0o700
 
 
-def test_a_port_that_is_taken(installed, tmp_path):
+@pytest.mark.parametrize("name", ["c" * 40, "é" * 21])
+def test_a_folder_that_is_too_long_for_sockets(installed, name):
+    """/ray and Ray's 64 bytes leave 39 of a socket's 107."""
+    result = local_sh(installed, "start", RAYWARP_CLUSTER=f"/{name[1:]}")
+    assert_refused(result, "too long for the paths of Ray's sockets", "at most 39 bytes")
+    assert not Path(f"/{name[1:]}").exists()
+
+
+def test_a_port_that_is_taken(installed, short_path):
     with socket.create_server(("", 0)) as server:
         port = str(server.getsockname()[1])
         result = local_sh(
-            installed, "start", RAYWARP_CLUSTER=str(tmp_path / "c"), RAYWARP_PORT=port
+            installed, "start", RAYWARP_CLUSTER=str(short_path / "c"), RAYWARP_PORT=port
         )
     assert_refused(result, f"port {port} is taken", "RAYWARP_PORT")
 
