@@ -14,18 +14,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import aiohttp
 import yaml
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from raywarp.cluster import job_server
+from raywarp.cluster.address import token_problem
 from raywarp.config.load import load_config
 from raywarp.config.schema import ConfigError
 from raywarp.planning.jobs import absolute_paths
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 60  # seconds without an answer from the job server before following is given up
 STOP_SECONDS = 30  # Ray kills what does not end within 3 s of SIGTERM
 # Ray's client raises RuntimeError for a refusal.
@@ -36,13 +37,16 @@ STOPPED = 143  # exit code of a job that was stopped: 128 + SIGTERM
 def main() -> int:
     """Return the job's exit code, or the script's own.
 
-    143: the job was stopped. 130: Ctrl-C; the job goes on. 2: wrong input. 1: no cluster.
+    143: the job was stopped. 130: Ctrl-C; the job goes on. 2: wrong input, or no cluster that takes
+    jobs from here. 1: the cluster failed.
     """
     options = parser().parse_args()
     logging.disable(logging.INFO)  # Ray's client logs every upload and closed connection
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     job = options.follow
     try:
+        address = job_server.server_address(address)
+        job_server.use(address)
         client = JobSubmissionClient(address)
         if options.stop:
             return stop(client, options.stop)
@@ -60,6 +64,8 @@ def main() -> int:
         return 130
     except ConfigError as error:
         return fail(error, 2)
+    except AuthenticationError:
+        return fail(f"{address}: the cluster {token_problem()}", 2)
     except UNANSWERED as error:
         return fail(f"{address}: {' '.join(str(error).split())}", 1)
 
@@ -112,7 +118,7 @@ def submit(
             " where the config lies"
         )
     moved = absolute_paths(config)
-    if options.tunnel or urlsplit(address).hostname not in LOOPBACK:
+    if options.tunnel or not job_server.is_here(address):
         if written := [override for override in moved if override.startswith(("out=", "store="))]:
             key, _, value = written[0].partition("=")
             raise ConfigError(
@@ -123,13 +129,26 @@ def submit(
     entrypoint = shlex.join(
         ["raywarp", options.command, path.as_posix(), *options.overrides, *moved]
     )
-    environment = {**yaml.safe_load(options.runtime_env.read_text()), "working_dir": os.getcwd()}
+    environment = {**runtime_environment(options.runtime_env), "working_dir": os.getcwd()}
+    excludes = environment.get("excludes") or []
+    job_server.check_size(Path.cwd(), excludes, str(options.runtime_env))
     job = with_agent(
         lambda: client.submit_job(
             entrypoint=entrypoint, runtime_env=environment, metadata={"raywarp": options.command}
         )
     )
     return job, entrypoint
+
+
+def runtime_environment(path: Path) -> dict[str, Any]:
+    """Return what the file with the runtime environment says."""
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--runtime-env {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"--runtime-env {path} has no keys at its top, such as excludes")
+    return found or {}
 
 
 def with_agent(submission: Callable[[], str]) -> str:

@@ -6,6 +6,7 @@ cluster/local.sh starts the cluster.
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -143,9 +144,14 @@ def installed_repository(root: Path) -> Path:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """Of those from 10002 to 19999, which Ray keeps for its workers unless it is told otherwise."""
+    while True:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randint(10002, 19999))) as server,
+        ):
+            port: int = server.getsockname()[1]
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +361,13 @@ def test_a_relative_out_is_refused_in_a_job_and_following_exits_as_it_did(cluste
         *("ray", "job", "submit", "--no-wait"),
         *TRAIN,
     )
-    following = cluster.run(sys.executable, cluster.submit_py, "--follow", job_of(refused.stdout))
+    # A company's proxy is not asked for this machine.
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    following = cluster.run(
+        *(sys.executable, cluster.submit_py, "--follow", job_of(refused.stdout)),
+        **proxies,
+        no_proxy="",
+    )
     assert following.returncode == 2, following.stderr
     assert "out=run is relative: in a Ray job it would lie in a temporary copy" in following.stdout
     assert "Traceback" not in following.stdout
@@ -443,12 +455,15 @@ def test_following_survives_a_lost_connection(cluster: Cluster) -> None:
             sys.executable, cluster.submit_py, "--follow", job, "--address", address
         )
         assert following.stdout
-        printed = []
+        printed, cut = [], []
         for text in following.stdout:
             printed.append(text.strip())
             if text.strip() in ("line 3", "line 9"):
+                cut.append(len(line.open))
                 line.cut()
         line.shutdown()
+    assert len(cut) == 2
+    assert all(cut), "--address was not used"
     assert following.wait(timeout=60) == 0, printed
     assert [text for text in printed if text.startswith("line ")] == [
         f"line {n}" for n in range(15)
@@ -478,9 +493,12 @@ def test_without_the_token_nothing_is_told_or_done(cluster: Cluster, tmp_path: P
         )
     for result in results:
         assert result.returncode != 0
+    for result in results[:-1]:
         assert re.search("[Aa]uthentication", result.stdout + result.stderr), (
             result.stdout + result.stderr
         )
+    assert results[-1].returncode == 2
+    assert "the cluster refuses the token in RAY_AUTH_TOKEN" in results[-1].stderr
     assert "Traceback" not in results[-1].stdout + results[-1].stderr
     for path in ("/api/jobs/", "/api/version", "/logs", "/nodes?view=summary"):
         with pytest.raises(urllib.error.HTTPError) as refusal:
@@ -538,6 +556,15 @@ PATHS = (("out", "runs/x"), ("reward.model", "reward"), ("control.model", "runs/
             "and the cluster is elsewhere: give a path or URI that all its nodes see",
         ),
         (["--follow", "raysubmit_no"], "raysubmit_no does not exist"),
+        (
+            ["warp.yaml", "--address", "http://127.0.0.1:9"],
+            "no job server answers at http://127.0.0.1:9 ([Errno 111] Connection refused)",
+        ),
+        (["warp.yaml", "--address", "ray://127.0.0.1:10001"], "is not the address of a job server"),
+        (
+            ["warp.yaml", "--runtime-env", "no.yaml"],
+            "--runtime-env no.yaml: [Errno 2] No such",
+        ),
     ],
 )
 def test_wrong_submissions(cluster: Cluster, arguments: list[str], message: str) -> None:
@@ -546,3 +573,18 @@ def test_wrong_submissions(cluster: Cluster, arguments: list[str], message: str)
     assert result.returncode in (1, 2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_directory_that_is_too_large_is_not_sent(cluster: Cluster) -> None:
+    large = cluster.project / "größe.bin"
+    with large.open("wb") as file:
+        file.truncate(100 * 2**20)  # Ray's limit
+    try:
+        result = cluster.run(sys.executable, cluster.submit_py, "warp.yaml", "--no-wait")
+    finally:
+        large.unlink()
+    assert result.returncode == 2, result.stderr
+    assert "is too large to be sent with the job: 10" in result.stderr
+    assert "The largest: größe.bin (100.0 MiB), " in result.stderr
+    assert "in a .gitignore or .rayignore file, or under `excludes` in" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
