@@ -5,8 +5,10 @@ measurements of a process every 10 seconds, as long as the process lives. metric
 step.
 """
 
+import string
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import ray
 from ray.util.metrics import Counter, Gauge
@@ -52,6 +54,11 @@ def step_seconds(row: Mapping[str, Any]) -> float:
     return seconds
 
 
+def _tag(text: str) -> str:
+    """Return a tag's value in ASCII, which is all that Ray 2.60 takes, with %XX for the rest."""
+    return quote(text, safe=string.punctuation + " ")
+
+
 class RunMetrics:
     """The gauges and counters of one run.
 
@@ -62,7 +69,7 @@ class RunMetrics:
     """
 
     def __init__(self, run: str):
-        self.run, self._is_made = run, False
+        self.run, self._is_made = _tag(run), False
 
     def _make(self) -> bool:
         """Make the metrics if Ray is running, and return whether they exist."""
@@ -113,4 +120,4 @@ class RunMetrics:
             cause: why it happened.
         """
         if self._make():
-            self._faults.inc(1, {"run": self.run, "what": what, "cause": cause})
+            self._faults.inc(1, {"run": self.run, "what": _tag(what), "cause": _tag(cause)})
