@@ -282,6 +282,7 @@ def test_submit_follows_the_log_without_duplicates(
     ]
     assert len(lines) == len(set(lines)) == 2 * 2 * 3  # steps 1, 5 and 6
     assert "succeeded" in printed
+    assert re.search(r"on the cluster at [\d.]+:\d+ \(job raysubmit_\w+\): 4 CPUs\n", printed)
     assert "\x1b" not in printed
 
 
