@@ -35,11 +35,17 @@ except ConfigError as error:
 
 @pytest.fixture(autouse=True)
 def no_token_is_kept() -> Iterator[None]:
-    """Later tests start a Ray with another HOME, whose token is another one."""
+    """Later tests start a Ray with another HOME, whose token is another one.
+
+    Where a Ray runs already, its token is kept: HOME may have changed since, and Ray (2.60) ends a
+    process that its control server refuses.
+    """
     yield
+    import ray
     from ray._raylet import AuthenticationTokenLoader
 
-    AuthenticationTokenLoader.instance().reset_cache()
+    if not ray.is_initialized():
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def closed_port() -> int:
