@@ -98,7 +98,7 @@ class Keeper(Display):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.file = log.open("a")
         super().__init__(Console(file=self.file, width=200))
-        self.place, self.clock = place, clock
+        self.kept, self.clock = place, clock
         self.steps = [round(settings.steps * part) for part in arm.kept]
 
     @contextmanager
@@ -117,15 +117,15 @@ class Keeper(Display):
             yield bars
 
     def keep(self, key: str) -> None:
-        files = PolicyFiles(self.place, key)
+        files = PolicyFiles(self.kept, key)
         for step in self.steps:
             kept, name = f"kept/{key}/step-{step}", f"policies/{key}/checkpoint-{step:06d}"
             if (
                 name in files.checkpoints()
-                and not self.place.has(kept)
+                and not self.kept.has(kept)
                 and (checkpoint := files.load_checkpoint(name))
             ):
-                with self.place.writing(kept) as folder:
+                with self.kept.writing(kept) as folder:
                     save_peft(policy_of(checkpoint), folder)
 
 
