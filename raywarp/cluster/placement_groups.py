@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raywarp.cluster import faults, runtime
 from raywarp.cluster.health import Report
-from raywarp.cluster.resources import Need, in_words
+from raywarp.cluster.resources import Need, Nodes, in_words
 from raywarp.config.cluster import ClusterConfig
 from raywarp.config.schema import ConfigError
 
@@ -171,19 +171,18 @@ def take_back() -> None:
 
 def lack() -> str:
     """Return in words what the nodes of the cluster have free, the same nodes in one part."""
-    free = ray._private.state.available_resources_per_node()
-    nodes = Counter(
+    nodes = Nodes.present()
+    parts = Counter(
         ", ".join(
-            f"{free.get(node['NodeID'], {}).get(name, 0):g} of {node['Resources'][name]:g} {name}s"
+            f"{free.get(name, 0):g} of {whole[name]:g} {name}s"
             for name in ("GPU", "CPU")
-            if node["Resources"].get(name)
+            if whole.get(name)
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for whole, free in zip(nodes.whole, nodes.free, strict=True)
     )
-    nodes.pop("", None)  # a head without resources of its own
-    parts = [f"{count} with {own}" if count > 1 else own for own, count in nodes.items()]
-    return f"the cluster's nodes have {'; '.join(parts) or 'no GPUs and no CPUs'} free"
+    parts.pop("", None)  # a head without resources of its own
+    told = [f"{count} with {own}" if count > 1 else own for own, count in parts.items()]
+    return f"the cluster's nodes have {'; '.join(told) or 'no GPUs and no CPUs'} free"
 
 
 def wait_until_free(before: dict[str, float], seconds: float = 15) -> None:

@@ -198,7 +198,7 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
 
 
 def in_words(needs: Sequence[Need]) -> str:
-    """Return what all actors ask for, for example "2 policies with 1 GPU and 1 CPU each"."""
+    """Return what all actors ask for, for example "2 x policy with 1 GPU and 1 CPU"."""
     asked = [need for need in needs if need.count and need.bundle()]
     return ", ".join(
         f"{need.count} x {need.key.replace('_', ' ')} with"
