@@ -185,7 +185,7 @@ class Head:
             env={**self.environment, "RAY_ADDRESS": f"127.0.0.1:{self.port}", **environment},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
         assert found.returncode == 0, found.stderr
         return found.stdout
@@ -202,6 +202,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             "RAY_TMPDIR": folder,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
+            # seconds in which the process of a client has to start, also on a loaded machine
+            "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "250",
         }
         ray = Path(sys.executable).with_name("ray")
         with (Path(folder) / "log").open("w") as log:
@@ -217,7 +219,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 stderr=log,
             )
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 200
             while "Ray runtime started" not in (text := (Path(folder) / "log").read_text()):
                 assert process.poll() is None, text
                 assert time.monotonic() < deadline, text
