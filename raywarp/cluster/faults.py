@@ -22,6 +22,27 @@ class FaultError(RuntimeError):
     """A part of the run failed too often, or no node has room for it. What was saved is kept."""
 
 
+class BrokenProcessError(RuntimeError):
+    """An actor's process cannot continue after an error. A new one may do the same work.
+
+    Attributes:
+        kind: of the fault, such as OUT_OF_MEMORY.
+    """
+
+    def __init__(self, message: str, kind: str = EXCEPTION):
+        super().__init__(message)
+        self.kind = kind
+
+    @classmethod
+    def after(cls, what: str, error: Exception) -> "BrokenProcessError":
+        """Return the error of a part that raised `error`, in one line."""
+        lines = str(error).strip().splitlines() or [""]
+        return cls(f"{what} failed with {type(error).__name__}: {lines[0][:300]}", kind_of(error))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.kind)
+
+
 def cause_of(error: BaseException) -> BaseException:
     """Return what an actor raised, without Ray's wrapping."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
@@ -35,8 +56,10 @@ def kind_of(error: BaseException) -> str:
     health.cause_of_death refines it from what else is known.
     """
     cause, text = cause_of(error), str(error)
+    if isinstance(cause, BrokenProcessError):
+        return cause.kind
     # An error of raywarp's own may quote any text, so its text is not searched.
-    if type(cause).__module__.startswith("raywarp."):
+    if is_own(cause):
         return EXCEPTION
     # Compare the name, which is the same for torch and Ray: the pool does not import torch.
     if (
@@ -50,12 +73,19 @@ def kind_of(error: BaseException) -> str:
     return KILLED if isinstance(cause, ActorDiedError | ActorUnavailableError) else EXCEPTION
 
 
+def is_own(error: BaseException) -> bool:
+    """Return whether raywarp itself raises errors of this class."""
+    return type(error).__module__.startswith("raywarp.")
+
+
 def is_survivable(error: BaseException) -> bool:
     """Return whether the same work may succeed in a new process.
 
     It may after a death or a lack of memory, but not after an exception of our code or the user's.
     """
     cause = cause_of(error)
+    if isinstance(cause, BrokenProcessError):
+        return True
     return (isinstance(cause, RayError) and not isinstance(cause, RayTaskError)) or kind_of(
         error
     ) == OUT_OF_MEMORY

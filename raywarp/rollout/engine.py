@@ -94,9 +94,6 @@ class Engine(Protocol):
     def capacity(self) -> int:
         """Return how many completions of full length run at the same time."""
 
-    def lost(self) -> bool:
-        """Return whether the engine has to be started again."""
-
     def close(self) -> None: ...
 
 

@@ -118,7 +118,7 @@ class RolloutPool:
                 if process.follows(self.processes.get(index)):
                     await self._prove(index)
                 break
-            except RayActorError as error:
+            except (RayActorError, faults.BrokenProcessError) as error:
                 self._lost(index, error)
                 if not failures.again():
                     raise RolloutError(_died_again(index, failures.count, error)) from None
@@ -179,7 +179,7 @@ class RolloutPool:
             raise RolloutError("; ".join(self.gone.values()))
         return index
 
-    def _lost(self, index: int, error: RayActorError) -> None:
+    def _lost(self, index: int, error: Exception) -> None:
         known = self.processes.pop(index, None)
         self._tell(
             "fault",
@@ -189,34 +189,42 @@ class RolloutPool:
             process=known,
         )
         self.down[index] = time.monotonic()
-        task = asyncio.get_running_loop().create_task(self._revive(index))
+        task = asyncio.get_running_loop().create_task(self._revive(index, error))
         self.revivals.add(task)
         task.add_done_callback(self.revivals.discard)
 
-    async def _revive(self, index: int) -> None:
+    async def _revive(self, index: int, error: Exception) -> None:
         """Wait until Ray has restarted the worker and its engine is loaded.
 
         This includes the time until there is room for it.
         """
         failures = faults.Failures(self.max_failures)
         while True:
+            if isinstance(error, faults.BrokenProcessError):
+                await self._end(index)
             try:
                 started = await self.workers[index].start.remote()
                 await self._prove(index)
                 break
-            except Exception as error:
-                if not faults.is_restarting(error) and not (
-                    faults.is_survivable(error) and failures.again()
-                ):
-                    return self._give_up(index, error)
-                await asyncio.sleep(failures.pause() or 0.5)
-                if self.names[index]:
-                    # While a new actor takes its place, no actor has that name for a moment.
-                    with contextlib.suppress(ValueError):
-                        self.workers[index] = ray.get_actor(self.names[index])
+            except Exception as problem:
+                error = problem
+            if not faults.is_restarting(error) and not (
+                faults.is_survivable(error) and failures.again()
+            ):
+                return self._give_up(index, error)
+            await asyncio.sleep(failures.pause() or 0.5)
+            if self.names[index]:
+                # While a new actor takes its place, no actor has that name for a moment.
+                with contextlib.suppress(ValueError):
+                    self.workers[index] = ray.get_actor(self.names[index])
         self.processes[index] = started["process"]
         self._recovered(index, time.monotonic() - self.down.pop(index))
         self.idle.put_nowait(index)
+
+    async def _end(self, index: int) -> None:
+        """End a worker's process, which Ray then restarts."""
+        with contextlib.suppress(RayActorError):
+            await self.workers[index].end.remote()
 
     async def _prove(self, index: int) -> None:
         if self.proof:
@@ -243,7 +251,7 @@ class RolloutPool:
         return self.busy_seconds / (len(self.workers) * max(time.monotonic() - self.start, 1e-9))
 
 
-def _died_again(index: int, deaths: int, error: RayActorError) -> str:
+def _died_again(index: int, deaths: int, error: Exception) -> str:
     return (
         f"rollout worker {index + 1} died again and again ({deaths} deaths in one call); is there"
         " too little memory for it (rollout.kv_cache_gib, rollout.gpu_memory_utilization)?"

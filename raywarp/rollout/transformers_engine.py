@@ -103,9 +103,6 @@ class TransformersEngine:
     def capacity(self) -> int:
         return ROWS
 
-    def lost(self) -> bool:
-        return False
-
     def close(self) -> None:
         """Do nothing, since there is nothing to stop."""
 

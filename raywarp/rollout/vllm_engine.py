@@ -81,6 +81,7 @@ class VllmEngine:
             scratch.discard(self.folder)
             raise _refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
+        self.failed = False
         self._known: set[str] = set()  # adapted modules found among the engine's layers
         self.loader: Loader = self._loader()
 
@@ -100,24 +101,12 @@ class VllmEngine:
 
         The loader has loaded the requests' adapters.
         """
-        from vllm import TokensPrompt
-
         asked = [
-            (prompt, seed, request)
+            (prompt, self._sampling(seed, request), request)
             for request in requests
             for prompt, seed in zip(request.prompts, request.seeds, strict=True)
         ]
-        outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
-            [self._sampling(seed, request) for _, seed, request in asked],
-            lora_request=(
-                [self.loader.request(request.adapter) for _, _, request in asked]
-                if self.adapter_mode == "lora"
-                else None
-            ),
-            use_tqdm=False,
-        )
-        completions = iter([_completion(output.outputs[0]) for output in outputs])
+        completions = iter([_completion(output.outputs[0]) for output in self._run(asked)])
         return [[next(completions) for _ in request.prompts] for request in requests]
 
     def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
@@ -126,32 +115,39 @@ class VllmEngine:
         vLLM 0.32 scores prompts before it processes logits. So the temperature is 1 in each
         logprobs_mode.
         """
-        from vllm import SamplingParams, TokensPrompt
-
         if self.adapter_mode == "lora":
             self.llm.collective_rpc(leave_logits_alone)
-        asked = [(prompt, request) for request in requests for prompt in request.prompts]
-        outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in asked],
-            [
-                SamplingParams(
-                    temperature=0.0,
-                    max_tokens=1,
-                    prompt_logprobs=0,
-                    detokenize=False,
-                    extra_args=self._slot(request),
-                )
-                for _, request in asked
-            ],
-            lora_request=(
-                [self.loader.request(request.adapter) for _, request in asked]
-                if self.adapter_mode == "lora"
-                else None
-            ),
+        asked = [
+            (prompt, self._scoring(request), request)
+            for request in requests
+            for prompt in request.prompts
+        ]
+        rows = iter([_prompt_logprobs(output) for output in self._run(asked)])
+        return [[next(rows) for _ in request.prompts] for request in requests]
+
+    def _run(self, asked: Sequence[tuple[Sequence[int], Any, Request]]) -> list[Any]:
+        """Return vLLM's outputs for prompts, each with its SamplingParams and its request.
+
+        After an error, vLLM 0.32 keeps the requests that were under way, and would return them
+        in the next call.
+
+        Raises:
+            RuntimeError: an earlier call has failed.
+        """
+        from vllm import TokensPrompt
+
+        if self.failed:
+            raise RuntimeError("this engine has failed in an earlier call")
+        loras = [self.loader.request(request.adapter) for _, _, request in asked]
+        self.failed = True
+        outputs: list[Any] = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
+            [params for _, params, _ in asked],
+            lora_request=loras if self.adapter_mode == "lora" else None,
             use_tqdm=False,
         )
-        rows = iter([_prompt_logprobs(output) for output in outputs])
-        return [[next(rows) for _ in request.prompts] for request in requests]
+        self.failed = False
+        return outputs
 
     def capacity(self) -> int:
         """Return how many completions of full length run at the same time; more have to wait."""
@@ -162,10 +158,6 @@ class VllmEngine:
             config.scheduler_config.max_num_seqs, blocks // -(-self.settings.max_model_len // block)
         )
         return at_once
-
-    def lost(self) -> bool:
-        """Return whether a process of a split model has died. This engine then cannot continue."""
-        return bool(getattr(self.llm.llm_engine.model_executor, "is_failed", False))
 
     def close(self) -> None:
         """Stop the engine's processes and remove its files.
@@ -197,6 +189,17 @@ class VllmEngine:
             seed=seed,
             ignore_eos=rollout.ignore_eos,
             stop=rollout.stop,
+            extra_args=self._slot(request),
+        )
+
+    def _scoring(self, request: Request) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
             extra_args=self._slot(request),
         )
 

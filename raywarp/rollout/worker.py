@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from raywarp.adapters.start import Start, load_start
+from raywarp.cluster import faults
 from raywarp.cluster.health import GROUP, Process, Work, stack_here
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.protocol import Adapter, AdapterPart, Request, Rollout, RolloutError
@@ -75,6 +77,10 @@ class RolloutWorker:
         """Return this process and the result of Engine.logprobs for each prompt of the requests."""
         return self._answer(self._logprobs, requests)
 
+    def end(self) -> None:
+        """End this process. Ray restarts the worker."""
+        os._exit(1)
+
     def shutdown(self) -> None:
         """Stop the engine and remove its temporary files."""
         if self.engine is not None:
@@ -83,16 +89,24 @@ class RolloutWorker:
     def _answer(
         self, work: Callable[[Engine, Sequence[Request]], Any], requests: Sequence[Request]
     ) -> tuple[Process, Any]:
+        """Return this process and what `work` finds.
+
+        Raises:
+            BrokenProcessError: the engine raised an error of its own. What it was doing is still
+                in it, and the next call would get that call's completions.
+        """
         self.thread = threading.get_ident()
         engine = self._engine()
         try:
             return Process.here(), work(engine, requests)
-        except Exception:
-            if engine.lost():
-                with contextlib.suppress(Exception):
-                    engine.close()
-                os._exit(1)  # Ray restarts this worker and repeats the call
-            raise
+        except Exception as error:
+            if faults.is_own(error) or isinstance(error, RayError):
+                raise
+            self.engine = None
+            with contextlib.suppress(Exception):
+                engine.close()
+            what = f"the engine of rollout worker {self.number}"
+            raise faults.BrokenProcessError.after(what, error) from error
 
     def _logprobs(
         self, engine: Engine, requests: Sequence[Request]

@@ -7,6 +7,7 @@ command's. tests/bench/chaos.py and tests/bench/driver_kill.py do the same for l
 import asyncio
 import json
 import os
+import pickle
 import re
 import signal
 import tempfile
@@ -42,7 +43,7 @@ from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
 from raywarp.cluster import faults, health, supervisor
-from raywarp.cluster.faults import Failures, FaultError
+from raywarp.cluster.faults import BrokenProcessError, Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
 from raywarp.config.load import parse_config
 from raywarp.config.rewards import RewardConfig
@@ -658,6 +659,17 @@ def test_causes() -> None:
         True,
         False,
     ]
+
+
+def test_a_broken_process_is_renewed_and_its_cause_kept_between_processes() -> None:
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nof 80")
+    broken = pickle.loads(pickle.dumps(BrokenProcessError.after("an engine", out_of_memory)))
+    assert str(broken) == (
+        "an engine failed with OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    )
+    assert faults.kind_of(RayTaskError("generate", "", broken)) == faults.OUT_OF_MEMORY
+    assert faults.is_survivable(RayTaskError("generate", "", broken))
+    assert faults.kind_of(BrokenProcessError.after("an engine", ValueError())) == faults.EXCEPTION
 
 
 def test_pauses_grow_and_progress_forgives() -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.text import Completion
 from raywarp.model.batches import collate
+from raywarp.rollout.engine import Engine
 from raywarp.rollout.pool import RolloutPool
 from raywarp.rollout.protocol import (
     SFT,
@@ -317,6 +318,83 @@ def test_a_worker_that_is_given_up_is_waited_for_no_more(ray_cluster: Any) -> No
     assert not health.in_flight
     ray_cluster.kill(pool)
     ray_cluster.kill(worker)
+
+
+def fail_at(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    left = [count]
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return function(*arguments, **options)
+
+    return called
+
+
+class Breaking(RolloutWorker):
+    """vLLM raises in the third pass of a call, but not in a later process."""
+
+    def break_engine(self) -> None:
+        core = self._engine().llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        core.model_executor.execute_model = fail_at(3, core.model_executor.execute_model)
+
+
+class BreakingAlways(RolloutWorker):
+    """Each of its engines raises in its first pass."""
+
+    def _start_engine(self) -> Engine:
+        engine: Any = super()._start_engine()
+        engine._pass = fail_at(1, engine._pass)
+        return engine  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def breaking(
+    config: Config, kind: type[RolloutWorker]
+) -> Iterator[tuple[Session, list[dict[str, Any]]]]:
+    events: list[dict[str, Any]] = []
+    with Session(
+        config,
+        config.model,
+        PROMPT_TOKENS,
+        policies=False,
+        kinds=Kinds(worker=kind),
+        report=lambda event, **details: events.append({"event": event, **details}),
+    ) as session:
+        yield session, events
+
+
+def test_an_engine_that_raised_is_not_used_again(ray_cluster: Any, tiny_llama: Path) -> None:
+    """What was under way would stay in vLLM, and be taken for the next call's completions. The
+    engine's own process is renewed, and the call is made again.
+    """
+    with breaking(config_for(tiny_llama, workers=1), Breaking) as (session, events):
+
+        def sample(seed: int) -> list[Completion]:
+            ((ref,),) = submit(session.pool, [Request(prompts_of(4), range(seed, seed + 4), SFT)])
+            return join([session.get(ref)], SFT)
+
+        first, second = sample(0), sample(4)
+        ray_cluster.get(session.workers[0].break_engine.remote())
+        assert sample(0) == first != second
+        assert sample(4) == second
+    assert [row["event"] for row in events] == ["fault", "recovered"]
+    assert events[0]["cause"] == "out of memory"
+    assert events[0]["message"] == (
+        "the engine of rollout worker 1 failed with OutOfMemoryError: CUDA out of memory. Tried to"
+        " allocate 2 GiB"
+    )
+
+
+def test_an_engine_that_always_raises_is_given_up_with_its_reason(
+    ray_cluster: Any, tiny_llama: Path
+) -> None:
+    config = config_for(tiny_llama, "transformers", workers=1)
+    with breaking(config, BreakingAlways) as (session, _):
+        ((ref,),) = submit(session.pool, [Request(prompts_of(4), range(4), SFT)])
+        with pytest.raises(RolloutError, match=r"4 deaths.*OutOfMemoryError: CUDA out of memory"):
+            session.get(ref)
 
 
 class Known(RolloutWorker):
