@@ -53,15 +53,18 @@ def check_paths(config: Config) -> None:
                 (folder / CONFIG_FILE).stat()
     if in_job():
         where = "a Ray job it would lie in a temporary copy of the working directory"
+        remedy = "cluster/submit.py makes it absolute"
     elif _SESSION.search(os.getcwd()):
         where = "a worker of Ray it would lie in a temporary folder of Ray's session"
+        remedy = (
+            "trials of Ray Tune stay in the driver's folder with RAY_CHDIR_TO_TRIAL_DIR=0 there"
+        )
     else:
         return
     for key, value in _relative(config, _WRITTEN, _MODELS):
         raise ConfigError(
             f"{key}={value} is relative: in {where} ({os.getcwd()}). Give an absolute path that"
-            " every node sees, or a URI such as s3://bucket/run; cluster/submit.py makes it"
-            " absolute"
+            f" every node sees, or a URI such as s3://bucket/run; {remedy}"
         )
 
 
