@@ -43,6 +43,7 @@ class Stopped(KeyboardInterrupt):
         return "; ".join([f"stopped by {name}", *_saved, "the same command continues"])
 
 
+STARTS, TOO_SLOW = 3, "timed out during startup"  # attempts, and Ray's (2.60) words
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _inside: list[bool] = []
 _received: list[int] = []
@@ -219,14 +220,14 @@ def _start_own() -> None:
     """Start a Ray on this machine that ends with this process.
 
     Raises:
-        ConfigError: a folder for Ray's files cannot be written.
+        ConfigError: a folder for Ray's files cannot be written, or the machine is too loaded.
     """
     import ray
 
     free, folder = machine.free_shared_memory(), machine.short_folder()
     with orphans.watched():
         try:
-            _init("local", _temp_dir=folder)
+            _start_patiently(folder)
         except OSError as error:
             raise ConfigError(
                 f"Ray cannot start on this machine: {error}. Its files are below"
@@ -239,6 +240,29 @@ def _start_own() -> None:
     store = ray.cluster_resources().get("object_store_memory", 0.0)
     if note := machine.shared_memory_note(store, free):
         _notes.append(note)
+
+
+def _start_patiently(folder: str | None) -> None:
+    """Start a Ray, again where its processes took longer than the 30 s that Ray (2.60) waits.
+
+    What was started in vain ends with this process.
+
+    Raises:
+        ConfigError: it took too long each time.
+    """
+    import ray
+
+    for _ in range(STARTS):
+        try:
+            return _init("local", _temp_dir=folder)
+        except Exception as error:
+            if TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+    raise ConfigError(
+        f"Ray did not start on this machine, {STARTS} times for 30 s: it is too loaded, or lacks"
+        " memory"
+    )
 
 
 def _init(found: str, **options: Any) -> None:

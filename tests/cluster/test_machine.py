@@ -53,6 +53,64 @@ def test_without_a_short_folder_a_long_one_is_refused(monkeypatch: pytest.Monkey
         machine.short_folder()
 
 
+# Ray's control server does not know the node in time: at first once, then never.
+SLOW = """
+import sys
+from raywarp.cluster import runtime
+from raywarp.config.schema import ConfigError
+import ray._private.services as services
+import ray._private.node as node
+
+known, left = services.get_node, [int(sys.argv[1])]
+
+class Clock:
+    def __init__(self, time):
+        self.time = time
+    def __getattr__(self, name):
+        return getattr(self.time, name)
+    def monotonic(self):
+        return 40 * self.time.monotonic()
+
+def get_node(*arguments):
+    if left[0]:
+        raise RuntimeError("No node info found")
+    return known(*arguments)
+
+def init(*arguments, _init=runtime._init, **options):
+    try:
+        return _init(*arguments, **options)
+    finally:
+        left[0] -= 1
+
+services.get_node, node.time, runtime._init = get_node, Clock(node.time), init
+try:
+    runtime.start_ray()
+    print(runtime.where())
+except ConfigError as error:
+    print("ConfigError:", error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [(1, "on a Ray of its own"), (9, "ConfigError: Ray did not start on this machine, 3 times")],
+)
+def test_ray_is_started_again_where_the_machine_was_too_slow(
+    tmp_path: Path, failures: int, told: str
+) -> None:
+    """Ray waits for 30 s, which its clock here takes for less than one."""
+    with tempfile.TemporaryDirectory(prefix="rws", ignore_cleanup_errors=True) as folder:
+        environment = {"RAY_ADDRESS": "local", "HOME": str(tmp_path), "RAY_TMPDIR": folder}
+        found = subprocess.run(
+            [sys.executable, "-c", SLOW, str(failures)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+    assert found.stdout.startswith(told), found.stderr
+
+
 @pytest.mark.parametrize("name", ["HOME", "RAY_TMPDIR"])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     script = "from raywarp.cluster import runtime; runtime.start_ray()"
