@@ -118,8 +118,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    """A node is lost and another one joins; then one is lost for good, and four GPUs go on with
-    what six had.
+    """A node is drained, as before a preemption, and lost, and another one joins; then one is lost
+    for good without a word, and four GPUs go on with what six had.
     """
     project = make_project(
         tmp_path,
@@ -153,7 +153,7 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
 
     # so that nobody is at the end before a lost policy is back, however busy the machine
     set_pace(project, 1.5)
-    lost = lose_one(nodes, places)
+    lost = lose_one(nodes, places, drained=True)
     nodes.nodes.append(nodes.ask("add"))
     command.wait_until(
         lambda: {row["policy"] for row in told(command.run, "recovered") if "policy" in row} == lost
@@ -191,10 +191,26 @@ def test_four_policies_and_two_engines_survive_the_loss_of_nodes(
     assert adapters(undisturbed.run) == adapters(command.run)
 
 
-def lose_one(nodes: Nodes, places: dict[str, Any]) -> set[int]:
+def drain(nodes: Nodes, node: str) -> None:
+    """What a provider's node agent does before it takes the node away."""
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run(
+        [
+            *(ray, "drain-node", f"--address={nodes.address}", f"--node-id={node}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+            "--deadline-remaining-seconds=300",
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+
+def lose_one(nodes: Nodes, places: dict[str, Any], drained: bool = False) -> set[int]:
     """One that is not the head and has a policy; the policies that it had."""
     policies = {name: node for name, (node, _) in places.items() if "policy" in name}
     node = next(node for node in nodes.nodes[1:] if node in policies.values())
+    if drained:
+        drain(nodes, node)
     nodes.ask("lose", node)
     nodes.nodes.remove(node)
     return {int(name[-1]) for name, where in policies.items() if where == node}
