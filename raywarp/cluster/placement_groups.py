@@ -39,7 +39,8 @@ class Bundle:
     """One actor's part of its run's placement group.
 
     When its node is lost, Ray (2.60) asks for the bundle again. It retries without a pause: while
-    there is no room, that takes half a core of the head node.
+    there is no room, its control server takes a core of the head, and the count of the attempts
+    in the metrics takes another one.
     """
 
     group: PlacementGroup
