@@ -74,13 +74,13 @@ def train(config: Config, display: Display | None = None) -> Run:
         Stopped: SIGTERM or Ctrl-C, a KeyboardInterrupt. Finished work is kept.
     """
     display = display or Display()
-    with closing(stages(config, prepare(config, display.progress), display)) as found:
-        for stage in found:
-            run = stage.run
+    with closing(iterations(config, prepare(config, display.progress), display)) as states:
+        for state in states:
+            run = state.run
     return run
 
 
-def stages(
+def iterations(
     config: Config, inputs: Inputs, display: Display, claims: Claims = NO_CLAIMS
 ) -> Generator[IterationState]:
     """Run `train` step by step: yield the state at the start and after each iteration.
@@ -113,7 +113,7 @@ def stages(
             journal.begin()
             yield from Driver(
                 config, inputs, run, session, display, loggers, gauges, claims
-            ).stages(known)
+            ).iterations(known)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Driver:
     gauges: RunMetrics
     claims: Claims
 
-    def stages(self, known: Mapping[str, object] | None) -> Iterator[IterationState]:
+    def iterations(self, known: Mapping[str, object] | None) -> Iterator[IterationState]:
         """Run Algorithm 1, and yield the state at the start and after each iteration.
 
         Args:

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from raywarp.cluster import faults, out_of_memory
 
-GROUP = "watch"
+WATCH = "watch"
 START_SECONDS = 300.0  # a new process may be silent this long: it imports and loads a model
 QUESTION_SECONDS = 1.0  # time from an answer to the next question
 STACK_SECONDS = 5.0  # a process that still runs Python returns its stack within this time

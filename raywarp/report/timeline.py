@@ -65,8 +65,8 @@ def timeline(
         },
         "pauses": [[slice_of(float(b[0])), float(b[0] - a[1])] for a, b in pairwise(pieces)],
         "iterations": {
-            stage: slice_of(start)
-            for stage, start in sorted(begins.items(), key=lambda item: item[1])
+            iteration: slice_of(start)
+            for iteration, start in sorted(begins.items(), key=lambda item: item[1])
         },
         "moments": [
             slice_of(moment) if moment is not None and first <= moment <= last else None
@@ -86,8 +86,8 @@ def _lanes(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Spans], dict[st
         for name, own in spans.items():
             found.setdefault(str(name), []).extend(own)
         first = min(start for own in spans.values() for start, _ in own)
-        stage = str(row["iteration"])
-        begins[stage] = min(first, begins.get(stage, first))
+        iteration = str(row["iteration"])
+        begins[iteration] = min(first, begins.get(iteration, first))
     arrays = {name: np.array(own, dtype=float).reshape(-1, 2) for name, own in found.items() if own}
     return {name: _merged(spans[np.argsort(spans[:, 0])]) for name, spans in arrays.items()}, begins
 

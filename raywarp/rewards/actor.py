@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from raywarp.cluster.health import GROUP, Process
+from raywarp.cluster.health import WATCH, Process
 from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Prompt
 from raywarp.rewards.process import FunctionProcesses, Source
@@ -102,7 +102,7 @@ class RewardActor:
         """
         _ = self.processes if self.config.function else self.reward
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def pulse(self) -> Process:
         """Return what this process does. It answers while a score is computed."""
         return Process.here(done=self.done, busy=self._busy > 0)
@@ -196,7 +196,7 @@ class RewardActor:
         scores.span, scores.who = (start, time.time()), self.title
         return scores
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def total(self, terms: Sequence[tuple[str, float]], *parts: Scores) -> Scores:
         """Return the weighted sum of several rewards' scores; see totals.total.
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from raywarp.adapters.start import Start, load_start
 from raywarp.cluster import faults
-from raywarp.cluster.health import GROUP, Process, Work, stack_here
+from raywarp.cluster.health import WATCH, Process, Work, stack_here
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.protocol import Adapter, AdapterPart, Request, Rollout, RolloutError
 
@@ -40,12 +40,12 @@ class RolloutWorker:
         self.thread = 0
         self.loading = Work()
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def stack(self) -> str:
         """Return the Python stack of the thread that works on a call."""
         return stack_here(self.thread)
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def loads(self) -> bool:
         """Return whether the engine is starting now, also inside generate."""
         return self.loading.busy

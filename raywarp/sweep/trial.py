@@ -133,7 +133,7 @@ class Trial(Trainable):
         self.plan, self.files = plan, SweepFiles(plan.space.base.out)
         self.claims = SharedClaims(plan.store, plan.id, self._begin)
         self.display, self.kept = Display(), ExitStack()
-        self.stages: Any = None
+        self.states: Any = None
         threading.Thread(target=self._listen, daemon=True).start()
         self.reset_config(config)
 
@@ -241,16 +241,16 @@ class Trial(Trainable):
         If other trials are training missing policies, release all actors, and wait for them.
         """
         while True:
-            if self.stages is None:
+            if self.states is None:
                 self._wait_for_others()
-                self.stages = warp.stages(self.own, self.inputs, self.display, self.claims)
+                self.states = warp.iterations(self.own, self.inputs, self.display, self.claims)
             try:
-                stage: warp.IterationState
-                for stage in self.stages:
-                    if stage.iteration == 0:
-                        self.files.save_numerics(self.numerics_key, stage.determinants)
-                    if stage.iteration == wanted:
-                        return stage
+                state: warp.IterationState
+                for state in self.states:
+                    if state.iteration == 0:
+                        self.files.save_numerics(self.numerics_key, state.determinants)
+                    if state.iteration == wanted:
+                        return state
             except Elsewhere as elsewhere:
                 self._leave()
                 self.display.say(f"{elsewhere}; waiting, without any resources")
@@ -276,18 +276,18 @@ class Trial(Trainable):
             self.record.trained += new
             self.files.save_record(self.name, self.record)
 
-    def _measured(self, stage: warp.IterationState) -> dict[str, Any]:
+    def _measured(self, state: warp.IterationState) -> dict[str, Any]:
         """Return the row of a finished iteration. Measure its front, unless that is stored."""
-        keys = list(stage.keys[stage.iteration - 1])
+        keys = list(state.keys[state.iteration - 1])
         front = front_key(self.own, self.inputs.front, keys)
-        if stage.iteration == self.own.warp.iterations:
-            found = stage.run.front()
-            return self._row(stage.iteration, keys, front, found["points"], ceiling_of(found))
+        if state.iteration == self.own.warp.iterations:
+            found = state.run.front()
+            return self._row(state.iteration, keys, front, found["points"], ceiling_of(found))
         ceiling = measured_ceiling(
-            stage.session, stage.run, self.inputs, stage.determinants, self.display, self.claims
+            state.session, state.run, self.inputs, state.determinants, self.display, self.claims
         )
-        points = self._stored_front(front) or self._measure_front(stage, front)
-        return self._row(stage.iteration, keys, front, points, ceiling)
+        points = self._stored_front(front) or self._measure_front(state, front)
+        return self._row(state.iteration, keys, front, points, ceiling)
 
     def _row(
         self,
@@ -341,15 +341,15 @@ class Trial(Trainable):
         key = ceiling_key(self.inputs.config, prompts_fingerprint(prompts), found)
         return find_ceiling(self.run.store, key, self.display.say)
 
-    def _measure_front(self, stage: warp.IterationState, key: str) -> list[dict[str, Any]]:
+    def _measure_front(self, state: warp.IterationState, key: str) -> list[dict[str, Any]]:
         """Measure the front on the line from SFT to SLERP, and keep it in the store."""
-        candidates = front.candidates(stage.init, stage.policies, front.wanted_etas(self.own))
+        candidates = front.candidates(state.init, state.policies, front.wanted_etas(self.own))
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         inputs = self.inputs
-        kept = KeptPoints(self.run, points_key(self.own, inputs.front, stage.determinants))
+        kept = KeptPoints(self.run, points_key(self.own, inputs.front, state.determinants))
         with self.display.evaluation(len(wanted)) as done:
             results = evaluation.evaluate(
-                stage.session,
+                state.session,
                 self.own,
                 wanted,
                 inputs.prompts.held_out,
@@ -364,9 +364,9 @@ class Trial(Trainable):
 
     def _leave(self) -> None:
         """Leave the run, which releases its actors."""
-        if self.stages is not None:
-            self.stages.close()
-            self.stages = None
+        if self.states is not None:
+            self.states.close()
+            self.states = None
 
     def _listen(self) -> None:
         """Wait for the sweep's order to stop, then pass it on as SIGTERM. Runs in a thread."""

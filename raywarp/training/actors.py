@@ -258,12 +258,12 @@ class Actors:
         """Create an actor.
 
         Args:
-            watched: it answers in a thread of its own while it works (health.GROUP). It also
+            watched: it answers in a thread of its own while it works (health.WATCH). It also
                 answers while calls wait for others' results, behind which Ray would hold the
                 question back.
         """
         also: dict[str, Any] = (
-            {"concurrency_groups": {health.GROUP: 1}, "allow_out_of_order_execution": True}
+            {"concurrency_groups": {health.WATCH: 1}, "allow_out_of_order_execution": True}
             if watched
             else {}
         )

@@ -15,7 +15,7 @@ import torch
 
 from raywarp.adapters.start import load_start
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.cluster.health import GROUP, START_SECONDS, Process, Work, stack_here
+from raywarp.cluster.health import START_SECONDS, WATCH, Process, Work, stack_here
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.identity import derive_seed
@@ -65,17 +65,17 @@ class PolicyActor(Measuring):
         self.working_since: float | None = None
         self.work = Work()
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def pulse(self) -> Process:
         """Return what this process does. It answers while a policy is updated."""
         return Process.here(self.working_since, busy=self.work.busy)
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def stop(self) -> None:
         """Let fine_tune save every policy and end, as soon as no update is running."""
         self.stopping.set()
 
-    @ray.method(concurrency_group=GROUP)
+    @ray.method(concurrency_group=WATCH)
     def stack(self) -> str:
         """Return the stack of fine_tune."""
         return stack_here(self.thread)

@@ -285,7 +285,7 @@ def regained(need: resources.Need) -> None:
 def helped(need: resources.Need) -> None:
     """A reward worker's, which Ray starts again when its group has another node."""
     bundle = Bundle(placement_group([need.bundle()]), 0)
-    kind = resources.ray.remote(concurrency_groups={health.GROUP: 1})(RewardActor)
+    kind = resources.ray.remote(concurrency_groups={health.WATCH: 1})(RewardActor)
     worker = kind.options(**placement_groups.options(need, bundle)).remote(
         None, False, None, "reward worker"
     )

@@ -533,7 +533,7 @@ def test_a_reward_worker_that_is_started_again_scores_as_before(
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
     options = {"max_restarts": -1, "max_task_retries": 3, "num_cpus": 0}
     actor = (
-        ray_cluster.remote(concurrency_groups={health.GROUP: 1})(RewardActor)
+        ray_cluster.remote(concurrency_groups={health.WATCH: 1})(RewardActor)
         .options(**options)
         .remote(RewardConfig(model=str(folder)))
     )
@@ -608,7 +608,7 @@ def test_a_rollout_worker_that_loads_does_not_hang(ray_cluster: Any) -> None:
     told: list[str] = []
     settings = EngineSettings("nowhere", "float32", 16, 8, parse_config({}).rollout, gpu=False)
     worker = (
-        ray_cluster.remote(concurrency_groups={health.GROUP: 1})(Slow)
+        ray_cluster.remote(concurrency_groups={health.WATCH: 1})(Slow)
         .options(num_cpus=0)
         .remote(settings)
     )

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raywarp.cluster.health import GROUP
+from raywarp.cluster.health import WATCH
 from raywarp.config.rewards import RewardConfig
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.process import FunctionProcesses, Source
@@ -238,7 +238,7 @@ def test_a_second_run_of_a_session_is_scored_by_its_own_folder(
 ) -> None:
     """Ray starts its workers with the folders of the driver that began the session."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    remote: Any = ray_cluster.remote(concurrency_groups={GROUP: 1})(RewardActor)
+    remote: Any = ray_cluster.remote(concurrency_groups={WATCH: 1})(RewardActor)
     for name, value in (("one", 1.0), ("two", 2.0)):
         (tmp_path / name).mkdir()
         code = f"def score(prompts, completions):\n    return [{value}]\n"

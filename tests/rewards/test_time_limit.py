@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raywarp.cluster.health import GROUP
+from raywarp.cluster.health import WATCH
 from raywarp.config.rewards import RewardConfig
 from raywarp.rewards.actor import RewardActor
 from raywarp.rewards.reward import RewardError
@@ -132,7 +132,7 @@ def test_the_error_names_function_time_and_key(ray_cluster: Any, module: Path) -
 def test_c_code_ends_its_process_and_is_not_called_again(ray_cluster: Any, module: Path) -> None:
     config = RewardConfig(function=f"{module.stem}:score", timeout_seconds=0.5)
     environment = {"env_vars": {"PYTHONPATH": ":".join([str(module.parent), *sys.path])}}
-    remote: Any = ray_cluster.remote(concurrency_groups={GROUP: 1})(RewardActor)
+    remote: Any = ray_cluster.remote(concurrency_groups={WATCH: 1})(RewardActor)
     actor = remote.options(
         num_cpus=0, max_restarts=2, max_task_retries=2, runtime_env=environment
     ).remote(config)
