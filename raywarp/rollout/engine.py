@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 import ray
 
-from raywarp.adapters.start import start_rank
-from raywarp.algorithm.factors import AdapterError
 from raywarp.config.schema import Config, ConfigError, RolloutConfig
 from raywarp.data.text import Completion
 from raywarp.rollout.protocol import Adapter, Request
@@ -224,6 +222,9 @@ def largest_rank(config: Config) -> int:
     Raises:
         ConfigError: the SFT adapter cannot be read.
     """
+    from raywarp.adapters.start import start_rank
+    from raywarp.algorithm.factors import AdapterError
+
     rank, warp = config.policy_rank, config.warp
     try:
         start = start_rank(config.sft_adapter)

@@ -8,16 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from raywarp.adapters.start import Start, load_start
 from raywarp.cluster import faults
 from raywarp.cluster.health import WATCH, Process, Work, stack_here
 from raywarp.rollout.engine import Engine, EngineSettings
 from raywarp.rollout.protocol import Adapter, AdapterPart, Request, Rollout, RolloutError
+
+if TYPE_CHECKING:  # the pool imports this module with its workers' handles, and needs no torch
+    from raywarp.adapters.start import Start
 
 
 class RolloutWorker:
@@ -154,6 +156,8 @@ class RolloutWorker:
         return self.engine
 
     def _start_engine(self) -> Engine:
+        from raywarp.adapters.start import load_start
+
         if start := load_start(self.settings.sft_adapter):
             self.beginning = Beginning(start)
         return start_engine(self.settings)
@@ -185,7 +189,7 @@ class RolloutWorker:
 class Beginning:
     """The SFT adapter as the first part of every adapter that a worker samples from."""
 
-    def __init__(self, start: Start):
+    def __init__(self, start: "Start"):
         self.start, self.alone = start, AdapterPart.put(start.delta)
         self.over: AdapterPart | None = None  # with the modules that the policies have besides
 

@@ -184,6 +184,14 @@ def test_every_swap_samples_from_the_adapter_that_was_asked_for(
     assert len({str(tokens[case]) for case in [(), ("one",), ("two",), ("one", "two")]}) == 4
 
 
+def test_the_pool_and_the_reward_worker_load_no_torch(session: Session) -> None:
+    """They forward and count: an import would take a second and 200 MB of every run."""
+    pool = session.get(session.pool.pulse.remote()).process
+    reward = session.get(session.reward.actor.pulse.remote())
+    for process in (pool, reward):
+        assert "libtorch" not in Path(f"/proc/{process.id}/maps").read_text()
+
+
 def test_completions_do_not_depend_on_the_number_of_workers(
     ray_cluster: Any, tiny_llama: Path, session: Session
 ) -> None:
