@@ -219,8 +219,11 @@ class Session:
     def chunk(self) -> int:
         return self.config.rollout.chunk_size or self.config.optim.batch_size
 
-    def get(self, refs: Any) -> Any:
+    def get(self, refs: Any, check: Callable[[], None] = lambda: None) -> Any:
         """Return ray.get's result, and check the actors while it waits.
+
+        Args:
+            check: is called now and then, too.
 
         Raises:
             GetTimeoutError: every actor waits and none works. Ask for the results again.
@@ -232,6 +235,7 @@ class Session:
         )
         while len(ray.wait(wanted, num_returns=len(wanted), timeout=TICK)[0]) < len(wanted):
             runtime.check()
+            check()
             at_work = self._tick() or not self._helpers
             for slot in self.policies:
                 if text := hang_of(slot, seconds):
@@ -322,7 +326,8 @@ class Session:
             attempts = itertools.chain(
                 [zeros], iter(lambda: request_start([slot.actor for slot in self.present()]), None)
             )
-            self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts)))[0]
+            check = self._startup.look_after(self.policies)
+            self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts), check))[0]
         self._startup.results("the reward worker", scorers, rewards, actors.bundles["reward"])
         wait, hang = config.cluster.timeout_seconds, config.cluster.hang_seconds
         rooms, most = actors.bundles, config.cluster.max_failures

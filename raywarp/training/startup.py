@@ -13,10 +13,13 @@ from raywarp.cluster import faults, placement_groups
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.placement_groups import Bundle
 from raywarp.cluster.resources import Plan
+from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.proof import Proof, prove
 from raywarp.rollout.protocol import Request
+
+CHECK_SECONDS = 1.0  # between two looks at the nodes of actors that start
 
 
 def request_start(actors: Sequence[Any]) -> list[Any]:
@@ -33,7 +36,7 @@ class Startup:
     """
 
     config: Config
-    get: Callable[[Any], Any]
+    get: Callable[[Any, Callable[[], None]], Any]
 
     def results(
         self,
@@ -93,6 +96,20 @@ class Startup:
 
         return prove(sampler, reference, score)
 
+    def look_after(self, slots: Sequence[ActorSlot]) -> Callable[[], None]:
+        """Return a check of the nodes of policy actors that start; see NodeWait.check."""
+        waits = [(slot, self._node_wait("a policy actor", slot.bundle)) for slot in slots]
+
+        def check() -> None:
+            for slot, wait in waits:
+                if not slot.gone:
+                    wait.check()
+
+        return check
+
+    def _node_wait(self, what: str, bundle: Bundle | None) -> "NodeWait":
+        return NodeWait(what, bundle, self.config.cluster.timeout_seconds)
+
     def _result(
         self,
         what: str,
@@ -102,21 +119,15 @@ class Startup:
         ask: Callable[[Any], Any],
         failures: Failures,
     ) -> Any:
-        lost, wait = None, self.config.cluster.timeout_seconds
+        check = self._node_wait(what, bundle).check
         while True:
             try:
-                return self.get(ref)
+                return self.get(ref, check)
             except RayError as error:
                 if not faults.is_survivable(error):
                     raise faults.cause_of(error) from None
+                check()
                 has_node = placement_groups.has_node(bundle)
-                lost = None if has_node else lost or time.monotonic()
-                if lost and time.monotonic() - lost > wait:
-                    raise FaultError(
-                        f"{what} has waited {wait:.0f} s for another node after it lost its own"
-                        f" while it started: {placement_groups.lack()}; add nodes, or raise"
-                        " cluster.timeout_seconds; the same command continues"
-                    ) from None
                 if has_node and not faults.is_restarting(error) and not failures.again():
                     cause = f"{faults.kind_of(error)}: {faults.explain(error)}"
                     raise FaultError(
@@ -124,6 +135,42 @@ class Startup:
                     ) from None
             time.sleep(failures.pause() or 0.5)
             ref = ask(actor)
+
+
+@dataclass
+class NodeWait:
+    """The wait of an actor that starts for another node, after the loss of its own.
+
+    Attributes:
+        what: name of the actor in errors.
+        longest: seconds without a node after which the run ends.
+        since: when the node was missed, on the monotonic clock. None while there is one.
+        due: when to look again.
+    """
+
+    what: str
+    bundle: Bundle | None
+    longest: float
+    since: float | None = None
+    due: float = 0.0
+
+    def check(self) -> None:
+        """Look after the node.
+
+        Raises:
+            FaultError: there has been none for too long.
+        """
+        now = time.monotonic()
+        if now < self.due:
+            return
+        self.due = now + CHECK_SECONDS
+        self.since = None if placement_groups.has_node(self.bundle) else self.since or now
+        if self.since and now - self.since > self.longest:
+            raise FaultError(
+                f"{self.what} has waited {self.longest:.0f} s for another node after it lost its"
+                f" own while it started: {placement_groups.lack()}; add nodes, or raise"
+                " cluster.timeout_seconds; the same command continues"
+            )
 
 
 def warn_of_small_cache(config: Config, plan: Plan, prompt_tokens: int, capacity: int) -> None:

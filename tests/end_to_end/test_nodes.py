@@ -170,7 +170,7 @@ tree = {"model": sys.argv[1], "reward": {"function": "raywarp.embedded:vader"}, 
 def lose():
     while [group["state"] for group in placement_group_table().values()] != ["CREATED"]:
         time.sleep(0.2)
-    time.sleep(5)
+    time.sleep(float(sys.argv[2]))
     cluster.remove_node(node, allow_graceful=False)
 
 threading.Thread(target=lose, daemon=True).start()
@@ -184,8 +184,9 @@ cluster.shutdown()
 """  # noqa: E501
 
 
+@pytest.mark.parametrize("seconds", ["0", "5"])
 def test_another_node_is_waited_for_while_an_engine_loads_but_not_without_end(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, seconds: str
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="rw", ignore_cleanup_errors=True) as temporary:
         own = {
@@ -194,7 +195,7 @@ def test_another_node_is_waited_for_while_an_engine_loads_but_not_without_end(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "0" * 64,
         }
-        command = [sys.executable, "-c", LOST, str(tiny_llama)]
+        command = [sys.executable, "-c", LOST, str(tiny_llama), seconds]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=200, env={**os.environ, **own}
         )
