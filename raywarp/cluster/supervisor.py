@@ -131,15 +131,17 @@ class SupervisedActor:
         if self.down_since is not None and (
             not self.ended or self.process is None or process.follows(self.process)
         ):
-            self.report(
-                "recovered", what=self.name, seconds_lost=time.monotonic() - self.down_since
-            )
-            self.down_since, self.ended = None, False
+            self._recovered()
         if self.down_since is None:
             if process.done:
                 self.failures.progressed()
             self.at_work = process.busy or self.process is None or process.done != self.process.done
             self.process, self.heard = process, time.monotonic()
+
+    def _recovered(self) -> None:
+        seconds = time.monotonic() - (self.down_since or time.monotonic())
+        self.report("recovered", what=self.name, seconds_lost=seconds)
+        self.down_since, self.ended = None, False
 
 
 @dataclass
@@ -148,11 +150,15 @@ class SupervisedPool(SupervisedActor):
 
     Attributes:
         workers: handles of the rollout workers.
+        remind: tells a restarted pool what it has forgotten; it gets `processes`.
+        processes: that of each worker, by index, as the pool knew it last.
         killed: when the worker of each index was killed because it hung, on the monotonic clock.
         down: seconds for which the worker of each index has been away.
     """
 
     workers: list[Any] = field(default_factory=list)
+    remind: Callable[[dict[int, Process]], None] = lambda processes: None
+    processes: dict[int, Process] = field(default_factory=dict)
     killed: dict[int, float] = field(default_factory=dict)
     down: dict[int, float] = field(default_factory=dict)
 
@@ -160,6 +166,7 @@ class SupervisedPool(SupervisedActor):
         health = super().check()
         if health is None:
             return None
+        self.processes |= health.processes
         for event in health.events:
             if event["event"] == "fault":
                 process, hung = event.pop("process"), event["what"] in map(_worker, self.killed)
@@ -186,6 +193,10 @@ class SupervisedPool(SupervisedActor):
         if len(self.down) == len(self.workers):
             self._check_room("rollout worker", min(self.down.values()))
         return health
+
+    def _recovered(self) -> None:
+        super()._recovered()
+        self.remind(self.processes)
 
 
 def _worker(index: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from raywarp.cluster.health import WATCH, Process
-from raywarp.config.rewards import RewardConfig
+from raywarp.config.rewards import NamedRewardConfig, RewardConfig
 from raywarp.data.text import Prompt
 from raywarp.rewards.process import FunctionProcesses, Source
 from raywarp.rewards.reward import Batch, Raw, Reward, standardised, too_slow
@@ -42,6 +42,26 @@ class Scorer:
     weight: float = 1.0
     others: tuple["Scorer", ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        actors: Sequence[Any],
+        sources: Mapping[str, RewardConfig],
+        statistics: Mapping[str, tuple[float, float]],
+    ) -> "Scorer":
+        """Return what scores by all rewards.
+
+        Args:
+            actors: of the rewards, in their order; more of them are left out.
+            sources: the rewards by their keys.
+            statistics: mean and standard deviation by the same keys.
+        """
+        parts = [
+            cls(actor, statistics.get(key), *_term(source))
+            for actor, (key, source) in zip(actors, sources.items(), strict=False)
+        ]
+        return replace(parts[0], others=tuple(parts[1:]))
+
     @property
     def parts(self) -> tuple["Scorer", ...]:
         """All rewards of the total, this one first."""
@@ -59,6 +79,11 @@ class Scorer:
         ]
         terms = [(part.name, part.weight) for part in self.parts]
         return self.actor.total.remote(terms, *scores) if self.name else scores[0]
+
+
+def _term(source: RewardConfig) -> tuple[str, float]:
+    """Return a reward's name and weight in the total."""
+    return (source.name, source.weight) if isinstance(source, NamedRewardConfig) else ("", 1.0)
 
 
 class RewardActor:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,12 +41,14 @@ class PoolHealth:
         process: the pool's own.
         in_flight: worker's index → seconds that its present call has taken.
         down: worker's index → seconds since it died.
+        processes: worker's index → its process at its last answer.
         events: since the last answer.
     """
 
     process: Process
     in_flight: dict[int, float]
     down: dict[int, float]
+    processes: dict[int, Process]
     events: list[dict[str, Any]]
 
 
@@ -144,10 +146,9 @@ class RolloutPool:
         self.processes[index] = process
         return answer
 
-    async def know(self, processes: Sequence[Process]) -> None:
-        """Record the workers' first processes, so that a death before the first call is noticed."""
-        for index, process in enumerate(processes):
-            self.processes.setdefault(index, process)
+    async def know(self, processes: Mapping[int, Process]) -> None:
+        """Record the workers' processes, so that a death before the next call is noticed."""
+        self.processes = {**processes, **self.processes}
 
     async def prove_with(self, proof: Proof) -> None:
         """Set the proof that a restarted worker has to pass.
@@ -170,7 +171,7 @@ class RolloutPool:
             {index: now - since for index, since in times.items()}
             for times in (self.in_flight, self.down)
         )
-        return PoolHealth(Process.here(done=self.done), in_flight, down, events)
+        return PoolHealth(Process.here(done=self.done), in_flight, down, self.processes, events)
 
     async def _next_worker(self) -> int:
         index = await self.idle.get()

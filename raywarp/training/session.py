@@ -4,8 +4,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +14,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster import faults, health, placement_groups, runtime
 from raywarp.cluster.faults import Failures, FaultError
-from raywarp.cluster.health import Report
+from raywarp.cluster.health import Process, Report
 from raywarp.cluster.supervisor import ActorSlot, SupervisedActor, SupervisedPool, hang_of
-from raywarp.config.rewards import NamedRewardConfig, RewardConfig
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
 from raywarp.rewards.actor import Scorer
@@ -39,11 +37,6 @@ def log_event(event: str, **details: Any) -> None:
     logging.getLogger(__name__).warning(
         ", ".join([event, *(f"{name} {value}" for name, value in details.items())])
     )
-
-
-def _term(source: RewardConfig) -> tuple[str, float]:
-    """Return a reward's name and weight in the total."""
-    return (source.name, source.weight) if isinstance(source, NamedRewardConfig) else ("", 1.0)
 
 
 class Session:
@@ -179,7 +172,8 @@ class Session:
         """Standardise all later rewards of this key as (raw − mean) / deviation."""
         self._statistics[key] = (mean, deviation)
         if self.is_started:
-            self.reward = self._scorer([part.actor for part in self.reward.parts])
+            actors = [part.actor for part in self.reward.parts]
+            self.reward = Scorer.of(actors, self.config.rewards_by_key, self._statistics)
 
     def persist(self, work: Callable[[], Any]) -> Any:
         """Return the result of work that can be repeated.
@@ -289,14 +283,6 @@ class Session:
         refs = [part.actor.seconds_of_work.remote() for part in self.reward.parts]
         return max(map(float, self.get(refs)))
 
-    def _scorer(self, actors: Sequence[Any]) -> Scorer:
-        """Return what scores by all rewards, whose workers these are."""
-        parts = [
-            Scorer(actor, self._statistics.get(key), *_term(source))
-            for actor, (key, source) in zip(actors, self.config.rewards_by_key.items(), strict=True)
-        ]
-        return replace(parts[0], others=tuple(parts[1:]))
-
     def _start(self) -> None:
         config = self.config
         self._free_before = ray.available_resources()
@@ -310,7 +296,7 @@ class Session:
         if self._trains:
             self.policies = actors.policies()
         scorers = actors.rewards()
-        self.reward = self._scorer(scorers[: len(config.rewards_by_key)])
+        self.reward = Scorer.of(scorers, config.rewards_by_key, self._statistics)
         self.control = Scorer(scorers[-1]) if config.control else None
         engines, zeros, rewards = (
             request_start(actors)
@@ -319,7 +305,7 @@ class Session:
         started = self._startup.results(
             "a rollout worker", self.workers, engines, actors.bundles["rollout"]
         )
-        self.pool.know.remote([worker["process"] for worker in started])
+        self._remind({n: worker["process"] for n, worker in enumerate(started)})
         self.engine: dict[str, str] = started[0]["numerics"]
         warn_of_small_cache(config, plan, self.prompt_tokens, started[0]["capacity"])
         if self._trains:
@@ -341,6 +327,7 @@ class Session:
                 rooms["rollout"],
                 wait,
                 workers=self.workers,
+                remind=self._remind,
             )
         ]
         for name, scorer, bundle in zip(
@@ -374,7 +361,13 @@ class Session:
         )
         bundles = self._actors.bundles["rollout"]
         self.proof = self._startup.prove_workers(sampler, reference, self.workers, bundles)
-        self.get(self.pool.prove_with.remote(self.proof))
+        self._remind({})
+
+    def _remind(self, processes: Mapping[int, Process]) -> None:
+        """Tell the pool the workers' processes and the proof, which a restarted one lacks."""
+        self.pool.know.remote(processes)
+        if self.proof:
+            self.pool.prove_with.remote(self.proof)
 
     def _stop(self, at_once: bool) -> None:
         """Shut the engines down, then stop all other actors.

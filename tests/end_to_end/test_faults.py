@@ -620,7 +620,9 @@ def test_a_rollout_worker_that_loads_does_not_hang(ray_cluster: Any) -> None:
         workers=[worker],
     )
     in_flight = iter([9.0, 11.0, health.START_SECONDS + 1])
-    helper.pulse.poll = lambda: PoolHealth(health.Process(7, "node"), {0: next(in_flight)}, {}, [])  # type: ignore[method-assign]
+    helper.pulse.poll = lambda: PoolHealth(
+        health.Process(7, "node"), {0: next(in_flight)}, {}, {}, []
+    )  # type: ignore[method-assign]
     call = worker.generate.remote([])
     while not ray_cluster.get(worker.loads.remote()):
         time.sleep(0.02)

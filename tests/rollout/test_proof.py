@@ -6,6 +6,7 @@ A right engine passes. Engines that run another policy are refused.
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import left_behind, traces
+from killing import Patience
 from ray.exceptions import RayTaskError
 from tiny_run import make_project, tiny_config
 
@@ -287,11 +289,16 @@ def test_a_policys_own_adapter_is_examined_again(
 def test_a_worker_that_was_started_again_is_examined_before_its_work_counts(
     ray_cluster: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """Its first process is right, the one that takes its place is not."""
+    """Its first process is right, the one that takes its place is not. The pool was started again
+    before, and had forgotten the proof.
+    """
 
     class Relapsing(Meddling):
         def pid(self) -> int:
             return os.getpid()
+
+        def nap(self) -> None:
+            time.sleep(1)
 
         def _start_engine(self) -> Engine:
             self.how = "none" if (tmp_path / "started").exists() else ""
@@ -299,9 +306,24 @@ def test_a_worker_that_was_started_again_is_examined_before_its_work_counts(
             return super()._start_engine()
 
     config = config_of(tmp_path, tiny_llama)
-    with Session(config, str(tiny_llama), 3, kinds=Kinds(worker=Relapsing)) as session:
+    events: list[tuple[str, str]] = []
+    with Session(
+        config,
+        str(tiny_llama),
+        3,
+        kinds=Kinds(worker=Relapsing),
+        report=lambda event, **details: events.append((event, details["what"])),
+    ) as session:
         ((ref,),) = submit(session.pool, [Request([[3, 4]], [0])])
         assert len(join([session.get(ref)], SFT)) == 1
+        for _ in range(3):  # whoever waits looks after the actors
+            session.get(session.workers[0].nap.remote())
+        pool = session.get(session.pool.pulse.remote()).process.id
+        os.kill(pool, signal.SIGKILL)
+        patience = Patience(120)
+        while ("recovered", "rollout pool") not in events:
+            assert patience.lasts()
+            session.get(session.workers[0].nap.remote())
         os.kill(session.get(session.workers[0].pid.remote()), signal.SIGKILL)
         ((ref,),) = submit(session.pool, [Request([[3, 4]], [0])])
         with pytest.raises(
