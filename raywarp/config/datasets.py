@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raywarp.config.field_types import Count, Multiline, Number, Positive, Section, Text
+from raywarp.config.field_types import Cells, Count, Multiline, Number, Positive, Section, Text
 
 SNIPPETS = "embedded:movie-snippets"
 EDITORIALS = "embedded:editorials"  # for retention alone
@@ -24,6 +24,7 @@ class PromptSource(Section):
         None, description="split for evaluation; default: a share of split, as prompts' own"
     )
     column: Text | None = Field(None, description="as prompts.column, which is the default")
+    where: Cells = Field({}, description="as prompts.where")
     weight: Positive = Field(
         1.0, description="share of the prompts, relative to the others' weights"
     )
@@ -37,8 +38,8 @@ class PromptsConfig(Section):
         None,
         description=(
             "several datasets in place of dataset: a list of {dataset, name, split, held_out_split,"
-            " column, weight}; weight is the share of prompts that come from one, relative to the"
-            " others"
+            " column, where, weight}; weight is the share of prompts that come from one, relative"
+            " to the others"
         ),
     )
     name: Text | None = Field(None, description="configuration (subset) of the dataset")
@@ -54,6 +55,13 @@ class PromptsConfig(Section):
         description=(
             "column that holds the prompt: text, or messages with role and content; a reward"
             " function gets the others by name"
+        ),
+    )
+    where: Cells = Field(
+        {},
+        description=(
+            "take the rows with these values alone, training and held out: {column: value}, or"
+            " {column: [value, value]} for any of them; of several columns all must fit"
         ),
     )
     max_words: Count | None = Field(
@@ -128,7 +136,8 @@ class PromptsConfig(Section):
 
     @model_validator(mode="after")
     def one_source(self) -> "PromptsConfig":
-        single = {"dataset": SNIPPETS, "name": None, "split": "train", "held_out_split": None}
+        single: dict[str, Any] = {"dataset": SNIPPETS, "name": None, "split": "train"}
+        single |= {"held_out_split": None, "where": {}}
         for key, default in single.items():
             if self.datasets and getattr(self, key) != default:
                 raise ValueError(
@@ -142,7 +151,7 @@ class PromptsConfig(Section):
         """The datasets that prompts come from, one or several."""
         if self.datasets:
             return self.datasets
-        own = {"dataset", "name", "split", "held_out_split"}
+        own = {"dataset", "name", "split", "held_out_split", "where"}
         return [PromptSource.model_validate(self.model_dump(include=own))]
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST = 2**31 - 1  # of a count
+Cell = str | bool | int | float  # a value in a dataset's column
 
 
 class Section(BaseModel):
@@ -30,6 +31,13 @@ def _printable_lines(text: str) -> str:
     return text
 
 
+def _cells(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, Cell | None) for one in values):
+        raise ValueError("must be a text, a number, true, false or null, or a list of these")
+    return value
+
+
 def _whole_above_one(amount: float) -> float:
     if amount > 1 and amount != int(amount):
         raise ValueError("must be a whole number, or a share of one GPU")
@@ -47,4 +55,5 @@ Seed = Annotated[Integer, Field(ge=0, lt=2**32)]  # numpy's range
 Gpus = Annotated[NotNegative, AfterValidator(_whole_above_one)]
 Text = Annotated[str, AfterValidator(_printable)]
 Multiline = Annotated[str, AfterValidator(_printable_lines)]
+Cells = dict[Text, Annotated[Any, AfterValidator(_cells)]]  # by column: a value, or several
 Modules = Text | Annotated[list[Text], Field(min_length=1)]

@@ -115,7 +115,7 @@ def _entry(schema: _Tree, key: Key, anchors: Mapping[str, str]) -> str:
     )
     lines.append(_paragraph(f"{_capital(kind)}; {_default(key.tree)}."))
     lines.append(_paragraph(_linked(_sentence(key.tree["description"]), anchors)))
-    if "additionalProperties" in key.tree:  # tune.space
+    if key.tree.get("additionalProperties") == {"$ref": "#/$defs/Domain"}:  # tune.space
         for name, tree in schema["$defs"]["Domain"]["properties"].items():
             lines.append(_paragraph(f"- `{name}`: {tree['description']}", "  ").rstrip("\n"))
         lines[-1] += "\n"

@@ -30,7 +30,7 @@ from raywarp.data.prompt_set.order import (
 from raywarp.data.prompt_set.rendering import EMPTY, KEPT, LONG, PromptRenderer
 from raywarp.data.prompt_set.table import Part, Prompts, PromptSplits
 from raywarp.data.prompt_set.tokenising import rendered
-from raywarp.data.rows import is_path, load_rows
+from raywarp.data.rows import is_path, load_rows, with_values
 from raywarp.data.text import Prompt
 
 if TYPE_CHECKING:
@@ -90,7 +90,11 @@ def load_prompts(
     loaded, rendered_at = list[list[Part]](), None
     for source in config.sources:
         own = config.model_copy(
-            update={"dataset": source.dataset, "column": source.column or config.column}
+            update={
+                "dataset": source.dataset,
+                "column": source.column or config.column,
+                "where": source.where,
+            }
         )
         renderer = PromptRenderer(own, tokenizer, seed, max_prompt_tokens)
         if renderer.is_dated:
@@ -131,13 +135,14 @@ def _part(
     """Return the prompts of one split.
 
     Raises:
-        ConfigError: it lacks the column, or see PromptRenderer.drafts.
+        ConfigError: it lacks the column; or see with_values and PromptRenderer.drafts.
     """
     if config.column not in rows.column_names:
         raise ConfigError(
             f"prompts.column={config.column}: the dataset's columns are"
             f" {', '.join(rows.column_names)}"
         )
+    rows = with_values(rows, config.where, config.dataset)
     others = tuple(name for name in rows.column_names if name != config.column)
     return Part(rows, config.column, rendered(rows, renderer, say), config, others)
 

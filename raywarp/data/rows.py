@@ -1,13 +1,17 @@
 """Rows of a dataset: from the hub, a local file or folder, or what `save_to_disk` wrote."""
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raywarp.config.datasets import SNIPPETS
+from raywarp.config.field_types import Cells
 from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 
@@ -20,6 +24,7 @@ SAVED = ("state.json", "dataset_dict.json")  # in a folder of save_to_disk, of o
 # What of a CSV file is a number: text that a number prints as again, "7" but not "007".
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,17})?([eE][+-]?\d{1,3})?")
+_SHOWN = 8  # of a column's values, in a message
 _CHUNK = 50_000  # rows of a CSV file that are looked at together
 
 
@@ -76,6 +81,46 @@ def load_rows(dataset: str, name: str | None = None, split: str = "train") -> "d
     if not len(rows):
         raise ConfigError(f"split '{split}' of dataset {dataset} is empty")
     return rows
+
+
+def with_values(rows: "datasets.Dataset", where: Cells, dataset: str) -> "datasets.Dataset":
+    """Return the rows that have the given values in the given columns.
+
+    Args:
+        where: for each column the value, or the values of which one will do.
+        dataset: names the rows in messages.
+
+    Raises:
+        ConfigError: there is no such column, or no such row.
+    """
+    if not where:
+        return rows
+    kept = np.ones(len(rows), dtype=bool)
+    for column, value in where.items():
+        what = f"prompts.where={{{column}: {json.dumps(value)}}}"
+        if column not in rows.column_names:
+            raise ConfigError(
+                f"{what}: the columns of {dataset} are {', '.join(rows.column_names)}"
+            )
+        cells = list(rows[column])
+        fits = np.array([_is_among(cell, value) for cell in cells])
+        if not fits.any():
+            held = sorted({json.dumps(cell, default=str)[:40] for cell in cells})
+            more = f", … ({len(held)} values)" if len(held) > _SHOWN else ""
+            raise ConfigError(
+                f"{what}: no row of {dataset} has that; the column holds"
+                f" {', '.join(held[:_SHOWN])}{more}"
+            )
+        kept &= fits
+    if not kept.any():
+        raise ConfigError(f"prompts.where={where}: no row of {dataset} has all of that")
+    return rows.select(np.flatnonzero(kept))
+
+
+def _is_among(cell: Any, value: Any) -> bool:
+    """Return whether a cell is the value, or one of the values; true is not 1."""
+    values = value if isinstance(value, list) else [value]
+    return any(cell == one and isinstance(cell, bool) == isinstance(one, bool) for one in values)
 
 
 def _saved(path: Path, name: str | None, split: str) -> "datasets.Dataset":

@@ -108,7 +108,7 @@ def _choices(config: Config) -> dict[str, object]:
 # Settings that are newer than the first keys, which keys have only where they are in use.
 _USED_ONLY = {
     "rollout": ("stop",),
-    "prompts": ("datasets", "template_kwargs", "system", "last_answer", "too_long"),
+    "prompts": ("datasets", "where", "template_kwargs", "system", "last_answer", "too_long"),
 }
 
 

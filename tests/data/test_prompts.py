@@ -321,6 +321,74 @@ def test_prompts_of_drawn_lengths(write: Write, tokenizer: Any) -> None:
         load_config({"prompts": {"min_tokens": 9, "max_tokens": 8}})
 
 
+LANGUAGES = [
+    {"text": text, "language": ("en", "de", "fr")[n % 3], "long": n % 2 == 0, "note": None}
+    for n, text in enumerate(FILMS)
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "fits"),
+    [
+        ({"language": "de"}, lambda row: row["language"] == "de"),
+        ({"language": ["de", "fr"]}, lambda row: row["language"] in ("de", "fr")),
+        ({"note": None, "language": "de"}, lambda row: row["language"] == "de"),
+        ({"language": ["de", "fr"], "long": True}, lambda r: r["language"] != "en" and r["long"]),
+    ],
+)
+def test_rows_are_chosen_by_their_values(
+    write: Write, tokenizer: Any, where: dict[str, Any], fits: Callable[[Any], bool]
+) -> None:
+    """The rows are those that a file with them alone has, also in their split."""
+    wanted = [row for row in LANGUAGES if fits(row)]
+    whole, alone = write(LANGUAGES, "all.jsonl"), write(wanted, "alone.jsonl")
+    chosen = load_prompts(PromptsConfig(dataset=whole, where=where), tokenizer, 0, 100)
+    assert chosen == load_prompts(PromptsConfig(dataset=alone), tokenizer, 0, 100)
+    assert {p.text for p in chosen.train + chosen.held_out} == {row["text"] for row in wanted}
+    assert all(fits(prompt.columns | {"text": ""}) for prompt in chosen.train)
+
+
+def test_each_of_several_datasets_has_its_own_values(write: Write, tokenizer: Any) -> None:
+    path = write(LANGUAGES, "all.jsonl")
+    sources = [
+        {"dataset": path, "where": {"language": "de"}},
+        {"dataset": path, "where": {"language": "fr"}},
+    ]
+    splits = load_prompts(PromptsConfig.model_validate({"datasets": sources}), tokenizer, 0, 100)
+    found = {prompt.columns["language"] for prompt in splits.train + splits.held_out}
+    assert found == {"de", "fr"}
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (
+            {"tongue": "de"},
+            'where={tongue: "de"}: the columns of .* are text, language, long, note$',
+        ),
+        ({"language": "it"}, 'no row of .* has that; the column holds "de", "en", "fr"$'),
+        ({"text": "x"}, r'has that; the column holds "a awful film", .*, … \(20 values\)$'),
+        ({"long": 1}, "no row of .* has that; the column holds false, true$"),  # 1 is not true
+        ({"language": "de", "text": "the awful film"}, "no row of .* has all of that$"),
+    ],
+)
+def test_values_that_no_row_has_are_refused(
+    write: Write, tokenizer: Any, where: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prompts_of(write(LANGUAGES, "all.jsonl"), tokenizer, where=where)
+
+
+def test_a_bad_row_is_counted_among_the_chosen_ones(write: Write, tokenizer: Any) -> None:
+    rows = [*LANGUAGES, {"text": "the film " * 20, "language": "it", "long": True, "note": "x"}]
+    with pytest.raises(ConfigError, match=r"row 1 of prompts\.dataset=.*, of those of prompts.wh"):
+        prompts_of(write(rows, "p.jsonl"), tokenizer, 40, where={"language": "it"})
+    with pytest.raises(ConfigError, match=r"^prompts.where.a: must be a text, a number, .* \(got"):
+        load_config({"prompts": {"where": {"a": []}}})
+    with pytest.raises(ConfigError, match=r"where={'language': 'de'} and datasets contradict"):
+        load_config({"prompts": {"datasets": [{"dataset": "x"}], "where": {"language": "de"}}})
+
+
 def test_bad_prompts_have_readable_errors(write: Write, tokenizer: Any, tiny_llama: Path) -> None:
     path = write([{"text": "the film " * 20, "year": 1}, {"text": "a", "year": 2}], "p.jsonl")
     message = (

@@ -121,8 +121,9 @@ class PromptRenderer:
             drafts = self._tokenised(drafts, rows)
             return [self._fitting(draft, row) for draft, row in zip(drafts, rows, strict=True)]
         except _BadRow as error:
+            kept = f", of those of prompts.where={self.config.where}" if self.config.where else ""
             raise ConfigError(
-                f"row {error.row + 1} of prompts.dataset={self.config.dataset}: {error}"
+                f"row {error.row + 1} of prompts.dataset={self.config.dataset}{kept}: {error}"
             ) from None
 
     def _read(self, value: Any, row: int) -> Draft:
