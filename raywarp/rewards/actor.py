@@ -52,13 +52,13 @@ class Scorer:
         """Return what scores by all rewards.
 
         Args:
-            actors: of the rewards, in their order; more of them are left out.
+            actors: of the rewards, in their order.
             sources: the rewards by their keys.
             statistics: mean and standard deviation by the same keys.
         """
         parts = [
             cls(actor, statistics.get(key), *_term(source))
-            for actor, (key, source) in zip(actors, sources.items(), strict=False)
+            for actor, (key, source) in zip(actors, sources.items(), strict=True)
         ]
         return replace(parts[0], others=tuple(parts[1:]))
 

@@ -296,7 +296,8 @@ class Session:
         if self._trains:
             self.policies = actors.policies()
         scorers = actors.rewards()
-        self.reward = Scorer.of(scorers, config.rewards_by_key, self._statistics)
+        rewarding = scorers[: len(config.rewards_by_key)]
+        self.reward = Scorer.of(rewarding, config.rewards_by_key, self._statistics)
         self.control = Scorer(scorers[-1]) if config.control else None
         engines, zeros, rewards = (
             request_start(actors)
