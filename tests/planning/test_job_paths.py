@@ -19,7 +19,8 @@ def test_a_relative_out_is_refused_in_a_folder_of_rays_session(
     trial.mkdir(parents=True)
     with contextlib.chdir(trial):
         with pytest.raises(
-            ConfigError, match="^out=runs/x is relative: in a worker .* RAY_CHDIR_TO_TRIAL_DIR=0"
+            ConfigError,
+            match="^out=runs/x is relative: in a worker of Ray it .* RAY_CHDIR_TO_TRIAL_DIR=0",
         ):
             check_paths(load_config({"out": "runs/x"}))
         check_paths(load_config({"out": str(tmp_path / "x")}))
