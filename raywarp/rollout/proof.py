@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the pool imports this module, and must not load torch
 # For each request and each of its prompts: the log-prob of every token but the first.
 TokenScores = Sequence[Sequence[Sequence[float]]]
 
-TOKENS = (256, 1024, 4096)  # scored tokens, increased until the slope is precise
+TOKENS = (256, 512, 1024, 4096)  # scored tokens, increased until the slope is precise
 PROOF_STEPS = 25  # optimiser steps between two proofs of a policy's own adapter
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from raywarp.cli import commands
-from raywarp.rollout.effect import Effect, Probe, Sampler, slope
+from raywarp.rollout.effect import SLOPES, Effect, Probe, Sampler, slope
 
 GOOD = Effect(
     slope=1.0,
@@ -45,6 +45,25 @@ def test_noise_in_both_does_not_move_the_slope() -> None:
     assert plain == pytest.approx(0.5, abs=0.05)
     assert abs(value - 1) < 3 * error
     assert error == pytest.approx(0.3 * math.sqrt(2) / (0.3 * math.sqrt(4000)), rel=0.1)
+
+
+def test_a_few_wild_tokens_do_not_move_the_slope() -> None:
+    draw = random.Random(1).gauss
+    z = [draw(0, 0.6) for _ in range(1000)]
+    ours = [value + draw(0, 0.1) for value in z]
+    theirs = [value + draw(0, 0.1) for value in z]
+    theirs[:9] = [-4.0 * value for value in z[:9]]
+    value, error = slope(z, ours, theirs)
+    assert value == pytest.approx(1.0, abs=3 * error)
+    assert error < 0.012
+
+
+def test_an_adapter_that_some_tokens_lack_is_seen() -> None:
+    draw = random.Random(1).gauss
+    z = [draw(0, 0.6) for _ in range(1000)]
+    theirs = [0.0 if number % 6 == 0 else value for number, value in enumerate(z)]
+    value, _ = slope(z, z, theirs)
+    assert value < SLOPES[0]
 
 
 @pytest.mark.parametrize(
