@@ -150,7 +150,7 @@ class Driver:
         yield IterationState(run, self.session, 0, all_keys, determinants, init, ())
         for iteration, keys in enumerate(all_keys, start=1):
             policies = self.fine_tune(iteration, keys, init)
-            merged = add(init, slerp(policies))
+            merged = add(init, slerp(policies, config.warp.merge_weights))
             measured = self.measure_merge(keys, init, policies)
             run.save_iteration(iteration, init, merged, keys, policies, measured)
             self.display.merged(iteration, policies, measured)
@@ -199,8 +199,7 @@ class Driver:
             Elsewhere: other runs are training some of the policies. The rest is finished.
         """
         run, session, warp = self.run, self.session, self.config.warp
-        prompts = self.inputs.prompts
-        tracked = prompts.tracked(self.config.front.tracked_prompts)
+        count = self.config.front.tracked_prompts
         jobs = [Job(iteration, m, key, run.store) for m, key in enumerate(keys, start=1)]
         with self.claims.take(keys) as taken:
             unfinished = [job for job in jobs if not self.is_found(job)]
@@ -209,9 +208,13 @@ class Driver:
             run.restore_rows(
                 iteration, warp.iterations, [job.key for job in jobs if job not in unfinished]
             )
+            own = {job.index: self.inputs.of_policy(job.index) for job in missing}
+            train = {m: inputs.prompts.train for m, inputs in own.items()}
+            tracked = {m: inputs.prompts.tracked(count) for m, inputs in own.items()}
+            steps = {job.key: self.config.of_policy(job.index).warp.steps for job in jobs}
             with (
-                self.display.iteration(iteration, jobs, missing, warp.steps) as bars,
-                closing(session.fine_tune(missing, init, prompts.train, tracked)) as events,
+                self.display.iteration(iteration, jobs, missing, steps) as bars,
+                closing(session.fine_tune(missing, init, train, tracked)) as events,
             ):
                 for event in events:
                     self.note(event)
@@ -222,10 +225,9 @@ class Driver:
             raise Elsewhere(iteration, others)
         return [
             trailing(
-                run.load_policy(run.find_policy(key) or run.policy_folder(key)),
-                self.config.policy_rank,
+                run.load_policy(run.find_policy(key) or run.policy_folder(key)), own.policy_rank
             )
-            for key in keys
+            for key, own in zip(keys, self.config.of_policies, strict=True)
         ]
 
     def is_found(self, job: Job) -> bool:
@@ -275,7 +277,9 @@ class Driver:
         fronts = Fronts(config, self.inputs, self.run, self.session, self.display, self.claims)
         if fronts.save(
             front_key(config, self.inputs.front, keys),
-            lambda: candidates(init, policies, wanted_etas(config)),
+            lambda: candidates(
+                init, policies, wanted_etas(config), weights=config.warp.merge_weights
+            ),
             run_origin(config),
             determinants,
             numerics,

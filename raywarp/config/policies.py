@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from raywarp.config.each import in_full
 from raywarp.config.field_types import (
     Count,
     Modules,
@@ -125,6 +126,18 @@ class WarpConfig(Section):
             " exact in its change of the weights; its rank is as many times lora.rank"
         ),
     )
+    each: list[dict[str, Any]] | None = Field(
+        None,
+        description=(
+            "what differs between the policies: a list with one mapping per policy, such as [{lr:"
+            " 1.0e-4, rewards: {helpful: 1, brief: 0}}, {rank: 4, prompts: {where: {language:"
+            " de}}}]; keys in full, by their last part, or in sections"
+        ),
+    )
+    merge_weights: list[Positive] | None = Field(
+        None,
+        description=("the policies' shares in SLERP, one number each; default: equal ones"),
+    )
     advantage: Literal["rloo", "grpo", "mean", "none"] = Field(
         "rloo",
         description=(
@@ -154,8 +167,20 @@ class WarpConfig(Section):
         defaults = {key: RATES[key] for key, value in rates.items() if value is None}
         return {**tree, **defaults, **dict.fromkeys(unused)}
 
+    @field_validator("each")
+    @classmethod
+    def keys_in_full(cls, each: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        return None if each is None else [in_full(changes) for changes in each]
+
     @model_validator(mode="after")
     def consistent(self) -> "WarpConfig":
+        for key in ("each", "merge_weights"):
+            given = getattr(self, key)
+            if given is not None and len(given) != self.policies:
+                raise ValueError(
+                    f"{key} has {len(given)} entries, and policies={self.policies}; give one for"
+                    " each policy"
+                )
         if self.elastic_reset and self.policies != 1:
             raise ValueError(
                 f"elastic_reset=true continues from one policy's EMA, and policies={self.policies};"

@@ -7,10 +7,11 @@ run.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from raywarp.config.cluster import ClusterConfig
 from raywarp.config.datasets import PreferencesConfig, PromptsConfig
+from raywarp.config.each import changed
 from raywarp.config.field_types import (
     Count,
     NotNegative,
@@ -219,11 +220,33 @@ class Config(Section):
         control = {"control": scorers["control"]} if self.control else {}
         return self.model_copy(update={"rewards": named, **control})
 
+    def of_policy(self, index: int) -> "Config":
+        """Return the configuration of policy m, counted from 1, as that of a run without `each`."""
+        if self.warp.each is None:
+            return self
+        tree = self.model_dump(exclude={"recipe": True, "warp": {"each", "merge_weights"}})
+        return Config.model_validate(changed(tree, self.warp.each[index - 1]))
+
+    @property
+    def of_policies(self) -> list["Config"]:
+        """The configuration of each policy."""
+        return [self.of_policy(m) for m in range(1, self.warp.policies + 1)]
+
     @property
     def policy_rank(self) -> int:
         """The rank of a finished policy's task vector: a mean of checkpoints stacks theirs."""
         stacked = 1 if self.lora.init == "frozen" else self.warp.average_last
         return self.lora.rank * stacked
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that any policy trains."""
+        return max(own.lora.rank for own in self.of_policies)
+
+    @property
+    def merged_rank(self) -> int:
+        """The rank of the merge of one iteration's policies, without their init."""
+        return sum(own.policy_rank for own in self.of_policies)
 
     @property
     def kept_states(self) -> int:
@@ -254,6 +277,7 @@ class Config(Section):
             )
         self._check_rewards()
         self._check_stop()
+        self._check_each()
         if self.warp.average_last > (most := -(-self.warp.steps // self.checkpoint_every)):
             raise ValueError(
                 f"warp.average_last={self.warp.average_last} checkpoints, and warp.steps="
@@ -278,6 +302,19 @@ class Config(Section):
                 )
         if names and not any(entry.weight for entry in self.rewards):
             raise ValueError("rewards: every weight is 0, so there is nothing to train on")
+
+    def _check_each(self) -> None:
+        """Raise ValueError if the changes of a policy do not fit the run."""
+        for m in range(1, len(self.warp.each or []) + 1):
+            try:
+                self.of_policy(m)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                text = first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"warp.each, policy {m}: {where and f'{where}: '}{text}") from None
+            except ValueError as error:
+                raise ValueError(f"warp.each, policy {m}: {error}") from None
 
     def _check_stop(self) -> None:
         """Raise ValueError if a stop rule lacks what it needs, or contradicts another key."""

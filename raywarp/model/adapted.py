@@ -113,14 +113,18 @@ class AdaptedModel:
         for layer in self._layers.values():
             layer.always = (START,)
 
-    def add_policy(self, name: str, seed: int) -> None:
+    def add_policy(self, name: str, seed: int, lora: LoraConfig | None = None) -> None:
         """Add a trainable adapter with ΔW = 0, as PEFT initialises it.
 
         A is Kaiming-uniform from the seed, and B is zero.
+
+        Args:
+            lora: has the adapter's rank and alpha; by default as the model's.
         """
+        lora = lora or self.lora
         for module, layer in self._layers.items():
-            rank = self.lora.rank if module in self._trained else 0
-            A = layer.add(name, rank, self.lora.alpha / self.lora.rank).A.data
+            rank = lora.rank if module in self._trained else 0
+            A = layer.add(name, rank, lora.alpha / lora.rank).A.data
             generator = torch.Generator().manual_seed(derive_seed(seed, module))
             bound = A.shape[1] ** -0.5
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))

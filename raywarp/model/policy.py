@@ -28,7 +28,7 @@ class Policy:
 
     Args:
         model: the base. Its `init` adapter is already this iteration's.
-        config: of the run.
+        config: of the policy; see Config.of_policy.
         iteration: i, counted from 1.
         index: m, counted from 1.
 
@@ -44,7 +44,7 @@ class Policy:
         self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.name, self.ema_name = f"policy_{index}", f"ema_{index}"
         self.anchor = _anchor(config, iteration, self.ema_name)
-        model.add_policy(self.name, rng.lora_seed(config, iteration, index))
+        model.add_policy(self.name, rng.lora_seed(config, iteration, index), config.lora)
         model.add_copy(self.ema_name, of=self.name)
         self.trained = model.trainable(self.name)
         self.optimiser = torch.optim.AdamW(self.trained, fused=True, **config.optim.adamw)

@@ -176,7 +176,11 @@ def _of_run(place: str, saved: Mapping[str, Any], start: Start | None) -> Source
     last = f"iterations/{wanted}"
     names: list[str] = json.loads((fetched(storage, last) / "policies.json").read_text())
     found = [fetched(*_place_of(storage, name)) for name in names]
-    policies = [trailing(of_sft(start, load_peft(own)), config.policy_rank) for own in found]
+    ranks = [own.policy_rank for own in config.of_policies]
+    policies = [
+        trailing(of_sft(start, load_peft(own)), rank)
+        for own, rank in zip(found, ranks, strict=True)
+    ]
     init = of_sft(start, load_peft(fetched(storage, f"{last}/init")))
     titles = [f"policy {m}" for m in range(1, len(names) + 1)]
     places = [name if "/policies/" in name else f"{place.rstrip('/')}/{name}" for name in names]

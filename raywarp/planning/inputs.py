@@ -56,6 +56,7 @@ class Inputs:
         base, prompt_set, reward, evaluation: fingerprints of contents, for the keys.
         texts: the tokens of the texts that show what is kept; none where there are no such texts.
         start: fingerprint of the SFT adapter; empty without one.
+        each: the inputs of each policy, where they differ (warp.each); else none.
     """
 
     config: Config
@@ -69,6 +70,11 @@ class Inputs:
     evaluation: str
     texts: list[Tokens]
     start: str = ""
+    each: tuple["Inputs", ...] = ()
+
+    def of_policy(self, index: int) -> "Inputs":
+        """Return the inputs of policy m, counted from 1, as those of a run without `each`."""
+        return self.each[index - 1] if self.each else self
 
     @property
     def front(self) -> str:
@@ -79,8 +85,8 @@ class Inputs:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.prompts.longest
+        """Tokens of the longest prompt, also of any policy's own."""
+        return max(own.prompts.longest for own in (self, *self.each))
 
     def measured(self, config: Config) -> Config:
         """Return a configuration with as many prompts in `front` as the front is measured on."""
@@ -112,11 +118,20 @@ class Inputs:
         scope = [self.shapes.scope] if self.shapes.scope else []
         return [*scope, *(f"warning: {text}" for text in self.warnings)]
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprints that the policies' keys depend on."""
-        found = {"base": self.base, "prompts": self.prompt_set, "reward": self.reward}
+    def fingerprints(self) -> dict[str, Any]:
+        """Return the fingerprints that the policies' keys depend on.
+
+        Where the policies differ, `each` has what a policy has instead.
+        """
+        found: dict[str, Any] = {
+            "base": self.base,
+            "prompts": self.prompt_set,
+            "reward": self.reward,
+        }
         found |= {"sft_adapter": self.start} if self.start else {}
-        return found | ({"evaluation": self.evaluation} if self.config.stop.is_set else {})
+        found |= {"evaluation": self.evaluation} if self.config.stop.is_set else {}
+        own = [inputs.fingerprints() for inputs in self.each]
+        return found | ({"each": own} if own else {})
 
 
 def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> Inputs:
@@ -141,7 +156,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> I
     refuse_unsupported(config.model, settings, config.rollout, longest)
     shapes = model_shapes(settings, config.lora, trust_remote_code=config.trust_remote_code)
     start = check_start(config, model, settings)
-    return Inputs(
+    inputs = Inputs(
         config=config,
         model=model,
         settings=settings,
@@ -150,15 +165,37 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> I
         base=model_fingerprint(model, config.trust_remote_code),
         prompt_set=prompts_fingerprint(prompts.train),
         reward=score.rewards_fingerprint(config),
-        evaluation=identity.content_key(
-            [
-                prompts_fingerprint(prompts.held_out),
-                score.reward_fingerprint(config.control) if config.control else None,
-            ]
-        ),
+        evaluation=_evaluation(config, prompts),
         texts=prepare_texts(config, model, settings),
         start=start_fingerprint(config.sft_adapter) if config.sft_adapter else "",
     )
+    each = config.of_policies if config.warp.each else []
+    return replace(inputs, each=tuple(_of_policy(inputs, own, say) for own in each))
+
+
+def _of_policy(inputs: Inputs, config: Config, say: Callable[[str], None]) -> Inputs:
+    """Return the inputs of a policy with a configuration of its own.
+
+    Raises:
+        ConfigError: as for a run with that configuration.
+    """
+    prompts = inputs.prompts
+    if config.prompts != inputs.config.prompts:
+        _, _, prompts = prepare_prompts(config, say)
+        config = resolved(config, prompts.train[0].columns)
+    return replace(
+        inputs,
+        config=config,
+        prompts=prompts,
+        prompt_set=prompts_fingerprint(prompts.train),
+        reward=score.rewards_fingerprint(config),
+        evaluation=_evaluation(config, prompts),
+    )
+
+
+def _evaluation(config: Config, prompts: PromptSplits) -> str:
+    control = score.reward_fingerprint(config.control) if config.control else None
+    return identity.content_key([prompts_fingerprint(prompts.held_out), control])
 
 
 def resolved(config: Config, columns: Iterable[str] = ()) -> Config:

@@ -79,7 +79,7 @@ class Shapes:
 
 def trained_numbers(shapes: Shapes, config: Config) -> int:
     """Return how many numbers of an adapter training changes. With lora.init=frozen, A is fixed."""
-    rank = config.lora.rank
+    rank = config.largest_rank
     return (
         rank * shapes.b_numbers
         if config.lora.init == "frozen"
@@ -104,13 +104,11 @@ def policy_process(
         stored_bytes: bytes of one number in the checkpoint's files, which are mapped while they are
             read; 0 on a GPU.
     """
-    rank, width = config.lora.rank, DTYPE_BYTES[dtype]
+    rank, width = config.largest_rank, DTYPE_BYTES[dtype]
     own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
     trained = trained_numbers(shapes, config) * FLOAT32
     # The largest init adapters are the points of the front.
-    init = shapes.adapter_numbers(
-        config.policy_rank * config.warp.policies * config.warp.iterations
-    )
+    init = shapes.adapter_numbers(config.merged_rank * config.warp.iterations)
     saved = shapes.saved_bytes
     if config.optim.gradient_checkpointing:
         saved = (
@@ -175,7 +173,7 @@ def rollout_process(
     # The largest adapters are the points of the front. vLLM stacks up to three modules, and each
     # module's B is zero outside its own rows.
     elif not gpu:
-        rank = config.policy_rank * config.warp.policies * config.warp.iterations
+        rank = config.merged_rank * config.warp.iterations
         components["adapter beside the weights"] = shapes.adapter_numbers(rank) * (
             width + FLOAT32 if transformers else 3 * width
         )
@@ -227,17 +225,12 @@ def init_bytes(shapes: Shapes, config: Config) -> int:
 
     Its rank is the sum of the ranks of all policies before it.
     """
-    return (
-        shapes.adapter_numbers(
-            config.policy_rank * config.warp.policies * (config.warp.iterations - 1)
-        )
-        * FLOAT32
-    )
+    return shapes.adapter_numbers(config.merged_rank * (config.warp.iterations - 1)) * FLOAT32
 
 
 def task_vector_bytes(shapes: Shapes, config: Config) -> int:
     """Return the bytes that a policy sends to the rollout workers in each step."""
-    return config.lora.rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
+    return config.largest_rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
 
 
 def checkpoint_bytes(shapes: Shapes, config: Config) -> int:

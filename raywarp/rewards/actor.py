@@ -62,6 +62,12 @@ class Scorer:
         ]
         return replace(parts[0], others=tuple(parts[1:]))
 
+    def weighted(self, sources: Mapping[str, RewardConfig]) -> "Scorer":
+        """Return what scores by the same rewards with the weights that `sources` has."""
+        weights = dict(map(_term, sources.values()))
+        parts = [replace(part, weight=weights[part.name], others=()) for part in self.parts]
+        return replace(parts[0], others=tuple(parts[1:]))
+
     @property
     def parts(self) -> tuple["Scorer", ...]:
         """All rewards of the total, this one first."""

@@ -232,4 +232,4 @@ def largest_rank(config: Config) -> int:
         raise ConfigError(f"sft_adapter={config.sft_adapter}: {error}") from None
     if config.lora.init == "frozen":
         return start + (rank if warp.iterations == 1 else 2 * rank)
-    return start + rank * warp.policies * warp.iterations
+    return start + config.merged_rank * warp.iterations

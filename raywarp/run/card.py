@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from raywarp.config.load import compact
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
@@ -215,6 +216,15 @@ def _training(config: Config) -> list[tuple[str, str]]:
             ),
         ),
         ("optimiser", f"AdamW, learning rate {optim.lr:g}, {optim.batch_size} completions a step"),
+        *[
+            (
+                f"policy {m}, instead",
+                ", ".join(f"{key} {code(compact(value))}" for key, value in own),
+            )
+            for m, own in enumerate((changes.items() for changes in warp.each or []), start=1)
+            if own
+        ],
+        *([("merge weights", compact(warp.merge_weights))] if warp.merge_weights else []),
     ]
 
 

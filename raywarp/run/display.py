@@ -57,7 +57,7 @@ def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:
 class Bars:
     """The progress of one iteration's policies, as bars or plain lines."""
 
-    def __init__(self, console: Console, steps: int, quiet: bool = False):
+    def __init__(self, console: Console, steps: Mapping[str, int], quiet: bool = False):
         self.console, self.steps, self.quiet = console, steps, quiet
         self.live = bars(console, quiet)
         self.tasks: dict[str, Any] = {}
@@ -74,7 +74,10 @@ class Bars:
             "already done" if finished else "waiting for rollouts",
         )
         self.tasks[job.key] = self.live.add_task(
-            name, total=self.steps, completed=self.steps if finished else 0, note=note
+            name,
+            total=self.steps[job.key],
+            completed=self.steps[job.key] if finished else 0,
+            note=note,
         )
         if finished and self.plain:
             self.console.print(f"{name}: already done ({job.key})")
@@ -95,19 +98,20 @@ class Bars:
             " tokens/s"
         )
         self.live.update(self.tasks[event["key"]], completed=step, note=note)
-        left = self._left(event["key"], step)
-        if self.plain and (step % PLAIN_EVERY == 0 or step in (1, self.steps)):
+        left, last = self._left(event["key"], step), self.steps[event["key"]]
+        if self.plain and (step % PLAIN_EVERY == 0 or step in (1, last)):
             self.console.print(
                 f"  iteration {event['iteration']} policy {event['policy']} step"
-                f" {step}/{self.steps}  {note}{left}"
+                f" {step}/{last}  {note}{left}"
             )
 
     def _left(self, key: str, step: int) -> str:
         """Return the time left for a policy, estimated from its pace in this process."""
         start, first = self._first.setdefault(key, (time.monotonic(), step))
-        if step == first or step == self.steps:
+        last = self.steps[key]
+        if step in (first, last):
             return ""
-        seconds = (time.monotonic() - start) / (step - first) * (self.steps - step)
+        seconds = (time.monotonic() - start) / (step - first) * (last - step)
         return f"  {timedelta(seconds=round(seconds))} left"
 
 
@@ -164,10 +168,17 @@ class Display:
 
     @contextlib.contextmanager
     def iteration(
-        self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: int
+        self, number: int, jobs: Sequence[Job], missing: Sequence[Job], steps: Mapping[str, int]
     ) -> Iterator[Bars]:
+        """Show the training of an iteration's policies.
+
+        Args:
+            steps: of each policy, by its key.
+        """
+        counts = sorted({*steps.values()})
+        told = " to ".join(f"{count}" for count in {counts[0]: 0, counts[-1]: 0})
         self.progress(
-            f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {steps} steps"
+            f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {told} steps"
             " each"
         )
         bars = Bars(self.console, steps, self.quiet)

@@ -136,6 +136,7 @@ def candidates(
     etas: Sequence[float],
     between: Sequence[Candidate] = (),
     names: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
 ) -> list[Candidate]:
     """Return the points to measure: SFT, each policy, LERP, and the LITI front.
 
@@ -147,15 +148,16 @@ def candidates(
         etas: points of the front besides 0 and 1, which are always there.
         between: more points, which come before the LITI front.
         names: of the policies; by default their numbers.
+        weights: of the policies in SLERP and LERP; by default equal.
     """
     names = names or [f"policy {m}" for m in range(1, len(task_vectors) + 1)]
-    merged = compress(add(init, slerp(task_vectors)))
+    merged = compress(add(init, slerp(task_vectors, weights)))
     points = [Candidate("sft", 0.0, None)]
     points += [
         Candidate(name, None, add(init, vector))
         for name, vector in zip(names, task_vectors, strict=True)
     ]
-    points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors)))), *between]
+    points += [Candidate("lerp", None, compress(add(init, lerp(task_vectors, weights)))), *between]
     for eta in sorted({*etas, 1.0} - {0.0}):
         name = "slerp" if eta == 1 else f"liti {eta:g}"
         points.append(Candidate(name, eta, scale(merged, eta)))

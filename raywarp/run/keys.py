@@ -38,6 +38,22 @@ def policy_keys(
         iteration: the iteration, counted from 1.
         init_key: "sft", or the hash of what the iteration's init was made from.
     """
+    return [
+        _policy_key(config.of_policy(m), _inputs_of(inputs, m), iteration, init_key, m)
+        for m in range(1, config.warp.policies + 1)
+    ]
+
+
+def _inputs_of(inputs: Mapping[str, object], index: int) -> dict[str, object]:
+    """Return the fingerprints of one policy, which may have its own prompts and rewards."""
+    own: Any = inputs.get("each") or []
+    common = {name: value for name, value in inputs.items() if name != "each"}
+    return common | (own[index - 1] if own else {})
+
+
+def _policy_key(
+    config: Config, inputs: Mapping[str, object], iteration: int, init_key: str, index: int
+) -> str:
     sampling = {
         "completions_per_prompt",
         "max_new_tokens",
@@ -47,7 +63,7 @@ def policy_keys(
         "chunk_size",
     }
     rollout = config.rollout.model_dump(include=sampling)
-    shared = {
+    parts = {
         "algorithm": ALGORITHM_VERSION,
         "init": init_key,
         "inputs": dict(inputs),
@@ -60,10 +76,9 @@ def policy_keys(
         "seed": config.seed,
         "iteration": iteration,
         **_choices(config),
+        "policy": index,
     }
-    return [
-        identity.content_key({**shared, "policy": m}) for m in range(1, config.warp.policies + 1)
-    ]
+    return identity.content_key(parts)
 
 
 def _warp(config: Config, iteration: int) -> dict[str, object]:
@@ -132,6 +147,7 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
         inputs: see policy_keys.
     """
     chain, init_key = list[list[str]](), "sft"
+    weights = {"weights": config.warp.merge_weights} if config.warp.merge_weights else {}
     for iteration in range(1, config.warp.iterations + 1):
         chain.append(policy_keys(config, inputs, iteration, init_key))
         init_key = identity.content_key(
@@ -142,6 +158,7 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
                     if config.warp.elastic_reset
                     else {"merge": "slerp", "liti_rate": config.warp.liti_rate}
                 ),
+                **weights,
             }
         )
     return chain
@@ -175,7 +192,8 @@ def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
     front = config.front.model_dump(exclude=_NOT_OF_POINTS) | {
         "etas": sorted({*wanted_etas(config), 0.0, 1.0})
     }
-    return identity.content_key([keys, evaluation, front, config.cluster.threads])
+    weights = [config.warp.merge_weights] if config.warp.merge_weights else []
+    return identity.content_key([keys, evaluation, front, config.cluster.threads, *weights])
 
 
 def points_key(config: Config, evaluation: str, determinants: Mapping[str, object]) -> str:
@@ -217,7 +235,7 @@ def ceiling_key(config: Config, prompts: str, determinants: Mapping[str, object]
 
 def _of_sampling(config: Config, determinants: Mapping[str, object]) -> dict[str, object]:
     """Return what completions and rewards of held-out prompts follow from."""
-    of_policies = ("prompts", "evaluation")  # what they do not depend on
+    of_policies = ("prompts", "evaluation", "each")  # what they do not depend on
     return {
         "seed": config.seed,
         "rollout": config.rollout.model_dump(

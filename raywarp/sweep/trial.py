@@ -343,7 +343,12 @@ class Trial(Trainable):
 
     def _measure_front(self, state: warp.IterationState, key: str) -> list[dict[str, Any]]:
         """Measure the front on the line from SFT to SLERP, and keep it in the store."""
-        candidates = front.candidates(state.init, state.policies, front.wanted_etas(self.own))
+        candidates = front.candidates(
+            state.init,
+            state.policies,
+            front.wanted_etas(self.own),
+            weights=self.own.warp.merge_weights,
+        )
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         inputs = self.inputs
         kept = KeptPoints(self.run, points_key(self.own, inputs.front, state.determinants))

@@ -54,6 +54,31 @@ def drawn(config: Config, jobs: Sequence[Job], prompts: Sequence[Prompt]) -> Seq
     """Return training prompts to send to the actors: only those that these jobs draw."""
     if not isinstance(prompts, Prompts):
         return list(prompts)
-    steps = [(job, step) for job in jobs for step in range(config.warp.steps)]
-    wanted = {n for job, step in steps for n in draws(config, job, step, len(prompts))}
+    wanted = {
+        n
+        for job in jobs
+        for own in [config.of_policy(job.index)]
+        for step in range(own.warp.steps)
+        for n in draws(own, job, step, len(prompts))
+    }
     return Drawn(len(prompts), prompts.chosen(sorted(wanted)))
+
+
+def drawn_by_each(
+    config: Config,
+    jobs: Sequence[Job],
+    prompts: Sequence[Prompt] | Mapping[int, Sequence[Prompt]],
+) -> dict[int, Sequence[Prompt]]:
+    """Return `drawn` of each policy's training prompts; policies of the same ones share them.
+
+    Args:
+        prompts: training prompts of all policies, or of each by its index.
+    """
+    found: dict[int, Sequence[Prompt]] = {}
+    of = {
+        job.index: prompts[job.index] if isinstance(prompts, Mapping) else prompts for job in jobs
+    }
+    for population in {id(own): own for own in of.values()}.values():
+        theirs = [job for job in jobs if of[job.index] is population]
+        found |= dict.fromkeys([job.index for job in theirs], drawn(config, theirs, population))
+    return found

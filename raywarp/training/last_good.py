@@ -71,7 +71,8 @@ def _go_back(job: Job, policy: "Policy", files: PolicyFiles) -> int:
         policy.restore(checkpoint.state)
         return checkpoint.step
     policy.model.remove(policy.name)
-    policy.model.add_policy(policy.name, lora_seed(policy.config, job.iteration, job.index))
+    seed = lora_seed(policy.config, job.iteration, job.index)
+    policy.model.add_policy(policy.name, seed, policy.config.lora)
     return 0
 
 

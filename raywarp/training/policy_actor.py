@@ -120,7 +120,7 @@ class PolicyActor(Measuring):
         self,
         jobs: Sequence[Job],
         init: AdapterPart,
-        prompts: Sequence[Prompt],
+        prompts: Mapping[int, Sequence[Prompt]],
         pool: Any,
         reward: Scorer,
         held_out: HeldOut,
@@ -132,6 +132,7 @@ class PolicyActor(Measuring):
         far), measured (on held-out prompts), step, ended (by a stop rule), done and stopped.
 
         Args:
+            prompts: policy's index → its training prompts.
             proof: examines the sampler again every PROOF_STEPS steps. None leaves that out.
 
         Raises:
@@ -152,7 +153,8 @@ class PolicyActor(Measuring):
             if (rows := finished_rows(job, self.config.warp.elastic_reset)) is None:
                 under_way.append(self._start(job))
             else:
-                done = {"step": self.config.warp.steps, "metrics": rows[0], "trajectory": rows[1]}
+                steps = self.config.of_policy(job.index).warp.steps
+                done = {"step": steps, "metrics": rows[0], "trajectory": rows[1]}
                 yield {"event": "resumed", **job.label, **done}
                 yield {"event": "done", **job.label}
         try:
@@ -216,19 +218,19 @@ class PolicyActor(Measuring):
     def _new_policy(self, job: Job) -> "Policy":
         from raywarp.model.policy import Policy
 
-        return Policy(self.model, self.config, job.iteration, job.index)
+        return Policy(self.model, self.config.of_policy(job.index), job.iteration, job.index)
 
     def _start(self, job: Job) -> Progress:
         """Resume the policy from its newest checkpoint that is whole, or begin it."""
         return Progress.resume(job, self._new_policy(job))
 
     def _unfinished(self, progress: Progress) -> bool:
-        return progress.policy.step < self.config.warp.steps
+        return progress.policy.step < progress.policy.config.warp.steps
 
     def _ask(
         self,
         init: AdapterPart,
-        prompts: Sequence[Prompt],
+        prompts: Mapping[int, Sequence[Prompt]],
         pool: Any,
         reward: Scorer,
         held_out: HeldOut,
@@ -239,17 +241,20 @@ class PolicyActor(Measuring):
         A due measurement is asked for first. The result is None once the policy is finished.
         """
         step, progress.measurement = progress.policy.step, None
-        due = held_out.prompts and is_due(self.config, step, progress.trajectory)
+        config, m = progress.policy.config, progress.job.index
+        own = reward.weighted(config.rewards_by_key)
+        due = held_out.prompts.get(m) and is_due(config, step, progress.trajectory)
         if progress.ended or not (due or self._unfinished(progress)):
             return None
         progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         if due:
+            scorers = [own, *([held_out.control] if held_out.control else [])]
             progress.measurement = Measurement.request(
-                self.config, held_out, progress.adapter, pool, reward
+                config, held_out.prompts[m], progress.adapter, pool, scorers
             )
         if not self._unfinished(progress):
             return progress.measurement and progress.measurement.scores[-1]
-        return self._request(progress, prompts, pool, reward)
+        return self._request(progress, prompts[m], pool, own)
 
     def _measure(self, progress: Progress, measurement: Measurement) -> dict[str, Any]:
         """Return the row of a measurement, after adding it to the policy's trajectory."""
@@ -273,19 +278,16 @@ class PolicyActor(Measuring):
     ) -> Any:
         """Ask for the next step's completions and their scores. Return the ref of the scores."""
         start = time.perf_counter()
-        job, step, group = (
-            progress.job,
-            progress.policy.step,
-            self.config.rollout.completions_per_prompt,
-        )
-        chosen = draws(self.config, job, step, len(prompts))
+        job, step, config = progress.job, progress.policy.step, progress.policy.config
+        group = config.rollout.completions_per_prompt
+        chosen = draws(config, job, step, len(prompts))
         progress.prompts = [prompts[i] for i in chosen for _ in range(group)]
         seeds = [
-            derive_seed(self.config.seed, "sampling", job.iteration, job.index, step, n)
-            for n in range(self.config.optim.batch_size)
+            derive_seed(config.seed, "sampling", job.iteration, job.index, step, n)
+            for n in range(config.optim.batch_size)
         ]
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
-        (progress.rollouts,) = submit(pool, [request], self.config.rollout.chunk_size)
+        (progress.rollouts,) = submit(pool, [request], config.rollout.chunk_size)
         progress.probed = None
         if self.proof and step and step % PROOF_STEPS == 0:
             progress.probed = pool.logprobs.remote(
@@ -352,6 +354,5 @@ class PolicyActor(Measuring):
 
     def _checkpoint(self, progress: Progress) -> None:
         """Save everything up to the last finished step."""
-        progress.save_checkpoint(
-            self.config.optim.batch_size // self.config.rollout.completions_per_prompt
-        )
+        config = progress.policy.config
+        progress.save_checkpoint(config.optim.batch_size // config.rollout.completions_per_prompt)

@@ -25,7 +25,7 @@ from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import AdapterPart
 from raywarp.run.policy_files import Job
 from raywarp.training.actors import REAL, Actors, Kinds, find_room, reward_titles
-from raywarp.training.draws import drawn
+from raywarp.training.draws import drawn_by_each
 from raywarp.training.fine_tuning import TICK, FineTuning
 from raywarp.training.startup import Startup, request_start, warn_of_small_cache
 from raywarp.training.timing import Timing, measure
@@ -134,8 +134,8 @@ class Session:
         self,
         jobs: Sequence[Job],
         init: AdapterDelta,
-        prompts: Sequence[Prompt],
-        held_out: Sequence[Prompt] = (),
+        prompts: Sequence[Prompt] | Mapping[int, Sequence[Prompt]],
+        held_out: Mapping[int, Sequence[Prompt]] | None = None,
     ) -> Generator[dict[str, Any]]:
         """Fine-tune all jobs on the policy actors, and yield their events (see FineTuning.run).
 
@@ -143,7 +143,8 @@ class Session:
         `timing` says where the time went.
 
         Args:
-            held_out: prompts that the policies are measured on every front.every steps.
+            prompts: training prompts of all policies, or of each by its index.
+            held_out: policy's index → what it is measured on every front.every steps.
         """
         if not jobs:
             self.timing = None
@@ -151,10 +152,10 @@ class Session:
         self.start()
         work = (
             AdapterPart.put(init),
-            ray.put(drawn(self.config, jobs, prompts)),
+            ray.put(drawn_by_each(self.config, jobs, prompts)),
             self.pool,
             self.reward,
-            HeldOut(list(held_out), self.control),
+            HeldOut({m: list(own) for m, own in (held_out or {}).items()}, self.control),
             self.proof,
         )
         self.get(self.pool.reset.remote())

@@ -5,7 +5,7 @@ policy, and those of different policies, are paired.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,11 @@ class HeldOut:
     """What a policy is measured on while it trains.
 
     Attributes:
-        prompts: the tracked prompts; none where nothing is measured.
+        prompts: policy's index → the tracked prompts; none where nothing is measured.
         control: scores the completions too; None without a control score.
     """
 
-    prompts: Sequence[Prompt]
+    prompts: Mapping[int, Sequence[Prompt]]
     control: Scorer | None = None
 
 
@@ -54,14 +54,17 @@ class Measurement:
 
     @classmethod
     def request(
-        cls, config: Config, held_out: HeldOut, adapter: Adapter, pool: Any, reward: Scorer
+        cls,
+        config: Config,
+        prompts: Sequence[Prompt],
+        adapter: Adapter,
+        pool: Any,
+        scorers: Sequence[Scorer],
     ) -> "Measurement":
         """Ask for the completions and scores of a policy, without waiting for them."""
-        prompts = held_out.prompts
         seeds = [derive_seed(config.seed, "tracked", n) for n in range(len(prompts))]
         request = Request([prompt.token_ids for prompt in prompts], seeds, adapter)
         (rollouts,) = submit(pool, [request])
-        scorers = [reward, *([held_out.control] if held_out.control else [])]
         scores = [scorer.submit(prompts, rollouts) for scorer in scorers]
         return cls(adapter, prompts, rollouts, scores)
 

@@ -306,7 +306,7 @@ def test_a_policy_actor_that_loads_does_not_hang(ray_cluster: Any, tiny_llama: P
     tree = {**SETTINGS, "model": str(tiny_llama), "reward": {"function": "raywarp.embedded:vader"}}
     actor, pulses = Slow(parse_config(tree), str(tiny_llama), "float32", 1), []
     with ThreadPoolExecutor() as pool:
-        training = pool.submit(next, actor.fine_tune([], Init(), [], None, None, HeldOut([])))  # type: ignore[arg-type]
+        training = pool.submit(next, actor.fine_tune([], Init(), {}, None, None, HeldOut({})))  # type: ignore[arg-type]
         assert loading.wait(60)
         time.sleep(0.1)
         pulses.append(actor.pulse())

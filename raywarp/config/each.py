@@ -1,0 +1,89 @@
+"""The settings of single policies: `warp.each`, a list with one mapping of changes per policy.
+
+Its keys are those of the configuration, in full (`optim.lr`), by their last part (`lr`) or in
+sections (`optim: {lr: …}`). `rewards` maps names of rewards to weights.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+# Sections and what of them may differ between policies. Their last parts are unique.
+_OWN = {
+    "lora": ("rank", "alpha"),
+    "warp": (
+        *("steps", "anchor", "ema_rate", "kl_coef", "kl_target", "advantage", "average_last"),
+    ),
+    "optim": (
+        *("lr", "batch_size", "warmup_steps", "schedule", "grad_clip", "weight_decay", "betas"),
+        "importance_cap",
+    ),
+    "prompts": (
+        *("dataset", "datasets", "name", "split", "held_out_split", "column", "where"),
+        *("max_words", "max_tokens", "min_tokens"),
+    ),
+}
+KEYS = {"seed": "seed", "rewards": "rewards"} | {
+    last: f"{section}.{last}" for section, names in _OWN.items() for last in names
+}
+
+
+def in_full(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one policy's changes by full keys.
+
+    Raises:
+        ValueError: a key is unknown, may not differ between policies, or is given twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in changes.items():
+        inner = isinstance(value, Mapping) and name in _OWN
+        own = {f"{name}.{last}": v for last, v in value.items()} if inner else {name: value}
+        for key, setting in own.items():
+            full = KEYS.get(key, key)
+            if full not in KEYS.values():
+                raise ValueError(_refusal(key))
+            if full in found:
+                raise ValueError(f"{full} is given twice")
+            found[full] = setting
+    return found
+
+
+def _refusal(key: str) -> str:
+    near = difflib.get_close_matches(key.rpartition(".")[2], [*KEYS], n=1, cutoff=0.7)
+    hint = f"did you mean {KEYS[near[0]]}?" if near else f"what may is {', '.join(KEYS.values())}"
+    return f"{key} cannot differ between the policies of a run; {hint}"
+
+
+def changed(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run's configuration with one policy's changes.
+
+    Args:
+        tree: of the run, without `warp.each`; its sections are changed.
+        changes: by full keys.
+
+    Raises:
+        ValueError: `rewards` names a reward that there is not, or is no mapping of weights.
+    """
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        if key == "rewards":
+            tree["rewards"] = _weighted(tree["rewards"], value)
+        elif section:
+            tree[section][last] = value
+        else:
+            tree[last] = value
+    if "warp.anchor" in changes and "warp.ema_rate" not in changes:
+        tree["warp"]["ema_rate"] = None  # the anchor decides whether there is one
+    if "prompts.dataset" in changes:
+        tree["prompts"]["datasets"] = None
+    return tree
+
+
+def _weighted(rewards: list[dict[str, Any]], weights: Any) -> list[dict[str, Any]]:
+    names = [entry["name"] for entry in rewards]
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError("rewards: give weights by name, for example {helpful: 1, brief: 0}")
+    if unknown := next((name for name in weights if name not in names), None):
+        there = f"there are {', '.join(names)}" if names else "the run has no list of rewards"
+        raise ValueError(f"rewards: no reward has the name {unknown}; {there}")
+    return [{**entry, "weight": weights.get(entry["name"], entry["weight"])} for entry in rewards]

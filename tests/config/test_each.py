@@ -1,0 +1,101 @@
+"""Tests of warp.each: what differs between the policies of a run."""
+
+from typing import Any
+
+import pytest
+
+from raywarp.config.load import load_config
+from raywarp.config.schema import Config, ConfigError
+from raywarp.run.keys import key_chain
+
+REWARDS = [{"name": "helpful", "function": "a:b"}, {"name": "brief", "function": "a:c"}]
+
+
+def of_two(*each: dict[str, Any], **changes: Any) -> Config:
+    warp = {"policies": 2, "each": list(each), **changes.pop("warp", {})}
+    return load_config({"rewards": REWARDS, "warp": warp, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 1e-4, "rank": 4},
+        {"optim.lr": 1e-4, "lora.rank": 4},
+        {"optim": {"lr": 1e-4}, "lora": {"rank": 4}},
+    ],
+)
+def test_keys_are_given_in_full_by_their_last_part_or_in_sections(changes: dict[str, Any]) -> None:
+    first, second = of_two({}, changes).of_policies
+    assert (first.optim.lr, first.lora.rank) == (5e-4, 16)
+    assert (second.optim.lr, second.lora.rank) == (1e-4, 4)
+
+
+def test_a_policys_configuration_is_that_of_a_run_without_each() -> None:
+    config = of_two({"rewards": {"brief": 0}, "seed": 7}, {"where": {"language": "de"}})
+    weighted = [REWARDS[0], REWARDS[1] | {"weight": 0}]
+    plain = {"rewards": REWARDS, "warp": {"policies": 2}}
+    assert config.of_policy(1) == load_config(plain | {"rewards": weighted, "seed": 7})
+    assert config.of_policy(2) == load_config(plain | {"prompts": {"where": {"language": "de"}}})
+
+
+def test_another_anchor_has_its_own_rates() -> None:
+    ema, sft = of_two({"anchor": "ema"}, {"anchor": "sft"}, warp={"ema_rate": 0.2}).of_policies
+    assert (ema.warp.ema_rate, sft.warp.ema_rate) == (0.01, None)
+    assert of_two({"ema_rate": 0.5}, {}, warp={"ema_rate": 0.2}).of_policy(1).warp.ema_rate == 0.5
+
+
+def test_ranks_add_up() -> None:
+    assert of_two({"rank": 4}, {"rank": 2}).merged_rank == 6
+    assert load_config({"warp": {"policies": 3}}).merged_rank == 48
+
+
+def test_alike_policies_share_their_keys_with_runs_that_have_no_each() -> None:
+    inputs: dict[str, Any] = {"base": "b", "prompts": "p", "reward": "r"}
+    plain = load_config({"rewards": REWARDS, "warp": {"policies": 2}})
+    faster = load_config({"rewards": REWARDS, "warp": {"policies": 2}, "optim": {"lr": 1e-3}})
+    mixed = of_two({}, {"lr": 1e-3})
+    own = inputs | {"each": [inputs, inputs]}
+    (alike, fast), _ = key_chain(mixed, own)
+    assert alike == key_chain(plain, inputs)[0][0]
+    assert fast == key_chain(faster, inputs)[0][1]
+    other_prompts = inputs | {"each": [inputs, inputs | {"prompts": "q"}]}
+    assert key_chain(mixed, other_prompts)[0] == [
+        alike,
+        key_chain(faster, inputs | {"prompts": "q"})[0][1],
+    ]
+
+
+def test_weights_of_the_merge_change_what_follows_it() -> None:
+    inputs: dict[str, Any] = {"base": "b"}
+    equal = key_chain(load_config({}), inputs)
+    weighted = key_chain(load_config({"warp": {"merge_weights": [0.7, 0.3]}}), inputs)
+    assert equal[0] == weighted[0]
+    assert not {*equal[1]} & {*weighted[1]}
+
+
+@pytest.mark.parametrize(
+    ("each", "message"),
+    [
+        ([{}], r"each has 1 entries, and policies=2; give one for each policy"),
+        ([{}, {"model": "y"}], "model cannot differ between the policies of a run; what may is"),
+        ([{}, {"rollout": {"engine": "vllm"}}], "rollout cannot differ between the policies"),
+        ([{}, {"prompts.template": "chat"}], "prompts.template cannot differ"),
+        ([{}, {"ranks": 4}], "ranks cannot differ .*; did you mean lora.rank?"),
+        ([{}, {"lr": 1, "optim.lr": 2}], "optim.lr is given twice"),
+        ([{}, {"rewards": {"x": 1}}], "policy 2: rewards: no reward has the name x; there are he"),
+        ([{}, {"rewards": {"helpful": 0, "brief": 0}}], "policy 2: rewards: every weight is 0"),
+        ([{}, {"rewards": 3}], "policy 2: rewards: give weights by name"),
+        ([{}, {"lr": -1}], r"policy 2: optim.lr: Input should be greater than 0"),
+        ([{}, {"batch_size": 7}], "policy 2: optim.batch_size=7 is not a multiple"),
+        ([{}, {"anchor": "sft", "ema_rate": 0.1}], "policy 2: warp: ema_rate=0.1 has no EMA"),
+    ],
+)
+def test_what_cannot_differ_is_refused(each: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        of_two(*each)
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, 2, 3]])
+def test_bad_weights_of_the_merge_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ConfigError, match="warp.*merge_weights"):
+        load_config({"warp": {"policies": 2, "merge_weights": weights}})
