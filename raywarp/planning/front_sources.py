@@ -107,7 +107,9 @@ def front_config(config: Config, adapters: Sequence[str], init: str | None = Non
     modules = sorted(files[0].shapes)
     ranks = [max(rank for _, rank, _ in file.shapes.values()) for file in files]
     lora = config.lora.model_copy(update={"target_modules": modules, "rank": sum(ranks)})
-    warp = config.warp.model_copy(update={"policies": 1, "iterations": 1})
+    warp = config.warp.model_copy(
+        update={"policies": 1, "iterations": 1, "each": None, "merge_weights": None}
+    )
     return config.model_copy(update={"lora": lora, "warp": warp})
 
 

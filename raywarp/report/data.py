@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from raywarp.config.schema import Config
 from raywarp.config.secrets import redact
+from raywarp.report import settings
 from raywarp.report.files import RunFiles
 from raywarp.report.findings import Finding, findings, points_of
 from raywarp.report.page_json import plain
@@ -20,7 +20,7 @@ from raywarp.report.texts import clip, sample_texts, training_texts
 from raywarp.report.timeline import timeline
 from raywarp.report.trajectories import trajectories
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share
-from raywarp.run.config_file import CONFIG_FILE, flat
+from raywarp.run.config_file import CONFIG_FILE
 from raywarp.run.figures import share_cell
 from raywarp.run.folder import FRONT_FILE, MERGE, read_mark
 from raywarp.run.front import Point, point_json
@@ -79,7 +79,7 @@ def report_data(place: str, share: float = 1.0) -> dict[str, Any]:
             {"word": "unknown"},
         ),
         "mark": mark and mark.title,
-        "planned": part("What was asked for", lambda: _planned(config), None),
+        "planned": part("What was asked for", lambda: settings.planned(config), None),
         "front": (
             {
                 **front,
@@ -146,7 +146,7 @@ def _history(
             {**_event_row(event), "seconds": moment}
             for event, moment in zip(events, moments, strict=True)
         ],
-        "config": files.section("The configuration", lambda: _settings(config), Rows()),
+        "config": files.section("The configuration", lambda: settings.rows(config), Rows()),
         "versions": next((found for found in versions if isinstance(found, Mapping)), None),
     }
 
@@ -209,17 +209,19 @@ def _unfinished(
         )
     if front and not timing and TIMING_FILE not in said:
         lacking.append(f"{TIMING_FILE} is missing: how busy the actors were is not known.")
-    warp = {**Config().warp.model_dump(), **config["warp"]} if config else {}
+    wanted = settings.policy_steps(config) if config else []
+    iterations = settings.warp_of(config)["iterations"] if config else 0
     done = {(curve.iteration, curve.policy): int(curve.steps[-1]) + 1 for curve in found}
     for event in events:
         if event.get("event") == "ended":  # by a stop rule
-            done[event.get("iteration", 0), event.get("policy", 0)] = warp.get("steps", 0)
-    for iteration in range(1, warp.get("iterations", 0) + 1):
-        steps = [done.get((iteration, policy), 0) for policy in range(1, warp["policies"] + 1)]
-        if min(steps) < warp["steps"]:
+            done[event.get("iteration", 0), event.get("policy", 0)] = max(wanted, default=0)
+    for iteration in range(1, iterations + 1):
+        steps = [done.get((iteration, policy), 0) for policy in range(1, len(wanted) + 1)]
+        if any(own < most for own, most in zip(steps, wanted, strict=True)):
+            told = wanted if len({*wanted}) > 1 else wanted[:1]
             lacking.append(
-                f"Iteration {iteration}: {', '.join(map(str, steps))} of {warp['steps']} steps of"
-                " its policies are done."
+                f"Iteration {iteration}: {', '.join(map(str, steps))} of"
+                f" {', '.join(map(str, told))} steps of its policies are done."
             )
     return lacking
 
@@ -272,41 +274,6 @@ def _timestamp(time: Any) -> float | None:
         return datetime.fromisoformat(time).timestamp()
     except (TypeError, ValueError):
         return None
-
-
-def _planned(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the configuration asks for, in the words of the page's head."""
-    if not config:
-        return None
-    warp = {**Config().warp.model_dump(), **config.get("warp", {})}
-    names = ("iterations", "policies", "steps", "ema_rate", "liti_rate", "kl_coef")
-    reward, listed = config.get("reward") or {}, config.get("rewards") or []
-    return {
-        **{name: warp.get(name) for name in names},
-        "model": redact(str(config.get("model", ""))),
-        "reward": redact(", ".join(filter(None, map(_source, listed or [reward])))),
-        "control": bool(config.get("control")),
-    }
-
-
-def _settings(config: Mapping[str, Any]) -> Rows:
-    """Return every key with its value, and whether the value differs from the default."""
-    default = dict(flat(Config().model_dump(mode="json")))
-    return [
-        {
-            "key": key,
-            "value": redact(_setting(value)),
-            "changed": key in default and default[key] != value,
-        }
-        for key, value in flat(config)
-        if not isinstance(value, Mapping)
-    ]
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "–"}[value]
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _geometry(files: RunFiles) -> Rows:
@@ -388,10 +355,3 @@ def _effects(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
 
 def _gaps(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return [number(row.get("sampler_gap")) for row in rows]
-
-
-def _source(reward: Mapping[str, Any]) -> str:
-    """Return what a reward of a saved configuration scores with, after its name if it has one."""
-    source = str(reward.get("model") or reward.get("function") or "")
-    name, weight = reward.get("name"), reward.get("weight", 1)
-    return f"{weight:g} × {name} ({source})" if name else source

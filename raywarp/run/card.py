@@ -47,13 +47,15 @@ class Origin:
 def run_origin(config: Config) -> Origin:
     """Return what a run says of its policies."""
     warp, base = config.warp, hub_name(config.model)
+    counts = sorted({own.warp.steps for own in config.of_policies})
+    steps = " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
     return Origin(
         f"WARP, I={warp.iterations}, M={warp.policies}: {config.model}",
         "aligned with WARP",
         (
             f"A LoRA adapter that aligns {code(base or config.model)} with a reward by WARP"
             " (Weight Averaged Rewarded Policies, arXiv 2406.16768), made with raywarp"
-            f" {version('raywarp')}: {warp.iterations} × {warp.policies} policies of {warp.steps}"
+            f" {version('raywarp')}: {warp.iterations} × {warp.policies} policies of {steps}"
             " steps, averaged in ΔW on the sphere."
         ),
         _training(config),

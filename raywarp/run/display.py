@@ -176,7 +176,7 @@ class Display:
             steps: of each policy, by its key.
         """
         counts = sorted({*steps.values()})
-        told = " to ".join(f"{count}" for count in {counts[0]: 0, counts[-1]: 0})
+        told = " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
         self.progress(
             f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {told} steps"
             " each"

@@ -17,6 +17,7 @@ from tiny_run import Listener, tiny_config
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.report.data import report_data
 from raywarp.run.folder import Run
 from raywarp.warp import train
 
@@ -108,6 +109,9 @@ def test_killed_it_continues_to_the_same_bits(folder: Path) -> None:
     assert steps == {(1, 1): 8, (1, 2): 12, (2, 1): 8, (2, 2): 12}
     assert [policy.rank for policy in policies_of(again.run)] == [2, 3]
     assert [policy.rank for policy in policies_of(again.run, 2)] == [2 + 5, 3 + 5]
+    page = report_data(str(again.run.folder))
+    assert page["missing"] == []
+    assert page["planned"]["policy_steps"] == [8, 12]
     by_policy = {m: [row for row in again.run.metrics() if row["policy"] == m] for m in (1, 2)}
     for m, name in ((1, "good"), (2, "short")):
         assert all(row["reward"] == row[f"reward/{name}"] for row in by_policy[m])

@@ -34,7 +34,7 @@ function curvesSection(run, state) {
 function iterationOffsets(run) {
   const lengths = new Map();
   for (const curve of run.curves.curves) lengths.set(curve.iteration, Math.max(lengths.get(curve.iteration) || 0, curve.last + 1));
-  const planned = run.planned && run.planned.steps;
+  const planned = run.planned && Math.max(...run.planned.policy_steps);
   const offsets = new Map();
   let before = 0;
   for (const iteration of [...lengths.keys()].sort((a, b) => a - b)) {

@@ -36,13 +36,15 @@ function summarySection(run) {
   const points = run.front ? run.front.points : [];
   const [sft, chosen] = [byName(points, "sft"), byName(points, run.front && run.front.chosen)];
   const planned = run.planned || {};
+  const [least, most] = [Math.min, Math.max].map((bound) => bound(...(planned.policy_steps || [])));
+  const all = planned.iterations ? planned.iterations * planned.policy_steps.reduce((sum, own) => sum + own, 0) : 0;
   const tiles = [];
-  if (planned.iterations) tiles.push([`${planned.iterations} × ${planned.policies} × ${planned.steps}`, "iterations × policies × steps"]);
+  if (planned.iterations) tiles.push([`${planned.iterations} × ${planned.policies} × ${least === most ? most : `${least}–${most}`}`, "iterations × policies × steps"]);
   if (chosen) tiles.push([pointLabel(chosen), "chosen, in adapter/"]);
   if (chosen && sft) tiles.push([`${format(sft.reward)} → ${format(chosen.reward)}`, "reward, SFT → chosen"]);
   if (chosen) tiles.push([`${format(chosen.kl)} nats`, "KL of the chosen point to SFT"]);
   if (chosen && chosen.control !== null && sft) tiles.push([`${format(sft.control)} → ${format(chosen.control)}`, "control score, never trained on"]);
-  if (!run.front && run.curves) tiles.push([`${run.curves.steps.toLocaleString("en-US")}${planned.steps ? ` of ${(planned.steps * planned.policies * planned.iterations).toLocaleString("en-US")}` : ""}`, "steps of all policies done"]);
+  if (!run.front && run.curves) tiles.push([`${run.curves.steps.toLocaleString("en-US")}${all ? ` of ${all.toLocaleString("en-US")}` : ""}`, "steps of all policies done"]);
   const seconds = run.timing.reduce((sum, row) => sum + (row.seconds || 0), 0);
   if (seconds) tiles.push([duration(seconds), "fine-tuning"]);
   const faults = run.events.filter((event) => event.event === "fault").length;
