@@ -27,8 +27,6 @@ from raywarp.run.events import Journal
 from raywarp.run.figures import plot_front
 from raywarp.run.folder import SOURCES_FILE, Run
 from raywarp.run.front import (
-    Candidate,
-    Point,
     candidates,
     choose,
     front_json,
@@ -39,6 +37,7 @@ from raywarp.run.front import (
     wanted_etas,
 )
 from raywarp.run.keys import front_key, key_of_numerics, points_key
+from raywarp.run.points import Candidate, Point
 from raywarp.run.prometheus import RunMetrics
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed

@@ -23,8 +23,8 @@ from raywarp.run.ceiling import Ceiling, ceiling_of, front_share
 from raywarp.run.config_file import CONFIG_FILE
 from raywarp.run.figures import share_cell
 from raywarp.run.folder import FRONT_FILE, MERGE, read_mark
-from raywarp.run.front import Point, point_json
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE
+from raywarp.run.points import Point, point_json
 from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import Storage

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from raywarp.run.ceiling import Ceiling, points_above
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 
 REPETITIVE = 0.75  # of SFT's distinct-2; below it, texts repeat themselves
 LONGER, SHORTER = 1.5, 0.67  # times SFT's length

@@ -10,7 +10,7 @@ from typing import Any
 from raywarp.report.files import RunFiles
 from raywarp.report.page_json import plain, to_json
 from raywarp.report.series import Curve, four_digits, number
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 
 CLIPPED = 4000  # characters of one text
 # Bytes of all points' texts together, before compression to a third or half.

@@ -20,7 +20,7 @@ from raywarp.rollout.engine import lora_slots
 from raywarp.run.ceiling import Ceiling, front_share
 from raywarp.run.figures import footnote, front_cells, front_headings, measured_columns
 from raywarp.run.folder import PICTURE
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 from raywarp.run.sampler_mark import Mark
 from raywarp.storage.location import is_uri
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from raywarp.algorithm.tilting import BestOf, best_of, tilted_line
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError

@@ -24,7 +24,7 @@ from raywarp.run import terminal
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share, verdict
 from raywarp.run.figures import ceiling_table, front_table, print_samples
 from raywarp.run.folder import Run, read_mark
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import step_seconds
 from raywarp.storage.location import Storage

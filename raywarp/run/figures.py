@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raywarp.run.ceiling import Ceiling
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 from raywarp.storage import sealed
 
 FRONT_HEADINGS = (

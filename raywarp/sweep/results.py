@@ -19,7 +19,7 @@ from raywarp.run.ceiling import Ceiling, ceiling_of
 from raywarp.run.display import Display
 from raywarp.run.figures import draw_ceiling, footnote
 from raywarp.run.folder import Run
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError

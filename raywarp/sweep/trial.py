@@ -31,8 +31,9 @@ from raywarp.run import front
 from raywarp.run.ceiling import Ceiling, capped_share, ceiling_of, find_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
-from raywarp.run.front import Point, is_current
+from raywarp.run.front import is_current
 from raywarp.run.keys import ceiling_key, front_key, key_chain, points_key, used_settings
+from raywarp.run.points import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 from raywarp.storage.sealed import DamagedError

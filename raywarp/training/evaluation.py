@@ -19,7 +19,7 @@ from raywarp.rollout.protocol import (
     submit,
     work_of,
 )
-from raywarp.run.front import Candidate, Point, Scored, summarise
+from raywarp.run.points import Candidate, Point, Scored, summarise
 from raywarp.training.kept_points import KeptPoints
 from raywarp.training.sampling import sample
 from raywarp.training.session import Session

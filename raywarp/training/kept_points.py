@@ -6,7 +6,7 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.identity import content_key
 from raywarp.rollout.transport import digest
 from raywarp.run.folder import Run
-from raywarp.run.front import Scored
+from raywarp.run.points import Scored
 
 
 @dataclass(frozen=True)

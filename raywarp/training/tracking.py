@@ -21,7 +21,7 @@ from raywarp.rewards.actor import Scorer
 from raywarp.rewards.reward import RewardError
 from raywarp.rewards.totals import means
 from raywarp.rollout.protocol import Adapter, Request, Rollout, Scores, submit
-from raywarp.run.front import mean_interval
+from raywarp.run.points import mean_interval
 
 Row = dict[str, Any]
 

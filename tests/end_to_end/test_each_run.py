@@ -132,6 +132,7 @@ def test_an_alike_policy_is_not_trained_again(
             project / out,
             reward={"function": "two_rewards:good"},
             warp={"iterations": 1, **warp},
+            front={"ceiling_completions": 0},
             store=str(project / "store"),
         )
         found = train(config, Listener())

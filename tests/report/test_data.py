@@ -26,7 +26,7 @@ from raywarp.report.timeline import SLICES, timeline
 from raywarp.report.trajectories import trajectories
 from raywarp.run.ceiling import Ceiling
 from raywarp.run.folder import Run
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 from raywarp.storage import sealed
 from raywarp.storage.location import Storage
 

@@ -27,7 +27,7 @@ from raywarp.config.load import load_config
 from raywarp.config.schema import SMOLLM2
 from raywarp.run.card import card
 from raywarp.run.folder import Run
-from raywarp.run.front import Point
+from raywarp.run.points import Point
 
 TOKEN = "hf_" + "t" * 34
 

@@ -17,15 +17,13 @@ from raywarp.algorithm.finite import NotFiniteError
 from raywarp.config.front import ChooseConfig
 from raywarp.rollout.protocol import Scores
 from raywarp.run.figures import front_table, plot_front
-from raywarp.run.front import (
+from raywarp.run.front import candidates, choose, on_line
+from raywarp.run.points import (
     Candidate,
     Point,
     Scored,
-    candidates,
-    choose,
     distinct_2,
     mean_interval,
-    on_line,
     retention,
     summarise,
 )

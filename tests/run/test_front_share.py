@@ -22,8 +22,8 @@ from raywarp.run.ceiling import (
     verdict,
 )
 from raywarp.run.figures import ceiling_table, front_table, plot_front, share_cell
-from raywarp.run.front import Point
 from raywarp.run.keys import ceiling_key, front_key
+from raywarp.run.points import Point
 from raywarp.storage.location import Storage
 
 # SFT 0.1; 1 nat buys 1, 4 nats 2.5.

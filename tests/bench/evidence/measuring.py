@@ -22,7 +22,7 @@ from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.rollout.effect import Effect, Probe, effect
 from raywarp.rollout.effect_probe import score
 from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join
-from raywarp.run.front import Scored, distinct_2
+from raywarp.run.points import Scored, distinct_2
 from raywarp.training.evaluation import PendingPoint
 from raywarp.training.sampling import sample
 from raywarp.training.session import Session
