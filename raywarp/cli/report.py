@@ -47,7 +47,7 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from raywarp.run.terminal import console
+    from raywarp.run.display import new_console
 
     if options.serve:
         from raywarp.report.server import serve
@@ -55,7 +55,9 @@ def _report(options: argparse.Namespace) -> None:
         return serve(
             options.runs,
             options.port,
-            lambda text: console().print(text, highlight=False, markup=False, soft_wrap=True),
+            lambda text: new_console().print(text, highlight=False, markup=False, soft_wrap=True),
         )
     where, size = save_report(options.runs, options.out)
-    console().print(f"{where} ({size / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True)
+    new_console().print(
+        f"{where} ({size / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True
+    )

@@ -20,7 +20,6 @@ from rich.progress import (
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import geometry
 from raywarp.cluster import runtime
-from raywarp.run import terminal
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share, verdict
 from raywarp.run.figures import ceiling_table, front_table, print_samples
 from raywarp.run.folder import Run, read_mark
@@ -32,6 +31,16 @@ from raywarp.storage.location import Storage
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are shown in another way
 PRINTED_SAMPLES = 8  # prompts; the report shows all
 PLAIN_EVERY = 5  # steps between a policy's plain lines
+
+
+def new_console() -> Console:
+    """Return a console, 120 columns wide where there is no terminal (a job's log, a file).
+
+    rich assumes 80 columns there, which are too few for the tables. It also makes pictures of words
+    such as :key:, which may be part of a path.
+    """
+    terminal = Console(emoji=False)
+    return terminal if terminal.is_terminal else Console(width=120, emoji=False)
 
 
 def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:
@@ -122,7 +131,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        self.console = terminal.console() if console is None else console
+        self.console = new_console() if console is None else console
         self.quiet, self.start = quiet, time.monotonic()
 
     def progress(self, text: str) -> None:
