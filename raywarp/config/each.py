@@ -5,6 +5,7 @@ sections (`optim: {lr: …}`). `rewards` maps names of rewards to weights.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,50 @@ def in_full(changes: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{full} is given twice")
             found[full] = setting
     return found
+
+
+def key_of(given: str) -> str | None:
+    """Return the dotted key that a key of a sweep means: warp.each.POLICY.KEY, policies from 1.
+
+    `each.1.lr` means `warp.each.1.optim.lr`. The result is None where it is no such key.
+
+    Raises:
+        ValueError: it is one, but what it names may not differ between policies.
+    """
+    found = re.fullmatch(r"(?:warp\.)?each\.([1-9][0-9]*)\.(.+)", given)
+    if not found:
+        return None
+    index, key = found.groups()
+    full = KEYS.get(key, key)
+    if full not in KEYS.values() and not full.startswith("rewards."):
+        raise ValueError(_refusal(key))
+    return f"warp.each.{index}.{full}"
+
+
+def put(warp: dict[str, Any], key: str, value: Any) -> None:
+    """Set a setting of a policy, named as by key_of, in a tree of the section `warp`.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    index, full = key.removeprefix("warp.each.").split(".", 1)
+    warp["each"] = warp["each"] or [{} for _ in range(warp["policies"])]
+    if int(index) > len(warp["each"]):
+        raise ValueError(f"{key}: the run has {len(warp['each'])} policies")
+    own = warp["each"][int(index) - 1]
+    if full.startswith("rewards."):
+        own.setdefault("rewards", {})[full.removeprefix("rewards.")] = value
+    else:
+        own[full] = value
+
+
+def get(warp: Mapping[str, Any], key: str) -> Any:
+    """Return what `put` has set."""
+    index, full = key.removeprefix("warp.each.").split(".", 1)
+    own = warp["each"][int(index) - 1]
+    if full.startswith("rewards."):
+        return own["rewards"][full.removeprefix("rewards.")]
+    return own[full]
 
 
 def _refusal(key: str) -> str:

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from raywarp import identity
+from raywarp.config import each
 from raywarp.config.load import known_keys, parse_config, unknown
 from raywarp.config.policies import unused_rates
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.tune import Domain, TuneConfig
 
 Values = dict[str, Any]
+_EACH = "warp.each."  # how keys of single policies begin
 MOST_TRIALS = 10_000
 DIRECTIONS: dict[str, str] = {
     "hypervolume": "max",
@@ -112,8 +114,11 @@ class SearchSpace:
             ConfigError: the configuration refuses the values.
         """
         tree = self.base.model_dump(mode="json", exclude={"tune"})
-        for key, value in point.items():
-            _put(tree, key, value)
+        try:
+            for key, value in point.items():
+                _put(tree, key, value)
+        except ValueError as error:
+            raise ConfigError(f"tune.{error}") from None
         if {"warp.anchor", "warp.elastic_reset"} & self.domains.keys():
             _drop_unused_rates(tree["warp"])
         try:
@@ -189,11 +194,18 @@ def search_space(config: Config) -> SearchSpace:
 def resolve_key(given: str) -> str:
     """Return the dotted key of the configuration that a key of `tune` means.
 
-    It is the key itself, or the only key that ends with it.
+    It is the key itself, or the only key that ends with it. A key of one policy, such as
+    each.1.lr, stands for warp.each.1.optim.lr.
 
     Raises:
         ConfigError: the key is unknown, ambiguous, or the same for all trials.
     """
+    try:
+        own = each.key_of(given)
+    except ValueError as error:
+        raise ConfigError(f"tune.{given}: {error}") from None
+    if own:
+        return own
     allowed = [key for key in known_keys() if not _outside(key)]
     if given in allowed:
         return given
@@ -221,10 +233,14 @@ def describe(point: Mapping[str, Any]) -> str:
     A rate that the trial does not use is left out.
     """
     return ", ".join(
-        f"{key.rsplit('.', 1)[-1]}={show(value)}"
-        for key, value in point.items()
-        if value is not None
+        f"{short(key)}={show(value)}" for key, value in point.items() if value is not None
     )
+
+
+def short(key: str) -> str:
+    """Return a key's last part, after the policy that it belongs to: lr, each.1.lr."""
+    path = key.split(".")
+    return ".".join([*path[1:3], path[-1]] if key.startswith(_EACH) else path[-1:])
 
 
 def show(value: Any) -> str:
@@ -319,6 +335,8 @@ def _outside(key: str) -> bool:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    if key.startswith(_EACH):
+        return each.put(tree["warp"], key, value)
     *path, leaf = key.split(".")
     for part in path:
         if not isinstance(tree.get(part), dict):
@@ -328,6 +346,8 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _get(tree: Any, key: str) -> Any:
+    if key.startswith(_EACH):
+        return each.get(tree["warp"], key)
     for part in key.split("."):
         tree = tree[part]
     return tree

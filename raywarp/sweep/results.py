@@ -14,7 +14,7 @@ from rich.table import Table
 
 from raywarp.algorithm.hypervolume import pareto
 from raywarp.config.load import to_yaml
-from raywarp.config.search import DIRECTIONS, describe, name_of, show
+from raywarp.config.search import DIRECTIONS, describe, name_of, short, show
 from raywarp.run.ceiling import Ceiling, ceiling_of
 from raywarp.run.display import Display
 from raywarp.run.figures import draw_ceiling, footnote
@@ -274,7 +274,7 @@ def sweep_table(sweep: Sweep) -> Table:
     title += footnote(chosen_points)
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     keys = list(sweep.trials[0].point) if sweep.trials else []
-    for heading in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
+    for heading in ("trial", *map(short, keys)):
         table.add_column(heading, no_wrap=True)
     shares = ["of ceiling"] if ceilings(sweep) else []
     for heading in ("hypervolume", *shares, "reward", "KL, nats", "chosen", "iterations", "state"):

@@ -112,6 +112,28 @@ def test_short_keys_mean_the_only_key_that_ends_with_them() -> None:
     assert resolve_key("choose.max_kl") == "front.choose.max_kl"
 
 
+def test_keys_of_a_single_policy() -> None:
+    tune = {
+        "each.2.lr": {"grid": [1e-3, 2e-3]},
+        "warp.each.1.rewards.good": {"grid": [0.5, 1.0]},
+    }
+    rewards = [{"name": name, "function": f"mine:{name}"} for name in ("good", "short")]
+    base = {"rewards": rewards, "warp": {"policies": 2}, "tune": tune}
+    space = search_space(parse_config(base))
+    assert space.trials == 4
+    trial = space.config(space.points[-1])
+    assert trial.warp.each == [{"rewards": {"good": 1.0}}, {"optim.lr": 2e-3}]
+    assert [own.optim.lr for own in trial.of_policies] == [Config().optim.lr, 2e-3]
+    assert describe(space.points[-1]) == "each.2.lr=0.002, each.1.good=1"
+    for key, message in (
+        ("each.3.lr", "warp.each.3.optim.lr: the run has 2 policies"),
+        ("each.1.temperature", "temperature cannot differ between the policies of a run"),
+        ("each.1.rewards.none", "no reward has the name none"),
+    ):
+        with pytest.raises(ConfigError, match=f"tune.*{message}"):
+            search_space(parse_config({**base, "tune": {key: {"grid": [1.0, 2.0]}}}))
+
+
 def test_the_section_survives_being_saved(tmp_path: Path) -> None:
     before = config(
         {
