@@ -6,6 +6,7 @@ It is measured under its ceiling, and saved with the adapter of the chosen η.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from math import isfinite
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,6 +16,7 @@ from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.cluster.health import Report
 from raywarp.cluster.runtime import stoppable
+from raywarp.config.each import shares
 from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.front_sources import Sources, check_same, front_config, read_sources
 from raywarp.planning.inputs import Inputs, prepare
@@ -24,8 +26,8 @@ from raywarp.run.card import Origin, card, code, hub_name, run_origin
 from raywarp.run.ceiling import Ceiling
 from raywarp.run.display import Display
 from raywarp.run.events import Journal
-from raywarp.run.figures import plot_front
-from raywarp.run.folder import SOURCES_FILE, Run
+from raywarp.run.figures import plot_front, plot_preferences
+from raywarp.run.folder import PICTURE, PREFERENCES, SOURCES_FILE, Run
 from raywarp.run.front import (
     candidates,
     choose,
@@ -37,8 +39,9 @@ from raywarp.run.front import (
     wanted_etas,
 )
 from raywarp.run.keys import front_key, key_of_numerics, points_key
-from raywarp.run.points import Candidate, Point
+from raywarp.run.points import Candidate, Point, Scored
 from raywarp.run.prometheus import RunMetrics
+from raywarp.soup_stage import PREFERENCE_KEYS, Soup, measure_soup, preference_json
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive
@@ -47,6 +50,8 @@ from raywarp.training.kept_points import KeptPoints
 from raywarp.training.merges import measure_merge
 from raywarp.training.session import Session
 
+# Shares of a merge: by name, or one number for each adapter.
+Shares = Mapping[str, float] | Sequence[float]
 TEXTS = 256  # prompts whose tokens prove that the sampler runs the trainer's policies
 
 
@@ -100,6 +105,7 @@ class Fronts:
         origin: Origin,
         determinants: Mapping[str, object],
         numerics: Mapping[str, object],
+        soup: Soup,
     ) -> bool:
         """Measure a front, and save it with the adapter of the chosen η.
 
@@ -112,6 +118,7 @@ class Fronts:
             origin: where the adapters come from.
             determinants: what the policies' keys depend on besides the configuration.
             numerics: are kept in front.json, see Run.numerics.
+            soup: the merges with other shares, if any are wanted.
 
         Returns:
             Whether anything was saved.
@@ -126,15 +133,18 @@ class Fronts:
             self.display.front(run)
             return False
         line = points()
-        measured = (
-            [Point(**point) for point in run.front()["points"]]
-            if is_measured
-            else self._measure(line, determinants)
+        if is_measured:
+            front = run.front()
+            measured = [Point(**point) for point in front["points"]]
+            mixed = {name: front[name] for name in PREFERENCE_KEYS if name in front}
+        else:
+            measured, mixed = self._measure(line, determinants, soup)
+        chosen = choose(measured, config.front.choose, list(soup.corners))
+        self._save_adapter(
+            line, measured, chosen, origin, ceiling, soup, mixed.get("preference_front", [])
         )
-        chosen = choose(measured, config.front.choose)
-        self._save_adapter(line, measured, chosen, origin, ceiling)
         numerics_key = key_of_numerics(config, self.inputs.fingerprints())
-        found = {"key": key, "numerics": {numerics_key: numerics}, **self.more}
+        found = {"key": key, "numerics": {numerics_key: numerics}, **self.more, **mixed}
         run.save_front({**found, **front_json(measured, chosen, told, limits)})
         self.display.front(run)
         return True
@@ -146,33 +156,50 @@ class Fronts:
         chosen: Point,
         origin: Origin,
         ceiling: Ceiling | None,
+        soup: Soup,
+        front: Sequence[str],
     ) -> None:
         told = self.inputs.measured(self.config)
-        plot_front(measured, chosen, self.run.folder / "front.png", origin.picture, ceiling)
-        adapter = on_line(points, chosen.eta or 0.0)
+        plot_front(measured, chosen, self.run.folder / PICTURE, origin.picture, ceiling)
+        if front and len(measured[0].rewards) > 1:
+            plot_preferences(measured, front, chosen, self.run.folder / PREFERENCES)
+        adapter = (
+            soup.on_line(chosen.weights, chosen.liti or 0.0)
+            if chosen.weights
+            else on_line(points, chosen.eta or 0.0)
+        )
         self.run.save_adapter(
             adapter,
             card(told, measured, chosen, adapter.rank, list(adapter.factors), ceiling, origin),
         )
 
     def _measure(
-        self, points: Sequence[Candidate], determinants: Mapping[str, object]
-    ) -> list[Point]:
-        """Measure points on the held-out prompts, and write their texts to samples.json."""
-        inputs, held_out = self.inputs, self.inputs.prompts.held_out
+        self, line: Sequence[Candidate], determinants: Mapping[str, object], soup: Soup
+    ) -> tuple[list[Point], dict[str, Any]]:
+        """Measure points on the held-out prompts, and write their texts to samples.json.
+
+        Returns:
+            The points, and what front.json says of the merges with other shares.
+        """
+        inputs, held_out, rule = self.inputs, self.inputs.prompts.held_out, self.config.front
         kept = KeptPoints(self.run, points_key(inputs.config, inputs.front, determinants))
-        with self.display.evaluation(len(points)) as done:
-            results = evaluate(
-                self.session, self.config, points, held_out, done, inputs.texts, kept
-            )
+
+        def measure(points: Sequence[Candidate]) -> list[tuple[Point, Scored]]:
+            with self.display.evaluation(len(points)) as done:
+                return evaluate(
+                    self.session, self.config, points, held_out, done, inputs.texts, kept
+                )
+
+        results = measure(line)
+        results += measure_soup(soup, rule.choose, lambda points: measure([line[0], *points])[1:])
         self.run.save_evaluation_work(
             spans_of([piece for _, scored in results for piece in scored.work])
         )
         sealed.write_json(
-            self.run.folder / "samples.json",
-            sample_rows(results, held_out, self.config.front),
+            self.run.folder / "samples.json", sample_rows(results, held_out, self.config.front)
         )
-        return [point for point, _ in results]
+        mixed = preference_json(soup, results, rule.choose, rule.completions_per_prompt)
+        return [point for point, _ in results], mixed
 
 
 def front(
@@ -181,6 +208,7 @@ def front(
     init: str | None = None,
     lambdas: Sequence[float] = (),
     display: Display | None = None,
+    weights: Sequence[Shares] = (),
 ) -> Run:
     """Measure the KL–reward front of adapters, and save it; nothing is trained.
 
@@ -195,6 +223,9 @@ def front(
         init: θ_init that the adapters' task vectors start from; by default the SFT model.
         lambdas: for two adapters, the shares λ of the second one at which SLERP is measured, too.
         display: where progress is printed.
+        weights: shares of the adapters in further merges, by name or one number each. Each merge is
+            measured at the η that `config.front.choose` wants; if there is one, it is chosen. In a
+            run, policies that are trained on one reward each have its name.
 
     Returns:
         The run in `config.out`: front.json, front.png, samples.json, and the chosen point in
@@ -212,6 +243,9 @@ def front(
     inputs = prepare(wide, display.progress)
     sources = read_sources(inputs, adapters, init)
     _check_lambdas(lambdas, len(sources.policies))
+    soup = _soup(wide, sources, weights)
+    if len(soup.wanted) == len(weights) == 1:
+        wide = _chosen(wide, soup.wanted[0])
     run = Run.open(config, display.say, trains=False)
     check_same(run.folder, sources, config.out)
     for text in inputs.notes:
@@ -228,8 +262,36 @@ def front(
             run.save_config(config, inputs.prompts.rendered_at)
             journal.begin()
             stage = Fronts(wide, inputs, run, session, display, more=sources.json())
-            _measure_sources(stage, sources, lambdas, known)
+            _measure_sources(stage, sources, lambdas, known, soup)
     return run
+
+
+def _soup(config: Config, sources: Sources, weights: Sequence[Shares]) -> Soup:
+    """Return the merges that are asked for, or those of a run's own configuration."""
+    own = {name: [m] for m, name in enumerate(sources.names, start=1)}
+    corners = config.corners if sources.of_run else own
+    wanted = [_shares(given, corners) for given in weights]
+    if not weights and sources.of_run:
+        wanted = config.mixes
+    return Soup(sources.init, sources.policies, corners, wanted)
+
+
+def _shares(given: Shares, corners: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    try:
+        if not isinstance(given, Mapping):
+            given = dict(zip(corners, given, strict=True))
+        if odd := [share for share in given.values() if not (share >= 0 and isfinite(share))]:
+            raise ValueError(f"{odd[0]:g} is no share; it must be at least 0")
+        return shares(given, corners)
+    except ValueError as error:
+        told = f"give one share for each of {', '.join(corners)}"
+        raise ConfigError(f"weights {given}: {told if 'zip()' in str(error) else error}") from None
+
+
+def _chosen(config: Config, weights: Mapping[str, float]) -> Config:
+    """Return the configuration that chooses the merge with these weights."""
+    choice = config.front.choose.model_copy(update={"weights": dict(weights)})
+    return config.model_copy(update={"front": config.front.model_copy(update={"choose": choice})})
 
 
 def _check_lambdas(lambdas: Sequence[float], count: int) -> None:
@@ -247,6 +309,7 @@ def _measure_sources(
     sources: Sources,
     lambdas: Sequence[float],
     known: Mapping[str, object] | None,
+    soup: Soup,
 ) -> None:
     """Measure the merge and the front of adapters, unless that was done before."""
     run, session, inputs, config = stage.run, stage.session, stage.inputs, stage.config
@@ -258,26 +321,30 @@ def _measure_sources(
     measured = measure_merge(
         session, config, run, [sources.key, key], sources.init, sources.policies, prompts
     )
-    merged = add(sources.init, slerp(sources.policies))
+    merged = add(sources.init, slerp(sources.policies, config.warp.merge_weights))
     run.save_iteration(1, sources.init, merged, (), sources.policies, measured)
     stage.display.merged(None, sources.policies, measured)
     stage.save(
-        front_key(config, inputs.front, [sources.key, key, *map(str, lambdas)]),
-        lambda: candidates_of(sources, wanted_etas(config), lambdas),
+        front_key(config, inputs.front, [sources.key, key, *map(str, lambdas)], soup.wanted),
+        lambda: candidates_of(sources, wanted_etas(config), lambdas, config.warp.merge_weights),
         _origin(config, sources),
         determinants,
         numerics,
+        soup,
     )
 
 
 def candidates_of(
-    sources: Sources, etas: Sequence[float], lambdas: Sequence[float]
+    sources: Sources,
+    etas: Sequence[float],
+    lambdas: Sequence[float],
+    weights: Sequence[float] | None = None,
 ) -> list[Candidate]:
     """Return the points to measure of adapters; a single one is the end of its line."""
     init, policies = sources.init, sources.policies
     if len(policies) > 1:
         between = more_averages(init, policies, lambdas)
-        return candidates(init, policies, etas, between, sources.names)
+        return candidates(init, policies, etas, between, sources.names, weights)
     line = candidates(init, policies, etas)
     return [
         replace(point, name=sources.names[0]) if point.eta == 1 else point

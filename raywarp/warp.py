@@ -35,6 +35,7 @@ from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
 from raywarp.run.policy_files import EMA, TRAJECTORY_FILE, Job
 from raywarp.run.prometheus import RunMetrics
+from raywarp.soup_stage import Soup
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive
@@ -276,12 +277,13 @@ class Driver:
         config = self.config
         fronts = Fronts(config, self.inputs, self.run, self.session, self.display, self.claims)
         if fronts.save(
-            front_key(config, self.inputs.front, keys),
+            front_key(config, self.inputs.front, keys, config.mixes),
             lambda: candidates(
                 init, policies, wanted_etas(config), weights=config.warp.merge_weights
             ),
             run_origin(config),
             determinants,
             numerics,
+            Soup(init, policies, config.corners, config.mixes),
         ):
             self.loggers.finish(self.run)

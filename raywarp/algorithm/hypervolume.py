@@ -1,9 +1,11 @@
-"""The Pareto front in the KL–reward plane, and its hypervolume.
+"""Pareto fronts of KL and reward, or of several rewards, and their hypervolumes.
 
 More reward and less KL (nats) are better.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 KlReward = tuple[float, float]
 
@@ -35,13 +37,45 @@ def hypervolume(points: Sequence[KlReward], reference: KlReward) -> float:
         The area of the union of the rectangles [kl, reference KL] × [reference reward, reward] over
             the points; 0 without points.
     """
-    area, height = 0.0, reference[1]
-    inside = sorted(
-        ((kl, reward) for kl, reward in points if kl <= reference[0]),
-        key=lambda point: (point[0], -point[1]),
+    return dominated_volume([(-kl, reward) for kl, reward in points], (-reference[0], reference[1]))
+
+
+def dominated_volume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """Return the volume of the union of the boxes between a reference and the points.
+
+    More is better in each of the R numbers of a point. The volume is a sum of slabs, from the
+    largest last number down, of which each is a volume in R − 1 numbers.
+
+    Args:
+        points: (N, R). Points that are not above the reference in every number count nothing.
+        reference: (R,).
+    """
+    inside = [
+        point for point in points if all(p > r for p, r in zip(point, reference, strict=True))
+    ]
+    if not reference:
+        return 1.0 if points else 0.0
+    *rest, last = reference
+    levels = sorted({point[-1] for point in inside}, reverse=True)
+    return math.fsum(
+        (top - bottom) * dominated_volume([p[:-1] for p in inside if p[-1] >= top], rest)
+        for top, bottom in pairwise([*levels, last])
     )
-    for kl, reward in inside:
-        if reward > height:
-            area += (reference[0] - kl) * (reward - height)
-            height = reward
-    return area
+
+
+def simplex(corners: int, steps: int) -> list[tuple[float, ...]]:
+    """Return all weights that are multiples of 1/steps, at least 0, and sum to 1.
+
+    The first has all weight on the first corner, the last on the last.
+    """
+    return [tuple(n / steps for n in counts) for counts in _compositions(corners, steps)]
+
+
+def _compositions(parts: int, total: int) -> list[tuple[int, ...]]:
+    if parts == 1:
+        return [(total,)]
+    return [
+        (first, *rest)
+        for first in range(total, -1, -1)
+        for rest in _compositions(parts - 1, total - first)
+    ]

@@ -14,7 +14,8 @@ _OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*=.*", re.DOTALL)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # module:function
 _MORE = """\
 Each adapter is measured, with the SFT model, their LERP and Karcher mean, and the LITI line from
-the SFT model through their SLERP, under the ceiling of the prompts and the reward. Nothing is
+the SFT model through their SLERP, under the ceiling of the prompts and the reward. Of a run whose
+policies are trained on different rewards, merges with other shares are measured, too. Nothing is
 trained. A folder with config.yaml is a run: its last policies are measured anew, with its own
 configuration. The same command again continues. DIR gets front.json, front.png, samples.json, the
 page report.html, and the chosen point with its card in adapter/."""
@@ -49,6 +50,15 @@ def add_front(commands: Any) -> None:
     parser.add_argument(
         "--lambdas", type=_numbers, default=[], metavar="λ,λ,…", help="of two: SLERP at each λ"
     )
+    parser.add_argument(
+        "--weights",
+        type=_weights,
+        action="append",
+        default=[],
+        metavar="NAME=λ,…",
+        help="a merge with these shares, by reward, policy or adapter, or a number for each, at the"
+        " η of front.choose; may be repeated; a single one is chosen",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for `train`")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     parser.add_argument("-q", "--quiet", action="store_true", help="say only faults and results")
@@ -64,6 +74,18 @@ def _numbers(text: str) -> list[float]:
         ) from None
 
 
+def _weights(text: str) -> dict[str, float] | list[float]:
+    try:
+        if "=" not in text:
+            return _numbers(text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no shares, such as helpful=.7,brief=.3 or .7,.3"
+        ) from None
+
+
 def _front(options: argparse.Namespace) -> None:
     from raywarp.front_stage import front
     from raywarp.report.page import save_report
@@ -73,7 +95,7 @@ def _front(options: argparse.Namespace) -> None:
     adapters = [word for word in options.words if word not in overrides]
     config = _config_of(options, adapters, overrides)
     display = Display(quiet=options.quiet)
-    front(adapters, config, options.init, options.lambdas, display)
+    front(adapters, config, options.init, options.lambdas, display, options.weights)
     page, _ = save_report([config.out])
     display.say(f"the page: {page}")
 

@@ -5,8 +5,9 @@ sections (`optim: {lr: …}`). `rewards` maps names of rewards to weights.
 """
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 # Sections and what of them may differ between policies. Their last parts are unique.
@@ -132,3 +133,41 @@ def _weighted(rewards: list[dict[str, Any]], weights: Any) -> list[dict[str, Any
         there = f"there are {', '.join(names)}" if names else "the run has no list of rewards"
         raise ValueError(f"rewards: no reward has the name {unknown}; {there}")
     return [{**entry, "weight": weights.get(entry["name"], entry["weight"])} for entry in rewards]
+
+
+def corners(weights: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
+    """Return what the shares of a merge may name: name → its policies, counted from 1.
+
+    These are the rewards where each policy is trained on one of them, and each has a policy. Else
+    they are the policies themselves.
+
+    Args:
+        weights: of the rewards by name, for each policy.
+    """
+    own = [[name for name, weight in theirs.items() if weight] for theirs in weights]
+    if all(len(names) == 1 for names in own):
+        found = {name: [m for m, (n,) in enumerate(own, 1) if n == name] for name in weights[0]}
+        if len(found) > 1 and all(found.values()):
+            return found
+    return {f"policy {m}": [m] for m in range(1, len(weights) + 1)}
+
+
+def usual_steps(count: int) -> int:
+    """Return n for the shares in steps of 1/n of so many corners: at most 4, and 15 of them."""
+    return next(n for n in (4, 3, 2, 1) if n == 1 or math.comb(n + count - 1, n) <= 15)
+
+
+def shares(weights: Mapping[str, float], of: Collection[str]) -> dict[str, float]:
+    """Return a merge's weights with an entry for every corner, and the sum 1.
+
+    Args:
+        of: names of the corners.
+
+    Raises:
+        ValueError: a weight names no corner, or all are 0.
+    """
+    if unknown := next((name for name in weights if name not in of), None):
+        raise ValueError(f"nothing has the name {unknown}; there are {', '.join(of)}")
+    if not any(weights.values()):
+        raise ValueError("all weights are 0; give one of them a share")
+    return {name: weights.get(name, 0.0) / sum(weights.values()) for name in of}

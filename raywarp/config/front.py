@@ -6,13 +6,25 @@ from pydantic import Field, model_validator
 
 from raywarp.config.field_types import Count, NotNegative, Positive, Section, Text, Whole
 
+# Shares of the policies in a merge, by the reward that a policy is trained on, or by policy.
+Weights = dict[str, NotNegative]
+
 
 class ChooseConfig(Section):
-    """Which point of the front is kept: exactly one of the two."""
+    """Which point of the front is kept: exactly one of eta and max_kl."""
 
     eta: NotNegative | None = Field(None, description="take this eta, which is measured, too")
     max_kl: Positive | None = Field(
         None, description="take the largest eta whose KL is not above this, in nats per completion"
+    )
+
+    weights: Weights | None = Field(
+        None,
+        description=(
+            "shares of the policies in the merge whose eta is taken, by reward, such as {helpful:"
+            " 0.7, brief: 0.3}, or by policy, such as {policy 1: 0.7, policy 2: 0.3}; default:"
+            " warp.merge_weights"
+        ),
     )
 
     @model_validator(mode="after")
@@ -30,6 +42,15 @@ class FrontConfig(Section):
         description=(
             "points of the LITI front; 0 is SFT, 1 is SLERP, and both are always measured; above 1"
             " is extrapolation, and marked as such"
+        ),
+    )
+    weights: Whole | list[Weights] | None = Field(
+        None,
+        description=(
+            "merges with other shares of the policies that are measured, too, each at the eta that"
+            " front.choose wants: a list of mappings as in front.choose.weights, or n for all"
+            " shares in steps of 1/n; default: 4 (less for more than three) where policies are"
+            " trained on rewards that differ, else 0"
         ),
     )
     prompts: Count = Field(

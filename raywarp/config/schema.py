@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from raywarp.algorithm.hypervolume import simplex
+from raywarp.config import each
 from raywarp.config.cluster import ClusterConfig
 from raywarp.config.datasets import PreferencesConfig, PromptsConfig
-from raywarp.config.each import changed
 from raywarp.config.field_types import (
     Count,
     NotNegative,
@@ -224,13 +225,39 @@ class Config(Section):
         """Return the configuration of policy m, counted from 1, as that of a run without `each`."""
         if self.warp.each is None:
             return self
-        tree = self.model_dump(exclude={"recipe": True, "warp": {"each", "merge_weights"}})
-        return Config.model_validate(changed(tree, self.warp.each[index - 1]))
+        tree = self.model_dump(
+            exclude={
+                "recipe": True,
+                "warp": {"each": True, "merge_weights": True},
+                "front": {"weights": True, "choose": {"weights": True}},
+            }
+        )
+        return Config.model_validate(each.changed(tree, self.warp.each[index - 1]))
 
     @property
     def of_policies(self) -> list["Config"]:
         """The configuration of each policy."""
         return [self.of_policy(m) for m in range(1, self.warp.policies + 1)]
+
+    @property
+    def corners(self) -> dict[str, list[int]]:
+        """What the shares of a merge may name, with the policies of each."""
+        weights = [{entry.name: entry.weight for entry in own.rewards} for own in self.of_policies]
+        return each.corners(weights)
+
+    @property
+    def mixes(self) -> list[dict[str, float]]:
+        """Shares of the merges that are measured besides the line to SLERP, each by corner."""
+        wanted, chosen = self.front.weights, self.front.choose.weights
+        if wanted is None:
+            kinds = {tuple(entry.weight for entry in own.rewards) for own in self.of_policies}
+            wanted = each.usual_steps(len(self.corners)) if len(kinds) > 1 else 0
+        if isinstance(wanted, int):
+            of = simplex(len(self.corners), wanted) if wanted else []
+            wanted = [dict(zip(self.corners, own, strict=True)) for own in of]
+        given = [*wanted, *([chosen] if chosen else [])]
+        found = [each.shares(weights, self.corners) for weights in given]
+        return [own for n, own in enumerate(found) if own not in found[:n]]
 
     @property
     def policy_rank(self) -> int:
@@ -278,6 +305,7 @@ class Config(Section):
         self._check_rewards()
         self._check_stop()
         self._check_each()
+        self._check_weights()
         if self.warp.average_last > (most := -(-self.warp.steps // self.checkpoint_every)):
             raise ValueError(
                 f"warp.average_last={self.warp.average_last} checkpoints, and warp.steps="
@@ -315,6 +343,21 @@ class Config(Section):
                 raise ValueError(f"warp.each, policy {m}: {where and f'{where}: '}{text}") from None
             except ValueError as error:
                 raise ValueError(f"warp.each, policy {m}: {error}") from None
+
+    def _check_weights(self) -> None:
+        """Raise ValueError if shares of a merge name what is not there, or there is no merge."""
+        wanted, chosen = self.front.weights, self.front.choose.weights
+        lists = {"front.weights": wanted if isinstance(wanted, list) else []}
+        for key, given in (lists | {"front.choose.weights": [chosen] if chosen else []}).items():
+            for weights in given:
+                try:
+                    each.shares(weights, self.corners)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from None
+        if (wanted or chosen) and self.warp.policies == 1:
+            raise ValueError("front.weights are shares of policies, and warp.policies=1")
+        if self.tune and chosen:
+            raise ValueError("front.choose.weights: the trials of tune are compared by their line")
 
     def _check_stop(self) -> None:
         """Raise ValueError if a stop rule lacks what it needs, or contradicts another key."""

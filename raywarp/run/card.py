@@ -18,7 +18,7 @@ from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
 from raywarp.run.ceiling import Ceiling, front_share
-from raywarp.run.figures import footnote, front_cells, front_headings, measured_columns
+from raywarp.run.figures import footnote, front_rows
 from raywarp.run.folder import PICTURE
 from raywarp.run.points import Point
 from raywarp.run.sampler_mark import Mark
@@ -91,10 +91,13 @@ def card(
         "tags": ["lora", "peft", "rlhf", "warp", "raywarp"],
     }
     beyond = ", extrapolated beyond the policies" if chosen.extrapolated else ""
+    shares = ", ".join(f"{name} {share:.3g}" for name, share in chosen.weights.items())
+    average = f"average with the shares {shares}" if shares else "average"
     about = (
-        f"{origin.about} Of the line from the SFT model (η = 0) to their average (η = 1) this is"
-        f" η = {chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ± {chosen.reward_ci:.2f}"
-        f"{_parts(chosen)}, at a KL to the SFT model of {chosen.kl:.2f} ± {chosen.kl_ci:.2f} nats"
+        f"{origin.about} Of the line from the SFT model (η = 0) to their {average} (η = 1) this is"
+        f" η = {chosen.liti or chosen.eta or 0:g}{beyond}: reward {chosen.reward:.2f} ±"
+        f" {chosen.reward_ci:.2f}{_parts(chosen)}, at a KL to the SFT model of {chosen.kl:.2f} ±"
+        f" {chosen.kl_ci:.2f} nats"
         " per completion."
     )
     parts = [
@@ -145,8 +148,7 @@ def hub_name(model: str) -> str | None:
 
 
 def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceiling | None) -> str:
-    every = [front_headings(ceiling), *(front_cells(point, ceiling) for point in points)]
-    headings, *rows = measured_columns(every)
+    headings, *rows = front_rows(points, ceiling)
     for point, row in zip(points, rows, strict=True):
         if point == chosen:
             row[0] = f"**{row[0]}** (this adapter)"

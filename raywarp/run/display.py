@@ -22,7 +22,7 @@ from raywarp.algorithm.geometry import geometry
 from raywarp.cluster import runtime
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share, verdict
 from raywarp.run.figures import ceiling_table, front_table, print_samples
-from raywarp.run.folder import Run, read_mark
+from raywarp.run.folder import PREFERENCES, Run, read_mark
 from raywarp.run.points import Point
 from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import step_seconds
@@ -278,6 +278,12 @@ class Display:
         self.console.print(front_table(points, chosen, ceiling))
         if ceiling:
             self.say(str(front_share(points, ceiling, front["share_kl"])))
+        if "hypervolume" in front:
+            volume, (low, high) = front["hypervolume"], front["hypervolume_ci"]
+            self.say(
+                f"preference front: hypervolume of {', '.join(front['hypervolume_of'])} above SFT:"
+                f" {volume:.3g} [{low:.3g}, {high:.3g}]; {run.folder / PREFERENCES}"
+            )
         if mark := read_mark(Storage(run.folder)):
             self.say(f"{mark.level}: {mark.title.lower()}. {mark.text}")
         if not self.quiet:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ def plot_front(
     """Write front.png: reward over KL to the SFT model, with 95 % intervals.
 
     The LITI front is a line, dashed and hollow beyond SLERP. The ceiling is another one, which has
-    best of n beside it. Every point has its name.
+    best of n beside it. Every point has its name. Merges with other shares of the policies are not
+    drawn; plot_preferences draws them.
     """
     import matplotlib
 
@@ -38,6 +40,7 @@ def plot_front(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5.5), dpi=150, layout="constrained")
+    points = [point for point in points if not point.weights]
     line = sorted((p for p in points if p.eta is not None), key=lambda p: p.eta or 0)
     inside = [p for p in line if not p.extrapolated]
     parts = [(inside, "-", "LITI front (SFT to SLERP)")]
@@ -88,10 +91,74 @@ def plot_front(
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.margins(x=0.12, y=0.12)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     image = io.BytesIO()
     figure.savefig(image, format="png")
     sealed.write_bytes(path, image.getvalue())
     plt.close(figure)
+
+
+def plot_preferences(
+    points: Sequence[Point], front: Sequence[str], chosen: Point, path: Path
+) -> None:
+    """Write preferences.png: each pair of up to three rewards, with the merges' KL as the colour.
+
+    Args:
+        points: of the whole front, of which the first is SFT.
+        front: names of the points of the preference front.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pairs = list(combinations(list(points[0].rewards)[:3], 2))
+    figure, panels = plt.subplots(
+        *(1, len(pairs)), figsize=(1 + 6 * len(pairs), 5), dpi=150, layout="constrained"
+    )
+    merges = [point for point in points if point.name in front]
+    others = [points[0], *(p for p in points if p.name.startswith("policy ") and not p.weights)]
+    for axes, (x, y) in zip([panels] if len(pairs) == 1 else panels, pairs, strict=True):
+        if len(points[0].rewards) == 2:
+            axes.plot(*_axes_of(merges, x, y), color="#3b6fb6", linewidth=1.2, zorder=1)
+        for point in merges:
+            errors = {"xerr": point.rewards_ci[x], "yerr": point.rewards_ci[y]}
+            at = (point.rewards[x], point.rewards[y])
+            axes.errorbar(*at, **errors, color="#b8b8b8", linewidth=0.8, zorder=1)
+            _name(axes, "/".join(f"{share:.2g}" for share in point.weights.values()), at)
+        drawn = axes.scatter(*_axes_of(merges, x, y), c=[p.kl for p in merges], s=45, zorder=2)
+        axes.scatter(*_axes_of(others, x, y), color="#7a7a7a", marker="s", s=25)
+        for point in others:
+            _name(axes, point.name, (point.rewards[x], point.rewards[y]), -12)
+        axes.plot(
+            *_axes_of([chosen], x, y),
+            "o",
+            markersize=13,
+            fillstyle="none",
+            color="black",
+            label=f"chosen: {chosen.name}",
+        )
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        axes.margins(0.12)
+    axes.legend(loc="lower left")
+    figure.colorbar(drawn, label="KL(policy ‖ SFT), nats per completion")
+    figure.suptitle("rewards of merges with other shares of the policies, 95 % intervals")
+    _save(figure, path)
+
+
+def _axes_of(points: Sequence[Point], x: str, y: str) -> tuple[list[float], list[float]]:
+    return [point.rewards[x] for point in points], [point.rewards[y] for point in points]
+
+
+def _name(axes: Any, text: str, at: tuple[float, float], below: int = 6) -> None:
+    axes.annotate(text, at, textcoords="offset points", xytext=(6, below), fontsize=8)
 
 
 def draw_ceiling(axes: Any, ceiling: Ceiling) -> None:
@@ -150,25 +217,36 @@ def _name_points(axes: object, points: Sequence[Point]) -> None:
         )
 
 
-def front_headings(ceiling: Ceiling | None) -> tuple[str, ...]:
-    """Return the headings of a front's table."""
-    share = (SHARE_HEADING,) if ceiling else ()
-    return (*FRONT_HEADINGS[:3], *share, *FRONT_HEADINGS[3:])
+def front_rows(points: Sequence[Point], ceiling: Ceiling | None = None) -> list[list[str]]:
+    """Return a front as a table: the headings, then one row for each point.
+
+    Columns that are empty below their heading are left out.
+    """
+    names = list(points[0].rewards)
+    headings = [*FRONT_HEADINGS[:2], *names, *FRONT_HEADINGS[2:3]]
+    headings += [*([SHARE_HEADING] if ceiling else []), *FRONT_HEADINGS[3:]]
+    rows = [headings, *(_cells(point, names, ceiling) for point in points)]
+    kept = [n for n in range(len(headings)) if any(row[n] for row in rows[1:])]
+    return [[row[n] for n in kept] for row in rows]
 
 
-def front_cells(point: Point, ceiling: Ceiling | None = None) -> tuple[str, ...]:
-    """Return a point as a row under `front_headings`."""
-    return (
+def _cells(point: Point, names: Sequence[str], ceiling: Ceiling | None) -> list[str]:
+    return [
         point.title,
-        f"{point.reward:.2f} ± {point.reward_ci:.2f}",
-        f"{point.kl:.2f} ± {point.kl_ci:.2f}",
+        _interval(point.reward, point.reward_ci),
+        *(_interval(point.rewards.get(name), point.rewards_ci.get(name, 0.0)) for name in names),
+        _interval(point.kl, point.kl_ci),
         *([share_cell(point, ceiling)] if ceiling else []),
-        "" if point.control is None else f"{point.control:.2f} ± {point.control_ci:.2f}",
+        _interval(point.control, point.control_ci),
         f"{point.distinct_2:.2f}",
         f"{point.length:.1f}",
         f"{point.eos_rate:.0%}",
         "" if point.retention is None else f"{point.retention:+.2f} ± {point.retention_ci:.2f}",
-    )
+    ]
+
+
+def _interval(mean: float | None, half: float | None) -> str:
+    return "" if mean is None else f"{mean:.2f} ± {half:.2f}"
 
 
 def share_cell(point: Point, ceiling: Ceiling) -> str:
@@ -204,12 +282,6 @@ def ceiling_table(ceiling: Ceiling) -> Table:
     return table
 
 
-def measured_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return a table without the columns that are empty below their heading."""
-    kept = [n for n in range(len(rows[0])) if any(row[n] for row in rows[1:])]
-    return [[row[n] for n in kept] for row in rows]
-
-
 def footnote(points: Sequence[Point]) -> str:
     """Return what a † means, if there is one among the points."""
     extrapolated = any(point.extrapolated for point in points)
@@ -222,8 +294,7 @@ def front_table(points: Sequence[Point], chosen: Point, ceiling: Ceiling | None 
         "KL–reward front on held-out prompts; KL to SFT, ± is half of a 95 % interval, * is chosen"
     )
     table = Table(box=SIMPLE_HEAD, title=title + footnote(points), title_justify="left")
-    every = [front_headings(ceiling), *(front_cells(point, ceiling) for point in points)]
-    headings, *rows = measured_columns(every)
+    headings, *rows = front_rows(points, ceiling)
     for n, heading in enumerate(headings):
         # A narrow terminal breaks intervals into two lines, and cuts nothing.
         justify: Literal["left", "right"] = "right" if n else "left"

@@ -35,6 +35,7 @@ from raywarp.storage.sealed import DamagedError
 
 FRONT_FILE = "front.json"
 PICTURE = "front.png"
+PREFERENCES = "preferences.png"  # where policies are trained on different rewards
 MERGE = "merge"  # in geometry.json, beside the blocks
 # Names that may be there before the configuration: policies and merges for other runs, what
 # a killed or refused start left, and what `raywarp ceiling` measured.

@@ -6,6 +6,7 @@ from typing import Any
 from raywarp.algorithm.averaging import karcher, lerp, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale
 from raywarp.algorithm.truncation import compress
+from raywarp.config.each import shares
 from raywarp.config.front import ChooseConfig, FrontConfig
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
@@ -69,19 +70,23 @@ def on_line(points: Sequence[Candidate], eta: float) -> AdapterDelta:
     return scale(merged, eta)
 
 
-def choose(points: Sequence[Point], rule: ChooseConfig) -> Point:
+def choose(points: Sequence[Point], rule: ChooseConfig, of: Sequence[str] = ()) -> Point:
     """Return the point that adapter/ will hold.
 
     The rule names its η, or it is the largest measured η whose KL stays within max_kl, above 1 too.
     SFT's own KL is 0, so there is always such a point.
+
+    Args:
+        of: names of the rule's weights, see Config.corners. With weights, the point is on the line
+            of the merge that has them.
     """
-    front = [point for point in points if point.eta is not None]
+    line = {point.eta: point for point in points if point.eta is not None}
+    if rule.weights:
+        own = shares(rule.weights, of)
+        line = {0.0: line[0.0]} | {p.liti: p for p in points if p.liti and p.weights == own}
     if rule.eta is not None:
-        return next(point for point in front if point.eta == rule.eta)
-    return max(
-        (point for point in front if point.kl <= (rule.max_kl or 0)),
-        key=lambda point: point.eta or 0,
-    )
+        return line[rule.eta]
+    return line[max(eta for eta, point in line.items() if point.kl <= (rule.max_kl or 0))]
 
 
 def sample_rows(
@@ -127,8 +132,8 @@ def front_json(
     """
     return {
         "chosen": chosen.name,
-        "chosen_eta": chosen.eta,
-        "choose": config.front.choose.model_dump(),
+        "chosen_eta": chosen.liti if chosen.eta is None else chosen.eta,
+        "choose": _choice(config.front.choose),
         "prompts": config.front.prompts,
         "completions_per_prompt": config.front.completions_per_prompt,
         "temperature": config.rollout.temperature,
@@ -144,4 +149,9 @@ def is_current(front: Mapping[str, Any], config: Config, ceiling: Mapping[str, A
     """Return whether a front.json of the right points also has the right choice and ceiling."""
     told = [front.get(name) for name in ("choose", "share_kl", "ceiling", "prompts")]
     wanted = config.front
-    return told == [wanted.choose.model_dump(), wanted.share_kl, ceiling, wanted.prompts]
+    return told == [_choice(wanted.choose), wanted.share_kl, ceiling, wanted.prompts]
+
+
+def _choice(rule: ChooseConfig) -> dict[str, Any]:
+    """Return a rule as front.json has it: with weights only if it names some."""
+    return rule.model_dump(exclude=set() if rule.weights else {"weights"})

@@ -20,7 +20,14 @@ CEILING_VERSION = POINT_VERSION = 1  # likewise of a ceiling, and of a front's p
 # Keys of `optim` that are newer than the first policies' keys.
 _NEWER = ("weight_decay", "betas", "importance_cap")
 # Keys of `front` that its measured points do not depend on.
-_NOT_OF_POINTS = {"choose", "every", "tracked_prompts", "ceiling_completions", "share_kl"}
+_NOT_OF_POINTS = {
+    "choose",
+    "weights",
+    "every",
+    "tracked_prompts",
+    "ceiling_completions",
+    "share_kl",
+}
 
 
 def policy_keys(
@@ -179,7 +186,12 @@ def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
     )
 
 
-def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
+def front_key(
+    config: Config,
+    evaluation: str,
+    keys: Sequence[str],
+    mixes: Sequence[Mapping[str, float]] = (),
+) -> str:
     """Return the key of an iteration's front. The choice of a point is no part of it.
 
     Neither is the ceiling, which has a key of its own, or what is measured while policies train.
@@ -188,12 +200,16 @@ def front_key(config: Config, evaluation: str, keys: Sequence[str]) -> str:
         config: the run's configuration.
         evaluation: fingerprint of what the evaluation reads.
         keys: keys of the iteration's policies.
+        mixes: shares of the merges that are measured besides the line to SLERP. Which η of theirs
+            are measured depends on the choice of η.
     """
     front = config.front.model_dump(exclude=_NOT_OF_POINTS) | {
         "etas": sorted({*wanted_etas(config), 0.0, 1.0})
     }
     weights = [config.warp.merge_weights] if config.warp.merge_weights else []
-    return identity.content_key([keys, evaluation, front, config.cluster.threads, *weights])
+    rule = config.front.choose
+    mixed = [{"mixes": list(mixes), "choose": [rule.eta, rule.max_kl]}] if mixes else []
+    return identity.content_key([keys, evaluation, front, config.cluster.threads, *weights, *mixed])
 
 
 def points_key(config: Config, evaluation: str, determinants: Mapping[str, object]) -> str:

@@ -70,7 +70,7 @@ class Point:
     """One model on the front.
 
     Attributes:
-        name: sft, policy m, lerp, liti η, or slerp.
+        name: sft, policy m, lerp, liti η, slerp, or the shares of another merge.
         eta: position on the line from SFT (0) through SLERP (1); None for points off that line.
         reward: mean reward.
         reward_ci: half the width of the reward's 95 % interval over prompts.
@@ -86,6 +86,10 @@ class Point:
             nats per token. Above 0: it has forgotten. None without texts.
         retention_ci: half the width of its 95 % interval over texts.
         rewards: mean of each of several rewards, by its name; none with a single one.
+        rewards_ci: half the width of the 95 % interval of each of them.
+        weights: shares of the policies in a merge off the line, by reward or by policy; none of
+            other points.
+        liti: position on the line from SFT (0) through that merge (1); None for other points.
     """
 
     name: str
@@ -103,6 +107,9 @@ class Point:
     retention: float | None = None
     retention_ci: float | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
+    rewards_ci: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    liti: float | None = None
 
     @property
     def title(self) -> str:
@@ -111,9 +118,10 @@ class Point:
 
 
 def point_json(point: Point) -> dict[str, Any]:
-    """Return a point as JSON; `rewards` is there where there are several."""
+    """Return a point as JSON, without what only points with several rewards or weights have."""
+    absent: dict[str, Any] = {"rewards": {}, "rewards_ci": {}, "weights": {}, "liti": None}
     row = asdict(point)
-    return row if row["rewards"] else {name: row[name] for name in row if name != "rewards"}
+    return {name: row[name] for name in row if name not in absent or row[name] != absent[name]}
 
 
 @dataclass(frozen=True)
@@ -124,11 +132,14 @@ class Candidate:
         name: see Point.
         eta: see Point.
         delta: its change from the SFT model; None for the SFT model itself.
+        weights, liti: see Point.
     """
 
     name: str
     eta: float | None
     delta: AdapterDelta | None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    liti: float | None = None
 
 
 def summarise(
@@ -154,6 +165,7 @@ def summarise(
     )
     reward, reward_ci = mean_interval(scored.rewards, group)
     kl, kl_ci = mean_interval(scored.kl, group)
+    parts = _of_parts(scored.rewards, group)
     if math.isnan(reward):
         raise NotFiniteError(
             f"the reward applies to no completion of {candidate.name} on the held-out prompts"
@@ -181,15 +193,18 @@ def summarise(
         extrapolated=(candidate.eta or 0.0) > 1,
         retention=kept[0],
         retention_ci=kept[1],
-        rewards=_means_of_parts(scored.rewards, group),
+        rewards={name: mean for name, (mean, _) in parts.items()},
+        rewards_ci={name: half for name, (_, half) in parts.items()},
+        weights=candidate.weights,
+        liti=candidate.liti,
     )
 
 
-def _means_of_parts(rewards: Sequence[float], group: int) -> dict[str, float]:
-    """Return the mean of each of several rewards that has scores."""
+def _of_parts(rewards: Sequence[float], group: int) -> dict[str, tuple[float, float]]:
+    """Return mean and interval of each of several rewards that has scores."""
     parts = rewards.parts if isinstance(rewards, Scores) else {}
-    means = {name: mean_interval(part, group)[0] for name, part in parts.items()}
-    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    found = {name: mean_interval(part, group) for name, part in parts.items()}
+    return {name: own for name, own in found.items() if not math.isnan(own[0])}
 
 
 def mean_interval(values: Sequence[float], group: int = 1) -> tuple[float, float]:

@@ -1,10 +1,12 @@
 """Tests of the hypervolume against areas worked by hand, and against counted cells of a grid."""
 
+import itertools
+import math
 import random
 
 import pytest
 
-from raywarp.algorithm.hypervolume import dominates, hypervolume, pareto
+from raywarp.algorithm.hypervolume import dominated_volume, dominates, hypervolume, pareto, simplex
 
 
 def test_one_point_is_a_rectangle() -> None:
@@ -60,3 +62,24 @@ def test_pareto_keeps_what_nothing_beats_by_rising_kl() -> None:
     assert not dominates((2, 3), (1, 2))
     assert pareto([(3, 2), (0, 0), (1, 1), (2, 0.5), (1, 1), (4, 2)]) == [1, 2, 4, 0]
     assert pareto([]) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_volume_is_that_of_the_cells_which_a_point_dominates(count: int) -> None:
+    draw = random.Random(count)
+    for _ in range(10):
+        points = [tuple(float(draw.randrange(-1, 6)) for _ in range(count)) for _ in range(5)]
+        cells = [
+            cell
+            for cell in itertools.product(range(1, 6), repeat=count)
+            if any(all(p > c for p, c in zip(point, cell, strict=True)) for point in points)
+        ]
+        assert dominated_volume(points, [1.0] * count) == len(cells)
+
+
+def test_the_simplex_by_hand() -> None:
+    assert simplex(2, 4) == [(1, 0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0, 1)]
+    assert simplex(3, 1) == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    found = simplex(4, 3)
+    assert len({*found}) == len(found) == math.comb(6, 3)
+    assert all(math.isclose(sum(weights), 1) for weights in found)

@@ -99,3 +99,64 @@ def test_what_cannot_differ_is_refused(each: list[Any], message: str) -> None:
 def test_bad_weights_of_the_merge_are_refused(weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="warp.*merge_weights"):
         load_config({"warp": {"policies": 2, "merge_weights": weights}})
+
+
+SOUP = ({"rewards": {"brief": 0}}, {"rewards": {"helpful": 0}})
+
+
+def test_shares_name_the_reward_that_a_policy_is_trained_on() -> None:
+    assert of_two(*SOUP).corners == {"helpful": [1], "brief": [2]}
+    mixed = of_two({}, {"rewards": {"brief": 0}})
+    assert mixed.corners == {"policy 1": [1], "policy 2": [2]}
+    four = of_two(*SOUP, *SOUP, warp={"policies": 4})
+    assert four.corners == {"helpful": [1, 3], "brief": [2, 4]}
+    assert of_two({"rewards": {"brief": 0}}, {"rewards": {"brief": 0}}).corners.keys() == {
+        *("policy 1", "policy 2")
+    }
+
+
+def test_merges_of_other_shares_are_measured_where_the_rewards_differ() -> None:
+    of = [1, 0.75, 0.5, 0.25, 0]
+    grid = [{"helpful": own, "brief": 1 - own} for own in of]
+    assert of_two(*SOUP).mixes == grid
+    assert of_two(*SOUP, front={"weights": 0}).mixes == []
+    assert of_two({}, {"lr": 1e-3}).mixes == []
+    choose = {"weights": {"helpful": 7, "brief": 3}, "max_kl": 5}
+    chosen = {"helpful": 0.7, "brief": 0.3}
+    assert of_two(*SOUP, front={"choose": choose}).mixes == [*grid, chosen]
+    assert of_two(*SOUP, front={"weights": [{"brief": 2}], "choose": choose}).mixes == [
+        {"helpful": 0, "brief": 1},
+        chosen,
+    ]
+    assert len(of_two({}, {"rewards": {"brief": 0}}).mixes) == 5
+    three = [{"name": name, "function": f"a:{name}"} for name in "xyz"]
+    each = [{"rewards": {**dict.fromkeys("xyz", 0), name: 1}} for name in "xyz"]
+    assert len(load_config({"rewards": three, "warp": {"policies": 3, "each": each}}).mixes) == 15
+
+
+@pytest.mark.parametrize(
+    ("front", "message"),
+    [
+        (
+            {"choose": {"weights": {"kind": 1}, "eta": 1}},
+            "weights: nothing has the name kind",
+        ),
+        ({"weights": [{"helpful": 0}]}, "front.weights: all weights are 0"),
+        ({"weights": [{"helpful": -1}]}, "front.weights"),
+        ({"choose": {"weights": {"helpful": 1}}}, "needs exactly one of eta and max_kl"),
+    ],
+)
+def test_bad_shares_are_refused(front: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        of_two(*SOUP, front=front)
+
+
+def test_a_single_policy_has_no_shares() -> None:
+    with pytest.raises(ConfigError, match="are shares of policies, and warp.policies=1"):
+        load_config({"warp": {"policies": 1}, "front": {"weights": 4}})
+
+
+def test_trials_are_compared_by_their_line() -> None:
+    choose = {"weights": {"helpful": 1}, "eta": 1}
+    with pytest.raises(ConfigError, match="trials of tune are compared by their line"):
+        of_two(*SOUP, front={"choose": choose}, tune={"lr": {"grid": [1e-3]}})
