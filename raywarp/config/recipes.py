@@ -49,7 +49,25 @@ RECIPES = {
         fixed={"warp": {"anchor": "sft", "iterations": 1, "policies": 1}},
         usual={"warp": {"steps": 160}, "optim": {"schedule": "linear"}},
     ),
+    "soup": Recipe(
+        about=(
+            "Rewarded soup (Ramé et al. 2023): one policy for each of the rewards, and afterwards",
+            "merges with any shares of them, each within the KL of front.choose. Give your own",
+            "rewards; these two need no model.",
+        ),
+        figures=("docs/preferences.md has a measured front.",),
+        fixed={"warp": {"anchor": "sft", "iterations": 1}},
+        usual={
+            "warp": {"steps": 64},
+            "optim": {"schedule": "linear", "batch_size": 32},
+            "rollout": {"max_new_tokens": 16},
+        },
+    ),
 }
+_EXAMPLE = [
+    {"name": "positive", "function": "raywarp.embedded:vader", "standardise": True},
+    {"name": "present", "function": "raywarp.rewards.tense:present", "standardise": True},
+]
 
 
 def with_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,9 +76,10 @@ def with_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a given setting contradicts the recipe.
     """
-    recipe, filled = RECIPES[tree["recipe"]], dict(tree)
+    recipe = RECIPES[tree["recipe"]]
+    filled = _soup(tree) if tree["recipe"] == "soup" else dict(tree)
     for section in recipe.fixed.keys() | recipe.usual.keys():
-        given = tree.get(section) or {}
+        given = filled.get(section) or {}
         if not isinstance(given, Mapping):
             return filled  # a mistake that has its own message
         fixed, usual = recipe.fixed.get(section, {}), recipe.usual.get(section, {})
@@ -72,3 +91,27 @@ def with_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
                 )
         filled[section] = {**usual, **given, **fixed}
     return filled
+
+
+def _soup(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with rewards, and with a policy for each of them where none are given.
+
+    Raises:
+        ValueError: there is a single reward, or fewer policies than rewards.
+    """
+    rewards, warp = tree.get("rewards") or [], tree.get("warp") or {}
+    if not rewards and any((tree.get("reward") or {}).get(key) for key in ("model", "function")):
+        raise ValueError("recipe=soup mixes rewards: give two or more in rewards, not in reward")
+    rewards = rewards or _EXAMPLE
+    names = [one.get("name") for one in rewards if isinstance(one, Mapping)]
+    if not isinstance(warp, Mapping) or warp.get("each") or None in names:
+        return {**tree, "rewards": rewards}
+    count = warp.get("policies", len(names))
+    if len(names) < 2 or not isinstance(count, int) or count < len(names):
+        raise ValueError(
+            "recipe=soup trains a policy for each of two or more rewards; there are"
+            f" {len(names)} rewards and warp.policies={count}"
+        )
+    own = [names[m % len(names)] for m in range(count)]
+    each = [{"rewards": {name: float(name == mine) for name in names}} for mine in own]
+    return {**tree, "rewards": rewards, "warp": {**warp, "policies": count, "each": each}}

@@ -109,7 +109,7 @@ class RolloutConfig(Section):
 
 
 class Config(Section):
-    recipe: Literal["warp", "anchored"] | None = Field(
+    recipe: Literal["warp", "anchored", "soup"] | None = Field(
         None,
         description=(
             "settings that belong together (`raywarp config --recipe` prints them with"

@@ -21,7 +21,6 @@ from bench.evidence import ceilings, checks, claims, fronts, merges, recheck, re
 from bench.evidence.claims import ARMS_OF, CLAIMS, SHARE_OF
 from bench.evidence.curves import CURVES, END, SFT, Trained, size
 from bench.evidence.fronts import Effect
-from bench.evidence.present_tense import score
 from bench.evidence.results import Measured, OtherSettingsError, Results
 from bench.evidence.settings import (
     ARMS,
@@ -99,17 +98,6 @@ def test_outcome(value: float, low: float, high: float, seeds: int, outcome: str
     assert recheck.outcome(value, low, high, seeds) == outcome
 
 
-def test_the_present_tense_is_counted() -> None:
-    texts = [
-        "It's a film that is, is, is and has heart.",
-        "It was loved, and it shows",
-        "A breed of need, indeed",
-        "We laughed",
-        "",
-    ]
-    assert score([""] * len(texts), texts) == [3.0, -1.0, 1.0, -1.0, 0.0]
-
-
 def test_peft_linear_is_what_peft_makes() -> None:
     sizes = {"q": (6, 5), "up": (4, 6)}
     parts = [
@@ -171,7 +159,7 @@ def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     configs = {task: arm_config(Settings(task=task), ARMS["warp"], 1, tmp_path) for task in TASKS}
     assert configs["reviews"].reward.function is None
-    assert configs["present-tense"].reward.function == "bench.evidence.present_tense:score"
+    assert configs["present-tense"].reward.function == "raywarp.rewards.tense:present"
     assert configs["present-tense"].warp == configs["reviews"].warp
     backbones = {
         task: [

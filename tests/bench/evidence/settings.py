@@ -214,7 +214,7 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
     if name == PRESENT_TENSE:
         return {
             **model,
-            "reward": {"function": "bench.evidence.present_tense:score"},
+            "reward": {"function": "raywarp.rewards.tense:present"},
             "control": {"function": "raywarp.embedded:vader"},
         }
     return {

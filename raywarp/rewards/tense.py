@@ -1,5 +1,6 @@
-"""The second task's reward: a continuation stays in the present tense. By rules that anybody can
-read; nothing about it is learnt.
+"""A reward for the present tense, by rules that anybody can read: for `reward.function`.
+
+A configuration names it as `raywarp.rewards.tense:present`.
 """
 
 import re
@@ -8,7 +9,7 @@ from typing import Any
 
 
 def words_of(text: str) -> list[str]:
-    """In lower case, with their apostrophes."""
+    """Return the words in lower case, with their apostrophes."""
     return re.findall(r"[a-z']+", text.lower().replace("’", "'"))
 
 
@@ -28,7 +29,7 @@ PAST = frozenset(
         " wrote ran fell held stood sat spoke broke grew meant spent sent built"
     )
 )
-# on -ed
+# Words in -ed that are no past forms.
 NO_PAST = frozenset(
     words_of(
         "need indeed feed speed seed deed weed breed bleed greed hundred red bed naked sacred"
@@ -37,9 +38,10 @@ NO_PAST = frozenset(
 )
 
 
-def score(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """Different verb forms of the present, less all those of the past: saying one form again earns
-    nothing.
+def present(completions: Sequence[str], **columns: Any) -> list[float]:
+    """Return the number of different present forms of verbs, minus the number of past forms.
+
+    Saying one form again earns nothing.
     """
     return [
         float(len(set(words) & PRESENT) - sum(map(is_past, words)))
@@ -48,5 +50,5 @@ def score(prompts: Sequence[str], completions: Sequence[str], **columns: Any) ->
 
 
 def is_past(word: str) -> bool:
-    """Listed, or regular: on -ed."""
+    """Return whether a word is a listed past form, or ends in -ed."""
     return word in PAST or (word.endswith("ed") and word not in NO_PAST and len(word) > 3)
