@@ -26,6 +26,7 @@ SCRIPTS = (
     "dom.js",
     "charts.js",
     "front.js",
+    "preferences.js",
     "texts.js",
     "curves.js",
     "geometry.js",

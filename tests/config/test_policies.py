@@ -36,6 +36,18 @@ def test_a_recipe_fills_in_its_settings_and_keeps_those_that_it_leaves_open() ->
     assert warp.model_copy(update={"recipe": None}) == default
 
 
+def test_a_soup_has_a_policy_for_each_reward() -> None:
+    rewards = [{"name": name, "function": f"mine:{name}"} for name in ("a", "b", "c")]
+    config = parse_config({"recipe": "soup", "rewards": rewards})
+    assert config.corners == {"a": [1], "b": [2], "c": [3]}
+    assert (config.warp.anchor, config.warp.iterations, len(config.mixes)) == ("sft", 1, 15)
+    six = parse_config({"recipe": "soup", "rewards": rewards, "warp": {"policies": 6}})
+    assert six.corners == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
+    example = parse_config({"recipe": "soup"})
+    assert example.corners == {"positive": [1], "present": [2]}
+    assert parse_config(example.model_dump(mode="json")) == example
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_printed_recipe_is_a_configuration_of_that_recipe(name: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
@@ -65,6 +77,13 @@ def test_a_printed_recipe_is_a_configuration_of_that_recipe(name: str, tmp_path:
         ({"front": {"etas": [-0.5]}}, "front.etas"),
         ({"optim": {"schedule": "exponential"}}, "schedule"),
         ({"recipe": "soup-of-the-day"}, "recipe"),
+        ({"recipe": "soup", "reward": {"function": "a:b"}}, "give two or more in rewards"),
+        (
+            {"recipe": "soup", "rewards": [{"name": "a", "function": "a:b"}]},
+            "there are 1 rewards and warp.policies=1",
+        ),
+        ({"recipe": "soup", "warp": {"policies": 1}}, "there are 2 rewards and warp.policies=1"),
+        ({"recipe": "soup", "warp": {"anchor": "ema"}}, "contradicts recipe=soup"),
         (
             {"recipe": "anchored", "warp": {"policies": 2}},
             "warp.policies=2 contradicts recipe=anchored, which has warp.policies=1",

@@ -481,6 +481,72 @@ def test_what_is_kept_and_what_is_extrapolated_is_shown(
     assert "extrapolated" not in browser.text("#front-chart")
 
 
+@pytest.mark.parametrize("names", [("good", "short"), ("good", "short", "kind")])
+def test_the_preference_front_is_drawn_and_its_points_read(
+    browser: Browser, tiny_finished: Run, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    folder = Path(
+        shutil.copytree(
+            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
+    front = sealed.read_record(folder / "front.json")
+    assert front
+    shares = [(1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.0, 1.0)]
+    for n, one in enumerate(front["points"]):
+        one.update(rewards={name: 0.1 * n for name in names})
+    merges = [
+        {
+            **one,
+            "name": f"merge {n}",
+            "eta": None,
+            "weights": {"good": good, "short": short},
+            "liti": 1 - n / 10,
+            "kl": 2.0 + n,
+            "rewards": {**dict.fromkeys(names, 0.0), "good": 1 + good, "short": 1 + short},
+            "rewards_ci": dict.fromkeys(names, 0.1),
+        }
+        for n, (good, short) in enumerate(shares)
+    ]
+    told = [merge["name"] for merge in merges]
+    volume = {"hypervolume": 2.25, "hypervolume_ci": [2.0, 2.5], "hypervolume_of": list(names)}
+    front.update(points=[*front["points"], *merges], chosen="merge 1", preference_front=told)
+    sealed.write_record(folder / "front.json", front | volume)
+    texts = json.loads((folder / "samples.json").read_text())
+    for row in texts:
+        row.update({name: f"text of {name}" for name in told})
+    sealed.write_json(folder / "samples.json", texts)
+    save_report([str(folder)], str(tmp_path / "page.html"))
+    browser.open(tmp_path / "page.html")
+    browser.scroll_through()
+    drawn = browser.text("#preferences-chart svg")
+    for word in ("1/0", "0.75/0.25", "0/1", "SFT", "policy 1", "KL, nats", "good", "short"):
+        assert word in drawn
+    assert "0.75" not in browser.text("#front-chart svg")
+    assert "2.25 [2.00, 2.50]" in browser.text("#hypervolume")
+    assert browser.text("#preferences-point h3") == "Texts of merge 1"
+    assert {*browser.texts("#preferences-point .after")} == {"text of merge 1"}
+    place = (
+        "const chart = document.getElementById('preferences-chart').chart.instance;"
+        "return chart.convertToPixel({xAxisIndex: 0, yAxisIndex: 0}, arguments[0])"
+    )
+    first, last = (browser.run(place, at) for at in ([2.0, 1.0], [1.0, 2.0]))
+    assert first[0] > last[0]
+    assert first[1] > last[1]  # pixels count downwards
+    browser.click("#points button[data-point='merge 3']")
+    assert browser.text("#preferences-point h3") == "Texts of merge 3"
+    if len(names) > 2:
+        browser.run(
+            "const axis = document.getElementById('preferences-y'); axis.value = 'kind';"
+            " axis.dispatchEvent(new Event('change'))"
+        )
+        assert "kind" in browser.text("#preferences-chart svg")
+    else:
+        assert not browser.texts("#preferences select")
+    assert browser.logged() == []
+    browser.screenshot(f"preferences-{len(names)}")
+
+
 def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
     """1,000 prompts, every one of which is found again."""
     folder = Path(

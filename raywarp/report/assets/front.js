@@ -58,7 +58,7 @@ function pointLabel(point) {
 }
 
 function frontOption(run, runs, state) {
-  const points = run.front ? run.front.points : [];
+  const points = run.front ? run.front.points.filter((point) => !point.weights) : []; // the others are in preferences.js
   const line = points.filter((point) => point.eta !== null).sort((a, b) => a.eta - b.eta);
   const dot = (point, more = {}) => {
     const style = pointStyle(point);

@@ -64,7 +64,7 @@ function runChooser() {
   if (page.runs.length < 2) return null;
   const select = h("select", { id: "run", "aria-label": "Run" }, page.runs.map((run, n) => h("option", { value: String(n), selected: n === state.run }, `${run.name} (${run.place})${run.mark ? `, ${run.mark.toLowerCase()}` : ""}`)));
   select.addEventListener("change", () => {
-    Object.assign(state, { run: Number(select.value), point: null, texts: null, curves: null, strip: null });
+    Object.assign(state, { run: Number(select.value), point: null, axes: null, texts: null, curves: null, strip: null });
     draw();
   });
   return h("div", { class: "bar" }, h("label", { class: "wide" }, `${page.runs.length} runs; shown in full:`, select));
@@ -85,16 +85,17 @@ function draw() {
   closeCharts();
   const select = (name) => {
     state.point = name;
-    front.select();
+    [front, preferences].filter(Boolean).forEach((one) => one.select());
   };
   const front = frontSection(run, page.runs, state, select);
-  const sections = [summarySection(run), front, textsSection(run, state), controlSection(run, state, select), curvesSection(run, state), trainingTextsSection(run, state), geometrySection(run), timelineSection(run), faultsSection(run), settingsSection(run)];
+  const preferences = preferencesSection(run, state, select);
+  const sections = [summarySection(run), front, preferences, textsSection(run, state), controlSection(run, state, select), curvesSection(run, state), trainingTextsSection(run, state), geometrySection(run), timelineSection(run), faultsSection(run), settingsSection(run)];
   const main = document.getElementById("main");
   const height = main.offsetHeight;
   main.style.minHeight = `${height}px`;
   main.replaceChildren(...[runChooser(), ...sections].filter(Boolean));
   main.style.minHeight = "";
-  const titles = { summary: "Summary", front: "Front", texts: "Texts", control: "Control", curves: "Curves", training: "Training texts", geometry: "Geometry", time: "Time", faults: "Faults", settings: "Settings" };
+  const titles = { summary: "Summary", front: "Front", preferences: "Preferences", texts: "Texts", control: "Control", curves: "Curves", training: "Training texts", geometry: "Geometry", time: "Time", faults: "Faults", settings: "Settings" };
   document.getElementById("nav").replaceChildren(...sections.filter(Boolean).map((one) => h("a", { href: `#${one.id}` }, titles[one.id])));
   const made = `Made by raywarp ${page.version} on ${clock(page.made, true)}.`;
   document.getElementById("footer").replaceChildren(h("p", {}, `${made} This file is complete in itself and asks nothing of the network${page.live ? "; served here, it follows the run" : ""}. Charts by Apache ECharts (Apache-2.0).`));
