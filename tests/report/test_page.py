@@ -494,7 +494,7 @@ def test_the_preference_front_is_drawn_and_its_points_read(
     assert front
     shares = [(1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.0, 1.0)]
     for n, one in enumerate(front["points"]):
-        one.update(rewards={name: 0.1 * n for name in names})
+        one.update(rewards=dict.fromkeys(names, 0.1 * n))
     merges = [
         {
             **one,

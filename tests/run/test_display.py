@@ -23,7 +23,7 @@ def replayed(run: Run, terminal: bool = False, quiet: bool = False) -> str:
     rows = [row for row in run.metrics() if row["iteration"] == 1]
     keys = list(dict.fromkeys(row["key"] for row in rows))
     jobs = [Job(1, m, key, run.store) for m, key in enumerate(keys, 1)]
-    with display.iteration(1, jobs, jobs, 6) as bars:
+    with display.iteration(1, jobs, jobs, {job.key: 6 for job in jobs}) as bars:
         for row in rows:
             bars.update({"event": "step", **row})
     display.event({"event": "fault", "what": "rollout worker 1", "cause": "killed"})
