@@ -5,6 +5,7 @@ It is measured under its ceiling, and saved with the adapter of the chosen η.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from math import isfinite
 from pathlib import PurePosixPath
@@ -133,45 +134,40 @@ class Fronts:
             self.display.front(run)
             return False
         line = points()
-        if is_measured:
-            front = run.front()
-            measured = [Point(**point) for point in front["points"]]
-            mixed = {name: front[name] for name in PREFERENCE_KEYS if name in front}
-        else:
-            measured, mixed = self._measure(line, determinants, soup)
+        measured, mixed = self._known() if is_measured else self._measure(line, determinants, soup)
         chosen = choose(measured, config.front.choose, list(soup.corners))
-        self._save_adapter(
-            line, measured, chosen, origin, ceiling, soup, mixed.get("preference_front", [])
+        delta = (
+            soup.on_line(chosen.weights, chosen.liti or 0.0)
+            if chosen.weights
+            else on_line(line, chosen.eta or 0.0)
         )
+        self._draw(measured, chosen, origin, ceiling, mixed.get("preference_front", []))
+        about = card(told, measured, chosen, delta.rank, list(delta.factors), ceiling, origin)
+        run.save_adapter(delta, about)
         numerics_key = key_of_numerics(config, self.inputs.fingerprints())
         found = {"key": key, "numerics": {numerics_key: numerics}, **self.more, **mixed}
         run.save_front({**found, **front_json(measured, chosen, told, limits)})
         self.display.front(run)
         return True
 
-    def _save_adapter(
+    def _draw(
         self,
-        points: Sequence[Candidate],
-        measured: Sequence[Point],
+        points: Sequence[Point],
         chosen: Point,
         origin: Origin,
         ceiling: Ceiling | None,
-        soup: Soup,
-        front: Sequence[str],
+        preferences: Sequence[str],
     ) -> None:
-        told = self.inputs.measured(self.config)
-        plot_front(measured, chosen, self.run.folder / PICTURE, origin.picture, ceiling)
-        if front and len(measured[0].rewards) > 1:
-            plot_preferences(measured, front, chosen, self.run.folder / PREFERENCES)
-        adapter = (
-            soup.on_line(chosen.weights, chosen.liti or 0.0)
-            if chosen.weights
-            else on_line(points, chosen.eta or 0.0)
-        )
-        self.run.save_adapter(
-            adapter,
-            card(told, measured, chosen, adapter.rank, list(adapter.factors), ceiling, origin),
-        )
+        folder = self.run.folder
+        plot_front(points, chosen, folder / PICTURE, origin.picture, ceiling)
+        if preferences and len(points[0].rewards) > 1:
+            plot_preferences(points, preferences, chosen, folder / PREFERENCES)
+
+    def _known(self) -> tuple[list[Point], dict[str, Any]]:
+        """Return what `_measure` gave, from front.json."""
+        front = self.run.front()
+        points = [Point(**point) for point in front["points"]]
+        return points, {name: front[name] for name in PREFERENCE_KEYS if name in front}
 
     def _measure(
         self, line: Sequence[Candidate], determinants: Mapping[str, object], soup: Soup
@@ -184,14 +180,16 @@ class Fronts:
         inputs, held_out, rule = self.inputs, self.inputs.prompts.held_out, self.config.front
         kept = KeptPoints(self.run, points_key(inputs.config, inputs.front, determinants))
 
-        def measure(points: Sequence[Candidate]) -> list[tuple[Point, Scored]]:
+        def measure(
+            points: Sequence[Candidate], sft: Scored | None = None
+        ) -> list[tuple[Point, Scored]]:
             with self.display.evaluation(len(points)) as done:
                 return evaluate(
-                    self.session, self.config, points, held_out, done, inputs.texts, kept
+                    self.session, self.config, points, held_out, done, inputs.texts, kept, sft
                 )
 
         results = measure(line)
-        results += measure_soup(soup, rule.choose, lambda points: measure([line[0], *points])[1:])
+        results += measure_soup(soup, rule.choose, partial(measure, sft=results[0][1]))
         self.run.save_evaluation_work(
             spans_of([piece for _, scored in results for piece in scored.work])
         )

@@ -124,17 +124,19 @@ def evaluate(
     done: Callable[[Point], None],
     texts: Sequence[Sequence[int]] = (),
     kept: KeptPoints | None = None,
+    sft: Scored | None = None,
 ) -> list[tuple[Point, Scored]]:
     """Measure all points. Generation, scores and KL passes of different points overlap.
 
     Actors start only if there is a point that was not measured before.
 
     Args:
-        points: the first of them is SFT.
+        points: the first of them is SFT, unless `sft` is given.
         held_out: prompts, of which the first config.front.prompts are used.
         done: is called with each point once it is measured.
         texts: see submit_points.
         kept: what was measured before, and where each point is kept once it is measured.
+        sft: the SFT model's completions.
     """
     chosen = held_out[: config.front.prompts]
     prompts = [prompt for prompt in chosen for _ in range(config.front.completions_per_prompt)]
@@ -147,8 +149,14 @@ def evaluate(
         scored = own or next(pending).wait()
         if kept and not own:
             kept.save(candidate.delta, scored)
-        sft, group = results[0][1] if results else scored, config.front.completions_per_prompt
-        point = summarise(candidate, scored, group, sft, [len(text) - 1 for text in texts])
+        sft = sft or scored
+        point = summarise(
+            candidate,
+            scored,
+            config.front.completions_per_prompt,
+            sft,
+            [len(text) - 1 for text in texts],
+        )
         results.append((point, scored))
         done(point)
     return results

@@ -229,6 +229,24 @@ def test_nothing_is_measured_twice(
     assert len(list((again.folder / "points").iterdir())) == len(kept) + 1
 
 
+def test_shares_of_adapters(
+    measured: Run, project: Path, tiny_llama: Path, adapters: list[str]
+) -> None:
+    """By name or one number each; the merge is that of the same λ, and the only one is chosen."""
+    choose = {"etas": ETAS, "choose": {"eta": 1.0}}
+    config = settings(project, tiny_llama, "shares", front=choose)
+    config = config.model_copy(update={"store": str(measured.folder)})
+    run = front(adapters, config, lambdas=[0.25], weights=[{"a": 3, "b": 1}], display=Listener())
+    found = points(run)
+    share = found["a 0.75 b 0.25"]
+    assert share["weights"] == {"a": 0.75, "b": 0.25}
+    same = ("reward", "kl", "length", "distinct_2")
+    assert [share[key] for key in same] == [found["slerp λ 0.25"][key] for key in same]
+    assert run.front()["chosen"] == "a 0.75 b 0.25"
+    numbers = front(adapters, config, lambdas=[0.25], weights=[[3, 1]], display=Listener())
+    assert points(numbers) == found
+
+
 def test_a_finished_front_starts_no_actor(
     measured: Run, project: Path, tiny_llama: Path, adapters: list[str], monkeypatch: Any
 ) -> None:
@@ -278,6 +296,7 @@ def test_the_command_takes_adapters_options_and_keys(
     ("case", "message"),
     [
         ("lambdas", "lambdas lie between two adapters, and there are 1"),
+        ("weights", "nothing has the name c; there are a, b"),
         ("nan", "holds NaN or infinity"),
         ("base", "is an adapter of"),
         ("mixed", "is a run, and stands beside other adapters"),
@@ -305,6 +324,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     def run() -> Any:
         if case == "lambdas":
             return front([a], config, lambdas=[0.5])
+        if case == "weights":
+            return front(adapters, config, weights=[{"c": 1}])
         if case in ("nan", "base"):
             return front([damaged(a, tmp_path / "odd", case)], config)
         if case == "mixed":
