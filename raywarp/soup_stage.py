@@ -25,7 +25,7 @@ Weights = Mapping[str, float]
 Measure = Callable[[Sequence[Candidate]], Sequence[tuple[Point, Scored]]]
 
 ROUNDS = 4  # of measuring; afterwards only until some η is within max_kl
-AIM, NEAR = 0.95, 0.9  # of max_kl: what a guess aims at, and what is close enough
+AIM, NEAR = 0.95, 0.85  # of max_kl: what a guess aims at, and what is close enough
 # What front.json has besides its points.
 PREFERENCE_KEYS = (
     *("corners", "preference_front", "hypervolume", "hypervolume_ci", "hypervolume_of"),
@@ -117,7 +117,7 @@ def next_eta(tried: Mapping[float, float], rule: ChooseConfig) -> float | None:
     if not math.isfinite(above[high]):
         return _three_digits((low + high) / 2)
     guess = high * (AIM * most / above[high]) ** (1 / _power(tried, low, high))
-    margin = 0.1 * (high - low)
+    margin = 0.02 * (high - low)
     return _three_digits(min(max(guess, low + margin), high - margin))
 
 

@@ -121,8 +121,10 @@ def plot_preferences(
     figure, panels = plt.subplots(
         *(1, len(pairs)), figsize=(1 + 6 * len(pairs), 5), dpi=150, layout="constrained"
     )
-    merges = [point for point in points if point.name in front]
-    others = [points[0], *(p for p in points if p.name.startswith("policy ") and not p.weights)]
+    by_name = {point.name: point for point in points}
+    merges = [by_name[name] for name in front]
+    others = [points[0], *(p for p in points if p.name.startswith("policy "))]
+    colours = {"vmin": 0.0, "vmax": max(point.kl for point in (*merges, *others))}
     for axes, (x, y) in zip([panels] if len(pairs) == 1 else panels, pairs, strict=True):
         if len(points[0].rewards) == 2:
             axes.plot(*_axes_of(merges, x, y), color="#3b6fb6", linewidth=1.2, zorder=1)
@@ -131,8 +133,10 @@ def plot_preferences(
             at = (point.rewards[x], point.rewards[y])
             axes.errorbar(*at, **errors, color="#b8b8b8", linewidth=0.8, zorder=1)
             _name(axes, "/".join(f"{share:.2g}" for share in point.weights.values()), at)
-        drawn = axes.scatter(*_axes_of(merges, x, y), c=[p.kl for p in merges], s=45, zorder=2)
-        axes.scatter(*_axes_of(others, x, y), color="#7a7a7a", marker="s", s=25)
+        for some, marker in ((merges, "o"), (others, "s")):
+            drawn = axes.scatter(
+                *_axes_of(some, x, y), c=[p.kl for p in some], marker=marker, zorder=2, **colours
+            )
         for point in others:
             _name(axes, point.name, (point.rewards[x], point.rewards[y]), -12)
         axes.plot(

@@ -55,7 +55,7 @@ function preferencesOption(run, state, view) {
     const point = both.find((one) => one.name === name);
     return point && { type: "scatter", silent: true, data: [place(point)], symbol: "circle", symbolSize: size, itemStyle: { color: "transparent", ...style }, z: 6, tooltip: { show: false } };
   };
-  const kls = merges.map((point) => point.kl);
+  const kls = both.map((point) => point.kl);
   const series = [
     { ...errorBars(both.map((p) => [...place(p).slice(0, 2), half(p, view.x), half(p, view.y), colour("faint")])) },
     { type: "line", data: Object.keys(byName(points, "sft").rewards).length === 2 ? dots(merges) : [], symbol: "none", silent: true, color: colour("accent"), lineStyle: { width: 1.4, opacity: 0.6 }, z: 2 },
@@ -68,7 +68,7 @@ function preferencesOption(run, state, view) {
     grid: { left: 58, right: 84, top: 24, bottom: 48 },
     xAxis: axis(view.x, { nameGap: 28 }),
     yAxis: axis(view.y, { nameGap: 40 }),
-    visualMap: { type: "continuous", dimension: 2, seriesIndex: 2, min: Math.min(...kls), max: Math.max(...kls), right: 4, top: "middle", itemHeight: 110, itemWidth: 12, precision: 1, calculable: true, text: ["KL, nats", ""], textStyle: { color: colour("soft"), fontSize: 11 }, inRange: { color: ["#440154", "#31688e", "#35b779", "#fde725"] } },
+    visualMap: { type: "continuous", dimension: 2, seriesIndex: [2, 3], min: 0, max: Math.max(...kls), right: 4, top: "middle", itemHeight: 110, itemWidth: 12, precision: 1, calculable: true, text: ["KL, nats", ""], textStyle: { color: colour("soft"), fontSize: 11 }, inRange: { color: ["#440154", "#31688e", "#35b779", "#fde725"] } },
     tooltip: tooltip((item) => preferencesTip(item, points, run), { trigger: "item" }),
     series,
   };
