@@ -171,13 +171,20 @@ def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.Monke
         "reviews": [MINILM, MINILM],
         "present-tense": [],
         "smollm2-control": [MINILM, SMOLLM2],
+        "two-rewards": [MINILM],
     }
+    mixed = arm_config(Settings(task="two-rewards"), ARMS["mix-4"], 1, tmp_path)
+    assert [[one.weight for one in own.rewards] for own in mixed.of_policies] == [
+        *([0.8, 0.2], [0.6, 0.4], [0.4, 0.6], [0.2, 0.8])
+    ]
+    assert {own.warp.steps for own in mixed.of_policies} == {128}
     assert configs["smollm2-control"] == configs["reviews"]
 
 
 def test_arms_that_are_compared_at_equal_compute_cost_the_same() -> None:
     assert ARMS["warp-i2"].cost == ARMS["ema-4t"].cost == ARMS["sft-4t"].cost == 4
     assert {ARMS[arm].cost for arm in ARMS_OF["P6"]} == {8}
+    assert [ARMS[arm].cost for arm in ARMS_OF["P7"]] == [8, 8, 16]
     steps = {name: ARMS[name].length * Settings().steps for name in ARMS_OF["P6"]}
     assert steps == {
         **{"sft-m2": 128, "sft-m4": 64, "sft-8t": 256},
@@ -198,7 +205,7 @@ def test_every_curve_has_its_arm_and_its_ends() -> None:
     for claim in CLAIMS.values():
         assert {name for part in claim.parts for name in part.curves} <= CURVES.keys()
     same = {name: ([*c.parts[0].ours], [*c.parts[0].theirs]) for name, c in CLAIMS.items()}
-    assert same == recheck.COMPARED
+    assert same == {**recheck.COMPARED, **recheck.JOINT}
 
 
 @pytest.mark.parametrize("arm", ["warp", "warp-i2"])
@@ -343,7 +350,7 @@ def test_outcomes_of_made_up_results(results: Results, tmp_path: Path) -> None:
     outcomes = {name: entry["outcome"] for name, entry in told["claims"].items()}
     assert outcomes == {
         **{"P1": "better", "P2": "better", "P3": "equal", "P4": "better"},
-        **{"P5.ema": "equal", "P5.sft": "equal", "P6": "equal", "P8": "worse"},
+        **{"P5.ema": "equal", "P5.sft": "equal", "P6": "equal", "P7": "equal", "P8": "worse"},
     }
     deviation = np.mean([seed.points[SFT].reward.std() for seed in results.seeds.values()])
     assert told["claims"]["P1"]["effect"] == pytest.approx(0.3 / deviation, abs=0.02)
@@ -360,6 +367,45 @@ def test_outcomes_of_made_up_results(results: Results, tmp_path: Path) -> None:
     page = (tmp_path / report.PAGE).read_text()
     assert "| SLERP over its two policies | better |" in page
     assert (tmp_path / "evidence" / "fronts.png").stat().st_size < 250_000
+
+
+def test_hypervolumes_of_made_up_results(tmp_path: Path) -> None:
+    """Rewards grow with √KL; the areas of their staircases are worked by hand."""
+    settings = Settings(task="two-rewards")
+    results = Results(tmp_path / "results", settings.as_json())
+    places = {"soup-1": (1.0, 0.25), "soup-0.75": (0.9, 0.6), "soup-0.5": (0.75, 0.75)}
+    places |= {"soup-0.25": (0.6, 0.9), "soup-0": (0.25, 1.0)}
+    places |= {"mix-2-1": (0.75, 0.5), "mix-2-2": (0.5, 0.75)}
+    places |= {f"mix-4-{m}": (0.95, 0.95) for m in (1, 2, 3, 4)}
+    for number in (1, 2, 3):
+        seed = results.seed(number)
+        for name, point in made_up(number, {}, settings).items():
+            right, up = places.get(name.partition("@")[0], (0.0, 0.0))
+            root = point.kl.mean() ** 0.5
+            base = np.random.default_rng(number).normal(0, 1, (2, PROMPTS))
+            noise = np.random.default_rng([number, len(name)]).normal(0, 0.02, (2, PROMPTS))
+            own = base + noise + root * np.array([[right], [up]])
+            seed.points[name] = replace(point, reward=own[0], control=own[1])
+        for name, curve in CURVES.items():
+            if curve.arm in ARMS_OF["P7"]:
+                seed.facts.setdefault(curve.arm, {"curves": []})["curves"].append(name)
+        results.save(number)
+    report.report(Results(results.folder, settings.as_json()), settings, tmp_path / "results")
+    told = json.loads((tmp_path / "results/evidence.json").read_text())
+    assert told["claims"].keys() == {"P7"}
+    two, four = told["claims"]["P7"]["parts"].values()
+    soup = 1.0 * 0.25 + 0.9 * 0.35 + 0.75 * 0.15 + 0.6 * 0.15 + 0.25 * 0.1
+    mixed = 0.75 * 0.5 + 0.5 * 0.25
+    roots = np.mean([kl**0.5 for kl in settings.kls])
+    assert two["effect"] == pytest.approx(roots * (soup**0.5 - mixed**0.5), rel=0.05)
+    assert four["effect"] == pytest.approx(roots * (soup**0.5 - 0.95), rel=0.1)
+    assert (two["outcome"], four["outcome"]) == ("better", "worse")
+    assert (tmp_path / "results/evidence/preferences.png").stat().st_size > 5_000
+    low, high = two["interval_over_prompts"]
+    assert low <= two["effect"] <= high
+    assert recheck.recheck(results.folder, told) == []
+    told["claims"]["P7"]["effect"] += 0.01
+    assert recheck.recheck(results.folder, told) == ["P7"]
 
 
 def test_a_share_is_of_the_ceiling_that_gaussian_rewards_have(results: Results) -> None:

@@ -23,12 +23,16 @@ SLOPES = (0.95, 1.05)
 KL_RATIOS = (0.95, 1.05)
 ERRORS = 2.0  # standard errors by which a ratio must be off as well
 RESIDUAL_KL = 4.0  # nats, up to which residuals are taken
-LERPS = {"warp": "lerp", "warp-m4": "lerp-m4", "sft-m2": "sft-m2-lerp", "sft-m4": "sft-m4-lerp"}
+LERPS = {
+    **{"warp": "lerp", "warp-m4": "lerp-m4", "sft-m2": "sft-m2-lerp", "sft-m4": "sft-m4-lerp"},
+    "soup": "soup-lerp",
+}
 POLICIES = {
     "warp": TWO,
     "warp-m4": FOUR,
     "sft-m2": tuple(f"sft-m2-policy-{m}" for m in (1, 2)),
     "sft-m4": tuple(f"sft-m4-policy-{m}" for m in (1, 2, 3, 4)),
+    "soup": ("soup-1", "soup-0"),
 }
 
 

@@ -2,17 +2,18 @@
 KLs, and by which rule. Effects are in standard deviations of the SFT model's reward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from bench.evidence import fronts
-from bench.evidence.curves import CURVES, SFT
+from bench.evidence.curves import CURVES, SFT, SHARES
 from bench.evidence.fronts import Array, Effect
 from bench.evidence.results import Results, Seed
 from bench.evidence.settings import Settings
 
+from raywarp.algorithm.hypervolume import dominated_volume
 from raywarp.identity import derive_seed
 
 RESAMPLES = 1000
@@ -21,11 +22,16 @@ BEFORE, BEYOND = 1.3, 1.05  # how far outside its points, in KL, a front is told
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison at equal KL: the mean of some curves' fronts over the mean of others'."""
+    """One comparison at equal KL: the mean of some curves' fronts over the mean of others'.
+
+    joint: compared are the hypervolumes that the curves of a side reach together in the two
+    rewards above SFT's, each as the side of a square of that size.
+    """
 
     name: str
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
+    joint: bool = False
 
     @property
     def curves(self) -> tuple[str, ...]:
@@ -88,6 +94,24 @@ def _p6() -> Claim:
     )
 
 
+def _p7() -> Claim:
+    soup = tuple(f"soup-{share:g}" for share in SHARES)
+    return Claim(
+        "P7",
+        "Merges of two policies on two rewards reach a larger hypervolume of both than runs with"
+        " fixed mixtures.",
+        tuple(
+            Part(
+                f"all λ of two runs over {count} mixtures, at {compute} compute",
+                soup,
+                tuple(f"mix-{count}-{m}" for m in range(1, count + 1)),
+                joint=True,
+            )
+            for count, compute in ((2, "equal"), (4, "twice the"))
+        ),
+    )
+
+
 CLAIMS = {
     claim.name: claim
     for claim in (
@@ -121,13 +145,15 @@ CLAIMS = {
         _p5("ema"),
         _p5("sft"),
         _p6(),
+        _p7(),
     )
 }
-SHARES = "P8"  # every line's share of the ceiling, which is no comparison of fronts
+CEILING = "P8"  # every line's share of the ceiling, which is no comparison of fronts
 SHARE_KLS = (1.0, 2.0, 3.0)
 SHARE_OF = "slerp-i2"  # the line that gives P8's effect: WARP itself
-NAMES = (*CLAIMS, SHARES)
-FIRST_TIER = tuple(name for name in NAMES if name != "P6")
+NAMES = (*CLAIMS, CEILING)
+FIRST_TIER = tuple(name for name in NAMES if name not in ("P6", "P7"))
+OF_BOTH = "P7"  # the claim of the task with two rewards, and the only one
 ARMS_OF = {name: CLAIMS[name].arms if name in CLAIMS else () for name in NAMES}
 
 
@@ -181,6 +207,9 @@ class Sample:
         at = np.array(self.compared(part))
         if not len(at):
             return np.full(len(self.weights), np.nan)
+        if part.joint and quantity == "reward":
+            joint: Array = self.side(part.ours, at) - self.side(part.theirs, at)
+            return joint
         ours, theirs = (
             np.mean(
                 [fronts.reward_at(*self.front(curve, quantity), at).mean(-1) for curve in curves],
@@ -190,6 +219,23 @@ class Sample:
         )
         gain: Array = ours - theirs
         return gain
+
+    def side(self, curves: Sequence[str], at: Array) -> Array:
+        """(1 + B,) √ of the hypervolume of both rewards above SFT's, the mean over the KLs."""
+        both = [
+            np.stack(
+                [fronts.reward_at(*self.front(curve, one), at) for curve in curves], axis=-1
+            )  # (1 + B, K, curves)
+            for one in ("reward", "control")
+        ]
+        points = np.stack(both, axis=-1)
+        base = np.stack([self.mean(SFT, one) for one in ("reward", "control")], axis=-1)
+        return np.array(
+            [
+                np.mean([dominated_volume(own.tolist(), low.tolist()) ** 0.5 for own in at_kls])
+                for at_kls, low in zip(points, base, strict=True)
+            ]
+        )
 
 
 def samples(settings: Settings, results: Results) -> dict[int, Sample]:

@@ -21,6 +21,7 @@ from raywarp.storage.sealed import check_sealed
 
 SFT = "sft"
 END = "end"
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the first policy in a merge of the soup
 
 
 class Trained:
@@ -172,6 +173,15 @@ def _kept(arm: str, part: float, name: str, label: str) -> Curve:
     return Curve(name, label, arm, lambda trained, _: trained.kept_policy(arm, part))
 
 
+def _share(share: float) -> Curve:
+    return Curve(
+        f"soup-{share:g}",
+        f"soup, λ = {share:g}",
+        "soup",
+        lambda trained, _: slerp(trained.vectors("soup"), [share, 1 - share]),
+    )
+
+
 def _training(m: int) -> Curve:
     return Curve(
         f"training-{m}",
@@ -233,5 +243,12 @@ CURVES = {
         *_ends("sft-m4"),
         _policy("sft-decay", 1, "sft-decay", "one run of 8T, rate decay"),
         _policy("sft-batch", 1, "sft-batch", "one run of 2T, batch × 4"),
+        *(_share(share) for share in SHARES),
+        _mean("soup", "soup-lerp"),
+        *(
+            _policy(arm, m, f"{arm}-{m}", f"fixed mixture {m} of {ARMS[arm].policies}")
+            for arm in ("mix-2", "mix-4")
+            for m in range(1, ARMS[arm].policies + 1)
+        ),
     )
 }

@@ -1,4 +1,6 @@
-"""The study's picture: fronts at equal KL with their ceiling, means over the seeds."""
+"""The study's pictures: fronts at equal KL with their ceiling, and two rewards at one KL; means
+over the seeds.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from bench.evidence import ceilings, fronts
-from bench.evidence.claims import Sample
+from bench.evidence.claims import Part, Sample
 from bench.evidence.curves import CURVES, SFT
 from bench.evidence.fronts import Array
 
@@ -20,6 +22,7 @@ import matplotlib.pyplot as plt
 COLOURS = ("#3b6fb6", "#c76a2b", "#3f8f5b", "#8a56a3", "#b23a48", "#6b6b6b")
 TICKS = (0, 0.25, 1, 2, 3, 4, 5, 6, 8, 10)  # nats
 LARGEST = 6.0
+JOINT_KL = 3.0  # nats, at which two rewards are drawn
 # Title → curves that are averaged, by label.
 Panel = Mapping[str, tuple[str, ...]]
 PANELS: Mapping[str, Panel] = {
@@ -62,6 +65,43 @@ def draw(of_seeds: Mapping[int, Sample], path: Path) -> None:
         for colour, (label, curves) in zip(COLOURS, panel.items(), strict=False):
             _front(one, _with(own, curves), curves, label, colour)
         _finish(one, title)
+    _save(figure, path)
+
+
+def draw_joint(of_seeds: Mapping[int, Sample], parts: Sequence[Part], path: Path) -> None:
+    """Both rewards of the curves of P7 at one KL, with standard errors over the seeds."""
+    sides = dict.fromkeys([part.ours for part in parts] + [part.theirs for part in parts])
+    figure, axes = plt.subplots(figsize=(6, 5), dpi=80, layout="constrained")
+    for colour, curves in zip(COLOURS, sides, strict=False):
+        own = _with(list(of_seeds.values()), curves)
+        if not own:
+            continue
+        points = np.array([[_both(sample, curve) for curve in curves] for sample in own])
+        (x, y), errors = points.mean(0).T, np.zeros((2, len(curves)))
+        if len(points) > 1:
+            errors = points.std(0, ddof=1).T / np.sqrt(len(points))
+        label = "all λ of two runs" if curves == parts[0].ours else f"{len(curves)} fixed mixtures"
+        style = "o-" if curves == parts[0].ours else "s"
+        axes.errorbar(
+            x, y, yerr=errors[1], xerr=errors[0], fmt=style, color=colour, capsize=2, label=label
+        )
+    axes.set(
+        title=f"two rewards at {JOINT_KL:g} nats, SFT standard deviations",
+        xlabel="reviews, a reward model",
+        ylabel="present tense, a function",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _both(sample: Sample, curve: str) -> list[float]:
+    fronts_of = [sample.front(curve, quantity) for quantity in ("reward", "control")]
+    at = np.array([JOINT_KL])
+    return [float(fronts.reward_at(kl[0], score[0], at)[0]) for kl, score in fronts_of]
+
+
+def _save(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     write_bytes(path, image.getvalue())

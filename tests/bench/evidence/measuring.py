@@ -21,12 +21,20 @@ from raywarp.identity import derive_seed
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.rollout.effect import Effect, Probe, effect
 from raywarp.rollout.effect_probe import score
-from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, join
+from raywarp.rollout.protocol import SFT, Adapter, AdapterPart, Request, Scores, join
 from raywarp.run.points import Scored, distinct_2
 from raywarp.training.evaluation import PendingPoint
 from raywarp.training.sampling import sample
 from raywarp.training.session import Session
 from raywarp.training.sft_rewards import rewards_of_sft
+
+
+def two_of(scored: Scored) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the reward and the control score, or the two rewards where there are two."""
+    if isinstance(scored.rewards, Scores) and len(scored.rewards.parts) == 2:
+        first, second = scored.rewards.parts.values()
+        return first, second
+    return scored.rewards, scored.control or scored.rewards
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,10 @@ class Measurer:
             sum(completion.logprobs) - sum(own)
             for completion, own in zip(completions, without, strict=False)
         ]
+        first, second = two_of(scored)
         columns = {
-            "reward": scored.rewards,
-            "control": scored.control or scored.rewards,
+            "reward": first,
+            "control": second,
             "vader": embedded.vader([prompt.text for prompt in self.prompts], scored.texts),
             "kl": scored.kl,
             "log_ratio": ratios,

@@ -30,6 +30,10 @@ COMPARED = {
     "P5.sft": (["slerp-i2"], ["sft-4t"]),
     "P6": (["sft-m2"], ["sft-decay"]),
 }
+# Likewise, of which the hypervolumes in two rewards are compared.
+JOINT = {
+    "P7": (["soup-1", "soup-0.75", "soup-0.5", "soup-0.25", "soup-0"], ["mix-2-1", "mix-2-2"]),
+}
 ENDS = {"training-1": "policy-1@end", "training-2": "policy-2@end"}
 BEFORE, BEYOND = 1.3, 1.05  # how far outside its points, in KL, a front is told
 TOLERANCE = 0.002  # of effects and intervals, in SFT standard deviations
@@ -41,7 +45,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], Any]:
     with np.load(path) as file:
         about = json.loads(bytes(file["about"]))
         rows = {
-            name: {"reward": file["reward"][n] / 1000, "kl": file["kl"][n] / 1000}
+            name: {key: file[key][n] / 1000 for key in ("reward", "control", "kl")}
             for n, name in enumerate(about["points"])
         }
         return about, rows, file["ceiling"] / 1000 if "ceiling" in file.files else None
@@ -68,14 +72,15 @@ def reach(curve: str, rows: Any) -> tuple[float, float]:
     return min(kl for kl in kls if kl > 0), max(kls)
 
 
+def compared(rows: Any, curves: list[str], kls: list[float]) -> list[float]:
+    ends = [reach(curve, rows) for curve in curves]
+    first, last = max(first for first, _ in ends), min(last for _, last in ends)
+    return [kl for kl in kls if first / BEFORE <= kl <= last * BEYOND]
+
+
 def effect(rows: Any, ours: list[str], theirs: list[str], kls: list[float]) -> tuple[float, float]:
     """Return (mean, standard error over prompts), in SFT standard deviations."""
-    ends = [reach(curve, rows) for curve in [*ours, *theirs]]
-    at = [
-        kl
-        for kl in kls
-        if max(first for first, _ in ends) / BEFORE <= kl <= min(last for _, last in ends) * BEYOND
-    ]
+    at = compared(rows, [*ours, *theirs], kls)
     total = np.zeros_like(rows["sft"]["reward"])
     for side, sign in ((ours, 1.0), (theirs, -1.0)):
         for curve in side:
@@ -84,6 +89,26 @@ def effect(rows: Any, ours: list[str], theirs: list[str], kls: list[float]) -> t
                     total += sign * weight * rows[name]["reward"] / len(side) / len(at)
     total /= rows["sft"]["reward"].std() or 1.0
     return float(total.mean()), float(total.std() / math.sqrt(len(total)))
+
+
+def joint(rows: Any, ours: list[str], theirs: list[str], kls: list[float]) -> float:
+    """Return the mean difference of the sides of squares as large as the areas of two rewards."""
+    at = compared(rows, [*ours, *theirs], kls)
+
+    def gain(curve: str, kl: float, key: str) -> float:
+        sft = rows["sft"][key]
+        own = sum(w * rows[name][key].mean() for name, w in weights(curve, rows, kl).items())
+        return float((own - sft.mean()) / (sft.std() or 1.0))
+
+    def side(curves: list[str], kl: float) -> float:
+        area, height = 0.0, 0.0
+        both = [(gain(curve, kl, "reward"), gain(curve, kl, "control")) for curve in curves]
+        for right, up in sorted(both, reverse=True):
+            if right > 0 and up > height:
+                area, height = area + right * (up - height), up
+        return math.sqrt(area)
+
+    return sum(side(ours, kl) - side(theirs, kl) for kl in at) / len(at)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -153,12 +178,15 @@ def recheck(folder: Path, told: Any) -> list[str]:
     """Return the claims that differ."""
     seeds = [load(path) for path in sorted(folder.glob("seed-*.npz"))]
     wrong = []
-    for name, (ours, theirs) in COMPARED.items():
+    for name, (ours, theirs) in {**COMPARED, **JOINT}.items():
         if name not in told["claims"]:
             continue
         there = told["claims"][name]
+        kls = told["settings"]["kls"]
         own = [
-            effect(rows, ours, theirs, told["settings"]["kls"])
+            (joint(rows, ours, theirs, kls), math.nan)
+            if name in JOINT
+            else effect(rows, ours, theirs, kls)
             for about, rows, _ in seeds
             if {*ours, *theirs}
             <= {c for arm in about["facts"].values() for c in arm.get("curves", [])}

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from bench.evidence import ceilings, checks, claims, figures
 from bench.evidence.checks import Checked, Residuals
-from bench.evidence.claims import CLAIMS, SHARE_KLS, SHARES, Claim, Judged, Sample
+from bench.evidence.claims import CEILING, CLAIMS, OF_BOTH, SHARE_KLS, Claim, Judged, Sample
 from bench.evidence.results import Results
-from bench.evidence.settings import ARMS, TASKS, Settings
+from bench.evidence.settings import ARMS, BOTH, TASKS, TINY_BOTH, Settings
 
 from raywarp.storage import sealed
 
@@ -27,8 +27,8 @@ def report(results: Results, settings: Settings, where: Path) -> None:
         if parts
     }
     if shares := ceilings.shares(of_seeds):
-        entries[SHARES] = _shares_entry(
-            of_seeds, shares, checked, _command(settings, SHARES, of_seeds)
+        entries[CEILING] = _shares_entry(
+            of_seeds, shares, checked, _command(settings, CEILING, of_seeds)
         )
     cosines = {arm: _cosine(own) for arm, own in checks.cosines(results).items()}
     measurement = {
@@ -44,8 +44,13 @@ def report(results: Results, settings: Settings, where: Path) -> None:
         where / SUMMARY,
         {"settings": settings.as_json(), "measurement": measurement, "claims": entries},
     )
-    sealed.write_text(where / PAGE, page(entries, checked, left, cosines))
-    figures.draw(of_seeds, where / "evidence" / "fronts.png")
+    both = settings.task in (BOTH, TINY_BOTH)
+    picture = where / "evidence" / ("preferences.png" if both else "fronts.png")
+    if both:
+        figures.draw_joint(of_seeds, CLAIMS[OF_BOTH].parts, picture)
+    else:
+        figures.draw(of_seeds, picture)
+    sealed.write_text(where / PAGE, page(entries, checked, left, cosines, picture.name))
     for name, entry in entries.items():
         print(f"{name}: {entry['outcome']}: {entry['effect']} {entry['interval']}")
 
@@ -121,6 +126,7 @@ def page(
     checked: Mapping[str, Checked],
     left: Residuals,
     cosines: Mapping[str, Any],
+    picture: str,
 ) -> str:
     """All comparisons and checks, in Markdown."""
     lines = [
@@ -129,7 +135,7 @@ def page(
         "Written by `.venv/bin/python tests/bench/evidence --redraw` from the numbers beside it."
         " What it means is in [docs/results.md](../../../docs/results.md).",
         "",
-        "![Fronts](fronts.png)",
+        f"![Fronts]({picture})",
         "",
         "## The measurement",
         "",
@@ -137,7 +143,7 @@ def page(
     ]
     for name, entry in entries.items():
         lines += ["", f"## {name}: {entry['outcome']}", "", entry["claim"], ""]
-        lines += _share_lines(entry) if name == SHARES else _part_lines(entry)
+        lines += _share_lines(entry) if name == CEILING else _part_lines(entry)
         lines += ["", f"Redo it: `{entry['command']}`."]
     return "\n".join([*lines, ""])
 

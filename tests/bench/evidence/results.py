@@ -25,7 +25,7 @@ class Measured:
 
     Attributes:
         reward: (N,) standardised by SFT's completions.
-        control: (N,) raw score of the second reward model.
+        control: (N,) raw score of the second reward model; of two rewards, the second.
         vader: (N,) from −1 to 1.
         kl: (N,) KL to SFT over the whole vocabulary, by the trainer, in nats.
         log_ratio: (C,) log π − log π_sft of the first C prompts' texts, both by the sampler, in

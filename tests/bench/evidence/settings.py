@@ -17,8 +17,13 @@ from raywarp.data import embedded
 from raywarp.storage.sealed import write_text
 
 # A reward model from human ratings; a reward by function, to rule out luck; the first with another
-# backbone for its control model.
-REVIEWS, PRESENT_TENSE, OTHER_CONTROL = TASKS = ("reviews", "present-tense", "smollm2-control")
+# backbone for its control model; the first two together.
+REVIEWS, PRESENT_TENSE, OTHER_CONTROL, BOTH = TASKS = (
+    *("reviews", "present-tense", "smollm2-control", "two-rewards"),
+)
+TINY_BOTH = "tiny-two-rewards"
+# The names of the two rewards of BOTH, in the order of an arm's mixtures.
+REWARDS = ("reviews", "present")
 
 
 LEARNING_RATE = 3e-4  # see `--select`
@@ -29,8 +34,8 @@ class Settings:
     """Everything that decides a number. Points that were measured under other settings are refused,
     not mixed in.
 
-    task: of TASKS, or tiny (of seconds, for tests). steps: T. temperature: 1, at which the sampler
-    also scores texts without an adapter. prompts: held out, for every point.
+    task: of TASKS, or tiny, tiny-two-rewards (of seconds, for tests). steps: T. temperature: 1, at
+    which the sampler also scores texts without an adapter. prompts: held out, for every point.
     targets: KLs at which the points of a line are placed, besides its end. kls: KLs at which fronts
     are compared. checked_prompts: those whose texts' own log-ratio is measured. sloped_prompts:
     those whose texts show the slope. ceiling_prompts: those with ceiling_completions each.
@@ -83,6 +88,7 @@ class Arm:
 
     length: its steps, in units of T. batch: completions of a step, in units of the study's.
     kept: points of training whose policies are kept, in units of T; the end is kept anyway.
+    mixtures: weights of the two rewards of BOTH for each policy.
     """
 
     name: str
@@ -93,6 +99,7 @@ class Arm:
     schedule: str = "constant"
     batch: int = 1
     kept: tuple[float, ...] = ()
+    mixtures: tuple[tuple[float, float], ...] = ()
 
     @property
     def cost(self) -> int:
@@ -115,6 +122,14 @@ ARMS = {
         Arm("sft-m4", policies=4, length=2, anchor="sft"),
         Arm("sft-decay", length=8, anchor="sft", schedule="linear"),
         Arm("sft-batch", length=2, anchor="sft", batch=4),
+        *(
+            Arm(name, policies=len(mixtures), length=4, anchor="sft", mixtures=mixtures)
+            for name, mixtures in (
+                ("soup", ((1.0, 0.0), (0.0, 1.0))),
+                ("mix-2", ((0.67, 0.33), (0.33, 0.67))),
+                ("mix-4", ((0.8, 0.2), (0.6, 0.4), (0.4, 0.6), (0.2, 0.8))),
+            )
+        ),
     )
 }
 
@@ -137,6 +152,9 @@ def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
     }
     if arm.anchor == "ema":
         warp["ema_rate"] = settings.ema_rate
+    if arm.mixtures:
+        own = [dict(zip(REWARDS, mixture, strict=True)) for mixture in arm.mixtures]
+        warp["each"] = [{"rewards": weights} for weights in own]
     tree: dict[str, Any] = {
         "seed": seed,
         "out": str(seed_folder(folder, seed) / "arms" / f"{arm.name}-lr-{settings.lr:g}"),
@@ -160,6 +178,7 @@ def arm_config(settings: Settings, arm: Arm, seed: int, folder: Path) -> Config:
         "front": {
             "prompts": 2,
             "etas": [0.0, 1.0],
+            "weights": 0,
             "choose": {"eta": 1.0},
             "samples": 1,
             "every": 0,
@@ -177,7 +196,7 @@ def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
     """Of the reward models that the task needs: the reward, and a control from ratings of other
     snippets.
     """
-    if settings.task not in (REVIEWS, OTHER_CONTROL):
+    if settings.task not in (REVIEWS, OTHER_CONTROL, BOTH):
         return []
     own = seed_folder(folder, seed)
     ratings = own / "control.jsonl"
@@ -187,7 +206,7 @@ def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
             for snippet in embedded.split_snippets(seed).control
         ]
         write_text(ratings, "\n".join(rows) + "\n")
-    task = {"seed": seed, **_task(settings.task, seed, folder), "control": None}
+    task = {"seed": seed, **_task(REVIEWS, seed, folder), "control": None}
     control = SMOLLM2 if settings.task == OTHER_CONTROL else MINILM
     return [
         load_config(
@@ -200,7 +219,7 @@ def reward_configs(settings: Settings, seed: int, folder: Path) -> list[Config]:
         )
         for name, source, backbone in (
             ("reward", SNIPPETS, MINILM),
-            ("control", str(ratings), control),
+            *([] if settings.task == BOTH else [("control", str(ratings), control)]),
         )
     ]
 
@@ -210,6 +229,9 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
     own = seed_folder(folder, seed)
     if name == "tiny":
         return _tiny_task(tiny_project(folder))
+    if name == TINY_BOTH:
+        task = {**_tiny_task(tiny_project(folder)), "reward": {}, "control": None}
+        return {**task, "rewards": _two({"function": "count_good:score"})}
     model = {"model": SMOLLM2, "prompts": {"dataset": SNIPPETS, "max_words": 4}}
     if name == PRESENT_TENSE:
         return {
@@ -217,11 +239,19 @@ def _task(name: str, seed: int, folder: Path) -> dict[str, Any]:
             "reward": {"function": "raywarp.rewards.tense:present"},
             "control": {"function": "raywarp.embedded:vader"},
         }
+    if name == BOTH:
+        return {**model, "rewards": _two({"model": str(own / "reward")})}
     return {
         **model,
         "reward": {"model": str(own / "reward")},
         "control": {"model": str(own / "control")},
     }
+
+
+def _two(first: Mapping[str, Any]) -> list[dict[str, Any]]:
+    present = {"function": "raywarp.rewards.tense:present", "standardise": True}
+    sources = zip(REWARDS, (first, present), strict=True)
+    return [{"name": name, **source} for name, source in sources]
 
 
 def tiny_project(folder: Path) -> Path:

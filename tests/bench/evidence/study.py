@@ -3,6 +3,7 @@ judges, draws. What is done is not done again.
 
     .venv/bin/python tests/bench/evidence --seeds 5 --hours 3          # P1 to P5 and P8
     .venv/bin/python tests/bench/evidence --claim P6 --seeds 3
+    .venv/bin/python tests/bench/evidence --task two-rewards --seeds 3 # P7
     .venv/bin/python tests/bench/evidence --claim P1 --seeds 1 --results runs/evidence-again
                                                                        # one claim, one seed, from
                                                                        # nothing, on two cores
@@ -28,15 +29,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.evidence.claims import ARMS_OF, FIRST_TIER, NAMES, SHARES
+from bench.evidence.claims import ARMS_OF, CEILING, FIRST_TIER, NAMES, OF_BOTH
 from bench.evidence.curves import CURVES, END, SFT, Curve, Trained
 from bench.evidence.measuring import Measurer, Wanted
 from bench.evidence.report import PAGE, SUMMARY, report
 from bench.evidence.results import OtherSettingsError, Results
 from bench.evidence.settings import (
     ARMS,
+    BOTH,
     TASKS,
     TINY,
+    TINY_BOTH,
     Arm,
     Settings,
     arm_config,
@@ -171,7 +174,7 @@ class Study:
         for seed in seeds:
             for arm in arms:
                 self.finish(seed, [curve for curve in CURVES.values() if curve.arm == arm])
-            if SHARES in claims:
+            if CEILING in claims:
                 self.ceiling(seed)
 
     def finish(self, seed: int, curves: Sequence[Curve]) -> None:
@@ -329,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--claim", nargs="+", choices=NAMES, default=list(FIRST_TIER))
+    add("--claim", nargs="+", choices=NAMES, help="default: those of the task, but for P6")
     add("--seeds", type=int, default=5, help="seeds 1 to N")
     add("--hours", type=float, help="stop after so long; the same command continues")
     add("--redraw", action="store_true", help="judge and draw; nothing is trained or measured")
@@ -340,6 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--results", type=Path, help="numbers; default: numbers beside this file, likewise")
     add("--tiny", action="store_true", help="a tiny model, for tests; wants --out and --results")
     options = parser.parse_args(arguments)
+    both = options.task == BOTH
+    claims = options.claim or ([OF_BOTH] if both else list(FIRST_TIER))
+    if any((claim == OF_BOTH) != both for claim in claims):
+        parser.error(f"{OF_BOTH} is the claim of --task {BOTH}, and the only one")
     suffix = "" if options.task == TASKS[0] else f"-{options.task}"
     out = options.out or Path(f"runs/evidence{suffix}")
     if options.tiny and options.results is None:
@@ -347,7 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.results or Path(f"{NUMBERS}{suffix}")
     where = HERE.parent if folder == NUMBERS else folder
     _environment(out, options.tiny)
-    settings = TINY if options.tiny else Settings(task=options.task)
+    settings = Settings(task=options.task)
+    if options.tiny:
+        settings = replace(TINY, task=TINY_BOTH) if both else TINY
     clock = Clock(options.hours)
     try:
         if options.select is not None:
@@ -356,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(folder, settings.as_json())
         if not options.redraw:
             study = Study(settings, out, results, clock, where, options.commit)
-            study.run(range(1, options.seeds + 1), options.claim)
+            study.run(range(1, options.seeds + 1), claims)
     except OtherSettingsError as error:
         parser.error(str(error))
     except OutOfTime:
