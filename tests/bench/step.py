@@ -232,7 +232,8 @@ def update_flops(chosen: Config) -> float:
     shapes = model_shapes(AutoConfig.from_pretrained(model), chosen.lora)
     prompt = statistics.mean(len(p.token_ids) for p in prompts.train)
     n = PROMPTS * (prompt + COMPLETIONS * (NEW_TOKENS - 1))
-    P, a = shapes.adapted_numbers, shapes.adapter_numbers(chosen.lora.rank)
+    P = sum(d_out * d_in for d_out, d_in in shapes.adapted.values())
+    a = shapes.adapter_numbers(chosen.lora.rank)
     head = PROMPTS * COMPLETIONS * NEW_TOKENS * shapes.vocabulary * shapes.hidden
     return 2 * n * (3 * (P + a) + a) + 3 * 2 * head
 
