@@ -6,8 +6,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
-OUT_OF_MEMORY, KILLED, NODE_LOST, HANG, EXCEPTION = (
+OUT_OF_MEMORY, GPU_ERROR, KILLED, NODE_LOST, HANG, EXCEPTION = (
     "out of memory",
+    "GPU error",
     "killed",
     "node lost",
     "hang",
@@ -15,6 +16,11 @@ OUT_OF_MEMORY, KILLED, NODE_LOST, HANG, EXCEPTION = (
 )
 LONGEST_PAUSE = 30.0  # seconds between two attempts
 _MEMORY_TEXTS = ("can't allocate memory", "CUDA out of memory", "low on memory", "memory pressure")
+# Of torch 2.13. After such an error, every later call to the GPU fails in this process.
+_GPU_TEXTS = (
+    *("CUDA error", "CUDA driver error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error"),
+    "HIP error",
+)
 _NODE_TEXTS = ("its node has died", "node was terminated", "node died", "node is dead")
 
 
@@ -68,6 +74,8 @@ def kind_of(error: BaseException) -> str:
         or any(part in text for part in _MEMORY_TEXTS)
     ):
         return OUT_OF_MEMORY
+    if type(cause).__name__ == "AcceleratorError" or any(part in text for part in _GPU_TEXTS):
+        return GPU_ERROR
     if any(part in text for part in _NODE_TEXTS):
         return NODE_LOST
     return KILLED if isinstance(cause, ActorDiedError | ActorUnavailableError) else EXCEPTION
@@ -81,14 +89,14 @@ def is_own(error: BaseException) -> bool:
 def is_survivable(error: BaseException) -> bool:
     """Return whether the same work may succeed in a new process.
 
-    It may after a death or a lack of memory, but not after an exception of our code or the user's.
+    It may after a death, a lack of memory or an error of the GPU, but not after an exception of our
+    code or the user's.
     """
     cause = cause_of(error)
     if isinstance(cause, BrokenProcessError):
         return True
-    return (isinstance(cause, RayError) and not isinstance(cause, RayTaskError)) or kind_of(
-        error
-    ) == OUT_OF_MEMORY
+    died = isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
+    return died or kind_of(error) in (OUT_OF_MEMORY, GPU_ERROR)
 
 
 def is_restarting(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from raywarp.adapters.start import load_start
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.cluster.faults import GPU_ERROR, kind_of
 from raywarp.cluster.health import START_SECONDS, WATCH, Process, Work, stack_here
 from raywarp.config.schema import Config
 from raywarp.data.text import Prompt
@@ -193,7 +194,9 @@ class PolicyActor(Measuring):
             for progress in under_way:
                 progress.save_result(initial)
                 yield {"event": "done", **progress.job.label}
-        except Exception:
+        except Exception as error:
+            if kind_of(error) == GPU_ERROR:
+                raise  # nothing can be read from that GPU by this process any more
             for progress in under_way:
                 self._checkpoint(progress)
             raise

@@ -228,8 +228,8 @@ def test_sigterm_saves_every_policy_and_sigkill_leaves_no_orphans(
 
 
 class Troubled(PolicyActor):
-    """Its first update never ends, its second one takes more memory than there is, once; later it
-    dies whenever it comes to step 3.
+    """Its first update never ends, its second one takes more memory than there is, its third finds
+    a broken GPU, each once; later it dies whenever it comes to step 3.
     """
 
     def _step(self, progress: Progress, scores: list[float], idle_seconds: float) -> dict[str, Any]:
@@ -237,6 +237,8 @@ class Troubled(PolicyActor):
             self.sleep_for_ever()
         if progress.policy.step == 1 and self.first_time(progress, "asked"):
             torch.empty(1 << 60, dtype=torch.uint8)
+        if progress.policy.step == 2 and self.first_time(progress, "used a GPU"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if progress.policy.step == 3:
             os._exit(1)
         return super()._step(progress, scores, idle_seconds)
@@ -281,8 +283,13 @@ def test_a_hang_is_told_with_its_stack_and_what_always_dies_is_given_up(
     assert (hang["what"], hang["policy"], hang["step"]) == ("policy actor 1", 1, 0)
     assert "in sleep_for_ever" in hang["message"]
     faults = [row for row in events if row["event"] == "fault"]
-    assert [row["cause"] for row in faults] == ["hang", "out of memory", "killed", "killed"]
-    assert [row["step"] for row in faults] == [0, 1, 3, 3]
+    assert [row["cause"] for row in faults] == [
+        *("hang", "out of memory", "GPU error", "killed", "killed")
+    ]
+    assert [row["step"] for row in faults] == [0, 1, 2, 3, 3]
+    # With the memory's error the policy was saved; from a broken GPU nothing can be.
+    continued = [row for row in events if row["event"] == "continued"]
+    assert [(row["step"], row["steps_repeated"]) for row in continued[1:3]] == [(1, 0), (1, 1)]
     assert "can't allocate memory" in faults[1]["message"]
 
 
@@ -648,6 +655,15 @@ def test_causes() -> None:
         faults.kind_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
         == faults.OUT_OF_MEMORY
     )
+    for text in (
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: ProcessGroupNCCL.cpp:2251, unhandled system error",
+    ):
+        error = RayTaskError("fine_tune", f"RuntimeError: {text}", RuntimeError(text))
+        assert faults.kind_of(error) == faults.GPU_ERROR
+        assert faults.is_survivable(error)
     assert faults.kind_of(ValueError("mine")) == faults.EXCEPTION
     quoting = RewardError("not a finite number for the prompt 'I am low on memory'")
     assert (
