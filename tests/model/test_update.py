@@ -325,3 +325,47 @@ def test_one_base_and_adapters_of_their_own_size(tiny_llama: Path) -> None:
         policy.close()
     del policy, policies
     assert live_bytes() - before - loaded <= slack
+
+
+class Count(TorchDispatchMode):
+    """Counts the kernels of a pass, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        views = ("view", "split", "slice", "squeeze", "detach", "aten.t.", "expand", "select")
+        self.kernels += not any(word in str(function) for word in views)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_gets_few_large_kernels() -> None:
+    """65,536 tokens of Llama 3's vocabulary; on the meta device, which is no CPU."""
+    vocabulary, hidden, tokens, step = 128_256, 4096, 4096, 65_536
+    weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta")
+    states = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    chosen = torch.zeros(tokens, dtype=torch.long, device="meta")
+    with Count() as count:
+        head.chunked_logprobs(states, head.LogitHead(weight), chosen, 1.0)
+    assert count.kernels * step // tokens < 3_000
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_the_size_of_a_product_changes_rounding_only(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 16, generator=generator)
+    states = torch.randn(23, 16, generator=generator, requires_grad=True)
+    tokens = torch.randint(50, (23,), generator=generator)
+    plain = (states @ weight.T / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    (expected,) = torch.autograd.grad(plain.square().sum(), states)
+    monkeypatch.setattr(head, "CHUNK_BYTES", rows * 4 * 50)
+    monkeypatch.setattr(head, "SLICE_BYTES", rows * 4 * 50)
+    found = head.chunked_logprobs(states, head.LogitHead(weight), tokens, 0.7)
+    torch.testing.assert_close(found, plain)
+    (gradient,) = torch.autograd.grad(found.square().sum(), states)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-4)
