@@ -121,6 +121,11 @@ class Forecast:
         }.get(process.need.key, "reward.batch_size")
         if process.on_gpu and process.need.key == "rollout_worker":
             key = "rollout.chunk_size, or set rollout.tensor_parallel_size"
+        if process.need.key == "policy" and process.need.gpus and not process.on_gpu:
+            return (
+                f"a policy needs {in_units(size)} ({what}) of its node while it loads, the largest"
+                f" node has {in_units(most)}: take a larger node, or a smaller model"
+            )
         share = f"{process.share:.0%} of " if process.share < 1 else ""
         where = f"{share}the largest {'GPU' if process.on_gpu else 'node'}"
         name = process.need.key.replace("_", " ")
@@ -189,10 +194,13 @@ def forecast_of_shapes(
     held = -(-config.warp.policies // placed.policy.count)
     stored, gpu = stored_bytes(model), placed.policy.gpus > 0
     tokens = _rows(config, length) * config.rollout.max_new_tokens
-    policy = memory.policy_process(shapes, config, dtype, held, tokens, 0 if gpu else stored)
+    policy = memory.policy_process(shapes, config, dtype, held, tokens, stored, gpu)
     rollout = memory.rollout_process(shapes, config, dtype, stored, placed.rollout.gpus > 0, length)
     reward = _reward_process(config)
     processes = [ProcessMemory(placed.policy, policy, gpu), ProcessMemory(placed.rollout, rollout)]
+    if gpu:
+        host = memory.loading_policy(shapes, dtype, stored)
+        processes.insert(0, ProcessMemory(placed.policy, host))
     if placed.rollout.gpus:
         lora = engine.adapter_mode(config.rollout, gpu=True) == "lora"
         rank = engine.lora_slots(engine.largest_rank(config)) if lora else 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raywarp.config.schema import Config
-from raywarp.model.head import CHUNK_BYTES
+from raywarp.model.head import chunk_bytes
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -94,15 +94,17 @@ def policy_process(
     policies: int,
     response_tokens: int,
     stored_bytes: int = 0,
+    gpu: bool = False,
 ) -> Components:
-    """Return the memory of a policy actor, by component.
+    """Return the memory of a policy actor, by component; on a GPU, what it holds there.
 
     Args:
         dtype: dtype of the base model.
         policies: number of policies that the actor holds.
         response_tokens: completion tokens of a micro-batch.
-        stored_bytes: bytes of one number in the checkpoint's files, which are mapped while they are
-            read; 0 on a GPU.
+        stored_bytes: bytes of one number in the checkpoint's files, which the host maps while they
+            are read.
+        gpu: whether it trains on a GPU.
     """
     rank, width = config.largest_rank, DTYPE_BYTES[dtype]
     own = rank * sum(sum(size) for size in shapes.adapted.values()) * FLOAT32
@@ -117,7 +119,7 @@ def policy_process(
         )
     return {
         "base weights": shapes.parameters * width,
-        "its file, mapped": shapes.parameters * stored_bytes,
+        "its file, mapped": 0 if gpu else shapes.parameters * stored_bytes,
         **_start(shapes, FLOAT32 + width),
         "init adapter": init * (FLOAT32 + width),
         "policy adapters": own * policies,
@@ -126,7 +128,23 @@ def policy_process(
         "gradients": trained,
         "optimiser moments": 2 * trained * policies,
         "activations (estimate)": saved + response_tokens * shapes.hidden * width,
-        "logits in chunks": 3 * CHUNK_BYTES,
+        "logits in chunks": 3 * chunk_bytes("cuda" if gpu else "cpu"),
+        "Python, torch, Ray": POLICY_RUNTIME,
+    }
+
+
+def loading_policy(shapes: Shapes, dtype: str, stored_bytes: int) -> Components:
+    """Return the host's memory of a policy actor on a GPU, by component.
+
+    The base is read into the host's memory, and moved to the GPU from there.
+
+    Args:
+        dtype: dtype of the base model.
+        stored_bytes: see policy_process.
+    """
+    return {
+        "base weights, while they load": shapes.parameters * DTYPE_BYTES[dtype],
+        "their file, mapped": shapes.parameters * stored_bytes,
         "Python, torch, Ray": POLICY_RUNTIME,
     }
 

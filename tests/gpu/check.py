@@ -213,7 +213,7 @@ def trainer_of(source: str, shape: str, device: str, speed: float) -> dict[str, 
         "share of the product's speed": flops / step / speed,
     }
     if device == "cuda":
-        plan = policy_process(shapes, config, "bfloat16", 1, PROMPTS * GROUP * new)
+        plan = policy_process(shapes, config, "bfloat16", 1, PROMPTS * GROUP * new, gpu=True)
         planned = sum(plan.values()) - plan["Python, torch, Ray"]
         found["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
         found["planned memory, GiB"] = planned / 2**30

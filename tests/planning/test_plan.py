@@ -240,7 +240,7 @@ def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
 
 
 def test_memory_is_compared_with_the_largest_node_and_gpu(tiny_llama: Path) -> None:
-    need = resources.Need("policy", gpus=1, cpus=1, count=1)
+    need = resources.Need("policy", gpus=0, cpus=1, count=1)
     config = settings(tiny_llama)
     process = ProcessMemory(need, {"base weights": 6 << 30, "activations (estimate)": 4 << 30})
     found = Forecast(config, resources.wish(config, 0), None, [process], "float32")
@@ -258,6 +258,11 @@ def test_memory_is_compared_with_the_largest_node_and_gpu(tiny_llama: Path) -> N
     assert found.tight(reports["large"]) == []
     two = replace(found, processes=[replace(process, need=replace(need, count=2))])
     assert "all processes together may need 20.0 GiB" in two.tight(reports["large"])[0]
+    beside = replace(found, processes=[replace(process, need=replace(need, gpus=1))])
+    assert (
+        "a policy needs 10.0 GiB (estimate) of its node while it loads, the largest node has 8.0"
+        " GiB: take a larger node" in beside.tight(reports["middle"])[0]
+    )
     on_gpu = replace(found, processes=[replace(process, on_gpu=True)])
     assert on_gpu.impossible(reports["small"]) == []  # a GPU whose memory nobody knows
     assert (
@@ -317,11 +322,14 @@ def test_plan_on_a_cluster(
 EIGHT_BILLION = """
 meta-llama/Llama-3.1-8B-Instruct, bfloat16
 process        | count | GPUs each | CPUs each | memory each | on each GPU
-policy         | 4     | 1         | 1         |             | 31.1 GiB
+policy         | 4     | 1         | 1         | 30.6 GiB    | 31.8 GiB
 rollout worker | 3     | 1         | 1         | 1000 MiB    | 33.5 GiB (of 90%)
 reward worker  | 1     | 1         | 0         |             | 2.9 GiB
 what it holds
 memory of one               | component                            | bytes
+policy                      | base weights, while they load        | 15.0 GiB
+policy                      | their file, mapped                   | 15.0 GiB
+policy                      | Python, torch, Ray                   | 750 MiB
 policy, on each GPU         | base weights                         | 15.0 GiB
 policy, on each GPU         | init adapter                         | 7.5 GiB
 policy, on each GPU         | policy adapters                      | 640 MiB
@@ -329,7 +337,7 @@ policy, on each GPU         | EMA adapters                         | 640 MiB
 policy, on each GPU         | gradients                            | 640 MiB
 policy, on each GPU         | optimiser moments                    | 1.2 GiB
 policy, on each GPU         | activations (estimate)               | 4.7 GiB
-policy, on each GPU         | logits in chunks                     | 96 MiB
+policy, on each GPU         | logits in chunks                     | 768 MiB
 policy, on each GPU         | Python, torch, Ray                   | 750 MiB
 rollout worker              | Python, torch, vLLM, Ray             | 1000 MiB
 rollout worker, on each GPU | base weights                         | 15.0 GiB
