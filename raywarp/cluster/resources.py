@@ -9,6 +9,7 @@ import ray
 
 from raywarp.config.schema import Config, ConfigError
 
+MOST_BESIDE_GPU = 16  # threads; more make nothing there faster
 _EPSILON = 1e-9
 
 
@@ -48,6 +49,7 @@ class Plan:
         threads: threads of each CPU process; None where GPUs do the work.
         dtype: dtype of the base model, float32 or bfloat16.
         crowded: whether some node has more busy threads at one time than cores.
+        beside_gpu: threads of each process that has a GPU, for what its CPU does.
     """
 
     policy: Need
@@ -56,6 +58,7 @@ class Plan:
     threads: int | None
     dtype: str
     crowded: bool = False
+    beside_gpu: int = 1
 
     @property
     def uses_gpus(self) -> bool:
@@ -327,14 +330,18 @@ def _with_threads(config: Config, plan: Plan, nodes: Nodes, runs: int = 1) -> Pl
 
     The threads are the cores of the smallest node, divided by its processes that work at one time.
     A policy's rollouts and updates alternate, so no more processes than policies work at one time.
-    Where GPUs do the work, the threads are cluster.threads.
+    Where GPUs do the work, the threads are cluster.threads. Beside the GPUs a node's cores are shared
+    by its processes: Ray would give each one thread, and adapters are folded and compressed there.
 
     Args:
         runs: number of such runs that share the cluster.
     """
     policy, rollout = plan.policy, plan.rollout
     if policy.gpus or rollout.gpus:
-        return replace(plan, threads=config.cluster.threads)
+        with_gpus = [node.get("CPU", 0) for node in nodes.whole if node.get("GPU")] or [1]
+        processes = math.ceil(runs * (policy.count + rollout.count) / len(with_gpus))
+        each = min(MOST_BESIDE_GPU, max(1, int(min(with_gpus) // processes)))
+        return replace(plan, threads=config.cluster.threads, beside_gpu=each)
     cores = [cpus for node in nodes.whole if (cpus := node.get("CPU", 0))] or [1]
     at_work = math.ceil(runs * min(policy.count + rollout.count, config.warp.policies) / len(cores))
     threads = config.cluster.threads or max(1, int(min(cores) // at_work))

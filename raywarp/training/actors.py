@@ -110,7 +110,7 @@ class Actors:
         cpu_env = (
             cpu_environment(plan.threads, plan.crowded)
             if plan.threads and not plan.uses_gpus
-            else {}
+            else {"OMP_NUM_THREADS": str(plan.beside_gpu)}
         )
         self.environment = {
             "TOKENIZERS_PARALLELISM": "false",

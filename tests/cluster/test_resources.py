@@ -48,6 +48,7 @@ def test_every_policy_gets_its_gpu_where_there_are_enough() -> None:
         1,
         None,
     )
+    assert found.beside_gpu == 5  # 32 cores for six processes
     # two actors with two policies each
     assert plan(config, CPU=32, GPU=4).policy.count == 2
     assert plan(config, nodes=2, CPU=8, GPU=2).policy.count == 2
