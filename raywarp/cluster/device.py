@@ -1,6 +1,10 @@
 """What the machine supports: bfloat16, and the environment in which its CPU trains fastest."""
 
+from collections.abc import Collection
+
 import torch
+
+from raywarp.config.schema import ConfigError
 
 CPU_ENV = {
     # By default glibc returns large blocks to the kernel after every free. Keeping them saves page
@@ -40,15 +44,33 @@ def supports_bf16(device: torch.device) -> bool:
     return False
 
 
-def run_dtype(dtype: str, gpus: bool) -> str:
+# Ray's accelerator types whose GPUs do not compute in bfloat16: compute capability below 8.0.
+NO_BFLOAT16 = ("T4", "V100", "P100", "P4", "K80")
+
+
+def run_dtype(dtype: str, gpus: bool, accelerators: Collection[str] = ()) -> str:
     """Return dtype, with auto resolved.
 
-    auto means bfloat16 on GPUs and on CPUs that support it, else float32.
+    auto means bfloat16 on GPUs and CPUs that compute in it, else float32.
 
     Args:
         dtype: auto, float32 or bfloat16.
         gpus: whether the run's policies are trained on GPUs.
+        accelerators: Ray's types of the cluster's GPUs; this machine's own are looked at, too.
+
+    Raises:
+        ConfigError: bfloat16 is asked for, and a GPU does not compute in it.
     """
+    old = [name for name in accelerators if name.partition("-")[0] in NO_BFLOAT16]
+    cuda = torch.device("cuda")
+    if not old and gpus and torch.cuda.is_available() and not supports_bf16(cuda):
+        old = [torch.cuda.get_device_name(cuda)]
+    if gpus and old and dtype == "bfloat16":
+        raise ConfigError(
+            f"dtype=bfloat16: the cluster has a GPU, {old[0]}, that does not compute in it; set"
+            " dtype=float32, or use GPUs of compute capability 8.0 or above (A10, L4, A100, H100)"
+        )
     if dtype != "auto":
         return dtype
-    return "bfloat16" if gpus or supports_bf16(torch.device("cpu")) else "float32"
+    has = not old if gpus else supports_bf16(torch.device("cpu"))
+    return "bfloat16" if has else "float32"

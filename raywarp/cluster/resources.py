@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -95,6 +95,13 @@ class Nodes:
         """Return nodes with nothing on them."""
         return cls(nodes, nodes)
 
+    @property
+    def accelerators(self) -> list[str]:
+        """Ray's types of the GPUs, such as "H100"."""
+        prefix = "accelerator_type:"
+        keys = {key for node in self.whole for key in node if key.startswith(prefix)}
+        return sorted(key.removeprefix(prefix) for key in keys)
+
     def total(self, resource: str) -> float:
         """Return the amount of "GPU" or "CPU" on all nodes, free or not."""
         return sum(node.get(resource, 0.0) for node in self.whole)
@@ -117,7 +124,7 @@ def make_plan(config: Config, nodes: Nodes | None = None) -> Plan:
     most = min(config.cluster.policy_actors or config.warp.policies, config.warp.policies)
     fewest = most if config.cluster.policy_actors else 1
     for actors in range(most, fewest - 1, -1):
-        plan = wish(config, nodes.total("GPU"), actors)
+        plan = wish(config, nodes.total("GPU"), actors, nodes.accelerators)
         if not (misfits := _misfits(plan.needs, nodes)):
             return _with_threads(config, plan, nodes)
     raise ConfigError("\n".join([*misfits, *_what_would_fit(config, most, nodes)]))
@@ -157,16 +164,22 @@ def plan_or_wish(config: Config, nodes: Nodes | None = None) -> tuple[Plan, list
     try:
         return make_plan(config, nodes), []
     except ConfigError as error:
-        return wish(config, nodes.total("GPU")), str(error).splitlines()
+        return wish(config, nodes.total("GPU"), None, nodes.accelerators), str(error).splitlines()
 
 
-def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan:
+def wish(
+    config: Config,
+    cluster_gpus: float,
+    actors: int | None = None,
+    accelerators: Collection[str] = (),
+) -> Plan:
     """Return the plan that the run would ask for, whether the cluster has the resources or not.
 
     Args:
         cluster_gpus: GPUs of the whole cluster. If it has any, an actor gets one unless the config
             says otherwise.
         actors: number of policy actors, by default as many as the run can use.
+        accelerators: see Nodes.accelerators.
     """
     from raywarp.cluster.device import run_dtype
 
@@ -196,7 +209,7 @@ def wish(config: Config, cluster_gpus: float, actors: int | None = None) -> Plan
             len(config.scorers),
         ),
         None,
-        run_dtype(config.dtype, per_policy > 0),
+        run_dtype(config.dtype, per_policy > 0, accelerators),
     )
 
 
@@ -297,7 +310,12 @@ def _what_would_fit(config: Config, most: int, nodes: Nodes) -> list[str]:
     ]
     for actors, workers in sorted(counts, key=lambda pair: (sum(pair), pair), reverse=True):
         rollout = config.rollout.model_copy(update={"workers": workers})
-        fewer = wish(config.model_copy(update={"rollout": rollout}), nodes.total("GPU"), actors)
+        fewer = wish(
+            config.model_copy(update={"rollout": rollout}),
+            nodes.total("GPU"),
+            actors,
+            nodes.accelerators,
+        )
         if not _misfits(fewer.needs, nodes):
             keys = [f"cluster.policy_actors={actors}"] if config.cluster.policy_actors else []
             return ["it would fit with " + " ".join([*keys, f"rollout.workers={workers}"])]
@@ -330,8 +348,9 @@ def _with_threads(config: Config, plan: Plan, nodes: Nodes, runs: int = 1) -> Pl
 
     The threads are the cores of the smallest node, divided by its processes that work at one time.
     A policy's rollouts and updates alternate, so no more processes than policies work at one time.
-    Where GPUs do the work, the threads are cluster.threads. Beside the GPUs a node's cores are shared
-    by its processes: Ray would give each one thread, and adapters are folded and compressed there.
+    Where GPUs do the work, the threads are cluster.threads. Beside the GPUs a node's cores are
+    shared by its processes: Ray would give each one thread, and adapters are folded and compressed
+    there.
 
     Args:
         runs: number of such runs that share the cluster.

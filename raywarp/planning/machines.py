@@ -94,6 +94,7 @@ def named_cluster(text: str) -> Machines:
         else:
             names.append(name)
             node = {"CPU": float(CPUS_PER_GPU * each), "GPU": float(each)}
+            node[f"accelerator_type:{name}"] = 1.0
         memory = (GPUS[name].bytes,) * each if name in GPUS else ()
         whole += [node] * count
         reports += [

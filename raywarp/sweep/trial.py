@@ -397,8 +397,9 @@ def _numerics_key(config: Config, inputs: Inputs) -> str:
     """Return a key of all that a session's numerics and a reward's statistics may depend on."""
     read = {"rollout", "reward", "rewards", "lora", "cluster", "seed", "prompts"}
     sections = used_settings(config, {*read, "trust_remote_code"})
-    gpus = resources.Nodes.present().total("GPU")
-    machine = [resources.wish(config, gpus).dtype, gpus > 0]
+    nodes = resources.Nodes.present()
+    gpus = nodes.total("GPU")
+    machine = [resources.wish(config, gpus, None, nodes.accelerators).dtype, gpus > 0]
     completions = config.reward_training.sft_completions
     return identity.content_key(
         [sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions]

@@ -17,6 +17,7 @@ from killing import Patience
 from ray.util.placement_group import placement_group, placement_group_table
 
 from raywarp.cluster import health, placement_groups, resources, supervisor
+from raywarp.cluster.device import run_dtype
 from raywarp.cluster.placement_groups import Bundle
 from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.cluster import ClusterConfig
@@ -52,6 +53,30 @@ def test_every_policy_gets_its_gpu_where_there_are_enough() -> None:
     # two actors with two policies each
     assert plan(config, CPU=32, GPU=4).policy.count == 2
     assert plan(config, nodes=2, CPU=8, GPU=2).policy.count == 2
+
+
+def test_old_gpus_do_not_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's name for those of the cluster; this machine's own is asked."""
+
+    def dtype(wanted: str, *kinds: str) -> str:
+        whole = [{"CPU": 8, "GPU": 4, f"accelerator_type:{kind}": 1.0} for kind in kinds]
+        config = parse_config({"dtype": wanted, "rollout": {"workers": 1}})
+        return resources.make_plan(config, resources.Nodes.empty(whole)).dtype
+
+    assert dtype("auto", "A100") == dtype("auto", "L4", "H100") == "bfloat16"
+    assert dtype("auto", "T4") == dtype("auto", "A100", "V100-16GB") == "float32"
+    assert dtype("float32", "T4") == "float32"
+    refusal = "dtype=bfloat16: the cluster has a GPU, T4, that does not compute in it; set dtype=f"
+    with pytest.raises(ConfigError, match=refusal):
+        dtype("bfloat16", "T4")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla V100-SXM2-16GB")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    assert run_dtype("auto", gpus=True) == "float32"
+    with pytest.raises(ConfigError, match="a GPU, Tesla V100-SXM2-16GB, that does not"):
+        run_dtype("bfloat16", gpus=True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    assert run_dtype("auto", gpus=True) == "bfloat16"
 
 
 def test_too_few_gpus_are_named_with_the_keys() -> None:

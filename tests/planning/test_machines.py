@@ -68,7 +68,9 @@ def test_the_8b_example_is_judged_by_nodes_and_gpus() -> None:
     assert "no node has room for all of" in problem
     assert remedy.startswith("it would fit with")
     assert any("the largest GPU has 22.0 GiB" in text for text in planned("8xL4").warnings)
-    (problem,) = planned("8xT4").problems[:1]
+    with pytest.raises(ConfigError, match="dtype=bfloat16: the cluster has a GPU, T4"):
+        planned("8xT4")
+    (problem,) = planned("8xT4", dtype="float32").problems[:1]
     assert "weights alone" in problem
 
 
