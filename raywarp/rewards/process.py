@@ -112,7 +112,8 @@ class FunctionProcess:
         self._ended = False
         started = self._pending[next(self._numbers)] = Future[Any]()
         ours.send(source)
-        threading.Thread(target=self._receive, daemon=True).start()
+        self._reader = threading.Thread(target=self._receive, daemon=True)
+        self._reader.start()
         self.is_async: bool = self._result(started, START_SECONDS)
 
     def call(self, batch: Batch, seconds: float | None) -> list[Raw]:
@@ -139,6 +140,8 @@ class FunctionProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        # Else it may read what the next process sends: the descriptor's number is used again.
+        self._reader.join(GRACE_SECONDS)
         with suppress(OSError):
             self._connection.close()
 

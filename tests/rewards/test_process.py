@@ -137,6 +137,25 @@ def together(processes: FunctionProcesses, calls: int) -> tuple[list[Any], float
     return found, time.monotonic() - start
 
 
+def test_nothing_reads_from_a_connection_that_is_closed(made: Make) -> None:
+    """Its descriptor's number is the next process's, whose answers an old reader would take."""
+    processes = made("alarm")
+    first = processes._all[0]
+    connection, poll = first._connection, first._connection.poll
+
+    def slowly(seconds: float) -> bool:
+        found = poll(seconds)
+        if first.process.poll() is not None:
+            time.sleep(0.5)
+        return found
+
+    connection.poll = slowly  # type: ignore[method-assign,assignment]
+    time.sleep(1.5)  # until the reader has come to it
+    first.close()
+    assert connection.closed
+    assert not first._reader.is_alive()
+
+
 def test_concurrency_is_the_number_of_processes(made: Make) -> None:
     found, _ = together(made("process", concurrency=2), 4)
     assert len({score for (score,) in found}) == 2
