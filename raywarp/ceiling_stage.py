@@ -6,6 +6,7 @@ from typing import Any
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.cluster.runtime import stoppable
 from raywarp.config.schema import Config, ConfigError
+from raywarp.data.moment import keep_moment
 from raywarp.data.prompts import prompts_fingerprint
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import local_paths
@@ -14,7 +15,6 @@ from raywarp.run.ceiling import FOLDER, Ceiling, find_ceiling, save_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
 from raywarp.run.keys import ceiling_key, key_of_numerics
-from raywarp.run.moment import keep_moment
 from raywarp.standardisation import reward_statistics
 from raywarp.storage import sealed
 from raywarp.storage.locks import exclusive

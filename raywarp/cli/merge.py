@@ -164,7 +164,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _merge_and_report(options: argparse.Namespace) -> None:
     from raywarp.adapters.merge_report import merge_json, merge_table
     from raywarp.adapters.merging import merge
-    from raywarp.run.display import new_console
+    from raywarp.run.terminal import new_console
 
     done = merge(
         _recipe(options),
@@ -231,7 +231,7 @@ def _floats(text: str | None) -> tuple[float, ...] | None:
 def _inspect(options: argparse.Namespace) -> None:
     from raywarp.adapters.inspection import survey
     from raywarp.adapters.merge_report import inspect_table, survey_json
-    from raywarp.run.display import new_console
+    from raywarp.run.terminal import new_console
 
     texts = _texts(options.base, options.texts)
     found = survey(

@@ -47,7 +47,7 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from raywarp.run.display import new_console
+    from raywarp.run.terminal import new_console
 
     if options.serve:
         from raywarp.report.server import serve

@@ -14,6 +14,7 @@ import transformers  # without `from`, because transformers' submodules take sec
 from raywarp import identity
 from raywarp.config.schema import Config, ConfigError
 from raywarp.data.models import check_causal, check_tensors, read_model_config, read_tokenizer
+from raywarp.data.moment import stored_moment
 from raywarp.data.prompt_set.table import PromptSplits
 from raywarp.data.prompts import load_prompts, prompts_fingerprint, resolve_model
 from raywarp.data.retention_texts import Tokens, load_texts, retention_dataset
@@ -28,7 +29,6 @@ from raywarp.rewards.functions import load_exceptions, load_function
 from raywarp.rewards.reading import cut_warning
 from raywarp.rollout.engine import check_engine
 from raywarp.run.loggers import check_loggers
-from raywarp.run.moment import stored_moment
 from raywarp.storage import sealed
 
 # What configurations call the number of positions, by family.

@@ -26,21 +26,12 @@ from raywarp.run.folder import PREFERENCES, Run, read_mark
 from raywarp.run.points import Point
 from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import step_seconds
+from raywarp.run.terminal import new_console
 from raywarp.storage.location import Storage
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are shown in another way
 PRINTED_SAMPLES = 8  # prompts; the report shows all
 PLAIN_EVERY = 5  # steps between a policy's plain lines
-
-
-def new_console() -> Console:
-    """Return a console, 120 columns wide where there is no terminal (a job's log, a file).
-
-    rich assumes 80 columns there, which are too few for the tables. It also makes pictures of words
-    such as :key:, which may be part of a path.
-    """
-    terminal = Console(emoji=False)
-    return terminal if terminal.is_terminal else Console(width=120, emoji=False)
 
 
 def bars(console: Console, quiet: bool, *more: ProgressColumn) -> Progress:

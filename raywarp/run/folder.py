@@ -17,6 +17,7 @@ from raywarp.adapters.start import Start, load_start, of_base, of_sft
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import geometry
 from raywarp.config.schema import Config, ConfigError
+from raywarp.data.moment import keep_moment
 from raywarp.run.config_file import (
     CONFIG_FILE,
     SAMPLER_VERSION,
@@ -25,7 +26,6 @@ from raywarp.run.config_file import (
     saved_form,
 )
 from raywarp.run.history import EVENTS_FILE, METRICS_FILE, TIMING_FILE, History
-from raywarp.run.moment import keep_moment
 from raywarp.run.policy_files import TRAJECTORY_FILE
 from raywarp.run.sampler_mark import Mark, sampler_mark
 from raywarp.storage import sealed

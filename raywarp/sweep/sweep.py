@@ -17,11 +17,11 @@ from raywarp.cluster.runtime import stoppable
 from raywarp.config.callables import PREFIX
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import DIRECTIONS, SearchSpace, Values, choice_texts, search_space
+from raywarp.data.moment import keep_moment
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster, opening
 from raywarp.run.display import Display
 from raywarp.run.folder import Run, read_mark
-from raywarp.run.moment import keep_moment
 from raywarp.storage import scratch
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import exclusive

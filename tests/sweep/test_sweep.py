@@ -37,7 +37,7 @@ from raywarp.planning.plan import plan, print_forecast
 from raywarp.report.page import read, save_report
 from raywarp.rollout.transport import digest
 from raywarp.run.ceiling import Ceiling
-from raywarp.run.display import new_console
+from raywarp.run.terminal import new_console
 from raywarp.storage.location import Storage
 from raywarp.sweep.results import Sweep
 from raywarp.sweep.sweep import tune

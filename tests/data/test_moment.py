@@ -6,9 +6,9 @@ import pytest
 
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config, ConfigError
+from raywarp.data.moment import MOMENT_FILE, keep_moment, stored_moment
 from raywarp.run.config_file import differing_keys
 from raywarp.run.keys import ceiling_key, key_chain, key_of_numerics, used_settings
-from raywarp.run.moment import MOMENT_FILE, keep_moment, stored_moment
 from raywarp.storage.location import Storage
 
 
