@@ -61,11 +61,11 @@ class Soup:
         of = {m: weights[name] / len(own) for name, own in self.corners.items() for m in own}
         return [of[m] for m in sorted(of)]
 
-    def candidate(self, weights: Weights, eta: float) -> Candidate:
-        """Return the point at η on the line from the SFT model to the merge."""
+    def candidate(self, weights: Weights, merged: AdapterDelta, eta: float) -> Candidate:
+        """Return the point at η on the line from the SFT model to the merge with these weights."""
         told = " ".join(f"{name} {share:.6g}" for name, share in weights.items() if share)
         name = told if eta == 1 else f"{told}, η {eta:g}"
-        return Candidate(name, None, self.on_line(weights, eta), dict(weights), eta)
+        return Candidate(name, None, scale(merged, eta), dict(weights), eta)
 
     def on_line(self, weights: Weights, eta: float) -> AdapterDelta:
         """Return η·(θ_merged − θ_sft)."""
@@ -79,19 +79,19 @@ def measure_soup(soup: Soup, rule: ChooseConfig, measure: Measure) -> list[tuple
         rule: names η, or the KL that the largest η has to stay within.
         measure: measures points, all at once.
     """
-    tried: list[dict[float, float]] = [{} for _ in soup.wanted]
+    merges = [(weights, soup.merged(weights), dict[float, float]()) for weights in soup.wanted]
     found = list[tuple[Point, Scored]]()
     while True:
         due = [
-            (weights, eta, own)
-            for weights, own in zip(soup.wanted, tried, strict=True)
-            if (eta := next_eta(own, rule)) is not None
+            (weights, merged, tried, eta)
+            for weights, merged, tried in merges
+            if (eta := next_eta(tried, rule)) is not None
         ]
         if not due:
             return found
-        results = measure([soup.candidate(weights, eta) for weights, eta, _ in due])
-        for (_, eta, own), (point, _) in zip(due, results, strict=True):
-            own[eta] = point.kl
+        results = measure([soup.candidate(weights, own, eta) for weights, own, _, eta in due])
+        for (_, _, tried, eta), (point, _) in zip(due, results, strict=True):
+            tried[eta] = point.kl
         found += results
 
 
@@ -155,10 +155,9 @@ def preference_json(
         results: of the front, of which the first is the SFT model.
         group: completions per prompt.
     """
-    front = preference_front([point for point, _ in results], rule)
     if not soup.wanted:
         return {}
-    sft, *_ = results
+    front, sft = preference_front([point for point, _ in results], rule), results[0]
     found = {"corners": dict(soup.corners), "preference_front": [point.name for point in front]}
     names = list(sft[0].rewards)
     if len(names) < 2 or not front:
