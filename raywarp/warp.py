@@ -29,7 +29,7 @@ from raywarp.run.card import run_origin
 from raywarp.run.display import Display
 from raywarp.run.events import Journal
 from raywarp.run.folder import Run
-from raywarp.run.front import candidates, wanted_etas
+from raywarp.run.front import run_candidates
 from raywarp.run.history import METRICS_FILE
 from raywarp.run.keys import front_key, key_chain, key_of_numerics
 from raywarp.run.loggers import Loggers
@@ -276,14 +276,13 @@ class Driver:
         """Measure the front of the last iteration, and save the adapter of the chosen η."""
         config = self.config
         fronts = Fronts(config, self.inputs, self.run, self.session, self.display, self.claims)
+        soup = Soup(init, policies, config.corners, config.mixes)
         if fronts.save(
-            front_key(config, self.inputs.front, keys, config.mixes),
-            lambda: candidates(
-                init, policies, wanted_etas(config), weights=config.warp.merge_weights
-            ),
+            front_key(config, self.inputs.front, keys, soup.wanted),
+            lambda: run_candidates(config, init, policies),
             run_origin(config),
             determinants,
             numerics,
-            Soup(init, policies, config.corners, config.mixes),
+            soup,
         ):
             self.loggers.finish(self.run)

@@ -47,6 +47,13 @@ def candidates(
     return points
 
 
+def run_candidates(
+    config: Config, init: AdapterDelta, task_vectors: Sequence[AdapterDelta]
+) -> list[Candidate]:
+    """Return the points of a run's own front; see candidates."""
+    return candidates(init, task_vectors, wanted_etas(config), weights=config.warp.merge_weights)
+
+
 def more_averages(
     init: AdapterDelta, task_vectors: Sequence[AdapterDelta], lambdas: Sequence[float]
 ) -> list[Candidate]:
