@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -124,7 +124,7 @@ def make_plan(config: Config, nodes: Nodes | None = None) -> Plan:
     most = min(config.cluster.policy_actors or config.warp.policies, config.warp.policies)
     fewest = most if config.cluster.policy_actors else 1
     for actors in range(most, fewest - 1, -1):
-        plan = wish(config, nodes.total("GPU"), actors, nodes.accelerators)
+        plan = wish(config, nodes, actors)
         if not (misfits := _misfits(plan.needs, nodes)):
             return _with_threads(config, plan, nodes)
     raise ConfigError("\n".join([*misfits, *_what_would_fit(config, most, nodes)]))
@@ -164,26 +164,20 @@ def plan_or_wish(config: Config, nodes: Nodes | None = None) -> tuple[Plan, list
     try:
         return make_plan(config, nodes), []
     except ConfigError as error:
-        return wish(config, nodes.total("GPU"), None, nodes.accelerators), str(error).splitlines()
+        return wish(config, nodes), str(error).splitlines()
 
 
-def wish(
-    config: Config,
-    cluster_gpus: float,
-    actors: int | None = None,
-    accelerators: Collection[str] = (),
-) -> Plan:
+def wish(config: Config, nodes: Nodes, actors: int | None = None) -> Plan:
     """Return the plan that the run would ask for, whether the cluster has the resources or not.
 
     Args:
-        cluster_gpus: GPUs of the whole cluster. If it has any, an actor gets one unless the config
-            says otherwise.
+        nodes: of the whole cluster. If they have any GPU, an actor gets one unless the config says
+            otherwise.
         actors: number of policy actors, by default as many as the run can use.
-        accelerators: see Nodes.accelerators.
     """
     from raywarp.cluster.device import run_dtype
 
-    cluster, default = config.cluster, 1.0 if cluster_gpus else 0.0
+    cluster, default = config.cluster, 1.0 if nodes.total("GPU") else 0.0
     per_policy = cluster.gpus_per_policy if cluster.gpus_per_policy is not None else default
     per_rollout = (
         cluster.gpus_per_rollout_worker if cluster.gpus_per_rollout_worker is not None else default
@@ -209,7 +203,7 @@ def wish(
             len(config.scorers),
         ),
         None,
-        run_dtype(config.dtype, per_policy > 0, accelerators),
+        run_dtype(config.dtype, per_policy > 0, nodes.accelerators),
     )
 
 
@@ -310,12 +304,7 @@ def _what_would_fit(config: Config, most: int, nodes: Nodes) -> list[str]:
     ]
     for actors, workers in sorted(counts, key=lambda pair: (sum(pair), pair), reverse=True):
         rollout = config.rollout.model_copy(update={"workers": workers})
-        fewer = wish(
-            config.model_copy(update={"rollout": rollout}),
-            nodes.total("GPU"),
-            actors,
-            nodes.accelerators,
-        )
+        fewer = wish(config.model_copy(update={"rollout": rollout}), nodes, actors)
         if not _misfits(fewer.needs, nodes):
             keys = [f"cluster.policy_actors={actors}"] if config.cluster.policy_actors else []
             return ["it would fit with " + " ".join([*keys, f"rollout.workers={workers}"])]

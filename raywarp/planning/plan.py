@@ -239,7 +239,7 @@ def _placed_on(config: Config, machines: Machines | None) -> tuple[resources.Pla
     return (
         resources.plan_or_wish(config, machines.nodes)
         if machines
-        else (resources.wish(config, 0), [])
+        else (resources.wish(config, resources.Nodes.empty([])), [])
     )
 
 

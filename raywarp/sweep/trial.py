@@ -344,12 +344,7 @@ class Trial(Trainable):
 
     def _measure_front(self, state: warp.IterationState, key: str) -> list[dict[str, Any]]:
         """Measure the front on the line from SFT to SLERP, and keep it in the store."""
-        candidates = front.candidates(
-            state.init,
-            state.policies,
-            front.wanted_etas(self.own),
-            weights=self.own.warp.merge_weights,
-        )
+        candidates = front.run_candidates(self.own, state.init, state.policies)
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
         inputs = self.inputs
         kept = KeptPoints(self.run, points_key(self.own, inputs.front, state.determinants))
@@ -398,8 +393,7 @@ def _numerics_key(config: Config, inputs: Inputs) -> str:
     read = {"rollout", "reward", "rewards", "lora", "cluster", "seed", "prompts"}
     sections = used_settings(config, {*read, "trust_remote_code"})
     nodes = resources.Nodes.present()
-    gpus = nodes.total("GPU")
-    machine = [resources.wish(config, gpus, None, nodes.accelerators).dtype, gpus > 0]
+    machine = [resources.wish(config, nodes).dtype, nodes.total("GPU") > 0]
     completions = config.reward_training.sft_completions
     return identity.content_key(
         [sections, inputs.fingerprints(), versions((*PACKAGES, "peft")), machine, completions]

@@ -28,7 +28,7 @@ def settings(out: object = "nowhere", **front: Any) -> Config:
 
 
 def lines(config: Config, shapes: Shapes | None = SHAPES) -> list[str]:
-    return ceiling_lines(config, resources.wish(config, 0), shapes)
+    return ceiling_lines(config, resources.wish(config, resources.Nodes.empty([])), shapes)
 
 
 def test_an_assumption_is_called_one() -> None:

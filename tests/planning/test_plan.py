@@ -243,7 +243,9 @@ def test_memory_is_compared_with_the_largest_node_and_gpu(tiny_llama: Path) -> N
     need = resources.Need("policy", gpus=0, cpus=1, count=1)
     config = settings(tiny_llama)
     process = ProcessMemory(need, {"base weights": 6 << 30, "activations (estimate)": 4 << 30})
-    found = Forecast(config, resources.wish(config, 0), None, [process], "float32")
+    found = Forecast(
+        config, resources.wish(config, resources.Nodes.empty([])), None, [process], "float32"
+    )
     sizes = {"small": 5 << 30, "middle": 8 << 30, "large": 16 << 30}
     reports = {name: [NodeReport(name, {}, size)] for name, size in sizes.items()}
     assert (
