@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from math import isfinite
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -276,14 +275,13 @@ def _soup(config: Config, sources: Sources, weights: Sequence[Shares]) -> Soup:
 
 def _shares(given: Shares, corners: Mapping[str, Sequence[int]]) -> dict[str, float]:
     try:
-        if not isinstance(given, Mapping):
-            given = dict(zip(corners, given, strict=True))
-        if odd := [share for share in given.values() if not (share >= 0 and isfinite(share))]:
-            raise ValueError(f"{odd[0]:g} is no share; it must be at least 0")
-        return shares(given, corners)
+        if isinstance(given, Mapping):
+            return shares(given, corners)
+        if len(given) != len(corners):
+            raise ValueError(f"give one share for each of {', '.join(corners)}")
+        return shares(dict(zip(corners, given, strict=True)), corners)
     except ValueError as error:
-        told = f"give one share for each of {', '.join(corners)}"
-        raise ConfigError(f"weights {given}: {told if 'zip()' in str(error) else error}") from None
+        raise ConfigError(f"weights {given}: {error}") from None
 
 
 def _chosen(config: Config, weights: Mapping[str, float]) -> Config:

@@ -164,10 +164,12 @@ def shares(weights: Mapping[str, float], of: Collection[str]) -> dict[str, float
         of: names of the corners.
 
     Raises:
-        ValueError: a weight names no corner, or all are 0.
+        ValueError: a weight names no corner, one is negative or not finite, or all are 0.
     """
     if unknown := next((name for name in weights if name not in of), None):
         raise ValueError(f"nothing has the name {unknown}; there are {', '.join(of)}")
+    if odd := [share for share in weights.values() if not 0 <= share < math.inf]:
+        raise ValueError(f"{odd[0]:g} is no share; it must be at least 0")
     if not any(weights.values()):
         raise ValueError("all weights are 0; give one of them a share")
     return {name: weights.get(name, 0.0) / sum(weights.values()) for name in of}

@@ -248,15 +248,15 @@ class Config(Section):
     @property
     def mixes(self) -> list[dict[str, float]]:
         """Shares of the merges that are measured besides the line to SLERP, each by corner."""
-        wanted, chosen = self.front.weights, self.front.choose.weights
+        wanted, chosen, of = self.front.weights, self.front.choose.weights, self.corners
         if wanted is None:
             kinds = {tuple(entry.weight for entry in own.rewards) for own in self.of_policies}
-            wanted = each.usual_steps(len(self.corners)) if len(kinds) > 1 else 0
+            wanted = each.usual_steps(len(of)) if len(kinds) > 1 else 0
         if isinstance(wanted, int):
-            of = simplex(len(self.corners), wanted) if wanted else []
-            wanted = [dict(zip(self.corners, own, strict=True)) for own in of]
+            grid = simplex(len(of), wanted) if wanted else []
+            wanted = [dict(zip(of, own, strict=True)) for own in grid]
         given = [*wanted, *([chosen] if chosen else [])]
-        found = [each.shares(weights, self.corners) for weights in given]
+        found = [each.shares(weights, of) for weights in given]
         return [own for n, own in enumerate(found) if own not in found[:n]]
 
     @property
@@ -347,13 +347,14 @@ class Config(Section):
     def _check_weights(self) -> None:
         """Raise ValueError if shares of a merge name what is not there, or there is no merge."""
         wanted, chosen = self.front.weights, self.front.choose.weights
-        lists = {"front.weights": wanted if isinstance(wanted, list) else []}
-        for key, given in (lists | {"front.choose.weights": [chosen] if chosen else []}).items():
-            for weights in given:
-                try:
-                    each.shares(weights, self.corners)
-                except ValueError as error:
-                    raise ValueError(f"{key}: {error}") from None
+        given = [("front.weights", own) for own in (wanted if isinstance(wanted, list) else [])]
+        given += [("front.choose.weights", chosen)] if chosen else []
+        of = self.corners if given else {}
+        for key, weights in given:
+            try:
+                each.shares(weights, of)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         if (wanted or chosen) and self.warp.policies == 1:
             raise ValueError("front.weights are shares of policies, and warp.policies=1")
         if self.tune and chosen:
