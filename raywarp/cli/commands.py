@@ -226,8 +226,8 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from raywarp.planning.plan import plan, print_forecast
-    from raywarp.run.terminal import new_console
+    from raywarp.run.terminal import console
 
     found = plan(_config_of(options), options.offline, options.cluster)
-    print_forecast(found, new_console())
+    print_forecast(found, console())
     return 0 if found.fits else 2

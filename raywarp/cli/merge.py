@@ -164,7 +164,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _merge_and_report(options: argparse.Namespace) -> None:
     from raywarp.adapters.merge_report import merge_json, merge_table
     from raywarp.adapters.merging import merge
-    from raywarp.run.terminal import new_console
+    from raywarp.run.terminal import console
 
     done = merge(
         _recipe(options),
@@ -176,8 +176,8 @@ def _merge_and_report(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(merge_json(done)))
     else:
-        new_console().print(merge_table(done), highlight=False)
-        new_console().print(f"written to {options.out}", highlight=False, markup=False)
+        console().print(merge_table(done), highlight=False)
+        console().print(f"written to {options.out}", highlight=False, markup=False)
 
 
 class _Progress:
@@ -231,7 +231,7 @@ def _floats(text: str | None) -> tuple[float, ...] | None:
 def _inspect(options: argparse.Namespace) -> None:
     from raywarp.adapters.inspection import survey
     from raywarp.adapters.merge_report import inspect_table, survey_json
-    from raywarp.run.terminal import new_console
+    from raywarp.run.terminal import console
 
     texts = _texts(options.base, options.texts)
     found = survey(
@@ -241,9 +241,9 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(survey_json(found) | ({"kl": kl} if kl else {})))
     else:
-        new_console().print(inspect_table(found), highlight=False)
+        console().print(inspect_table(found), highlight=False)
         if kl:
-            new_console().print(_kl_line(kl), highlight=False)
+            console().print(_kl_line(kl), highlight=False)
 
 
 def _texts(base: str | None, file: str | None) -> list[str]:

@@ -47,7 +47,7 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from raywarp.run.terminal import new_console
+    from raywarp.run.terminal import console
 
     if options.serve:
         from raywarp.report.server import serve
@@ -55,9 +55,7 @@ def _report(options: argparse.Namespace) -> None:
         return serve(
             options.runs,
             options.port,
-            lambda text: new_console().print(text, highlight=False, markup=False, soft_wrap=True),
+            lambda text: console().print(text, highlight=False, markup=False, soft_wrap=True),
         )
     where, size = save_report(options.runs, options.out)
-    new_console().print(
-        f"{where} ({size / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True
-    )
+    console().print(f"{where} ({size / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True)

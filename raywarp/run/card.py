@@ -18,7 +18,7 @@ from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
 from raywarp.rollout.engine import lora_slots
 from raywarp.run.ceiling import Ceiling, front_share
-from raywarp.run.figures import footnote, front_rows
+from raywarp.run.figures import footnote, front_rows, steps_in_words
 from raywarp.run.folder import PICTURE
 from raywarp.run.points import Point
 from raywarp.run.sampler_mark import Mark
@@ -47,8 +47,7 @@ class Origin:
 def run_origin(config: Config) -> Origin:
     """Return what a run says of its policies."""
     warp, base = config.warp, hub_name(config.model)
-    counts = sorted({own.warp.steps for own in config.of_policies})
-    steps = " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
+    steps = steps_in_words(own.warp.steps for own in config.of_policies)
     return Origin(
         f"WARP, I={warp.iterations}, M={warp.policies}: {config.model}",
         "aligned with WARP",

@@ -20,13 +20,13 @@ from rich.progress import (
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.geometry import geometry
 from raywarp.cluster import runtime
+from raywarp.run import terminal
 from raywarp.run.ceiling import Ceiling, ceiling_of, front_share, verdict
-from raywarp.run.figures import ceiling_table, front_table, print_samples
+from raywarp.run.figures import ceiling_table, front_table, print_samples, steps_in_words
 from raywarp.run.folder import PREFERENCES, Run, read_mark
 from raywarp.run.points import Point
 from raywarp.run.policy_files import Job
 from raywarp.run.prometheus import step_seconds
-from raywarp.run.terminal import new_console
 from raywarp.storage.location import Storage
 
 _QUIET = ("started", "finished", "stopped", "resumed")  # events that are shown in another way
@@ -122,7 +122,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        self.console = new_console() if console is None else console
+        self.console = terminal.console() if console is None else console
         self.quiet, self.start = quiet, time.monotonic()
 
     def progress(self, text: str) -> None:
@@ -175,11 +175,9 @@ class Display:
         Args:
             steps: of each policy, by its key.
         """
-        counts = sorted({*steps.values()})
-        told = " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
         self.progress(
-            f"iteration {number}: {len(missing)} of {len(jobs)} policies to train, {told} steps"
-            " each"
+            f"iteration {number}: {len(missing)} of {len(jobs)} policies to train,"
+            f" {steps_in_words(steps.values())} steps each"
         )
         bars = Bars(self.console, steps, self.quiet)
         with bars.live:

@@ -1,7 +1,7 @@
 """Figures of a run: the front as a picture and as a table, and texts side by side."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +34,7 @@ def plot_front(
     best of n beside it. Every point has its name. Merges with other shares of the policies are not
     drawn; plot_preferences draws them.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 5.5), dpi=150, layout="constrained")
     points = [point for point in points if not point.weights]
     line = sorted((p for p in points if p.eta is not None), key=lambda p: p.eta or 0)
@@ -94,13 +90,21 @@ def plot_front(
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def _pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws without a screen."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     sealed.write_bytes(path, image.getvalue())
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
 def plot_preferences(
@@ -112,11 +116,7 @@ def plot_preferences(
         points: of the whole front, of which the first is SFT.
         front: names of the points of the preference front.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     pairs = list(combinations(list(points[0].rewards)[:3], 2))
     figure, panels = plt.subplots(
         *(1, len(pairs)), figsize=(1 + 6 * len(pairs), 5), dpi=150, layout="constrained"
@@ -284,6 +284,12 @@ def ceiling_table(ceiling: Ceiling) -> Table:
             str(one.n) if one else "",
         )
     return table
+
+
+def steps_in_words(steps: Iterable[int]) -> str:
+    """Return how many steps policies take: "40", or "8 to 12" where they differ."""
+    counts = sorted(steps)
+    return " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
 
 
 def footnote(points: Sequence[Point]) -> str:

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 
-def new_console() -> Console:
+def console() -> Console:
     """Return a console, 120 columns wide where there is no terminal (a job's log, a file).
 
     rich assumes 80 columns there, which are too few for the tables. It also makes pictures of words

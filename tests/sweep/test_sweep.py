@@ -37,7 +37,7 @@ from raywarp.planning.plan import plan, print_forecast
 from raywarp.report.page import read, save_report
 from raywarp.rollout.transport import digest
 from raywarp.run.ceiling import Ceiling
-from raywarp.run.terminal import new_console
+from raywarp.run.terminal import console
 from raywarp.storage.location import Storage
 from raywarp.sweep.results import Sweep
 from raywarp.sweep.sweep import tune
@@ -334,7 +334,7 @@ def test_plan_says_what_a_sweep_asks_for(
     grid: tuple[Sweep, Path, str], sweep_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_forecast(
-        plan(load_config(settings(sweep_folder / "planned", GRID)), offline=True), new_console()
+        plan(load_config(settings(sweep_folder / "planned", GRID)), offline=True), console()
     )
     said = " ".join(capsys.readouterr().out.split())
     assert "6 trials of warp.anchor, warp.ema_rate, warp.liti_rate (grid)" in said
