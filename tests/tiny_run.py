@@ -6,6 +6,7 @@ It uses a tiny Llama and the transformers engine.
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny_models import WORDS
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config
 from raywarp.run.display import Display
+from raywarp.run.folder import Run
 from raywarp.storage import sealed
 
 REWARD = '''
@@ -43,6 +45,11 @@ def make_project(folder: Path) -> Path:
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def copied(run: Run, folder: Path) -> Path:
+    """Without the adapters, which a report does not read."""
+    return Path(shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("*.safetensors")))
 
 
 def tiny_config(project: Path, model: Path, out: str | Path, **changes: Any) -> Config:

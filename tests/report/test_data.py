@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import S3Server
-from tiny_run import DAMAGE, files_of
+from tiny_run import DAMAGE, copied, files_of
 
 from raywarp.cli.commands import main
 from raywarp.report.data import report_data
@@ -39,11 +39,6 @@ READ = (
     "samples.json",
     "iterations/1/geometry.json",
 )
-
-
-def copied(run: Run, folder: Path) -> Path:
-    """Without the adapters, which a report does not read."""
-    return Path(shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("*.safetensors")))
 
 
 def test_a_finished_run_lacks_nothing(tiny_finished: Run) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+from tiny_run import copied
 
 from raywarp.report.page import save_report
 from raywarp.report.server import ReportServer
@@ -385,11 +386,7 @@ def test_no_text_becomes_anything_but_text(
     """HTML, control characters, marks that turn the direction of writing, and emoji; as prompts,
     texts, messages, names and settings.
     """
-    folder = Path(
-        shutil.copytree(
-            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
-        )
-    )
+    folder = copied(tiny_finished, tmp_path / "run")
     names = [point["name"] for point in tiny_finished.front()["points"]]
     rows = [
         {"prompt": text, **dict.fromkeys(names, text), "rewards": dict.fromkeys(names, 1.0)}
@@ -445,11 +442,7 @@ def test_no_text_becomes_anything_but_text(
 def test_what_is_kept_and_what_is_extrapolated_is_shown(
     browser: Browser, report: Path, tiny_finished: Run, tmp_path: Path
 ) -> None:
-    folder = Path(
-        shutil.copytree(
-            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
-        )
-    )
+    folder = copied(tiny_finished, tmp_path / "run")
     front = sealed.read_record(folder / "front.json")
     assert front
     for n, one in enumerate(front["points"]):
@@ -485,11 +478,7 @@ def test_what_is_kept_and_what_is_extrapolated_is_shown(
 def test_the_preference_front_is_drawn_and_its_points_read(
     browser: Browser, tiny_finished: Run, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    folder = Path(
-        shutil.copytree(
-            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
-        )
-    )
+    folder = copied(tiny_finished, tmp_path / "run")
     front = sealed.read_record(folder / "front.json")
     assert front
     shares = [(1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.0, 1.0)]
@@ -549,11 +538,7 @@ def test_the_preference_front_is_drawn_and_its_points_read(
 
 def test_a_large_run_travels_packed(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
     """1,000 prompts, every one of which is found again."""
-    folder = Path(
-        shutil.copytree(
-            tiny_finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")
-        )
-    )
+    folder = copied(tiny_finished, tmp_path / "run")
     names = [point["name"] for point in tiny_finished.front()["points"]]
     rows = [
         {"prompt": f"prompt {n}", **{name: f"{name} says {n * n} ו 🎬" * 8 for name in names}}
@@ -589,11 +574,7 @@ def test_a_run_without_anything_but_its_configuration(
 
 def test_several_runs_share_one_front(browser: Browser, tiny_finished: Run, tmp_path: Path) -> None:
     """As a sweep's do: all fronts in one picture, one run in full."""
-    other = Path(
-        shutil.copytree(
-            tiny_finished.folder, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors")
-        )
-    )
+    other = copied(tiny_finished, tmp_path / "other")
     front = tiny_finished.front()
     for point in front["points"]:
         point["reward"] -= 1
