@@ -215,6 +215,6 @@ def start_engine(settings: EngineSettings) -> Engine:
         from raywarp.rollout.transformers_engine import TransformersEngine
 
         return TransformersEngine(settings)
-    from raywarp.rollout.vllm_engine import VllmEngine
+    from raywarp.rollout.vllm.engine import VllmEngine
 
     return VllmEngine(settings)

@@ -50,7 +50,7 @@ def sample(folder: Path, prompt: list[int], count: int, **rollout: Any) -> list[
 
 
 def sample_by_vllm(settings: EngineSettings, prompt: list[int]) -> list[Completion]:
-    from raywarp.rollout.vllm_engine import VllmEngine
+    from raywarp.rollout.vllm.engine import VllmEngine
 
     engine = VllmEngine(settings)
     try:

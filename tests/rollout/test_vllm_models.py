@@ -14,7 +14,7 @@ import sys
 from vllm.model_executor.models import ModelRegistry
 from raywarp.config.schema import RolloutConfig
 from raywarp.rollout.engine import EngineSettings
-from raywarp.rollout.vllm_models import inspect_here
+from raywarp.rollout.vllm.models import inspect_here
 
 lazy = ModelRegistry.models["LlamaForCausalLM"]
 rollout = RolloutConfig(engine="vllm")

@@ -27,17 +27,20 @@ from raywarp.rollout.engine import (
     EngineSettings,
     Loader,
     adapter_mode,
-    lora_slots,
-    slot_count,
 )
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
 from raywarp.rollout.row_signatures import ModuleRows
-from raywarp.rollout.vllm_models import LoraNames, check_lora, inspect_here, leave_logits_alone
+from raywarp.rollout.vllm.models import (
+    LoraNames,
+    arguments,
+    check_lora,
+    inspect_here,
+    leave_logits_alone,
+    refusal,
+)
 from raywarp.storage import scratch
 
-CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
-CPU_TOKENS = 4096  # prompt tokens in one pass
 # The errors by which vLLM reports that it cannot run a model.
 NOT_THIS_MODEL = (
     ValueError,
@@ -75,11 +78,11 @@ class VllmEngine:
                 inspect_here(settings)
             if self.adapter_mode == "lora":
                 check_lora(settings)
-            self.llm: Any = LLM(**self._arguments())
+            self.llm: Any = LLM(**arguments(settings, self.adapter_mode, self._files()))
             self._try_out()
         except refusals as error:
             scratch.discard(self.folder)
-            raise _refusal(error, settings, self.adapter_mode) from None
+            raise refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
         self.failed = False
         self._known: set[str] = set()  # adapted modules found among the engine's layers
@@ -290,54 +293,6 @@ class VllmEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
 
-    def _arguments(self) -> dict[str, Any]:
-        settings, rollout = self.settings, self.settings.rollout
-        arguments: dict[str, Any] = {
-            "model": str(self._files()),
-            "dtype": settings.dtype,
-            "seed": settings.seed,
-            "max_model_len": settings.max_model_len,
-            "trust_remote_code": settings.trust_remote_code,
-            "tensor_parallel_size": rollout.tensor_parallel_size,
-            "logprobs_mode": "processed_logprobs",
-            # After a swap, a known prefix would reuse stale KV blocks (vLLM 0.32).
-            "enable_prefix_caching": False,
-            "disable_log_stats": True,
-            "load_format": "safetensors",  # never a pickle
-            # A model's own top_p or repetition penalty would change what log-probs mean.
-            "generation_config": "vllm",
-        }
-        if rollout.tensor_parallel_size > 1:
-            # Inside a placement group, vLLM would ask Ray for bundles of its own.
-            arguments |= {"distributed_executor_backend": "mp"}
-        if settings.gpu:
-            arguments |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
-        else:
-            cache = int(rollout.kv_cache_gib * 2**30)
-            arguments |= {
-                "enforce_eager": True,
-                "kv_cache_memory_bytes": cache,
-                "max_num_seqs": CPU_SEQUENCES,
-            }
-            # Cutting a prompt in two would need a seeded generator to be set back, which CPU
-            # generators cannot do (vLLM 0.32).
-            arguments |= {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(CPU_TOKENS, settings.max_model_len),
-            }
-        if self.adapter_mode == "lora":
-            rank = lora_slots(settings.lora_rank)
-            slots = slot_count(rank)
-            arguments |= {
-                "enable_lora": True,
-                "max_loras": slots,
-                "max_cpu_loras": 4 * slots,
-                "max_lora_rank": rank,
-            }
-        if self.adapter_mode == "unmerged":
-            arguments |= {"worker_extension_cls": "raywarp.rollout.vllm_layers.AdaptedWorker"}
-        return arguments
-
 
 def _shared_memory_of(processes: Sequence[int]) -> set[Path]:
     """Return vLLM's shared-memory segments that these processes have mapped."""
@@ -366,28 +321,3 @@ def _prompt_logprobs(output: Any) -> tuple[float, ...]:
     """
     entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return tuple(float(entry[token].logprob) for token, entry in entries)
-
-
-def _refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigError:
-    """Return vLLM's error in terms of this project's keys."""
-    text = str(error)
-    if isinstance(error, ConfigError):
-        return error
-    if "KV cache" in text or "cache blocks" in text:
-        more = (
-            "rollout.gpu_memory_utilization"
-            if settings.gpu
-            else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
-        )
-        return ConfigError(
-            f"the KV cache has no room for one completion of {settings.max_model_len} tokens with"
-            f" its prompt: raise {more}, or lower"
-            f" rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens"
-            f" (vLLM: {text.splitlines()[0]})"
-        )
-    return ConfigError(
-        f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and"
-        f" dtype={settings.dtype} ({type(error).__name__}: {' '.join(text.split())[:200]}); set"
-        " rollout.engine=transformers"
-        + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
-    )

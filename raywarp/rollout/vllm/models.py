@@ -1,7 +1,8 @@
-"""What vLLM knows of a model: its class, whether it supports LoRA, the names of its modules."""
+"""What vLLM is told of a model, and what it knows: its class, its LoRA, its modules' names."""
 
 import contextlib
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,65 @@ from torch import Tensor
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import read_model_config
 from raywarp.rollout.base_weights import BaseWeightsError, Read, weight_names
-from raywarp.rollout.engine import EngineSettings
+from raywarp.rollout.engine import EngineSettings, lora_slots, slot_count
+
+CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
+CPU_TOKENS = 4096  # prompt tokens in one pass
+
+
+def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[str, Any]:
+    """Return the arguments of vLLM's LLM.
+
+    Args:
+        mode: rollout.adapter, with auto resolved.
+        files: folder or hub id of the model.
+    """
+    rollout = settings.rollout
+    found: dict[str, Any] = {
+        "model": str(files),
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+        "max_model_len": settings.max_model_len,
+        "trust_remote_code": settings.trust_remote_code,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "logprobs_mode": "processed_logprobs",
+        # After a swap, a known prefix would reuse stale KV blocks (vLLM 0.32).
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "load_format": "safetensors",  # never a pickle
+        # A model's own top_p or repetition penalty would change what log-probs mean.
+        "generation_config": "vllm",
+    }
+    if rollout.tensor_parallel_size > 1:
+        # Inside a placement group, vLLM would ask Ray for bundles of its own.
+        found |= {"distributed_executor_backend": "mp"}
+    if settings.gpu:
+        found |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    else:
+        cache = int(rollout.kv_cache_gib * 2**30)
+        found |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": cache,
+            "max_num_seqs": CPU_SEQUENCES,
+        }
+        # Cutting a prompt in two would need a seeded generator to be set back, which CPU
+        # generators cannot do (vLLM 0.32).
+        found |= {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_TOKENS, settings.max_model_len),
+        }
+    if mode == "lora":
+        rank = lora_slots(settings.lora_rank)
+        slots = slot_count(rank)
+        found |= {
+            "enable_lora": True,
+            "max_loras": slots,
+            "max_cpu_loras": 4 * slots,
+            "max_lora_rank": rank,
+        }
+    if mode == "unmerged":
+        found |= {"worker_extension_cls": "raywarp.rollout.vllm.layers.AdaptedWorker"}
+    return found
 
 
 def inspect_here(settings: EngineSettings) -> None:
@@ -51,6 +110,31 @@ def check_lora(settings: EngineSettings) -> None:
             f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set"
             f" {exact}"
         )
+
+
+def refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigError:
+    """Return vLLM's error in terms of this project's keys."""
+    text = str(error)
+    if isinstance(error, ConfigError):
+        return error
+    if "KV cache" in text or "cache blocks" in text:
+        more = (
+            "rollout.gpu_memory_utilization"
+            if settings.gpu
+            else f"rollout.kv_cache_gib={settings.rollout.kv_cache_gib:g}"
+        )
+        return ConfigError(
+            f"the KV cache has no room for one completion of {settings.max_model_len} tokens with"
+            f" its prompt: raise {more}, or lower"
+            f" rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens"
+            f" (vLLM: {text.splitlines()[0]})"
+        )
+    return ConfigError(
+        f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and"
+        f" dtype={settings.dtype} ({type(error).__name__}: {' '.join(text.split())[:200]}); set"
+        " rollout.engine=transformers"
+        + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
+    )
 
 
 class LoraNames:
