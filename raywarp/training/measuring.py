@@ -44,7 +44,7 @@ class Measuring:
             rollouts: the workers' Rollouts for them, in order.
             reference: π_ref is the base with its parts; without any, the SFT model.
         """
-        from raywarp.model.measures import completion_kls
+        from raywarp.model.adapted import completion_kls
 
         start, completions = time.time(), join(rollouts, adapter)
         if adapter.versions == reference.versions:
@@ -57,7 +57,7 @@ class Measuring:
 
     def text_losses(self, adapter: Adapter, texts: Sequence[Sequence[int]]) -> Scores:
         """Return the cross-entropy of each text under base + adapter, in nats."""
-        from raywarp.model.measures import text_losses
+        from raywarp.model.adapted import text_losses
 
         start = time.time()
         with self.work:

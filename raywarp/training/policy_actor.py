@@ -261,8 +261,7 @@ class PolicyActor(Measuring):
 
     def _measure(self, progress: Progress, measurement: Measurement) -> dict[str, Any]:
         """Return the row of a measurement, after adding it to the policy's trajectory."""
-        from raywarp.model.adapted import INIT
-        from raywarp.model.measures import completion_kls
+        from raywarp.model.adapted import INIT, completion_kls
 
         self.working_since = None  # the pool may do other work before this
         rollouts, scores = measurement.wait()

@@ -8,8 +8,7 @@ from tiny_models import trained_model
 from transformers import AutoModelForCausalLM
 
 from raywarp.algorithm.factors import dense
-from raywarp.model.adapted import AdaptedModel
-from raywarp.model.measures import text_losses
+from raywarp.model.adapted import AdaptedModel, text_losses
 
 
 def sampled_texts(folder: Path, count: int = 24) -> list[list[int]]:
