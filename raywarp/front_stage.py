@@ -21,7 +21,6 @@ from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.front_sources import Sources, check_same, front_config, read_sources
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import check_cluster
-from raywarp.rollout.protocol import spans_of
 from raywarp.run.card import Origin, card, code, hub_name, run_origin
 from raywarp.run.ceiling import Ceiling
 from raywarp.run.display import Display
@@ -49,6 +48,7 @@ from raywarp.training.evaluation import evaluate
 from raywarp.training.kept_points import KeptPoints
 from raywarp.training.merges import measure_merge
 from raywarp.training.session import Session
+from raywarp.training.timing import spans_of
 
 # Shares of a merge: by name, or one number for each adapter.
 Shares = Mapping[str, float] | Sequence[float]

@@ -176,26 +176,6 @@ class Scores(list[float]):
     parts: "Mapping[str, Scores]" = MappingProxyType({})
 
 
-def work_of(
-    rollouts: Sequence[Rollout], scores: Sequence[Scores]
-) -> list[tuple[str, float, float]]:
-    """Return who worked on these, with start and end in Unix seconds."""
-    pieces = [
-        (f"rollout worker {rollout.worker}", rollout.ended - rollout.seconds, rollout.ended)
-        for rollout in rollouts
-    ]
-    own = [part for one in scores for part in (one, *one.parts.values())]
-    return pieces + [(one.who, *one.span) for one in own if one.span]
-
-
-def spans_of(pieces: Sequence[tuple[str, float, float]]) -> dict[str, list[list[float]]]:
-    """Return the pieces of work by who did them, rounded to a millisecond."""
-    spans: dict[str, list[list[float]]] = {}
-    for who, start, end in pieces:
-        spans.setdefault(who, []).append([round(start, 3), round(end, 3)])
-    return spans
-
-
 def submit(
     pool: Any, requests: Sequence[Request], chunk: int | None = None, together: bool = False
 ) -> list[list[Any]]:

@@ -17,12 +17,12 @@ from raywarp.rollout.protocol import (
     Scores,
     join,
     submit,
-    work_of,
 )
 from raywarp.run.points import Candidate, Point, Scored, summarise
 from raywarp.training.kept_points import KeptPoints
 from raywarp.training.sampling import sample
 from raywarp.training.session import Session
+from raywarp.training.timing import work_of
 
 
 class PendingPoint:

@@ -30,14 +30,13 @@ from raywarp.rollout.protocol import (
     Request,
     Scores,
     join,
-    spans_of,
     submit,
-    work_of,
 )
 from raywarp.run.policy_files import Job
 from raywarp.training.draws import draws
 from raywarp.training.measuring import Measuring
 from raywarp.training.progress import Progress, finished_rows
+from raywarp.training.timing import spans_of, work_of
 from raywarp.training.tracking import HeldOut, Measurement, fetch, is_due, measured
 
 # Imported only where the actor runs: transformers and PEFT take seconds to import.
