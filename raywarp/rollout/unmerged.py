@@ -35,33 +35,46 @@ class Pass:
     """The current forward pass.
 
     Attributes:
-        slots: (n,) the adapter of each token.
+        tokens: slot → the tokens that have its adapter.
         only: the slot that all tokens share, or None.
     """
 
-    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    tokens: Mapping[int, slice | Tensor] = field(default_factory=dict)
     only: int | None = NO_ADAPTER
+
+    def begin(self, slots: Sequence[int], lengths: Tensor) -> None:
+        """Note the adapter of each of N sequences, and how many tokens of the pass each has."""
+        found, self.tokens = set(slots) or {NO_ADAPTER}, {}
+        self.only = found.pop() if len(found) == 1 else None
+        if self.only is None:
+            owners = torch.tensor(slots).repeat_interleave(lengths)
+            self.tokens = {slot: _places(owners == slot) for slot in found - {NO_ADAPTER}}
 
 
 PASS = Pass()
 
 
+def _places(chosen: Tensor) -> slice | Tensor:
+    """Return where a (n,) mask is true; a slice, which needs no copies, where that is one run."""
+    places = chosen.nonzero().squeeze(1)
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first + 1 == len(places) else places
+
+
 class SideBySide(NamedTuple):
-    """Adapters of a layer, side by side.
+    """The modules of one adapter that share a layer, side by side.
 
     Attributes:
-        A: (R, d_in).
-        B: (d_out, R).
-        slots: (R,) the adapter that each column of B belongs to.
         down: the product with A, (n, d_in) → (n, R).
         up: the product with B, (n, R) → (n, d_out).
     """
 
-    A: Tensor
-    B: Tensor
-    slots: Tensor
     down: Multiply
     up: Multiply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (n, d_out) from (n, d_in)."""
+        return self.up(self.down(x))
 
 
 @dataclass(frozen=True)
@@ -95,23 +108,32 @@ class Product:
         self.signatures = row_signatures(weight)
         self.shares: dict[str, Share] = {}
         self.stacks: dict[int, SideBySide] = {}
-        self.mixed: SideBySide | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return (n, d_out) from (n, d_in).
+        """Return (…, d_out) from (…, d_in).
 
         Args:
-            x: (n, d_in).
+            x: (…, d_in), the pass's n tokens. vLLM's own models drop all dimensions but one;
+                Transformers' keep a batch of 1.
             weight: what the engine kept of its own weight; it is empty.
             bias: (d_out,) or None.
         """
-        stack, x = self.mixed if PASS.only is None else self.stacks.get(PASS.only), x.contiguous()
-        if stack is None:
-            return packed_product(x, self.packed, bias)
-        low = stack.down(x)
-        if PASS.only is None:
-            low = low.masked_fill_(PASS.slots[:, None] != stack.slots, 0)
-        return packed_product(x, self.packed, bias, added=stack.up(low))
+        x = x.contiguous()
+        return packed_product(x, self.packed, bias, added=self._added(x))
+
+    def _added(self, x: Tensor) -> Tensor | None:
+        """Return what the tokens' adapters add, (…, d_out); None where that is nothing."""
+        if PASS.only is not None:
+            stack = self.stacks.get(PASS.only)
+            return None if stack is None else stack(x)
+        if not (mixed := self.stacks.keys() & PASS.tokens.keys()):
+            return None
+        rows = x.flatten(end_dim=-2)
+        added = x.new_zeros(len(rows), self.d_out)
+        for slot in mixed:
+            tokens = PASS.tokens[slot]
+            added[tokens] = self.stacks[slot](rows[tokens])
+        return added.view(*x.shape[:-1], self.d_out)
 
     def find(self, modules: Mapping[str, ModuleRows], part: int) -> None:
         """Find which rows of these modules the layer has.
@@ -139,18 +161,10 @@ class Product:
 
     def take(self, adapters: Sequence[Mapping[str, Factors]]) -> None:
         """Hold these adapters and no others. An adapter's slot is its index."""
-        stacks = [self._stack(slot, factors) for slot, factors in enumerate(adapters)]
+        stacks = [self._stack(factors) for factors in adapters]
         self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
-        own = list(self.stacks.values())
-        self.mixed = own[0] if own else None  # one adapter may meet tokens that have none
-        if len(own) > 1:
-            A, B = torch.cat([stack.A for stack in own]), torch.cat([stack.B for stack in own], 1)
-            self.mixed = self._stacked(A, B, torch.cat([stack.slots for stack in own]))
 
-    def _stacked(self, A: Tensor, B: Tensor, slots: Tensor) -> SideBySide:
-        return SideBySide(A, B, slots, self.multiply(A), self.multiply(B))
-
-    def _stack(self, slot: int, factors: Mapping[str, Factors]) -> SideBySide | None:
+    def _stack(self, factors: Mapping[str, Factors]) -> SideBySide | None:
         """Return the modules that share this layer as one pair of A and B.
 
         B is zero outside each module's own rows.
@@ -167,4 +181,4 @@ class Product:
             B[share.own, start : start + f.rank] = f.B[share.theirs].to(self.dtype)
             start += f.rank
         A = torch.cat([f.A[:, share.columns] for share, f in shares]).to(self.dtype)
-        return self._stacked(A, B, torch.full((len(A),), slot))
+        return SideBySide(self.multiply(A), self.multiply(B))

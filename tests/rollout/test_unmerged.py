@@ -19,7 +19,7 @@ TOKENS, D_IN = 7, 32
 @pytest.fixture(autouse=True)
 def no_pass_is_left_behind() -> Iterator[None]:
     yield
-    PASS.only, PASS.slots = NO_ADAPTER, torch.empty(0, dtype=torch.long)
+    PASS.begin([], torch.empty(0, dtype=torch.long))
 
 
 def numbers(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
@@ -33,7 +33,7 @@ def factors(d_out: int, d_in: int, rank: int, seed: int, size: float = 0.3) -> F
 
 
 def everybody(slot: int) -> None:
-    PASS.only = slot
+    PASS.begin([slot], torch.tensor([TOKENS]))
 
 
 def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
@@ -65,25 +65,28 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("order", [[0, 1, -1, 1, 0, -1, 1], [1, 1, 1, -1, 0, 0, -1]])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_token_has_its_own_adapter(dtype: torch.dtype, count: int) -> None:
-    """Rows of one pass: one or two adapters, and none; each as in a pass of its own,
-    and a bias with all of them.
+def test_each_token_has_its_own_adapter(dtype: torch.dtype, count: int, order: list[int]) -> None:
+    """Rows of one pass, scattered and in runs: one or two adapters, and none; each as in a pass of
+    its own, and a bias with all of them.
     """
     weight, bias = numbers(16, D_IN, seed=1).to(dtype), numbers(16, seed=2).to(dtype)
     layer = Product(weight)
     layer.find({"up": ModuleRows.of(weight, 1)}, 0)
-    layer.take([{"up": factors(16, D_IN, 2, 1)}, {"up": factors(16, D_IN, 5, 2)}][:count])
+    two = [{"up": factors(16, D_IN, 2, 1)}, {"up": factors(16, D_IN, 5, 2)}]
+    layer.take(two[:count])
     x = numbers(TOKENS, D_IN, seed=3).to(dtype)
-    slots = torch.tensor([0, 1, -1, 1, 0, -1, 1]).clamp(max=count - 1)
+    slots = torch.tensor(order).clamp(max=count - 1)
     alone = {}
     for slot in range(-1, count):
         everybody(slot)
         alone[slot] = layer(x, torch.empty(0), bias)
     assert (alone[-1] - alone[count - 1]).abs().mean() > 0.1
-    PASS.only, PASS.slots = None, slots
+    PASS.begin(slots.tolist(), torch.ones(TOKENS, dtype=torch.long))
     mixed = layer(x, torch.empty(0), bias)
+    assert torch.equal(layer(x[None], torch.empty(0), bias), mixed[None])
     expected = torch.stack([alone[int(slot)][n] for n, slot in enumerate(slots)])
     torch.testing.assert_close(
         mixed, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5

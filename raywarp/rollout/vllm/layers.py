@@ -68,10 +68,8 @@ class AdaptedWorker:
         slots = [
             (request.sampling_params.extra_args or {}).get(SLOT, NO_ADAPTER) for request in requests
         ]
-        PASS.only = slots[0] if len(set(slots)) == 1 else None if slots else NO_ADAPTER
-        if PASS.only is None:
-            lengths = torch.from_numpy(runner.query_start_loc.np[: len(slots) + 1]).diff()
-            PASS.slots = torch.tensor(slots).repeat_interleave(lengths)
+        lengths = torch.from_numpy(runner.query_start_loc.np[: len(slots) + 1]).diff()
+        PASS.begin(slots, lengths)
 
 
 def _keep_product(method: UnquantizedLinearMethod, layer: Any) -> None:
