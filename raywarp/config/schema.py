@@ -53,6 +53,13 @@ class RolloutConfig(Section):
             "completions per engine call, for fewer policies than workers; default: a whole batch"
         ),
     )
+    concurrency: Count = Field(
+        1,
+        description=(
+            "calls that one engine works on at once, so that several policies fill it; above 1, the"
+            " last bits of a result depend on what runs at the same time"
+        ),
+    )
     completions_per_prompt: Count = Field(
         4,
         description=(

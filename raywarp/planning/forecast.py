@@ -204,7 +204,9 @@ def forecast_of_shapes(
     if placed.rollout.gpus:
         lora = engine.adapter_mode(config.rollout, gpu=True) == "lora"
         rank = engine.lora_slots(engine.largest_rank(config)) if lora else 0
-        on_gpu = memory.rollout_gpu(shapes, config, dtype, rank, engine.slot_count(rank), length)
+        on_gpu = memory.rollout_gpu(
+            shapes, config, dtype, rank, engine.slot_count(rank, config.rollout.concurrency), length
+        )
         processes.append(
             ProcessMemory(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization)
         )

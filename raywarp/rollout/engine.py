@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import ray
 
+from raywarp.cluster.turns import InTurns
 from raywarp.config.schema import Config, ConfigError, RolloutConfig
 from raywarp.data.text import Completion
 from raywarp.rollout.protocol import Adapter, Request
@@ -78,10 +79,10 @@ class Engine(Protocol):
     @property
     def loader(self) -> Loader: ...
 
-    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[Request]) -> InTurns[list[list[Completion]]]:
         """Return the completions of each request. The loader has loaded their adapters."""
 
-    def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+    def logprobs(self, requests: Sequence[Request]) -> InTurns[list[list[tuple[float, ...]]]]:
         """Return, for each prompt, the log-prob at temperature 1 of every token but the first.
 
         Args:
@@ -168,6 +169,12 @@ def mode_problem(config: Config, gpu: bool) -> str:
     )
     vllm = rollout.engine == "vllm"
     exact = "lora" if vllm and gpu else "unmerged"
+    if rollout.concurrency > 1 and (mode == "merged" or not vllm):
+        return (
+            f"rollout.concurrency={rollout.concurrency}: only vLLM with adapters beside its weights"
+            f" works on several policies at once; set rollout.engine=vllm with"
+            f" rollout.adapter={exact} (or auto), or rollout.concurrency=1"
+        )
     if mode == "merged" and dtype != "float32":
         return (
             f"rollout.adapter=merged with dtype={dtype} rounds W + ΔW, and most of a small ΔW is"
@@ -208,9 +215,13 @@ def lora_slots(rank: int) -> int:
     return next((allowed for allowed in LORA_RANKS if rank <= allowed), 0)
 
 
-def slot_count(rank: int) -> int:
-    """Return how many adapters of this rank one pass of vLLM's LoRA can mix."""
-    return MOST_LORAS if rank <= LARGE_RANK else 1
+def slot_count(rank: int, concurrency: int = 1) -> int:
+    """Return how many adapters of this rank one pass of vLLM's LoRA can mix.
+
+    Args:
+        concurrency: calls that an engine works on at once.
+    """
+    return max(concurrency, MOST_LORAS if rank <= LARGE_RANK else 1)
 
 
 def largest_rank(config: Config) -> int:

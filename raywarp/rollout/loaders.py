@@ -5,6 +5,7 @@ a separate step, which can run while the engine already samples. The proof by ef
 shows that the loaded tensors also act.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,14 +29,18 @@ Versions = tuple[str, ...]
 class UnmergedLoader:
     """Factors beside the engine's weights, several adapters at once.
 
-    A swap copies only the factors.
+    A swap copies only the factors. An adapter stays in its slot, since the engine may be at work
+    with it.
 
     Args:
-        take: gives the engine the adapters to hold, in the order of their slots, each with its
-            parts side by side. It returns what the engine's layers took.
+        take: gives the engine new adapters by their slots, each with its parts side by side, and
+            the slots whose adapters it keeps. It returns what the engine's layers took.
     """
 
-    def __init__(self, take: Callable[[Sequence[AdapterDelta]], Sequence[AdapterDelta] | None]):
+    def __init__(
+        self,
+        take: Callable[[Mapping[int, AdapterDelta], Collection[int]], Mapping[int, AdapterDelta]],
+    ):
         self._take = take
         self._slots: dict[Versions, int] = {}
         # Version → what the engine took of it, or the digest of that.
@@ -47,39 +52,41 @@ class UnmergedLoader:
 
     def load(self, adapters: Sequence[Adapter]) -> None:
         wanted = {adapter.versions: adapter for adapter in adapters if adapter.parts}
-        if wanted.keys() <= self._slots.keys():
+        new = {versions: a for versions, a in wanted.items() if versions not in self._slots}
+        if not new:
             return
+        kept = {v: slot for v, slot in self._slots.items() if v in wanted}
+        known = {version: self._parts[version] for versions in kept for version in versions}
         self._slots, old = {}, self._parts  # nothing counts as loaded until all is in place
-        deltas = {
-            part.version: part.fetch() for adapter in wanted.values() for part in adapter.parts
-        }
-        taken = (
-            self._take([add(*(deltas[version] for version in versions)) for versions in wanted])
-            or []
+        free = (slot for slot in itertools.count() if slot not in kept.values())
+        slots = dict(zip(new, free, strict=False))
+        deltas = {versions: [part.fetch() for part in a.parts] for versions, a in new.items()}
+        taken = self._take(
+            {slots[versions]: add(*parts) for versions, parts in deltas.items()},
+            set(kept.values()),
         )
-        self._parts = {}
-        for versions, whole in zip(wanted, taken, strict=False):
-            own = split(whole.factors, [deltas[version] for version in versions])
-            self._parts |= {
-                v: known if isinstance(known := old.get(v), str) else part
-                for v, part in zip(versions, own, strict=True)
-            }
-        self._slots = {versions: slot for slot, versions in enumerate(wanted)}
+        for versions, parts in deltas.items():
+            own = split(taken[slots[versions]].factors, parts)
+            for version, part in zip(versions, own, strict=True):
+                hashed = old.get(version)
+                known[version] = hashed if isinstance(hashed, str) else part
+        self._parts, self._slots = known, kept | slots
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
         """Return the digests of what was taken, part by part, for each adapter just loaded."""
-        self._parts = {
-            version: part if isinstance(part, str) else digest(part)
-            for version, part in self._parts.items()
-        }
         return [
-            tuple(str(self._parts.get(version, "")) for version in adapter.versions)
-            for adapter in adapters
+            tuple(self._digest(version) for version in adapter.versions) for adapter in adapters
         ]
 
     def request(self, adapter: Adapter) -> int | None:
         """Return the adapter's slot; None for the SFT model."""
         return self._slots[adapter.versions] if adapter.parts else None
+
+    def _digest(self, version: str) -> str:
+        part = self._parts[version]
+        if not isinstance(part, str):
+            self._parts[version] = part = digest(part)
+        return part
 
 
 class LoraLoader:

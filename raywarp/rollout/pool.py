@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
@@ -15,7 +16,37 @@ from raywarp.cluster.health import Process
 from raywarp.rollout.proof import Proof
 from raywarp.rollout.protocol import Request, RolloutError
 
-NOBODY = -1  # in the queue of idle workers: all workers are lost for good
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """A worker's answer to one call.
+
+    Attributes:
+        process: the worker's.
+        seconds: that its engine has worked since its last answer, on any call.
+        found: what was asked for.
+    """
+
+    process: Process
+    seconds: float
+    found: T
+
+
+class Seat(NamedTuple):
+    """The right to one call at a worker.
+
+    Attributes:
+        worker: its index; NOBODY where all workers are lost for good.
+        life: the worker's deaths so far. Seats of an earlier life are void.
+    """
+
+    worker: int
+    life: int
+
+
+NOBODY = -1
 
 
 @dataclass(frozen=True)
@@ -39,7 +70,7 @@ class PoolHealth:
 
     Attributes:
         process: the pool's own.
-        in_flight: worker's index → seconds that its present call has taken.
+        in_flight: worker's index → seconds that its oldest call has taken.
         down: worker's index → seconds since it died.
         processes: worker's index → its process at its last answer.
         events: since the last answer.
@@ -53,31 +84,36 @@ class PoolHealth:
 
 
 class RolloutPool:
-    """An asynchronous actor that hands each call to the next idle worker, first come, first served.
+    """An asynchronous actor that hands each call to the next free worker, first come, first served.
 
-    When a worker dies, Ray restarts it once there is room. It becomes idle when its engine is
-    loaded. The call that failed goes to the next idle worker, since a call depends on nothing
+    When a worker dies, Ray restarts it once there is room. It becomes free when its engine is
+    loaded. The calls that failed go to the next free worker, since a call depends on nothing
     outside itself. The pool holds only counters, so Ray may restart the pool too.
 
     Args:
         workers: handles or names of the actors. Ray complains about handles where the pool itself
             may be restarted.
         max_failures: deaths allowed in one call, and attempts to restart a worker's engine.
+        concurrency: calls that a worker works on at once.
     """
 
-    def __init__(self, workers: Sequence[Any], max_failures: int = 3):
+    def __init__(self, workers: Sequence[Any], max_failures: int = 3, concurrency: int = 1):
         self.names = [worker if isinstance(worker, str) else "" for worker in workers]
         self.workers = [
             ray.get_actor(worker) if isinstance(worker, str) else worker for worker in workers
         ]
-        self.max_failures = max_failures
-        self.idle: asyncio.Queue[int] = asyncio.Queue()
-        for index in range(len(workers)):
-            self.idle.put_nowait(index)
+        self.max_failures, self.concurrency = max_failures, concurrency
+        self.lives = [0] * len(workers)
+        self.free: asyncio.Queue[Seat] = asyncio.Queue()
+        for _ in range(concurrency):
+            for index in range(len(workers)):
+                self.free.put_nowait(Seat(index, 0))
         self.busy_seconds, self.start = 0.0, time.monotonic()
         self.restarts, self.done = 0, 0
         self.processes: dict[int, Process] = {}
-        self.in_flight: dict[int, float] = {}
+        self.checks = [asyncio.Lock() for _ in workers]
+        self.numbers = itertools.count()
+        self.in_flight: dict[int, tuple[int, float]] = {}  # call → its worker and its start
         self.down: dict[int, float] = {}
         self.gone: dict[int, str] = {}
         self.events: list[dict[str, Any]] = []
@@ -98,7 +134,7 @@ class RolloutPool:
         return rollouts if len(requests) > 1 else rollouts[0]
 
     async def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
-        """Return what Engine.logprobs of the next idle worker returns.
+        """Return what Engine.logprobs of the next free worker returns.
 
         Raises as `generate` does.
         """
@@ -108,43 +144,43 @@ class RolloutPool:
     async def _call(self, method: str, requests: Sequence[Request]) -> Any:
         failures = faults.Failures(self.max_failures)
         while True:
-            index = await self._next_worker()
-            self.in_flight[index] = start = time.monotonic()
+            seat = await self._next_seat()
+            call, start = next(self.numbers), time.monotonic()
+            self.in_flight[call] = seat.worker, start
             try:
-                process, answer = await getattr(self.workers[index], method).remote(requests)
-                seconds = (
-                    time.monotonic() - start
-                    if method == "logprobs"
-                    else sum(rollout.seconds for rollout in answer)
-                )
-                if process.follows(self.processes.get(index)):
-                    await self._prove(index)
+                answer = await getattr(self.workers[seat.worker], method).remote(requests)
+                await self._check(seat.worker, answer, start)
                 break
             except (RayActorError, faults.BrokenProcessError) as error:
-                self._lost(index, error)
+                self._lost(seat, error)
                 if not failures.again():
-                    raise RolloutError(_died_again(index, failures.count, error)) from None
+                    raise RolloutError(_died_again(seat.worker, failures.count, error)) from None
                 await asyncio.sleep(failures.pause())
             except BaseException:
-                self.idle.put_nowait(index)
+                self.free.put_nowait(seat)
                 raise
             finally:
-                del self.in_flight[index]
-        self.idle.put_nowait(index)
+                del self.in_flight[call]
+        self.free.put_nowait(seat)
         self.done += 1
-        self.busy_seconds += seconds
-        # The worker died between two calls, and this call loaded its engine.
-        if process.follows(known := self.processes.get(index)):
-            self._tell(
-                "fault",
-                index,
-                cause=faults.KILLED,
-                message="its process is a new one",
-                process=known,
-            )
-            self._recovered(index, time.monotonic() - start - seconds)
-        self.processes[index] = process
-        return answer
+        self.busy_seconds += answer.seconds
+        return answer.found
+
+    async def _check(self, index: int, answer: Answer[Any], start: float) -> None:
+        """Prove a worker that died between two calls, if this call has loaded its engine."""
+        async with self.checks[index]:
+            known = self.processes.get(index)
+            if answer.process.follows(known):
+                await self._prove(index)
+                self._tell(
+                    "fault",
+                    index,
+                    cause=faults.KILLED,
+                    message="its process is a new one",
+                    process=known,
+                )
+                self._recovered(index, time.monotonic() - start - answer.seconds)
+            self.processes[index] = answer.process
 
     async def know(self, processes: Mapping[int, Process]) -> None:
         """Record the workers' processes, so that a death before the next call is noticed."""
@@ -167,20 +203,25 @@ class RolloutPool:
     async def pulse(self) -> PoolHealth:
         """Return how the workers are. Each event is reported once."""
         now, events, self.events = time.monotonic(), self.events, []
-        in_flight, down = (
-            {index: now - since for index, since in times.items()}
-            for times in (self.in_flight, self.down)
-        )
+        in_flight = {index: now - since for index, since in reversed(self.in_flight.values())}
+        down = {index: now - since for index, since in self.down.items()}
         return PoolHealth(Process.here(done=self.done), in_flight, down, self.processes, events)
 
-    async def _next_worker(self) -> int:
-        index = await self.idle.get()
-        if index == NOBODY:
-            self.idle.put_nowait(NOBODY)  # for the other calls that wait
-            raise RolloutError("; ".join(self.gone.values()))
-        return index
+    async def _next_seat(self) -> Seat:
+        while True:
+            seat = await self.free.get()
+            if seat.worker == NOBODY:
+                self.free.put_nowait(seat)  # for the other calls that wait
+                raise RolloutError("; ".join(self.gone.values()))
+            if seat.life == self.lives[seat.worker]:
+                return seat
 
-    def _lost(self, index: int, error: Exception) -> None:
+    def _lost(self, seat: Seat, error: Exception) -> None:
+        """Renew a worker, unless another of its calls has seen this death."""
+        index = seat.worker
+        if seat.life != self.lives[index]:
+            return
+        self.lives[index] += 1
         known = self.processes.pop(index, None)
         self._tell(
             "fault",
@@ -220,7 +261,8 @@ class RolloutPool:
                     self.workers[index] = ray.get_actor(self.names[index])
         self.processes[index] = started["process"]
         self._recovered(index, time.monotonic() - self.down.pop(index))
-        self.idle.put_nowait(index)
+        for _ in range(self.concurrency):
+            self.free.put_nowait(Seat(index, self.lives[index]))
 
     async def _end(self, index: int) -> None:
         """End a worker's process, which Ray then restarts."""
@@ -229,8 +271,8 @@ class RolloutPool:
 
     async def _prove(self, index: int) -> None:
         if self.proof:
-            _, answers = await self.workers[index].logprobs.remote(self.proof.requests())
-            self.proof.examine(answers, index + 1)
+            answer = await self.workers[index].logprobs.remote(self.proof.requests())
+            self.proof.examine(answer.found, index + 1)
 
     def _give_up(self, index: int, error: Exception) -> None:
         del self.down[index]  # the pool no longer waits for it
@@ -239,7 +281,7 @@ class RolloutPool:
         )
         self._tell("lost", index, cause=faults.kind_of(error), message=faults.explain(error))
         if len(self.gone) == len(self.workers):
-            self.idle.put_nowait(NOBODY)
+            self.free.put_nowait(Seat(NOBODY, 0))
 
     def _recovered(self, index: int, seconds: float) -> None:
         self.restarts += 1

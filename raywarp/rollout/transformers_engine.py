@@ -8,7 +8,7 @@ the batch. N completions, P longest prompt, T longest completion, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
+from raywarp.cluster.turns import InTurns
 from raywarp.data.models import load_model
 from raywarp.data.text import Completion
 from raywarp.model.backbone import choose_and_set_attention, find_head, keep_layers_unscaled
@@ -75,7 +76,7 @@ class TransformersEngine:
         )
         self.cached = self._may_cache()
 
-    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[Request]) -> InTurns[list[list[Completion]]]:
         """Return the completions of each request. The loader has loaded their adapters."""
         answers = []
         for request in requests:
@@ -87,9 +88,10 @@ class TransformersEngine:
                     for completion in self._complete(part.prompts, part.seeds)
                 ]
             )
+            yield
         return answers
 
-    def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+    def logprobs(self, requests: Sequence[Request]) -> InTurns[list[list[tuple[float, ...]]]]:
         """Return log-probs as Engine.logprobs does."""
         rows = max(
             1, SCORED // max(len(prompt) for request in requests for prompt in request.prompts)
@@ -98,6 +100,7 @@ class TransformersEngine:
         for request in requests:
             self.activate(request.adapter)
             answers.append([row for part in request.cut(rows) for row in self._score(part.prompts)])
+            yield
         return answers
 
     def capacity(self) -> int:
@@ -112,23 +115,27 @@ class TransformersEngine:
         for layer in self.layers.values():
             layer.activate([str(slot)] if str(slot) in layer.adapters else [])
 
-    def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-        """Hold these adapters, by their slot's number, in place of the previous ones.
+    def _take(
+        self, new: Mapping[int, AdapterDelta], kept: Collection[int]
+    ) -> dict[int, AdapterDelta]:
+        """Hold new adapters by their slots, besides those in the slots that are kept.
 
         Returns:
-            what the layers hold.
+            what the layers hold in the new slots.
         """
+        stay = {str(slot) for slot in kept}
         for layer in self.layers.values():
-            layer.adapters.clear()
-        for slot, delta in enumerate(adapters):
+            for old in layer.adapters.keys() - stay:
+                del layer.adapters[old]
+        for slot, delta in new.items():
             for module, f in delta.factors.items():
                 held = self._layer(module).add(str(slot), f.rank, 1.0)
                 held.A.data.copy_(f.A)
                 held.B.data.copy_(f.B)
-        return [
-            replace(delta, factors=self._held(str(slot), delta.factors))
-            for slot, delta in enumerate(adapters)
-        ]
+        return {
+            slot: replace(delta, factors=self._held(str(slot), delta.factors))
+            for slot, delta in new.items()
+        }
 
     def _held(self, slot: str, modules: Iterable[str]) -> dict[str, Factors]:
         held = {module: self.layers[module].adapters[slot] for module in modules}

@@ -10,7 +10,7 @@ sum of the stacked ranks.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -159,10 +159,11 @@ class Product:
             ours, theirs = torch.tensor(pairs).unbind(1)
             self.shares[module] = Share(ours, theirs, columns[module])
 
-    def take(self, adapters: Sequence[Mapping[str, Factors]]) -> None:
-        """Hold these adapters and no others. An adapter's slot is its index."""
-        stacks = [self._stack(factors) for factors in adapters]
-        self.stacks = {slot: stack for slot, stack in enumerate(stacks) if stack is not None}
+    def take(self, new: Mapping[int, Mapping[str, Factors]], kept: Collection[int] = ()) -> None:
+        """Hold new adapters by their slots, besides those in the slots that are kept."""
+        stacks = {slot: self.stacks.get(slot) for slot in kept}
+        stacks |= {slot: self._stack(factors) for slot, factors in new.items()}
+        self.stacks = {slot: stack for slot, stack in stacks.items() if stack is not None}
 
     def _stack(self, factors: Mapping[str, Factors]) -> SideBySide | None:
         """Return the modules that share this layer as one pair of A and B.

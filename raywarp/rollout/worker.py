@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,16 @@ from ray.exceptions import RayError
 
 from raywarp.cluster import faults
 from raywarp.cluster.health import WATCH, Process, Work, stack_here
+from raywarp.cluster.turns import InTurns, Turns
 from raywarp.rollout.engine import Engine, EngineSettings
-from raywarp.rollout.protocol import Adapter, AdapterPart, Request, Rollout, RolloutError
+from raywarp.rollout.pool import Answer
+from raywarp.rollout.protocol import (
+    Adapter,
+    AdapterPart,
+    Request,
+    Rollout,
+    RolloutError,
+)
 
 if TYPE_CHECKING:  # the pool imports this module with its workers' handles, and needs no torch
     from raywarp.adapters.start import Start
@@ -25,9 +33,9 @@ if TYPE_CHECKING:  # the pool imports this module with its workers' handles, and
 class RolloutWorker:
     """The actor of one engine.
 
-    Ray runs its methods one at a time, except `stack` and `loads`. So a swap and the generation
-    after it are one step. A call depends on nothing outside itself: Ray may restart a dead worker
-    and repeat the call during which it died.
+    It works on rollout.concurrency calls at once, in turns. The engine holds the adapters of all of
+    them. A call depends on nothing outside itself: Ray may restart a dead worker and repeat the
+    call during which it died.
 
     Args:
         settings: of the engine.
@@ -37,15 +45,17 @@ class RolloutWorker:
     def __init__(self, settings: EngineSettings, number: int = 1):
         self.settings, self.number = settings, number
         self.engine: Engine | None = None
+        self.broken: faults.BrokenProcessError | None = None
         self.beginning: Beginning | None = None
         self.hasher = ThreadPoolExecutor(1)
-        self.thread = 0
-        self.loading = Work()
+        self.turns = Turns()
+        self.starting, self.loading = threading.Lock(), Work()
+        self.held: list[Sequence[Adapter]] = []  # of the calls that are under way
 
     @ray.method(concurrency_group=WATCH)
     def stack(self) -> str:
-        """Return the Python stack of the thread that works on a call."""
-        return stack_here(self.thread)
+        """Return the Python stack of the thread that works on the calls."""
+        return stack_here(self.turns.thread)
 
     @ray.method(concurrency_group=WATCH)
     def loads(self) -> bool:
@@ -66,17 +76,15 @@ class RolloutWorker:
         numerics = {"engine": self.settings.rollout.engine, "adapter": engine.adapter_mode}
         return {"numerics": numerics, "capacity": engine.capacity(), "process": Process.here()}
 
-    def generate(self, requests: Sequence[Request]) -> tuple[Process, list[Rollout]]:
-        """Return this process and the requests' Rollouts.
+    def generate(self, requests: Sequence[Request]) -> Answer[list[Rollout]]:
+        """Return the requests' Rollouts.
 
         Requests whose adapters the engine can hold at the same time run together.
         """
         return self._answer(self._generate, requests)
 
-    def logprobs(
-        self, requests: Sequence[Request]
-    ) -> tuple[Process, list[list[tuple[float, ...]]]]:
-        """Return this process and the result of Engine.logprobs for each prompt of the requests."""
+    def logprobs(self, requests: Sequence[Request]) -> Answer[list[list[tuple[float, ...]]]]:
+        """Return what Engine.logprobs returns for the requests."""
         return self._answer(self._logprobs, requests)
 
     def end(self) -> None:
@@ -85,75 +93,81 @@ class RolloutWorker:
 
     def shutdown(self) -> None:
         """Stop the engine and remove its temporary files."""
-        if self.engine is not None:
+        if self.engine is not None and not self.broken:
             self.engine.close()
 
     def _answer(
-        self, work: Callable[[Engine, Sequence[Request]], Any], requests: Sequence[Request]
-    ) -> tuple[Process, Any]:
-        """Return this process and what `work` finds.
+        self, work: Callable[[Engine, Sequence[Request]], InTurns[Any]], requests: Sequence[Request]
+    ) -> Answer[Any]:
+        """Return what `work` finds.
 
         Raises:
             BrokenProcessError: the engine raised an error of its own. What it was doing is still
                 in it, and the next call would get that call's completions.
         """
-        self.thread = threading.get_ident()
         engine = self._engine()
         try:
-            return Process.here(), work(engine, requests)
+            found = self.turns.finish(work(engine, self._of_base(requests)))
+            return Answer(Process.here(), self.turns.seconds(), found)
         except Exception as error:
             if faults.is_own(error) or isinstance(error, RayError):
                 raise
-            self.engine = None
-            with contextlib.suppress(Exception):
-                engine.close()
-            what = f"the engine of rollout worker {self.number}"
-            raise faults.BrokenProcessError.after(what, error) from error
+            if self.broken is None:
+                what = f"the engine of rollout worker {self.number}"
+                self.broken = faults.BrokenProcessError.after(what, error)
+                with contextlib.suppress(Exception):
+                    engine.close()
+            raise self.broken from error
 
     def _logprobs(
         self, engine: Engine, requests: Sequence[Request]
-    ) -> list[list[tuple[float, ...]]]:
+    ) -> InTurns[list[list[tuple[float, ...]]]]:
         found = []
-        for _, group in itertools.groupby(
-            self._of_base(requests),
-            key=lambda request: engine.loader.in_weights(request.adapter),
-        ):
-            together = list(group)
-            engine.loader.load([request.adapter for request in together])
-            found += engine.logprobs(together)
+        for together in in_one_engine(engine, requests):
+            with self._loaded(engine, [request.adapter for request in together]):
+                found += yield from engine.logprobs(together)
         return found
 
-    def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
+    def _generate(self, engine: Engine, requests: Sequence[Request]) -> InTurns[list[Rollout]]:
         rollouts = []
-        for _, group in itertools.groupby(
-            self._of_base(requests),
-            key=lambda request: engine.loader.in_weights(request.adapter),
-        ):
-            together, start = list(group), time.perf_counter()
-            adapters = [request.adapter for request in together]
-            engine.loader.load(adapters)
-            swapped = time.perf_counter()
-            # Runs while the engine samples.
-            digests = self.hasher.submit(engine.loader.digests, adapters)
-            completions = engine.sample(together)
-            seconds, swap = (
-                (time.perf_counter() - start) / len(together),
-                (swapped - start) / len(together),
-            )
-            ended = time.time()
-            parts = zip(completions, digests.result(), strict=True)
+        for together in in_one_engine(engine, requests):
+            start, adapters = time.perf_counter(), [request.adapter for request in together]
+            with self._loaded(engine, adapters):
+                swapped = time.perf_counter()
+                # Runs while the engine samples.
+                digests = self.hasher.submit(engine.loader.digests, adapters)
+                completions = yield from engine.sample(together)
+                seconds, swap = (
+                    (time.perf_counter() - start) / len(together),
+                    (swapped - start) / len(together),
+                )
+                ended = time.time()
+                parts = zip(completions, digests.result(), strict=True)
             rollouts += [
                 Rollout(c, self._of_sft(d), self.number, seconds, swap, ended=ended)
                 for c, d in parts
             ]
         return rollouts
 
+    @contextlib.contextmanager
+    def _loaded(self, engine: Engine, adapters: Sequence[Adapter]) -> Iterator[None]:
+        """Hold adapters in the engine, besides those of the other calls."""
+        self.held.append(adapters)
+        try:
+            engine.loader.load([adapter for held in reversed(self.held) for adapter in held])
+            yield
+        finally:
+            self.held.remove(adapters)
+
     def _engine(self) -> Engine:
         """Return the engine. Start it where it is not running, also after this process died."""
-        if self.engine is None:
-            with self.loading:
-                self.engine = self._start_engine()
-        return self.engine
+        if self.broken:
+            raise self.broken
+        with self.starting:
+            if self.engine is None:
+                with self.loading:
+                    self.engine = self.turns.run(self._start_engine)
+            return self.engine
 
     def _start_engine(self) -> Engine:
         from raywarp.adapters.start import load_start
@@ -203,6 +217,14 @@ class Beginning:
     def is_digest(self, digest: str) -> bool:
         parts = (self.alone, self.over)
         return digest in [part.digest for part in parts if part]
+
+
+def in_one_engine(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Yield requests, in order, whose adapters the engine can hold at the same time."""
+    for _, together in itertools.groupby(
+        requests, key=lambda request: engine.loader.in_weights(request.adapter)
+    ):
+        yield list(together)
 
 
 def start_engine(settings: EngineSettings) -> Engine:

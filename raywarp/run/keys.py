@@ -119,6 +119,8 @@ def _choices(config: Config) -> dict[str, object]:
         found["kl_target"] = warp.kl_target
     if warp.average_last > 1:
         found["average_last"] = [warp.average_last, config.checkpoint_every]
+    if config.rollout.concurrency > 1:
+        found["calls_share_engine"] = True
     if config.rollout.stop:
         found["stop_strings"] = sorted(set(config.rollout.stop))
     if config.stop.is_set:
@@ -129,7 +131,7 @@ def _choices(config: Config) -> dict[str, object]:
 
 # Settings that are newer than the first keys, which keys have only where they are in use.
 _USED_ONLY = {
-    "rollout": ("stop",),
+    "rollout": ("stop", "concurrency"),
     "prompts": ("datasets", "where", "template_kwargs", "system", "last_answer", "too_long"),
 }
 

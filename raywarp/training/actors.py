@@ -128,6 +128,7 @@ class Actors:
             seed=config.seed,
             sft_adapter=config.sft_adapter,
         )
+        self.at_once = config.rollout.concurrency
         self.bundles = dict(zip(("rollout", "reward", "policy"), bundles, strict=False))
         self.made: list[Any] = []
         self.slots: list[ActorSlot] = []
@@ -149,7 +150,7 @@ class Actors:
                 self.plan.rollout,
                 bundle,
                 environment,
-                {"max_restarts": -1, "name": name},
+                {"max_restarts": -1, "name": name, "max_concurrency": self.at_once},
                 self.settings,
                 n,
                 watched=True,
@@ -180,6 +181,7 @@ class Actors:
             options,
             self.worker_names,
             self.config.cluster.max_failures,
+            self.at_once,
         )
 
     def policies(self) -> list[ActorSlot]:

@@ -92,7 +92,7 @@ class Startup:
 
             refs = [ask(worker) for worker in workers]
             answers = self.results("a rollout worker", workers, refs, bundles, ask)
-            return [scores for _, scores in answers]
+            return [answer.found for answer in answers]
 
         return prove(sampler, reference, score)
 

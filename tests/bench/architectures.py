@@ -183,6 +183,7 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     import torch
     from architectures import engine_prompts, random_policy, trainer
 
+    from raywarp.cluster.turns import finish
     from raywarp.config.load import parse_config
     from raywarp.model.supported import refuse_unsupported
     from raywarp.rollout.engine import EngineSettings
@@ -215,8 +216,10 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     gaps = {}
     for adapters in phases:
         sampler.loader.load(adapters)
-        answers = sampler.sample(
-            [Request(prompts, list(range(len(prompts))), adapter) for adapter in adapters]
+        answers = finish(
+            sampler.sample(
+                [Request(prompts, list(range(len(prompts))), adapter) for adapter in adapters]
+            )
         )
         for adapter, completions in zip(adapters, answers, strict=True):
             gap = gap_of(

@@ -52,6 +52,7 @@ from torch import Tensor
 from raywarp.adapters.peft import load_peft
 from raywarp.algorithm.deltas import AdapterDelta, scale
 from raywarp.algorithm.factors import Factors
+from raywarp.cluster.turns import finish
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config
 from raywarp.data.models import read_tokenizer
@@ -124,7 +125,7 @@ class Sampler:
 
     def complete(self, prompts: Sequence[Sequence[int]], wanted: Adapter) -> Any:
         self.engine.loader.load([wanted])
-        return self.engine.sample([Request(prompts, list(range(len(prompts))), wanted)])[0]
+        return finish(self.engine.sample([Request(prompts, list(range(len(prompts))), wanted)]))[0]
 
     def logprobs(self, prompts: Sequence[Sequence[int]], batch: Batch, wanted: Adapter) -> Tensor:
         """(N, T, V) float32 log-probs at the response tokens, each sequence in a pass of its
@@ -263,7 +264,7 @@ def serve(
         wanted, start = adapter(f"turn {turn}", changed), time.perf_counter()
         engine.loader.load([wanted])
         swapped = time.perf_counter()
-        engine.sample([Request(prompts, seeds, wanted)])
+        finish(engine.sample([Request(prompts, seeds, wanted)]))
         pipe.send((swapped - start, time.perf_counter() - swapped))
     engine.close()
 

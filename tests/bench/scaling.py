@@ -47,6 +47,7 @@ from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
 from raywarp.algorithm.factors import Factors
+from raywarp.cluster.turns import InTurns
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config
 from raywarp.data.text import Completion, Prompt
@@ -104,30 +105,34 @@ def random_adapter(
 class WaitingEngine:
     """Waits instead of generating; takes and hashes adapters as the real loaders do."""
 
-    adapter_mode = "merged"
+    adapter_mode = "unmerged"
 
     def __init__(self, seconds: float):
         self.seconds, self.loader = seconds, self
+        self.taken: dict[tuple[str, ...], list[AdapterDelta]] = {}
 
-    def in_weights(self, adapter: Adapter) -> tuple[str, ...]:
-        return adapter.versions
+    def in_weights(self, adapter: Adapter) -> None:
+        return None
 
     def load(self, adapters: Sequence[Adapter]) -> None:
-        self.taken = [[part.fetch() for part in adapter.parts] for adapter in adapters]
+        self.taken = {
+            a.versions: self.taken.get(a.versions) or [part.fetch() for part in a.parts]
+            for a in adapters
+        }
 
     def digests(self, adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
-        return [tuple(map(digest, parts)) for parts in self.taken]
+        return [tuple(map(digest, self.taken[a.versions])) for a in adapters]
 
-    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        time.sleep(self.seconds)
+    def sample(self, requests: Sequence[Request]) -> InTurns[list[list[Completion]]]:
+        end = time.perf_counter() + self.seconds
+        while (left := end - time.perf_counter()) > 0:
+            time.sleep(min(left, 0.005))
+            yield
         completion = Completion((3,) * LENGTH, (-1.0,) * LENGTH, "a text of some words", True)
         return [[completion for _ in request.prompts] for request in requests]
 
     def capacity(self) -> int:
         return BATCH
-
-    def lost(self) -> bool:
-        return False
 
     def close(self) -> None:
         pass

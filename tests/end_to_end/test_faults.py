@@ -45,6 +45,7 @@ from raywarp.algorithm.factors import Factors
 from raywarp.cluster import faults, health, supervisor
 from raywarp.cluster.faults import BrokenProcessError, Failures, FaultError
 from raywarp.cluster.runtime import SAVE_SECONDS
+from raywarp.cluster.turns import InTurns
 from raywarp.config.load import parse_config
 from raywarp.config.rewards import RewardConfig
 from raywarp.data.text import Completion, Prompt
@@ -382,11 +383,11 @@ def test_a_rollout_worker_that_hangs_is_told_with_its_stack(
     class Stuck(RolloutWorker):
         """Its first call never ends."""
 
-        def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Rollout]:
+        def _generate(self, engine: Engine, requests: Sequence[Request]) -> InTurns[list[Rollout]]:
             if not (mark := tmp_path / "slept").exists():
                 mark.touch()
                 self.sleep_for_ever()
-            return super()._generate(engine, requests)
+            return (yield from super()._generate(engine, requests))
 
         def sleep_for_ever(self) -> None:
             time.sleep(10**6)

@@ -323,7 +323,7 @@ def part_sampler(device: str) -> dict[str, Any]:
 
         sampler = Sampler(source, "vllm", mode, "bfloat16")
         for when in ("at the start", "after the swaps"):
-            proof = prove(sampler, ask, lambda requests: [worker.logprobs(requests)[1]])
+            proof = prove(sampler, ask, lambda requests: [worker.logprobs(requests).found])
             assert proof.found
             found[f"slope {when}"] = proof.found.slope
             if not proof.found.is_judged:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from raywarp.cluster.turns import finish
 from raywarp.config.load import parse_config
 from raywarp.data.text import Completion
 from raywarp.rollout.engine import EngineSettings
@@ -45,7 +46,7 @@ def sample(folder: Path, prompt: list[int], count: int, **rollout: Any) -> list[
     tree = {"engine": "transformers", "max_new_tokens": 8, "temperature": 1.0, **rollout}
     settings = parse_config({"rollout": tree}).rollout
     engine = TransformersEngine(EngineSettings(str(folder), "float32", 64, 2, settings, gpu=False))
-    (completions,) = engine.sample([Request([prompt] * count, list(range(count)), SFT)])
+    (completions,) = finish(engine.sample([Request([prompt] * count, list(range(count)), SFT)]))
     return completions
 
 
@@ -54,7 +55,7 @@ def sample_by_vllm(settings: EngineSettings, prompt: list[int]) -> list[Completi
 
     engine = VllmEngine(settings)
     try:
-        (found,) = engine.sample([Request([prompt] * 64, list(range(64)), SFT)])
+        (found,) = finish(engine.sample([Request([prompt] * 64, list(range(64)), SFT)]))
     finally:
         engine.close()
     return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import FAMILIES, engine_prompts, save_model, trainer
 
+from raywarp.cluster.turns import finish
 from raywarp.config.load import parse_config
 from raywarp.model.batches import collate, micro_batches
 from raywarp.rollout.engine import EngineSettings
@@ -43,7 +44,7 @@ def test_sampled_and_scored_logprobs_are_the_trainers(
     )
     assert engine.cached == cached
     prompts = engine_prompts(family.build(), 12)
-    (completions,) = engine.sample([Request(prompts, list(range(len(prompts))), SFT)])
+    (completions,) = finish(engine.sample([Request(prompts, list(range(len(prompts))), SFT)]))
     batch, model = collate(prompts, completions), trainer(tmp_path, family)
     (part,) = micro_batches(batch, pairs_per_token=model.pairs_per_token)
     own = model.logprobs(part, model.states(part, []), 1.0)[part.completions.argsort()]
@@ -52,5 +53,5 @@ def test_sampled_and_scored_logprobs_are_the_trainers(
         [*prompt, *completion.token_ids]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    (scored,) = engine.logprobs([Request(whole, [0] * len(whole), SFT)])
+    (scored,) = finish(engine.logprobs([Request(whole, [0] * len(whole), SFT)]))
     torch.testing.assert_close(torch.tensor([row[-12:] for row in scored]), own, rtol=0, atol=1e-4)

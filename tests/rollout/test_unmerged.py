@@ -53,7 +53,7 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
         "q": factors(8, D_IN, 2, 1),
         "v": factors(4, D_IN, 3, 2),
     }
-    assert layer.take([adapter]) is None
+    assert layer.take({0: adapter}) is None
     everybody(0)
     x = numbers(TOKENS, D_IN, seed=4)
     changed = {"q": q + adapter["q"].B @ adapter["q"].A, "v": v + adapter["v"].B @ adapter["v"].A}
@@ -76,7 +76,7 @@ def test_each_token_has_its_own_adapter(dtype: torch.dtype, count: int, order: l
     layer = Product(weight)
     layer.find({"up": ModuleRows.of(weight, 1)}, 0)
     two = [{"up": factors(16, D_IN, 2, 1)}, {"up": factors(16, D_IN, 5, 2)}]
-    layer.take(two[:count])
+    layer.take(dict(enumerate(two[:count])))
     x = numbers(TOKENS, D_IN, seed=3).to(dtype)
     slots = torch.tensor(order).clamp(max=count - 1)
     alone = {}
@@ -101,7 +101,7 @@ def test_a_change_below_half_a_step_of_the_product_is_kept_on_average() -> None:
     adapter = factors(256, D_IN, 4, 5, size=0.02)
     layer = Product(weight)
     layer.find({"up": ModuleRows.of(weight, 1)}, 0)
-    layer.take([{"up": adapter}])
+    layer.take({0: {"up": adapter}})
     x = numbers(512, D_IN, seed=6).bfloat16()
     exact = x.double() @ (adapter.B.double() @ adapter.A.double()).T
     plain = x.double() @ weight.double().T
@@ -124,7 +124,7 @@ def test_shares_of_a_split_input() -> None:
     for part, columns in enumerate((slice(0, 16), slice(16, 32))):
         layer = Product(weight[:, columns].contiguous())
         layer.find({"down": rows}, part)
-        layer.take([{"down": adapter}])
+        layer.take({0: {"down": adapter}})
         total += layer(x[:, columns].contiguous(), torch.empty(0), None)
     torch.testing.assert_close(total, x @ (weight + adapter.B @ adapter.A).T, rtol=1e-5, atol=1e-5)
 

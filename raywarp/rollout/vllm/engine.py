@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raywarp.adapters.weight_files import own_files_only
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.cluster.turns import InTurns
 from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
 from raywarp.rollout.base_weights import (
@@ -85,6 +86,7 @@ class VllmEngine:
             raise refusal(error, settings, self.adapter_mode) from None
         self._read = partial(read_files, checkpoint_files(settings.model))
         self.failed = False
+        self.done: dict[str, Any] = {}  # request's name → vLLM's output that nobody has taken yet
         self._known: set[str] = set()  # adapted modules found among the engine's layers
         self.loader: Loader = self._loader()
 
@@ -99,8 +101,8 @@ class VllmEngine:
             [TokensPrompt(prompt_token_ids=[0, 0])], SamplingParams(max_tokens=1), use_tqdm=False
         )
 
-    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Return the completions of each request, all from one call to vLLM.
+    def sample(self, requests: Sequence[Request]) -> InTurns[list[list[Completion]]]:
+        """Return the completions of each request, which vLLM computes together.
 
         The loader has loaded the requests' adapters.
         """
@@ -109,10 +111,11 @@ class VllmEngine:
             for request in requests
             for prompt, seed in zip(request.prompts, request.seeds, strict=True)
         ]
-        completions = iter([_completion(output.outputs[0]) for output in self._run(asked)])
+        outputs = yield from self._run(asked)
+        completions = iter([_completion(output.outputs[0]) for output in outputs])
         return [[next(completions) for _ in request.prompts] for request in requests]
 
-    def logprobs(self, requests: Sequence[Request]) -> list[list[tuple[float, ...]]]:
+    def logprobs(self, requests: Sequence[Request]) -> InTurns[list[list[tuple[float, ...]]]]:
         """Return log-probs as Engine.logprobs does.
 
         vLLM 0.32 scores prompts before it processes logits. So the temperature is 1 in each
@@ -125,32 +128,53 @@ class VllmEngine:
             for request in requests
             for prompt in request.prompts
         ]
-        rows = iter([_prompt_logprobs(output) for output in self._run(asked)])
+        outputs = yield from self._run(asked)
+        rows = iter([_prompt_logprobs(output) for output in outputs])
         return [[next(rows) for _ in request.prompts] for request in requests]
 
-    def _run(self, asked: Sequence[tuple[Sequence[int], Any, Request]]) -> list[Any]:
+    def _run(self, asked: Sequence[tuple[Sequence[int], Any, Request]]) -> InTurns[list[Any]]:
         """Return vLLM's outputs for prompts, each with its SamplingParams and its request.
 
-        After an error, vLLM 0.32 keeps the requests that were under way, and would return them
-        in the next call.
+        Others may have their turn after each forward pass. vLLM computes their prompts together
+        with these.
 
         Raises:
             RuntimeError: an earlier call has failed.
         """
+        with self._working():
+            names = self._enqueue(asked)
+        wanted = set(names)
+        while not self.done.keys() >= wanted:
+            with self._working():
+                outputs = self.llm.llm_engine.step()
+            self.done |= {output.request_id: output for output in outputs if output.finished}
+            yield
+        return [self.done.pop(name) for name in names]
+
+    def _enqueue(self, asked: Sequence[tuple[Sequence[int], Any, Request]]) -> list[str]:
         from vllm import TokensPrompt
 
-        if self.failed:
-            raise RuntimeError("this engine has failed in an earlier call")
         loras = [self.loader.request(request.adapter) for _, _, request in asked]
-        self.failed = True
-        outputs: list[Any] = self.llm.generate(
+        names: list[str] = self.llm.enqueue(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _, _ in asked],
             [params for _, params, _ in asked],
             lora_request=loras if self.adapter_mode == "lora" else None,
             use_tqdm=False,
         )
+        return [name.partition("-")[0] for name in names]  # vLLM makes names unique with a suffix
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Note whether the engine fails.
+
+        After an error, vLLM 0.32 keeps the requests that were under way, and would return them
+        in the next call.
+        """
+        if self.failed:
+            raise RuntimeError("this engine has failed in an earlier call")
+        self.failed = True
+        yield
         self.failed = False
-        return outputs
 
     def capacity(self) -> int:
         """Return how many completions of full length run at the same time; more have to wait."""
@@ -222,23 +246,28 @@ class VllmEngine:
             BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install
         )
 
-    def _take(self, adapters: Sequence[AdapterDelta]) -> list[AdapterDelta]:
-        """Give the model's layers these adapters in place of the previous ones.
+    def _take(
+        self, new: Mapping[int, AdapterDelta], kept: Collection[int]
+    ) -> dict[int, AdapterDelta]:
+        """Give the model's layers new adapters, besides those in the slots that are kept.
 
         Returns:
             what the layers took.
         """
-        if new := {module for adapter in adapters for module in adapter.factors} - self._known:
-            self._find(sorted(new), adapters[0].fan_in_fan_out)
+        modules = {module for delta in new.values() for module in delta.factors}
+        if modules - self._known:
+            transposed = next(iter(new.values())).fan_in_fan_out
+            self._find(sorted(modules - self._known), transposed)
         taken, *_ = self.llm.collective_rpc(
-            "take_adapters", args=([dict(adapter.factors) for adapter in adapters],)
+            "take_adapters",
+            args=({slot: dict(delta.factors) for slot, delta in new.items()}, kept),
         )
-        return [
-            replace(
+        return {
+            slot: replace(
                 delta, factors={module: f for module, f in delta.factors.items() if module in taken}
             )
-            for delta in adapters
-        ]
+            for slot, delta in new.items()
+        }
 
     def _find(self, new: list[str], transposed: bool) -> None:
         """Let the layers look for the modules' rows.

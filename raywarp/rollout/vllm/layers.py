@@ -5,7 +5,7 @@ model. `_keep_product` then replaces the step in which vLLM 0.32 packs a layer's
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -51,14 +51,16 @@ class AdaptedWorker:
                 found[module][share.theirs] = True
         return found
 
-    def take_adapters(self, adapters: Sequence[Mapping[str, Factors]]) -> set[str]:
-        """Hold these adapters and no others.
+    def take_adapters(
+        self, new: Mapping[int, Mapping[str, Factors]], kept: Collection[int]
+    ) -> set[str]:
+        """Hold new adapters by their slots, besides those in the slots that are kept.
 
         Returns:
             the modules of which a layer took a share.
         """
         for layer in self.products.values():
-            layer.take(adapters)
+            layer.take(new, kept)
         return {module for layer in self.products.values() for module in layer.shares}
 
     def _begin_pass(self, *_: Any) -> None:

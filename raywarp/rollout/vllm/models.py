@@ -59,7 +59,7 @@ def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[st
         }
     if mode == "lora":
         rank = lora_slots(settings.lora_rank)
-        slots = slot_count(rank)
+        slots = slot_count(rank, rollout.concurrency)
         found |= {
             "enable_lora": True,
             "max_loras": slots,
