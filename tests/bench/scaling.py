@@ -16,6 +16,13 @@ Overhead per step is what a step of a lone policy (M = R = 1) takes beyond its t
 from one step's end to the next (median). Shares are those of timing.json, first and last step
 included.
 
+**Sharing.** Four policies on one trainer and one engine, where a generation takes twice as long as
+an update. With rollout.concurrency=4 the engine works on all policies' calls at once, and its time
+does not grow with them, as on a GPU that few rows do not fill. Without, the trainer waits.
+
+**Batching.** The real vLLM with SmolLM2-135M on this machine's cores, generation alone: four
+policies' batches of 32 rows one after another, in one call, and as four calls at once, in turns.
+
 **Gather.** This is the driver's part of an iteration: read the policies, SLERP, LITI, write. The
 adapters have the shapes of an 8 B Llama (rank 16, all linear layers), for M = 2, 4, 8. It measures
 seconds, and the peak of the process's memory beyond what it had.
@@ -32,7 +39,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,20 +53,24 @@ import ray
 
 from raywarp.adapters.peft import load_peft, save_peft
 from raywarp.algorithm.averaging import liti, slerp
-from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
+from raywarp.algorithm.deltas import AdapterDelta, add, scale, trailing, zeros_like
 from raywarp.algorithm.factors import Factors
+from raywarp.cluster.device import cpu_environment
 from raywarp.cluster.turns import InTurns
 from raywarp.config.load import parse_config
 from raywarp.config.schema import Config
+from raywarp.data import embedded
 from raywarp.data.text import Completion, Prompt
 from raywarp.model.batches import Batch
-from raywarp.rollout.protocol import Adapter, Request
+from raywarp.rollout.engine import EngineSettings
+from raywarp.rollout.protocol import Adapter, AdapterPart, Request
 from raywarp.rollout.transport import digest
 from raywarp.rollout.worker import RolloutWorker
 from raywarp.run.policy_files import Job
 from raywarp.storage.location import Storage
-from raywarp.training.actors import Kinds
+from raywarp.training.actors import VLLM_CPU_ENV, VLLM_ENV, Kinds
 from raywarp.training.policy_actor import PolicyActor
+from raywarp.training.progress import Progress
 from raywarp.training.session import Session
 
 SMOLLM2 = (
@@ -76,7 +88,8 @@ LLAMA_8B = (
     },
     (14336, 4096),
 )
-RANK, BATCH, LENGTH = 16, 32, 24
+RANK, BATCH = 16, 32
+PROMPT, LENGTH = 5, 24  # tokens, as in the quickstart
 
 
 def random_adapter(
@@ -138,14 +151,26 @@ class WaitingEngine:
         pass
 
 
+class NoModel:
+    """The base model, which nobody here needs."""
+
+    start = None
+
+    def set_init(self, delta: AdapterDelta) -> None:
+        pass
+
+
 class WaitingPolicy:
     """Waits instead of updating."""
 
-    def __init__(self, seconds: float, adapter: AdapterDelta):
-        self.seconds, self.adapter, self.step = seconds, adapter, 0
+    def __init__(self, seconds: float, adapter: AdapterDelta, config: Config):
+        self.seconds, self.adapter, self.config, self.step = seconds, adapter, config, 0
+        self.model = NoModel()
 
     def task_vector(self) -> AdapterDelta:
         return self.adapter
+
+    result = task_vector
 
     def update(
         self,
@@ -162,13 +187,6 @@ class WaitingPolicy:
         pass
 
 
-class NoModel:
-    """The base model, which nobody here needs."""
-
-    def set_init(self, delta: AdapterDelta) -> None:
-        pass
-
-
 def waiting_kinds(generate: float, update: float) -> Kinds:
     class WaitingWorker(RolloutWorker):
         def _start_engine(self) -> Any:
@@ -179,19 +197,29 @@ def waiting_kinds(generate: float, update: float) -> Kinds:
             self.model: Any = NoModel()
             return zeros_like(random_adapter(SMOLLM2, RANK, 0))
 
+        def _checkpoint(self, progress: Progress) -> None:
+            pass
+
         def _new_policy(self, job: Job) -> Any:
-            return WaitingPolicy(update, random_adapter(SMOLLM2, RANK, job.index))
+            own = self.config.of_policy(job.index)
+            return WaitingPolicy(update, random_adapter(SMOLLM2, RANK, job.index), own)
 
     return Kinds(worker=WaitingWorker, policy=WaitingActor)
 
 
-def config_for(policies: int, workers: int, trainers: int, steps: int) -> Config:
+def config_for(
+    policies: int, workers: int, trainers: int, steps: int, concurrency: int = 1
+) -> Config:
     return parse_config(
         {
             "reward": {"function": "raywarp.embedded:vader"},
             "warp": {"iterations": 1, "policies": policies, "steps": steps},
             "optim": {"batch_size": BATCH},
-            "rollout": {"workers": workers, "max_new_tokens": LENGTH},
+            "rollout": {
+                "workers": workers,
+                "max_new_tokens": LENGTH,
+                "concurrency": concurrency,
+            },
             "cluster": {
                 "policy_actors": trainers,
                 "cpus_per_policy": 0,
@@ -203,16 +231,26 @@ def config_for(policies: int, workers: int, trainers: int, steps: int) -> Config
 
 
 def run(
-    policies: int, workers: int, trainers: int, steps: int, waits: Kinds, folder: Path
+    policies: int,
+    workers: int,
+    trainers: int,
+    steps: int,
+    waits: Kinds,
+    folder: Path,
+    concurrency: int = 1,
 ) -> dict[str, Any]:
     """One iteration of fine-tuning; its timing.json row, and what a step took beyond the waits if
     nobody else could be in the way.
     """
     prompts = [Prompt(f"prompt {n}", (3, 4, n % 50), {}) for n in range(64)]
-    place = f"{policies}-{workers}-{trainers}"
+    place = f"{policies}-{workers}-{trainers}-{concurrency}"
     jobs = [Job(1, m, f"{place}-{m}", Storage(folder)) for m in range(1, policies + 1)]
     with Session(
-        config_for(policies, workers, trainers, steps), "none", 3, kinds=waits, proves=False
+        config_for(policies, workers, trainers, steps, concurrency),
+        "none",
+        3,
+        kinds=waits,
+        proves=False,
     ) as session:
         ends = [
             time.perf_counter()
@@ -226,9 +264,106 @@ def run(
         "policies": policies,
         "workers": workers,
         "trainers": trainers,
+        "concurrency": concurrency,
         "step_interval_seconds": interval,
         **session.timing.row(),
     }
+
+
+def sharing(update: float, steps: int) -> dict[str, Any]:
+    """Shares of the time that one trainer and one engine work for four policies, by concurrency."""
+    waits, found = waiting_kinds(2 * update, update), {}
+    for concurrency in (1, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            row = run(4, 1, 1, steps, waits, Path(folder), concurrency)
+        found[f"concurrency {concurrency}"] = {
+            "trainer_busy": row["trainer_busy"],
+            "pool_busy": row["pool_busy"],
+            "steps_per_second": row["steps_per_second"],
+        }
+        print(
+            f"4 policies, 1 trainer, 1 engine, generation {2 * update:g} s, update {update:g} s,"
+            f" rollout.concurrency={concurrency}: trainer busy {row['trainer_busy']:.1%},"
+            f" engine {row['pool_busy']:.1%}, {row['steps_per_second']:.2f} steps/s",
+            flush=True,
+        )
+    return found
+
+
+def batching(turns: int, dtype: str) -> dict[str, Any]:
+    """Tokens per second of four policies' generation; run in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    cores = len(os.sched_getaffinity(0))
+    os.environ.update({**VLLM_ENV, **VLLM_CPU_ENV, **cpu_environment(cores, crowded=False)})
+    with context.Pool(1) as pool:
+        return pool.apply(_batching, (turns, dtype))
+
+
+def _batching(turns: int, dtype: str) -> dict[str, Any]:
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    rollout = parse_config(
+        {"rollout": {"ignore_eos": True, "max_new_tokens": LENGTH, "concurrency": 4}}
+    ).rollout
+    model = embedded.resolve("embedded:smollm2-135m-instruct")
+    worker = RolloutWorker(EngineSettings(model, dtype, 128, RANK, rollout, gpu=False))
+    worker.start()
+    requests = [
+        Request(
+            [[1, *range(100 * n + row, 100 * n + row + PROMPT - 1)] for row in range(BATCH)],
+            range(BATCH * n, BATCH * (n + 1)),
+            Adapter(policy=AdapterPart.put(small(random_adapter(SMOLLM2, RANK, n)))),
+        )
+        for n in range(4)
+    ]
+    ways: dict[str, Callable[[], list[Any]]] = {
+        "32 at a time": lambda: [rollout for request in requests for rollout in ask([request])],
+        "one call": lambda: ask(requests),
+        "four calls at once": lambda: [rollout for (rollout,) in threads.map(ask, apart)],
+    }
+
+    def ask(asked: Sequence[Request]) -> list[Any]:
+        return [rollout.completions for rollout in worker.generate(asked).found]
+
+    apart, seconds, answers = [[request] for request in requests], {w: [] for w in ways}, {}
+    with ThreadPoolExecutor(4) as threads:
+        for turn in range(turns + 1):  # the first one warms up
+            for name, way in ways.items():
+                start = time.perf_counter()
+                answers[name] = way()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+    worker.shutdown()
+    ray.shutdown()
+    alone = answers["32 at a time"]
+    found: dict[str, Any] = {"dtype": dtype}
+    for name in ways:
+        rate = 4 * BATCH * LENGTH / statistics.median(seconds[name])
+        ratio = statistics.median(
+            one / other for one, other in zip(seconds["32 at a time"], seconds[name], strict=True)
+        )
+        equal = sum(
+            one == other
+            for ones, others in zip(alone, answers[name], strict=True)
+            for one, other in zip(ones, others, strict=True)
+        )
+        found[name] = {"tokens_per_second": rate, "ratio": ratio, "equal": equal / (4 * BATCH)}
+        print(
+            f"{dtype}, 4 × 32 rows, {name}: {rate:.0f} tokens/s, {ratio:.2f} times 32 at a time;"
+            f" {equal} of {4 * BATCH} completions have the same bits",
+            flush=True,
+        )
+    return found
+
+
+def small(delta: AdapterDelta) -> AdapterDelta:
+    """A change of about a hundredth of the weights."""
+    return scale(delta, 1e-4)
 
 
 def gather(policies: int, folder: Path) -> dict[str, float]:
@@ -282,16 +417,40 @@ def main() -> None:
     )
     parser.add_argument("--policies", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    options = parser.parse_args()
-    settings = [(2, 1, 1), *((m, r, m) for m in options.policies for r in options.workers)]
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=32,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
+    parser.add_argument("--turns", type=int, default=5, help="of the real vLLM's generation")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of it, too")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["steps", "sharing", "batching", "gather"],
+        default=["steps", "sharing", "batching", "gather"],
     )
+    options = parser.parse_args()
+    found: dict[str, Any] = {"generate": options.generate, "update": options.update}
+    if {"steps", "sharing"} & set(options.parts):
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=32,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        if "steps" in options.parts:
+            found |= stepping(options)
+        if "sharing" in options.parts:
+            found["sharing"] = sharing(options.update, options.steps)
+        ray.shutdown()
+    if "batching" in options.parts:
+        found["batching"] = [batching(options.turns, dtype) for dtype in options.dtypes]
+    if "gather" in options.parts:
+        found["gathers"] = gathers()
+    print(json.dumps(found))
+
+
+def stepping(options: argparse.Namespace) -> dict[str, Any]:
+    """The simulated cluster with each number of policies and workers."""
+    settings = [(2, 1, 1), *((m, r, m) for m in options.policies for r in options.workers)]
     waits, rows = waiting_kinds(options.generate, options.update), []
     print(
         "policies workers trainers  steps/s  trainers  pool   step s = waits + swap + request +"
@@ -311,12 +470,15 @@ def main() -> None:
             f" {row['bound']}",
             flush=True,
         )
-    ray.shutdown()
-    gathers = []
+    return {**summary(rows, options), "runs": rows}
+
+
+def gathers() -> list[dict[str, float]]:
+    """The driver's part of an iteration, for 2, 4 and 8 policies."""
+    rows = []
     for m in (2, 4, 8):
         with tempfile.TemporaryDirectory() as folder:
-            gathers.append(gather(m, Path(folder)))
-        found = gathers[-1]
+            rows.append(found := gather(m, Path(folder)))
         seconds = " + ".join(
             f"{found[f'{name}_seconds']:.2f} s {name}"
             for name in ("read", "slerp", "liti", "write")
@@ -326,17 +488,7 @@ def main() -> None:
             f" {found['peak_mib']:.0f} MiB at the peak",
             flush=True,
         )
-    print(
-        json.dumps(
-            {
-                "generate": options.generate,
-                "update": options.update,
-                **summary(rows, options),
-                "runs": rows,
-                "gathers": gathers,
-            }
-        )
-    )
+    return rows
 
 
 def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict[str, float]:
