@@ -175,17 +175,17 @@ class PolicyActor(Measuring):
                         yield progress.event("stopped")
                     return
                 self.working_since = None
-                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=STOP_SECONDS)
+                ready = self._ready(waiting)
                 self.working_since = time.monotonic()
-                if not ready:
+                if ready is None:
                     continue
-                progress = waiting.pop(ready[0])
+                progress = waiting.pop(ready)
                 if progress.measurement:
                     yield {"event": "measured", **self._measure(progress, progress.measurement)}
                 if progress.ended:
                     yield progress.event("ended", message=progress.ended)
-                elif self._unfinished(progress):
-                    row = self._step(progress, fetch(ready[0]), time.perf_counter() - idle)
+                elif progress.steps_left:
+                    row = self._step(progress, fetch(ready), time.perf_counter() - idle)
                     yield {"event": "step", **row}
                 if (ref := ask(progress)) is not None:
                     waiting[ref] = progress
@@ -203,6 +203,18 @@ class PolicyActor(Measuring):
             self.working_since = None
             for progress in under_way:
                 progress.policy.close()
+
+    def _ready(self, waiting: Mapping[Any, Progress]) -> Any:
+        """Return the ref, among those that are ready, of the policy with the most steps left.
+
+        So no policy is left to end alone, when this actor would wait for each of its rollouts.
+        The result is None if none is ready within STOP_SECONDS.
+        """
+        refs = list(waiting)
+        if not ray.wait(refs, num_returns=1, timeout=STOP_SECONDS)[0]:
+            return None
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        return max(ready, key=lambda ref: waiting[ref].steps_left)
 
     def _work(self, row: Mapping[str, Any], requested: float) -> list[tuple[str, float, float]]:
         """Return this actor's spans of the step that has just ended, in the form of work_of."""
@@ -226,9 +238,6 @@ class PolicyActor(Measuring):
         """Resume the policy from its newest checkpoint that is whole, or begin it."""
         return Progress.resume(job, self._new_policy(job))
 
-    def _unfinished(self, progress: Progress) -> bool:
-        return progress.policy.step < progress.policy.config.warp.steps
-
     def _ask(
         self,
         init: AdapterPart,
@@ -246,7 +255,7 @@ class PolicyActor(Measuring):
         config, m = progress.policy.config, progress.job.index
         own = reward.weighted(config.rewards_by_key)
         due = held_out.prompts.get(m) and is_due(config, step, progress.trajectory)
-        if progress.ended or not (due or self._unfinished(progress)):
+        if progress.ended or not (due or progress.steps_left):
             return None
         progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
         if due:
@@ -254,7 +263,7 @@ class PolicyActor(Measuring):
             progress.measurement = Measurement.request(
                 config, held_out.prompts[m], progress.adapter, pool, scorers
             )
-        if not self._unfinished(progress):
+        if not progress.steps_left:
             return progress.measurement and progress.measurement.scores[-1]
         return self._request(progress, prompts[m], pool, own)
 

@@ -85,6 +85,10 @@ class Progress:
         """Return whose progress it is, for messages."""
         return f"iteration {self.job.iteration} policy {self.job.index}"
 
+    @property
+    def steps_left(self) -> int:
+        return max(0, self.policy.config.warp.steps - self.policy.step)
+
     def event(self, name: str, **details: Any) -> dict[str, Any]:
         """Return an event of this policy at its present step."""
         return {"event": name, **self.job.label, "step": self.policy.step, **details}
