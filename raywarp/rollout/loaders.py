@@ -6,16 +6,12 @@ shows that the loaded tensors also act.
 """
 
 import itertools
-import shutil
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from raywarp.adapters.peft import save_peft
-from raywarp.adapters.peft_config import ADAPTER_FILE
 from raywarp.algorithm.deltas import AdapterDelta, add, zeros_like
 from raywarp.algorithm.factors import Factors
 from raywarp.rollout.base_weights import BaseWeights
@@ -99,7 +95,7 @@ class LoraLoader:
     Args:
         engine: vLLM's LLM.
         names: maps modules to the names by which the engine finds them.
-        folder: for the files that vLLM reads.
+        hold: gives the engine an adapter by these names under a LoRARequest. Runs in its processes.
         zero: whether the SFT model's prompts get an adapter of zeros. On CPUs, vLLM 0.32 runs a
             prompt without an adapter with the adapter of its last slot.
     """
@@ -108,18 +104,13 @@ class LoraLoader:
         self,
         engine: Any,
         names: Callable[[Collection[str]], Mapping[str, str]],
-        folder: Path,
+        hold: Callable[[Any, Any, Mapping[str, Factors]], bool],
         zero: bool = False,
     ):
-        self.engine, self.names, self.folder, self.version, self.zero = (
-            engine,
-            names,
-            folder,
-            0,
-            zero,
-        )
-        # Versions → vLLM's request, and the digests of the files that were written for it.
-        self._held: dict[Versions, tuple[Any, Versions]] = {}
+        self.engine, self.names, self.hold, self.zero = engine, names, hold, zero
+        self.version = 0
+        # Versions → vLLM's request, and the parts that it was given, or their digests.
+        self._held: dict[Versions, tuple[Any, list[AdapterDelta | str]]] = {}
         # Any loaded adapter, as a template of zeros. Before the first one, all slots are zero.
         self._like: AdapterDelta | None = None
 
@@ -133,51 +124,37 @@ class LoraLoader:
             if adapter.parts and versions not in self._held:
                 self._held[versions] = self._add(versions, [part.fetch() for part in adapter.parts])
         if () in wanted and () not in self._held and self.zero and self._like:
-            self._held[()] = (self._add((), [zeros_like(self._like)])[0], ())
+            self._held[()] = (self._add((), [zeros_like(self._like)])[0], [])
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
-        """Return the digests of the files that vLLM read, part by part."""
-        return [self._held[adapter.versions][1] if adapter.parts else () for adapter in adapters]
+        """Return the digests of what vLLM was given, part by part."""
+        return [hashed(self._held[a.versions][1]) if a.parts else () for a in adapters]
 
     def request(self, adapter: Adapter) -> Any:
         """Return the LoRARequest for this adapter's prompts; None if the SFT model has none."""
-        return self._held.get(adapter.versions, (None, ()))[0]
+        return self._held.get(adapter.versions, (None, []))[0]
 
-    def _add(self, versions: Versions, deltas: Sequence[AdapterDelta]) -> tuple[Any, Versions]:
-        from safetensors.torch import load_file
+    def _add(
+        self, versions: Versions, deltas: Sequence[AdapterDelta]
+    ) -> tuple[Any, list[AdapterDelta | str]]:
         from vllm.lora.request import LoRARequest
 
         self.version += 1
-        self._like, path = deltas[0], self.folder / f"v{self.version}"
-        names = self.names(deltas[0].factors)
-        whole = add(*deltas)
-        save_peft(
-            replace(
-                whole,
-                factors={names[module]: f for module, f in whole.factors.items()},
-                target_modules=(),
-            ),
-            path,
-        )
-        written, prefix = load_file(path / ADAPTER_FILE), "base_model.model."
-        request = LoRARequest(f"v{self.version}", self.version, str(path))
-        if not self.engine.llm_engine.add_lora(request):
+        self._like, name = deltas[0], f"v{self.version}"
+        factors = add(*deltas).factors
+        names = self.names(factors)
+        request = LoRARequest(name, self.version, name)
+        named = {names[module]: f for module, f in factors.items()}
+        if not all(self.engine.collective_rpc(self.hold, args=(request, named))):
             raise RolloutError(
                 f"vLLM did not load adapter version {'+'.join(versions)} (number {self.version})"
             )
-        factors = {
-            module: Factors(
-                written[f"{prefix}{name}.lora_B.weight"], written[f"{prefix}{name}.lora_A.weight"]
-            )
-            for module, name in names.items()
-        }
-        return request, tuple(digest(part) for part in split(factors, deltas))
+        return request, [*split(factors, deltas)]
 
     def _keep_only(self, versions: set[Versions]) -> None:
         for old in self._held.keys() - versions:
             request, _ = self._held.pop(old)
             self.engine.llm_engine.remove_lora(request.lora_int_id)
-            shutil.rmtree(request.lora_path, ignore_errors=True)
 
 
 class MergedLoader:
@@ -210,8 +187,7 @@ class MergedLoader:
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
         """Return the digests of what the weights took, part by part, for each loaded adapter."""
-        self._taken = [part if isinstance(part, str) else digest(part) for part in self._taken]
-        return [tuple(map(str, self._taken))] * len(adapters)
+        return [hashed(self._taken)] * len(adapters)
 
     def request(self, adapter: Adapter) -> None:
         """No per-request argument is needed."""
@@ -235,17 +211,26 @@ class MergedLoader:
         return taken
 
 
+def hashed(parts: list[AdapterDelta | str]) -> Versions:
+    """Return the parts' digests, which take the parts' places."""
+    for n, part in enumerate(parts):
+        if not isinstance(part, str):
+            parts[n] = digest(part)
+    return tuple(map(str, parts))
+
+
 def split(factors: Mapping[str, Factors], deltas: Sequence[AdapterDelta]) -> list[AdapterDelta]:
     """Return the parts that were put side by side, as they are in `factors`.
 
-    An adapter file may have a column of zeros for rank 0.
+    Each has its own precision again, which the whole has at least.
     """
     parts, starts = [], dict.fromkeys(factors, 0)
     for delta in deltas:
         own = {}
         for module, f in delta.factors.items():
             start, end = starts[module], starts[module] + f.rank
-            own[module] = Factors(factors[module].B[:, start:end], factors[module].A[start:end])
+            B, A = factors[module].B[:, start:end], factors[module].A[start:end]
+            own[module] = Factors(B.to(f.B.dtype), A.to(f.A.dtype))
             starts[module] = end
         parts.append(replace(delta, factors=own))
     return parts

@@ -28,6 +28,8 @@ from raywarp.data.text import Completion
 # torch is imported only where an adapter is put or fetched. The pool does neither, and so saves
 # the import's time and memory.
 if TYPE_CHECKING:
+    import torch
+
     from raywarp.algorithm.deltas import AdapterDelta
     from raywarp.rollout.transport import PackedAdapter
 
@@ -56,10 +58,16 @@ class AdapterPart:
     hashed: "Future[str] | None" = field(default=None, compare=False)
 
     @classmethod
-    def put(cls, delta: "AdapterDelta") -> "AdapterPart":
+    def put(cls, delta: "AdapterDelta", dtype: "torch.dtype | None" = None) -> "AdapterPart":
+        """Put an adapter into the object store.
+
+        Args:
+            dtype: of its numbers there, by default the adapter's own. An engine rounds an adapter
+                to its own dtype anyway.
+        """
         from raywarp.rollout.transport import PackedAdapter
 
-        packed = PackedAdapter.pack(delta)
+        packed = PackedAdapter.pack(delta, dtype)
         # Takes 10 ms for 20 MB, during which the adapter is already on its way.
         hashed = _HASHER.submit(packed.digest)
         ref = ray.put(packed)

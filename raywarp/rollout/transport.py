@@ -21,22 +21,32 @@ class PackedAdapter:
 
     Attributes:
         numbers: B and A of each module, one module after another, in the order of their names.
+            Those of 16 bits are seen as integers, since numpy has no bfloat16.
         shapes: module → (d_out, rank, d_in).
+        dtype: of the numbers, by torch's name.
         rest: the adapter without its factors.
     """
 
     numbers: "np.ndarray[Any, np.dtype[Any]]"
     shapes: dict[str, tuple[int, int, int]]
+    dtype: str
     rest: AdapterDelta
 
     @classmethod
-    def pack(cls, delta: AdapterDelta) -> "PackedAdapter":
+    def pack(cls, delta: AdapterDelta, dtype: torch.dtype | None = None) -> "PackedAdapter":
+        """Return an adapter packed in one array, which leaves a GPU as a whole.
+
+        Args:
+            dtype: of the numbers, by default that of the factors.
+        """
         factors = sorted(delta.factors.items())
-        tensors = [tensor.detach().cpu().reshape(-1) for _, f in factors for tensor in f]
-        numbers = torch.cat(tensors).numpy() if tensors else np.zeros(0, np.float32)
+        tensors = [tensor.detach().reshape(-1) for _, f in factors for tensor in f]
+        numbers = torch.cat(tensors or [torch.zeros(0)])
+        numbers = numbers.to(dtype or numbers.dtype).cpu()
         return cls(
-            numbers,
+            (numbers.view(torch.int16) if numbers.itemsize == 2 else numbers).numpy(),
             {module: (f.B.shape[0], f.rank, f.A.shape[1]) for module, f in factors},
+            str(numbers.dtype).removeprefix("torch."),
             replace(delta, factors={}),
         )
 
@@ -44,7 +54,7 @@ class PackedAdapter:
         """Return the adapter. Its tensors are views of the array, which may be read-only."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about read-only arrays
-            numbers = torch.from_numpy(self.numbers)
+            numbers = torch.from_numpy(self.numbers).view(getattr(torch, self.dtype))
         factors, start = {}, 0
         for module, (d_out, rank, d_in) in self.shapes.items():
             middle, end = start + d_out * rank, start + (d_out + d_in) * rank
@@ -57,7 +67,7 @@ class PackedAdapter:
     def digest(self) -> str:
         """Return the adapter's digest, as `digest` in this module does, in one pass."""
         total = begin_digest(
-            (module, rank, self.numbers.dtype.name) for module, (_, rank, _) in self.shapes.items()
+            (module, rank, self.dtype) for module, (_, rank, _) in self.shapes.items()
         )
         total.update(self.numbers.data)
         return total.hexdigest()
@@ -74,7 +84,7 @@ def digest(delta: AdapterDelta) -> str:
     )
     for _, f in factors:
         for tensor in f:
-            total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

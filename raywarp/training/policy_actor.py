@@ -251,13 +251,15 @@ class PolicyActor(Measuring):
 
         A due measurement is asked for first. The result is None once the policy is finished.
         """
-        step, progress.measurement = progress.policy.step, None
+        start, step = time.perf_counter(), progress.policy.step
+        progress.measurement = None
         config, m = progress.policy.config, progress.job.index
         own = reward.weighted(config.rewards_by_key)
         due = held_out.prompts.get(m) and is_due(config, step, progress.trajectory)
         if progress.ended or not (due or progress.steps_left):
             return None
-        progress.adapter = Adapter(init, AdapterPart.put(progress.policy.task_vector()))
+        vector = AdapterPart.put(progress.policy.task_vector(), getattr(torch, self.dtype))
+        progress.adapter = Adapter(init, vector)
         if due:
             scorers = [own, *([held_out.control] if held_out.control else [])]
             progress.measurement = Measurement.request(
@@ -265,7 +267,9 @@ class PolicyActor(Measuring):
             )
         if not progress.steps_left:
             return progress.measurement and progress.measurement.scores[-1]
-        return self._request(progress, prompts[m], pool, own)
+        scores = self._request(progress, prompts[m], pool, own)
+        progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()
+        return scores
 
     def _measure(self, progress: Progress, measurement: Measurement) -> dict[str, Any]:
         """Return the row of a measurement, after adding it to the policy's trajectory."""
@@ -287,7 +291,6 @@ class PolicyActor(Measuring):
         self, progress: Progress, prompts: Sequence[Prompt], pool: Any, reward: Scorer
     ) -> Any:
         """Ask for the next step's completions and their scores. Return the ref of the scores."""
-        start = time.perf_counter()
         job, step, config = progress.job, progress.policy.step, progress.policy.config
         group = config.rollout.completions_per_prompt
         chosen = draws(config, job, step, len(prompts))
@@ -303,9 +306,7 @@ class PolicyActor(Measuring):
             progress.probed = pool.logprobs.remote(
                 requests(self.proof.probe, [SFT, progress.adapter])
             )
-        scores = reward.submit(progress.prompts, progress.rollouts)
-        progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()
-        return scores
+        return reward.submit(progress.prompts, progress.rollouts)
 
     def _step(self, progress: Progress, scores: Scores, idle_seconds: float) -> dict[str, Any]:
         start, step = time.perf_counter(), progress.policy.step

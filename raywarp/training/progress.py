@@ -32,7 +32,7 @@ class Progress:
         prompts: prompts of the present step, one per completion.
         adapter: version of the policy that samples the step's completions.
         rollouts: refs of the workers' rollouts for the step.
-        request_seconds: time spent on asking for them.
+        request_seconds: time spent on asking for them, with the adapter's way to the object store.
         requested: when they were asked for, in Unix seconds.
         probed: ref of the sampler's log-probs of the probe, without and with the policy's adapter.
             None where they were not asked for.

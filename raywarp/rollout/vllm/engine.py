@@ -36,6 +36,7 @@ from raywarp.rollout.vllm.models import (
     LoraNames,
     arguments,
     check_lora,
+    hold_lora,
     inspect_here,
     leave_logits_alone,
     refusal,
@@ -240,7 +241,7 @@ class VllmEngine:
             return UnmergedLoader(self._take)
         if self.adapter_mode == "lora":
             return LoraLoader(
-                self.llm, LoraNames(self.llm, self._read), self.folder, zero=not self.settings.gpu
+                self.llm, LoraNames(self.llm, self._read), hold_lora, zero=not self.settings.gpu
             )
         return MergedLoader(
             BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install

@@ -1,12 +1,13 @@
 """What vLLM is told of a model, and what it knows: its class, its LoRA, its modules' names."""
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from raywarp.algorithm.factors import Factors
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import read_model_config
 from raywarp.rollout.base_weights import BaseWeightsError, Read, weight_names
@@ -195,6 +196,59 @@ def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, s
             ):
                 found[pair[0]] = name
     return found
+
+
+def hold_lora(worker: Any, request: Any, factors: Mapping[str, Factors]) -> bool:
+    """Give vLLM 0.32's LoRA an adapter from memory, which it would read from files. Runs in its
+    process.
+
+    Args:
+        request: the LoRARequest; its path is not read.
+        factors: the adapter by the names of LoraNames.
+
+    Returns:
+        whether vLLM holds it.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = worker.model_runner.lora_manager
+    factors = {name: f if f.rank else _column_of_zeros(f) for name, f in factors.items()}
+    rank = max(f.rank for f in factors.values())
+    helper = PEFTHelper(rank, rank, sorted({name.rpartition(".")[2] for name in factors}))
+    helper.validate_legal(manager.lora_config)
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": getattr(f, side)
+        for name, f in factors.items()
+        for side in ("A", "B")
+    }
+
+    def load(_: Any) -> Any:
+        model = manager._adapter_manager.model
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        lora = LoRAModel.from_lora_tensors(
+            request.lora_int_id,
+            tensors,
+            helper,
+            device=str(manager.device),
+            dtype=manager.lora_config.lora_dtype,
+            model_vocab_size=manager.vocab_size,
+            weights_mapper=mapper.get_rename_mapper() if mapper else None,
+            skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+        )
+        lora.is_3d_lora_weight = request.is_3d_lora_weight
+        return lora
+
+    manager._load_adapter = load
+    try:
+        return bool(manager.add_adapter(request))
+    finally:
+        del manager._load_adapter
+
+
+def _column_of_zeros(f: Factors) -> Factors:
+    """Return factors of rank 1 that change nothing, since vLLM knows no rank 0."""
+    return Factors(f.B.new_zeros(len(f.B), 1), f.A.new_zeros(1, f.A.shape[1]))
 
 
 class _NoLora:
