@@ -59,9 +59,9 @@ def overlap(rollouts: Sequence[Rollout]) -> bool:
 
 
 class Counting(Breaking):
-    """Counts vLLM's forward passes."""
+    """Counts vLLM's forward passes, and what they need not compute."""
 
-    passes = 0
+    passes = cached = 0
 
     def _start_engine(self) -> Engine:
         engine: Any = super()._start_engine()
@@ -69,13 +69,20 @@ class Counting(Breaking):
 
         def counted() -> Any:
             self.passes += 1
-            return step()
+            outputs = step()
+            self.cached += sum(output.num_cached_tokens or 0 for output in outputs)
+            return outputs
 
         engine.llm.llm_engine.step = counted
         return engine  # type: ignore[no-any-return]
 
     def count(self) -> int:
         return self.passes
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed, since the last call of this method."""
+        self.cached, cached = 0, self.cached
+        return cached
 
 
 @pytest.fixture(scope="module", params=["auto", "lora"])
@@ -163,3 +170,18 @@ def test_batches_are_the_engines_own(session: Session, tiny_llama: Path) -> None
         run(session, requests)
         spent.append(session.get(worker.count.remote()) - before)
     assert spent[1] <= spent[0] // 2
+
+
+def test_completions_of_a_prompt_share_its_prefix_in_lora_mode_alone(
+    session: Session, tiny_llama: Path
+) -> None:
+    """Within a call of one adapter. The other mode would take the prefix of another adapter."""
+    requests, worker = requests_for(tiny_llama), session.workers[0]
+    prompt, block = prompts_of(2)[1], 128
+    found = []
+    for request in requests[:2]:
+        session.get(worker.cached_tokens.remote())
+        one_by_one(session, [Request([prompt] * 8, range(8), request.adapter)])
+        found.append(session.get(worker.cached_tokens.remote()))
+    shares = session.engine["adapter"] == "lora"
+    assert found == [7 * block if shares else 0] * 2

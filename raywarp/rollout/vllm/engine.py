@@ -143,6 +143,8 @@ class VllmEngine:
             RuntimeError: an earlier call has failed.
         """
         with self._working():
+            if self.adapter_mode == "lora" and not self.llm.llm_engine.has_unfinished_requests():
+                self.llm.reset_prefix_cache()  # a call's bits depend on no earlier call
             names = self._enqueue(asked)
         wanted = set(names)
         while not self.done.keys() >= wanted:

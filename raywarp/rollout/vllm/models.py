@@ -33,8 +33,9 @@ def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[st
         "trust_remote_code": settings.trust_remote_code,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "logprobs_mode": "processed_logprobs",
-        # After a swap, a known prefix would reuse stale KV blocks (vLLM 0.32).
-        "enable_prefix_caching": False,
+        # vLLM knows a prefix by its LoRA too. In the other modes it would reuse the blocks of the
+        # adapter before (vLLM 0.32).
+        "enable_prefix_caching": mode == "lora",
         "disable_log_stats": True,
         "load_format": "safetensors",  # never a pickle
         # A model's own top_p or repetition penalty would change what log-probs mean.
