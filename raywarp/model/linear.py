@@ -168,7 +168,7 @@ def product(
         x: (n, d_in).
         weight: (d_out, d_in).
         bias: (d_out,).
-        added: (n, d_out), in x's dtype; not modified.
+        added: (n, d_out), in x's dtype. The result may be in its place, which saves a copy.
     """
     if _onednn_takes(x, weight, biased_sum=bias is not None and added is not None):
         if added is None:
@@ -179,7 +179,7 @@ def product(
     if added is None:
         return torch.nn.functional.linear(x, weight, bias)
     if bias is None:
-        return torch.addmm(added, x, weight.T)
+        return added.addmm_(x, weight.T)
     return (_wide_product(x, weight) + bias).add_(added).to(x.dtype)
 
 
