@@ -1,6 +1,7 @@
 """vLLM as the engine of a rollout worker."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,10 +66,7 @@ class VllmEngine:
     """
 
     def __init__(self, settings: EngineSettings):
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
+        LLM = _imported()
         self.settings, self.adapter_mode = settings, adapter_mode(settings.rollout, settings.gpu)
         # For adapters and for the sockets of vLLM's processes. Sockets outlive killed processes.
         self.folder = scratch.claim()
@@ -192,9 +190,13 @@ class VllmEngine:
     def close(self) -> None:
         """Stop the engine's processes and remove its files.
 
-        Processes that are killed leave shared memory behind.
+        An engine in this process ends with it: vLLM 0.32 would collect garbage twice first, for a
+        second. Processes that are killed leave shared memory behind.
         """
         scratch.discard(self.folder)  # first, since a slow stop may be interrupted
+        if self.settings.rollout.tensor_parallel_size == 1:
+            gc.unfreeze()  # what is never collected, libtriton calls leaked at the process's end
+            return
         segments = _shared_memory_of(
             [
                 worker.proc.pid
@@ -334,6 +336,23 @@ def _shared_memory_of(processes: Sequence[int]) -> set[Path]:
             lines = Path(f"/proc/{process}/maps").read_text().splitlines()
             found |= {Path(line.split()[5]) for line in lines if "/dev/shm/vllm" in line}
     return found
+
+
+def _imported() -> Any:
+    """Return vLLM's LLM.
+
+    What an import makes is no garbage. To look for garbage in it takes 2.5 of the 9 s of CPU time
+    that the import and the start of a small engine take, since vLLM asks for it, too.
+    """
+    gc.disable()
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(NO_VLLM.format(problem=f"cannot be imported ({error})")) from None
+    finally:
+        gc.freeze()
+        gc.enable()
+    return LLM
 
 
 def _completion(output: Any) -> Completion:

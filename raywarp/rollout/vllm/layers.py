@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.v1.sample import sampler
 
 from raywarp.algorithm.factors import Factors
 from raywarp.rollout.engine import SLOT
@@ -113,5 +114,18 @@ def _block_numbers(name: str) -> list[str]:
     return re.findall(r"(?<=\.)\d+(?=\.)", name)
 
 
+def _no_ranks(logprobs: Tensor, chosen: Tensor) -> Tensor:
+    """Return zeros for the ranks of the chosen tokens, which nobody reads.
+
+    Counting them without a compiler takes 6 % of a pass of 128 rows.
+
+    Args:
+        logprobs: (n, vocabulary).
+        chosen: (n, 1), those of the chosen tokens.
+    """
+    return chosen.new_zeros(len(chosen), dtype=torch.int64)
+
+
 _THEIRS = UnquantizedLinearMethod.process_weights_after_loading
 UnquantizedLinearMethod.process_weights_after_loading = _keep_product
+sampler.batched_count_greater_than = _no_ranks
