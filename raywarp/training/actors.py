@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp.cluster import health, placement_groups, resources, runtime
-from raywarp.cluster.device import cpu_environment
+from raywarp.cluster.device import SPIN, SPIN_LONGER, cpu_environment
 from raywarp.cluster.placement_groups import Bundle
 from raywarp.cluster.supervisor import ActorSlot
 from raywarp.config.schema import Config, ConfigError
@@ -187,6 +187,9 @@ class Actors:
     def policies(self) -> list[ActorSlot]:
         need = self.plan.policy
         arguments = (self.config, self.model, self.plan.dtype, self.plan.threads)
+        environment = dict(self.environment)
+        if environment.items() >= SPIN.items():
+            environment |= SPIN_LONGER
 
         def maker(n: int, bundle: Bundle | None) -> Callable[[], Any]:
             def make() -> Any:
@@ -195,7 +198,7 @@ class Actors:
                     self.kinds.policy,
                     need,
                     bundle,
-                    self.environment,
+                    environment,
                     options,
                     *arguments,
                     watched=True,
