@@ -59,7 +59,7 @@ def plan(config: Config, offline: bool = False, cluster: str | None = None) -> F
     source = _origin(config)
     runtime.start_ray()
     placed, problems = resources.plan_or_wish(config)
-    problems += filter(None, [mode_problem(config, placed.rollout.gpus > 0)])
+    problems += filter(None, [mode_problem(config, placed.rollout.gpus > 0, placed.dtype)])
     result = forecast(config, source, placed)
     reports = preflight.node_reports(config, local_paths(config, source.model))
     problems += [
@@ -128,7 +128,7 @@ def check_cluster(config: Config, inputs: "Inputs") -> None:
         ConfigError: see preflight.preflight.
     """
     placed, _ = resources.plan_or_wish(config)
-    check_mode(config, placed.rollout.gpus > 0)
+    check_mode(config, placed.rollout.gpus > 0, placed.dtype)
     found = forecast_of_shapes(config, inputs.model, inputs.shapes, placed, inputs.longest_prompt)
     preflight.preflight(config, found, local_paths(config, inputs.model))
 
@@ -211,7 +211,7 @@ def local_paths(config: Config, model: str) -> list[str]:
 def _unasked(config: Config, machines: Machines | None, offline: bool) -> Forecast:
     """Return the forecast without asking a cluster: the needs, judged by named nodes if any."""
     placed, problems = _placed_on(config, machines)
-    check_mode(config, placed.rollout.gpus > 0)
+    check_mode(config, placed.rollout.gpus > 0, placed.dtype)
     notes = _assumptions(machines)
     source = shapes_only(config, weights=True) if offline else _origin(config)
     if source is None:

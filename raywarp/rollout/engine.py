@@ -111,9 +111,10 @@ def check_engine(config: Config) -> None:
     if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(NO_VLLM.format(problem="is not installed"))
     gpu = expects_gpu(config)
-    refusals = [
-        mode_problem(config, on_gpu) for on_gpu in ((False, True) if gpu is None else (gpu,))
-    ]
+    kinds: list[tuple[bool, str | None]] = [(bool(gpu), None)]
+    if gpu is None:  # only the cluster can tell, also whether its GPUs compute in bfloat16
+        kinds += [(True, None), *([(True, "float32")] if config.dtype == "auto" else [])]
+    refusals = [mode_problem(config, on_gpu, dtype) for on_gpu, dtype in kinds]
     if all(refusals):
         raise ConfigError(refusals[0])
 
@@ -145,28 +146,29 @@ def adapter_mode(rollout: RolloutConfig, gpu: bool) -> str:
     return "lora" if gpu and rollout.engine == "vllm" else "unmerged"
 
 
-def check_mode(config: Config, gpu: bool) -> None:
-    """Check that the adapter mode is exact on workers with or without GPUs.
+def check_mode(config: Config, gpu: bool, dtype: str | None = None) -> None:
+    """Check that the adapter mode is exact on workers with or without GPUs; see mode_problem.
 
     Raises:
         ConfigError: it is not; the message names one that is.
     """
-    if problem := mode_problem(config, gpu):
+    if problem := mode_problem(config, gpu, dtype):
         raise ConfigError(problem)
 
 
-def mode_problem(config: Config, gpu: bool) -> str:
+def mode_problem(config: Config, gpu: bool, dtype: str | None = None) -> str:
     """Return why the adapter mode would not sample the trained policy, and which mode does.
 
     The text is empty where the mode is exact.
+
+    Args:
+        gpu: whether the workers have GPUs.
+        dtype: of the run's plan; by default what the config gives on this machine.
     """
     from raywarp.cluster.device import run_dtype
 
-    rollout, mode, dtype = (
-        config.rollout,
-        adapter_mode(config.rollout, gpu),
-        run_dtype(config.dtype, gpu),
-    )
+    rollout, mode = config.rollout, adapter_mode(config.rollout, gpu)
+    dtype = dtype or run_dtype(config.dtype, gpu)
     vllm = rollout.engine == "vllm"
     exact = "lora" if vllm and gpu else "unmerged"
     if rollout.concurrency > 1 and (mode == "merged" or not vllm):

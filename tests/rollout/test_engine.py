@@ -96,6 +96,14 @@ def test_a_mode_that_is_not_exact_is_refused_with_the_one_that_is(
             check_mode(config, bool(on_gpu))
 
 
+def test_a_mode_is_judged_by_the_dtype_that_the_cluster_resolves() -> None:
+    """GPUs without bfloat16 make dtype=auto float32, in which merged weights are exact."""
+    config = parse_config({"rollout": {"adapter": "merged"}})
+    check_mode(config, gpu=True, dtype="float32")
+    with pytest.raises(ConfigError, match=r"merged with dtype=bfloat16 .*rollout\.adapter=lora"):
+        check_mode(config, gpu=True, dtype="bfloat16")
+
+
 def test_no_vllm_names_the_extra_and_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
