@@ -34,6 +34,7 @@ from raywarp.model.float32_pass import in_float32, widened
 from raywarp.model.head import chunked_kl, chunked_logprobs
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
+from raywarp.model.probe import check_range
 from raywarp.model.targets import Targets, find_targets
 
 INIT = "init"
@@ -297,6 +298,9 @@ def completion_kls(
         config: its sampling temperature and size of micro-batches are used.
         adapters: the base with these adapters is π.
         reference: the base with these adapters is π_ref; none of them is the SFT model.
+
+    Raises:
+        ConfigError: float16 is too narrow for the model.
     """
     batch = batch.to(model.device)
     kl = torch.zeros(len(batch), device=model.device)
@@ -304,6 +308,7 @@ def completion_kls(
     for part in micro_batches(batch, most, model.pairs_per_token):
         policy, other = model.states(part, list(adapters)), model.states(part, list(reference))
         kl[part.completions] = model.completion_kl(part, policy, other, config.rollout.temperature)
+    check_range(model.source, model.dtype, kl)
     values: list[float] = kl.tolist()
     return values
 

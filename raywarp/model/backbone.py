@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raywarp.model.attention_choice import choose_attention
-from raywarp.model.batches import MicroBatch, micro_batches
+from raywarp.model.batches import Batch, MicroBatch, micro_batches
 from raywarp.model.head import LogitHead
 from raywarp.model.lengths import Lengths
-from raywarp.model.probe import close, is_local, probe, single
+from raywarp.model.probe import check_range, close, is_local, probe, single
 
 _PLAIN_HEAD = LogitHead(None)
 _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's large ones
@@ -88,8 +88,13 @@ def choose_and_set_attention(model: Any, name: str, head: LogitHead, lengths: Le
     """Set the fastest attention that agrees with the model's eager code on single sequences.
 
     See choose_attention.
+
+    Raises:
+        ConfigError: as choose_attention does, or float16 is too narrow for the model.
     """
     batch = probe(model)
+    if model.dtype == torch.float16:  # first, since states that are not finite agree with none
+        _check_logits(model, name, batch, lengths)
     (part,) = micro_batches(batch)
 
     def one_by_one() -> Tensor:
@@ -101,6 +106,14 @@ def choose_and_set_attention(model: Any, name: str, head: LogitHead, lengths: Le
         )
 
     choose_attention(model, name, one_by_one, lambda: last_states(model, part, head, lengths))
+
+
+@torch.no_grad()
+def _check_logits(model: Any, name: str, batch: Batch, lengths: Lengths) -> None:
+    """Check the largest logit of each token. A model may mask tokens by minus infinity."""
+    (longest,) = micro_batches(single(batch, 0))
+    logits = last_states(model, longest, _PLAIN_HEAD, lengths)
+    check_range(name, model.dtype, logits.amax(-1))
 
 
 @torch.no_grad()

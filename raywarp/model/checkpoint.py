@@ -18,11 +18,13 @@ def state_of(policy: Policy) -> dict[str, Tensor]:
     """Return everything that the next steps depend on.
 
     That is the adapter, the EMA, the optimiser's moments and step, the random generators, the
-    states kept so far, and β where it moves. The learning rate follows from the step.
+    states kept so far, β where it moves, and the loss scale of float16. The learning rate follows
+    from the step.
     """
     saved: dict[str, Tensor] = {
         "step": torch.tensor(policy.step),
         **_coefficient(policy),
+        **_loss_scale(policy),
         **{f"rng/{name}": states for name, states in policy.rng.items()},
         **policy.snapshot(),
     }
@@ -54,12 +56,25 @@ def load_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
     policy.step = int(saved["step"])
     if "kl_coef" in saved:
         policy.kl_coef = float(saved["kl_coef"])
+    if policy.loss_scale:
+        policy.loss_scale.value = float(saved["loss_scale"])
+        policy.loss_scale.clean_steps = int(saved["clean_steps"])
 
 
 def _coefficient(policy: Policy) -> dict[str, Tensor]:
     """Return β in float64 where it moves."""
     moves = policy.config.warp.kl_target is not None
     return {"kl_coef": torch.tensor(policy.kl_coef, dtype=torch.float64)} if moves else {}
+
+
+def _loss_scale(policy: Policy) -> dict[str, Tensor]:
+    """Return the loss scale, and since how many steps it has fitted; nothing without a scale."""
+    if (scale := policy.loss_scale) is None:
+        return {}
+    return {
+        "loss_scale": torch.tensor(scale.value),
+        "clean_steps": torch.tensor(scale.clean_steps),
+    }
 
 
 def _kept(saved: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
@@ -76,6 +91,7 @@ def _check_state(policy: Policy, saved: Mapping[str, Tensor]) -> None:
     expected = {
         "step": torch.tensor(0),
         **_coefficient(policy),
+        **_loss_scale(policy),
         **{f"rng/{name}": states for name, states in policy.rng.items()},
         **(now := policy.snapshot()),
     }

@@ -5,6 +5,8 @@ No (n, V) tensor exists, and none is saved for the backward pass.
 n response tokens, D hidden size, V vocabulary.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ CHUNK_BYTES, SLICE_BYTES = 32 << 20, 4 << 20
 # Both elsewhere, where few large kernels are faster: 65,536 tokens of a vocabulary of 128,256 take
 # 2,271 kernels instead of 104,112.
 GPU_BYTES = 256 << 20
+_BOOSTED = 2.0**15  # at most, of float16's 65,504
 
 
 def chunk_bytes(device: str) -> int:
@@ -50,6 +53,26 @@ class LogitHead:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    @functools.cached_property
+    def largest_weight(self) -> float:
+        """max |W|."""
+        return 1.0 if self.weight is None else float(self.weight.abs().max())
+
+    def boost(self, dtype: torch.dtype, temperature: float) -> float:
+        """Return the power of two by which derivatives of log-probs are multiplied.
+
+        In float16, those of improbable tokens would be rounded to 0. The derivatives by the states
+        are at most 2·max |W|·scale / temperature, and must not overflow.
+
+        Args:
+            dtype: of the derivatives.
+            temperature: of the sampling.
+        """
+        if dtype != torch.float16:
+            return 1.0
+        largest = max(1.0, 2 * self.largest_weight) * self.scale / temperature
+        return 2.0 ** math.floor(math.log2(_BOOSTED / largest))
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """Return the (n, D) gradient of the states from the (n, V) gradient of the product h·Wᵀ."""
@@ -115,12 +138,14 @@ class _TokenLogprobs(torch.autograd.Function):
             for h, t in _chunks(head, states, tokens)
         ]
         ctx.save_for_backward(torch.cat([slope for _, slope in chunks]))
+        ctx.boost = head.boost(states.dtype, temperature)
         return torch.cat([logprobs for logprobs, _ in chunks])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0].unsqueeze(-1).to(slopes.dtype), None, None, None
+        gradient = (gradients[0] / ctx.boost).to(slopes.dtype)
+        return slopes * gradient.unsqueeze(-1), None, None, None
 
 
 def _chunk_logprobs(
@@ -128,12 +153,13 @@ def _chunk_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return (n,) float32 log-probs and, with `slopes`, their (n, D) derivatives by the states.
 
-    Without `slopes`, the second result has no meaning.
+    The derivatives are multiplied by the head's boost. Without `slopes`, the second result has no
+    meaning.
     """
     logits = head.logits(states)
     if slopes and head.weight is None:
         logits = logits.clone()  # since they are overwritten below
-    logprobs = []
+    boost, logprobs = head.boost(logits.dtype, temperature) if slopes else 1.0, []
     size = SLICE_BYTES if logits.device.type == "cpu" else GPU_BYTES
     rows = max(1, size // (4 * logits.shape[-1]))
     for part, chosen in zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True):
@@ -152,7 +178,7 @@ def _chunk_logprobs(
             + probabilities.amax(-1, keepdim=True).log()
         )
         logprobs.append(own.squeeze(-1).float())
-        factor = head.scale / temperature
+        factor = boost * head.scale / temperature
         slope = probabilities.mul_(-factor).scatter_add_(-1, chosen, torch.full_like(own, factor))
         if head.softcap is not None:
             slope *= 1 - (part.to(slope.dtype) / head.softcap) ** 2

@@ -12,6 +12,7 @@ from raywarp.algorithm import finite, losses
 from raywarp.algorithm.advantages import advantages, flat_groups
 from raywarp.algorithm.averaging import ema_update, mean
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.algorithm.loss_scale import LossScale
 from raywarp.algorithm.schedule import adapted, rate_factor
 from raywarp.config.schema import Config
 from raywarp.data.text import Completion
@@ -35,12 +36,14 @@ class Policy:
     Attributes:
         anchor: names of the adapters that make the anchor; none of them is the SFT model.
         kl_coef: β, which moves with warp.kl_target alone.
+        loss_scale: of a float16 model's backward passes; None for other precisions.
         kept: earlier states of the two adapters, by name: the best, and the most recent ones.
     """
 
     def __init__(self, model: AdaptedModel, config: Config, iteration: int, index: int):
         self.model, self.config = model, config
         self.kl_coef = config.warp.kl_coef
+        self.loss_scale = LossScale() if model.dtype == torch.float16 else None
         self.kept: dict[str, Mapping[str, Tensor]] = {}
         self.name, self.ema_name = f"policy_{index}", f"ema_{index}"
         self.anchor = _anchor(config, iteration, self.ema_name)
@@ -94,6 +97,8 @@ class Policy:
     ) -> dict[str, float]:
         """Take one optimiser step on fresh completions, then one step of the EMA.
 
+        A step whose float16 gradients overflow is calculated again with half the loss scale.
+
         Args:
             batch: N completions, those of a prompt next to each other.
             rewards: (N,) r(x, y), already standardised. NaN: the completion has none.
@@ -107,12 +112,18 @@ class Policy:
         Raises:
             NotFiniteError: before the step, which is not taken.
         """
-        with rng.using(self.rng, self.model.device):
-            return self._update(batch, rewards, completions, with_sft_kl)
+        while True:
+            states = dict(self.rng)
+            with rng.using(states, self.model.device):
+                metrics = self._update(batch, rewards, completions, with_sft_kl)
+            if metrics is not None:
+                self.rng = states
+                return metrics
 
     def _update(
         self, batch: Batch, rewards: Tensor, completions: Sequence[Completion], with_sft_kl: bool
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | None:
+        """Take the step and return its metrics. Return None after an overflow of a gradient."""
         settings, batch = self.config, batch.to(self.model.device)
         finished = torch.tensor([c.finished for c in completions], dtype=torch.float32)
         penalised = (rewards - settings.rollout.missing_eos_penalty * (1 - finished)).to(
@@ -146,7 +157,7 @@ class Policy:
                 len(batch),
                 settings.optim.importance_cap,
             )
-            loss.backward()
+            (loss * self.loss_scale.value if self.loss_scale else loss).backward()
 
         # An advantage needs the other completions of its baseline. With all of them in one
         # micro-batch, one pass gives log-probs and gradient.
@@ -164,9 +175,14 @@ class Policy:
                 backward(
                     part, self._logprobs(part, self.name, train=True), advantage[part.completions]
                 )
-        finite.check_completions(penalised, sampled, anchor, batch.sampler_logprobs, batch.mask)
+        finite.check_completions(
+            penalised, sampled, anchor, batch.sampler_logprobs, batch.mask, self.model.dtype
+        )
+        if self._overflows():
+            return None
         kl_anchor = losses.sequence_log_ratio(sampled, anchor, batch.mask).mean()
         coefficient = {"kl_coef": self.kl_coef} if settings.warp.kl_target else {}
+        scale = {"loss_scale": self.loss_scale.value} if self.loss_scale else {}
         gradient_norm = self._optimise()
         self.kl_coef = adapted(self.kl_coef, float(kl_anchor), settings.warp.kl_target)
         self._keep_recent()
@@ -182,6 +198,7 @@ class Policy:
             "length": batch.mask.sum(-1).mean(),
             "eos_rate": finished.mean(),
             "grad_norm": gradient_norm,
+            **scale,
             "sampler_gap": losses.sampler_gap(sampled, batch.sampler_logprobs, batch.mask),
             **({"kl_sft": kl_sft.mean()} if with_sft_kl else {}),
         }
@@ -191,6 +208,20 @@ class Policy:
         """Remove both adapters from the base."""
         self.model.remove(self.name)
         self.model.remove(self.ema_name)
+
+    def _overflows(self) -> bool:
+        """Undo the loss scale. After an overflow of a gradient, halve the scale and drop them all.
+
+        At the smallest scale the gradients stay, and are found not to be finite.
+        """
+        if self.loss_scale is None:
+            return False
+        gradients = [tensor.grad for tensor in self.trained if tensor.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+        if torch.nn.utils.get_total_norm(gradients).isfinite() or not self.loss_scale.halve():
+            return False
+        self.optimiser.zero_grad(set_to_none=True)
+        return True
 
     def _optimise(self) -> Tensor:
         """Clip, step AdamW at the schedule's rate, then move the EMA.
@@ -202,7 +233,7 @@ class Policy:
         for group in self.optimiser.param_groups:
             group["lr"] = optim.lr * factor
         norm = torch.nn.utils.clip_grad_norm_(self.trained, optim.grad_clip)
-        finite.check_gradient(norm)
+        finite.check_gradient(norm, self.model.dtype)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         policy, ema = self.model.tensors(self.name), self.model.tensors(self.ema_name)
@@ -212,6 +243,8 @@ class Policy:
             self.config.warp.ema_rate or 0.0,
         )
         self.step += 1
+        if self.loss_scale:
+            self.loss_scale.fits()
         return norm
 
     def _keep_recent(self) -> None:

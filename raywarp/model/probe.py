@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
 from raywarp.model.batches import Batch, collate
 from raywarp.model.lengths import length_limits
 
+_OVERFLOW = (
+    "dtype=float16: numbers of model={model} exceed 65,504, float16's largest; set dtype=bfloat16"
+    " or dtype=float32"
+)
 # Tokens of a probe's prompt. One pass of it takes about a second for 1e9 parameters on two cores.
 LONGEST = 320
 _SHORTEST = 16
@@ -96,6 +101,21 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 def contradictory(ours: Tensor, theirs: Tensor) -> bool:
     """Return whether two ways give (n, D) states whose difference rounding does not explain."""
     return bool(_errors(ours, theirs).median() > _limit(ours, _HALF_CONTRADICTORY))
+
+
+def check_range(model: str, dtype: torch.dtype, values: Tensor) -> None:
+    """Check that numbers of a float16 model have not overflown.
+
+    Args:
+        model: its name.
+        dtype: of the model. Any other than float16 passes.
+        values: what the model gave.
+
+    Raises:
+        ConfigError: a value is not finite.
+    """
+    if dtype == torch.float16 and not bool(values.isfinite().all()):
+        raise ConfigError(_OVERFLOW.format(model=model))
 
 
 def source_of(kind: type) -> str:

@@ -74,6 +74,7 @@ METRICS = (
     ),
     Metric("flat_groups", "Prompts without variance", "", "of a step; all rewards equal"),
     Metric("kl_coef", "KL coefficient", "", "beta, which warp.kl_target adapts"),
+    Metric("loss_scale", "Loss scale", "", "of float16; halved where a gradient overflows"),
     Metric("grad_norm", "Gradient norm", "", "before clipping"),
 )
 

@@ -14,6 +14,7 @@ from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model.adapted import INIT, AdaptedModel
 from raywarp.model.batches import collate, micro_batches
+from raywarp.model.probe import check_range
 from raywarp.rollout.effect import RMS, EffectError, Probe, Trainer, differences, root_mean_square
 
 # Nats. Above the largest, log-ratios no longer resemble those of a trained policy.
@@ -167,6 +168,9 @@ def logprobs(
         adapters: names of the model's adapters that take part.
         budget: the largest number of tokens in a micro-batch.
         exact: use float32, and a row of its own for each sequence. Otherwise score as in training.
+
+    Raises:
+        ConfigError: float16 is too narrow for the model.
     """
     split = [
         (row[:head], row[head:]) for row, head in zip(probe.sequences, probe.heads, strict=True)
@@ -180,6 +184,8 @@ def logprobs(
             if exact
             else model.logprobs(part, model.states(part, adapters), temperature=1.0)
         )
+    if not exact:
+        check_range(model.source, model.dtype, values)
     return [
         value
         for row, (_, rest) in zip(values.tolist(), split, strict=True)

@@ -1,4 +1,4 @@
-"""Tests of an adapted linear layer in bfloat16.
+"""Tests of an adapted linear layer, above all in 16 bits.
 
 A change below half a unit in the last place of the output must still count on average.
 """
@@ -16,6 +16,8 @@ from raywarp.model import linear
 from raywarp.model.linear import Active, AdaptedLinear, product
 
 TOKENS, D_IN, D_OUT, RANK = 600, 320, 448, 4
+# Changes of a tenth of half a unit in the last place at 1, which are 2⁻⁸ and 2⁻¹¹.
+SMALL = {torch.bfloat16: 4e-4, torch.float16: 5e-5}
 LAYERS: dict[str, Callable[[], Linear | Conv1D]] = {
     "linear": lambda: Linear(D_IN, D_OUT, bias=False),
     "bias": lambda: Linear(D_IN, D_OUT),
@@ -53,14 +55,17 @@ def slope(measured: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("trained", ["policy", None])
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", SMALL)
 def test_a_small_change_of_the_output_counts(
-    kind: str, trained: str | None, onednn: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    kind: str,
+    trained: str | None,
+    onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A change of a tenth of half an ulp (2⁻⁸ at 1): added after the rounding, a third of it is
-    left.
-    """
+    """Added after the rounding, a third of it is left."""
     monkeypatch.setattr(linear, "_HAS_ONEDNN", onednn and linear._HAS_ONEDNN)
-    layer, x = adapted(kind, change=4e-4), torch.randn(TOKENS, D_IN).bfloat16()
+    layer, x = adapted(kind, SMALL[dtype], dtype), torch.randn(TOKENS, D_IN).to(dtype)
     layer.activate([])
     plain = layer(x)
     layer.activate(["policy"], trained)
@@ -73,13 +78,14 @@ def test_a_small_change_of_the_output_counts(
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", SMALL)
 def test_a_small_change_of_the_gradient_counts(
-    kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient of the input is grad·W + grad·B·A, rounded once."""
     monkeypatch.setattr(linear, "_HAS_ONEDNN", onednn and linear._HAS_ONEDNN)
-    layer, grad = adapted(kind, change=4e-4), torch.randn(TOKENS, D_OUT).bfloat16()
-    x = torch.randn(TOKENS, D_IN).bfloat16().requires_grad_()
+    layer, grad = adapted(kind, SMALL[dtype], dtype), torch.randn(TOKENS, D_OUT).to(dtype)
+    x = torch.randn(TOKENS, D_IN).to(dtype).requires_grad_()
     layer.activate(["policy"], "policy")
     (with_adapter,) = torch.autograd.grad(layer(x), x, grad)
     exact = grad.double() @ active(layer).B.double() @ active(layer).A.double()
@@ -101,7 +107,7 @@ def test_wide_numbers_are_the_formula(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer(x).double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_sums_are_rounded_once_whatever_the_layout(tokens: int, dtype: torch.dtype) -> None:
     """Few rows, none, and operands that are views: the result is the exact sum's nearest number,
@@ -117,11 +123,10 @@ def test_sums_are_rounded_once_whatever_the_layout(tokens: int, dtype: torch.dty
     exact = x.double() @ weight.double().T + bias.double() + added.double()
     ours = product(x, weight, bias, added)
     assert ours.dtype == dtype
-    torch.testing.assert_close(
-        ours, exact.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7
-    )
+    step = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(ours, exact.to(dtype), atol=1e-5, rtol=step)
     assert (ours != exact.to(dtype)).double().sum() <= (
-        0.02 if dtype == torch.bfloat16 else 1
+        1 if dtype == torch.float32 else 0.02
     ) * exact.numel()
 
 
@@ -140,3 +145,20 @@ def test_a_part_of_a_larger_matrix_is_no_slower(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         ours, product(x, larger[:384, :512].contiguous(), added=added), atol=tolerance, rtol=0
     )
+
+
+def test_a_float16_sum_over_tokens_may_exceed_float16() -> None:
+    """600 tokens of 20 each, times a gradient of 20: 240,000, which float32 adapters hold."""
+    layer = AdaptedLinear(Linear(2, 2, bias=False).half().requires_grad_(False))
+    adapter = layer.add("policy", 1, 1.0)
+    adapter.A.data.fill_(1.0)
+    adapter.B.data.fill_(1.0)
+    layer.activate(["policy"], "policy")
+    for factor in (adapter.A, adapter.B):
+        factor.requires_grad_()
+    x = torch.tensor([[20.0, 0.0]]).half().repeat(TOKENS, 1)
+    A, B = torch.autograd.grad(
+        layer(x), [adapter.A, adapter.B], torch.full((TOKENS, 2), 20.0).half()
+    )
+    assert A.tolist() == [[TOKENS * 20 * (20 + 20), 0.0]]
+    assert B.tolist() == [[TOKENS * 20 * 20.0]] * 2

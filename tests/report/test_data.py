@@ -468,7 +468,7 @@ def test_long_curves_become_means_with_least_and_largest() -> None:
     assert [cut.stop - cut.start for cut in stretches(10, 4)] == [3, 3, 3, 1]
     short = summary(curves(rows[-5:]))["curves"][0]
     assert short["values"]["reward"] == {"mean": [0, 1, 0, 1, 0]}
-    assert len(METRICS) == len(short["values"]) + 10
+    assert len(METRICS) == len(short["values"]) + 11
 
 
 def test_a_path_is_measured_on_held_out_prompts_where_it_can_be() -> None:

@@ -67,7 +67,7 @@ def test_stacked_and_reordered_modules_are_found_by_their_rows() -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, -1, 1, 0, -1, 1], [1, 1, 1, -1, 0, 0, -1]])
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_token_has_its_own_adapter(dtype: torch.dtype, count: int, order: list[int]) -> None:
     """Rows of one pass, scattered and in runs: one or two adapters, and none; each as in a pass of
     its own, and a bias with all of them.
