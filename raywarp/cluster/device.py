@@ -55,7 +55,7 @@ def run_dtype(dtype: str, gpus: bool, accelerators: Collection[str] = ()) -> str
     auto means bfloat16 on GPUs and CPUs that compute in it, else float32.
 
     Args:
-        dtype: auto, float32 or bfloat16.
+        dtype: auto, float32, bfloat16 or float16.
         gpus: whether the run's policies are trained on GPUs.
         accelerators: Ray's types of the cluster's GPUs; this machine's own are looked at, too.
 
@@ -69,7 +69,8 @@ def run_dtype(dtype: str, gpus: bool, accelerators: Collection[str] = ()) -> str
     if gpus and old and dtype == "bfloat16":
         raise ConfigError(
             f"dtype=bfloat16: the cluster has a GPU, {old[0]}, that does not compute in it; set"
-            " dtype=float32, or use GPUs of compute capability 8.0 or above (A10, L4, A100, H100)"
+            " dtype=float16 or dtype=float32, or use GPUs of compute capability 8.0 or above (A10,"
+            " L4, A100, H100)"
         )
     if dtype != "auto":
         return dtype

@@ -47,7 +47,7 @@ class Plan:
     Attributes:
         policy, rollout, reward: resources of each kind of actor.
         threads: threads of each CPU process; None where GPUs do the work.
-        dtype: dtype of the base model, float32 or bfloat16.
+        dtype: dtype of the base model: float32, bfloat16 or float16.
         crowded: whether some node has more busy threads at one time than cores.
         beside_gpu: threads of each process that has a GPU, for what its CPU does.
     """

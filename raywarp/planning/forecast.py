@@ -58,7 +58,7 @@ class Forecast:
         shapes: shapes of the model; None if its config.json cannot be read here. The processes then
             have no components.
         processes: memory of each kind of process.
-        dtype: dtype of the base model, float32 or bfloat16.
+        dtype: dtype of the base model: float32, bfloat16 or float16.
         problems: why the run does not fit, each with the key to change.
         warnings: what may go wrong, but does not stop the run.
         notes: what the forecast assumes.

@@ -12,7 +12,7 @@ from raywarp.config.schema import Config
 from raywarp.model.head import chunk_bytes
 
 FLOAT32 = 4
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Peak resident memory (VmHWM) of a process before it loads a model.
 POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
     750 << 20,
@@ -22,6 +22,7 @@ POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
 FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model
 FUNCTION_PROCESS = 40 << 20  # of a process that calls a function, which may need more
 Components = dict[str, int]  # name of a component → bytes
+WIDENED = "a weight in float32"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def policy_process(
         "gradients": trained,
         "optimiser moments": 2 * trained * policies,
         "activations (estimate)": saved + response_tokens * shapes.hidden * width,
+        **_widened(shapes, dtype, gpu),
         "logits in chunks": 3 * chunk_bytes("cuda" if gpu else "cpu"),
         "Python, torch, Ray": POLICY_RUNTIME,
     }
@@ -159,6 +161,18 @@ def _start(shapes: Shapes, width: int) -> Components:
     return {"SFT adapter": numbers * width} if numbers else {}
 
 
+def _widened(shapes: Shapes, dtype: str, gpu: bool) -> Components:
+    """Return the memory of the float32 copy that a product in float16 on a CPU takes of its weight.
+
+    Args:
+        dtype: dtype of the base model.
+    """
+    if gpu or dtype != "float16":
+        return {}
+    weights = [shapes.vocabulary * shapes.hidden, *(a * b for a, b in shapes.adapted.values())]
+    return {WIDENED: max(weights) * FLOAT32}
+
+
 def rollout_process(
     shapes: Shapes, config: Config, dtype: str, stored_bytes: int, gpu: bool, tokens: int
 ) -> Components:
@@ -182,6 +196,7 @@ def rollout_process(
             "its file, mapped": shapes.parameters * stored_bytes,
         }
     )
+    components |= _widened(shapes, dtype, gpu)
     if not gpu and not transformers:
         components["copy that vLLM packs (estimate)"] = shapes.parameters * width
     if config.rollout.adapter == "merged":

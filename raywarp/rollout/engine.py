@@ -37,7 +37,7 @@ class EngineSettings:
 
     Attributes:
         model: hub id or folder.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or float16.
         max_model_len: tokens of the longest prompt and completion together.
         lora_rank: the largest rank of any sampled adapter; see largest_rank.
         rollout: the section of the configuration.

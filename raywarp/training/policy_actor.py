@@ -54,7 +54,7 @@ class PolicyActor(Measuring):
 
     Args:
         model: folder or hub id of the SFT model.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or float16.
         threads: CPU threads of torch. None leaves torch's own choice.
     """
 

@@ -14,7 +14,7 @@ Standard errors are jackknifed over completions.
 
 Seconds are medians of turns. A turn is 32 completions of 24 tokens, from another adapter of rank 16
 each time, unmerged and merged in a process each. (Merged in bfloat16 rounds; it is here for its
-speed alone.) The last line is JSON.
+speed alone.) The last line is JSON. `--dtypes float16` measures float16, which is slow on CPUs.
 """
 
 import argparse

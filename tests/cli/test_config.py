@@ -87,7 +87,7 @@ def test_the_schema_takes_what_the_commands_take(capsys: pytest.CaptureFixture[s
     [
         ({"warp": {"polices": 2}}, "'polices' was unexpected"),
         ({"warp": {"policies": 0}}, "0 is less than the minimum of 1"),
-        ({"dtype": "float16"}, "is not one of"),
+        ({"dtype": "float8"}, "is not one of"),
         ({"tune": {"ema_rate": {"grid": [0.1], "choice": [0.2]}}}, "too many properties"),
         ({"tune": {"ema_rate": {"grit": [0.1]}}}, "'grit' was unexpected"),
     ],

@@ -65,8 +65,11 @@ def test_old_gpus_do_not_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) ->
 
     assert dtype("auto", "A100") == dtype("auto", "L4", "H100") == "bfloat16"
     assert dtype("auto", "T4") == dtype("auto", "A100", "V100-16GB") == "float32"
-    assert dtype("float32", "T4") == "float32"
-    refusal = "dtype=bfloat16: the cluster has a GPU, T4, that does not compute in it; set dtype=f"
+    assert [dtype(one, "T4") for one in ("float32", "float16")] == ["float32", "float16"]
+    refusal = (
+        "dtype=bfloat16: the cluster has a GPU, T4, that does not compute in it; set dtype=float16 "
+        "or dtype=float32"
+    )
     with pytest.raises(ConfigError, match=refusal):
         dtype("bfloat16", "T4")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -64,7 +64,7 @@ def test_types_are_in_plain_words() -> None:
     assert "### warp.ema_rate\n\nA number from 0 to 1; none by default.\n" in page
     assert "### warp.kl_coef\n\nA number, at least 0; default `0.1`.\n" in page
     assert "### warp.policies\n\nA whole number, at least 1; default `2`.\n" in page
-    assert "### dtype\n\nOne of `auto`, `float32`, `bfloat16`; default `auto`.\n" in page
+    assert "### dtype\n\nOne of `auto`, `float32`, `bfloat16`, `float16`; default `auto`.\n" in page
     assert (
         "### lora.target_modules\n\nText, or a list of texts; default `all-linear`.\n\nall-linear,"
         " or names" in page

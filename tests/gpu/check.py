@@ -2,13 +2,14 @@
 
     .venv/bin/python tests/gpu/check.py                     # everything
     .venv/bin/python tests/gpu/check.py --parts trainer exact
+    .venv/bin/python tests/gpu/check.py --dtype float16     # in place of bfloat16
     .venv/bin/python tests/gpu/check.py --device cpu        # its twin on tiny shapes
 
 Each part is a process of its own with a limit, so that a fault of one is no fault of the others:
 
-- trainer: optimiser steps of random models in the shapes of 0.6 B, 1.5 B and 8 B, in bfloat16.
-  Tokens per second, model FLOPs over the card's peak (MFU) and over the speed of torch's product of
-  large matrices, peak memory against the plan's.
+- trainer: optimiser steps of random models in the shapes of 0.6 B, 1.5 B and 8 B. Tokens per
+  second, model FLOPs over the card's peak (MFU) and over the speed of torch's product of large
+  matrices, peak memory against the plan's. In float16 the loss scale, too.
 - exact: the trainer's log-probs, with and without an adapter, against transformers' eager code in
   float32 with the adapter added to its weights.
 - sampler: vLLM runs the trainer's adapters, by effect (raywarp.rollout.proof), before and after
@@ -50,7 +51,7 @@ SHAPES = {
     "8B": (4096, 32, 32, 8, 14_336, 128_256, False),
     "tiny": (64, 2, 2, 1, 96, 512, True),
 }
-# FLOP/s of dense products in bfloat16, by a part of the card's name (NVIDIA's data sheets).
+# FLOP/s of dense products in 16 bits, by a part of the card's name (NVIDIA's data sheets).
 PEAKS = {
     **{"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12},
     **{"L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12},
@@ -64,39 +65,42 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="of the part trainer")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    where = (options.device, options.dtype)
     shapes = options.shapes or (["tiny"] if options.device == "cpu" else ["0.6B", "1.5B", "8B"])
     if options.part:
         work: Callable[..., dict[str, Any]] = globals()[f"part_{options.part}"]
-        found = work(options.device, *([shapes] if options.part == "trainer" else []))
+        found = work(*where, *([shapes] if options.part == "trainer" else []))
         print(json.dumps(found))
         return 0
-    results = {part: run_part(part, options.device, shapes) for part in options.parts}
+    results = {part: run_part(part, *where, shapes) for part in options.parts}
     for part, found in results.items():
         print(f"\n{part}: {found.pop('outcome')}, {found.pop('seconds'):.0f} s")
         for name, value in found.items():
             print(f"  {name:42}{value if isinstance(value, str) else format(value, '.4g')}")
     ok = {part: not found.get("error") for part, found in results.items()}
-    print(json.dumps({"device": device_name(options.device), "ok": ok, "figures": results}))
+    about = {"device": device_name(options.device), "dtype": options.dtype}
+    print(json.dumps({**about, "ok": ok, "figures": results}))
     return 0 if all(ok.values()) else 1
 
 
-def run_part(part: str, device: str, shapes: Sequence[str]) -> dict[str, Any]:
+def run_part(part: str, device: str, dtype: str, shapes: Sequence[str]) -> dict[str, Any]:
     """Return a part's figures, with `outcome`, `seconds`, and `error` where it failed."""
     limit, needed = PARTS[part]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         return {"outcome": f"skipped, {missing[0]} is not installed", "seconds": 0.0}
-    command = [sys.executable, str(Path(__file__)), "--device", device, "--part", part]
+    command = [sys.executable, str(Path(__file__)), "--device", device, "--dtype", dtype]
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="raywarp-check-", ignore_cleanup_errors=True) as folder:
         threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
         environment = {**os.environ, **threads, "TMPDIR": folder, "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(
-                [*command, "--shapes", *shapes],
+                [*command, "--part", part, "--shapes", *shapes],
                 capture_output=True,
                 text=True,
                 env=environment,
@@ -144,7 +148,7 @@ def save_model(folder: Path, shape: str, device: str, layers: int | None = None)
     return str(folder)
 
 
-def loaded(source: str, device: str, dtype: str = "bfloat16") -> Any:
+def loaded(source: str, device: str, dtype: str) -> Any:
     """Return the trainer's model."""
     import torch
 
@@ -155,21 +159,21 @@ def loaded(source: str, device: str, dtype: str = "bfloat16") -> Any:
     return AdaptedModel(source, lora, getattr(torch, dtype), torch.device(device))
 
 
-def part_trainer(device: str, shapes: Sequence[str]) -> dict[str, Any]:
+def part_trainer(device: str, dtype: str, shapes: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    speed = product_speed(device)
+    speed = product_speed(device, dtype)
     found["TFLOP/s of a large product"] = speed / 1e12
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             source = save_model(Path(folder), shape, device)
             found |= {
                 f"{shape}: {name}": value
-                for name, value in trainer_of(source, shape, device, speed).items()
+                for name, value in trainer_of(source, device, dtype, speed).items()
             }
     return found
 
 
-def trainer_of(source: str, shape: str, device: str, speed: float) -> dict[str, float]:
+def trainer_of(source: str, device: str, dtype: str, speed: float) -> dict[str, Any]:
     """Return what optimiser steps of one policy cost."""
     import torch
     from transformers import AutoConfig
@@ -183,7 +187,7 @@ def trainer_of(source: str, shape: str, device: str, speed: float) -> dict[str, 
 
     prompt, new = (PROMPT_TOKENS, NEW_TOKENS) if device == "cuda" else (8, 8)
     config = load_config({"model": source, "warp": {"policies": 1}, "optim": {"batch_size": 32}})
-    model = loaded(source, device)
+    model = loaded(source, device, dtype)
     policy = Policy(model, config, 1, 1)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, model.vocabulary, (PROMPTS, prompt), generator=generator).tolist()
@@ -196,7 +200,7 @@ def trainer_of(source: str, shape: str, device: str, speed: float) -> dict[str, 
         torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS + 1):
         start = time.perf_counter()
-        policy.update(batch, rewards, completions, with_sft_kl=False)
+        metrics = policy.update(batch, rewards, completions, with_sft_kl=False)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -207,13 +211,15 @@ def trainer_of(source: str, shape: str, device: str, speed: float) -> dict[str, 
     adapter = shapes.adapter_numbers(RANK)
     head = PROMPTS * GROUP * new * shapes.vocabulary * shapes.hidden
     flops = 2 * tokens * (3 * (adapted + adapter) + adapter) + 6 * head  # as tests/bench/step.py
-    found = {
+    found: dict[str, Any] = {
         "seconds of a step": step,
         "tokens/s, prompts and completions": tokens / step,
         "share of the product's speed": flops / step / speed,
     }
+    if dtype == "float16":
+        found["loss scale of the last step"] = metrics["loss_scale"]
     if device == "cuda":
-        plan = policy_process(shapes, config, "bfloat16", 1, PROMPTS * GROUP * new, gpu=True)
+        plan = policy_process(shapes, config, dtype, 1, PROMPTS * GROUP * new, gpu=True)
         planned = sum(plan.values()) - plan["Python, torch, Ray"]
         found["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
         found["planned memory, GiB"] = planned / 2**30
@@ -222,12 +228,12 @@ def trainer_of(source: str, shape: str, device: str, speed: float) -> dict[str, 
     return found
 
 
-def product_speed(device: str) -> float:
-    """Return the FLOP/s of torch's product of two square matrices in bfloat16."""
+def product_speed(device: str, dtype: str) -> float:
+    """Return the FLOP/s of torch's product of two square matrices."""
     import torch
 
     size = 8192 if device == "cuda" else 512
-    left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    left, right = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
     seconds = []
     for _ in range(10):
         start = time.perf_counter()
@@ -238,7 +244,7 @@ def product_speed(device: str) -> float:
     return 2 * size**3 / statistics.median(seconds[1:])
 
 
-def part_exact(device: str) -> dict[str, Any]:
+def part_exact(device: str, narrow: str) -> dict[str, Any]:
     """Compare the trainer with another implementation, transformers' eager code."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -251,7 +257,7 @@ def part_exact(device: str) -> dict[str, Any]:
     shape = "0.6B" if device == "cuda" else "tiny"
     with tempfile.TemporaryDirectory() as folder:
         source = save_model(Path(folder), shape, device, layers=4)
-        for dtype, most in (("float32", 2e-3), ("bfloat16", None)):
+        for dtype, most in (("float32", 2e-3), (narrow, None)):
             model = loaded(source, device, dtype)
             probe = make_probe([], model.vocabulary, 200, 1024, 0)
             ours = reference(model, probe, 0, 4096)
@@ -290,7 +296,7 @@ def logprobs_of(model: Any, probe: Any) -> list[float]:
     return found
 
 
-def part_sampler(device: str) -> dict[str, Any]:
+def part_sampler(device: str, dtype: str) -> dict[str, Any]:
     """Prove vLLM by effect, swap, and generate."""
     from tiny_models import save_tokenizer
 
@@ -312,16 +318,16 @@ def part_sampler(device: str) -> dict[str, Any]:
         rollout = load_config(
             {"rollout": {"gpu_memory_utilization": 0.4, "kv_cache_gib": 0.25, "ignore_eos": True}}
         ).rollout
-        worker = RolloutWorker(EngineSettings(source, "bfloat16", 512, 2 * RANK, rollout, gpu))
+        worker = RolloutWorker(EngineSettings(source, dtype, 512, 2 * RANK, rollout, gpu))
         start = time.perf_counter()
         mode = worker.start()["numerics"]["adapter"]
         found |= {"seconds of the engine's start": time.perf_counter() - start, "adapter": mode}
-        model = loaded(source, device)
+        model = loaded(source, device, dtype)
 
         def ask(tokens: int) -> Any:
             return reference(model, make_probe([], model.vocabulary, 400, tokens, 0), 0, 4096)
 
-        sampler = Sampler(source, "vllm", mode, "bfloat16")
+        sampler = Sampler(source, "vllm", mode, dtype)
         for when in ("at the start", "after the swaps"):
             proof = prove(sampler, ask, lambda requests: [worker.logprobs(requests).found])
             assert proof.found
@@ -362,8 +368,8 @@ def _small(_: str, factors: Any) -> Any:
     return Factors(factors.B * 0.01, factors.A)
 
 
-def part_run(device: str) -> dict[str, Any]:
-    """Run everything once, on a tiny model."""
+def part_run(device: str, dtype: str) -> dict[str, Any]:
+    """Run everything once, on a tiny model. On CPUs, float32 stands for bfloat16."""
     from tiny_models import save_tiny_llama
     from tiny_run import make_project, tiny_config
 
@@ -381,7 +387,7 @@ def part_run(device: str) -> dict[str, Any]:
             project,
             save_tiny_llama(Path(folder) / "model"),
             Path(folder) / "run",
-            dtype="bfloat16" if device == "cuda" else "float32",
+            dtype=dtype if device == "cuda" or dtype == "float16" else "float32",
             rollout={"engine": "vllm", "kv_cache_gib": 0.1, "gpu_memory_utilization": 0.3},
             cluster=gpu if device == "cuda" else {},
         )

@@ -93,6 +93,17 @@ def test_the_exact_parts_are_the_tensors(tiny_llama: Path, init: str) -> None:
     )
 
 
+def test_float16_on_a_cpu_takes_one_weight_in_float32(tiny_llama: Path) -> None:
+    """The largest, of 64 x 96 numbers of 4 bytes; the vocabulary has fewer than 96 words."""
+    config = settings(tiny_llama)
+    shapes = model_shapes(AutoConfig.from_pretrained(tiny_llama), config.lora, "float16")
+    parts = memory.policy_process(shapes, config, "float16", policies=1, response_tokens=0)
+    assert parts.pop("a weight in float32") == 64 * 96 * 4
+    assert parts == memory.policy_process(shapes, config, "bfloat16", 1, 0)
+    on_gpu = memory.policy_process(shapes, config, "float16", 1, 0, gpu=True)
+    assert "a weight in float32" not in on_gpu
+
+
 def test_the_kv_cache_is_what_the_model_keeps(tiny_llama: Path, tiny_gpt2: Path) -> None:
     for folder in (tiny_llama, tiny_gpt2):
         model = AutoModelForCausalLM.from_pretrained(folder)

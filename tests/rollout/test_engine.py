@@ -11,8 +11,15 @@ import torch
 
 from raywarp.config.load import parse_config
 from raywarp.config.schema import ConfigError
-from raywarp.rollout.engine import check_engine, check_mode, largest_rank, lora_slots
+from raywarp.rollout.engine import (
+    EngineSettings,
+    check_engine,
+    check_mode,
+    largest_rank,
+    lora_slots,
+)
 from raywarp.rollout.transformers_engine import draw, uniform_numbers
+from raywarp.rollout.vllm import models as vllm_models
 
 
 def test_ranks_that_vllm_has_slots_for() -> None:
@@ -65,6 +72,8 @@ ON_CPUS, ON_GPUS = {"gpus_per_rollout_worker": 0}, {"gpus_per_rollout_worker": 1
             "rollout.adapter=unmerged",
         ),
         ({"adapter": "lora"}, "bfloat16", ON_CPUS, "rollout.adapter=unmerged"),
+        ({"adapter": "merged"}, "float16", ON_CPUS, "rollout.adapter=unmerged"),
+        ({"adapter": "lora"}, "float16", ON_CPUS, "rollout.adapter=unmerged"),
         ({"adapter": "unmerged"}, "bfloat16", ON_GPUS, "rollout.adapter=lora"),
         (
             {"adapter": "lora", "engine": "transformers"},
@@ -78,6 +87,8 @@ ON_CPUS, ON_GPUS = {"gpus_per_rollout_worker": 0}, {"gpus_per_rollout_worker": 1
         ({"adapter": "unmerged"}, "bfloat16", ON_CPUS, None),
         ({"adapter": "unmerged", "engine": "transformers"}, "bfloat16", ON_GPUS, None),
         ({"adapter": "auto"}, "bfloat16", ON_CPUS, None),
+        ({"adapter": "auto"}, "float16", ON_CPUS, None),
+        ({"adapter": "auto"}, "float16", ON_GPUS, None),
         ({"adapter": "auto"}, "bfloat16", ON_GPUS, None),
     ],
 )
@@ -162,3 +173,12 @@ def test_a_vllm_that_cannot_be_imported_names_the_extra(
     settings = EngineSettings("nowhere", "float32", 16, 8, parse_config({}).rollout, gpu=False)
     with pytest.raises(ConfigError, match=r"libcuda.*raywarp\[cpu\].*rollout\.engine=transformers"):
         start_engine(settings)
+
+
+def test_a_model_that_vllm_refuses_in_float16_is_told_what_would_do() -> None:
+    """vLLM 0.32 refuses Gemma 2 and 3, for example."""
+    settings = EngineSettings("some/model", "float16", 64, 8, parse_config({}).rollout, gpu=False)
+    error = ValueError("The model type 'gemma2' does not support float16.")
+    told = str(vllm_models.refusal(error, settings, "unmerged"))
+    assert "dtype=float16 (ValueError: The model type 'gemma2' does not support float16.)" in told
+    assert told.endswith("set dtype=bfloat16, dtype=float32 or rollout.engine=transformers")

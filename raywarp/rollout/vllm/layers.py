@@ -95,8 +95,11 @@ def _keep_product(method: UnquantizedLinearMethod, layer: Any) -> None:
 
 
 def _multiply(weight: Tensor) -> Multiply:
-    """Return vLLM's own product, which costs half as much as torch's for a low rank."""
-    if not ops._supports_onednn:
+    """Return vLLM's own product, which costs half as much as torch's for a low rank.
+
+    In float16, oneDNN has none on CPUs without float16 arithmetic.
+    """
+    if not ops._supports_onednn or weight.dtype == torch.float16:
         return by_product(weight)
     handler = ops.create_onednn_mm(weight.T, 32)
     return lambda x: ops.onednn_mm(handler, x, None)

@@ -131,10 +131,11 @@ def refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigErro
             f" rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens"
             f" (vLLM: {text.splitlines()[0]})"
         )
+    narrow = "dtype=bfloat16, dtype=float32 or " if settings.dtype == "float16" else ""
     return ConfigError(
         f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and"
         f" dtype={settings.dtype} ({type(error).__name__}: {' '.join(text.split())[:200]}); set"
-        " rollout.engine=transformers"
+        f" {narrow}rollout.engine=transformers"
         + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
     )
 
