@@ -19,41 +19,46 @@ class Gpu:
 
     Attributes:
         memory: in GiB.
-        teraflops: 10^12 dense floating-point operations a second in bfloat16; in float16 where it
-            has no bfloat16.
+        half: 10^12 dense floating-point operations a second in 16 bits.
+        single: the same in float32, without TF32, as torch computes by default.
         bandwidth: 10^12 bytes a second between its memory and its cores.
     """
 
     memory: float
-    teraflops: float
+    half: float
+    single: float
     bandwidth: float
 
     @property
     def bytes(self) -> int:
         return int(self.memory * 2**30)
 
+    def flops(self, dtype: str) -> float:
+        """Return the floating-point operations a second in a dtype."""
+        return (self.single if dtype == "float32" else self.half) * 1e12
+
 
 GPUS = {
-    "T4": Gpu(15, 65, 0.32),
-    "V100": Gpu(16, 125, 0.9),
-    "V100-32": Gpu(32, 125, 0.9),
-    "A10": Gpu(22, 125, 0.6),
-    "A10G": Gpu(22, 70, 0.6),
-    "L4": Gpu(22, 121, 0.3),
-    "RTX3090": Gpu(24, 71, 0.94),
-    "RTX4090": Gpu(24, 165, 1.01),
-    "RTX5090": Gpu(32, 209, 1.79),
-    "A40": Gpu(45, 150, 0.7),
-    "A6000": Gpu(48, 155, 0.77),
-    "L40": Gpu(45, 181, 0.86),
-    "L40S": Gpu(45, 362, 0.86),
-    "A100": Gpu(80, 312, 2.0),
-    "A100-40": Gpu(40, 312, 1.55),
-    "A100-80": Gpu(80, 312, 2.0),
-    "H100": Gpu(80, 989, 3.35),
-    "H200": Gpu(141, 989, 4.8),
-    "B200": Gpu(179, 2250, 7.7),
-    "MI300X": Gpu(192, 1307, 5.3),
+    "T4": Gpu(15, 65, 8.1, 0.32),
+    "V100": Gpu(16, 125, 15.7, 0.9),
+    "V100-32": Gpu(32, 125, 15.7, 0.9),
+    "A10": Gpu(22, 125, 31.2, 0.6),
+    "A10G": Gpu(22, 70, 35, 0.6),
+    "L4": Gpu(22, 121, 30.3, 0.3),
+    "RTX3090": Gpu(24, 71, 35.6, 0.94),
+    "RTX4090": Gpu(24, 165, 82.6, 1.01),
+    "RTX5090": Gpu(32, 209, 104.8, 1.79),
+    "A40": Gpu(45, 150, 37.4, 0.7),
+    "A6000": Gpu(48, 155, 38.7, 0.77),
+    "L40": Gpu(45, 181, 90.5, 0.86),
+    "L40S": Gpu(45, 362, 91.6, 0.86),
+    "A100": Gpu(80, 312, 19.5, 2.0),
+    "A100-40": Gpu(40, 312, 19.5, 1.55),
+    "A100-80": Gpu(80, 312, 19.5, 2.0),
+    "H100": Gpu(80, 989, 67, 3.35),
+    "H200": Gpu(141, 989, 67, 4.8),
+    "B200": Gpu(179, 2250, 80, 7.7),
+    "MI300X": Gpu(192, 1307, 163, 5.3),
 }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raywarp.adapters.weight_files import weight_bytes
 from raywarp.cluster import resources
+from raywarp.cluster.device import run_dtype
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
@@ -261,7 +262,10 @@ def _cost(config: Config, result: Forecast, source: Origin, machines: Machines |
         return []
     gpus = sum(need.total("GPU") for need in plan.needs)
     scored = reward_numbers(config) if plan.reward.gpus else 0
-    cost = step_cost(config, result.shapes, plan.dtype, machines.gpu, source.prompt_tokens, scored)
+    scoring = run_dtype("auto", gpus=True, accelerators=[machines.name])
+    cost = step_cost(
+        config, result.shapes, plan.dtype, machines.gpu, source.prompt_tokens, scored, scoring
+    )
     return cost_lines(cost, gpus, machines.name)
 
 

@@ -32,7 +32,13 @@ class StepCost:
 
 
 def step_cost(
-    config: Config, shapes: Shapes, dtype: str, gpu: Gpu, prompt_tokens: int, scored: float
+    config: Config,
+    shapes: Shapes,
+    dtype: str,
+    gpu: Gpu,
+    prompt_tokens: int,
+    scored: float,
+    scoring: str,
 ) -> StepCost:
     """Return the estimate for a run on GPUs of one kind.
 
@@ -40,18 +46,19 @@ def step_cost(
         dtype: of the base model.
         prompt_tokens: of the longest prompt, which all are taken to have.
         scored: parameters of all reward models on GPUs together; 0 without.
+        scoring: dtype of the reward models.
     """
     rows, new = config.optim.batch_size, config.rollout.max_new_tokens
     length, width = prompt_tokens + new, DTYPE_BYTES[dtype]
-    flops = gpu.teraflops * 1e12 * UTILISATION
-    passes = 2.0 * shapes.parameters * rows * length / flops
+    passes = 2.0 * shapes.parameters * rows * length / (gpu.flops(dtype) * UTILISATION)
+    reward = 2.0 * scored * rows * length / (gpu.flops(scoring) * UTILISATION)
     # A call's rows share the reading of the weights; the average row has half of its new tokens.
     calls = -(-rows // (config.rollout.chunk_size or rows))
     kept = rows * (prompt_tokens + new / 2) * shapes.kv_numbers * width
     read = (shapes.parameters * width * calls + kept) * new / (gpu.bandwidth * 1e12 * READ)
     # Forward and backward through frozen weights, once more with checkpointing, and the anchor's.
     count = 4 if config.optim.gradient_checkpointing else 3
-    return StepCost(read, passes * count, 2.0 * scored * rows * length / flops)
+    return StepCost(read, passes * count, reward)
 
 
 def cost_lines(cost: StepCost, gpus: float, name: str) -> list[str]:

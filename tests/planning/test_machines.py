@@ -94,6 +94,25 @@ def test_a_steps_cost_is_that_of_its_passes() -> None:
     ]
 
 
+def phases(cluster: str, dtype: str) -> dict[str, float]:
+    """GPU-seconds of a policy step by phase."""
+    (line,) = [note for note in planned(cluster, dtype=dtype).notes if "GPU-seconds of" in note]
+    return {name: float(told) for name, told in re.findall(r"([a-z]+) ([\d.e+]+)[,)]", line)}
+
+
+def test_each_dtype_has_its_own_speed() -> None:
+    """An A100 has 312 TFLOP/s in 16 bits and 19.5 in float32; a T4 65 and 8.1, and no bfloat16, so
+    reward models take float32 there. Reward models do not follow `dtype`.
+    """
+    wide, narrow = phases("8xA100", "float32"), phases("8xA100", "bfloat16")
+    assert wide["update"] / narrow["update"] == pytest.approx(312 / 19.5, rel=0.01)
+    assert wide["reward"] == narrow["reward"]
+    small, half = phases("8xT4", "float32"), phases("8xT4", "float16")
+    assert small["update"] / half["update"] == pytest.approx(65 / 8.1, rel=0.01)
+    assert half["reward"] == small["reward"]
+    assert half["reward"] / narrow["reward"] == pytest.approx(312 / 8.1, rel=0.01)
+
+
 def test_a_share_of_a_gpu_cannot_be_split_by_tensor_parallelism() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size"):
         planned("8xH100", rollout__tensor_parallel_size=2, cluster__gpus_per_rollout_worker=0.5)
