@@ -210,7 +210,9 @@ def forecast_of_shapes(
         processes.append(
             ProcessMemory(placed.rollout, on_gpu, True, config.rollout.gpu_memory_utilization)
         )
-    processes.append(ProcessMemory(placed.reward, reward, placed.reward.gpus > 0))
+    processes.append(ProcessMemory(placed.reward, reward))
+    if placed.reward.gpus:
+        processes.append(ProcessMemory(placed.reward, _reward_weights(config), True))
     return Forecast(config, placed, shapes, processes, dtype)
 
 
@@ -220,7 +222,10 @@ def _rows(config: Config, length: int) -> int:
 
 
 def _reward_process(config: Config) -> Components:
-    """Return a reward worker's memory, by component."""
+    """Return a reward worker's memory in the host, by component.
+
+    Weights are read there, also on their way to a GPU.
+    """
     if not any(scorer.model for scorer in config.scorers.values()):
         processes = max(scorer.concurrency for scorer in config.scorers.values())
         return {

@@ -337,7 +337,7 @@ meta-llama/Llama-3.1-8B-Instruct, bfloat16
 process        | count | GPUs each | CPUs each | memory each | on each GPU
 policy         | 4     | 1         | 1         | 30.6 GiB    | 31.8 GiB
 rollout worker | 3     | 1         | 1         | 1000 MiB    | 33.5 GiB (of 90%)
-reward worker  | 1     | 1         | 0         |             | 2.9 GiB
+reward worker  | 1     | 1         | 0         | 2.9 GiB     | 2.3 GiB
 what it holds
 memory of one               | component                            | bytes
 policy                      | base weights, while they load        | 15.0 GiB
@@ -356,8 +356,9 @@ rollout worker              | Python, torch, vLLM, Ray             | 1000 MiB
 rollout worker, on each GPU | base weights                         | 15.0 GiB
 rollout worker, on each GPU | adapter slots                        | 2.5 GiB
 rollout worker, on each GPU | KV cache of 128 completions          | 16.0 GiB
+reward worker               | classifier weights                   | 2.3 GiB
+reward worker               | Python, torch, Ray                   | 600 MiB
 reward worker, on each GPU  | classifier weights                   | 2.3 GiB
-reward worker, on each GPU  | Python, torch, Ray                   | 600 MiB
 """
 TRAFFIC = """
 disk of out=s3://bucket/run: checkpoints 2.5 GiB x 3 x 4 policies = 30.0 GiB while they train, results 30.0 GiB
