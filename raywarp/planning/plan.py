@@ -314,7 +314,15 @@ def print_forecast(found: Forecast, console: Any) -> None:
         *found.problems,
     ):
         console.print(line, highlight=False, markup=False)
-    console.print("it fits" if found.fits else "it does not fit", highlight=False, markup=False)
+    console.print(_judgement(found), highlight=False, markup=False)
+
+
+def _judgement(found: Forecast) -> str:
+    """Return whether the run fits; what is only estimated does not stop it."""
+    if not found.fits:
+        return "it does not fit"
+    is_tight = found.tight(found.reports)
+    return "by this estimate it does not fit: see the warnings" if is_tight else "it fits"
 
 
 def _memory_in_words(processes: Sequence[ProcessMemory], need: resources.Need, on_gpu: bool) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -438,8 +439,11 @@ def test_the_8b_example_on_logical_gpus() -> None:
     assert re.findall("CODE (.*)", done.stdout) == ["0", "2", "2"], done.stdout + done.stderr
     enough, few, small, _ = map(words, re.split("CODE .*\n", done.stdout))
     assert enough.startswith(words(EIGHT_BILLION))
+    # a policy reads 15 GiB of weights from 15 GiB of files, in this machine's memory
+    fits = psutil.virtual_memory().total > 31 * 2**30
+    judgement = "it fits" if fits else "by this estimate it does not fit: see the warnings"
     ends = (
-        (words(FOUR_WORKERS + SHAPES), "it fits"),
+        (words(FOUR_WORKERS + SHAPES), judgement),
         (words(SEVEN_WORKERS + SHAPES), words(TOO_SMALL)),
         ("", words(TOO_SMALL_NODES)),
     )
