@@ -37,17 +37,15 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """2 layers, 64 wide, grouped-query attention: small enough to train in a test, real enough for
-    vLLM.
-    """
+def save_tiny_llama(folder: Path, seed: int = 0, hidden: int = 64, inner: int = 96) -> Path:
+    """2 layers, grouped-query attention: small enough to train in a test, real enough for vLLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=3 + len(WORDS),
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

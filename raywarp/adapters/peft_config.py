@@ -60,6 +60,8 @@ _NEUTRAL = (
     "velora_config",
     "runtime_config",
 )
+# Not PEFT's, which ignores it: how the base is held that an adapter belongs to (base.quantize).
+BASE_QUANTIZE = "base_quantize"
 _CARRIED = (
     "task_type",
     "revision",
@@ -67,8 +69,9 @@ _CARRIED = (
     "layers_to_transform",
     "layers_pattern",
     "auto_mapping",
+    BASE_QUANTIZE,
 )
-_TEXTS = ("base_model_name_or_path", "revision", "task_type")
+_TEXTS = ("base_model_name_or_path", "revision", "task_type", BASE_QUANTIZE)
 _FLAGS = ("use_rslora", "fan_in_fan_out")
 
 

@@ -1,4 +1,4 @@
-"""The sections of the configuration on how policies are trained: LoRA, WARP, optimiser, stop."""
+"""The sections on how policies are trained: the base, LoRA, WARP, the optimiser, stops."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -30,6 +30,19 @@ def unused_rates(warp: Mapping[str, Any]) -> list[str]:
     elastic = warp.get("elastic_reset") is True
     used = {"ema_rate": elastic or warp.get("anchor", "ema") == "ema", "liti_rate": not elastic}
     return [key for key in RATES if not used[key]]
+
+
+class BaseConfig(Section):
+    """How the frozen base is held. Trainer and sampler run the same weights in either case."""
+
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description=(
+            "nf4: linear layers have weights of 4 bits (bitsandbytes, as QLoRA has them), which a"
+            " policy actor holds as they are, and a rollout worker in the run's dtype; embeddings,"
+            " head and norms stay as they are; another setting makes other policies"
+        ),
+    )
 
 
 class LoraConfig(Section):

@@ -23,7 +23,7 @@ from raywarp.config.field_types import (
     Text,
 )
 from raywarp.config.front import FrontConfig, RetentionConfig
-from raywarp.config.policies import LoraConfig, OptimConfig, StopConfig, WarpConfig
+from raywarp.config.policies import BaseConfig, LoraConfig, OptimConfig, StopConfig, WarpConfig
 from raywarp.config.recipes import RECIPES, with_recipe
 from raywarp.config.rewards import NamedRewardConfig, RewardConfig, RewardTrainingConfig
 from raywarp.config.tune import TuneConfig
@@ -143,6 +143,7 @@ class Config(Section):
             " 65,504 are refused"
         ),
     )
+    base: BaseConfig = BaseConfig()
     trust_remote_code: bool = Field(
         False,
         description=(

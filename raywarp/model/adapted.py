@@ -6,13 +6,14 @@ that an earlier one left active.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.adapters.start import Start
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import Factors
@@ -35,6 +36,7 @@ from raywarp.model.head import chunked_kl, chunked_logprobs
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.probe import check_range
+from raywarp.model.quantised import NF4, check_device, hold_in_4_bits
 from raywarp.model.targets import Targets, find_targets
 
 INIT = "init"
@@ -53,6 +55,7 @@ class AdaptedModel:
         gradient_checkpointing: whether a trained pass keeps only each block's input and recomputes
             the rest for its gradients.
         start: the SFT adapter, if the SFT model is not the base itself.
+        quantize: nf4 holds the base's linear layers in 4 bits; see quantised.py.
 
     Attributes:
         targets: the adapted modules.
@@ -69,7 +72,10 @@ class AdaptedModel:
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         start: Start | None = None,
+        quantize: str = "none",
     ):
+        if quantize == NF4:
+            check_device(device)
         base = load_model(
             AutoModelForCausalLM,
             source,
@@ -79,8 +85,9 @@ class AdaptedModel:
         )
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
+        self.quantize = quantize
+        self.targets, self._layers = replace_targets(base, lora, quantize)
         self._base = base.to(device).eval()
-        self.targets, self._layers = replace_targets(self._base, lora)
         self._trained, self.start = set(self._layers), start
         if start:
             self._begin_from(start)
@@ -97,12 +104,13 @@ class AdaptedModel:
         """Return the change that changes nothing: every adapted weight at rank 0."""
         factors = {}
         for name, layer in self._layers.items():
-            d_out, d_in = layer.weight.shape
+            d_out, d_in = layer.shape
             factors[name] = Factors(torch.zeros(d_out, 0), torch.zeros(0, d_in))
-        conv1d = any(isinstance(layer.base, Conv1D) for layer in self._layers.values())
+        conv1d = any(layer.fan_in_fan_out for layer in self._layers.values())
         all_trained = len(self._trained) == len(self._layers)
         names = self.targets.names if all_trained else tuple(self._layers)
-        return AdapterDelta(factors, names, self.source, fan_in_fan_out=conv1d)
+        held = {} if self.quantize == "none" else {BASE_QUANTIZE: self.quantize}
+        return AdapterDelta(factors, names, self.source, fan_in_fan_out=conv1d, peft=held)
 
     def _begin_from(self, start: Start) -> None:
         """Add the SFT adapter, which then takes part in every pass.
@@ -179,11 +187,13 @@ class AdaptedModel:
             adapter = layer.adapters[name]
             B = adapter.B.detach() * adapter.scale
             factors[module] = Factors(B.cpu(), adapter.A.detach().cpu().clone())
-        zero = self.zero_delta()
-        return AdapterDelta(factors, zero.target_modules, zero.base_model, zero.fan_in_fan_out)
+        return replace(self.zero_delta(), factors=factors)
 
     def base_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the frozen weights, so that a caller can check that they never change."""
+        """Yield the frozen weights, so that a caller can check that they never change.
+
+        Those in 4 bits are left out.
+        """
         yield from self._base.named_parameters()
 
     def logits(self, batch: Batch, adapters: Sequence[str], train: str | None = None) -> Tensor:
@@ -264,12 +274,15 @@ class AdaptedModel:
             return last_states(self._base, part, self._head, self._lengths)
 
 
-def replace_targets(base: Any, lora: LoraConfig) -> tuple[Targets, dict[str, AdaptedLinear]]:
+def replace_targets(
+    base: Any, lora: LoraConfig, quantize: str = "none"
+) -> tuple[Targets, dict[str, AdaptedLinear]]:
     """Replace each module that `lora.target_modules` means by an AdaptedLinear.
 
     Args:
         base: a causal language model of transformers.
         lora: rank and target modules.
+        quantize: nf4 also replaces the linear layers by such in 4 bits.
 
     Returns:
         the resolved targets, and module → its new layer.
@@ -278,6 +291,8 @@ def replace_targets(base: Any, lora: LoraConfig) -> tuple[Targets, dict[str, Ada
         ConfigError: the targets do not fit the model.
     """
     targets = find_targets(base, lora)
+    if quantize == NF4:
+        hold_in_4_bits(base)
     layers = {name: AdaptedLinear(base.get_submodule(name)) for name in targets.modules}
     for name, layer in layers.items():
         base.set_submodule(name, layer)

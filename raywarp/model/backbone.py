@@ -5,6 +5,7 @@ plain way is used.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from raywarp.model.batches import Batch, MicroBatch, micro_batches
 from raywarp.model.head import LogitHead
 from raywarp.model.lengths import Lengths
 from raywarp.model.probe import check_range, close, is_local, probe, single
+from raywarp.model.quantised import QuantisedLinear
 
 _PLAIN_HEAD = LogitHead(None)
 _ATTENTION_SPEED = 0.25  # of attention's small products, relative to a layer's large ones
@@ -131,8 +133,12 @@ def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | No
         p.numel()
         for name, p in model.base_model.named_parameters()
         if p.ndim > 1 and "embed" not in name and "wte" not in name
+    ) + sum(
+        math.prod(layer.shape)
+        for layer in model.base_model.modules()
+        if isinstance(layer, QuantisedLinear)
     )
-    cost = weights / config.num_hidden_layers / (2 * config.hidden_size) * _ATTENTION_SPEED
+    cost: float = weights / config.num_hidden_layers / (2 * config.hidden_size) * _ATTENTION_SPEED
     batch = probe(model)
     (apart,), (together,) = micro_batches(batch), micro_batches(batch, pairs_per_token=1e9)
     try:

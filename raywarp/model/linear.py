@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
+from raywarp.model.quantised import QuantisedLinear
+
 # MKL's float32 product runs at half speed on AMD's CPUs, with AVX2 code: 220 GFLOP/s on two Zen 5
 # cores, against oneDNN's 480.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
@@ -74,7 +76,7 @@ class AdaptedLinear(Module):
         always: names of the adapters that take part in every pass.
     """
 
-    def __init__(self, base: Linear | Conv1D):
+    def __init__(self, base: Linear | Conv1D | QuantisedLinear):
         super().__init__()
         self.base = base
         self.always: tuple[str, ...] = ()
@@ -87,11 +89,31 @@ class AdaptedLinear(Module):
         """The (d_out, d_in) weight, for both layouts in which bases store it."""
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        d_out, d_in = (
+            self.base.shape if isinstance(self.base, QuantisedLinear) else self.weight.shape
+        )
+        return d_out, d_in
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the replaced layer stores its weight as (d_in, d_out)."""
+        if isinstance(self.base, QuantisedLinear):
+            return self.base.fan_in_fan_out
+        return isinstance(self.base, Conv1D)
+
+    @property
+    def _like(self) -> Tensor | QuantisedLinear:
+        """What has the weight's dtype and device; a 4-bit weight is not dequantised for them."""
+        return self.base if isinstance(self.base, QuantisedLinear) else self.base.weight
+
     def add(self, name: str, rank: int, scale: float) -> LayerAdapter:
         """Add an adapter of zeros."""
-        d_out, d_in = self.weight.shape
+        d_out, d_in = self.shape
         A, B = (
-            Parameter(torch.zeros(*shape, device=self.weight.device), requires_grad=False)
+            Parameter(torch.zeros(*shape, device=self._like.device), requires_grad=False)
             for shape in ((rank, d_in), (d_out, rank))
         )
         self.adapters[name] = LayerAdapter(A, B, scale)
@@ -110,7 +132,7 @@ class AdaptedLinear(Module):
         self.active = None
         if not chosen:
             return
-        dtype, start = self.weight.dtype, 0
+        dtype, start = self._like.dtype, 0
         adapter = self.adapters[trained] if trained and self.adapters[trained].rank else None
         if adapter and trained:
             start = sum(self.adapters[name].rank for name in names[: names.index(trained)])
@@ -138,8 +160,7 @@ class AdaptedLinear(Module):
                 x.reshape(-1, x.shape[-1]),
                 adapter.A,
                 adapter.B,
-                self.weight,
-                self.base.bias,
+                self,
                 self.active,
             )
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -273,14 +294,17 @@ class _TrainedProduct(torch.autograd.Function):
         x: Tensor,
         A: Parameter,
         B: Parameter,
-        weight: Tensor,
-        bias: Tensor | None,
+        layer: AdaptedLinear,
         active: Active,
     ) -> Tensor:
-        y, low = _adapted_product(x, weight, bias, active.A, active.B)
-        ctx.active = active
+        weight = layer.weight
+        y, low = _adapted_product(x, weight, layer.base.bias, active.A, active.B)
+        ctx.layer, ctx.active = layer, active
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, low[:, active.trained].contiguous(), weight
+            x if ctx.needs_input_grad[1] else None,
+            low[:, active.trained].contiguous(),
+            # A dequantised weight would take the room that 4 bits save.
+            None if isinstance(layer.base, QuantisedLinear) else weight,
         )
         return y
 
@@ -288,12 +312,13 @@ class _TrainedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), active = gradients, ctx.active
         x, low, weight = ctx.saved_tensors
+        weight = ctx.layer.weight if weight is None else weight
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         grad_low = product(grad, active.B.T)
         grad_x = product(grad, weight.T, added=product(grad_low, active.A.T)) if needs_x else None
         grad_A = _over_tokens(grad_low[:, active.trained], x) if needs_A else None
         grad_B = _scaled(_over_tokens(grad, low), active.adapter.scale) if needs_B else None
-        return grad_x, grad_A, grad_B, None, None, None
+        return grad_x, grad_A, grad_B, None, None
 
 
 def _over_tokens(left: Tensor, right: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ forward method of their own, and the towers of other modalities stay. The caller
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,28 @@ def find_targets(base: Any, lora: LoraConfig) -> Targets:
             " layer that can be adapted"
         )
     return Targets(tuple(chosen), names, left)
+
+
+def quantisable(base: Any) -> list[str]:
+    """Return the layers whose weights base.quantize holds in 4 bits.
+
+    They are those that transformers quantises: linear layers, but not a head, and no subclass, such
+    as Falcon's. Towers of other modalities stay, and weights that are shared or that the code
+    around them multiplies by itself.
+    """
+    wide = base._keep_in_fp32_modules or ()
+    head, language = base.get_output_embeddings(), _LanguageModel(base)
+    owners = Counter(id(module.weight) for module in base.modules() if hasattr(module, "weight"))
+    return [
+        name
+        for name, module in base.named_modules()
+        if type(module) in (Linear, Conv1D)
+        and module is not head
+        and owners[id(module.weight)] == 1
+        and name in language
+        and not is_bypassed(base, name)
+        and not any(part in name for part in wide)
+    ]
 
 
 def is_linear(module: Module) -> bool:

@@ -114,6 +114,7 @@ def check_inputs(space: SearchSpace) -> Inputs:
         read = config.model_dump(
             include={
                 "model",
+                "base",
                 "sft_adapter",
                 "prompts",
                 "reward",

@@ -99,6 +99,7 @@ class PolicyActor(Measuring):
             self.config.trust_remote_code,
             self.config.optim.gradient_checkpointing,
             load_start(self.config.sft_adapter),
+            self.config.base.quantize,
         )
         return self.model.zero_delta()
 
