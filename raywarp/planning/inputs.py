@@ -20,6 +20,7 @@ from raywarp.data.prompts import load_prompts, prompts_fingerprint, resolve_mode
 from raywarp.data.retention_texts import Tokens, load_texts, retention_dataset
 from raywarp.data.text import Prompt
 from raywarp.model.supported import refuse_unsupported
+from raywarp.planning.base_weights import base_fingerprint, check_base
 from raywarp.planning.jobs import check_paths
 from raywarp.planning.memory import Shapes
 from raywarp.planning.sft_adapter import check_start, start_fingerprint
@@ -162,7 +163,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> I
         settings=settings,
         shapes=replace(shapes, start_numbers=start.numbers) if start else shapes,
         prompts=prompts,
-        base=model_fingerprint(model, config.trust_remote_code),
+        base=base_fingerprint(config, model_fingerprint(model, config.trust_remote_code)),
         prompt_set=prompts_fingerprint(prompts.train),
         reward=score.rewards_fingerprint(config),
         evaluation=_evaluation(config, prompts),
@@ -237,6 +238,7 @@ def prepare_prompts(
     model, what = resolve_model(config.model), f"model={config.model}"
     settings = read_model_config(model, config.trust_remote_code, what)
     check_causal(model, settings, config.trust_remote_code, what)
+    check_base(config, model, settings)
     tokenizer = read_tokenizer(model, config.trust_remote_code, what)
     room = most_tokens(settings) - config.rollout.max_new_tokens
     if room < 1:

@@ -32,16 +32,27 @@ class BaseWeightsError(RuntimeError):
 Read = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
+def as_stored(name: str, weight: Tensor) -> Tensor:
+    """Return a tensor as it is."""
+    return weight
+
+
 class BaseWeights:
     """The weights of one model. Those that adapters change stay in memory after their first use.
 
     Args:
         read: yields every pristine weight with its name.
         dtype: of the weights that `weights` yields.
+        held: gives what the base holds in place of a tensor that is read.
     """
 
-    def __init__(self, read: Read, dtype: torch.dtype):
-        self.read, self.dtype = read, dtype
+    def __init__(
+        self,
+        read: Read,
+        dtype: torch.dtype,
+        held: Callable[[str, Tensor], Tensor] = as_stored,
+    ):
+        self.read, self.dtype, self.held = read, dtype, held
         self._pristine: dict[str, Tensor] = {}
         self._names: dict[str, str] = {}
 
@@ -86,7 +97,7 @@ class BaseWeights:
             parents = {_parent(self._names[module]) for module in new}
             for name, weight in self.read():
                 if name not in self._pristine and _parent(name) in parents:
-                    self._pristine[name] = weight.detach().clone()
+                    self._pristine[name] = self.held(name, weight).detach().clone()
 
 
 def weight_names(modules: Iterable[str], names: Iterable[str]) -> dict[str, str]:

@@ -45,6 +45,7 @@ class EngineSettings:
         trust_remote_code: whether the model's own code may run.
         seed: of the engine.
         sft_adapter: folder or hub id of the adapter that the SFT model has on the base, if any.
+        quantize: base.quantize.
     """
 
     model: str
@@ -56,6 +57,7 @@ class EngineSettings:
     trust_remote_code: bool = False
     seed: int = 0
     sft_adapter: str | None = None
+    quantize: str = "none"
 
 
 class Loader(Protocol):

@@ -24,6 +24,7 @@ from raywarp.model.backbone import choose_and_set_attention, find_head, keep_lay
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.probe import close, probe
+from raywarp.model.quantised import NF4, round_layers
 from raywarp.rollout.base_weights import BaseWeights
 from raywarp.rollout.engine import EngineSettings, Loader, adapter_mode
 from raywarp.rollout.loaders import MergedLoader, UnmergedLoader
@@ -55,6 +56,8 @@ class TransformersEngine:
             dtype=settings.dtype,
             trust_remote_code=remote,
         )
+        if settings.quantize == NF4:
+            round_layers(model)  # in 4 bits, every token would dequantise all weights again
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())

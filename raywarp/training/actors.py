@@ -127,6 +127,7 @@ class Actors:
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
             sft_adapter=config.sft_adapter,
+            quantize=config.base.quantize,
         )
         self.at_once = config.rollout.concurrency
         self.bundles = dict(zip(("rollout", "reward", "policy"), bundles, strict=False))

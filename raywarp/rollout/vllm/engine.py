@@ -17,6 +17,7 @@ from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.cluster.turns import InTurns
 from raywarp.config.schema import ConfigError
 from raywarp.data.text import Completion
+from raywarp.model.quantised import NF4
 from raywarp.rollout.base_weights import (
     BaseWeights,
     checkpoint_files,
@@ -32,6 +33,7 @@ from raywarp.rollout.engine import (
 )
 from raywarp.rollout.loaders import LoraLoader, MergedLoader, UnmergedLoader
 from raywarp.rollout.protocol import Request
+from raywarp.rollout.quantised_files import as_held, loader_arguments, quantised_tensors
 from raywarp.rollout.row_signatures import ModuleRows
 from raywarp.rollout.vllm.models import (
     LoraNames,
@@ -73,12 +75,17 @@ class VllmEngine:
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.folder)
         # On a GPU a RuntimeError may be a hardware fault, so it is no refusal there.
         refusals = NOT_THIS_MODEL if settings.gpu else (*NOT_THIS_MODEL, RuntimeError)
+        quantised = settings.quantize == NF4
+        own_code = settings.trust_remote_code
+        self._quantised = quantised_tensors(settings.model, own_code) if quantised else {}
         try:
             if not settings.gpu:
                 inspect_here(settings)
             if self.adapter_mode == "lora":
                 check_lora(settings)
-            self.llm: Any = LLM(**arguments(settings, self.adapter_mode, self._files()))
+            loading = loader_arguments(self._quantised, self.adapter_mode == "unmerged")
+            found = arguments(settings, self.adapter_mode, self._files()) | loading
+            self.llm: Any = LLM(**found)
             self._try_out()
         except refusals as error:
             scratch.discard(self.folder)
@@ -248,7 +255,12 @@ class VllmEngine:
                 self.llm, LoraNames(self.llm, self._read), hold_lora, zero=not self.settings.gpu
             )
         return MergedLoader(
-            BaseWeights(self._read, getattr(torch, self.settings.dtype)), self._install
+            BaseWeights(
+                self._read,
+                getattr(torch, self.settings.dtype),
+                partial(as_held, self._quantised),
+            ),
+            self._install,
         )
 
     def _take(
@@ -290,7 +302,9 @@ class VllmEngine:
             for module, name in weight_names(known, [name for name, _ in self._read()]).items()
         }
         weights = {
-            modules[name]: weight.to(dtype) for name, weight in self._read() if name in modules
+            modules[name]: as_held(self._quantised, name, weight).to(dtype)
+            for name, weight in self._read()
+            if name in modules
         }
         rows = {
             module: ModuleRows.of(weight.T if transposed else weight, parts)

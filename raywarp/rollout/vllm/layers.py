@@ -18,6 +18,7 @@ from raywarp.algorithm.factors import Factors
 from raywarp.rollout.engine import SLOT
 from raywarp.rollout.row_signatures import ModuleRows
 from raywarp.rollout.unmerged import NO_ADAPTER, PASS, Multiply, Product, by_product
+from raywarp.rollout.vllm import nf4  # noqa: F401 (registers a loader)
 
 
 class AdaptedWorker:

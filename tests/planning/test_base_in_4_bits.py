@@ -1,0 +1,53 @@
+"""Tests of what is refused of a base before anything starts, and of when keys change."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, FalconConfig
+
+from raywarp.config.load import parse_config
+from raywarp.config.schema import ConfigError
+from raywarp.planning.base_weights import base_fingerprint, check_base
+
+NF4 = {"base": {"quantize": "nf4"}}
+
+
+def test_nf4_needs_bitsandbytes(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = AutoConfig.from_pretrained(tiny_llama)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name)
+    )
+    check_base(parse_config({}), str(tiny_llama), settings)
+    with pytest.raises(ConfigError, match=r"pip install 'raywarp\[nf4\]'"):
+        check_base(parse_config(NF4), str(tiny_llama), settings)
+
+
+def test_weights_that_vllm_could_not_be_given_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    settings = AutoConfig.from_pretrained(base)
+    check_base(parse_config(NF4), str(base), settings)
+    tensors = load_file(base / "model.safetensors")
+    down = "model.layers.1.mlp.down_proj.weight"
+    tensors[down] = tensors[down].view(2, -1)
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj as one tensor"):
+        check_base(parse_config(NF4), str(base), settings)
+    check_base(parse_config({**NF4, "rollout": {"engine": "transformers"}}), str(base), settings)
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    """Falcon's are a subclass, which transformers does not quantise either."""
+    settings = FalconConfig(num_hidden_layers=1, vocab_size=8, hidden_size=8, num_attention_heads=2)
+    with pytest.raises(ConfigError, match=r"\(falcon\) has no linear layer"):
+        check_base(parse_config(NF4), "nowhere", settings)
+
+
+def test_only_a_quantised_base_changes_a_fingerprint() -> None:
+    assert base_fingerprint(parse_config({}), "abc") == "abc"
+    assert base_fingerprint(parse_config({"base": {"quantize": "none"}}), "abc") == "abc"
+    assert base_fingerprint(parse_config(NF4), "abc") != "abc"
