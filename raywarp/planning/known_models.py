@@ -62,6 +62,16 @@ _QWEN_1_5B = {
 }
 _QWEN_7B = {**_QWEN, **_sizes(3584, 18944, 28, 28, num_key_value_heads=4, vocab_size=152064)}
 _MISTRAL_7B = {**_MISTRAL, **_sizes(4096, 14336, 32, 32, vocab_size=32768)}
+_QWEN3: dict[str, Any] = {
+    **_QWEN,
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
+_QWEN3_0_6B = {**_QWEN3, **_sizes(1024, 3072, 28, 16, tie_word_embeddings=True)}
+_QWEN3_8B = {**_QWEN3, **_sizes(4096, 12288, 36, 32)}
+_QWEN3_32B = {**_QWEN3, **_sizes(5120, 25600, 64, 64)}
 _GPT2: dict[str, Any] = {
     "model_type": "gpt2",
     "n_embd": 768,
@@ -81,6 +91,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_HALF_B,
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_1_5B,
     "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,
+    "Qwen/Qwen3-0.6B": _QWEN3_0_6B,
+    "Qwen/Qwen3-8B": _QWEN3_8B,
+    "Qwen/Qwen3-32B": _QWEN3_32B,
     "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_7B,
     "openai-community/gpt2": _GPT2,
     "lvwerra/gpt2-imdb": _GPT2,

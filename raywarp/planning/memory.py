@@ -5,11 +5,13 @@ without data (see model_shapes.py). The constants *_RUNTIME were measured: they 
 Python, torch, transformers and Ray. All sizes are in bytes.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raywarp.config.schema import Config
 from raywarp.model.head import chunk_bytes
+from raywarp.model.quantised import BLOCK
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,7 +24,7 @@ POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
 FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model
 FUNCTION_PROCESS = 40 << 20  # of a process that calls a function, which may need more
 Components = dict[str, int]  # name of a component → bytes
-WIDENED = "a weight in float32"
+DEQUANTISED, WIDENED = "a layer, dequantised", "a weight in float32"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Shapes:
             not counted.
         left: descriptions of what lora.target_modules=all-linear does not adapt.
         start_numbers: numbers in the factors of the SFT adapter; 0 without one.
+        quantisable: module → (d_out, d_in) of what base.quantize holds in 4 bits.
     """
 
     parameters: int
@@ -54,6 +57,7 @@ class Shapes:
     saved_bytes: int
     left: tuple[str, ...] = ()
     start_numbers: int = 0
+    quantisable: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def scope(self) -> str:
@@ -119,7 +123,7 @@ def policy_process(
             + shapes.layers * config.optim.max_tokens_per_microbatch * shapes.hidden * width
         )
     return {
-        "base weights": shapes.parameters * width,
+        **_held_base(shapes, config, width, gpu),
         "its file, mapped": 0 if gpu else shapes.parameters * stored_bytes,
         **_start(shapes, FLOAT32 + width),
         "init adapter": init * (FLOAT32 + width),
@@ -133,6 +137,38 @@ def policy_process(
         "logits in chunks": 3 * chunk_bytes("cuda" if gpu else "cpu"),
         "Python, torch, Ray": POLICY_RUNTIME,
     }
+
+
+def _held_base(shapes: Shapes, config: Config, width: int, gpu: bool) -> Components:
+    """Return the memory of the base in a policy actor.
+
+    Of 64 numbers in 4 bits one float32 scale is held. A pass has one layer in bfloat16, and in
+    float32 where it computes so. On a CPU all weights are there before they are quantised.
+
+    Args:
+        width: bytes of a number that is not quantised.
+    """
+    if config.base.quantize == "none":
+        return {"base weights": shapes.parameters * width}
+    sizes = [math.prod(size) for size in shapes.quantisable.values()]
+    codes, scales = sum(-(-n // 2) for n in sizes), sum(-(-n // BLOCK) for n in sizes)
+    return {
+        "base weights in 4 bits": codes + scales * FLOAT32,
+        "base weights that stay": (shapes.parameters - sum(sizes)) * width,
+        "the same weights, before": 0 if gpu else sum(sizes) * width,
+        DEQUANTISED: max(sizes, default=0) * (2 + FLOAT32),
+    }
+
+
+def quantised_share(shapes: Shapes) -> str:
+    """Return a line for users on how much of the base is held in 4 bits."""
+    numbers = sum(math.prod(size) for size in shapes.quantisable.values())
+    return (
+        f"base.quantize=nf4: a policy actor holds {numbers / shapes.parameters:.0%} of"
+        f" {shapes.parameters / 1e9:.2f}e9 numbers in 4.5 bits each; embeddings, head, norms and"
+        " experts that are fused in one tensor stay as they are, as do all weights in a rollout"
+        " worker"
+    )
 
 
 def loading_policy(shapes: Shapes, dtype: str, stored_bytes: int) -> Components:

@@ -4,6 +4,7 @@ transformers builds the model on torch's meta device, where tensors have shapes 
 """
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from raywarp.model.attention_choice import (
     options_that_sdpa_drops,
     set_attention,
 )
+from raywarp.model.linear import AdaptedLinear
+from raywarp.model.targets import quantisable
 from raywarp.planning.memory import Shapes
 
 
@@ -49,10 +52,9 @@ def model_shapes(
         )
     base.requires_grad_(False).eval()
     parameters = sum(parameter.numel() for parameter in base.parameters())
+    quantised = _sizes(base, quantisable(base))
     targets, layers = replace_targets(base, lora)
-    adapted = {
-        name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()
-    }
+    adapted = {name: layer.shape for name, layer in layers.items()}
     blocks = {block_of(name) for name in adapted}
     in_blocks = sum(
         p.numel()
@@ -80,7 +82,13 @@ def model_shapes(
         vocabulary=text.vocab_size,
         saved_bytes=saved,
         left=targets.left,
+        quantisable=quantised,
     )
+
+
+def _sizes(base: Any, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return module → (d_out, d_in) of linear layers."""
+    return {name: AdaptedLinear(base.get_submodule(name)).shape for name in names}
 
 
 def classifier_parameters(model_config: Any) -> int:

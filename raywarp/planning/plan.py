@@ -352,6 +352,8 @@ def _verdict(found: Forecast, shapes: Shapes | None) -> list[str]:
         return lines + ceiling
     if shapes.scope:
         lines.append(shapes.scope)
+    if config.base.quantize != "none":
+        lines.append(memory.quantised_share(shapes))
     from raywarp.run.policy_files import KEPT_CHECKPOINTS
 
     each, results = memory.checkpoint_bytes(shapes, config), memory.result_bytes(shapes, config)
