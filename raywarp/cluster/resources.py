@@ -65,6 +65,11 @@ class Plan:
         return self.policy.gpus > 0
 
     @property
+    def shares_gpus(self) -> bool:
+        """Whether a rollout worker and a policy actor may be on the same GPU."""
+        return 0 < self.policy.gpus < 1 and 0 < self.rollout.gpus < 1
+
+    @property
     def needs(self) -> list[Need]:
         return [self.policy, self.rollout, self.reward]
 

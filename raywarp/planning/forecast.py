@@ -121,6 +121,8 @@ class Forecast:
         }.get(process.need.key, "reward.batch_size")
         if process.on_gpu and process.need.key == "rollout_worker":
             key = "rollout.chunk_size, or set rollout.tensor_parallel_size"
+        if process.need.key == "policy" and process.share < 1:
+            key = f"rollout.gpu_memory_utilization, or {key}"
         if process.need.key == "policy" and process.need.gpus and not process.on_gpu:
             return (
                 f"a policy needs {in_units(size)} ({what}) of its node while it loads, the largest"
@@ -197,7 +199,10 @@ def forecast_of_shapes(
     policy = memory.policy_process(shapes, config, dtype, held, tokens, stored, gpu)
     rollout = memory.rollout_process(shapes, config, dtype, stored, placed.rollout.gpus > 0, length)
     reward = _reward_process(config)
-    processes = [ProcessMemory(placed.policy, policy, gpu), ProcessMemory(placed.rollout, rollout)]
+    processes = [
+        ProcessMemory(placed.policy, policy, gpu, _policy_share(config, placed)),
+        ProcessMemory(placed.rollout, rollout),
+    ]
     if gpu:
         host = memory.loading_policy(shapes, dtype, stored)
         processes.insert(0, ProcessMemory(placed.policy, host))
@@ -214,6 +219,19 @@ def forecast_of_shapes(
     if placed.reward.gpus:
         processes.append(ProcessMemory(placed.reward, _reward_weights(config), True))
     return Forecast(config, placed, shapes, processes, dtype)
+
+
+def _policy_share(config: Config, placed: resources.Plan) -> float:
+    """Return the share of a GPU that a policy actor may take.
+
+    Beside a rollout worker it has what rollout.gpu_memory_utilization leaves,
+    with the other policy actors that have room there.
+    """
+    policy, rollout = placed.policy.gpus, placed.rollout.gpus
+    if not placed.shares_gpus:
+        return 1.0
+    actors = max(1, min(placed.policy.count, int((1 - rollout) / policy + 1e-9)))
+    return (1 - config.rollout.gpu_memory_utilization) / actors
 
 
 def _rows(config: Config, length: int) -> int:

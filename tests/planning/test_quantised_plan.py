@@ -1,5 +1,6 @@
 """Tests of the memory of a base in 4 bits, by sums of their own and by what a model holds."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from raywarp.planning.model_shapes import model_shapes
 from raywarp.planning.plan import plan
 
 ROOT = Path(__file__).parents[2]
-EIGHT = ROOT / "cluster" / "configs" / "llama-8b.yaml"
+ONE, EIGHT = (ROOT / "cluster" / "configs" / name for name in ("one-gpu.yaml", "llama-8b.yaml"))
+PAGE = ROOT / "docs" / "benchmarks.md"
 TWO_GPUS_EACH = ["rollout.workers=1", "rollout.tensor_parallel_size=2"]
 
 
@@ -90,3 +92,42 @@ def test_32_b_on_8_cards_fits_with_nf4_alone(capsys: pytest.CaptureFixture[str])
     said = " ".join(capsys.readouterr().out.split())
     assert said.endswith("it fits")
     assert "a policy actor holds 95% of 32.76e9 numbers in 4.5 bits each" in said
+
+
+def test_a_policy_beside_a_rollout_worker_has_what_that_leaves() -> None:
+    """24 GiB, of which vLLM takes 70 %."""
+    keys = ["rollout.gpu_memory_utilization=0.7"]
+    found = planned(ONE, "0.6B", "none", "RTX4090", *keys)
+    assert on_gpu(found, "policy").share == pytest.approx(0.3)
+    quarters = [*keys, "warp.policies=2", "cluster.gpus_per_policy=0.25"]
+    assert on_gpu(planned(ONE, "0.6B", "none", "RTX4090", *quarters), "policy").share == (
+        pytest.approx(0.15)
+    )
+    (problem,) = (
+        text for text in planned(ONE, "8B", "nf4", "RTX4090", *keys).warnings if "policy" in text
+    )
+    assert "30% of the largest GPU has 7.2 GiB: lower rollout.gpu_memory_utilization" in problem
+
+
+def test_the_pages_table_is_what_the_plan_says() -> None:
+    """Four of its rows, with and without nf4, on all three kinds of cards."""
+    rows = re.findall(
+        r"^\| ((?:8 × )?\d+) GB \| ([\d.]+) B \| (\w+) \| ([\d.]+) of ([\d.]+)"
+        r" \| ([\d.]+) of ([\d.]+) \| (fits|does not fit) \|$",
+        PAGE.read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) == 18
+    for card, size, quantize, *told in rows[1::5]:
+        eight = card.startswith("8 ×")
+        cluster = "8xA100" if eight else {"24": "RTX4090", "80": "A100"}[card]
+        own = (EIGHT, TWO_GPUS_EACH) if eight else (ONE, [])
+        found = planned(own[0], f"{size}B", quantize, cluster, *own[1])
+        numbers = [
+            f"{size / 2**30:.1f}"
+            for process in ("policy", "rollout_worker")
+            for p in [on_gpu(found, process)]
+            for size in (p.bytes, p.share * found.reports[0].gpu_memory[0])
+        ]
+        fits = found.fits and not found.tight(found.reports)
+        assert told == [*numbers, "fits" if fits else "does not fit"], (card, size, quantize)
