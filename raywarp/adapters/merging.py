@@ -21,6 +21,7 @@ from torch import Tensor
 from raywarp.adapters.destination import new_adapter
 from raywarp.adapters.notes import merge_like
 from raywarp.adapters.peft import AdapterFile, AdapterWriter
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.adapters.recipe import Block, Group, Merge, Recipe
 from raywarp.adapters.rounding import balanced, squared_loss
 from raywarp.algorithm import averaging, geometry
@@ -122,6 +123,7 @@ def _check_bases(files: Sequence[AdapterFile]) -> None:
         for name, like in likes.items()
     }
     first = next(iter(bases), "")
+    held = {name: like.peft.get(BASE_QUANTIZE) or "none" for name, like in likes.items()}
     for name, (base, revision) in bases.items():
         known, known_revision = bases[first]
         if base != known:
@@ -134,6 +136,12 @@ def _check_bases(files: Sequence[AdapterFile]) -> None:
                 f"{first} is of revision {known_revision} of {known} and {name} of {revision}"
                 " (none named: main): only adapters of one revision can be averaged"
                 " (--allow-different-bases if both have the same weights)"
+            )
+        if held[name] != held[first]:
+            raise AdapterError(
+                f"{first} is of {known} with base.quantize={held[first]} and {name} with"
+                f" base.quantize={held[name]}, which are other weights: only adapters of one base"
+                " can be averaged (--allow-different-bases to do it all the same)"
             )
 
 

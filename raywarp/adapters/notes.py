@@ -1,10 +1,12 @@
 """What a user has to know of the adapters that were read, and of how their merge is loaded."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from raywarp.adapters.peft import AdapterFile
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.fitting import joint_targets
 
@@ -67,14 +69,41 @@ def usage(like: AdapterDelta) -> list[str]:
     if name:
         revision = like.peft.get("revision")
         more = f', revision="{revision}"' if revision else ""
-        lines += [
-            f"from {library} import {name}",
-            "",
-            f'model = {name}.from_pretrained("{like.base_model or "the base model"}"{more})',
-        ]
+        base, held = like.base_model or "the base model", like.peft.get(BASE_QUANTIZE)
+        lines += base_loading(name, library, base, held, more)
     else:
         lines += ["", "model = ...  # the base model, loaded as for training"]
     return [*lines, 'model = PeftModel.from_pretrained(model, "this folder")', "```"]
+
+
+def base_loading(
+    kind: str, library: str, base: str, held: str | None = None, more: str = ""
+) -> list[str]:
+    """Return the lines of Python that load a base.
+
+    Args:
+        kind: the class that loads it.
+        library: the class's library.
+        base: folder or hub id.
+        held: base.quantize.
+        more: further arguments, with a comma in front.
+    """
+    name = json.dumps(base)
+    if held != "nf4":
+        return [
+            f"from {library} import {kind}",
+            "",
+            f"model = {kind}.from_pretrained({name}{more})",
+        ]
+    return [
+        f"from {library} import {kind}, BitsAndBytesConfig",
+        "",
+        'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",'
+        ' bnb_4bit_compute_dtype="bfloat16")',
+        f"model = {kind}.from_pretrained(",
+        f'    {name}{more}, dtype="bfloat16", quantization_config=four_bits',
+        ")",
+    ]
 
 
 def _base_class(like: AdapterDelta) -> tuple[str | None, str]:

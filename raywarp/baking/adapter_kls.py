@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.algorithm.deltas import AdapterDelta
 from raywarp.algorithm.factors import dense
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import load_model, read_tokenizer
+from raywarp.model.quantised import NF4, round_layers
 
 TEXTS = (
     "The committee postponed its decision until the auditors had read the second report.",
@@ -46,6 +48,8 @@ def text_kls(
     tokenizer = read_tokenizer(base, False, what)
     ids = [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)[None] for text in texts]
     model = load_model(AutoModelForCausalLM, base, what, dtype=torch.float32).eval()
+    if any(delta.peft.get(BASE_QUANTIZE) == NF4 for delta in deltas):
+        round_layers(model)
     with _changed(model, init, what):
         references = [_logprobs(model, own) for own in ids]
     kls = []

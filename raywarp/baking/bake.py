@@ -11,11 +11,13 @@ from typing import Literal, get_args
 import torch
 
 from raywarp.adapters.peft import AdapterFile
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.adapters.recipe import check_liti_rate
 from raywarp.adapters.weight_files import inside
 from raywarp.baking.base import Base, open_base
 from raywarp.baking.card import Baked, baked_card
 from raywarp.baking.places import find_places
+from raywarp.baking.quantised_base import quantised_tensors
 from raywarp.baking.rounding import WRITTEN
 from raywarp.baking.weights import BakedWeights
 from raywarp.config.schema import ConfigError
@@ -68,7 +70,8 @@ def bake(
     places, untied = find_places(opened, file.sizes, file.name)
     file.require_finite()
     asked = None if dtype == "auto" else getattr(torch, dtype)
-    weights = BakedWeights(opened, file, places, liti_rate, asked)
+    quantised = quantised_tensors(file, opened)
+    weights = BakedWeights(opened, file, places, liti_rate, asked, quantised)
     with new_model(out) as folder:
         _check_room(folder, weights.size)
         files = weights.write(folder, int(shard_size * 1e9))
@@ -101,6 +104,7 @@ def _baked(
         size=weights.size,
         files=files,
         untied=untied,
+        quantize=adapter.config.get(BASE_QUANTIZE) or "none",
     )
 
 

@@ -28,6 +28,7 @@ class Baked:
         size: bytes of the weights.
         files: number of weight files.
         untied: whether the head was the embedding, and is a tensor of its own now.
+        quantize: how the base is held that the adapter was trained on; see base.quantize.
     """
 
     folder: Path
@@ -40,13 +41,20 @@ class Baked:
     size: int
     files: int
     untied: bool
+    quantize: str = "none"
+
+    @property
+    def base_in_words(self) -> str:
+        """The base, and that its weights are dequantised ones, if they are."""
+        held = "" if self.quantize == "none" else f" in {self.quantize}, dequantised,"
+        return f"{self.base}{held}"
 
 
 def summary(baked: Baked) -> str:
     """Return what was written and what rounding lost, in sentences."""
     lines = [
         f"{baked.size / 1e9:.2f} GB of {baked.dtype} in {_files(baked.files)}:"
-        f" {baked.base} + {baked.liti_rate:g}·ΔW of {baked.adapter}"
+        f" {baked.base_in_words} + {baked.liti_rate:g}·ΔW of {baked.adapter}"
     ]
     if baked.untied:
         lines.append("the head, which was the embedding, is a tensor of its own now")
@@ -89,7 +97,7 @@ def baked_card(baked: Baked, config: Any) -> str:
         "tags": ["lora", "raywarp"],
     }
     rows = {
-        "base": baked.base,
+        "base": baked.base_in_words.rstrip(","),
         "adapter": baked.adapter,
         "η": f"{baked.liti_rate:g}",
         "weights": f"{baked.dtype}, {baked.size / 1e9:.2f} GB in {_files(baked.files)}",

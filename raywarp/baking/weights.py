@@ -18,6 +18,7 @@ from raywarp.baking.places import Place
 from raywarp.baking.rounding import WRITTEN, Losses
 from raywarp.baking.shards import Entry, ShardWriter, pieces, split
 from raywarp.config.schema import ConfigError
+from raywarp.model.quantised import rounded
 
 _BYTES = 1 << 24  # copied at once
 # Measured besides the dtype that is written, so that a loss is told with what would avoid it.
@@ -33,6 +34,8 @@ class BakedWeights:
         places: module of the adapter → where its weight is stored.
         rate: η.
         dtype: of all weights; None for each tensor's own.
+        quantised: stored tensors that are in 4 bits in the base of the adapter, and whether they
+            are stored as (d_in, d_out). W is then what the 4 bits stand for.
 
     Attributes:
         dtype: in which most numbers are written.
@@ -46,7 +49,9 @@ class BakedWeights:
         places: Mapping[str, Place],
         rate: float,
         dtype: torch.dtype | None,
+        quantised: Mapping[str, bool] | None = None,
     ):
+        self._quantised = quantised or {}
         self.base, self.adapter, self.rate, self.losses = base, adapter, rate, Losses()
         self._stored_dtype = _main_dtype(base)
         self.dtype = dtype or self._stored_dtype
@@ -102,15 +107,20 @@ class BakedWeights:
         file = self.base.tensors[read]
         stored, data = file.stored(read)
         if entry.name in self._changes:
-            self._write_changed(entry, file.tensor(read), writer)
-        elif entry.kind == stored:
+            self._write_changed(entry, self._weight(read), writer)
+        elif entry.kind == stored and read not in self._quantised:
             for start in range(0, len(data), _BYTES):
                 writer.write(data[start : start + _BYTES])
         else:
-            flat = file.tensor(read).view(-1)
+            flat = self._weight(read).view(-1)
             for piece in pieces(len(flat), 1):
                 writer.write(self._rounded(entry, flat[piece]))
         file.release(read)
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self.base.tensors[name].tensor(name)
+        transposed = self._quantised.get(name)
+        return weight if transposed is None else rounded(weight, transposed).to(weight.dtype)
 
     def _write_changed(self, entry: Entry, weight: Tensor, writer: ShardWriter) -> None:
         module, place = self._changes[entry.name]

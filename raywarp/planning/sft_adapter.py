@@ -3,6 +3,7 @@
 from typing import Any
 
 from raywarp.adapters.peft import local_folder
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.adapters.start import Start
 from raywarp.algorithm.factors import AdapterError
 from raywarp.algorithm.fitting import check_finite
@@ -47,6 +48,7 @@ def checked_adapter(what: str, source: str, config: Config, model: str, settings
     except AdapterError as error:
         raise ConfigError(f"{what}: {error}") from None
     _check_name(what, start.delta.base_model, config, model, settings)
+    _check_quantised(what, start.delta.peft.get(BASE_QUANTIZE), config)
     _check_shapes(what, start, config, settings)
     return start
 
@@ -68,6 +70,18 @@ def _check_name(what: str, base: str, config: Config, model: str, settings: Any)
             f"{what} is an adapter of {base}, and model={config.model}; if both are the same"
             " weights, write the model's name into base_model_name_or_path of its"
             " adapter_config.json"
+        )
+
+
+def _check_quantised(what: str, held: str | None, config: Config) -> None:
+    """Raise ConfigError if the adapter says that its base is held in another way.
+
+    Adapters from elsewhere do not say it.
+    """
+    if held and held != config.base.quantize:
+        raise ConfigError(
+            f"{what} is an adapter of the base in {held}, which has other weights than with"
+            f" base.quantize={config.base.quantize}; set base.quantize={held}"
         )
 
 

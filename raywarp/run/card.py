@@ -3,7 +3,6 @@
 It says what the adapter is, what it was made from, its reward and KL, and how to use it.
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from raywarp.adapters.notes import base_loading
 from raywarp.config.load import compact
 from raywarp.config.rewards import RewardConfig
 from raywarp.config.schema import SMOLLM2, Config
@@ -179,7 +179,11 @@ def _front(config: Config, points: Sequence[Point], chosen: Point, ceiling: Ceil
 def _sources(config: Config, rank: int, modules: Sequence[str]) -> list[tuple[str, str]]:
     names = sorted({module.rpartition(".")[2] for module in modules})
     return [
-        ("base", code(config.model)),
+        (
+            "base",
+            code(config.model)
+            + ("" if (held := config.base.quantize) == "none" else f", linear layers in {held}"),
+        ),
         *(
             [("SFT adapter on it, which this one contains", code(config.sft_adapter))]
             if config.sft_adapter
@@ -267,11 +271,19 @@ def _reward_name(reward: RewardConfig) -> str:
 
 def _use(config: Config, base: str | None, rank: int) -> str:
     name = base or config.model
-    load = (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
-        'model = PeftModel.from_pretrained(model, "this folder")\n```'
+    held = config.base.quantize
+    lines = base_loading("AutoModelForCausalLM", "transformers", name, held)
+    load = "\n".join(
+        [
+            *("```python", "from peft import PeftModel", *lines),
+            *('model = PeftModel.from_pretrained(model, "this folder")', "```"),
+        ]
     )
+    if held != "none":
+        return (
+            f"{load}\n\nvLLM does not read {held}. `raywarp bake FOLDER --out MODEL` writes the"
+            " dequantised base with this adapter as a model that it serves."
+        )
     slots = lora_slots(rank)
     serve = (
         f"```sh\nvllm serve {name} --enable-lora --max-lora-rank {slots} --lora-modules"
