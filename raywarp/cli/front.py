@@ -111,11 +111,11 @@ def _config_of(options: argparse.Namespace, adapters: list[str], overrides: list
         raise ConfigError(f"{adapters[0]} is a run, which has its own configuration; drop --config")
     given = [*_options(options), *overrides]
     source = run if run is not None else options.config
-    if source is None and not any(word.startswith("model=") for word in given):
+    if source is None:
         base = base_of([*adapters, *([options.init] if options.init else [])])
-        if not base:
+        given = [*(_override(key, value) for key, value in base.items()), *given]
+        if not any(word.startswith("model=") for word in given):
             raise ConfigError("the adapters do not name their base model; give --model")
-        given = [_override("model", base), *given]
     return load_config(source, given)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from raywarp import identity
 from raywarp.adapters.merging import open_adapters
 from raywarp.adapters.peft import AdapterFile, load_peft
+from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.adapters.start import Start, load_start, of_sft
 from raywarp.algorithm.averaging import task_vectors
 from raywarp.algorithm.deltas import AdapterDelta, aligned, trailing, zeros_like
@@ -113,13 +114,20 @@ def front_config(config: Config, adapters: Sequence[str], init: str | None = Non
     return config.model_copy(update={"lora": lora, "warp": warp})
 
 
-def base_of(adapters: Sequence[str]) -> str:
-    """Return the name of the base model by the adapters' own configuration; "" if they have none.
+def base_of(adapters: Sequence[str]) -> dict[str, str]:
+    """Return `model` and `base.quantize` as the adapters' own configuration has them.
+
+    A key that no adapter has is missing.
 
     Raises:
         ConfigError: see front_config.
     """
-    return next(filter(None, (_opened(place).like().base_model for place in adapters)), "")
+    likes = [_opened(place).like() for place in adapters]
+    found: dict[str, list[Any]] = {
+        "model": [like.base_model for like in likes],
+        "base.quantize": [like.peft.get(BASE_QUANTIZE) for like in likes],
+    }
+    return {key: next(filter(None, own)) for key, own in found.items() if any(own)}
 
 
 def read_sources(inputs: Inputs, adapters: Sequence[str], init: str | None = None) -> Sources:
