@@ -16,6 +16,7 @@ from raywarp.adapters.weight_files import stored_tensors
 from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.models import check_weights, first_line, read_model_config, short_name
+from raywarp.data.quantised_models import quantisation
 
 # Everything that a model's folder may hold besides weights.
 _FILES = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.safetensors")
@@ -146,11 +147,8 @@ def _folder(name: str, revision: str | None, files: Sequence[str]) -> Path:
 
 
 def _refuse_quantised(settings: Mapping[str, Any], what: str) -> None:
-    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
-    for part in parts:
-        if quantised := part.get("quantization_config") or part.get("compression_config"):
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-            raise ConfigError(
-                f"{what} is quantised{f' ({method})' if method else ''}: ΔW cannot be added to its"
-                " stored numbers; name the model that it was made from with --base"
-            )
+    if (method := quantisation(settings)) is not None:
+        raise ConfigError(
+            f"{what} is quantised ({method}): ΔW cannot be added to its stored numbers; name the"
+            " model that it was made from with --base"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from raywarp.config.schema import Config, ConfigError
+from raywarp.data.quantised_models import refuse_quantised
 from raywarp.model.quantised import NF4, require_bitsandbytes
 from raywarp.model.targets import quantisable
 
@@ -18,13 +19,14 @@ def check_base(config: Config, model: str, settings: Any) -> None:
         settings: transformers' configuration of the model.
 
     Raises:
-        ConfigError: with nf4, bitsandbytes is not installed, nothing of the model can be quantised,
-            or vLLM could not be given the trainer's weights.
+        ConfigError: the model is quantised already; or with nf4, bitsandbytes is not installed,
+            nothing of the model can be quantised, or vLLM could not be given the trainer's weights.
     """
     from transformers import AutoModelForCausalLM
 
     from raywarp.rollout.quantised_files import quantised_tensors
 
+    refuse_quantised(settings.to_dict(), f"model={config.model}")
     if config.base.quantize != NF4:
         return
     require_bitsandbytes()

@@ -15,6 +15,7 @@ from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
 from raywarp.data.models import read_model_config
+from raywarp.data.quantised_models import refuse_quantised
 from raywarp.data.rows import HUB_ID
 from raywarp.planning import memory, preflight
 from raywarp.planning.ceiling_time import ceiling_lines
@@ -184,9 +185,9 @@ def shapes_only(config: Config, weights: bool = False) -> Origin | None:
         return None
     if not whole:
         notes.append(f"the weights of {what} are not here")
-    return Origin(
-        model, read_model_config(str(folder), config.trust_remote_code, what), prompt, notes
-    )
+    settings = read_model_config(str(folder), config.trust_remote_code, what)
+    refuse_quantised(settings.to_dict(), what)
+    return Origin(model, settings, prompt, notes)
 
 
 def _folder_of_config(model: str) -> Path | None:

@@ -1,18 +1,64 @@
 """Tests of what is refused of a base before anything starts, and of when keys change."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, FalconConfig
 
+from raywarp.cli.commands import main
 from raywarp.config.load import parse_config
 from raywarp.config.schema import ConfigError
 from raywarp.planning.base_weights import base_fingerprint, check_base
 
 NF4 = {"base": {"quantize": "nf4"}}
+
+
+@pytest.mark.parametrize(
+    ("quantised", "reasons"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, ["(gptq)", "base.quantize=nf4"]),
+        ({"quant_method": "awq"}, ["(awq)"]),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+            },
+            ["(bitsandbytes, nf4)", "the model that it was made from"],
+        ),
+        ({"quant_method": "fp8"}, ["(fp8)", "FineGrainedFP8Config(dequantize=True)"]),
+        ({"quant_method": "mxfp4"}, ["(mxfp4)", "Mxfp4Config(dequantize=True)"]),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {}, "format": "int-quantized"},
+            ["(compressed-tensors)", "CompressedTensorsConfig(dequantize=True)"],
+        ),
+    ],
+)
+def test_a_base_that_is_quantised_is_refused_by_its_method(
+    quantised: dict[str, Any],
+    reasons: list[str],
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "quantization_config": quantised}))
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {base}\nreward: {{function: 'raywarp.embedded:vader'}}\n")
+    for command in (["train", str(config)], ["plan", str(config), "--offline"]):
+        assert main([*command, f"out={tmp_path / 'out'}"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        for reason in (f"model={base} is quantised", *reasons):
+            assert reason in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_nf4_needs_bitsandbytes(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
