@@ -112,6 +112,13 @@ class RolloutConfig(Section):
             "share of a GPU's memory that a worker takes; lower it where others use that GPU"
         ),
     )
+    sleep: bool = Field(
+        False,
+        description=(
+            "free a worker's GPU between its calls (vLLM's sleep mode), so that policies train on"
+            " the same GPU in turns with it"
+        ),
+    )
     tensor_parallel_size: Count = Field(1, description="GPUs that one worker's model is split over")
 
 

@@ -1,5 +1,6 @@
 """The forecast of a run's memory: what each process holds, and what the cluster cannot hold."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,11 @@ class ProcessMemory:
     @property
     def bytes(self) -> int:
         return sum(self.components.values())
+
+    @property
+    def resting(self) -> int:
+        """Bytes that a policy holds while another process works."""
+        return sum(size for name, size in self.components.items() if name not in memory.WORKING)
 
     @property
     def weights(self) -> int:
@@ -99,6 +105,8 @@ class Forecast:
         ]
         asked = sum(p.bytes * p.need.count for p in self.processes if not p.on_gpu)
         there = sum(report.memory for report in reports)
+        if not warnings and self.plan.shares_gpus and self.config.rollout.sleep:
+            warnings += self._crowded_gpu(reports)
         if not warnings and 0 < there < asked:
             warnings.append(
                 f"all processes together may need {in_units(asked)} of memory, the cluster's nodes"
@@ -106,6 +114,30 @@ class Forecast:
                 " rollout.kv_cache_gib, rollout.workers or cluster.policy_actors"
             )
         return warnings
+
+    def _crowded_gpu(self, reports: Sequence[NodeReport]) -> list[str]:
+        """Return a message if a GPU is too small for the processes that have it in turns.
+
+        While an engine works, the policies hold what they do not need for a step. While a policy
+        works, the engines sleep.
+        """
+        policy, rollout = (
+            next(p for p in self.processes if p.on_gpu and p.need == need)
+            for need in (self.plan.policy, self.plan.rollout)
+        )
+        size = max((size for report in reports for size in report.gpu_memory), default=0)
+        cards = math.ceil(sum(need.total("GPU") for need in self.plan.needs))
+        policies, engines = (-(-p.need.count // cards) for p in (policy, rollout))
+        sampling = policy.resting * policies + int(rollout.share * size) * engines
+        training = policy.bytes + policy.resting * (policies - 1) + memory.ASLEEP * engines
+        if not 0 < size < max(sampling, training):
+            return []
+        smaller = "" if self.config.base.quantize == "nf4" else ", or set base.quantize=nf4"
+        return [
+            f"on a GPU that is shared in turns, sampling may need {in_units(sampling)} and training"
+            f" {in_units(training)}, it has {in_units(size)}: lower"
+            f" rollout.gpu_memory_utilization or optim.max_tokens_per_microbatch{smaller}"
+        ]
 
     def cautions(self, reports: Sequence[NodeReport]) -> list[str]:
         """Return warnings that do not stop a run: memory may be short, or GPUs would be idle."""
@@ -224,11 +256,11 @@ def forecast_of_shapes(
 def _policy_share(config: Config, placed: resources.Plan) -> float:
     """Return the share of a GPU that a policy actor may take.
 
-    Beside a rollout worker it has what rollout.gpu_memory_utilization leaves,
+    Beside a rollout worker that does not sleep it has what rollout.gpu_memory_utilization leaves,
     with the other policy actors that have room there.
     """
     policy, rollout = placed.policy.gpus, placed.rollout.gpus
-    if not placed.shares_gpus:
+    if config.rollout.sleep or not placed.shares_gpus:
         return 1.0
     actors = max(1, min(placed.policy.count, int((1 - rollout) / policy + 1e-9)))
     return (1 - config.rollout.gpu_memory_utilization) / actors

@@ -24,7 +24,11 @@ POLICY_RUNTIME, ROLLOUT_RUNTIME, REWARD_RUNTIME = (
 FUNCTION_RUNTIME = 160 << 20  # of a reward worker without a model
 FUNCTION_PROCESS = 40 << 20  # of a process that calls a function, which may need more
 Components = dict[str, int]  # name of a component → bytes
+ACTIVATIONS, LOGITS = "activations (estimate)", "logits in chunks"
 DEQUANTISED, WIDENED = "a layer, dequantised", "a weight in float32"
+# Components that a policy holds only while it works.
+WORKING = {ACTIVATIONS, LOGITS, DEQUANTISED, WIDENED}
+ASLEEP = 1536 << 20  # of a sleeping engine on its GPU, an estimate: CUDA's context and graphs
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,9 @@ def policy_process(
         **({"states kept": 2 * own * policies * kept} if (kept := config.kept_states) else {}),
         "gradients": trained,
         "optimiser moments": 2 * trained * policies,
-        "activations (estimate)": saved + response_tokens * shapes.hidden * width,
+        ACTIVATIONS: saved + response_tokens * shapes.hidden * width,
         **_widened(shapes, dtype, gpu),
-        "logits in chunks": 3 * chunk_bytes("cuda" if gpu else "cpu"),
+        LOGITS: 3 * chunk_bytes("cuda" if gpu else "cpu"),
         "Python, torch, Ray": POLICY_RUNTIME,
     }
 
@@ -225,7 +229,9 @@ def rollout_process(
     width = DTYPE_BYTES[dtype]
     transformers = config.rollout.engine == "transformers"
     components = (
-        {}
+        {"base weights, while it sleeps": shapes.parameters * width}
+        if gpu and config.rollout.sleep
+        else {}
         if gpu
         else {
             "base weights": shapes.parameters * width,

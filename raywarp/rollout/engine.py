@@ -95,6 +95,11 @@ class Engine(Protocol):
     def capacity(self) -> int:
         """Return how many completions of full length run at the same time."""
 
+    def sleep(self) -> None:
+        """Free the GPU until `wake`. The weights go to the host's memory."""
+
+    def wake(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -194,6 +199,12 @@ def mode_problem(config: Config, gpu: bool, dtype: str | None = None) -> str:
             f"rollout.adapter=lora with dtype={dtype} on CPUs: vLLM adds an adapter's share after"
             " it has rounded the product, and loses what is below half a step; use"
             " rollout.adapter=unmerged (or auto), or dtype=float32"
+        )
+    if rollout.sleep and not gpu:
+        return (
+            "rollout.sleep=true frees a GPU for the trainer, and these workers have none; leave it"
+            " out, or set cluster.gpus_per_rollout_worker=0.5 and cluster.gpus_per_policy=0.5 where"
+            " there is a GPU"
         )
     if mode == "unmerged" and vllm and gpu:
         return (

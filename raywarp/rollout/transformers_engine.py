@@ -109,6 +109,14 @@ class TransformersEngine:
     def capacity(self) -> int:
         return ROWS
 
+    def sleep(self) -> None:
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+
     def close(self) -> None:
         """Do nothing, since there is nothing to stop."""
 

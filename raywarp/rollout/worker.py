@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
 from raywarp.cluster import faults
+from raywarp.cluster.card import shared_cards, turn
 from raywarp.cluster.health import WATCH, Process, Work, stack_here
 from raywarp.cluster.turns import InTurns, Turns
 from raywarp.rollout.engine import Engine, EngineSettings
@@ -28,6 +29,8 @@ from raywarp.rollout.protocol import (
 
 if TYPE_CHECKING:  # the pool imports this module with its workers' handles, and needs no torch
     from raywarp.adapters.start import Start
+
+T = TypeVar("T")
 
 
 class RolloutWorker:
@@ -51,6 +54,9 @@ class RolloutWorker:
         self.turns = Turns()
         self.starting, self.loading = threading.Lock(), Work()
         self.held: list[Sequence[Adapter]] = []  # of the calls that are under way
+        self.cards = shared_cards() if settings.rollout.sleep else []
+        self.awake = 0  # calls for which the engine is awake
+        self.turn = contextlib.ExitStack()  # at the GPU
 
     @ray.method(concurrency_group=WATCH)
     def stack(self) -> str:
@@ -107,7 +113,7 @@ class RolloutWorker:
         """
         engine = self._engine()
         try:
-            found = self.turns.finish(work(engine, self._of_base(requests)))
+            found = self.turns.finish(self._awake(engine, work(engine, self._of_base(requests))))
             return Answer(Process.here(), self.turns.seconds(), found)
         except Exception as error:
             if faults.is_own(error) or isinstance(error, RayError):
@@ -118,6 +124,30 @@ class RolloutWorker:
                 with contextlib.suppress(Exception):
                     engine.close()
             raise self.broken from error
+
+    def _awake(self, engine: Engine, work: InTurns[T]) -> InTurns[T]:
+        """Work while the engine is awake. It sleeps when the last call has ended.
+
+        An engine that failed keeps its turn at the GPU until its process ends.
+        """
+        if self.settings.rollout.sleep and not self.awake:
+            self.turn.enter_context(turn(self.cards))
+            engine.wake()
+        self.awake += 1
+        try:
+            found = yield from work
+        except Exception as error:
+            if faults.is_own(error) or isinstance(error, RayError):
+                self._rest(engine)
+            raise
+        self._rest(engine)
+        return found
+
+    def _rest(self, engine: Engine) -> None:
+        self.awake -= 1
+        if self.settings.rollout.sleep and not self.awake:
+            engine.sleep()
+            self.turn.close()
 
     def _logprobs(
         self, engine: Engine, requests: Sequence[Request]
@@ -174,7 +204,11 @@ class RolloutWorker:
 
         if start := load_start(self.settings.sft_adapter):
             self.beginning = Beginning(start)
-        return start_engine(self.settings)
+        with turn(self.cards):
+            engine = start_engine(self.settings)
+            if self.settings.rollout.sleep:
+                engine.sleep()
+        return engine
 
     def _of_base(self, requests: Sequence[Request]) -> list[Request]:
         """Return requests whose adapters begin with the SFT adapter, if there is one."""

@@ -131,7 +131,7 @@ def _choices(config: Config) -> dict[str, object]:
 
 # Settings that are newer than the first keys, which keys have only where they are in use.
 _USED_ONLY = {
-    "rollout": ("stop", "concurrency"),
+    "rollout": ("stop", "concurrency", "sleep"),
     "prompts": ("datasets", "where", "template_kwargs", "system", "last_answer", "too_long"),
 }
 

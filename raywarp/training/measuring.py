@@ -1,14 +1,18 @@
 """What a policy actor measures between fine-tunings: KL, and what a model keeps."""
 
+import contextlib
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
 
 from raywarp.algorithm.deltas import add
+from raywarp.cluster.card import turn
 from raywarp.cluster.health import Work
 from raywarp.config.schema import Config
 from raywarp.model.batches import collate
@@ -24,6 +28,8 @@ class Measuring:
     config: Config
     model: "AdaptedModel"
     work: Work
+    cards: Sequence[Path]
+    working_since: float | None
 
     def _load(self) -> None:
         """Load the base, unless it is there."""
@@ -49,7 +55,7 @@ class Measuring:
         start, completions = time.time(), join(rollouts, adapter)
         if adapter.versions == reference.versions:
             return Scores([0.0] * len(completions))
-        with self.work:
+        with self._turn():
             names = self._hold(adapter), self._hold(reference, "reference")
             kls = completion_kls(self.model, collate(prompts, completions), self.config, *names)
             self.model.remove("reference")
@@ -60,9 +66,19 @@ class Measuring:
         from raywarp.model.adapted import text_losses
 
         start = time.time()
-        with self.work:
+        with self._turn():
             names, most = self._hold(adapter), self.config.optim.max_tokens_per_microbatch
             return self._scored(text_losses(self.model, texts, names, most), start)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Work on the GPU, in turns with an engine that shares it. Waiting for it is no hang."""
+        since, self.working_since = self.working_since, None
+        with self.work, turn(self.cards):
+            self.working_since = since and time.monotonic()
+            yield
+            if self.cards and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     def _hold(self, adapter: Adapter, name: str = "init") -> list[str]:
         """Hold an adapter on the base, as the sum of its parts. Return the names to activate."""

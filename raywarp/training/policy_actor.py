@@ -15,6 +15,7 @@ import torch
 
 from raywarp.adapters.start import load_start
 from raywarp.algorithm.deltas import AdapterDelta
+from raywarp.cluster.card import shared_cards
 from raywarp.cluster.faults import GPU_ERROR, kind_of
 from raywarp.cluster.health import START_SECONDS, WATCH, Process, Work, stack_here
 from raywarp.config.schema import Config
@@ -64,6 +65,7 @@ class PolicyActor(Measuring):
         self.thread = 0
         self.working_since: float | None = None
         self.work = Work()
+        self.cards = shared_cards() if config.rollout.sleep else []
 
     @ray.method(concurrency_group=WATCH)
     def pulse(self) -> Process:
@@ -110,7 +112,7 @@ class PolicyActor(Measuring):
         """
         from raywarp.rollout.effect_probe import make_probe, reference
 
-        with self.work:
+        with self._turn():
             self._load()
             probe = make_probe(texts, self.model.vocabulary, longest, tokens, self.config.seed)
             return reference(
@@ -186,7 +188,11 @@ class PolicyActor(Measuring):
                 if progress.ended:
                     yield progress.event("ended", message=progress.ended)
                 elif progress.steps_left:
-                    row = self._step(progress, fetch(ready), time.perf_counter() - idle)
+                    scores = fetch(ready)
+                    if progress.probed is not None:
+                        ray.wait([progress.probed])  # the engine needs its turn for it
+                    with self._turn():
+                        row = self._step(progress, scores, time.perf_counter() - idle)
                     yield {"event": "step", **row}
                 if (ref := ask(progress)) is not None:
                     waiting[ref] = progress
@@ -281,7 +287,8 @@ class PolicyActor(Measuring):
         self.working_since, start = time.monotonic(), time.time()
         prompts = [prompt.token_ids for prompt in measurement.prompts]
         batch = collate(prompts, join(rollouts, measurement.adapter))
-        kl = completion_kls(self.model, batch, self.config, [INIT, progress.policy.name])
+        with self._turn():
+            kl = completion_kls(self.model, batch, self.config, [INIT, progress.policy.name])
         label = {**progress.job.label, "step": progress.policy.step}
         work = [*work_of(rollouts, scores), (self.title, start, time.time())]
         row = {**label, **measured(scores, kl), "spans": spans_of(work)}

@@ -300,10 +300,9 @@ class Session:
         rewarding = scorers[: len(config.rewards_by_key)]
         self.reward = Scorer.of(rewarding, config.rewards_by_key, self._statistics)
         self.control = Scorer(scorers[-1]) if config.control else None
-        engines, zeros, rewards = (
-            request_start(actors)
-            for actors in (self.workers, [slot.actor for slot in self.policies], scorers)
-        )
+        engines, rewards = request_start(self.workers), request_start(scorers)
+        # vLLM measures what is free on its GPU, so policies wait where they share it.
+        zeros = None if plan.shares_gpus else self._start_policies()
         started = self._startup.results(
             "a rollout worker", self.workers, engines, actors.bundles["rollout"]
         )
@@ -311,9 +310,7 @@ class Session:
         self.engine: dict[str, str] = started[0]["numerics"]
         warn_of_small_cache(config, plan, self.prompt_tokens, started[0]["capacity"])
         if self._trains:
-            attempts = itertools.chain(
-                [zeros], iter(lambda: request_start([slot.actor for slot in self.present()]), None)
-            )
+            attempts = itertools.chain([zeros] if zeros else [], iter(self._start_policies, None))
             check = self._startup.look_after(self.policies)
             self._zero: AdapterDelta = self.persist(lambda: self.get(next(attempts), check))[0]
         self._startup.results("the reward worker", scorers, rewards, actors.bundles["reward"])
@@ -340,6 +337,9 @@ class Session:
             )
         if self._proves:
             self.examine_workers()
+
+    def _start_policies(self) -> list[Any]:
+        return request_start([slot.actor for slot in self.present()])
 
     def examine_workers(self) -> None:
         """Prove that each worker's engine runs the trainer's policies. Part of the start.

@@ -14,7 +14,7 @@ Each part is a process of its own with a limit, so that a fault of one is no fau
   float32 with the adapter added to its weights.
 - sampler: vLLM runs the trainer's adapters, by effect (raywarp.rollout.proof), before and after
   swaps; seconds of a swap, tokens per second of one adapter and of four at once.
-- run: a whole tiny run with Ray, a policy and a rollout worker on the same card.
+- run: a whole tiny run with Ray, a policy and a rollout worker on the same card, in turns.
 
 trainer and exact need torch, transformers and raywarp; the others also need vLLM and Ray. A part
 whose package is missing is skipped. Prints a table and, as the last line, JSON. Exits with 1
@@ -383,12 +383,13 @@ def part_run(device: str, dtype: str) -> dict[str, Any]:
         sys.path.insert(0, str(project))
         os.chdir(project)
         gpu = {"gpus_per_policy": 0.4, "gpus_per_rollout_worker": 0.4}
+        turns = {"sleep": True} if device == "cuda" else {}
         config = tiny_config(
             project,
             save_tiny_llama(Path(folder) / "model"),
             Path(folder) / "run",
             dtype=dtype if device == "cuda" or dtype == "float16" else "float32",
-            rollout={"engine": "vllm", "kv_cache_gib": 0.1, "gpu_memory_utilization": 0.3},
+            rollout={"engine": "vllm", "kv_cache_gib": 0.1, "gpu_memory_utilization": 0.3, **turns},
             cluster=gpu if device == "cuda" else {},
         )
         run = train(config, Display(quiet=True))

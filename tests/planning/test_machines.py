@@ -116,3 +116,33 @@ def test_each_dtype_has_its_own_speed() -> None:
 def test_a_share_of_a_gpu_cannot_be_split_by_tensor_parallelism() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size"):
         planned("8xH100", rollout__tensor_parallel_size=2, cluster__gpus_per_rollout_worker=0.5)
+
+
+def test_on_a_gpu_in_turns_each_phase_has_its_own_sum() -> None:
+    """While the engine samples, a policy holds what it keeps between steps. While the policy
+    trains, 1.5 GiB are counted for the engine.
+    """
+    one = Path(__file__).parents[2] / "cluster" / "configs" / "one-gpu.yaml"
+
+    def of(share: float, sleep: bool, tokens: int) -> Any:
+        changes = [
+            "model=Qwen/Qwen3-8B",
+            f"rollout.gpu_memory_utilization={share}",
+            f"rollout.sleep={sleep}",
+            f"optim.max_tokens_per_microbatch={tokens}",
+        ]
+        return plan(load_config(one, changes), offline=True, cluster="A100")
+
+    apart, turns = of(0.6, False, 60_000), of(0.6, True, 60_000)
+    assert any("40% of the largest GPU has 32.0 GiB" in text for text in apart.warnings)
+    assert turns.warnings == []
+    (policy,) = (p for p in turns.processes if p.on_gpu and p.need.key == "policy")
+    kept = ("base weights", "init adapter", "policy adapters", "EMA adapters", "gradients")
+    kept += ("optimiser moments", "Python, torch, Ray")
+    rests, works = sum(policy.components[name] for name in kept) / 2**30, policy.bytes / 2**30
+    (text,) = of(0.8, True, 60_000).warnings
+    assert f"sampling may need {rests + 64:.1f} GiB and training {works + 1.5:.1f} GiB" in text
+    assert "it has 80.0 GiB" in text
+    host = next(p for p in turns.processes if p.need.key == "rollout_worker" and not p.on_gpu)
+    asleep = host.components["base weights, while it sleeps"]
+    assert asleep == policy.components["base weights"]

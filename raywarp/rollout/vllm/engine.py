@@ -194,6 +194,12 @@ class VllmEngine:
         )
         return at_once
 
+    def sleep(self) -> None:
+        self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
     def close(self) -> None:
         """Stop the engine's processes and remove its files.
 

@@ -45,7 +45,10 @@ def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[st
         # Inside a placement group, vLLM would ask Ray for bundles of its own.
         found |= {"distributed_executor_backend": "mp"}
     if settings.gpu:
-        found |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        found |= {
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enable_sleep_mode": rollout.sleep,
+        }
     else:
         cache = int(rollout.kv_cache_gib * 2**30)
         found |= {
