@@ -1,6 +1,7 @@
-"""The turn at a GPU that an engine and a trainer share."""
+"""A process's own GPUs, and the turn at a GPU that an engine and a trainer share."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,19 @@ from typing import Any
 import ray
 
 from raywarp.storage.locks import locked
+
+# Where a user sets the first, Ray leaves the second, which says what GPUs a process sees, to it.
+LEFT_TO_US = {
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "CUDA_VISIBLE_DEVICES",
+    "RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES": "HIP_VISIBLE_DEVICES",
+}
+
+
+def see_own_gpus() -> None:
+    """Let this process see only the GPUs that Ray gave it, before anything uses a GPU."""
+    for left, visible in LEFT_TO_US.items():
+        if os.environ.get(left, "0").lower() in ("1", "true") and (gpus := ray.get_gpu_ids()):
+            os.environ[visible] = ",".join(map(str, gpus))
 
 
 def shared_cards() -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from raywarp.cluster.card import see_own_gpus
 from raywarp.cluster.health import WATCH, Process
 from raywarp.config.rewards import NamedRewardConfig, RewardConfig
 from raywarp.data.text import Prompt
@@ -246,4 +247,5 @@ class RewardActor:
 
         if self.threads:
             torch.set_num_threads(self.threads)
+        see_own_gpus()
         return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from raywarp.cluster import faults
-from raywarp.cluster.card import shared_cards, turn
+from raywarp.cluster.card import see_own_gpus, shared_cards, turn
 from raywarp.cluster.health import WATCH, Process, Work, stack_here
 from raywarp.cluster.turns import InTurns, Turns
 from raywarp.rollout.engine import Engine, EngineSettings
@@ -46,6 +46,7 @@ class RolloutWorker:
     """
 
     def __init__(self, settings: EngineSettings, number: int = 1):
+        see_own_gpus()
         self.settings, self.number = settings, number
         self.engine: Engine | None = None
         self.broken: faults.BrokenProcessError | None = None

@@ -15,7 +15,7 @@ import torch
 
 from raywarp.adapters.start import load_start
 from raywarp.algorithm.deltas import AdapterDelta
-from raywarp.cluster.card import shared_cards
+from raywarp.cluster.card import see_own_gpus, shared_cards
 from raywarp.cluster.faults import GPU_ERROR, kind_of
 from raywarp.cluster.health import START_SECONDS, WATCH, Process, Work, stack_here
 from raywarp.config.schema import Config
@@ -60,6 +60,7 @@ class PolicyActor(Measuring):
     """
 
     def __init__(self, config: Config, model: str, dtype: str, threads: int | None):
+        see_own_gpus()
         self.config, self.source, self.dtype, self.threads = config, model, dtype, threads
         self.stopping = threading.Event()
         self.thread = 0

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,26 @@ pytestmark = pytest.mark.slow
 
 # In a process of its own, since the Ray of the other tests has no GPU.
 RUNS = """
+import json
+import os
 import sys
 
 import ray
 
 from raywarp.cli.commands import main
+from raywarp.cluster.card import see_own_gpus
+
+
+@ray.remote(num_gpus=1, runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}})
+def seen():
+    before = os.environ["CUDA_VISIBLE_DEVICES"]
+    see_own_gpus()
+    return before, os.environ["CUDA_VISIBLE_DEVICES"]
+
 
 ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+with open("seen.json", "w") as file:
+    json.dump(ray.get(seen.remote()), file)
 codes = [main(["train", "config.yaml", "out=apart"]), main(["train", "config.yaml", "out=turns", "rollout.sleep=true"])]
 ray.shutdown()
 sys.exit(max(codes))
@@ -37,7 +51,8 @@ def project(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(folder, tiny_llama, "apart", cluster=shares, warp={"steps": 12})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-c", RUNS]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "5,7"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -69,3 +84,7 @@ def test_engine_and_trainer_work_in_turns(project: Path) -> None:
 
 def test_turns_change_no_bit(project: Path) -> None:
     assert digests(project / "turns") == digests(project / "apart")
+
+
+def test_a_process_sees_its_own_gpu_where_ray_leaves_that_to_it(project: Path) -> None:
+    assert json.loads((project / "seen.json").read_text()) == ["5,7", "5"]
