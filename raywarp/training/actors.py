@@ -34,6 +34,9 @@ VLLM_CPU_ENV = {
     # Otherwise the first generate compiles a log-prob gather with a C++ compiler (vLLM 0.32).
     "TORCHDYNAMO_DISABLE": "1",
 }
+# torch's allocator then joins free memory of batches of other lengths. vLLM's sleep mode has an
+# allocator of its own, so rollout workers keep the default.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 FEWEST_TOKENS = 8  # lowest max_model_len, so that the engines of shorter runs can be proven too
 
 
@@ -188,7 +191,7 @@ class Actors:
     def policies(self) -> list[ActorSlot]:
         need = self.plan.policy
         arguments = (self.config, self.model, self.plan.dtype, self.plan.threads)
-        environment = dict(self.environment)
+        environment = self.environment | ({} if _sets_allocator() or not need.gpus else ALLOCATOR)
         if environment.items() >= SPIN.items():
             environment |= SPIN_LONGER
 
@@ -280,6 +283,11 @@ class Actors:
         )
         self.made.append(actor)
         return actor
+
+
+def _sets_allocator() -> bool:
+    """Return whether the user has set torch's allocator, also by its older name."""
+    return any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
 
 
 def _python_path() -> str:
