@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raywarp.config.schema import ConfigError
-from raywarp.model.attention import KNOWN_OPTIONS, NAME
+from raywarp.model.attention import KNOWN_OPTIONS, NAME, SHARED_ROWS, blocks_train
 from raywarp.model.probe import LONGEST, close, contradictory, local_limits, source_of
 
 _REFUSED = (
@@ -80,13 +80,27 @@ def choose_attention(
 
 
 def may_use_short_rows(model: Any) -> bool:
-    """Return whether the short-row kernel may serve a model.
+    """Return whether the short-row kernel may serve a model, which must be on a CPU."""
+    return model.device.type in ("cpu", "meta") and _may_have_our_names(model)
 
-    The model must be on a CPU and take its attention from transformers' registry. A name of ours
-    must also be known not to change it. The probe measures this if it is longer than all of the
-    model's limits. Otherwise no code of the model may ask for the name.
+
+def attentions_for_shared_rows(model: Any) -> list[str]:
+    """Return the attentions to try where completions share a row; the last is the model's own."""
+    own: str = model.config._attn_implementation
+    if model.device.type != "cuda" or own != "sdpa" or not _may_have_our_names(model):
+        return [own]
+    blocks = blocks_train(model.config.get_text_config(), model.dtype, model.device)
+    return [SHARED_ROWS, own] if blocks else [own]
+
+
+def _may_have_our_names(model: Any) -> bool:
+    """Return whether a kernel of our own may serve a model.
+
+    The model must take its attention from transformers' registry. A name of ours must also be known
+    not to change it. The probe measures this if it is longer than all of the model's limits.
+    Otherwise no code of the model may ask for the name.
     """
-    if model.device.type not in ("cpu", "meta") or not model._supports_attention_backend:
+    if not model._supports_attention_backend:
         return False
     probed = all(limit <= LONGEST for limit in local_limits(model.config))
     return probed or not any(_BY_NAME.search(source_of(type(module))) for module in model.modules())

@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from raywarp.model.attention_choice import choose_attention
+from raywarp.model.attention import SHARED_ROWS, block_mask, dense_mask
+from raywarp.model.attention_choice import (
+    attentions_for_shared_rows,
+    choose_attention,
+    set_attention,
+)
 from raywarp.model.batches import Batch, MicroBatch, micro_batches
 from raywarp.model.head import LogitHead
 from raywarp.model.lengths import Lengths
@@ -41,10 +46,10 @@ def last_states(model: Any, part: MicroBatch, head: LogitHead, lengths: Lengths)
 
 def _pass(model: Any, part: MicroBatch, head: LogitHead) -> Tensor:
     arguments: dict[str, Any] = {}
-    if part.visible is not None:
-        hidden = torch.zeros(part.visible.shape, dtype=model.dtype, device=part.visible.device)
-        hidden.masked_fill_(~part.visible, torch.finfo(model.dtype).min)
-        arguments = {"attention_mask": hidden.unsqueeze(1), "position_ids": part.positions}
+    if part.segments is not None:
+        blocks = model.config._attn_implementation == SHARED_ROWS
+        mask = block_mask(part.segments) if blocks else dense_mask(part.segments, model.dtype)
+        arguments = {"attention_mask": mask, "position_ids": part.positions}
     if head.weight is None:
         states = model(input_ids=part.input_ids, use_cache=False, **arguments).logits
     else:
@@ -141,12 +146,17 @@ def pairs_per_token(model: Any, head: LogitHead, lengths: Lengths) -> float | No
     cost: float = weights / config.num_hidden_layers / (2 * config.hidden_size) * _ATTENTION_SPEED
     batch = probe(model)
     (apart,), (together,) = micro_batches(batch), micro_batches(batch, pairs_per_token=1e9)
-    try:
-        shared = last_states(model, together, head, lengths)
-    except Exception:  # the model's own code may not know this mask; any exception means no
-        return None
-    separate = last_states(model, apart, head, lengths)
-    return cost if close(_in_order(together, shared), _in_order(apart, separate)) else None
+    separate = _in_order(apart, last_states(model, apart, head, lengths))
+    for name in (names := attentions_for_shared_rows(model)):
+        set_attention(model, name)
+        try:
+            shared = last_states(model, together, head, lengths)
+        except Exception:  # the model's own code may not know this mask; any exception means no
+            continue
+        if close(_in_order(together, shared), separate):
+            return cost
+    set_attention(model, names[-1])
+    return None
 
 
 def _in_order(part: MicroBatch, states: Tensor) -> Tensor:

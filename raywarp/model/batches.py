@@ -70,8 +70,9 @@ class MicroBatch:
 
     Attributes:
         shape: (C, T).
-        visible: (R, L, L), which tokens each token attends to. None where each row is one sequence
-            and attention is plainly causal.
+        segments: (R, L): 0 in the prompt, k in its k-th completion, −1 on padding. A token attends
+            to those before it in its own segment and in the prompt. None where each row is one
+            sequence and attention is plainly causal.
         completions: (C,) indices into the batch.
         input_ids: (R, L).
         positions: (R, L).
@@ -82,7 +83,7 @@ class MicroBatch:
     """
 
     shape: tuple[int, int]
-    visible: Tensor | None
+    segments: Tensor | None
     completions: Tensor
     input_ids: Tensor
     positions: Tensor
@@ -185,7 +186,6 @@ def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> Micr
     completions = [n for row in rows for n in row.completions]
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.arange(width).repeat(len(rows), 1)
-    # 0 in the prompt, k in its k-th completion, −1 on padding.
     segments = torch.full((len(rows), width), -1)
     sources: list[int] = []
     for r, row in enumerate(rows):
@@ -199,10 +199,7 @@ def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> Micr
             segments[r, start:end] = k
             sources += [r * width + p for p in (first - 1, *range(start, end))]
             start = end
-    visible = None
-    if len(rows) < len(completions):
-        same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-        visible = (same & torch.ones(width, width, dtype=torch.bool).tril()).to(batch.mask.device)
+    shared = segments.to(batch.mask.device) if len(rows) < len(completions) else None
     chosen = torch.tensor(completions)
     places = batch.mask.cpu()[chosen].flatten().nonzero().squeeze(-1)
     tensors = (
@@ -214,4 +211,4 @@ def _lay_out(batch: Batch, lengths: Sequence[int], rows: Sequence[_Row]) -> Micr
         places,
     )
     on_device = [tensor.to(batch.mask.device) for tensor in tensors]
-    return MicroBatch((len(completions), longest), visible, *on_device)
+    return MicroBatch((len(completions), longest), shared, *on_device)

@@ -123,7 +123,7 @@ class Lengths:
             for each pass, which of the n response tokens it has, and the pass. Only its input_ids
             and sources are valid.
         """
-        assert part.visible is None, "sequences that share a row are taken for one"
+        assert part.segments is None, "sequences that share a row are taken for one"
         width = part.input_ids.shape[1]
         rows, columns = part.sources // width, part.sources % width
         lengths = [int(columns[rows == row].max()) + 2 for row in range(len(part.input_ids))]

@@ -212,6 +212,7 @@ def trainer_of(source: str, device: str, dtype: str, speed: float) -> dict[str, 
     head = PROMPTS * GROUP * new * shapes.vocabulary * shapes.hidden
     flops = 2 * tokens * (3 * (adapted + adapter) + adapter) + 6 * head  # as tests/bench/step.py
     found: dict[str, Any] = {
+        "attention": model._base.config._attn_implementation,
         "seconds of a step": step,
         "tokens/s, prompts and completions": tokens / step,
         "share of the product's speed": flops / step / speed,

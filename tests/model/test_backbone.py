@@ -17,6 +17,7 @@ from raywarp.config.policies import LoraConfig
 from raywarp.data.text import Completion
 from raywarp.model import attention
 from raywarp.model.adapted import AdaptedModel
+from raywarp.model.attention_choice import set_attention
 from raywarp.model.batches import Batch, collate, micro_batches
 
 VOCABULARY = 3 + len(WORDS)
@@ -229,6 +230,28 @@ def test_long_rows_are_torchs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(attention, "SHORT", 0)
     monkeypatch.setattr(attention, "_Attention", None)
     torch.testing.assert_close(model.logits(batch, []), short)
+
+
+@torch.no_grad()
+def test_blocks_hide_what_the_dense_mask_hides(tiny_llama: Path) -> None:
+    """FlexAttention's way for completions that share a row, which does not train on a CPU."""
+    model = AdaptedModel(str(tiny_llama), LoraConfig(rank=2), torch.float32, torch.device("cpu"))
+    (part,) = micro_batches(batch_of(7, 4, 9), pairs_per_token=1e9)
+    assert part.segments is not None
+    found = []
+    with torch.compiler.set_stance("force_eager"):
+        for name in (attention.NAME, attention.SHARED_ROWS):
+            set_attention(model._base, name)
+            found.append(model.states(part, []))
+        config = model._base.config
+        assert not attention.blocks_train(config, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    (apart,) = micro_batches(batch_of(7, 4, 9))
+    assert apart.segments is None
+    separate = model.states(apart, [])
+    torch.testing.assert_close(
+        model._head.logits(found[1]).sum(), model._head.logits(separate).sum(), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_states_of_another_precision_than_the_head_take_the_plain_way(tmp_path: Path) -> None:
