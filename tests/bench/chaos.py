@@ -6,9 +6,10 @@ The next one is killed when every policy has advanced.
 
 `raywarp train` runs as a user runs it, in a process of its own. The Ray cluster has three nodes and
 belongs to this script: a head, and two nodes with two CPUs each, all on this machine. There are two
-policies with an actor each, one rollout worker and one reward worker. The six kinds of fault:
+policies with an actor each, one rollout worker and one reward worker. The seven kinds of fault:
 
     policy actor, rollout worker, reward worker   SIGKILL of the process
+    engine                                        out of memory, raised in the engine's next pass
     node                                          SIGKILL of a node's raylet, which takes its actors
                                                   along; a new node joins
     driver                                        SIGKILL of `raywarp train`, which is then started
@@ -46,7 +47,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update(
-    {
+    {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    | {
         f"RAY_health_check_{name}": value
         for name, value in (
             ("period_ms", "500"),
@@ -57,6 +59,7 @@ os.environ.update(
 )
 
 import psutil
+import ray
 from killing import (
     Command,
     adapter_folders,
@@ -70,13 +73,28 @@ from killing import (
     survivors,
 )
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
 
 ITERATIONS, POLICIES, STEPS, PACE = 3, 2, 250, 1.0
 ACTORS = ("policy actor", "rollout worker", "reward worker")
-KINDS = (*ACTORS, "node", "driver", "job stop")
-WEIGHTS = (7, 6, 6, 5, 4, 4)  # a driver takes longest to come back
+KINDS = (*ACTORS, "engine", "node", "driver", "job stop")
+WEIGHTS = (7, 6, 6, 4, 5, 4, 4)  # a driver takes longest to come back
 STOP_SECONDS = 3.0
 MARK = "RAYWARP_CHAOS"
+
+
+def run_out_of_memory(worker: Any) -> None:
+    """Let a worker's engine raise in its next pass, as torch does where a GPU is full."""
+    import torch
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    llm = getattr(worker.engine, "llm", None)
+    if llm is None:
+        worker.engine._pass = fail
+    else:
+        llm.llm_engine.step = fail
 
 
 class Nodes:
@@ -87,6 +105,7 @@ class Nodes:
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
         )
         self.nodes = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
+        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def lose_one(self, chance: random.Random) -> str:
         """SIGKILL for a node; another takes its place."""
@@ -157,6 +176,8 @@ class Chaos:
             victim = chance.choice(process)
             kill(victim)
             return str(victim.pid)
+        if kind == "engine":
+            return self.command.wait_until(break_an_engine)
         if kind == "driver":
             self.command.stop()
         else:
@@ -168,6 +189,17 @@ class Chaos:
         self.exit_codes += [code] if kind == "job stop" else []
         self.command = self.start()
         return f"{victim_pid} ({code})"
+
+
+def break_an_engine() -> str:
+    """Break a rollout worker's engine. Return the worker's name, or nothing if there is none."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if "rollout" in actor["name"]:
+            with contextlib.suppress(RayError, ValueError):
+                worker = ray.get_actor(**actor)
+                ray.get(worker.__ray_call__.remote(run_out_of_memory), timeout=10)
+                return str(actor["name"]).removeprefix("raywarp-")
+    return ""
 
 
 def marked() -> list[psutil.Process]:
@@ -250,6 +282,7 @@ def main() -> None:
         for process in marked():  # a driver that is still there, if this script failed
             if "raywarp.cli" in " ".join(process.cmdline()):
                 kill(process)
+        ray.shutdown()
         nodes.cluster.shutdown()
     left = survivors([process.pid for process in marked()])
     found |= {
