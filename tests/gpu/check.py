@@ -12,13 +12,14 @@ Each part is a process of its own with a limit, so that a fault of one is no fau
   matrices, peak memory against the plan's. In float16 the loss scale, too.
 - exact: the trainer's log-probs, with and without an adapter, against transformers' eager code in
   float32 with the adapter added to its weights.
+- nf4: the same of a base in 4 bits, whose weights bitsandbytes dequantises; the cost of its steps.
 - sampler: vLLM runs the trainer's adapters, by effect (raywarp.rollout.proof), before and after
   swaps; seconds of a swap, tokens per second of one adapter and of four at once.
 - run: a whole tiny run with Ray, a policy and a rollout worker on the same card, in turns.
 
-trainer and exact need torch, transformers and raywarp; the others also need vLLM and Ray. A part
-whose package is missing is skipped. Prints a table and, as the last line, JSON. Exits with 1
-where a part fails.
+trainer and exact need torch, transformers and raywarp, nf4 also bitsandbytes; the others need vLLM
+and Ray. A part whose package is missing is skipped. Prints a table and, as the last line, JSON.
+Exits with 1 where a part fails.
 """
 
 import argparse
@@ -36,20 +37,16 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+from check_models import SHAPES, logprobs_of, round_by_bitsandbytes, save_model  # noqa: E402
+
 # Seconds of each part on a GPU, and the packages that it needs.
 PARTS = {
-    "trainer": (200, ()),
-    "exact": (60, ()),
-    "sampler": (140, ("ray", "vllm")),
+    "trainer": (180, ()),
+    "exact": (50, ()),
+    "nf4": (50, ("bitsandbytes",)),
+    "sampler": (120, ("ray", "vllm")),
     "run": (80, ("ray", "vllm")),
-}
-# hidden, layers, heads, key-value heads, inner, vocabulary, tied; as Qwen3-0.6B, Qwen2.5-1.5B and
-# Llama-3.1-8B
-SHAPES = {
-    "0.6B": (1024, 28, 16, 8, 3072, 151_936, True),
-    "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
-    "8B": (4096, 32, 32, 8, 14_336, 128_256, False),
-    "tiny": (64, 2, 2, 1, 96, 512, True),
 }
 # FLOP/s of dense products in 16 bits, by a part of the card's name (NVIDIA's data sheets).
 PEAKS = {
@@ -61,9 +58,8 @@ PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, STEPS = 8, 4, 128, 256, 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -122,33 +118,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
-def save_model(folder: Path, shape: str, device: str, layers: int | None = None) -> str:
-    """Save a random Llama of a shape in bfloat16, without a tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, depth, heads, kv_heads, inner, vocabulary, tied = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers or depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.02 if hidden > 64 else 0.2,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
-def loaded(source: str, device: str, dtype: str) -> Any:
+def loaded(source: str, device: str, dtype: str, quantize: str = "none") -> Any:
     """Return the trainer's model."""
     import torch
 
@@ -156,7 +126,9 @@ def loaded(source: str, device: str, dtype: str) -> Any:
     from raywarp.model.adapted import AdaptedModel
 
     lora = LoraConfig(rank=RANK, alpha=float(RANK), target_modules="all-linear")
-    return AdaptedModel(source, lora, getattr(torch, dtype), torch.device(device))
+    return AdaptedModel(
+        source, lora, getattr(torch, dtype), torch.device(device), quantize=quantize
+    )
 
 
 def part_trainer(device: str, dtype: str, shapes: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +145,9 @@ def part_trainer(device: str, dtype: str, shapes: Sequence[str]) -> dict[str, An
     return found
 
 
-def trainer_of(source: str, device: str, dtype: str, speed: float) -> dict[str, Any]:
+def trainer_of(
+    source: str, device: str, dtype: str, speed: float, quantize: str = "none"
+) -> dict[str, Any]:
     """Return what optimiser steps of one policy cost."""
     import torch
     from transformers import AutoConfig
@@ -186,8 +160,9 @@ def trainer_of(source: str, device: str, dtype: str, speed: float) -> dict[str, 
     from raywarp.planning.model_shapes import model_shapes
 
     prompt, new = (PROMPT_TOKENS, NEW_TOKENS) if device == "cuda" else (8, 8)
-    config = load_config({"model": source, "warp": {"policies": 1}, "optim": {"batch_size": 32}})
-    model = loaded(source, device, dtype)
+    tree = {"model": source, "warp": {"policies": 1}, "optim": {"batch_size": 32}}
+    config = load_config({**tree, "base": {"quantize": quantize}})
+    model = loaded(source, device, dtype, quantize)
     policy = Policy(model, config, 1, 1)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, model.vocabulary, (PROMPTS, prompt), generator=generator).tolist()
@@ -245,7 +220,7 @@ def product_speed(device: str, dtype: str) -> float:
     return 2 * size**3 / statistics.median(seconds[1:])
 
 
-def part_exact(device: str, narrow: str) -> dict[str, Any]:
+def part_exact(device: str, narrow: str, quantize: str = "none") -> dict[str, Any]:
     """Compare the trainer with another implementation, transformers' eager code."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -259,12 +234,14 @@ def part_exact(device: str, narrow: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source = save_model(Path(folder), shape, device, layers=4)
         for dtype, most in (("float32", 2e-3), (narrow, None)):
-            model = loaded(source, device, dtype)
+            model = loaded(source, device, dtype, quantize)
             probe = make_probe([], model.vocabulary, 200, 1024, 0)
             ours = reference(model, probe, 0, 4096)
             eager = AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.float32, attn_implementation="eager"
             ).to(device)
+            if quantize == "nf4":
+                round_by_bitsandbytes(eager)
             before = logprobs_of(eager, probe)
             for name, factors in ours.policy.factors.items():
                 change = dense(factors).to(device, torch.float32)
@@ -283,24 +260,20 @@ def part_exact(device: str, narrow: str) -> dict[str, Any]:
     return found
 
 
-def logprobs_of(model: Any, probe: Any) -> list[float]:
-    """Return a plain model's log-probs of a probe's scored tokens."""
-    import torch
-
-    rows = []
-    with torch.no_grad():
-        for row in probe.sequences:
-            ids = torch.tensor([row], device=model.device)
-            logits = model(ids).logits[0, :-1].float().log_softmax(-1)
-            rows.append(logits.gather(-1, ids[0, 1:, None])[:, 0].tolist())
-    found: list[float] = probe.scored(rows)
-    return found
+def part_nf4(device: str, dtype: str) -> dict[str, Any]:
+    """Compare a base in 4 bits with its dequantised weights, and train on it."""
+    found = part_exact(device, dtype, "nf4")
+    shape = "0.6B" if device == "cuda" else "tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        source = save_model(Path(folder), shape, device)
+        return found | trainer_of(source, device, dtype, product_speed(device, dtype), "nf4")
 
 
 def part_sampler(device: str, dtype: str) -> dict[str, Any]:
     """Prove vLLM by effect, swap, and generate."""
     from tiny_models import save_tokenizer
 
+    from raywarp.algorithm.deltas import scale
     from raywarp.config.load import load_config
     from raywarp.rollout.effect import Sampler
     from raywarp.rollout.effect_probe import make_probe, reference, synthetic
@@ -336,7 +309,7 @@ def part_sampler(device: str, dtype: str) -> dict[str, Any]:
             if not proof.found.is_judged:
                 raise SystemExit(f"the slope {when} is not precise: {proof.found.described()}")
             adapters = [
-                Adapter(policy=AdapterPart.put(synthetic(model, seed).map(_small)))
+                Adapter(policy=AdapterPart.put(scale(synthetic(model, seed), 0.01)))
                 for seed in range(4)
             ]
             rows, new = (64, rollout.max_new_tokens) if gpu else (8, 8)
@@ -360,13 +333,6 @@ def part_sampler(device: str, dtype: str) -> dict[str, Any]:
         }
         worker.shutdown()
     return found
-
-
-def _small(_: str, factors: Any) -> Any:
-    """Return a change of a hundredth of the weights."""
-    from raywarp.algorithm.factors import Factors
-
-    return Factors(factors.B * 0.01, factors.A)
 
 
 def part_run(device: str, dtype: str) -> dict[str, Any]:

@@ -22,11 +22,13 @@ def twin(*options: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_twin_on_the_cpu_passes() -> None:
     told = twin()
-    parts = ("trainer", "exact", "sampler", "run")
+    parts = ("trainer", "exact", "nf4", "sampler", "run")
     assert told["ok"] == dict.fromkeys(parts, True)
     figures = told["figures"]
     assert figures["exact"]["float32: slope"] == pytest.approx(1, abs=1e-3)
     assert figures["exact"]["bfloat16: slope"] == pytest.approx(1, abs=0.1)
+    assert figures["nf4"]["float32: slope"] == pytest.approx(1, abs=1e-3)
+    assert figures["nf4"]["float32: gap, nats per token"] < 1e-4
     assert figures["sampler"]["slope after the swaps"] == pytest.approx(1, abs=0.1)
     assert figures["run"]["steps"] == 24
 
