@@ -103,7 +103,7 @@ def drive(folder: Path) -> None:
     from raywarp.config.load import parse_config
     from raywarp.planning import inputs
     from raywarp.run.display import Display
-    from raywarp.warp import stages
+    from raywarp.warp import iterations
 
     peaks, done = [0, 0], threading.Event()
 
@@ -123,7 +123,7 @@ def drive(folder: Path) -> None:
     before, start = memory()[0], time.monotonic()
     prepared = inputs.prepare(config, say)
     seconds, read = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in stages(config, prepared, display):
+    for _ in iterations(config, prepared, display):
         pass
     done.set()
     count = len(prepared.prompts.train) + len(prepared.prompts.held_out)

@@ -17,12 +17,12 @@ from pathlib import Path
 from raywarp.cluster.runtime import start_ray
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config
-from raywarp.data.text import PromptSplits
+from raywarp.data.prompt_set.table import PromptSplits
+from raywarp.front_stage import TEXTS
 from raywarp.planning.inputs import prepare_prompts
 from raywarp.run.policy_files import Job
 from raywarp.storage.location import Storage
 from raywarp.training.session import Session
-from raywarp.warp import TEXTS
 
 
 def settings(steps: int, overrides: list[str]) -> Config:
@@ -41,7 +41,7 @@ def settings(steps: int, overrides: list[str]) -> Config:
 def seconds(session: Session, job: Job, prompts: PromptSplits, tracked: bool) -> float:
     """The time of one policy's fine-tuning, in seconds per step."""
     front, steps = session.config.front, 0
-    held_out = prompts.tracked(front.tracked_prompts) if tracked else []
+    held_out = {1: prompts.tracked(front.tracked_prompts)} if tracked else None
     start = time.perf_counter()
     for event in session.fine_tune([job], session.zero, prompts.train, held_out):
         steps += event["event"] == "step"
