@@ -205,7 +205,8 @@ def sampler_cell(family: Any, folder: Path, engine: str, mode: str, dtype: str) 
     refuse_unsupported(str(folder), config, rollout, longest)
     model = trainer(folder, family, getattr(torch, dtype))
     random_policy(model, "other", seed=7)
-    first, second = (Adapter(policy=Part(name, model.delta(name))) for name in ("policy", "other"))
+    parts: list[Any] = [Part(name, model.delta(name)) for name in ("policy", "other")]
+    first, second = (Adapter(policy=part) for part in parts)
     sampler = start_engine(EngineSettings(str(folder), dtype, longest, 2, rollout, gpu=False))
     # For some families vLLM 0.32 changes transformers' own class, which the trainer has here; in a
     # run they are in different processes.

@@ -85,7 +85,8 @@ def peft_linear(x: AdapterDelta, y: AdapterDelta) -> dict[str, torch.Tensor]:
         adapter_name="x",
     )
     model.add_adapter("y", LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(SIZES)))
-    layers = {name: model.base_model.model[name] for name in SIZES}
+    own: Any = model.base_model.model
+    layers = {name: own[name] for name in SIZES}
     for name, layer in layers.items():
         for label, delta in (("x", x), ("y", y)):
             layer.lora_A[label].weight.data, layer.lora_B[label].weight.data = (

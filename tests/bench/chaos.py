@@ -32,6 +32,7 @@ The last line is JSON.
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -105,7 +106,7 @@ class Nodes:
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
         )
         self.nodes = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
-        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=self.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 
     def lose_one(self, chance: random.Random) -> str:
         """SIGKILL for a node; another takes its place."""

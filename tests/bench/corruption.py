@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -94,7 +95,7 @@ def main() -> None:
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
         outcomes: list[tuple[str, str, str, str, str]] = []
         for name, make in {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[2]
 # Process → its modules; of names that mean the same in different versions, the first that is there.
-PROCESSES = {
+PROCESSES: dict[str, list[tuple[str, ...]]] = {
     "raywarp --help": [("raywarp.cli.commands", "raywarp.cli")],
     "driver": [
         ("raywarp.warp",),

@@ -50,7 +50,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.proj_out, self.fc = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleDict({"proj_out": nn.Linear(SIZE, SIZE)}) for _ in range(2)
         )
 
@@ -61,13 +61,18 @@ class Net(nn.Module):
 def effect(model: PeftModel) -> torch.Tensor:
     """Return what every layer makes of the identity and of zero."""
     inputs = torch.cat([torch.eye(SIZE), torch.zeros(1, SIZE)])
-    net = model.base_model.model.eval()
+    net: Any = model.base_model.model
+    net.eval()
     with torch.no_grad():
         return torch.stack([net.get_submodule(name)(inputs) for name in LAYERS]).double()
 
 
 def make(folder: Path, seed: int, config: dict[str, Any]) -> torch.Tensor:
-    settings = {"r": RANK, "target_modules": ["proj_out", "fc"], "init_lora_weights": False}
+    settings: dict[str, Any] = {
+        "r": RANK,
+        "target_modules": ["proj_out", "fc"],
+        "init_lora_weights": False,
+    }
     model = get_peft_model(Net(), LoraConfig(**settings | config))
     torch.manual_seed(seed)
     for name, weight in model.named_parameters():

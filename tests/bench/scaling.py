@@ -330,7 +330,8 @@ def _batching(turns: int, dtype: str) -> dict[str, Any]:
     def ask(asked: Sequence[Request]) -> list[Any]:
         return [rollout.completions for rollout in worker.generate(asked).found]
 
-    apart, seconds, answers = [[request] for request in requests], {w: [] for w in ways}, {}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    apart, answers = [[request] for request in requests], {}
     with ThreadPoolExecutor(4) as threads:
         for turn in range(turns + 1):  # the first one warms up
             for name, way in ways.items():

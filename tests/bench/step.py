@@ -249,7 +249,8 @@ class Side:
         steps: int | None = None,
         save: str | None = None,
     ):
-        self.name, self.block, self.rows = name, shared["block"], []
+        self.name, self.block = name, shared["block"]
+        self.rows: list[Any] = []
         self.folder = tempfile.TemporaryDirectory(
             prefix="raywarp-bench-", ignore_cleanup_errors=True
         )

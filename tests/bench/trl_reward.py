@@ -155,7 +155,7 @@ def scores_of_trl(trainer: RewardTrainer) -> list[float]:
         return trainer.model(**batch).logits[:, 0].tolist()
 
 
-def report(name: str, wanted: list[list[float]], found: list[list[float]], **more: Any) -> float:
+def report(name: str, wanted: list[Any], found: list[Any], **more: Any) -> float:
     worst = max(
         abs(a - b)
         for one, other in zip(wanted, found, strict=True)

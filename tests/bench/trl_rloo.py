@@ -122,7 +122,7 @@ class Steps(TrainerCallback):
                 if phase:
                     steps.seconds[phase] += time.perf_counter() - self.start
 
-        module.profiling_context = profiling.profiling_context = Timed  # type: ignore[assignment,misc]
+        module.profiling_context = profiling.profiling_context = Timed
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.free_running:

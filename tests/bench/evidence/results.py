@@ -153,11 +153,11 @@ class Results:
             )
         points = {}
         for n, name in enumerate(about["points"]):
-            row = {
+            row: dict[str, Any] = {
                 column: columns[column][n] / (SCALE if column in SCORES else 1)
                 for column in PER_PROMPT
             }
-            scalars = {column: float(columns[column][n]) for column in SCALARS}
+            scalars: dict[str, Any] = {column: float(columns[column][n]) for column in SCALARS}
             points[name] = Measured(**row, **scalars)
         ceiling = columns["ceiling"] / SCALE if "ceiling" in columns else None
         return Seed(points, about["facts"], ceiling, about["sampler"])
