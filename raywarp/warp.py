@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from raywarp.adapters.peft_config import held_base
 from raywarp.algorithm.averaging import liti, slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, trailing, zeros_like
 from raywarp.algorithm.truncation import compress
@@ -173,11 +174,11 @@ class Driver:
             folder = None if self.session.is_started else self.run.find_policy(key)
         except sealed.DamagedError:
             folder = None
-        zero = (
-            replace(zeros_like(self.run.load_policy(folder)), peft={})
-            if folder
-            else self.session.zero
-        )
+        if folder:
+            stored = self.run.load_policy(folder)
+            zero = replace(zeros_like(stored), peft=held_base(stored.peft))
+        else:
+            zero = self.session.zero
         # Sorted, so that both sources give the modules in the same order.
         return replace(zero, factors=dict(sorted(zero.factors.items())))
 

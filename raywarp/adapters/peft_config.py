@@ -75,6 +75,11 @@ _TEXTS = ("base_model_name_or_path", "revision", "task_type", BASE_QUANTIZE)
 _FLAGS = ("use_rslora", "fan_in_fan_out")
 
 
+def held_base(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of an adapter's settings that says how its base is held."""
+    return {name: settings[name] for name in (BASE_QUANTIZE,) if name in settings}
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 

@@ -12,6 +12,7 @@ from tiny_run import tiny_config
 from transformers import AutoModelForCausalLM
 
 from raywarp.baking.bake import bake
+from raywarp.config.schema import Config
 from raywarp.run.folder import Run
 from raywarp.warp import train
 
@@ -20,15 +21,19 @@ TOKENS = torch.tensor([[1, 5, 9, 4, 12, 7]])
 
 @pytest.fixture(scope="module")
 def finished(ray_cluster: Any, project: Path, tiny_llama: Path) -> Run:
-    config = tiny_config(
+    return train(settings(project, tiny_llama))
+
+
+def settings(project: Path, model: Path, **changes: Any) -> Config:
+    return tiny_config(
         project,
-        tiny_llama,
+        model,
         project / "four-bits",
         base={"quantize": "nf4"},
         warp={"iterations": 1, "policies": 1, "steps": 3},
         rollout={"engine": "vllm"},
+        **changes,
     )
-    return train(config)
 
 
 def logprobs(model: Any) -> torch.Tensor:
@@ -60,3 +65,14 @@ def test_its_adapter_says_which_base_it_needs(
     found = logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "baked"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(logprobs(AutoModelForCausalLM.from_pretrained(tiny_llama)), found)
+
+
+def test_its_adapters_still_say_so_after_the_same_command(
+    finished: Run, project: Path, tiny_llama: Path
+) -> None:
+    """Another point of the finished run is chosen, so its adapter is written anew."""
+    again = train(settings(project, tiny_llama, front={"choose": {"eta": 0.5}}))
+    assert again.folder == finished.folder
+    for folder in ("adapter", "iterations/1/init", "iterations/1/merged"):
+        config = json.loads((again.folder / folder / "adapter_config.json").read_text())
+        assert config["base_quantize"] == "nf4", folder
