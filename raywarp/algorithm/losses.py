@@ -22,20 +22,6 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 
-def entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Return the entropy in nats of the sampling distribution at each position.
-
-    Args:
-        logits: (N, T, V).
-        temperature: of the sampling distribution.
-
-    Returns:
-        (N, T) float32.
-    """
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 def full_vocabulary_kl(logits: Tensor, reference_logits: Tensor, temperature: float) -> Tensor:
     """Return KL(π(·|prefix) ‖ π_ref(·|prefix)) in nats at each position, over the whole vocabulary.
 

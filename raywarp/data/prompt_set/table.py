@@ -174,9 +174,6 @@ class Prompts(Sequence[Prompt]):
             found |= dict(zip(some, self._read(self.order[some]), strict=True))
         return found
 
-    def reordered(self, order: Numbers) -> "Prompts":
-        return Prompts(self.parts, order)
-
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
