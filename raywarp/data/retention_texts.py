@@ -1,4 +1,4 @@
-"""The texts that show what a policy keeps, in the policy's tokens; see run/front.py."""
+"""The texts that show what a policy keeps, in the policy's tokens; see run/points.py."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -31,6 +31,7 @@ _FREE_KEYS = {
         "rollout.workers",
         "rollout.kv_cache_gib",
         "rollout.gpu_memory_utilization",
+        "rollout.sleep",
         "reward.batch_size",
         "reward.timeout_seconds",
         "reward.concurrency",

@@ -18,7 +18,7 @@ POLICY = ("run", "iteration", "policy")
 GAUGES = {
     "raywarp_step": ("step", "last finished optimiser step, counted from 0"),
     "raywarp_reward": ("reward", "mean reward of the step's completions"),
-    "raywarp_kl_anchor_nats": ("kl_anchor", "KL to the EMA anchor, nats per completion"),
+    "raywarp_kl_anchor_nats": ("kl_anchor", "KL to the anchor (warp.anchor), nats per completion"),
     "raywarp_kl_sft_nats": (
         "kl_sft",
         "KL to the SFT model, nats per completion, where it was measured",

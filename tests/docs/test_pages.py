@@ -19,6 +19,7 @@ from raywarp.cli.words import arranged
 from raywarp.config.load import known_keys, parse_config
 from raywarp.config.reference import anchor
 from raywarp.config.schema import Config
+from raywarp.run.config_file import _FREE_KEYS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -200,3 +201,9 @@ def test_the_afternoons_path_is_short() -> None:
     files = re.findall(r"^\d\. `(raywarp/[\w/]+\.py)`", text, re.MULTILINE)
     assert len(files) == 8
     assert sum(len((ROOT / name).read_text().splitlines()) for name in files) < 2000
+
+
+def test_keys_that_may_differ_in_one_folder() -> None:
+    text = (ROOT / "docs" / "what-to-do-when.md").read_text()
+    (sentence,) = re.findall(r"Only `out`.*?may differ,.*?\.\n", text, re.DOTALL)
+    assert sorted(re.findall(r"`([\w.]+)`", sentence)) == sorted(_FREE_KEYS)
