@@ -40,6 +40,10 @@ def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[st
         "load_format": "safetensors",  # never a pickle
         # A model's own top_p or repetition penalty would change what log-probs mean.
         "generation_config": "vllm",
+        # By itself vLLM 0.32 takes Mistral's own configuration and tokenizer where a repository has
+        # both, and the trainer has transformers' ones.
+        "config_format": "hf",
+        "tokenizer_mode": "hf",
     }
     if rollout.tensor_parallel_size > 1:
         # Inside a placement group, vLLM would ask Ray for bundles of its own.
