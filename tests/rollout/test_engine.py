@@ -182,3 +182,16 @@ def test_a_model_that_vllm_refuses_in_float16_is_told_what_would_do() -> None:
     told = str(vllm_models.refusal(error, settings, "unmerged"))
     assert "dtype=float16 (ValueError: The model type 'gemma2' does not support float16.)" in told
     assert told.endswith("set dtype=bfloat16, dtype=float32 or rollout.engine=transformers")
+
+
+@pytest.mark.parametrize(
+    ("mode", "gpu", "advised"),
+    [("unmerged", False, False), ("merged", False, True), ("lora", True, False)],
+)
+def test_another_adapter_mode_is_advised_where_it_is_another(
+    mode: str, gpu: bool, advised: bool
+) -> None:
+    rollout = parse_config({"rollout": {"adapter": mode}, "dtype": "float32"}).rollout
+    settings = EngineSettings("some/model", "float32", 64, 8, rollout, gpu=gpu)
+    told = str(vllm_models.refusal(KeyError("lm_head"), settings, mode))
+    assert ("rollout.adapter=auto" in told) == advised

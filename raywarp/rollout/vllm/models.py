@@ -11,7 +11,7 @@ from raywarp.algorithm.factors import Factors
 from raywarp.config.schema import ConfigError
 from raywarp.data.models import read_model_config
 from raywarp.rollout.base_weights import BaseWeightsError, Read, weight_names
-from raywarp.rollout.engine import EngineSettings, lora_slots, slot_count
+from raywarp.rollout.engine import EngineSettings, adapter_mode, lora_slots, slot_count
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 CPU_TOKENS = 4096  # prompt tokens in one pass
@@ -113,7 +113,7 @@ def check_lora(settings: EngineSettings) -> None:
         exact = (
             "dtype=float32 with rollout.adapter=merged, or rollout.engine=transformers"
             if settings.gpu
-            else "rollout.adapter=unmerged"
+            else "rollout.adapter=unmerged, or rollout.engine=transformers"
         )
         raise ConfigError(
             f"model={settings.model}: vLLM's {model_class.__name__} takes no LoRA adapters; set"
@@ -138,12 +138,13 @@ def refusal(error: Exception, settings: EngineSettings, mode: str) -> ConfigErro
             f" rollout.max_new_tokens={settings.rollout.max_new_tokens} or prompts.max_tokens"
             f" (vLLM: {text.splitlines()[0]})"
         )
+    automatic = adapter_mode(settings.rollout.model_copy(update={"adapter": "auto"}), settings.gpu)
+    other = "" if mode == automatic else ", or rollout.adapter=auto"
     narrow = "dtype=bfloat16, dtype=float32 or " if settings.dtype == "float16" else ""
     return ConfigError(
         f"model={settings.model}: vLLM does not run it here with rollout.adapter={mode} and"
         f" dtype={settings.dtype} ({type(error).__name__}: {' '.join(text.split())[:200]}); set"
-        f" {narrow}rollout.engine=transformers"
-        + (", or rollout.adapter=auto" if settings.rollout.adapter != "auto" else "")
+        f" {narrow}rollout.engine=transformers{other}"
     )
 
 
