@@ -51,12 +51,13 @@ class UnmergedLoader:
         new = {versions: a for versions, a in wanted.items() if versions not in self._slots}
         if not new:
             return
+        # Before anything changes, since a part whose owner died cannot be fetched.
+        deltas = {versions: [part.fetch() for part in a.parts] for versions, a in new.items()}
         kept = {v: slot for v, slot in self._slots.items() if v in wanted}
         known = {version: self._parts[version] for versions in kept for version in versions}
         self._slots, old = {}, self._parts  # nothing counts as loaded until all is in place
         free = (slot for slot in itertools.count() if slot not in kept.values())
         slots = dict(zip(new, free, strict=False))
-        deltas = {versions: [part.fetch() for part in a.parts] for versions, a in new.items()}
         taken = self._take(
             {slots[versions]: add(*parts) for versions, parts in deltas.items()},
             set(kept.values()),
