@@ -15,6 +15,9 @@ from raywarp.rollout.engine import EngineSettings, adapter_mode, lora_slots, slo
 
 CPU_SEQUENCES = 128  # completions that run at once; more would not make two cores faster
 CPU_TOKENS = 4096  # prompt tokens in one pass
+# Adapters that vLLM may hold in the host's memory: no limit. Above a limit, vLLM 0.32 drops those
+# that a call needs, and looks for them in files. LoraLoader removes what no call uses.
+HELD_LORAS = 2**20
 
 
 def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[str, Any]:
@@ -68,11 +71,10 @@ def arguments(settings: EngineSettings, mode: str, files: str | Path) -> dict[st
         }
     if mode == "lora":
         rank = lora_slots(settings.lora_rank)
-        slots = slot_count(rank, rollout.concurrency)
         found |= {
             "enable_lora": True,
-            "max_loras": slots,
-            "max_cpu_loras": 4 * slots,
+            "max_loras": slot_count(rank, rollout.concurrency),
+            "max_cpu_loras": HELD_LORAS,
             "max_lora_rank": rank,
         }
     if mode == "unmerged":
@@ -209,8 +211,9 @@ def _known_to_lora(worker: Any, names: Sequence[tuple[str, str]]) -> dict[str, s
 
 
 def hold_lora(worker: Any, request: Any, factors: Mapping[str, Factors]) -> bool:
-    """Give vLLM 0.32's LoRA an adapter from memory, which it would read from files. Runs in its
-    process.
+    """Give vLLM 0.32's LoRA an adapter from memory, which it would read from files.
+
+    Runs in its process. vLLM holds the adapter in the host's memory.
 
     Args:
         request: the LoRARequest; its path is not read.
@@ -240,7 +243,7 @@ def hold_lora(worker: Any, request: Any, factors: Mapping[str, Factors]) -> bool
             request.lora_int_id,
             tensors,
             helper,
-            device=str(manager.device),
+            device="cpu",  # as vLLM does; it copies to the GPU those that a pass needs
             dtype=manager.lora_config.lora_dtype,
             model_vocab_size=manager.vocab_size,
             weights_mapper=mapper.get_rename_mapper() if mapper else None,
