@@ -184,14 +184,16 @@ class PolicyActor(Measuring):
                 if ready is None:
                     continue
                 progress = waiting.pop(ready)
+                if progress.probed not in (None, ready):
+                    # Waited for here, where others have their turn: the engine may need the GPU.
+                    waiting[progress.probed] = progress
+                    continue
                 if progress.measurement:
                     yield {"event": "measured", **self._measure(progress, progress.measurement)}
                 if progress.ended:
                     yield progress.event("ended", message=progress.ended)
                 elif progress.steps_left:
-                    scores = fetch(ready)
-                    if progress.probed is not None:
-                        ray.wait([progress.probed])  # the engine needs its turn for it
+                    scores = fetch(progress.scores)
                     with self._turn():
                         row = self._step(progress, scores, time.perf_counter() - idle)
                     yield {"event": "step", **row}
@@ -260,7 +262,7 @@ class PolicyActor(Measuring):
         A due measurement is asked for first. The result is None once the policy is finished.
         """
         start, step = time.perf_counter(), progress.policy.step
-        progress.measurement = None
+        progress.measurement = progress.probed = None
         config, m = progress.policy.config, progress.job.index
         own = reward.weighted(config.rewards_by_key)
         due = held_out.prompts.get(m) and is_due(config, step, progress.trajectory)
@@ -275,9 +277,9 @@ class PolicyActor(Measuring):
             )
         if not progress.steps_left:
             return progress.measurement and progress.measurement.scores[-1]
-        scores = self._request(progress, prompts[m], pool, own)
+        progress.scores = self._request(progress, prompts[m], pool, own)
         progress.request_seconds, progress.requested = time.perf_counter() - start, time.time()
-        return scores
+        return progress.scores
 
     def _measure(self, progress: Progress, measurement: Measurement) -> dict[str, Any]:
         """Return the row of a measurement, after adding it to the policy's trajectory."""
@@ -310,7 +312,6 @@ class PolicyActor(Measuring):
         ]
         request = Request([p.token_ids for p in progress.prompts], seeds, progress.adapter)
         (progress.rollouts,) = submit(pool, [request], config.rollout.chunk_size)
-        progress.probed = None
         if self.proof and step and step % PROOF_STEPS == 0:
             progress.probed = pool.logprobs.remote(
                 requests(self.proof.probe, [SFT, progress.adapter])
@@ -363,9 +364,7 @@ class PolicyActor(Measuring):
         from raywarp.model.adapted import INIT
         from raywarp.rollout.effect_probe import score
 
-        self.working_since = None  # the pool may do other work before this
         answers = ray.get(progress.probed)
-        self.working_since = time.monotonic()
         most, adapters = self.config.optim.max_tokens_per_microbatch, [INIT, progress.policy.name]
         ours = score(self.model, self.proof.probe, adapters, most)
         return self.proof.judge(

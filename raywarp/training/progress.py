@@ -32,6 +32,7 @@ class Progress:
         prompts: prompts of the present step, one per completion.
         adapter: version of the policy that samples the step's completions.
         rollouts: refs of the workers' rollouts for the step.
+        scores: ref of their scores.
         request_seconds: time spent on asking for them, with the adapter's way to the object store.
         requested: when they were asked for, in Unix seconds.
         probed: ref of the sampler's log-probs of the probe, without and with the policy's adapter.
@@ -52,6 +53,7 @@ class Progress:
     prompts: list[Prompt] = field(default_factory=list)
     adapter: Adapter = SFT
     rollouts: list[Any] = field(default_factory=list)
+    scores: Any = None
     request_seconds: float = 0.0
     requested: float = 0.0
     probed: Any = None
