@@ -15,11 +15,16 @@ OUT_OF_MEMORY, GPU_ERROR, KILLED, NODE_LOST, HANG, EXCEPTION = (
     "exception",
 )
 LONGEST_PAUSE = 30.0  # seconds between two attempts
-_MEMORY_TEXTS = ("can't allocate memory", "CUDA out of memory", "low on memory", "memory pressure")
-# Of torch 2.13. After such an error, every later call to the GPU fails in this process.
+_MEMORY_TEXTS = (
+    *("can't allocate memory", "CUDA out of memory", "HIP out of memory"),
+    *("low on memory", "memory pressure"),
+)
+# Of torch 2.13 and Triton. After such an error, every later call to the GPU fails in this
+# process.
 _GPU_TEXTS = (
-    *("CUDA error", "CUDA driver error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error"),
-    "HIP error",
+    *("CUDA error", "CUDA driver error", "CUDA unknown error", "HIP error"),
+    *("CUBLAS_STATUS_", "CUDNN_STATUS_", "CUSOLVER_STATUS_", "CUSPARSE_STATUS_"),
+    *("NCCL error", "NCCL Error", "Triton Error [CUDA]", "Triton Error [HIP]"),
 )
 _NODE_TEXTS = ("its node has died", "node was terminated", "node died", "node is dead")
 
