@@ -97,11 +97,19 @@ def is_survivable(error: BaseException) -> bool:
     It may after a death, a lack of memory or an error of the GPU, but not after an exception of our
     code or the user's.
     """
+    return _is_death(cause_of(error)) or breaks_process(error)
+
+
+def breaks_process(error: BaseException) -> bool:
+    """Return whether a living process raised this error, and has to end before the work goes on."""
     cause = cause_of(error)
     if isinstance(cause, BrokenProcessError):
         return True
-    died = isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
-    return died or kind_of(error) in (OUT_OF_MEMORY, GPU_ERROR)
+    return not _is_death(cause) and kind_of(error) in (OUT_OF_MEMORY, GPU_ERROR)
+
+
+def _is_death(cause: BaseException) -> bool:
+    return isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
 
 
 def is_restarting(error: BaseException) -> bool:

@@ -48,6 +48,7 @@ class RolloutWorker:
     def __init__(self, settings: EngineSettings, number: int = 1):
         see_own_gpus()
         self.settings, self.number = settings, number
+        self.title = f"the engine of rollout worker {number}"
         self.engine: Engine | None = None
         self.broken: faults.BrokenProcessError | None = None
         self.beginning: Beginning | None = None
@@ -120,8 +121,7 @@ class RolloutWorker:
             if faults.is_own(error) or isinstance(error, RayError):
                 raise
             if self.broken is None:
-                what = f"the engine of rollout worker {self.number}"
-                self.broken = faults.BrokenProcessError.after(what, error)
+                self.broken = faults.BrokenProcessError.after(self.title, error)
                 with contextlib.suppress(Exception):
                     engine.close()
             raise self.broken from error
@@ -191,13 +191,23 @@ class RolloutWorker:
             self.held.remove(adapters)
 
     def _engine(self) -> Engine:
-        """Return the engine. Start it where it is not running, also after this process died."""
-        if self.broken:
-            raise self.broken
+        """Return the engine. Start it where it is not running, also after this process died.
+
+        Raises:
+            BrokenProcessError: the engine, or its start, has made this process useless.
+        """
         with self.starting:
+            if self.broken:
+                raise self.broken
             if self.engine is None:
-                with self.loading:
-                    self.engine = self.turns.run(self._start_engine)
+                try:
+                    with self.loading:
+                        self.engine = self.turns.run(self._start_engine)
+                except Exception as error:
+                    if not faults.breaks_process(error):
+                        raise
+                    self.broken = faults.BrokenProcessError.after(self.title, error)
+                    raise self.broken from error
             return self.engine
 
     def _start_engine(self) -> Engine:

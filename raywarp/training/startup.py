@@ -13,7 +13,7 @@ from raywarp.cluster import faults, placement_groups
 from raywarp.cluster.faults import Failures, FaultError
 from raywarp.cluster.placement_groups import Bundle
 from raywarp.cluster.resources import Plan
-from raywarp.cluster.supervisor import ActorSlot
+from raywarp.cluster.supervisor import ActorSlot, restart
 from raywarp.config.schema import Config
 from raywarp.rollout.effect import Sampler
 from raywarp.rollout.proof import Proof, prove
@@ -48,7 +48,8 @@ class Startup:
     ) -> list[Any]:
         """Return what the actors answered. Ask again those that died.
 
-        Ray restarts a dead actor once its bundle has a node.
+        Ray restarts a dead actor once its bundle has a node. An actor whose process is broken is
+        restarted, too.
 
         Args:
             what: name of such an actor in errors.
@@ -133,6 +134,8 @@ class Startup:
                     raise FaultError(
                         f"{what} died again and again while it started ({cause})"
                     ) from None
+                if faults.breaks_process(error):
+                    restart(actor)
             time.sleep(failures.pause() or 0.5)
             ref = ask(actor)
 
