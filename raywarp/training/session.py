@@ -265,6 +265,8 @@ class Session:
         for slot in self.present():
             try:
                 slot.process = self.get(slot.actor.pulse.remote())
+                if faults.kind_of(error) == faults.GPU_ERROR:
+                    raise error  # this process answers, but may be the one that lost its GPU
             except RayError as death:
                 self.report(
                     "fault", what=slot.name, cause=slot.cause(death), message=faults.explain(death)
