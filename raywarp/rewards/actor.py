@@ -1,6 +1,7 @@
 """The Ray actor that scores completions. It is wrapped by ray.remote where it is placed."""
 
 import functools
+import logging
 import math
 import os
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 
 import ray
 
+from raywarp.cluster import faults
 from raywarp.cluster.card import see_own_gpus
 from raywarp.cluster.health import WATCH, Process
 from raywarp.config.rewards import NamedRewardConfig, RewardConfig
 from raywarp.data.text import Prompt
 from raywarp.rewards.process import FunctionProcesses, Source
-from raywarp.rewards.reward import Batch, Raw, Reward, standardised, too_slow
+from raywarp.rewards.reward import Batch, Raw, Reward, RewardError, standardised, too_slow
 from raywarp.rewards.score import load_reward
 from raywarp.rewards.time_limit import TimeLimit, TimeLimitError
 from raywarp.rewards.totals import total
@@ -182,12 +184,24 @@ class RewardActor:
                 self.done += 1
 
     def _score_by_model(self, batch: Batch, statistics: tuple[float, float] | None) -> list[Raw]:
-        if statistics:
-            self.reward.mean, self.reward.std = statistics
         try:
+            if statistics:
+                self.reward.mean, self.reward.std = statistics
             return self.limit.call(lambda: self.reward.standardised(self.reward.raw(batch)))
         except TimeLimitError as error:
             raise too_slow(self.config.model, error, len(batch.completions)) from None
+        except Exception as error:
+            # A RewardError has the model's own error as its context.
+            cause = error.__context__ if isinstance(error, RewardError) else error
+            if cause is not None and faults.kind_of(cause) == faults.GPU_ERROR:
+                self._end(cause)
+            raise
+
+    def _end(self, error: BaseException) -> None:
+        """End this process, which can use its GPU no more. Ray restarts it and repeats the call."""
+        what = f"reward {self.config.model}: {type(error).__name__}: {error}"
+        logging.getLogger(__name__).error(f"{what}; its process ends, and a new one scores again")
+        os._exit(1)
 
     def seconds_of_work(self) -> float:
         """Return the seconds that this process has spent on scores so far."""
