@@ -10,7 +10,7 @@ from raywarp.data.moment import keep_moment
 from raywarp.data.prompts import prompts_fingerprint
 from raywarp.planning.inputs import Inputs, prepare
 from raywarp.planning.plan import local_paths
-from raywarp.planning.preflight import preflight
+from raywarp.planning.preflight import check_sampler, preflight
 from raywarp.run.ceiling import FOLDER, Ceiling, find_ceiling, save_ceiling
 from raywarp.run.display import Display
 from raywarp.run.folder import Run
@@ -57,6 +57,7 @@ def _measure(config: Config, inputs: Inputs, run: Run, display: Display) -> Ceil
 
     def check() -> None:
         display.place()
+        check_sampler(inputs.config)
         preflight(inputs.config, None, local_paths(inputs.config, inputs.model))
 
     with Session(

@@ -76,9 +76,12 @@ def reward(
 def _train_and_standardise(
     config: Config, display: Display, standardise: bool, inputs: StageInputs
 ) -> RewardSummary:
-    if inputs.training or (standardise and not is_standardised(config.out)):
+    samples = standardise and not is_standardised(config.out)
+    if inputs.training or samples:
         runtime.start_ray()
         display.place()
+        if samples:
+            preflight.check_sampler(config)
         preflight.preflight(config, None, [])
     if inputs.training:
         display.progress(

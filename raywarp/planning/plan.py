@@ -129,8 +129,7 @@ def check_cluster(config: Config, inputs: "Inputs") -> None:
     Raises:
         ConfigError: see preflight.preflight.
     """
-    placed, _ = resources.plan_or_wish(config)
-    check_mode(config, placed.rollout.gpus > 0, placed.dtype)
+    placed = preflight.check_sampler(config)
     found = forecast_of_shapes(config, inputs.model, inputs.shapes, placed, inputs.longest_prompt)
     preflight.preflight(config, found, local_paths(config, inputs.model))
 

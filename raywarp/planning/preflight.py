@@ -10,10 +10,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywarp.cluster import node_report
+from raywarp.cluster import node_report, resources
 from raywarp.cluster.node_report import NodeReport
 from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.memory import checkpoint_bytes, in_units
+from raywarp.rollout.engine import check_mode
 from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
 from raywarp.storage.locks import made, writable
@@ -44,6 +45,20 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
     if forecast is not None:
         for warning in forecast.cautions(reports):
             logging.getLogger(__name__).warning(warning)
+
+
+def check_sampler(config: Config) -> resources.Plan:
+    """Check that rollout workers are exact where the cluster places them. Ray must be running.
+
+    Returns:
+        the plan of the run, or its wish where it does not fit now.
+
+    Raises:
+        ConfigError: see check_mode.
+    """
+    placed, _ = resources.plan_or_wish(config)
+    check_mode(config, placed.rollout.gpus > 0, placed.dtype)
+    return placed
 
 
 def node_reports(config: Config, paths: Sequence[str] = ()) -> list[NodeReport]:
