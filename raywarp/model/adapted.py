@@ -5,8 +5,9 @@ EMA of it. Every forward pass names the adapters that take part, so no pass can 
 that an earlier one left active.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from raywarp.model.head import chunked_kl, chunked_logprobs
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.probe import check_range
-from raywarp.model.quantised import NF4, check_device, hold_in_4_bits
+from raywarp.model.quantised import NF4, Codes, check_device, hold_in_4_bits, stored_codes
 from raywarp.model.targets import Targets, find_targets
 
 INIT = "init"
@@ -76,17 +77,19 @@ class AdaptedModel:
     ):
         if quantize == NF4:
             check_device(device)
-        base = load_model(
+        load = partial(
+            load_model,
             AutoModelForCausalLM,
             source,
             f"model={source}",
-            dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+        codes = stored_codes(load, dtype) if quantize == NF4 else {}
+        base = load(dtype=dtype)
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self.quantize = quantize
-        self.targets, self._layers = replace_targets(base, lora, quantize)
+        self.targets, self._layers = replace_targets(base, lora, quantize, codes)
         self._base = base.to(device).eval()
         self._trained, self.start = set(self._layers), start
         if start:
@@ -275,7 +278,7 @@ class AdaptedModel:
 
 
 def replace_targets(
-    base: Any, lora: LoraConfig, quantize: str = "none"
+    base: Any, lora: LoraConfig, quantize: str = "none", codes: Mapping[str, Codes] | None = None
 ) -> tuple[Targets, dict[str, AdaptedLinear]]:
     """Replace each module that `lora.target_modules` means by an AdaptedLinear.
 
@@ -283,6 +286,7 @@ def replace_targets(
         base: a causal language model of transformers.
         lora: rank and target modules.
         quantize: nf4 also replaces the linear layers by such in 4 bits.
+        codes: those of the 4 bits; see quantised.stored_codes.
 
     Returns:
         the resolved targets, and module → its new layer.
@@ -292,7 +296,7 @@ def replace_targets(
     """
     targets = find_targets(base, lora)
     if quantize == NF4:
-        hold_in_4_bits(base)
+        hold_in_4_bits(base, codes)
     layers = {name: AdaptedLinear(base.get_submodule(name)) for name in targets.modules}
     for name, layer in layers.items():
         base.set_submodule(name, layer)

@@ -10,7 +10,7 @@ d_out and d_in are a layer's sizes.
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from raywarp.config.schema import ConfigError
 from raywarp.model.targets import quantisable
 
 NF4 = "nf4"
+Codes = tuple[Tensor, Tensor]  # see quantise
 BLOCK = 64  # numbers that share a scale
 _NO_BITSANDBYTES = (
     "base.quantize=nf4 needs bitsandbytes, which is not installed: pip install 'raywarp[nf4]'"
@@ -35,7 +36,7 @@ def require_bitsandbytes() -> None:
         raise ConfigError(_NO_BITSANDBYTES)
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor) -> Codes:
     """Return a weight's codes and scales, calculated on the CPU.
 
     Args:
@@ -73,19 +74,45 @@ def rounded(weight: Tensor, transposed: bool = False) -> Tensor:
     return found.T.contiguous() if transposed else found
 
 
+def stored_codes(load: Callable[..., Any], dtype: torch.dtype) -> dict[str, Codes]:
+    """Return the codes of a model's quantisable layers, if its weights in `dtype` give other ones.
+
+    They do in float16, which rounds a stored number before bfloat16 does. The model is then loaded
+    for its codes alone; else there are none.
+
+    Args:
+        load: gives the model on the CPU, in its argument `dtype`.
+        dtype: of the run.
+    """
+    if dtype != torch.float16:
+        return {}
+    model = load(dtype=torch.bfloat16)
+    return {name: quantise(_plain(model.get_submodule(name))) for name in quantisable(model)}
+
+
 @torch.no_grad()
-def round_layers(model: Any) -> None:
-    """Replace the weights of a model's quantisable layers by W', in the model's dtype."""
+def round_layers(model: Any, codes: Mapping[str, Codes] | None = None) -> None:
+    """Replace the weights of a model's quantisable layers by W', in the model's dtype.
+
+    Args:
+        codes: see stored_codes.
+    """
     for name in quantisable(model):
         layer = model.get_submodule(name)
-        weight = layer.weight
-        weight.data = rounded(weight, isinstance(layer, Conv1D)).to(weight.device, weight.dtype)
+        held = QuantisedLinear(layer, (codes or {}).get(name))
+        weight = held.weight.T.contiguous() if held.fan_in_fan_out else held.weight
+        layer.weight.data = weight.to(layer.weight.device)
 
 
-def hold_in_4_bits(model: Any) -> None:
-    """Replace a model's quantisable layers by QuantisedLinear."""
+def hold_in_4_bits(model: Any, codes: Mapping[str, Codes] | None = None) -> None:
+    """Replace a model's quantisable layers by QuantisedLinear.
+
+    Args:
+        codes: see stored_codes.
+    """
     for name in quantisable(model):
-        model.set_submodule(name, QuantisedLinear(model.get_submodule(name)))
+        held = QuantisedLinear(model.get_submodule(name), (codes or {}).get(name))
+        model.set_submodule(name, held)
 
 
 def check_device(device: torch.device) -> None:
@@ -108,6 +135,7 @@ class QuantisedLinear(Module):
 
     Args:
         layer: the replaced layer.
+        codes: of its weight, by default those of the weight that it has; see quantise.
 
     Attributes:
         shape: (d_out, d_in).
@@ -118,14 +146,13 @@ class QuantisedLinear(Module):
     scales: Tensor
     like: Tensor
 
-    def __init__(self, layer: Linear | Conv1D):
+    def __init__(self, layer: Linear | Conv1D, codes: Codes | None = None):
         super().__init__()
         self.fan_in_fan_out = isinstance(layer, Conv1D)
-        weight = layer.weight.T if self.fan_in_fan_out else layer.weight
+        weight = _plain(layer)
         self.shape = (weight.shape[0], weight.shape[1])
-        codes, scales = quantise(weight)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        for name, tensor in zip(("codes", "scales"), codes or quantise(weight), strict=True):
+            self.register_buffer(name, tensor)
         self.bias = layer.bias
         # Without numbers. Who casts a model's tensors for a pass casts this one, too.
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype))
@@ -159,6 +186,11 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] @ ctx.layer.weight, None
+
+
+def _plain(layer: Linear | Conv1D) -> Tensor:
+    """Return a layer's (d_out, d_in) weight."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def _functional() -> Any:

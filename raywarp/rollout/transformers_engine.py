@@ -10,6 +10,7 @@ the batch. N completions, P longest prompt, T longest completion, V vocabulary.
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from raywarp.model.backbone import choose_and_set_attention, find_head, keep_lay
 from raywarp.model.lengths import Lengths
 from raywarp.model.linear import AdaptedLinear
 from raywarp.model.probe import close, probe
-from raywarp.model.quantised import NF4, round_layers
+from raywarp.model.quantised import NF4, round_layers, stored_codes
 from raywarp.rollout.base_weights import BaseWeights
 from raywarp.rollout.engine import EngineSettings, Loader, adapter_mode
 from raywarp.rollout.loaders import MergedLoader, UnmergedLoader
@@ -49,24 +50,21 @@ class TransformersEngine:
         self.device = torch.device("cuda" if settings.gpu and torch.cuda.is_available() else "cpu")
         remote = settings.trust_remote_code
         what = f"model={settings.model}"
-        model = load_model(
-            AutoModelForCausalLM,
-            settings.model,
-            what,
-            dtype=settings.dtype,
-            trust_remote_code=remote,
+        load = partial(
+            load_model, AutoModelForCausalLM, settings.model, what, trust_remote_code=remote
         )
+        dtype = getattr(torch, settings.dtype)
+        codes = stored_codes(load, dtype) if settings.quantize == NF4 else {}
+        model = load(dtype=dtype)
         if settings.quantize == NF4:
-            round_layers(model)  # in 4 bits, every token would dequantise all weights again
+            round_layers(model, codes)  # in 4 bits, every token would dequantise all weights again
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=remote)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.layers: dict[str, AdaptedLinear] = {}
         self.loader: Loader = UnmergedLoader(self._take)
         if self.adapter_mode == "merged":
-            self.loader = MergedLoader(
-                BaseWeights(self.parameters.items, getattr(torch, settings.dtype)), self._install
-            )
+            self.loader = MergedLoader(BaseWeights(self.parameters.items, dtype), self._install)
         declared = _end_tokens(
             self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id
         )

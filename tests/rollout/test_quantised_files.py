@@ -41,6 +41,34 @@ def test_the_files_hold_the_trainers_weights(kind: str, request: pytest.FixtureR
         assert any(word in name for word in ("embed", "wte", "wpe", "norm", "ln_", "head", "bias"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
+def test_in_every_dtype_all_run_what_the_files_hold(
+    kind: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    """The stored weights are float32. By way of float16, some become another bfloat16."""
+    base: Path = request.getfixturevalue(kind)
+    tensors = load_file(base / "model.safetensors")
+    quantised = quantised_tensors(str(base), False)
+    held = {
+        name.removesuffix(".weight"): as_held(quantised, name, tensors[name]) for name in quantised
+    }
+    rollout = parse_config({"rollout": {"engine": "transformers"}}).rollout
+    trainer = AdaptedModel(
+        str(base), LoraConfig(rank=2), getattr(torch, dtype), CPU, quantize="nf4"
+    )
+    engine = TransformersEngine(
+        EngineSettings(str(base), dtype, 64, 2, rollout, gpu=False, quantize="nf4")
+    )
+    for name in quantisable(engine.model):
+        (stored,) = (own for own in held if name.endswith(own))
+        sampled = engine.model.get_submodule(name).weight
+        assert sampled.dtype == getattr(torch, dtype)
+        assert torch.equal(sampled, held[stored].to(sampled.dtype)), name
+        trained = trainer._base.get_submodule(name).weight
+        assert torch.equal(trained, sampled.T if quantised[f"{stored}.weight"] else sampled), name
+
+
 @pytest.mark.parametrize("adapter", ["unmerged", "merged"])
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
 def test_the_transformers_engine_runs_the_trainers_policy(
