@@ -16,7 +16,7 @@ from raywarp.adapters.weight_files import stored_tensors
 from raywarp.config.schema import ConfigError
 from raywarp.data import embedded
 from raywarp.data.models import check_weights, first_line, read_model_config, short_name
-from raywarp.data.quantised_models import quantisation
+from raywarp.data.quantised_models import folder_quantisation
 
 # Everything that a model's folder may hold besides weights.
 _FILES = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.safetensors")
@@ -108,9 +108,9 @@ def open_base(
         )
     files = _FILES if weights else ("*.json", "*.py")
     folder, what = _folder(name, adapter.config.get("revision"), files), f"base={name}"
+    _refuse_quantised(folder, what)
     config = read_model_config(str(folder), trust_remote_code, what)
     settings = json.loads((folder / "config.json").read_text())
-    _refuse_quantised(settings, what)
     tensors: dict[str, TensorFile] = {}
     if weights:
         check_weights(str(folder), what)
@@ -146,8 +146,8 @@ def _folder(name: str, revision: str | None, files: Sequence[str]) -> Path:
         ) from None
 
 
-def _refuse_quantised(settings: Mapping[str, Any], what: str) -> None:
-    if (method := quantisation(settings)) is not None:
+def _refuse_quantised(folder: Path, what: str) -> None:
+    if (method := folder_quantisation(folder)) is not None:
         raise ConfigError(
             f"{what} is quantised ({method}): ΔW cannot be added to its stored numbers; name the"
             " model that it was made from with --base"

@@ -13,6 +13,7 @@ import torch
 
 from raywarp.adapters.weight_files import check_experts, stored_tensors
 from raywarp.config.schema import ConfigError
+from raywarp.data.rows import HUB_ID
 
 ADAPTER = "adapter_config.json"
 _CAUSAL = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
@@ -158,6 +159,20 @@ def check_tensors(
         )
         if len(stored) == 2 and not torch.equal(*(tensors[key].tensor(key) for key in stored)):
             raise ConfigError(_untied(what, " and ".join(stored)))
+
+
+def local_folder(model: str) -> Path | None:
+    """Return the folder on this machine that has a model's config.json; None without one.
+
+    Args:
+        model: folder or hub id, whose files may be in the hub's cache.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if (Path(model).expanduser() / "config.json").is_file():
+        return Path(model).expanduser()
+    cached = try_to_load_from_cache(model, "config.json") if HUB_ID.fullmatch(model) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def short_name(name: str) -> str:

@@ -21,6 +21,7 @@ from raywarp.algorithm.factors import Factors
 from raywarp.config.policies import LoraConfig
 from raywarp.config.schema import Config
 from raywarp.data.models import load_model
+from raywarp.data.quantised_models import refuse_quantised_model
 from raywarp.data.text import Completion
 from raywarp.identity import derive_seed
 from raywarp.model.backbone import (
@@ -86,6 +87,7 @@ class AdaptedModel:
         )
         codes = stored_codes(load, dtype) if quantize == NF4 else {}
         base = load(dtype=dtype)
+        refuse_quantised_model(source, f"model={source}")  # a hub id's files are known only now
         base.requires_grad_(False)
         self.device, self.dtype, self.lora, self.source = device, dtype, lora, source
         self.quantize = quantize

@@ -17,6 +17,7 @@ from raywarp.data.models import check_causal, check_tensors, read_model_config, 
 from raywarp.data.moment import stored_moment
 from raywarp.data.prompt_set.table import PromptSplits
 from raywarp.data.prompts import load_prompts, prompts_fingerprint, resolve_model
+from raywarp.data.quantised_models import refuse_quantised_model
 from raywarp.data.retention_texts import Tokens, load_texts, retention_dataset
 from raywarp.data.text import Prompt
 from raywarp.model.supported import refuse_unsupported
@@ -236,6 +237,7 @@ def prepare_prompts(
             rollout.max_new_tokens fills the model's whole context.
     """
     model, what = resolve_model(config.model), f"model={config.model}"
+    refuse_quantised_model(model, what)
     settings = read_model_config(model, config.trust_remote_code, what)
     check_causal(model, settings, config.trust_remote_code, what)
     check_base(config, model, settings)

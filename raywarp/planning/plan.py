@@ -14,9 +14,8 @@ from raywarp.cluster.device import run_dtype
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import SearchSpace, search_space
 from raywarp.data import embedded
-from raywarp.data.models import read_model_config
-from raywarp.data.quantised_models import refuse_quantised
-from raywarp.data.rows import HUB_ID
+from raywarp.data.models import local_folder, read_model_config
+from raywarp.data.quantised_models import refuse_quantised_model
 from raywarp.planning import memory, preflight
 from raywarp.planning.ceiling_time import ceiling_lines
 from raywarp.planning.forecast import (
@@ -171,7 +170,7 @@ def shapes_only(config: Config, weights: bool = False) -> Origin | None:
         return None
     prompt = config.prompts.max_tokens or 2 * (config.prompts.max_words or 0) or UNKNOWN_PROMPT
     notes = [f"prompts are taken to have at most {prompt} tokens"]
-    folder = _folder_of_config(model)
+    folder = local_folder(model)
     if folder is None:
         known = known_config(model)
         notes.append(
@@ -184,19 +183,9 @@ def shapes_only(config: Config, weights: bool = False) -> Origin | None:
         return None
     if not whole:
         notes.append(f"the weights of {what} are not here")
+    refuse_quantised_model(str(folder), what)
     settings = read_model_config(str(folder), config.trust_remote_code, what)
-    refuse_quantised(settings.to_dict(), what)
     return Origin(model, settings, prompt, notes)
-
-
-def _folder_of_config(model: str) -> Path | None:
-    """Return the folder on this machine that has the model's config.json; None without one."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if (Path(model).expanduser() / "config.json").is_file():
-        return Path(model).expanduser()
-    cached = try_to_load_from_cache(model, "config.json") if HUB_ID.fullmatch(model) else None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def local_paths(config: Config, model: str) -> list[str]:
