@@ -1,9 +1,12 @@
 """Resources of a run: its actors with their GPUs and CPUs, fitted to the cluster at the start."""
 
 import contextlib
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import ray
 
@@ -67,7 +70,30 @@ class Plan:
     @property
     def shares_gpus(self) -> bool:
         """Whether a rollout worker and a policy actor may be on the same GPU."""
-        return 0 < self.policy.gpus < 1 and 0 < self.rollout.gpus < 1
+        return any(policies and engines for policies, engines, _ in self.together)
+
+    @cached_property
+    def together(self) -> list[tuple[int, ...]]:
+        """How many policy actors, rollout workers and reward workers may be on one GPU together.
+
+        Their shares sum to at most 1, and no further actor has room there.
+        """
+        shares = [min(need.gpus, 1.0) for need in self.needs]
+
+        def fits(counts: tuple[int, ...]) -> bool:
+            asked = sum(n * share for n, share in zip(counts, shares, strict=True))
+            return asked <= 1 + _EPSILON
+
+        most = [
+            min(need.count, int(1 / share + _EPSILON)) if share else 0
+            for need, share in zip(self.needs, shares, strict=True)
+        ]
+        found = list(filter(fits, itertools.product(*(range(n + 1) for n in most))))
+        return [
+            counts
+            for counts in found
+            if not any(other != counts and all(map(operator.ge, other, counts)) for other in found)
+        ]
 
     @property
     def needs(self) -> list[Need]:

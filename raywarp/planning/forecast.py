@@ -105,7 +105,7 @@ class Forecast:
         ]
         asked = sum(p.bytes * p.need.count for p in self.processes if not p.on_gpu)
         there = sum(report.memory for report in reports)
-        if not warnings and self.plan.shares_gpus and self.config.rollout.sleep:
+        if not warnings:
             warnings += self._crowded_gpu(reports)
         if not warnings and 0 < there < asked:
             warnings.append(
@@ -116,28 +116,45 @@ class Forecast:
         return warnings
 
     def _crowded_gpu(self, reports: Sequence[NodeReport]) -> list[str]:
-        """Return a message if a GPU is too small for the processes that have it in turns.
+        """Return a message if a GPU is too small for the processes that may be on it together.
 
-        While an engine works, the policies hold what they do not need for a step. While a policy
-        works, the engines sleep.
+        Engines that sleep have it in turns with the policies: while an engine works, the policies
+        hold what they do not need for a step.
         """
-        policy, rollout = (
-            next(p for p in self.processes if p.on_gpu and p.need == need)
-            for need in (self.plan.policy, self.plan.rollout)
-        )
         size = max((size for report in reports for size in report.gpu_memory), default=0)
-        cards = math.ceil(sum(need.total("GPU") for need in self.plan.needs))
-        policies, engines = (-(-p.need.count // cards) for p in (policy, rollout))
-        sampling = policy.resting * policies + int(rollout.share * size) * engines
-        training = policy.bytes + policy.resting * (policies - 1) + memory.ASLEEP * engines
-        if not 0 < size < max(sampling, training):
+        policy, rollout, reward = (
+            next((p for p in self.processes if p.on_gpu and p.need == need), None)
+            for need in self.plan.needs
+        )
+        each = int(rollout.share * size) if rollout else 0
+        largest, told = size if size else math.inf, ""
+        for counts in self.plan.together:
+            policies, engines, rewards = counts
+            scoring = reward.bytes * rewards if reward else 0
+            resting = policy.resting if policy else 0
+            working = policy.bytes if policy else 0
+            need = working * policies + each * engines + scoring
+            text = f"{self._counted(counts)} on one GPU may need {in_units(need)}, it"
+            if self.config.rollout.sleep and policies and engines:
+                sampling = resting * policies + each * engines + scoring
+                training = working + resting * (policies - 1) + memory.ASLEEP * engines + scoring
+                need = max(sampling, training)
+                text = (
+                    "on a GPU that is shared in turns, sampling may need"
+                    f" {in_units(sampling)} and training {in_units(training)}, it"
+                )
+            if need > largest and sum(counts) > 1:
+                engine = "rollout.gpu_memory_utilization or " if engines else ""
+                largest, told = need, f"{text} has {in_units(size)}: lower {engine}"
+        if not told:
             return []
         smaller = "" if self.config.base.quantize == "nf4" else ", or set base.quantize=nf4"
-        return [
-            f"on a GPU that is shared in turns, sampling may need {in_units(sampling)} and training"
-            f" {in_units(training)}, it has {in_units(size)}: lower"
-            f" rollout.gpu_memory_utilization or optim.max_tokens_per_microbatch{smaller}"
-        ]
+        return [f"{told}optim.max_tokens_per_microbatch{smaller}"]
+
+    def _counted(self, counts: Sequence[int]) -> str:
+        """Return numbers of actors as text: 1 x policy and 2 x rollout worker."""
+        pairs = zip(counts, self.plan.needs, strict=True)
+        return " and ".join(f"{n} x {need.key.replace('_', ' ')}" for n, need in pairs if n)
 
     def cautions(self, reports: Sequence[NodeReport]) -> list[str]:
         """Return warnings that do not stop a run: memory may be short, or GPUs would be idle."""
@@ -256,14 +273,15 @@ def forecast_of_shapes(
 def _policy_share(config: Config, placed: resources.Plan) -> float:
     """Return the share of a GPU that a policy actor may take.
 
-    Beside a rollout worker that does not sleep it has what rollout.gpu_memory_utilization leaves,
-    with the other policy actors that have room there.
+    The policy actors that may be on one GPU have equal parts of what the rollout workers beside
+    them leave by rollout.gpu_memory_utilization. Where these sleep, all have it in turns.
     """
-    policy, rollout = placed.policy.gpus, placed.rollout.gpus
-    if config.rollout.sleep or not placed.shares_gpus:
-        return 1.0
-    actors = max(1, min(placed.policy.count, int((1 - rollout) / policy + 1e-9)))
-    return (1 - config.rollout.gpu_memory_utilization) / actors
+    shares = [1.0]
+    for policies, engines, _ in placed.together:
+        if policies and not (engines and config.rollout.sleep):
+            left = 1 - config.rollout.gpu_memory_utilization * engines
+            shares.append(max(left, 0.0) / policies)
+    return min(shares)
 
 
 def _rows(config: Config, length: int) -> int:
