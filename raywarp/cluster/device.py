@@ -1,5 +1,6 @@
 """What the machine supports: bfloat16, and the environment in which its CPU trains fastest."""
 
+import re
 from collections.abc import Collection
 
 import torch
@@ -45,11 +46,20 @@ def supports_bf16(device: torch.device) -> bool:
     return False
 
 
-# Ray's accelerator types whose GPUs do not compute in bfloat16: compute capability below 8.0.
-NO_BFLOAT16 = ("T4", "V100", "P100", "P4", "K80")
+# GPUs of compute capability below 8.0 by Ray's accelerator types, and by NVIDIA's names with
+# hyphens. RTX-4000 to RTX-6000 are missing: Ray calls cards so that have bfloat16, and cards that
+# have not.
+NO_BFLOAT16 = re.compile(
+    r"((NVIDIA|Tesla|GeForce)-)?"
+    r"(T4G?|V100S?|G[VP]100|P4|P6|P40|M4|M6|M10|M40|M60|K8|K10|K20|K40|K80|[KMPT]\d{3,4}M?"
+    r"|Quadro|TITAN|GTX|RTX-20[678]0|RTX-8000)(-.*)?",
+    re.IGNORECASE,
+)
 
 
-def run_dtype(dtype: str, gpus: bool, accelerators: Collection[str] = ()) -> str:
+def run_dtype(
+    dtype: str, gpus: bool, accelerators: Collection[str] = (), sampling_gpus: bool = False
+) -> str:
     """Return dtype, with auto resolved.
 
     auto means bfloat16 on GPUs and CPUs that compute in it, else float32.
@@ -58,15 +68,18 @@ def run_dtype(dtype: str, gpus: bool, accelerators: Collection[str] = ()) -> str
         dtype: auto, float32, bfloat16 or float16.
         gpus: whether the run's policies are trained on GPUs.
         accelerators: Ray's types of the cluster's GPUs; this machine's own are looked at, too.
+        sampling_gpus: whether its rollout workers have GPUs.
 
     Raises:
         ConfigError: bfloat16 is asked for, and a GPU does not compute in it.
     """
-    old = [name for name in accelerators if name.partition("-")[0] in NO_BFLOAT16]
     cuda = torch.device("cuda")
-    if not old and gpus and torch.cuda.is_available() and not supports_bf16(cuda):
+    old = [name for name in accelerators if NO_BFLOAT16.fullmatch(name)]
+    if not (gpus or sampling_gpus):
+        old = []
+    elif not old and torch.cuda.is_available() and not supports_bf16(cuda):
         old = [torch.cuda.get_device_name(cuda)]
-    if gpus and old and dtype == "bfloat16":
+    if old and dtype == "bfloat16":
         raise ConfigError(
             f"dtype=bfloat16: the cluster has a GPU, {old[0]}, that does not compute in it; set"
             " dtype=float16 or dtype=float32, or use GPUs of compute capability 8.0 or above (A10,"
@@ -74,5 +87,5 @@ def run_dtype(dtype: str, gpus: bool, accelerators: Collection[str] = ()) -> str
         )
     if dtype != "auto":
         return dtype
-    has = not old if gpus else supports_bf16(torch.device("cpu"))
+    has = not old and (gpus or supports_bf16(torch.device("cpu")))
     return "bfloat16" if has else "float32"

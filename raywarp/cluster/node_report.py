@@ -25,6 +25,7 @@ class NodeReport:
         versions: of Python and of those PACKAGES that are installed.
         memory: bytes of the machine or container.
         gpu_memory: bytes of each GPU.
+        capabilities: compute capability of each NVIDIA GPU, such as 8.0.
         missing: paths that do not exist on the node.
         unwritable: why the run's folder cannot be written, or "".
     """
@@ -33,6 +34,7 @@ class NodeReport:
     versions: dict[str, str]
     memory: int
     gpu_memory: tuple[int, ...] = ()
+    capabilities: tuple[float, ...] = ()
     missing: tuple[str, ...] = field(default=())
     unwritable: str = ""
 
@@ -50,7 +52,8 @@ def check_node(address: str, folder: str | None, nonce: str, paths: Sequence[str
         address=address,
         versions=versions(),
         memory=memory_bytes(),
-        gpu_memory=_gpu_memory(),
+        gpu_memory=tuple(int(mib) << 20 for mib in _of_gpus("memory.total")),
+        capabilities=tuple(_of_gpus("compute_cap")),
         missing=tuple(path for path in paths if not os.path.exists(path)),
         unwritable=_write_problem(Path(folder), nonce) if folder else "",
     )
@@ -78,15 +81,18 @@ def memory_bytes() -> int:
     return min(limits)
 
 
-def _gpu_memory() -> tuple[int, ...]:
+def _of_gpus(field: str) -> list[float]:
+    """Return a field of nvidia-smi for each GPU of which it tells a number."""
     if shutil.which("nvidia-smi") is None:
-        return ()
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return []
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-        return tuple(int(line) << 20 for line in answer.splitlines() if line.strip().isdigit())
     except (OSError, subprocess.TimeoutExpired):
-        return ()
+        return []
+    return [
+        float(line) for line in answer.splitlines() if line.strip().replace(".", "", 1).isdigit()
+    ]
 
 
 def _write_problem(folder: Path, nonce: str) -> str:

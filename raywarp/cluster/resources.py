@@ -234,7 +234,7 @@ def wish(config: Config, nodes: Nodes, actors: int | None = None) -> Plan:
             len(config.scorers),
         ),
         None,
-        run_dtype(config.dtype, per_policy > 0, nodes.accelerators),
+        run_dtype(config.dtype, per_policy > 0, nodes.accelerators, per_rollout > 0),
     )
 
 

@@ -66,6 +66,7 @@ def plan(config: Config, offline: bool = False, cluster: str | None = None) -> F
     problems += [
         *preflight.access_problems(reports, config),
         *preflight.version_problems(reports),
+        *preflight.dtype_problems(reports, placed),
         *result.impossible(reports),
     ]
     if result.shapes:

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywarp.cluster import node_report, resources
 from raywarp.cluster.node_report import NodeReport
+from raywarp.cluster.resources import Plan
 from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.memory import checkpoint_bytes, in_units
 from raywarp.rollout.engine import check_mode
@@ -33,13 +34,14 @@ def preflight(config: Config, forecast: Any, paths: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a node cannot see or write the run's folder, or has other versions; the disk
-            lacks room; or the weights need more memory than any node has.
+            lacks room; a GPU does not compute in the run's dtype; or the weights need more memory
+            than any node has.
     """
     reports = node_reports(config, paths)
     problems = [*access_problems(reports, config), *version_problems(reports)]
     if forecast is not None:
         problems += disk_problems(config, checkpoint_bytes(forecast.shapes, config))
-        problems += forecast.impossible(reports)
+        problems += [*dtype_problems(reports, forecast.plan), *forecast.impossible(reports)]
     if problems:
         raise ConfigError("\n".join(problems))
     if forecast is not None:
@@ -173,6 +175,18 @@ def version_problems(reports: Sequence[NodeReport]) -> list[str]:
                 " everywhere"
             )
     return problems
+
+
+def dtype_problems(reports: Sequence[NodeReport], plan: Plan) -> list[str]:
+    """Return a message for each node with a GPU that does not compute in the run's bfloat16."""
+    if plan.dtype != "bfloat16" or not (plan.policy.gpus or plan.rollout.gpus):
+        return []
+    return [
+        f"node {report.address} has a GPU of compute capability {min(report.capabilities)}, which"
+        " does not compute in bfloat16: set dtype=float16 or dtype=float32"
+        for report in reports
+        if report.capabilities and min(report.capabilities) < 8
+    ]
 
 
 def idle_gpus(reports: Sequence[NodeReport]) -> list[str]:

@@ -82,6 +82,44 @@ def test_old_gpus_do_not_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) ->
     assert run_dtype("auto", gpus=True) == "bfloat16"
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_rollout_workers_on_gpus_need_bfloat16_there(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policies are on CPUs, which may compute in it."""
+    monkeypatch.setattr("raywarp.cluster.device.supports_bf16", lambda device: has)
+
+    def dtype(wanted: str, kind: str, **shares: float) -> str:
+        nodes = [{"CPU": 8, "GPU": 1, f"accelerator_type:{kind}": 1.0}]
+        config = parse_config({"dtype": wanted, "rollout": {"workers": 1}, "cluster": shares})
+        return resources.make_plan(config, resources.Nodes.empty(nodes)).dtype
+
+    assert dtype("auto", "A100", gpus_per_policy=0) == ("bfloat16" if has else "float32")
+    assert dtype("auto", "T4", gpus_per_policy=0) == "float32"
+    with pytest.raises(ConfigError, match="dtype=bfloat16: the cluster has a GPU, T4"):
+        dtype("bfloat16", "T4", gpus_per_policy=0)
+    on_cpus = {"gpus_per_policy": 0, "gpus_per_rollout_worker": 0}
+    assert dtype("bfloat16", "T4", **on_cpus) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("old", "kinds"),
+    [
+        (True, "T4 V100 V100-32 V100-16GB P100 P40 P4 M60 M40 K80 TITAN-V TITAN-RTX TITAN-Xp"),
+        (True, "GeForce-RTX-2080-Ti GeForce-GTX-1080-Ti RTX-2080 GTX-1080 GeForce-GTX-1660-SUPER"),
+        (True, "Quadro-RTX-6000 RTX-8000 Quadro-RTX-8000 P4000 M6000 GV100 T1000"),
+        (False, "A100 A10G L4 L40S H100 H20 B200 GH200 A40 RTX-A6000 RTX-6000-Ada RTX-PRO-6000"),
+        (False, "GeForce-RTX-3090 GeForce-RTX-4090 GeForce-RTX-2050 RTX3090 RTX4090 RTX-2000"),
+        (False, "MI300X AMD-Instinct-MI300X-OAM AMD-Instinct-MI100 Intel-GPU-Max-1550 RTX-6000"),
+    ],
+)
+def test_cards_without_bfloat16_are_known_by_rays_names(old: bool, kinds: str) -> None:
+    """RTX-6000 is Ray's name of two cards, one of each kind; node reports tell them apart."""
+    for kind in kinds.split():
+        found = run_dtype("auto", gpus=True, accelerators=[kind])
+        assert found == ("float32" if old else "bfloat16"), kind
+
+
 def test_too_few_gpus_are_named_with_the_keys() -> None:
     config = parse_config(
         {"rollout": {"workers": 2, "tensor_parallel_size": 2}, "cluster": {"policy_actors": 2}}

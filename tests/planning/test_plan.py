@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raywarp.cli.commands import main
 from raywarp.cluster import resources
-from raywarp.cluster.node_report import NodeReport
+from raywarp.cluster.node_report import NodeReport, check_node
 from raywarp.config.load import parse_config
 from raywarp.config.policies import LoraConfig
 from raywarp.config.schema import Config, ConfigError
@@ -197,6 +197,35 @@ def test_gpus_that_torch_was_not_built_for_are_told(
     assert (
         not blind or "node a has GPUs, but torch 2.13.0+cpu was built without CUDA" in warnings[0]
     )
+
+
+def test_a_gpu_that_its_name_does_not_show_to_be_old_is_found_by_its_report() -> None:
+    """Ray calls two cards RTX-6000: Quadro (7.5, without bfloat16) and Ada (8.9)."""
+    reports = [NodeReport("a", {}, 0, capabilities=(8.9,)), NodeReport("b", {}, 0)]
+    old = NodeReport("c", {}, 0, capabilities=(8.9, 7.5))
+    needs = [resources.Need(key, gpus, 1, 1) for key, gpus in (("a", 0), ("b", 1), ("c", 0))]
+    placed = resources.Plan(*needs, None, "bfloat16")
+    assert preflight.dtype_problems(reports, placed) == []
+    (problem,) = preflight.dtype_problems([*reports, old], placed)
+    assert problem == (
+        "node c has a GPU of compute capability 7.5, which does not compute in bfloat16: set"
+        " dtype=float16 or dtype=float32"
+    )
+    assert preflight.dtype_problems([old], replace(placed, dtype="float16")) == []
+    on_cpus = replace(placed, rollout=replace(placed.rollout, gpus=0))
+    assert preflight.dtype_problems([old], on_cpus) == []
+
+
+def test_what_nvidia_smi_says_of_the_gpus_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncase $1 in *memory*) echo 46068;; *) echo 8.9; echo '[N/A]';; esac")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    report = check_node("a", None, "", [])
+    assert report.gpu_memory == (46068 << 20,)
+    assert report.capabilities == (8.9,)
 
 
 def test_access_is_compared() -> None:
