@@ -182,7 +182,7 @@ def mode_problem(config: Config, gpu: bool, dtype: str | None = None) -> str:
         return (
             f"rollout.concurrency={rollout.concurrency}: only vLLM with adapters beside its weights"
             f" works on several policies at once; set rollout.engine=vllm with"
-            f" rollout.adapter={exact} (or auto), or rollout.concurrency=1"
+            f" rollout.adapter={'lora' if gpu else 'unmerged'} (or auto), or rollout.concurrency=1"
         )
     if mode == "merged" and dtype != "float32":
         return (

@@ -107,6 +107,18 @@ def test_a_mode_that_is_not_exact_is_refused_with_the_one_that_is(
             check_mode(config, bool(on_gpu))
 
 
+@pytest.mark.parametrize(("gpu", "adapter"), [(True, "lora"), (False, "unmerged")])
+def test_the_mode_for_several_policies_at_once_is_one_that_vllm_takes(
+    gpu: bool, adapter: str
+) -> None:
+    config = parse_config({"rollout": {"engine": "transformers", "concurrency": 2}})
+    advice = rf"set rollout\.engine=vllm with rollout\.adapter={adapter} "
+    with pytest.raises(ConfigError, match=advice):
+        check_mode(config, gpu, dtype="float32")
+    followed = {"engine": "vllm", "adapter": adapter, "concurrency": 2}
+    check_mode(parse_config({"rollout": followed}), gpu, dtype="float32")
+
+
 def test_a_mode_is_judged_by_the_dtype_that_the_cluster_resolves() -> None:
     """GPUs without bfloat16 make dtype=auto float32, in which merged weights are exact."""
     config = parse_config({"rollout": {"adapter": "merged"}})
