@@ -88,7 +88,7 @@ class Forecast:
     def impossible(self, reports: Sequence[NodeReport]) -> list[str]:
         """Return a message for each process whose weights exceed the largest node or GPU."""
         return [
-            self._too_large(p, p.weights, "weights alone", most)
+            self._too_large(p, True, most)
             for p in self.processes
             if 0 < (most := _most(p, reports)) < p.weights
         ]
@@ -99,7 +99,7 @@ class Forecast:
         If each fits by itself, all of them together are compared with the nodes' memory.
         """
         warnings = [
-            self._too_large(p, p.bytes, "estimate", most)
+            self._too_large(p, False, most)
             for p in self.processes
             if 0 < (most := _most(p, reports)) < p.bytes
         ]
@@ -144,12 +144,13 @@ class Forecast:
                     f" {in_units(sampling)} and training {in_units(training)}, it"
                 )
             if need > largest and sum(counts) > 1:
-                engine = "rollout.gpu_memory_utilization or " if engines else ""
-                largest, told = need, f"{text} has {in_units(size)}: lower {engine}"
-        if not told:
-            return []
-        smaller = "" if self.config.base.quantize == "nf4" else ", or set base.quantize=nf4"
-        return [f"{told}optim.max_tokens_per_microbatch{smaller}"]
+                ways = ["lower rollout.gpu_memory_utilization"] * (engines > 0)
+                if policies:
+                    ways.append("lower optim.max_tokens_per_microbatch")
+                    ways += ["set base.quantize=nf4"] * (self.config.base.quantize == "none")
+                ways += ["take a smaller reward model"] * (rewards > 0)
+                largest, told = need, f"{text} has {in_units(size)}: {', or '.join(ways)}"
+        return [told] if told else []
 
     def _counted(self, counts: Sequence[int]) -> str:
         """Return numbers of actors as text: 1 x policy and 2 x rollout worker."""
@@ -163,15 +164,13 @@ class Forecast:
             *(preflight.idle_gpus(reports) if self.plan.uses_gpus else []),
         ]
 
-    def _too_large(self, process: ProcessMemory, size: int, what: str, most: int) -> str:
-        key = {
-            "policy": "optim.max_tokens_per_microbatch, or set optim.gradient_checkpointing=true",
-            "rollout_worker": "rollout.kv_cache_gib or set rollout.tensor_parallel_size",
-        }.get(process.need.key, "reward.batch_size")
-        if process.on_gpu and process.need.key == "rollout_worker":
-            key = "rollout.chunk_size, or set rollout.tensor_parallel_size"
-        if process.need.key == "policy" and process.share < 1:
-            key = f"rollout.gpu_memory_utilization, or {key}"
+    def _too_large(self, process: ProcessMemory, alone: bool, most: int) -> str:
+        """Return a message on a process that needs more than `most` bytes.
+
+        Args:
+            alone: its weights alone do.
+        """
+        size, what = (process.weights, "weights alone") if alone else (process.bytes, "estimate")
         if process.need.key == "policy" and process.need.gpus and not process.on_gpu:
             return (
                 f"a policy needs {in_units(size)} ({what}) of its node while it loads, the largest"
@@ -181,9 +180,41 @@ class Forecast:
         where = f"{share}the largest {'GPU' if process.on_gpu else 'node'}"
         name = process.need.key.replace("_", " ")
         return (
-            f"a {name} needs {in_units(size)} ({what}), {where} has {in_units(most)}: lower {key},"
-            " or take a smaller model"
+            f"a {name} needs {in_units(size)} ({what}), {where} has {in_units(most)}:"
+            f" {', or '.join(self._remedies(process, alone, size * process.share > most))}"
         )
+
+    def _remedies(self, process: ProcessMemory, alone: bool, exceeds: bool) -> list[str]:
+        """Return what makes a process smaller, or its share of a GPU larger.
+
+        Args:
+            alone: its weights alone are too large, so that nothing helps that leaves them.
+            exceeds: not even a whole GPU would hold it.
+        """
+        config, on_gpu = self.config, process.on_gpu
+        if process.need.key == "reward_worker":
+            fewer = [] if alone or on_gpu else ["lower reward.batch_size"]
+            return [*fewer, "take a smaller reward model"]
+        if process.need.key == "policy":
+            found = {
+                "lower rollout.gpu_memory_utilization": process.share < 1 and self.plan.shares_gpus,
+                "raise cluster.gpus_per_policy": any(n > 1 for n, *_ in self.plan.together),
+                "lower optim.max_tokens_per_microbatch": not alone,
+                "set optim.gradient_checkpointing=true": not (
+                    alone or config.optim.gradient_checkpointing
+                ),
+                "set base.quantize=nf4": on_gpu and config.base.quantize == "none",
+            }
+        else:
+            found = {
+                "raise rollout.gpu_memory_utilization": process.share < 1 and not exceeds,
+                "lower rollout.chunk_size": on_gpu and not alone,
+                "set rollout.tensor_parallel_size": on_gpu and process.need.gpus >= 1,
+                "set rollout.sleep=false": process.need.gpus > 0 and not on_gpu,
+                "lower rollout.kv_cache_gib": not (process.need.gpus or alone),
+            }
+        found["set dtype=bfloat16 or float16"] = self.dtype == "float32"
+        return [*(way for way, helps in found.items() if helps), "take a smaller model"]
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def test_memory_is_compared_with_the_largest_node_and_gpu(tiny_llama: Path) -> N
     sizes = {"small": 5 << 30, "middle": 8 << 30, "large": 16 << 30}
     reports = {name: [NodeReport(name, {}, size)] for name, size in sizes.items()}
     assert (
-        "a policy needs 6.0 GiB (weights alone), the largest node has 5.0 GiB: lower"
+        "a policy needs 6.0 GiB (weights alone), the largest node has 5.0 GiB: set dtype="
         in found.impossible(reports["small"])[0]
     )
     assert found.impossible(reports["middle"]) == []

@@ -1,4 +1,4 @@
-"""Tests of the memory of a GPU that several processes share."""
+"""Tests of the memory of GPUs, also of those that several processes share, and of the remedies."""
 
 from pathlib import Path
 from typing import Any
@@ -98,3 +98,35 @@ def test_a_policy_that_shares_no_card_has_all_of_it() -> None:
     assert on_gpu(found, "policy").share == 1
     assert found.fits
     assert found.warnings == []
+
+
+def remedies(texts: list[str], process: str) -> list[str]:
+    (text,) = (text for text in texts if text.startswith(f"a {process} needs"))
+    return text.rpartition(" GiB: ")[2].split(", or ")
+
+
+def test_only_what_helps_is_advised() -> None:
+    """A policy of 61 GiB and an engine of 61 GiB, which checkpoint already, on cards of 24 GiB."""
+    whole = ["cluster.gpus_per_policy=1", "cluster.gpus_per_rollout_worker=1"]
+    found = planned("2xRTX4090", "model=Qwen/Qwen3-32B", *whole)
+    policy, engine = (remedies(found.problems, name) for name in ("policy", "rollout worker"))
+    assert policy == ["set base.quantize=nf4", "take a smaller model"]
+    assert engine == ["set rollout.tensor_parallel_size", "take a smaller model"]
+    wide = planned("2xRTX4090", "model=Qwen/Qwen3-32B", "dtype=float32", *whole)
+    assert "set dtype=bfloat16 or float16" in remedies(wide.problems, "policy")
+    eight = planned("RTX4090", "model=Qwen/Qwen3-8B")
+    policy, engine = (remedies(eight.problems, name) for name in ("policy", "rollout worker"))
+    assert policy[:2] == ["lower rollout.gpu_memory_utilization", "set base.quantize=nf4"]
+    assert engine == ["raise rollout.gpu_memory_utilization", "take a smaller model"]
+    (_, engine) = (remedies(eight.warnings, name) for name in ("policy", "rollout worker"))
+    assert engine[:2] == ["raise rollout.gpu_memory_utilization", "lower rollout.chunk_size"]
+    four = ["model=Qwen/Qwen3-8B", "warp.policies=4", "cluster.gpus_per_policy=0.25"]
+    crowded = planned("2xA100-40", *four, "cluster.gpus_per_rollout_worker=1")
+    assert remedies(crowded.problems, "policy")[0] == "raise cluster.gpus_per_policy"
+    engines = ["rollout.workers=2", "rollout.gpu_memory_utilization=0.6"]
+    (text,) = planned("2xRTX4090", *engines, "cluster.gpus_per_policy=1").warnings
+    assert text.endswith("it has 24.0 GiB: lower rollout.gpu_memory_utilization")
+    tokens = ["optim.max_tokens_per_microbatch=200000", "optim.gradient_checkpointing=false"]
+    tight = planned("2xA100", "model=Qwen/Qwen3-8B", *tokens, *whole)
+    ways = ["lower optim.max_tokens_per_microbatch", "set optim.gradient_checkpointing=true"]
+    assert remedies(tight.warnings, "policy")[:2] == ways
