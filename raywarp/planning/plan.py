@@ -379,7 +379,7 @@ def policy_runs(space: SearchSpace) -> tuple[int, int] | None:
 
     if not space.points or space.search == "asha":
         return None
-    read = ("model", "dtype", "prompts", "reward", "rewards")
+    read = ("model", "base", "sft_adapter", "dtype", "prompts", "reward", "rewards")
     chains = []
     for config in map(space.config, space.points):
         chains += key_chain(config, {key: str(getattr(config, key)) for key in read})

@@ -64,6 +64,9 @@ def test_what_is_shared_is_known_in_advance() -> None:
         4,
     )
     assert policy_runs(search_space(config({"seed": {"grid": [0, 1]}}, warp=warp))) == (8, 8)
+    bases = {"base.quantize": {"grid": ["none", "nf4"]}, "sft_adapter": {"grid": ["a", "b"]}}
+    for key, values in bases.items():
+        assert policy_runs(search_space(config({key: values}, warp=warp))) == (8, 8)
 
 
 def test_equal_values_are_one_trial() -> None:
