@@ -46,6 +46,8 @@ _NOT_OF_A_TRIAL = (
     "trust_remote_code",
     "recipe",
 )
+# Values of keys that decide the base's memory, the largest first. auto may mean float32.
+_WIDEST = {"base.quantize": ("none",), "dtype": ("float32", "auto")}
 # A policy's first iteration does not depend on these keys, so they vary last in a grid. Concurrent
 # trials then seldom wait for each other's policies.
 _LATER = ("warp.iterations", "warp.liti_rate", "front")
@@ -143,11 +145,15 @@ class SearchSpace:
     def largest(self) -> Config:
         """Return the configuration of the trial that needs the most of a cluster."""
         sizes = ("warp.policies", "rollout.workers", "rollout.tensor_parallel_size")
-        most = {
+        most: Values = {
             key: max(domain.values) - (domain.kind == "randint")
             for key, domain in self.domains.items()
             if key in sizes
         }
+        for key, widest in _WIDEST.items():
+            values = self.domains[key].values if key in self.domains else ()
+            if found := [value for value in widest if value in values]:
+                most[key] = found[0]
         return self.config({**self.first(), **most})
 
     def first(self) -> Values:

@@ -69,6 +69,23 @@ def test_what_is_shared_is_known_in_advance() -> None:
         assert policy_runs(search_space(config({key: values}, warp=warp))) == (8, 8)
 
 
+def test_the_largest_trial_has_the_widest_base_in_any_order() -> None:
+    dtypes = ["bfloat16", "auto", "float32"]
+    for order in (1, -1):
+        tune = {
+            "base.quantize": {"grid": ["nf4", "none"][::order]},
+            "dtype": {"grid": dtypes[::order]},
+            "policies": {"grid": [1, 3, 2]},
+        }
+        largest = search_space(config(tune)).largest()
+        found = (largest.base.quantize, largest.dtype, largest.warp.policies)
+        assert found == ("none", "float32", 3)
+    for few in (["bfloat16", "auto"], ["auto", "float16"]):
+        assert search_space(config({"dtype": {"grid": few}})).largest().dtype == "auto"
+    narrow = {"dtype": {"grid": ["float16", "bfloat16"]}}
+    assert search_space(config(narrow)).largest().dtype == "float16"
+
+
 def test_equal_values_are_one_trial() -> None:
     space = search_space(
         config({"lr": {"grid": [5e-4, "5e-4", 0.0005, 0.001]}, "policies": {"grid": [2, 2.0]}})
