@@ -96,6 +96,8 @@ def with_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _soup(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree with rewards, and with a policy for each of them where none are given.
 
+    A policy's reward has its own weight. Those of weight 0 are only logged, and have no policy.
+
     Raises:
         ValueError: there is a single reward, or fewer policies than rewards.
     """
@@ -106,12 +108,17 @@ def _soup(tree: Mapping[str, Any]) -> dict[str, Any]:
     names = [one.get("name") for one in rewards if isinstance(one, Mapping)]
     if not isinstance(warp, Mapping) or warp.get("each") or None in names:
         return {**tree, "rewards": rewards}
-    count = warp.get("policies", len(names))
-    if len(names) < 2 or not isinstance(count, int) or count < len(names):
+    given = [(one["name"], one.get("weight", 1.0)) for one in rewards if isinstance(one, Mapping)]
+    weights, trained = dict(given), [name for name, weight in given if weight != 0]
+    count = warp.get("policies", len(trained))
+    if len(trained) < 2 or not isinstance(count, int) or count < len(trained):
         raise ValueError(
             "recipe=soup trains a policy for each of two or more rewards; there are"
-            f" {len(names)} rewards and warp.policies={count}"
+            f" {len(trained)} rewards and warp.policies={count}"
         )
-    own = [names[m % len(names)] for m in range(count)]
-    each = [{"rewards": {name: float(name == mine) for name in names}} for mine in own]
+    own = [trained[m % len(trained)] for m in range(count)]
+    each = [
+        {"rewards": {name: weights[name] if name == mine else 0.0 for name in weights}}
+        for mine in own
+    ]
     return {**tree, "rewards": rewards, "warp": {**warp, "policies": count, "each": each}}

@@ -48,6 +48,20 @@ def test_a_soup_has_a_policy_for_each_reward() -> None:
     assert parse_config(example.model_dump(mode="json")) == example
 
 
+def test_a_soups_policies_have_their_rewards_own_weights() -> None:
+    """A penalty stays one, and what is only logged has no policy."""
+    weights = {"helpful": 1, "toxic": -2, "length": 0}
+    rewards = [{"name": n, "function": f"mine:{n}", "weight": w} for n, w in weights.items()]
+    config = parse_config({"recipe": "soup", "rewards": rewards})
+    of = [{own.name: own.weight for own in one.rewards} for one in config.of_policies]
+    assert of == [
+        {"helpful": 1, "toxic": 0, "length": 0},
+        {"helpful": 0, "toxic": -2, "length": 0},
+    ]
+    with pytest.raises(ConfigError, match="there are 1 rewards and warp.policies=1"):
+        parse_config({"recipe": "soup", "rewards": rewards[::2]})
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_printed_recipe_is_a_configuration_of_that_recipe(name: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
