@@ -1,5 +1,6 @@
 """The types of values that the configuration's keys take."""
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -42,6 +43,18 @@ def _whole_above_one(amount: float) -> float:
     if amount > 1 and amount != int(amount):
         raise ValueError("must be a whole number, or a share of one GPU")
     return amount
+
+
+def finite_sum(weights: Any) -> Any:
+    """Return weights of which each is divided by their sum.
+
+    Raises:
+        ValueError: the sum is not finite.
+    """
+    values = weights.values() if isinstance(weights, dict) else weights
+    if not math.isfinite(sum(values)):
+        raise ValueError("their sum is too large; only their ratios count, so give smaller ones")
+    return weights
 
 
 Integer = Annotated[int, BeforeValidator(_not_a_bool)]

@@ -2,12 +2,20 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from raywarp.config.field_types import Count, NotNegative, Positive, Section, Text, Whole
+from raywarp.config.field_types import (
+    Count,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    Whole,
+    finite_sum,
+)
 
 # Shares of the policies in a merge, by the reward that a policy is trained on, or by policy.
-Weights = dict[str, NotNegative]
+Weights = Annotated[dict[str, NotNegative], AfterValidator(finite_sum)]
 
 
 class ChooseConfig(Section):

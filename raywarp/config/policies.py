@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from raywarp.config.each import in_full
 from raywarp.config.field_types import (
@@ -15,6 +15,7 @@ from raywarp.config.field_types import (
     Rate,
     Section,
     Whole,
+    finite_sum,
 )
 
 Betas = Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
@@ -147,7 +148,7 @@ class WarpConfig(Section):
             " de}}}]; keys in full, by their last part, or in sections"
         ),
     )
-    merge_weights: list[Positive] | None = Field(
+    merge_weights: Annotated[list[Positive], AfterValidator(finite_sum)] | None = Field(
         None,
         description=("the policies' shares in SLERP, one number each; default: equal ones"),
     )

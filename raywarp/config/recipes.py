@@ -102,13 +102,16 @@ def _soup(tree: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: there is a single reward, or fewer policies than rewards.
     """
     rewards, warp = tree.get("rewards") or [], tree.get("warp") or {}
-    if not rewards and any((tree.get("reward") or {}).get(key) for key in ("model", "function")):
+    reward = tree.get("reward") or {}
+    if not isinstance(rewards, list | tuple) or not isinstance(reward, Mapping):
+        return dict(tree)  # a mistake that has its own message
+    if not rewards and any(reward.get(key) for key in ("model", "function")):
         raise ValueError("recipe=soup mixes rewards: give two or more in rewards, not in reward")
     rewards = rewards or _EXAMPLE
-    names = [one.get("name") for one in rewards if isinstance(one, Mapping)]
-    if not isinstance(warp, Mapping) or warp.get("each") or None in names:
+    named = all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in rewards)
+    if not isinstance(warp, Mapping) or warp.get("each") or not named:
         return {**tree, "rewards": rewards}
-    given = [(one["name"], one.get("weight", 1.0)) for one in rewards if isinstance(one, Mapping)]
+    given = [(one["name"], one.get("weight", 1.0)) for one in rewards]
     weights, trained = dict(given), [name for name, weight in given if weight != 0]
     count = warp.get("policies", len(trained))
     if len(trained) < 2 or not isinstance(count, int) or count < len(trained):

@@ -97,6 +97,15 @@ def test_a_printed_recipe_is_a_configuration_of_that_recipe(name: str, tmp_path:
             "there are 1 rewards and warp.policies=1",
         ),
         ({"recipe": "soup", "warp": {"policies": 1}}, "there are 2 rewards and warp.policies=1"),
+        ({"recipe": "soup", "rewards": 3}, "rewards"),
+        ({"recipe": "soup", "reward": "x"}, "reward"),
+        ({"recipe": "soup", "rewards": [{"name": ["a"], "function": "a:b"}]}, "rewards.0.name"),
+        ({"warp": {"merge_weights": [1e308, 1e308]}}, "merge_weights: their sum is too large"),
+        *(
+            ({"front": front}, ": their sum is too large")
+            for weights in [{"policy 1": 1e308, "policy 2": 1e308}]
+            for front in ({"weights": [weights]}, {"choose": {"eta": 1, "weights": weights}})
+        ),
         ({"recipe": "soup", "warp": {"anchor": "ema"}}, "contradicts recipe=soup"),
         (
             {"recipe": "anchored", "warp": {"policies": 2}},
