@@ -178,12 +178,21 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> I
 def _of_policy(inputs: Inputs, config: Config, say: Callable[[str], None]) -> Inputs:
     """Return the inputs of a policy with a configuration of its own.
 
+    Its prompts are split by the run's seed, and lack those that the run holds out.
+
     Raises:
-        ConfigError: as for a run with that configuration.
+        ConfigError: as for a run with that configuration, or no training prompt is left.
     """
     prompts = inputs.prompts
     if config.prompts != inputs.config.prompts:
-        _, _, prompts = prepare_prompts(config, say)
+        seed = inputs.config.seed
+        _, _, own = prepare_prompts(config.model_copy(update={"seed": seed}), say)
+        prompts = own.without(inputs.prompts.held_out)
+        if not prompts.train:
+            raise ConfigError(
+                "warp.each: all training prompts of a policy are among those that the run holds"
+                " out; give it others"
+            )
         config = resolved(config, prompts.train[0].columns)
     return replace(
         inputs,

@@ -87,10 +87,10 @@ class PromptRenderer:
         rows = [first + index for index in indices]
         drafts = self.drafts(batch[self.config.column], rows)
         others = [name for name in batch if name != self.config.column]
-        groups = [_digest(array("q", d.undated or d.token_ids).tobytes()) for d in drafts]
+        groups = [digest(array("q", d.undated or d.token_ids).tobytes()) for d in drafts]
         columns = (
             [
-                _digest(group + _json(values))
+                digest(group + as_json(values))
                 for group, *values in zip(groups, *(batch[name] for name in others), strict=True)
             ]
             if others
@@ -101,7 +101,7 @@ class PromptRenderer:
             "row": rows,
             "state": [d.state for d in drafts],
             "text": [None if (d.own and not d.altered) or d.text == v else d.text for d, v in told],
-            "messages": [_json(d.messages).decode() if d.altered else None for d in drafts],
+            "messages": [as_json(d.messages).decode() if d.altered else None for d in drafts],
             "token_ids": [list(d.token_ids) for d in drafts],
             "undated": [None if d.undated is None else list(d.undated) for d in drafts],
             "group": groups,
@@ -330,9 +330,11 @@ class _BadRow(ValueError):
         self.row = row
 
 
-def _digest(data: bytes) -> bytes:
+def digest(data: bytes) -> bytes:
+    """Return a digest of 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
+    """Return a value as JSON, equal for equal values."""
     return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False).encode()

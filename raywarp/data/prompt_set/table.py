@@ -4,7 +4,7 @@ import ctypes
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import MADV_DONTNEED
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from raywarp.config.datasets import PromptsConfig
 from raywarp.data.conversations import conversation, plain_text
-from raywarp.data.prompt_set.rendering import with_system
+from raywarp.data.prompt_set.rendering import as_json, digest, with_system
 from raywarp.data.text import Prompt
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 READ = 1000  # prompts that are read together
 RELEASED = 50_000  # prompts after which their files' pages are given back
 Numbers = NDArray[np.int64]
+DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,21 @@ class Part:
         """Return a column of digests, as numbers that can be sorted."""
         import pyarrow
 
-        kind = np.dtype([("high", "<u8"), ("low", "<u8")])
         chunks = [one.cast(pyarrow.binary(16)) for one in self.found.data.column(name).chunks]
         return np.concatenate(
             [
-                np.frombuffer(one.buffers()[1], kind, len(one), one.offset * kind.itemsize)
+                np.frombuffer(one.buffers()[1], DIGEST, len(one), one.offset * DIGEST.itemsize)
                 for one in chunks
             ]
         )
+
+    def origins(self) -> NDArray[Any]:
+        """Return a digest of each row's own text or messages, before any cut, like `digests`."""
+        rows, found = self.rows.select_columns([self.column]), []
+        for first in range(0, len(rows), READ):
+            values = rows[first : first + READ][self.column]
+            found += [digest(as_json(value)) for value in values]
+        return np.frombuffer(b"".join(found), DIGEST)
 
     @property
     def files(self) -> set[str]:
@@ -184,6 +192,18 @@ class Prompts(Sequence[Prompt]):
     def largest_token(self) -> int:
         return max(part.largest_token() for part in self.parts)
 
+    def without(self, others: "Prompts") -> "Prompts":
+        """Return these prompts without those that others have, cut alike or in another way."""
+        left = np.ones(len(self), bool)
+        for name in ("group", "origin"):
+            left &= ~np.isin(self._digests(name), others._digests(name))
+        return Prompts(self.parts, self.order[left])
+
+    def _digests(self, name: str) -> NDArray[Any]:
+        found = [p.origins() if name == "origin" else p.digests(name) for p in self.parts]
+        chosen: NDArray[Any] = np.concatenate(found)[self.order]
+        return chosen
+
     def _read(self, positions: Numbers) -> list[Prompt]:
         where = np.searchsorted(self._ends, positions, side="right")
         found: dict[int, Prompt] = {}
@@ -235,6 +255,11 @@ class PromptSplits:
         They are the last ones. The front is measured on the first.
         """
         return self.held_out[-count:]
+
+    def without(self, evaluated: Prompts) -> "PromptSplits":
+        """Return the splits without training prompts that are evaluated elsewhere."""
+        train, sampled = (own.without(evaluated) for own in (self.train, self.sampled))
+        return replace(self, train=train, sampled=sampled)
 
     @property
     def longest(self) -> int:
