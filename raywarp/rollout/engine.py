@@ -243,7 +243,8 @@ def largest_rank(config: Config) -> int:
     """Return the largest rank of any adapter that a run samples.
 
     It is that of a policy on top of its init, or that of the last merge, and the SFT adapter's
-    besides. With one frozen A, merges keep lora.rank.
+    besides. With one frozen A, merges keep lora.rank; policies of several ranks or seeds have
+    several.
 
     Raises:
         ConfigError: the SFT adapter cannot be read.
@@ -251,11 +252,12 @@ def largest_rank(config: Config) -> int:
     from raywarp.adapters.start import start_rank
     from raywarp.algorithm.factors import AdapterError
 
-    rank, warp = config.policy_rank, config.warp
+    frozen = {(own.policy_rank, own.seed) for own in config.of_policies}
     try:
         start = start_rank(config.sft_adapter)
     except AdapterError as error:
         raise ConfigError(f"sft_adapter={config.sft_adapter}: {error}") from None
-    if config.lora.init == "frozen":
-        return start + (rank if warp.iterations == 1 else 2 * rank)
-    return start + config.merged_rank * warp.iterations
+    if config.lora.init == "frozen" and len(frozen) == 1:
+        ((rank, _),) = frozen
+        return start + (rank if config.warp.iterations == 1 else 2 * rank)
+    return start + config.merged_rank * config.warp.iterations

@@ -56,6 +56,27 @@ def test_the_largest_rank_is_the_last_merges() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("each", "iterations", "rank"),
+    [
+        ([{}, {}], 1, 4),
+        ([{"lr": 1e-4}, {}], 2, 8),
+        ([{"rank": 8}, {"rank": 8}], 1, 8),
+        ([{}, {"rank": 64}], 1, 68),
+        ([{}, {"rank": 64}], 2, 136),
+        ([{}, {"seed": 3}], 1, 8),
+        ([{"seed": 3}, {"seed": 3}], 1, 4),
+    ],
+    ids=str,
+)
+def test_frozen_a_of_other_ranks_or_seeds_make_larger_merges(
+    each: list[dict[str, Any]], iterations: int, rank: int
+) -> None:
+    warp = {"iterations": iterations, "policies": 2, "each": each}
+    config = parse_config({"lora": {"rank": 4, "init": "frozen"}, "warp": warp})
+    assert largest_rank(config) == rank
+
+
 ON_CPUS, ON_GPUS = {"gpus_per_rollout_worker": 0}, {"gpus_per_rollout_worker": 1}
 
 
