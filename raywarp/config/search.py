@@ -170,7 +170,8 @@ def search_space(config: Config) -> SearchSpace:
 
     Raises:
         ConfigError: no key, an unknown or ambiguous one, or values that the configuration refuses;
-            or a search that does not fit the values or whose package is not installed.
+            or a search that does not fit the values or whose package is not installed. Also for
+            trials that choose a merge by its shares.
     """
     settings = config.tune
     if settings is None or not settings.space:
@@ -191,7 +192,8 @@ def search_space(config: Config) -> SearchSpace:
     space = SearchSpace(config, settings, domains)
     _check_search(space)
     for point in _ends(space):
-        space.config(point)
+        if space.config(point).front.choose.weights:
+            raise ConfigError("front.choose.weights: the trials of tune are compared by their line")
     if not space.points and space.search != "optuna":
         raise ConfigError("tune has no trials")
     return space

@@ -6,6 +6,7 @@ import pytest
 
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config, ConfigError
+from raywarp.config.search import search_space
 from raywarp.run.keys import key_chain
 
 REWARDS = [{"name": "helpful", "function": "a:b"}, {"name": "brief", "function": "a:c"}]
@@ -160,3 +161,12 @@ def test_trials_are_compared_by_their_line() -> None:
     choose = {"weights": {"helpful": 1}, "eta": 1}
     with pytest.raises(ConfigError, match="trials of tune are compared by their line"):
         of_two(*SOUP, front={"choose": choose}, tune={"lr": {"grid": [1e-3]}})
+
+
+@pytest.mark.parametrize("key", ["front.choose", "front.choose.weights"])
+def test_no_trial_chooses_a_merge_by_its_shares(key: str) -> None:
+    shares = {"helpful": 0.7, "brief": 0.3}
+    value = {"weights": shares, "eta": 1} if key == "front.choose" else shares
+    tune = {key: {"grid": [*([{"eta": 1}] if key == "front.choose" else [{}]), value]}}
+    with pytest.raises(ConfigError, match="trials of tune are compared by their line"):
+        search_space(of_two(*SOUP, tune=tune))
