@@ -211,7 +211,7 @@ class Trial(Trainable):
         if chain is None:
             return None
         keys, last = chain[iteration - 1], iteration == self.own.warp.iterations
-        front = front_key(self.own, self.inputs.front, keys)
+        front = front_key(self.own, self.inputs.front, keys, self.own.mixes if last else ())
         ceiling = self._stored_ceiling()
         if self.own.front.ceiling_completions and ceiling is None:
             return None
@@ -280,8 +280,9 @@ class Trial(Trainable):
     def _measured(self, state: warp.IterationState) -> dict[str, Any]:
         """Return the row of a finished iteration. Measure its front, unless that is stored."""
         keys = list(state.keys[state.iteration - 1])
-        front = front_key(self.own, self.inputs.front, keys)
-        if state.iteration == self.own.warp.iterations:
+        last = state.iteration == self.own.warp.iterations
+        front = front_key(self.own, self.inputs.front, keys, self.own.mixes if last else ())
+        if last:
             found = state.run.front()
             return self._row(state.iteration, keys, front, found["points"], ceiling_of(found))
         ceiling = measured_ceiling(
@@ -346,16 +347,15 @@ class Trial(Trainable):
         """Measure the front on the line from SFT to SLERP, and keep it in the store."""
         candidates = front.run_candidates(self.own, state.init, state.policies)
         wanted = [candidate for candidate in candidates if candidate.eta is not None]
-        inputs = self.inputs
-        kept = KeptPoints(self.run, points_key(self.own, inputs.front, state.determinants))
+        kept = KeptPoints(self.run, points_key(self.own, self.inputs.front, state.determinants))
         with self.display.evaluation(len(wanted)) as done:
             results = evaluation.evaluate(
                 state.session,
                 self.own,
                 wanted,
-                inputs.prompts.held_out,
+                self.inputs.prompts.held_out,
                 done,
-                inputs.texts,
+                self.inputs.texts,
                 kept,
             )
         points = [asdict(point) for point, _ in results]
