@@ -156,7 +156,7 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
         inputs: see policy_keys.
     """
     chain, init_key = list[list[str]](), "sft"
-    weights = {"weights": config.warp.merge_weights} if config.warp.merge_weights else {}
+    weights = {"weights": unequal} if (unequal := _unequal_weights(config)) else {}
     for iteration in range(1, config.warp.iterations + 1):
         chain.append(policy_keys(config, inputs, iteration, init_key))
         init_key = identity.content_key(
@@ -171,6 +171,12 @@ def key_chain(config: Config, inputs: Mapping[str, object]) -> list[list[str]]:
             }
         )
     return chain
+
+
+def _unequal_weights(config: Config) -> list[float]:
+    """Return warp.merge_weights; [] where they are equal, as without any."""
+    weights = config.warp.merge_weights or []
+    return weights if len({*weights}) > 1 else []
 
 
 def key_of_numerics(config: Config, inputs: Mapping[str, object]) -> str:
@@ -208,7 +214,7 @@ def front_key(
     front = config.front.model_dump(exclude=_NOT_OF_POINTS) | {
         "etas": sorted({*wanted_etas(config), 0.0, 1.0})
     }
-    weights = [config.warp.merge_weights] if config.warp.merge_weights else []
+    weights = [unequal] if (unequal := _unequal_weights(config)) else []
     rule = config.front.choose
     mixed = [{"mixes": list(mixes), "choose": [rule.eta, rule.max_kl]}] if mixes else []
     return identity.content_key([keys, evaluation, front, config.cluster.threads, *weights, *mixed])

@@ -65,3 +65,17 @@ def test_each_choice_makes_other_policies(tree: dict[str, Any]) -> None:
 def test_measuring_does_not(tree: dict[str, Any]) -> None:
     assert chain(**tree) == chain()
     assert front_key(parse_config(tree), "e", ["k"]) == front_key(parse_config({}), "e", ["k"])
+
+
+@pytest.mark.parametrize("weights", [[3], [1, 1], [0.2, 0.2, 0.2]])
+def test_equal_weights_of_the_merge_are_those_of_none(weights: list[float]) -> None:
+    plain, equal = ({"policies": len(weights), **own} for own in ({}, {"merge_weights": weights}))
+    assert chain(warp=equal) == chain(warp=plain)
+    keys = [front_key(parse_config({"warp": own}), "e", ["a"]) for own in (plain, equal)]
+    assert keys[0] == keys[1]
+
+
+def test_other_weights_of_the_merge_make_other_fronts() -> None:
+    warp = {"merge_weights": [1, 2]}
+    assert chain(warp=warp)[1] != chain()[1]
+    assert front_key(parse_config({"warp": warp}), "e", []) != front_key(parse_config({}), "e", [])
