@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from raywarp.cluster.runtime import submission_id
+from raywarp.config.load import compact
 from raywarp.config.schema import Config, ConfigError
 from raywarp.run.config_file import CONFIG_FILE
 from raywarp.storage.location import Storage
@@ -79,17 +81,28 @@ def absolute_paths(config: Config) -> list[str]:
         for key, value in relative
         if not key.startswith("rewards.")  # a list has no overrides
     ]
-    sources = config.prompts.datasets or []
-    if any(_is_relative(source.dataset) for source in sources):
-        listed = [
-            source.model_copy(update={"dataset": _absolute(source.dataset)})
-            if _is_relative(source.dataset)
-            else source
-            for source in sources
-        ]
-        shown = [source.model_dump(mode="json", exclude_none=True) for source in listed]
-        found.append(f"prompts.datasets={json.dumps(shown)}")
+    given = config.prompts.datasets or []
+    sources = [source.model_dump(mode="json", exclude_none=True) for source in given]
+    if sources != (listed := [_with_absolute(source, "dataset") for source in sources]):
+        found.append(f"prompts.datasets={json.dumps(listed)}")
+    policies = config.warp.each or []
+    if policies != (each := [_of_policy(changes) for changes in policies]):
+        found.append(f"warp.each={compact(each)}")
     return found
+
+
+def _of_policy(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a policy's changes with absolute paths of its datasets."""
+    found = _with_absolute(changes, "prompts.dataset")
+    if sources := found.get("prompts.datasets"):
+        found["prompts.datasets"] = [_with_absolute(source, "dataset") for source in sources]
+    return found
+
+
+def _with_absolute(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a mapping in which the path at a key, if there is one, is absolute."""
+    path = tree.get(key)
+    return {**tree, key: _absolute(path)} if path and _is_relative(path) else {**tree}
 
 
 def _absolute(path: str) -> str:
