@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from mmap import MADV_DONTNEED
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -107,8 +108,9 @@ class Part:
             ]
         )
 
+    @cached_property
     def origins(self) -> NDArray[Any]:
-        """Return a digest of each row's own text or messages, before any cut, like `digests`."""
+        """A digest of each row's own text or messages, before any cut, like `digests`."""
         rows, found = self.rows.select_columns([self.column]), []
         for first in range(0, len(rows), READ):
             values = rows[first : first + READ][self.column]
@@ -200,7 +202,7 @@ class Prompts(Sequence[Prompt]):
         return Prompts(self.parts, self.order[left])
 
     def _digests(self, name: str) -> NDArray[Any]:
-        found = [p.origins() if name == "origin" else p.digests(name) for p in self.parts]
+        found = [p.origins if name == "origin" else p.digests(name) for p in self.parts]
         chosen: NDArray[Any] = np.concatenate(found)[self.order]
         return chosen
 
