@@ -158,7 +158,9 @@ def usual_steps(count: int) -> int:
 
 
 def shares(weights: Mapping[str, float], of: Collection[str]) -> dict[str, float]:
-    """Return a merge's weights with an entry for every corner, and the sum 1.
+    """Return a merge's weights with an entry for every corner, and the sum 1, to 12 decimals.
+
+    Shares of shares are the same numbers: those of points are compared with those of a rule.
 
     Args:
         of: names of the corners.
@@ -172,4 +174,7 @@ def shares(weights: Mapping[str, float], of: Collection[str]) -> dict[str, float
         raise ValueError(f"{odd[0]:g} is no share; it must be at least 0")
     if not any(weights.values()):
         raise ValueError("all weights are 0; give one of them a share")
-    return {name: weights.get(name, 0.0) / sum(weights.values()) for name in of}
+    total = sum(weights.values())
+    if math.isclose(total, 1.0, rel_tol=1e-9):
+        total = 1.0
+    return {name: round(weights.get(name, 0.0) / total, 12) for name in of}

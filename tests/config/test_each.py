@@ -1,9 +1,12 @@
 """Tests of warp.each: what differs between the policies of a run."""
 
+import math
 from typing import Any
 
 import pytest
 
+from raywarp.algorithm.hypervolume import simplex
+from raywarp.config.each import shares
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import search_space
@@ -133,6 +136,28 @@ def test_merges_of_other_shares_are_measured_where_the_rewards_differ() -> None:
     three = [{"name": name, "function": f"a:{name}"} for name in "xyz"]
     each = [{"rewards": {**dict.fromkeys("xyz", 0), name: 1}} for name in "xyz"]
     assert len(load_config({"rewards": three, "warp": {"policies": 3, "each": each}}).mixes) == 15
+
+
+def test_shares_of_shares_are_the_same() -> None:
+    for counts in simplex(3, 12):
+        for given in (counts, [10 * count for count in counts], [0.3 * count for count in counts]):
+            once = shares(dict(zip("xyz", given, strict=True)), "xyz")
+            assert shares(once, "xyz") == once
+            assert once == shares(dict(zip("xyz", counts, strict=True)), "xyz")
+
+
+def test_a_choice_on_the_grid_is_no_further_merge() -> None:
+    rewards = [{"name": name, "function": f"a:{name}"} for name in "xyz"]
+    each = [{"rewards": {**dict.fromkeys("xyz", 0), name: 1}} for name in "xyz"]
+    for weights in ({"x": 2, "y": 7, "z": 1}, {"x": 0.6, "y": 2.1, "z": 0.3}):
+        config = load_config(
+            {
+                "rewards": rewards,
+                "warp": {"policies": 3, "each": each},
+                "front": {"weights": 10, "choose": {"weights": weights, "max_kl": 5}},
+            }
+        )
+        assert len(config.mixes) == math.comb(12, 2)
 
 
 @pytest.mark.parametrize(

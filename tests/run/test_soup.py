@@ -10,8 +10,12 @@ from conftest import assert_same_change
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import AdapterDelta, add, scale, zeros_like
 from raywarp.algorithm.factors import Factors
-from raywarp.config.front import ChooseConfig
+from raywarp.config.each import shares
+from raywarp.config.front import ChooseConfig, FrontConfig
+from raywarp.config.schema import Config
+from raywarp.front_stage import _chosen
 from raywarp.rollout.protocol import Scores
+from raywarp.run.front import choose
 from raywarp.run.points import Candidate, Point, Scored, summarise
 from raywarp.soup_stage import Soup, measure_soup, next_eta, preference_front, preference_json
 
@@ -124,3 +128,15 @@ def test_the_interval_of_the_hypervolume_covers_it() -> None:
         widths.append(high - low)
     assert covered >= 34
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.2, rel=0.15)
+
+
+@pytest.mark.parametrize("given", [[0.2, 0.7, 0.1], [1, 4, 1], [3, 3, 1]])
+@pytest.mark.parametrize("rule", [ChooseConfig(max_kl=5.0), ChooseConfig(eta=1.0)])
+def test_shares_that_a_command_names_are_chosen(given: list[float], rule: ChooseConfig) -> None:
+    wanted = shares(dict(zip("xyz", given, strict=True)), "xyz")
+    config = _chosen(Config(front=FrontConfig(choose=rule)), wanted)
+    sft, merge = (
+        Point(name, eta, 0.0, 0.1, kl, 0.1, None, None, 0.5, 10.0, 0.0, weights=own, liti=liti)
+        for name, eta, kl, own, liti in (("sft", 0.0, 0.0, {}, None), ("x", None, 1.0, wanted, 1.0))
+    )
+    assert choose([sft, merge], config.front.choose, "xyz") is merge
