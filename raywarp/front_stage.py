@@ -12,6 +12,7 @@ from typing import Any
 
 from raywarp.algorithm.averaging import slerp
 from raywarp.algorithm.deltas import add
+from raywarp.algorithm.hypervolume import simplex
 from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.cluster.health import Report
@@ -241,7 +242,7 @@ def front(
     sources = read_sources(inputs, adapters, init)
     _check_lambdas(lambdas, len(sources.policies))
     soup = _soup(wide, sources, weights)
-    if len(soup.wanted) == len(weights) == 1:
+    if weights and len(soup.wanted) == 1:
         wide = _chosen(wide, soup.wanted[0])
     run = Run.open(config, display.say, trains=False)
     check_same(run.folder, sources, config.out)
@@ -264,16 +265,32 @@ def front(
 
 
 def _soup(config: Config, sources: Sources, weights: Sequence[Shares]) -> Soup:
-    """Return the merges that are asked for, or those of a run's own configuration."""
+    """Return the merges that are asked for, or else those of the configuration.
+
+    The merge that front.choose names is one of them, unless a single other one replaces it.
+    """
     own = {name: [m] for m, name in enumerate(sources.names, start=1)}
-    corners = config.corners if sources.of_run else own
-    wanted = [_shares(given, corners) for given in weights]
-    if not weights and sources.of_run:
-        wanted = config.mixes
-    return Soup(sources.init, sources.policies, corners, wanted)
+    corners, choice = config.corners if sources.of_run else own, config.front.choose.weights
+    if weights:
+        wanted = [_shares("weights", given, corners) for given in weights]
+    else:
+        wanted = config.mixes if sources.of_run else _of_adapters(config, corners)
+    if choice and not (weights and all(one == wanted[0] for one in wanted)):
+        wanted = [*wanted, _shares("front.choose.weights", choice, corners)]
+    distinct = [one for n, one in enumerate(wanted) if one not in wanted[:n]]
+    return Soup(sources.init, sources.policies, corners, distinct)
 
 
-def _shares(given: Shares, corners: Mapping[str, Sequence[int]]) -> dict[str, float]:
+def _of_adapters(config: Config, names: Mapping[str, Sequence[int]]) -> list[dict[str, float]]:
+    """Return what front.weights means for adapters with these names; by default nothing."""
+    wanted = config.front.weights or []
+    if wanted and len(names) == 1:
+        raise ConfigError("front.weights are shares of adapters, and there is one")
+    given: Sequence[Shares] = simplex(len(names), wanted) if isinstance(wanted, int) else wanted
+    return [_shares("front.weights", own, names) for own in given]
+
+
+def _shares(key: str, given: Shares, corners: Mapping[str, Sequence[int]]) -> dict[str, float]:
     try:
         if isinstance(given, Mapping):
             return shares(given, corners)
@@ -281,7 +298,7 @@ def _shares(given: Shares, corners: Mapping[str, Sequence[int]]) -> dict[str, fl
             raise ValueError(f"give one share for each of {', '.join(corners)}")
         return shares(dict(zip(corners, given, strict=True)), corners)
     except ValueError as error:
-        raise ConfigError(f"weights {given}: {error}") from None
+        raise ConfigError(f"{key} {given}: {error}") from None
 
 
 def _chosen(config: Config, weights: Mapping[str, float]) -> Config:

@@ -12,8 +12,10 @@ from raywarp.algorithm.deltas import AdapterDelta, add, scale, zeros_like
 from raywarp.algorithm.factors import Factors
 from raywarp.config.each import shares
 from raywarp.config.front import ChooseConfig, FrontConfig
-from raywarp.config.schema import Config
-from raywarp.front_stage import _chosen
+from raywarp.config.load import load_config
+from raywarp.config.schema import Config, ConfigError
+from raywarp.front_stage import _chosen, _soup
+from raywarp.planning.front_sources import Sources
 from raywarp.rollout.protocol import Scores
 from raywarp.run.front import choose
 from raywarp.run.points import Candidate, Point, Scored, summarise
@@ -140,3 +142,49 @@ def test_shares_that_a_command_names_are_chosen(given: list[float], rule: Choose
         for name, eta, kl, own, liti in (("sft", 0.0, 0.0, {}, None), ("x", None, 1.0, wanted, 1.0))
     )
     assert choose([sft, merge], config.front.choose, "xyz") is merge
+
+
+RUN = load_config(
+    {
+        "rewards": [{"name": name, "function": f"a:{name}"} for name in CORNERS],
+        "warp": {"policies": 2, "each": [{"rewards": {"short": 0}}, {"rewards": {"good": 0}}]},
+        "front": {"choose": {"weights": {"good": 7, "short": 3}, "max_kl": 5}},
+    }
+)
+OF_RUN = Sources(["policy 1", "policy 2"], ["x", "y"], "", INIT, POLICIES, of_run=True)
+OF_ADAPTERS = Sources(["a", "b"], ["a", "b"], "", INIT, POLICIES)
+
+
+def test_the_merge_of_a_runs_own_choice_is_measured_beside_others() -> None:
+    own, corners = {"good": 0.7, "short": 0.3}, [FIRST, {"good": 0.0, "short": 1.0}]
+    assert _soup(RUN, OF_RUN, [[1, 0], [0, 1]]).wanted == [*corners, own]
+    assert _soup(RUN, OF_RUN, [[1, 0], {"good": 7, "short": 3}]).wanted == [FIRST, own]
+    assert _soup(RUN, OF_RUN, [[1, 0]]).wanted == [FIRST]
+    assert _soup(RUN, OF_RUN, []).wanted == RUN.mixes
+
+
+def test_equal_shares_are_one_merge() -> None:
+    half = {"a": 0.5, "b": 0.5}
+    assert _soup(Config(), OF_ADAPTERS, [[1, 1], [2, 2], {"b": 3, "a": 3}]).wanted == [half]
+
+
+def test_adapters_have_the_merges_that_the_configuration_wants() -> None:
+    config = load_config({"front": {"weights": 2}})
+    grid = [{"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}]
+    assert _soup(config, OF_ADAPTERS, []).wanted == grid
+    assert _soup(config, OF_ADAPTERS, [[1, 0]]).wanted == grid[:1]
+    assert _soup(Config(), OF_ADAPTERS, []).wanted == []
+    one = Sources(["a"], ["a"], "", INIT, POLICIES[:1])
+    with pytest.raises(ConfigError, match="front.weights are shares of adapters, and there is one"):
+        _soup(config, one, [])
+
+
+@pytest.mark.parametrize("key", ["front.weights", "front.choose.weights"])
+def test_shares_of_policies_that_adapters_have_not_are_refused(key: str) -> None:
+    of_policies = {"policy 1": 0.7, "policy 2": 0.3}
+    given = {"weights": [of_policies], "choose": {"max_kl": 5.0}}
+    if key != "front.weights":
+        given = {"choose": {"weights": of_policies, "max_kl": 5.0}}
+    config = load_config({"front": given})
+    with pytest.raises(ConfigError, match=f"{key}.*nothing has the name policy 1; there are a, b"):
+        _soup(config, OF_ADAPTERS, [])
