@@ -138,7 +138,7 @@ def _weighted(rewards: list[dict[str, Any]], weights: Any) -> list[dict[str, Any
 def corners(weights: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
     """Return what the shares of a merge may name: name → its policies, counted from 1.
 
-    These are the rewards where each policy is trained on one of them, and each has a policy. Else
+    These are the rewards that policies are trained on, where each policy is trained on one. Else
     they are the policies themselves.
 
     Args:
@@ -146,8 +146,8 @@ def corners(weights: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
     """
     own = [[name for name, weight in theirs.items() if weight] for theirs in weights]
     if all(len(names) == 1 for names in own):
-        found = {name: [m for m, (n,) in enumerate(own, 1) if n == name] for name in weights[0]}
-        if len(found) > 1 and all(found.values()):
+        of = {name: [m for m, (n,) in enumerate(own, 1) if n == name] for name in weights[0]}
+        if len(found := {name: theirs for name, theirs in of.items() if theirs}) > 1:
             return found
     return {f"policy {m}": [m] for m in range(1, len(weights) + 1)}
 

@@ -119,6 +119,15 @@ def test_shares_name_the_reward_that_a_policy_is_trained_on() -> None:
     }
 
 
+def test_a_reward_that_is_only_logged_is_no_corner() -> None:
+    logged = {"name": "kind", "function": "a:d", "weight": 0}
+    warp = {"policies": 2, "each": list(SOUP)}
+    choose = {"weights": {"helpful": 0.7, "brief": 0.3}, "max_kl": 5}
+    config = load_config({"rewards": [*REWARDS, logged], "warp": warp, "front": {"choose": choose}})
+    assert config.corners == {"helpful": [1], "brief": [2]}
+    assert config.mixes[-1] == choose["weights"]
+
+
 def test_merges_of_other_shares_are_measured_where_the_rewards_differ() -> None:
     of = [1, 0.75, 0.5, 0.25, 0]
     grid = [{"helpful": own, "brief": 1 - own} for own in of]
