@@ -28,7 +28,8 @@ ROUNDS = 4  # of measuring; afterwards only until some η is within max_kl
 AIM, NEAR = 0.95, 0.85  # of max_kl: what a guess aims at, and what is close enough
 # What front.json has besides its points.
 PREFERENCE_KEYS = (
-    *("corners", "preference_front", "hypervolume", "hypervolume_ci", "hypervolume_of"),
+    *("corners", "directions", "preference_front"),
+    *("hypervolume", "hypervolume_ci", "hypervolume_of"),
 )
 RESAMPLES = 1000  # of the prompts, for the interval of the hypervolume
 
@@ -144,28 +145,40 @@ def preference_front(points: Sequence[Point], rule: ChooseConfig) -> list[Point]
 
 
 def preference_json(
-    soup: Soup, results: Sequence[tuple[Point, Scored]], rule: ChooseConfig, group: int
+    soup: Soup,
+    results: Sequence[tuple[Point, Scored]],
+    rule: ChooseConfig,
+    group: int,
+    directions: Mapping[str, int],
 ) -> dict[str, Any]:
     """Return what front.json says of the preference front besides its points.
 
-    The hypervolume is that of the rewards by name, above those of the SFT model. Its interval is
-    over prompts, which are resampled for all points together.
+    The hypervolume is that of the rewards that policies are trained on, above those of the SFT
+    model, or below where less is better. Its interval is over prompts, which are resampled for all
+    points together.
 
     Args:
         results: of the front, of which the first is the SFT model.
         group: completions per prompt.
+        directions: of the rewards that policies are trained on, see config/each.py.
     """
     if not soup.wanted:
         return {}
     front, sft = preference_front([point for point, _ in results], rule), results[0]
-    found = {"corners": dict(soup.corners), "preference_front": [point.name for point in front]}
-    names = list(sft[0].rewards)
+    names = [name for name in sft[0].rewards if name in directions]
+    ways = {name: directions[name] for name in names}
+    found = {
+        "corners": dict(soup.corners),
+        "directions": ways,
+        "preference_front": [point.name for point in front],
+    }
     if len(names) < 2 or not front:
         return found
     own = {point.name: scored for point, scored in results}
     means = np.array([_by_prompt(own[point.name], names, group) for point in front])
     base = _by_prompt(sft[1], names, group)
-    volume, interval = _volume(means, base)
+    signs = np.array([*ways.values()])
+    volume, interval = _volume(means * signs, base * signs)
     return {**found, "hypervolume": volume, "hypervolume_ci": interval, "hypervolume_of": names}
 
 

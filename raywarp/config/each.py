@@ -152,6 +152,18 @@ def corners(weights: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
     return {f"policy {m}": [m] for m in range(1, len(weights) + 1)}
 
 
+def directions(weights: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """Return the rewards that policies are trained on: name → 1 where more is better, or −1.
+
+    A reward that policies are trained on in both directions is left out.
+
+    Args:
+        weights: of the rewards by name, for each policy.
+    """
+    signs = {name: {w[name] > 0 for w in weights if w[name]} for name in weights[0]}
+    return {name: 1 if True in own else -1 for name, own in signs.items() if len(own) == 1}
+
+
 def usual_steps(count: int) -> int:
     """Return n for the shares in steps of 1/n of so many corners: at most 4, and 15 of them."""
     return next(n for n in (4, 3, 2, 1) if n == 1 or math.comb(n + count - 1, n) <= 15)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raywarp.algorithm.hypervolume import simplex
-from raywarp.config.each import shares
+from raywarp.config.each import directions, shares
 from raywarp.config.load import load_config
 from raywarp.config.schema import Config, ConfigError
 from raywarp.config.search import search_space
@@ -126,6 +126,12 @@ def test_a_reward_that_is_only_logged_is_no_corner() -> None:
     config = load_config({"rewards": [*REWARDS, logged], "warp": warp, "front": {"choose": choose}})
     assert config.corners == {"helpful": [1], "brief": [2]}
     assert config.mixes[-1] == choose["weights"]
+
+
+def test_directions_are_those_that_policies_are_trained_in() -> None:
+    weights = [{"a": 1.0, "b": 0.0, "c": 0.0}, {"a": 0.5, "b": -2.0, "c": 0.0}]
+    assert directions(weights) == {"a": 1, "b": -1}
+    assert directions([{"a": 1.0, "b": 1.0}, {"a": -1.0, "b": 0.0}]) == {"b": 1}
 
 
 def test_merges_of_other_shares_are_measured_where_the_rewards_differ() -> None:

@@ -500,6 +500,8 @@ def test_the_preference_front_is_drawn_and_its_points_read(
     told = [merge["name"] for merge in merges]
     volume = {"hypervolume": 2.25, "hypervolume_ci": [2.0, 2.5], "hypervolume_of": list(names)}
     front.update(points=[*front["points"], *merges], chosen="merge 1", preference_front=told)
+    if len(names) > 2:
+        front["directions"] = {"good": 1, "short": -1}
     sealed.write_record(folder / "front.json", front | volume)
     texts = json.loads((folder / "samples.json").read_text())
     for row in texts:
@@ -513,6 +515,9 @@ def test_the_preference_front_is_drawn_and_its_points_read(
         assert word in drawn
     assert "0.75" not in browser.text("#front-chart svg")
     assert "2.25 [2.00, 2.50]" in browser.text("#hypervolume")
+    less = "More of good is better; less of short is better; no direction of kind is better."
+    better = less if len(names) > 2 else "Upper right is better in both rewards."
+    assert better in browser.text("#preferences")
     assert browser.text("#preferences-point h3") == "Texts of merge 1"
     assert {*browser.texts("#preferences-point .after")} == {"text of merge 1"}
     place = (

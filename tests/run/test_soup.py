@@ -30,6 +30,7 @@ def some_delta(seed: int, rank: int = 2) -> AdapterDelta:
 
 INIT, POLICIES = some_delta(0), [some_delta(1), some_delta(2, rank=3)]
 CORNERS = {"good": [1], "short": [2]}
+UP = {"good": 1, "short": 1}
 HALF = {"good": 0.5, "short": 0.5}
 FIRST = {"good": 1.0, "short": 0.0}
 
@@ -103,12 +104,43 @@ def test_what_is_said_of_the_preference_front() -> None:
     results += measure_soup(soup, rule, measure)
     front = preference_front([point for point, _ in results], rule)
     assert [point.liti for point in front] == [1, pytest.approx(0.5, abs=0.05), 1]
-    said = preference_json(soup, results, rule, 2)
+    said = preference_json(soup, results, rule, 2, UP)
     assert said["preference_front"] == [point.name for point in front]
     assert said["preference_front"][0] == "good 1"
     assert said["hypervolume"] == pytest.approx(4.75)
     assert said["hypervolume_ci"] == pytest.approx([4.75, 4.75])  # the prompts do not differ
     assert said["hypervolume_of"] == ["good", "short"]
+
+
+def one_merge(good: float, short: float, **more: float) -> list[tuple[Point, Scored]]:
+    """The SFT model with rewards of 0, and a merge with these."""
+    found = []
+    for candidate, kl, share in (
+        (Candidate("sft", 0.0, None), 0.0, 0.0),
+        (Candidate("x", None, None, HALF, 1.0), 1.0, 1.0),
+    ):
+        own = scored([share * good] * 2, [share * short] * 2, kl)
+        assert isinstance(own.rewards, Scores)
+        own.rewards.parts |= {name: Scores([share * mean] * 2) for name, mean in more.items()}
+        found.append((summarise(candidate, own, 1), own))
+    return found
+
+
+def test_the_hypervolume_of_a_penalty_is_of_its_fall() -> None:
+    soup, rule = Soup(INIT, POLICIES, CORNERS, [HALF]), ChooseConfig(eta=1.0)
+    ways = {"good": 1, "short": -1}
+    said = preference_json(soup, one_merge(2, -3), rule, 1, ways)
+    assert said["hypervolume"] == pytest.approx(6)
+    assert (said["hypervolume_of"], said["directions"]) == (["good", "short"], ways)
+    assert preference_json(soup, one_merge(2, 3), rule, 1, ways)["hypervolume"] == 0
+
+
+def test_a_reward_that_is_only_logged_is_no_part_of_the_hypervolume() -> None:
+    soup, rule = Soup(INIT, POLICIES, CORNERS, [HALF]), ChooseConfig(eta=1.0)
+    said = preference_json(soup, one_merge(2, 3, kind=-1), rule, 1, UP)
+    assert said["hypervolume"] == pytest.approx(6)
+    assert said["hypervolume_of"] == ["good", "short"]
+    assert "hypervolume" not in preference_json(soup, one_merge(2, 3), rule, 1, {"good": 1})
 
 
 def test_the_interval_of_the_hypervolume_covers_it() -> None:
@@ -125,7 +157,7 @@ def test_the_interval_of_the_hypervolume_covers_it() -> None:
             (summarise(Candidate("sft", 0.0, None), sft, 1), sft),
             (summarise(Candidate("x", None, None, HALF, 1.0), own, 1), own),
         ]
-        low, high = preference_json(soup, results, rule, 1)["hypervolume_ci"]
+        low, high = preference_json(soup, results, rule, 1, UP)["hypervolume_ci"]
         covered += low <= 1 <= high
         widths.append(high - low)
     assert covered >= 34

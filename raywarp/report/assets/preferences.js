@@ -7,7 +7,7 @@ function preferencesSection(run, state, select) {
   if (!front || !front.preference_front || names.length < 2) return null;
   const lead =
     "Each point is a merge of the policies with the shares beside it, at the largest η within the KL of front.choose; bars are 95 % intervals. " +
-    "Upper right is better in both rewards. Squares are the SFT model and the policies. Choose a point to read its texts.";
+    `${better(front, names)} Squares are the SFT model and the policies. Choose a point to read its texts.`;
   const view = state.axes || (state.axes = { x: names[0], y: names[1] });
   const chart = chartBox("Two rewards of merges with other shares of the policies; the table above has their numbers", () => preferencesOption(run, state, view), {
     kind: "tall",
@@ -27,7 +27,7 @@ function preferencesSection(run, state, select) {
   };
   const bar = names.length > 2 ? h("div", { class: "bar" }, chooser("x"), chooser("y")) : null;
   const said = isMeasured(front.hypervolume)
-    ? h("p", { class: "about", id: "hypervolume", style: { "margin-top": "10px" } }, `Hypervolume above the SFT model: ${format(front.hypervolume)} [${front.hypervolume_ci.map((value) => format(value)).join(", ")}], of ${front.hypervolume_of.join(" and ")}.`)
+    ? h("p", { class: "about", id: "hypervolume", style: { "margin-top": "10px" } }, `Hypervolume ${names.some((name) => front.directions?.[name] < 0) ? "beyond" : "above"} the SFT model: ${format(front.hypervolume)} [${front.hypervolume_ci.map((value) => format(value)).join(", ")}], of ${front.hypervolume_of.join(" and ")}.`)
     : null;
   const result = section("preferences", "Preference front", lead, bar, h("div", { class: "split" }, h("div", { class: "card" }, chart), panel), said);
   result.select = () => {
@@ -35,6 +35,17 @@ function preferencesSection(run, state, select) {
     chart.chart.wanted();
   };
   return result;
+}
+
+/** What is better in each reward. Without a direction no policy is trained on it, or policies are in both; earlier runs have no directions. */
+function better(front, names) {
+  const ways = front.directions || Object.fromEntries(names.map((name) => [name, 1]));
+  const of = (way) => names.filter((name) => ways[name] === way).join(" and ");
+  const untrained = names.filter((name) => !ways[name]).join(" and ");
+  if (!of(-1) && !untrained) return "Upper right is better in both rewards.";
+  const said = [of(1) && `more of ${of(1)} is better`, of(-1) && `less of ${of(-1)} is better`, untrained && `no direction of ${untrained} is better`];
+  const text = said.filter(Boolean).join("; ");
+  return `${text[0].toUpperCase()}${text.slice(1)}.`;
 }
 
 /** The shares of a merge, as short as they are told apart: 0.75/0.25. */
