@@ -55,12 +55,32 @@ def dominated_volume(points: Sequence[Sequence[float]], reference: Sequence[floa
     ]
     if not reference:
         return 1.0 if points else 0.0
+    return _volume_above(inside, reference)
+
+
+def _volume_above(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """Return the volume between a reference and points that are above it in all numbers, R ≥ 1."""
     *rest, last = reference
-    levels = sorted({point[-1] for point in inside}, reverse=True)
-    return math.fsum(
-        (top - bottom) * dominated_volume([p[:-1] for p in inside if p[-1] >= top], rest)
-        for top, bottom in pairwise([*levels, last])
-    )
+    if not rest:
+        return max((point[0] - last for point in points), default=0.0)
+    by_last = sorted(points, key=lambda point: point[-1], reverse=True)
+    slabs, best = list[float](), list[Sequence[float]]()
+    for point, below in pairwise([*by_last, reference]):
+        best = _with(best, point[:-1])
+        if point[-1] > below[-1]:
+            slabs.append((point[-1] - below[-1]) * _volume_above(best, rest))
+    return math.fsum(slabs)
+
+
+def _with(points: Sequence[Sequence[float]], new: Sequence[float]) -> list[Sequence[float]]:
+    """Return points of which none is at least as good as another, and a new one, likewise."""
+    if any(_at_least(point, new) for point in points):
+        return list(points)
+    return [*(point for point in points if not _at_least(new, point)), new]
+
+
+def _at_least(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(p >= q for p, q in zip(a, b, strict=True))
 
 
 def simplex(corners: int, steps: int) -> list[tuple[float, ...]]:

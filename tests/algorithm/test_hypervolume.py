@@ -77,6 +77,32 @@ def test_a_volume_is_that_of_the_cells_which_a_point_dominates(count: int) -> No
         assert dominated_volume(points, [1.0] * count) == len(cells)
 
 
+def test_many_points_of_which_none_dominates_another() -> None:
+    """The 91 points of a plane, x + y + z = 12, whole and above 0: the unit cells below them are
+    the pyramid of those with i + j + k ≤ 12. Beside them lie 91 points that they dominate.
+    """
+    plane = [tuple(12 * share + 1 for share in shares) for shares in simplex(3, 12)]
+    worse = [tuple(value - 0.5 for value in point) for point in plane]
+    cells = sum(
+        any(all(p > c for p, c in zip(point, cell, strict=True)) for point in plane)
+        for cell in itertools.product(range(14), repeat=3)
+    )
+    assert len(plane) == 91
+    assert dominated_volume([*worse, *plane], [0.0] * 3) == pytest.approx(cells, rel=1e-12)
+
+
+def test_many_points_of_a_sphere_against_counted_draws() -> None:
+    draw = random.Random(0)
+    points = [[math.sqrt(share) for share in shares] for shares in simplex(3, 12)]
+    places = [[draw.random() for _ in range(3)] for _ in range(4000)]
+    below = sum(
+        any(all(p > x for p, x in zip(point, place, strict=True)) for point in points)
+        for place in places
+    )
+    error = 3 * math.sqrt(0.25 / len(places))
+    assert dominated_volume(points, [0.0] * 3) == pytest.approx(below / len(places), abs=error)
+
+
 def test_the_simplex_by_hand() -> None:
     assert simplex(2, 4) == [(1, 0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0, 1)]
     assert simplex(3, 1) == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
