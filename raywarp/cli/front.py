@@ -79,11 +79,15 @@ def _weights(text: str) -> dict[str, float] | list[float]:
         if "=" not in text:
             return _numbers(text)
         pairs = [part.rpartition("=") for part in text.split(",")]
-        return {name.strip(): float(value) for name, _, value in pairs}
+        shares = [(name.strip(), float(value)) for name, _, value in pairs]
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
             f"{text!r} are no shares, such as helpful=.7,brief=.3 or .7,.3"
         ) from None
+    names = [name for name, _ in shares]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise argparse.ArgumentTypeError(f"{text!r} names {twice} twice")
+    return dict(shares)
 
 
 def _front(options: argparse.Namespace) -> None:

@@ -229,3 +229,10 @@ def test_a_config_round_trips(tmp_path: Path) -> None:
     assert (config.warp.policies, config.optim.lr, config.front.etas) == (5, 1e-4, [0, 0.1])
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_shares_that_name_something_twice_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["front", "a", "b", "--out", "c", "--weights", "good=.9,good=.1,short=.5"])
+    assert end.value.code == 2
+    assert "'good=.9,good=.1,short=.5' names good twice" in capsys.readouterr().err
