@@ -112,6 +112,8 @@ def plot_preferences(
 ) -> None:
     """Write preferences.png: each pair of up to three rewards, with the merges' KL as the colour.
 
+    A point without one of a pair's rewards is not drawn.
+
     Args:
         points: of the whole front, of which the first is SFT.
         front: names of the points of the preference front.
@@ -123,24 +125,28 @@ def plot_preferences(
     )
     by_name = {point.name: point for point in points}
     merges = [by_name[name] for name in front]
-    others = [points[0], *(p for p in points if p.name.startswith("policy "))]
+    policies = [p for p in points if p.name.startswith("policy ") and not p.weights]
+    others = [points[0], *policies]
     colours = {"vmin": 0.0, "vmax": max(point.kl for point in (*merges, *others))}
     for axes, (x, y) in zip([panels] if len(pairs) == 1 else panels, pairs, strict=True):
+        mixed, single, ring = (
+            [p for p in some if {x, y} <= p.rewards.keys()] for some in (merges, others, [chosen])
+        )
         if len(points[0].rewards) == 2:
-            axes.plot(*_axes_of(merges, x, y), color="#3b6fb6", linewidth=1.2, zorder=1)
-        for point in merges:
+            axes.plot(*_axes_of(mixed, x, y), color="#3b6fb6", linewidth=1.2, zorder=1)
+        for point in mixed:
             errors = {"xerr": point.rewards_ci[x], "yerr": point.rewards_ci[y]}
             at = (point.rewards[x], point.rewards[y])
             axes.errorbar(*at, **errors, color="#b8b8b8", linewidth=0.8, zorder=1)
             _name(axes, "/".join(f"{share:.2g}" for share in point.weights.values()), at)
-        for some, marker in ((merges, "o"), (others, "s")):
+        for some, marker in ((mixed, "o"), (single, "s")):
             drawn = axes.scatter(
                 *_axes_of(some, x, y), c=[p.kl for p in some], marker=marker, zorder=2, **colours
             )
-        for point in others:
+        for point in single:
             _name(axes, point.name, (point.rewards[x], point.rewards[y]), -12)
         axes.plot(
-            *_axes_of([chosen], x, y),
+            *_axes_of(ring, x, y),
             "o",
             markersize=13,
             fillstyle="none",

@@ -4,10 +4,12 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import random_delta
+from matplotlib.collections import PathCollection
 from rich.console import Console
 
 from raywarp.algorithm.averaging import lerp, slerp
@@ -16,7 +18,7 @@ from raywarp.algorithm.factors import dense
 from raywarp.algorithm.finite import NotFiniteError
 from raywarp.config.front import ChooseConfig
 from raywarp.rollout.protocol import Scores
-from raywarp.run.figures import front_table, plot_front
+from raywarp.run.figures import front_table, plot_front, plot_preferences
 from raywarp.run.front import candidates, choose, on_line
 from raywarp.run.points import (
     Candidate,
@@ -197,3 +199,29 @@ def test_means_leave_out_what_has_no_reward_and_refuse_what_is_not_finite() -> N
     none = Scored(rewards=[math.nan] * 4, kl=[0.0] * 4, **shared)
     with pytest.raises(NotFiniteError, match="applies to no completion of sft"):
         summarise(sft, none, 2)
+
+
+def test_the_picture_of_rewards_has_squares_for_policies_and_what_has_both_rewards(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Merges may be named after policies, and a reward may apply to no completion of a point."""
+    figures: list[Any] = []
+    monkeypatch.setattr("raywarp.run.figures._save", lambda figure, _: figures.append(figure))
+
+    def rewarded(name: str, kl: float, share: float | None = None, **means: float) -> Point:
+        weights = {} if share is None else {"policy 1": share, "policy 2": 1 - share}
+        own = {"rewards": means, "rewards_ci": dict.fromkeys(means, 0.1)}
+        return replace(point(name, None, kl), weights=weights, **own)
+
+    sft, policy = rewarded("sft", 0.0, good=0, short=0), rewarded("policy 1", 4.0, good=2, short=1)
+    half = rewarded("policy 1 0.5 policy 2 0.5", 3.0, 0.5, good=1, short=2)
+    empty = rewarded("policy 1 0.25 policy 2 0.75", 3.0, 0.25, good=1)
+    partly = rewarded("policy 2", 4.0, short=3)
+    points = [sft, policy, partly, half, empty]
+    plot_preferences(points, [half.name, empty.name], empty, tmp_path / "preferences.png")
+    axes = figures[0].axes[0]
+    drawn = [
+        own.get_offsets().tolist() for own in axes.collections if isinstance(own, PathCollection)
+    ]
+    assert drawn == [[[1, 2]], [[0, 0], [2, 1]]]
+    assert {text.get_text() for text in axes.texts} == {"0.5/0.5", "sft", "policy 1"}
