@@ -165,7 +165,7 @@ def recheck_shares(told: Any, seeds: list[Any]) -> list[str]:
                 for about, rows, rewards in seeds
                 if rewards is not None
                 and curve in about["facts"].get(row["arm"], {}).get("curves", [])
-                and reach(curve, rows)[1] * BEYOND >= float(kl)
+                and compared(rows, [curve], [float(kl)])
             ]
             here = sum(found) / len(found) if found else math.nan
             print(f"P8 {curve} at {kl}: {here:.3f}, there {there['share']:.3f}")
