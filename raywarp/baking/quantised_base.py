@@ -1,12 +1,11 @@
 """The weights of a base that an adapter was trained on in 4 bits (base.quantize)."""
 
-from transformers.pytorch_utils import Conv1D
-
 from raywarp.adapters.peft import AdapterFile
 from raywarp.adapters.peft_config import BASE_QUANTIZE
 from raywarp.baking.base import Base
 from raywarp.baking.places import find_places
 from raywarp.config.schema import ConfigError
+from raywarp.model.linear import layer_sizes
 from raywarp.model.quantised import NF4, require_bitsandbytes
 from raywarp.model.targets import quantisable
 
@@ -27,10 +26,6 @@ def quantised_tensors(adapter: AdapterFile, base: Base) -> dict[str, bool]:
     require_bitsandbytes()
     if (model := next(base.skeletons(), None)) is None:
         raise ConfigError(f"{base.what}: its architecture cannot be built here")
-    layers = {name: model.get_submodule(name) for name in quantisable(model)}
-    sizes = {}
-    for name, layer in layers.items():
-        first, second = layer.weight.shape
-        sizes[name] = (second, first) if isinstance(layer, Conv1D) else (first, second)
+    sizes = layer_sizes(model, quantisable(model))
     places, _ = find_places(base, sizes, f"the base of {adapter.name} in {held}")
     return {place.read: place.transposed for place in places.values()}

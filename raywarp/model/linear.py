@@ -8,7 +8,7 @@ unit in the last place of W·x.
 n tokens, d_in and d_out the layer's sizes, r an adapter's rank, R the sum of the active ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,6 +164,11 @@ class AdaptedLinear(Module):
                 self.active,
             )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def layer_sizes(model: Any, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return module → (d_out, d_in) of linear layers of a model."""
+    return {name: AdaptedLinear(model.get_submodule(name)).shape for name in names}
 
 
 def _side_by_side(factors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> Tensor:

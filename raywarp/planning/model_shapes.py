@@ -4,7 +4,6 @@ transformers builds the model on torch's meta device, where tensors have shapes 
 """
 
 import contextlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from raywarp.model.attention_choice import (
     options_that_sdpa_drops,
     set_attention,
 )
-from raywarp.model.linear import AdaptedLinear
+from raywarp.model.linear import layer_sizes
 from raywarp.model.targets import quantisable
 from raywarp.planning.memory import Shapes
 
@@ -52,7 +51,7 @@ def model_shapes(
         )
     base.requires_grad_(False).eval()
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    quantised = _sizes(base, quantisable(base))
+    quantised = layer_sizes(base, quantisable(base))
     targets, layers = replace_targets(base, lora)
     adapted = {name: layer.shape for name, layer in layers.items()}
     blocks = {block_of(name) for name in adapted}
@@ -84,11 +83,6 @@ def model_shapes(
         left=targets.left,
         quantisable=quantised,
     )
-
-
-def _sizes(base: Any, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return module → (d_out, d_in) of linear layers."""
-    return {name: AdaptedLinear(base.get_submodule(name)).shape for name in names}
 
 
 def classifier_parameters(model_config: Any) -> int:
