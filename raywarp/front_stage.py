@@ -17,7 +17,7 @@ from raywarp.ceiling_stage import measured_ceiling
 from raywarp.cluster.claims import NO_CLAIMS, Claims
 from raywarp.cluster.health import Report
 from raywarp.cluster.runtime import stoppable
-from raywarp.config.each import directions, shares
+from raywarp.config.each import directions, reward_weights, shares
 from raywarp.config.schema import Config, ConfigError
 from raywarp.planning.front_sources import Sources, check_same, front_config, read_sources
 from raywarp.planning.inputs import Inputs, prepare
@@ -196,10 +196,8 @@ class Fronts:
         sealed.write_json(
             self.run.folder / "samples.json", sample_rows(results, held_out, self.config.front)
         )
-        weights = [{one.name: one.weight for one in own.rewards} for own in self.config.of_policies]
-        mixed = preference_json(
-            *(soup, results, rule.choose, rule.completions_per_prompt), directions(weights)
-        )
+        ways = directions(reward_weights(self.config.of_policies))
+        mixed = preference_json(soup, results, rule.choose, rule.completions_per_prompt, ways)
         return [point for point, _ in results], mixed
 
 

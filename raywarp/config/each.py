@@ -7,7 +7,7 @@ sections (`optim: {lr: …}`). `rewards` maps names of rewards to weights.
 import difflib
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 # Sections and what of them may differ between policies. Their last parts are unique.
@@ -133,6 +133,11 @@ def _weighted(rewards: list[dict[str, Any]], weights: Any) -> list[dict[str, Any
         there = f"there are {', '.join(names)}" if names else "the run has no list of rewards"
         raise ValueError(f"rewards: no reward has the name {unknown}; {there}")
     return [{**entry, "weight": weights.get(entry["name"], entry["weight"])} for entry in rewards]
+
+
+def reward_weights(policies: Iterable[Any]) -> list[dict[str, float]]:
+    """Return the weights of the rewards by name, for each policy's configuration."""
+    return [{entry.name: entry.weight for entry in own.rewards} for own in policies]
 
 
 def corners(weights: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:

@@ -263,15 +263,14 @@ class Config(Section):
     @property
     def corners(self) -> dict[str, list[int]]:
         """What the shares of a merge may name, with the policies of each."""
-        weights = [{entry.name: entry.weight for entry in own.rewards} for own in self.of_policies]
-        return each.corners(weights)
+        return each.corners(each.reward_weights(self.of_policies))
 
     @property
     def mixes(self) -> list[dict[str, float]]:
         """Shares of the merges that are measured besides the line to SLERP, each by corner."""
         wanted, chosen, of = self.front.weights, self.front.choose.weights, self.corners
         if wanted is None:
-            kinds = {tuple(entry.weight for entry in own.rewards) for own in self.of_policies}
+            kinds = {tuple(own.values()) for own in each.reward_weights(self.of_policies)}
             wanted = each.usual_steps(len(of)) if len(kinds) > 1 else 0
         if isinstance(wanted, int):
             grid = simplex(len(of), wanted) if wanted else []
