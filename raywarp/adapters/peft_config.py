@@ -77,7 +77,7 @@ _FLAGS = ("use_rslora", "fan_in_fan_out")
 
 def held_base(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of an adapter's settings that says how its base is held."""
-    return {name: settings[name] for name in (BASE_QUANTIZE,) if name in settings}
+    return {BASE_QUANTIZE: settings[BASE_QUANTIZE]} if BASE_QUANTIZE in settings else {}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

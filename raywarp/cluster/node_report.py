@@ -81,11 +81,11 @@ def memory_bytes() -> int:
     return min(limits)
 
 
-def _of_gpus(field: str) -> list[float]:
-    """Return a field of nvidia-smi for each GPU of which it tells a number."""
+def _of_gpus(column: str) -> list[float]:
+    """Return a column of nvidia-smi's table for each GPU of which it tells a number."""
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--query-gpu={column}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):

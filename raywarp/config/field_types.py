@@ -46,7 +46,7 @@ def _whole_above_one(amount: float) -> float:
 
 
 def finite_sum(weights: Any) -> Any:
-    """Return weights of which each is divided by their sum.
+    """Return weights as they are. What counts is each one's share of their sum.
 
     Raises:
         ValueError: the sum is not finite.
