@@ -52,21 +52,21 @@ class UnmergedLoader:
         if not new:
             return
         # Before anything changes, since a part whose owner died cannot be fetched.
-        deltas = {versions: [part.fetch() for part in a.parts] for versions, a in new.items()}
+        deltas = {part.version: part.fetch() for a in new.values() for part in a.parts}
         kept = {v: slot for v, slot in self._slots.items() if v in wanted}
         known = {version: self._parts[version] for versions in kept for version in versions}
         self._slots, old = {}, self._parts  # nothing counts as loaded until all is in place
         free = (slot for slot in itertools.count() if slot not in kept.values())
         slots = dict(zip(new, free, strict=False))
         taken = self._take(
-            {slots[versions]: add(*parts) for versions, parts in deltas.items()},
+            {slots[versions]: add(*(deltas[v] for v in versions)) for versions in new},
             set(kept.values()),
         )
-        for versions, parts in deltas.items():
-            own = split(taken[slots[versions]].factors, parts)
+        for versions in new:
+            own = split(taken[slots[versions]].factors, [deltas[v] for v in versions])
             for version, part in zip(versions, own, strict=True):
-                hashed = old.get(version)
-                known[version] = hashed if isinstance(hashed, str) else part
+                before = old.get(version)
+                known[version] = before if isinstance(before, str) else part
         self._parts, self._slots = known, kept | slots
 
     def digests(self, adapters: Sequence[Adapter]) -> list[Versions]:
